@@ -1,0 +1,69 @@
+"""The denoiser: any network with its process, asked about x at a level, answers with a Prediction(x0, eps)."""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from diffcore.prediction import Prediction, edm_norm, predict
+from diffcore.process import Process
+from diffcore.schedules import Level, Real
+
+
+class Denoise(Protocol):
+    """What samplers and guidance ask: a network's Denoiser, or an exact one of diffcore.oracle."""
+
+    process: Process
+
+    def __call__(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Prediction:
+        """The x_0 and ε in x, of shape (B, *shape), given labels of shape (B,) or nothing."""
+        ...
+
+
+class Denoiser(nn.Module):
+    """(x_0, ε) = predict(network(x, time, class_labels=condition), x, level).
+
+    The network is any module whose forward takes x, one number a row for the level, and, if the process has classes, the
+    keyword `class_labels`; it returns a tensor, a tuple that begins with it, or an object with it as `sample`, as
+    diffusers' networks do. x and the prediction keep the dtype of x; the network gets its own.
+    """
+
+    def __init__(self, network: nn.Module, process: Process) -> None:
+        super().__init__()
+        self.network = network
+        self.process = process
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network's parameters are."""
+        return next((p.device for p in self.network.parameters()), torch.device("cpu"))
+
+    def forward(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Prediction:
+        process = self.process
+        return predict(process.prediction, self.output(x, level, condition), x, level, process.sigma_data)
+
+    def output(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Tensor:
+        """The network's own F at x, in the dtype of x."""
+        scaled = x / edm_norm(level, self.process.sigma_data) if self.process.prediction == "edm" else x
+        arguments = {} if condition is None else {"class_labels": condition}
+        dtype = next((p.dtype for p in self.network.parameters()), x.dtype)
+        answer = self.network(scaled.to(dtype), _rows(self.process.time(level), x), **arguments)
+        return _tensor(answer).to(x.dtype)
+
+
+def null_condition(process: Process, rows: int, device: torch.device | None = None) -> Tensor | None:
+    """The condition that means "no condition": the null label, or nothing if the process has no classes."""
+    return torch.full((rows,), process.classes, device=device) if process.classes else None
+
+
+def _rows(time: Real, x: Tensor) -> Tensor:
+    """One number a row, (B,); a map of levels stays a map."""
+    if not isinstance(time, Tensor):
+        return x.new_full((len(x),), time)
+    return time.flatten().to(x) if time.numel() == len(x) else time.to(x)
+
+
+def _tensor(answer: Any) -> Tensor:
+    answer = answer[0] if isinstance(answer, tuple) else getattr(answer, "sample", answer)
+    assert isinstance(answer, Tensor)
+    return answer

@@ -1,0 +1,185 @@
+"""The one loop, and `sample`: from seeds to samples.
+
+state = sampler.start(x, knots, noise)
+while not state.done:
+state = sampler.advance(state, guided prediction at (state.x, state.level), noise)
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from diffcore.denoiser import Denoise, null_condition
+from diffcore.guidance import CFG, Guidance
+from diffcore.noise import Noise
+from diffcore.prediction import Prediction
+from diffcore.process import Process
+from diffcore.samplers import DDIM, Sampler
+from diffcore.schedules import Grid, Level, Trailing
+
+
+class Samples(NamedTuple):
+    """What `sample` made.
+
+    Args:
+        x: (N, *shape) on the host, a row a seed.
+        knots: the levels visited.
+        evaluations: network evaluations for each sample.
+    """
+
+    x: Tensor
+    knots: tuple[Level, ...]
+    evaluations: int
+
+
+def sample(
+    denoiser: Denoise,
+    sampler: Sampler = DDIM(),
+    grid: Grid = Trailing(),
+    steps: int = 25,
+    *,
+    seeds: Sequence[int],
+    condition: Sequence[int] | Tensor | None = None,
+    guidance: Guidance = CFG(1.0),
+    batch_size: int = 64,
+    dtype: torch.dtype = torch.float32,
+    progress: bool = False,
+) -> Samples:
+    """One sample a seed, each a function of its own seed and condition alone.
+
+    The network is always asked about `batch_size` rows (twice that with a reference), the last chunk padded: equal sizes
+    give equal bits, whichever samples are beside it; another size agrees to rounding.
+
+    Args:
+        denoiser: a network with its process, or an oracle.
+        sampler: the integrator.
+        grid: which levels it visits.
+        steps: how many steps it takes.
+        seeds: one integer of 64 bits a sample.
+        condition: one class label a sample; without it the samples are unconditional.
+        guidance: how the condition is strengthened; CFG(1) is the conditional model.
+        batch_size: rows of a network call.
+        dtype: of the samples while they are integrated.
+        progress: whether to show a bar.
+
+    Raises:
+        ValueError: before the first step, where this process cannot be sampled so; the message has the remedy.
+    """
+    process = denoiser.process
+    knots = grid.knots(process.schedule, steps)
+    labels = _check(process, knots, seeds, condition, guidance, batch_size)
+    device = getattr(denoiser, "device", torch.device("cpu"))
+    chunks, evaluations = [], 0
+    bar = tqdm(total=len(seeds), unit="sample", disable=not progress)
+    with torch.no_grad(), _evaluating(denoiser), bar:
+        for rows in _chunks(len(seeds), batch_size):
+            noise = Noise(torch.tensor(seeds)[rows], process.shape, device, dtype)
+            x = noise.first_sample(knots[0], process.sigma_data)
+            chosen = None if labels is None else labels[rows].to(device)
+            x, evaluations = run(denoiser, sampler, x, knots, noise, guidance, chosen)
+            chunks.append(x.cpu())
+            bar.update(min(batch_size, len(seeds) - bar.n))
+    return Samples(torch.cat(chunks)[: len(seeds)], knots, evaluations)
+
+
+def run(
+    denoiser: Denoise,
+    sampler: Sampler,
+    x: Tensor,
+    knots: tuple[Level, ...],
+    noise: Noise,
+    guidance: Guidance = CFG(1.0),
+    condition: Tensor | None = None,
+) -> tuple[Tensor, int]:
+    """The loop: x at the first knot to x at the last, and the network evaluations it took for each sample."""
+    state, memory, evaluations = sampler.start(x, knots, noise), None, 0
+    while not state.done:
+        prediction, memory, asked = guided(denoiser, guidance, state.x, state.level, condition, memory)
+        state = sampler.advance(state, prediction, noise)
+        evaluations += asked
+    return state.x, evaluations
+
+
+def guided(
+    denoiser: Denoise, guidance: Guidance, x: Tensor, level: Level, condition: Tensor | None, memory: Any
+) -> tuple[Prediction, Any, int]:
+    """The guided prediction, the rule's memory after it, and the evaluations it cost: 2 in one batched forward, or 1."""
+    if not guidance.needs_reference(level, memory):
+        return denoiser(x, level, condition), memory, 1
+    reference = null_condition(denoiser.process, len(x), x.device)
+    assert condition is not None
+    assert reference is not None
+    both = denoiser(torch.cat((x, x)), level, torch.cat((condition, reference)))
+    (x0, x0_reference), (eps, eps_reference) = (value.chunk(2) for value in both)
+    conditional, unconditional = Prediction(x0, eps), Prediction(x0_reference, eps_reference)
+    return *guidance.combine(conditional, unconditional, x, level, memory), 2
+
+
+def _check(
+    process: Process,
+    knots: tuple[Level, ...],
+    seeds: Sequence[int],
+    condition: Sequence[int] | Tensor | None,
+    guidance: Guidance,
+    batch_size: int,
+) -> Tensor | None:
+    """The labels (N,), once everything that could be refused has been."""
+    process.check_level(knots[0])
+    if not len(seeds):
+        raise ValueError("seeds is empty, expected one integer a sample")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+    if guidance.uses_reference:
+        _check_reference(process, condition, guidance)
+    return _labels(process, len(seeds), condition)
+
+
+def _check_reference(process: Process, condition: Sequence[int] | Tensor | None, guidance: Guidance) -> None:
+    if condition is None:
+        raise ValueError(f"{guidance} needs a condition to strengthen: pass one label a sample, or use CFG(1.0)")
+    if not process.dropout:
+        raise ValueError(
+            f"{guidance} needs the unconditional prediction, but this network was trained without condition dropout: "
+            f"use CFG(1.0), or train with dropout above 0 (0.1 is usual)"
+        )
+
+
+def _labels(process: Process, count: int, condition: Sequence[int] | Tensor | None) -> Tensor | None:
+    if condition is None:
+        return null_condition(process, count)
+    labels = torch.as_tensor(condition)
+    if not process.classes:
+        raise ValueError("condition was given, but this network has no classes: leave it out")
+    if labels.shape != (count,):
+        raise ValueError(f"condition has shape {tuple(labels.shape)}, expected one label for each of {count} seeds")
+    wrong = labels[(labels < 0) | (labels > process.classes)].tolist()
+    if wrong:
+        raise ValueError(f"labels {sorted(set(wrong))} are out of range, expected 0 .. {process.classes - 1}")
+    return labels
+
+
+def _chunks(count: int, size: int) -> Iterator[Tensor]:
+    """Rows of each network call, always `size` of them: the last chunk repeats the last row."""
+    for start in range(0, count, size):
+        yield torch.arange(start, start + size).clamp(max=count - 1)
+
+
+@contextmanager
+def _evaluating(denoiser: Denoise) -> Iterator[None]:
+    """Without the network's dropout; a network that evaluates already is not touched, so threads can share it."""
+    training = isinstance(denoiser, nn.Module) and denoiser.training
+    if not training:
+        yield
+        return
+    assert isinstance(denoiser, nn.Module)
+    modes = [(module, module.training) for module in denoiser.modules()]
+    denoiser.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,128 @@
+"""Specs: plain data {class_path, init_args} that names a component, and the parsers that read it.
+
+A spec is what YAML and JSON hold. Reading one can name components of diffcore, torch and diffusers, and nothing else
+unless a module is trusted by name: neither a config nor a run folder can make Python import something of its own.
+"""
+
+import difflib
+import math
+import re
+import sys
+from abc import ABC
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from inspect import isabstract, signature
+from typing import Any, NoReturn, TypeVar
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+
+T = TypeVar("T")
+TRUSTED = ["diffcore", "torch", "diffusers"]
+
+
+def trust(*modules: str) -> None:
+    """Let specs name classes of these modules too; the current folder becomes importable for them."""
+    if modules and "" not in sys.path:
+        sys.path.insert(0, "")
+    set_parsing_settings(
+        unset_sentinel=True,
+        instantiate_subclass_spec_in_any=False,
+        import_path_denylist=["*"],
+        import_path_allowlist=[*TRUSTED, *modules],
+        subclasses_enabled=[ABC],  # a component has an abstract base; a plain dataclass is a group of options
+    )
+
+
+trust()
+
+
+def spec(value: Any) -> Any:
+    """Plain data that `build` reads back to an equal value: the name and the fields of each component."""
+    if is_dataclass(value) and not isinstance(value, type):
+        arguments = {f.name: spec(getattr(value, f.name)) for f in fields(value) if f.init}
+        return {"class_path": type(value).__name__, "init_args": arguments} if isinstance(value, ABC) else arguments
+    if isinstance(value, (tuple, list)):
+        return [spec(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "-.inf" if value < 0 else ".inf" if value > 0 else ".nan"  # JSON has none; YAML spells them so
+    return value
+
+
+def build(kind: type[T], data: Mapping[str, Any]) -> T:
+    """The component of class `kind` whose spec is `data`.
+
+    Raises:
+        ValueError: a key or a value does not fit the signature; the message names it and the nearest name.
+    """
+    parser = Parser(exit_on_error=False)
+    parser.add_class_arguments(kind, "value")
+    try:
+        return parser.instantiate(parser.parse_object({"value": dict(data)})).value  # type: ignore[no-any-return]
+    except SpecError as error:
+        raise ValueError(str(error)) from None
+
+
+class SpecError(ValueError):
+    """A spec that does not fit, in one line."""
+
+
+class Help(DefaultHelpFormatter):
+    """Help without the lists of every known subclass of torch's and diffusers' modules."""
+
+    def _expand_help(self, action: Any) -> str:
+        text = super()._expand_help(action)
+        return re.sub(r",? *known subclasses:(.*?)(?=\)$|$)", _few, text, flags=re.S)
+
+
+def _few(match: re.Match[str]) -> str:
+    names = [name.strip().split(".")[-1] for name in match.group(1).split(",")]
+    return "" if len(names) > 12 else f", one of: {', '.join(names)}"
+
+
+class Parser(ArgumentParser):  # type: ignore[misc]  # partly untyped
+    """A jsonargparse parser whose errors are one line and name the nearest spelling."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, formatter_class=Help, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        line = self._one_line(message)
+        if not self.exit_on_error:
+            raise SpecError(line) from ex
+        self.exit(2, f"{self.prog}: error: {line}\n")
+        raise AssertionError("exit returned")
+
+    def _one_line(self, message: str) -> str:
+        message = re.sub(
+            r"Does not validate against.*?- (.*?)\n\s*- Expected a <class 'NoneType'>.*", r"\1", message, flags=re.S
+        )
+        return " ".join(message.split()) + self._hint(message)
+
+    def _hint(self, message: str) -> str:
+        """The nearest known name to the last quoted or dotted word that the message complains of."""
+        words = re.findall(
+            r"[Oo]ption '([\w.]+)'|[Uu]nrecognized arguments: --([\w.]+)|[Kk]ey [\"']([\w.]+)[\"'] is not|string: ([\w.]+)",
+            message,
+        )
+        for word in ("".join(groups) for groups in words):
+            close = difflib.get_close_matches(word, self._names(message), n=1) or difflib.get_close_matches(
+                word.split(".")[-1], self._names(message), n=1
+            )
+            if close and close[0] != word:
+                return f" (did you mean {close[0]!r}?)"
+        return ""
+
+    def _names(self, message: str) -> list[str]:
+        known = {cls.__name__: cls for cls in leaves(ABC) if cls.__module__.startswith("diffcore.")}
+        named = [cls for name, cls in known.items() if re.search(rf"\b{name}\b", message)]
+        arguments = [argument for cls in named for argument in signature(cls).parameters]
+        keys = [key for path in self.get_defaults().keys(branches=True) for key in (path, path.split(".")[-1])]
+        return [*arguments, *known, *keys]
+
+
+def leaves(base: type) -> Iterator[type]:
+    """The concrete classes below `base`."""
+    for cls in base.__subclasses__():
+        yield from leaves(cls)
+        if not isabstract(cls):
+            yield cls

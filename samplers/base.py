@@ -1,0 +1,68 @@
+"""A sampler is a pure state machine that integrates from knot to knot; it knows predictions and levels, and no network.
+
+    state = sampler.start(x, knots, noise)
+    while not state.done:
+        state = sampler.advance(state, denoise(state.x, state.level), noise)
+
+In y = x/α, u = σ/α the probability flow is dy/du = ε; in z = x/(α+σ), a = σ/(α+σ) it is dz/da = ε - x_0. The first-order
+step is the same in all of them, x_s = α_s x_0 + σ_s ε, and that is its definition here.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from diffcore.noise import Noise
+from diffcore.prediction import Prediction
+from diffcore.schedules import Level
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a sampler is: ask the network about `x` at `level`, then advance.
+
+    Nothing in it changes and nothing outside it is remembered, so it can be kept, copied and continued.
+
+    Args:
+        x: what the network is asked about.
+        level: the noise level it is asked about; the last knot once done.
+        left: the knots still to reach.
+        step: number of knots left behind, which keys the noise of the step.
+        memory: whatever a multistep or multistage method remembers.
+    """
+
+    x: Tensor
+    level: Level
+    left: tuple[Level, ...]
+    step: int = 0
+    memory: Any = None
+
+    @property
+    def done(self) -> bool:
+        """Whether x is the result."""
+        return not self.left
+
+    def reached(self, x: Tensor, memory: Any = None) -> "State":
+        """The state at the next knot."""
+        return State(x, self.left[0], self.left[1:], self.step + 1, memory)
+
+
+class Sampler(ABC):
+    """An integrator of the reverse process. Immutable: one object serves any number of runs and threads."""
+
+    order: int
+    """Order of convergence on a smooth flow (for a stochastic sampler, the weak order)."""
+
+    def start(self, x: Tensor, knots: tuple[Level, ...], noise: Noise) -> State:
+        """The state at the first knot, where x is. Knots: n+1 levels, strictly monotone in λ, any ends."""
+        return State(x, knots[0], knots[1:])
+
+    @abstractmethod
+    def advance(self, state: State, prediction: Prediction, noise: Noise) -> State:
+        """The next state, given the network's prediction at (state.x, state.level)."""
+
+    @abstractmethod
+    def evaluations(self, knots: tuple[Level, ...]) -> int:
+        """How many predictions a run over these knots asks for."""

@@ -1,0 +1,28 @@
+"""Noise schedules, their transforms, and the grids of knots that samplers visit."""
+
+from diffcore.schedules.base import Level, Real, Scaling, Schedule, alpha_sigma
+from diffcore.schedules.discrete import Discrete
+from diffcore.schedules.grids import Explicit, Grid, Karras, Linspace, Trailing, UniformLogSNR
+from diffcore.schedules.quantile import Cosine, Flow, Laplace, Normal
+from diffcore.schedules.transforms import Shifted, ZeroTerminalSNR
+
+__all__ = [
+    "Cosine",
+    "Discrete",
+    "Explicit",
+    "Flow",
+    "Grid",
+    "Karras",
+    "Laplace",
+    "Level",
+    "Linspace",
+    "Normal",
+    "Real",
+    "Scaling",
+    "Schedule",
+    "Shifted",
+    "Trailing",
+    "UniformLogSNR",
+    "ZeroTerminalSNR",
+    "alpha_sigma",
+]
