@@ -50,11 +50,11 @@ def words(
     seed: int | Tensor, stream: Stream, position: int | Tensor, count: int, device: torch.device | None = None
 ) -> Tensor:
     """(rows, count) 32-bit words as int64; seed and position are ints, or int64 tensors of shape (rows,)."""
-    seed, position = torch.broadcast_tensors(torch.as_tensor(seed), torch.as_tensor(position))
-    seed, position = (value.reshape(-1, 1).to(device, torch.int64) for value in (seed, position))
+    rows = torch.broadcast_tensors(torch.as_tensor(seed), torch.as_tensor(position))
+    key, place = (value.reshape(-1, 1).to(device, torch.int64) for value in rows)
     element = torch.arange((count + 3) // 4, device=device)
-    counter = (element, torch.full_like(element, int(stream)), position & M32, (position >> 32) & M32)
-    block = philox((seed & M32, (seed >> 32) & M32), counter)
+    counter = (element, torch.full_like(element, int(stream)), place & M32, (place >> 32) & M32)
+    block = philox((key & M32, (key >> 32) & M32), counter)
     return torch.stack(torch.broadcast_tensors(*block), -1).flatten(1)[:, :count]
 
 

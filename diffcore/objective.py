@@ -21,7 +21,8 @@ from diffcore.weighting import MSE, Weight
 Levels = Literal["stratified", "independent"]
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True)
+class Place:
     """Where samples stand in a run: the key of everything random about them.
 
     Args:

@@ -18,6 +18,8 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_setti
 
 T = TypeVar("T")
 TRUSTED = ["diffcore", "torch", "diffusers"]
+NONE_OF_UNION = r"Does not validate against.*?- (.*?)\n\s*- Expected a <class 'NoneType'>.*"
+COMPLAINTS = [r"(?<=ption ')[\w.]+", r"(?<=arguments: --)[\w.]+", r"(?<=import path string: )[\w.]+"]
 
 
 def trust(*modules: str) -> None:
@@ -57,7 +59,7 @@ def build(kind: type[T], data: Mapping[str, Any]) -> T:
     parser = Parser(exit_on_error=False)
     parser.add_class_arguments(kind, "value")
     try:
-        return parser.instantiate(parser.parse_object({"value": dict(data)})).value  # type: ignore[no-any-return]
+        return parser.instantiate(parser.parse_object({"value": dict(data)})).value
     except SpecError as error:
         raise ValueError(str(error)) from None
 
@@ -79,7 +81,7 @@ def _few(match: re.Match[str]) -> str:
     return "" if len(names) > 12 else f", one of: {', '.join(names)}"
 
 
-class Parser(ArgumentParser):  # type: ignore[misc]  # partly untyped
+class Parser(ArgumentParser):
     """A jsonargparse parser whose errors are one line and name the nearest spelling."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -93,27 +95,22 @@ class Parser(ArgumentParser):  # type: ignore[misc]  # partly untyped
         raise AssertionError("exit returned")
 
     def _one_line(self, message: str) -> str:
-        message = re.sub(
-            r"Does not validate against.*?- (.*?)\n\s*- Expected a <class 'NoneType'>.*", r"\1", message, flags=re.S
-        )
+        message = re.sub(NONE_OF_UNION, r"\1", message, flags=re.DOTALL)
         return " ".join(message.split()) + self._hint(message)
 
     def _hint(self, message: str) -> str:
-        """The nearest known name to the last quoted or dotted word that the message complains of."""
-        words = re.findall(
-            r"[Oo]ption '([\w.]+)'|[Uu]nrecognized arguments: --([\w.]+)|[Kk]ey [\"']([\w.]+)[\"'] is not|string: ([\w.]+)",
-            message,
-        )
-        for word in ("".join(groups) for groups in words):
-            close = difflib.get_close_matches(word, self._names(message), n=1) or difflib.get_close_matches(
-                word.split(".")[-1], self._names(message), n=1
-            )
-            if close and close[0] != word:
+        """The nearest known name to the word that the message complains of."""
+        names = self._names(message)
+        for word in re.findall("|".join(COMPLAINTS), message):
+            close = [
+                name for part in (word, word.split(".")[-1]) for name in difflib.get_close_matches(part, names, n=1)
+            ]
+            if "did you mean" not in message and close and close[0] != word:
                 return f" (did you mean {close[0]!r}?)"
         return ""
 
     def _names(self, message: str) -> list[str]:
-        known = {cls.__name__: cls for cls in leaves(ABC) if cls.__module__.startswith("diffcore.")}
+        known: dict[str, type] = {cls.__name__: cls for cls in leaves(ABC) if cls.__module__.startswith("diffcore.")}
         named = [cls for name, cls in known.items() if re.search(rf"\b{name}\b", message)]
         arguments = [argument for cls in named for argument in signature(cls).parameters]
         keys = [key for path in self.get_defaults().keys(branches=True) for key in (path, path.split(".")[-1])]
@@ -122,7 +119,8 @@ class Parser(ArgumentParser):  # type: ignore[misc]  # partly untyped
 
 def leaves(base: type) -> Iterator[type]:
     """The concrete classes below `base`."""
-    for cls in base.__subclasses__():
+    subclasses: list[type] = base.__subclasses__()
+    for cls in subclasses:
         yield from leaves(cls)
         if not isabstract(cls):
             yield cls

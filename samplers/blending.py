@@ -1,6 +1,5 @@
 """Iterative α-(de)blending: the flow in z = x/(α+σ) over a = σ/(α+σ), where dz/da = ε - x_0."""
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -33,7 +32,7 @@ class AlphaBlending(Sampler):
         velocity = prediction.eps - prediction.x0
         if state.memory is None:
             z = state.x / (state.level.alpha + state.level.sigma)
-            middle = _middle(state.level, knot)
+            middle = knot.schedule.at_blend((state.level.blend + knot.blend) / 2)
             x = (middle.alpha + middle.sigma) * (z + (middle.blend - state.level.blend) * velocity)
             return replace(state, x=x, level=middle, memory=(z, state.level.blend))
         z, blend = state.memory
@@ -41,9 +40,3 @@ class AlphaBlending(Sampler):
 
     def evaluations(self, knots: tuple[Level, ...]) -> int:
         return self.order * (len(knots) - 1)
-
-
-def _middle(t: Level, s: Level) -> Level:
-    """The level half-way in a."""
-    a = (t.blend + s.blend) / 2
-    return t.schedule.at(2 * math.log((1 - a) / a))

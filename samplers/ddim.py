@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from diffcore.noise import Noise
 from diffcore.prediction import Prediction
 from diffcore.samplers.base import Sampler, State
-from diffcore.schedules import Level
+from diffcore.schedules import Level, Real
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class DDIM(Sampler):
         return len(knots) - 1
 
 
-def _ratio(t: Level, s: Level) -> float:
+def _ratio(t: Level, s: Level) -> Real:
     """u_s / u_t, 0 from pure noise."""
     ratio = s.sigma * t.alpha / (s.alpha * t.sigma)
     if ratio > 1:

@@ -15,15 +15,15 @@ Everything here is computed on the host in float64, whatever the dtype of the in
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Literal, TypeVar, get_args
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
 
 Scaling = Literal["vp", "ve", "flow"]
 Real = float | Tensor
-R = TypeVar("R", float, Tensor)
+R = TypeVar("R", bound=float | Tensor)
 
 
 def alpha_sigma(logsnr: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
@@ -66,8 +66,11 @@ class Level:
 
     def to(self, x: Tensor) -> "Level":
         """The same level with its tensors cast to the device and dtype of x: the last thing before they meet x."""
-        values = {name: getattr(self, name) for name in ("logsnr", "t", "alpha", "sigma")}
-        return replace(self, **{name: v.to(x) for name, v in values.items() if isinstance(v, Tensor)})
+        logsnr, t, alpha, sigma = (
+            value.to(x) if isinstance(value, Tensor) else value
+            for value in (self.logsnr, self.t, self.alpha, self.sigma)
+        )
+        return Level(logsnr, t, alpha, sigma, self.schedule)
 
 
 class Schedule(ABC):
@@ -103,11 +106,11 @@ class Schedule(ABC):
 
     def cdf(self, logsnr: R) -> R:
         """P(λ(t) ≤ logsnr) = 1 - t(λ)."""
-        return 1 - self.time(logsnr)
+        return _on_host(lambda logsnr: 1 - self._time(logsnr), logsnr)
 
     def quantile(self, u: R) -> R:
         """The level with cdf u: λ(1 - u)."""
-        return self.logsnr(1 - u)
+        return _on_host(lambda u: self._logsnr_checked(1 - u), u)
 
     def drawn(self, u: Tensor) -> Tensor:
         """The times in training of u ~ U(0, 1): u itself, or with a table the next of its entries."""
@@ -115,11 +118,15 @@ class Schedule(ABC):
 
     def level(self, t: Real) -> Level:
         """The level at time t."""
-        return self._level(self.logsnr(t), t if isinstance(t, float) else torch.as_tensor(t).to("cpu", torch.float64))
+        return self._level(self.logsnr(t), _on_host(torch.clone, t))
 
     def at(self, logsnr: Real) -> Level:
         """The level at log signal-to-noise ratio λ."""
-        return self._level(logsnr, self.time(logsnr))
+        return self._level(_on_host(torch.clone, logsnr), self.time(logsnr))
+
+    def at_blend(self, blend: Real) -> Level:
+        """The level at a = σ/(α+σ): λ = 2 ln((1-a)/a)."""
+        return self.at(_on_host(lambda a: -2 * a.logit(), blend))
 
     def _level(self, logsnr: Real, t: Real) -> Level:
         if isinstance(logsnr, Tensor):
@@ -136,5 +143,5 @@ class Schedule(ABC):
 def _on_host(function: Callable[[Tensor], Tensor], value: R) -> R:
     """function(value) in float64 on the host; a float in, a float out."""
     if isinstance(value, Tensor):
-        return function(value.to("cpu", torch.float64))
-    return function(torch.tensor(value, dtype=torch.float64)).item()
+        return cast("R", function(value.to("cpu", torch.float64)))
+    return cast("R", function(torch.tensor(value, dtype=torch.float64)).item())

@@ -1,0 +1,41 @@
+"""The command `diffcore`. A sub-command is imported when it is named, so help and version import neither torch nor diffusers."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from diffcore import __version__
+
+COMMANDS = {
+    "train": "train a network: a recipe's name or a YAML file, then options",
+    "sample": "sample a run: images, arrays, or a labelled grid",
+    "plot": "draw schedules",
+    "info": "describe a run, or this machine",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; an error of the user's is one line on stderr and exit status 2, or 1 once the work had begun."""
+    parser = argparse.ArgumentParser(prog="diffcore", description="Diffusion models whose numbers are right.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"diffcore {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)
+    args, rest = parser.parse_known_args(argv)
+    try:
+        import_module(f"diffcore.commands.{args.command}").main(rest)
+    except (ValueError, TypeError, OSError) as error:
+        if os.environ.get("DIFFCORE_TRACEBACK"):
+            raise
+        print(f"diffcore {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"diffcore {args.command}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

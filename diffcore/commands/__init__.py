@@ -1,0 +1,1 @@
+"""The sub-commands of `diffcore`, one module each, imported when named."""

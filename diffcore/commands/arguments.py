@@ -1,0 +1,61 @@
+"""What the sub-commands' arguments share."""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from jsonargparse.typing import register_type
+
+from diffcore.spec import trust
+
+
+class Ints(tuple[int, ...]):
+    """Integers written as "0-9,12": single ones and inclusive ranges, in the order given."""
+
+    __slots__ = ()
+
+    @classmethod
+    def parse(cls, value: Any) -> "Ints":
+        """From text, an integer, or a list of them."""
+        if isinstance(value, int) and not isinstance(value, bool):
+            return cls((value,))
+        if isinstance(value, Iterable) and not isinstance(value, str):
+            return cls(number for item in value for number in cls.parse(item))
+        parts = [part.strip() for part in str(value).split(",")]
+        return cls(number for part in parts for number in _range(part))
+
+    def __str__(self) -> str:
+        return ",".join(str(number) for number in self)
+
+
+register_type(Ints, serializer=str, deserializer=Ints.parse)
+
+
+def normalized(argv: Sequence[str]) -> list[str]:
+    """The arguments with --per-label spelt --per_label, as the parser knows it."""
+    return [re.sub(r"^--[\w.-]+", lambda name: "--" + name.group()[2:].replace("-", "_"), word) for word in argv]
+
+
+def trusted(argv: Sequence[str]) -> list[str]:
+    """The arguments without --trust MODULE, which lets the others name classes of that module."""
+    rest, modules = [], []
+    words = iter(argv)
+    for word in words:
+        if word == "--trust" or word.startswith("--trust="):
+            modules.append(word.partition("=")[2] or next(words, ""))
+        else:
+            rest.append(word)
+    if not all(modules):
+        raise ValueError("--trust expects the name of a module whose classes the configuration may name")
+    trust(*modules)
+    return rest
+
+
+def _range(text: str) -> range:
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a number or a range such as 0-9")
+    first, last = int(match[1]), int(match[2] or match[1])
+    if last < first:
+        raise ValueError(f"the range {text} runs backwards")
+    return range(first, last + 1)

@@ -1,0 +1,168 @@
+"""`diffcore sample`: images of a run, by label and seed."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from diffcore import images
+from diffcore.commands.arguments import Ints, normalized, trusted
+from diffcore.guidance import CFG, Guidance
+from diffcore.process import Process
+from diffcore.run import Run
+from diffcore.samplers import DDIM, Sampler
+from diffcore.sampling import Samples, sample
+from diffcore.schedules import Grid, Level, Trailing
+from diffcore.spec import Parser
+from diffcore.weights import write_weights
+
+DEFAULTS = ("sampler", "grid", "sample_steps", "guidance")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to sample and where to put it.
+
+    Args:
+        labels: class labels, such as 0-9; none samples without a condition.
+        per_label: samples of each label.
+        seeds: one a sample, such as 0-79; label after label. 0, 1, 2 ... by default.
+        sampler: the integrator.
+        grid: which levels it visits.
+        steps: how many steps it takes.
+        guidance: how the condition is strengthened.
+        batch_size: rows of a network call; other sizes agree to rounding.
+        out: a picture (.png) of all samples, a folder for one picture a seed, or arrays (.safetensors).
+        threads: of the processor, 0 for torch's own choice; the last bits depend on it.
+        device: auto, cpu, cuda, ...
+        print_knots: whether to print each knot rather than the ends alone.
+    """
+
+    labels: Ints = field(default_factory=Ints)
+    per_label: int = 1
+    seeds: Ints = field(default_factory=Ints)
+    sampler: Sampler = field(default_factory=DDIM)
+    grid: Grid = field(default_factory=Trailing)
+    steps: int = 25
+    guidance: Guidance = field(default_factory=CFG)
+    batch_size: int = 64
+    out: Path = Path("samples.png")
+    threads: int = 0
+    device: str = "auto"
+    print_knots: bool = False
+
+    def __post_init__(self) -> None:
+        if self.per_label < 1:
+            raise ValueError(f"per_label is {self.per_label}, expected at least 1")
+        expected = len(self.labels) * self.per_label
+        if self.labels and self.seeds and len(self.seeds) != expected:
+            raise ValueError(f"seeds are {len(self.seeds)}, expected {expected}: {len(self.labels)} labels x {self.per_label}")
+
+    @property
+    def condition(self) -> list[int] | None:
+        """The label of each sample."""
+        return [label for label in self.labels for _ in range(self.per_label)] or None
+
+    @property
+    def numbers(self) -> list[int]:
+        """The seed of each sample."""
+        return list(self.seeds) or list(range(len(self.condition or range(self.per_label))))
+
+
+def main(argv: Sequence[str]) -> None:
+    """Sample the run that the first argument names."""
+    parser = Parser(
+        prog="diffcore sample",
+        usage="diffcore sample RUN [--option value ...]",
+        description="Sample the run in folder RUN. Sampler, grid, steps and guidance are the run's unless told otherwise.",
+    )
+    parser.add_argument("run", type=str, metavar="RUN", help="the folder of a run")
+    parser.add_class_arguments(Request)
+    argv = trusted(normalized(argv))
+    folder = next((word for word in argv[:1] if not word.startswith("-")), None)
+    if folder is not None:
+        _default_to(parser, Run(Path(folder)))
+    settings = parser.parse_args(argv)
+    arguments = parser.instantiate(settings).as_dict()
+    _sample(Run(Path(arguments.pop("run"))), Request(**arguments))
+
+
+def _default_to(parser: Parser, run: Run) -> None:
+    """Make the run's own sampler, grid, steps and guidance the defaults."""
+    settings = run.settings()
+    chosen = {name: settings[name] for name in DEFAULTS if name in settings}
+    if "sample_steps" in chosen:
+        chosen["steps"] = chosen.pop("sample_steps")
+    parser.set_defaults(chosen)
+
+
+def _sample(run: Run, request: Request) -> None:
+    if request.threads:
+        torch.set_num_threads(request.threads)
+    denoiser = run.denoiser(_device(request.device))
+    _check_out(request.out, denoiser.process)
+    made = sample(
+        denoiser,
+        request.sampler,
+        request.grid,
+        request.steps,
+        seeds=request.numbers,
+        condition=request.condition,
+        guidance=request.guidance,
+        batch_size=request.batch_size,
+        progress=sys.stderr.isatty(),
+    )
+    _write(made, request, denoiser.process)
+    print(_knots(made.knots, request.print_knots))
+    print(
+        f"{len(made.x)} samples of {made.evaluations} network evaluations each "
+        f"({request.sampler}, {request.grid}, {request.steps} steps, {request.guidance}) -> {request.out}"
+    )
+
+
+def _write(made: Samples, request: Request, process: Process) -> None:
+    out = request.out
+    labels = torch.tensor(request.condition or [process.classes] * len(made.x))
+    if out.suffix == ".safetensors":
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_weights(out, {"x": made.x, "seed": torch.tensor(request.numbers), "label": labels}, {})
+    elif out.suffix == ".png":
+        rows = [str(label) for label in request.labels]
+        per_row = request.per_label if rows else min(len(made.x), 10)
+        names = rows or [""] * -(-len(made.x) // per_row)
+        images.save(images.grid(made.x, process, names, per_row), out)
+    else:
+        for seed, label, tile in zip(request.numbers, labels.tolist(), images.pixels(made.x, process), strict=True):
+            name = f"label-{label}-seed-{seed}.png" if request.labels else f"seed-{seed}.png"
+            images.save(images.image(tile), out / name)
+
+
+def _check_out(out: Path, process: Process) -> None:
+    """Refuse before sampling what could not be written after it."""
+    if out.suffix not in (".png", ".safetensors", ""):
+        raise ValueError(f"out is {out}, expected a .png, a .safetensors, or a folder")
+    if out.suffix != ".safetensors":
+        images.check(process)
+    if out.suffix and out.is_dir():
+        raise ValueError(f"out is {out}, which is a folder")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.accelerator.current_accelerator() or torch.device("cpu") if torch.accelerator.is_available() else torch.device("cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device is {name!r}, expected auto, cpu, cuda or another of torch's") from None
+
+
+def _knots(knots: tuple[Level, ...], every: bool) -> str:
+    """The knots as a table: λ, t, α, σ, σ/α."""
+    shown = knots if every else (knots[0], knots[-2], knots[-1])
+    lines = [f"{len(knots)} knots" + ("" if every else " (first, last noisy, last; all with --print-knots true)")]
+    lines.append(f"{'λ':>10} {'t':>8} {'α':>9} {'σ':>9} {'σ/α':>10}")
+    lines += [f"{k.logsnr:>10.4f} {k.t:>8.5f} {k.alpha:>9.6f} {k.sigma:>9.6f} {k.ratio:>10.5g}" for k in shown]
+    return "\n".join(lines)

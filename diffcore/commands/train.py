@@ -1,0 +1,57 @@
+"""`diffcore train`: a recipe or a YAML file, with any of its options overridden."""
+
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from jsonargparse import ActionConfigFile
+
+from diffcore.commands.arguments import normalized, trusted
+from diffcore.spec import Parser
+from diffcore.training.trainer import Trainer
+
+RECIPES = files("diffcore.recipes")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Train as the arguments say."""
+    parser = Parser(
+        prog="diffcore train",
+        usage="diffcore train [RECIPE | FILE.yaml] [--option value ...]",
+        description=f"Train a network. Recipes: {', '.join(recipes())}. Options override what the recipe or file says.",
+        epilog="--trust MODULE lets the configuration name classes of a module of yours, found from the current folder.",
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="a YAML file; options given besides it override it")
+    parser.add_class_arguments(Trainer, skip={"config"})
+    settings = parser.parse_args(_config_first(trusted(normalized(argv))))
+    config = parser.dump(settings)
+    trainer: Trainer = Trainer(**parser.instantiate(settings).as_dict() | {"config": config})
+    trainer.train()
+
+
+def recipes() -> list[str]:
+    """The names of the recipes that come with diffcore."""
+    return sorted(Path(path.name).stem for path in RECIPES.iterdir() if path.name.endswith(".yaml"))
+
+
+def _config_first(argv: list[str]) -> list[str]:
+    """The arguments with the recipe or file in front, so that options override it wherever they stand."""
+    if argv and not argv[0].startswith("-"):
+        return ["--config", _resolved(argv[0]), *argv[1:]]
+    for place, word in enumerate(argv):
+        if word == "--config":
+            return [*argv[place : place + 2], *argv[:place], *argv[place + 2 :]]
+        if word.startswith("--config="):
+            return [word, *argv[:place], *argv[place + 1 :]]
+    return argv
+
+
+def _resolved(name: str) -> str:
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        if not path.is_file():
+            raise ValueError(f"{name} does not exist: expected a YAML file or a recipe ({', '.join(recipes())})")
+        return name
+    if name not in recipes():
+        raise ValueError(f"there is no recipe {name!r}: expected a YAML file or one of {', '.join(recipes())}")
+    return str(RECIPES / f"{name}.yaml")

@@ -1,0 +1,1 @@
+"""Recipes: complete, commented runs, used by name (`diffcore train digits`)."""

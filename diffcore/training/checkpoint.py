@@ -1,0 +1,103 @@
+"""Checkpoints: safetensors and JSON only, atomic, and every file hashed.
+
+    checkpoints/step-00000400/  model.safetensors  ema.safetensors  training.safetensors  manifest.json
+
+A folder is written under a temporary name, flushed, and renamed, so one that has its name is complete. manifest.json holds
+the training state and the size and SHA-256 of each file; its own is beside them, so that no flipped bit passes unseen.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors.torch import load, save
+from torch import Tensor
+
+from diffcore.weights import Corrupt, flush, sync
+
+MANIFEST = "manifest.json"
+
+
+class Checkpoint(NamedTuple):
+    """What a checkpoint holds: tensors by file, and the plain state beside them."""
+
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+def write(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint folder that is complete once it has its name; one of that name is replaced."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    files = {}
+    for name, tensors in checkpoint.tensors.items():
+        data = save({key: value.contiguous() for key, value in tensors.items()})
+        flush(temporary / name, data)
+        files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    manifest = {"state": checkpoint.state, "files": files}
+    flush(temporary / MANIFEST, json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1).encode())
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    sync(folder.parent)
+
+
+def read(folder: Path) -> Checkpoint:
+    """The checkpoint in `folder`, every byte verified.
+
+    Raises:
+        Corrupt: a file is missing, truncated or changed; the message names it.
+    """
+    manifest = _manifest(folder)
+    return Checkpoint(
+        {name: _tensors(folder / name, expected) for name, expected in manifest["files"].items()}, manifest["state"]
+    )
+
+
+def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint in `folder` that is whole; each newer one that is not is named by `say` first."""
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            return read(path)
+        except Corrupt as error:
+            say(f"{error}; going back to the checkpoint before it")
+    return None
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints, and what an interrupted write left."""
+    for path in sorted(folder.glob("step-*"))[: -keep or None]:
+        shutil.rmtree(path)
+    for path in folder.glob(".step-*"):
+        shutil.rmtree(path)
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+        digest = manifest.pop("sha256")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise Corrupt(f"{path} cannot be read ({type(error).__name__})") from None
+    if digest != _digest(manifest):
+        raise Corrupt(f"{path} is not what was written (its SHA-256 differs)")
+    return manifest
+
+
+def _tensors(path: Path, expected: Mapping[str, Any]) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise Corrupt(f"{path} is missing")
+    data = path.read_bytes()
+    if len(data) != expected["bytes"]:
+        raise Corrupt(f"{path} is truncated or padded: {len(data)} bytes of {expected['bytes']}")
+    if hashlib.sha256(data).hexdigest() != expected["sha256"]:
+        raise Corrupt(f"{path} is not what was written (its SHA-256 differs)")
+    return load(data)
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

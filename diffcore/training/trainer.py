@@ -1,0 +1,396 @@
+"""The trainer: a run from its first step to its last, whatever interrupts it and however it is split."""
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from diffcore import images
+from diffcore.denoiser import Denoiser
+from diffcore.guidance import CFG, Guidance
+from diffcore.noise import Stream, derived
+from diffcore.objective import Objective, Place
+from diffcore.process import Process
+from diffcore.run import Network, Optimizer, Run
+from diffcore.samplers import DDIM, Sampler
+from diffcore.sampling import sample
+from diffcore.schedules import Grid, Trailing
+from diffcore.training import checkpoint
+from diffcore.training.checkpoint import Checkpoint
+from diffcore.training.data import Batch, Order, batches, size_of, split
+from diffcore.training.ema import EMA, Decay
+from diffcore.training.lr import LearningRate
+from diffcore.training.report import Metrics, NonFinite, Window, non_finite
+from diffcore.weights import write_weights
+
+
+@dataclass
+class Trainer:
+    """Trains a network on data; the folder holds the run, and `resume` continues it as if it had not stopped.
+
+    Data order, noise levels, noise, condition dropout and augmentation are functions of (seed, position), the learning
+    rate of the step: ranks, accumulation, workers and restarts change nothing but rounding.
+
+    Args:
+        network: the network's class and options; built with weights that are a function of the seed.
+        data: items x_0 or (x_0, label).
+        process: what the network is trained on.
+        optimizer: its class and options, the learning rate apart.
+        folder: of the run.
+        steps: optimizer steps.
+        objective: the loss.
+        lr: the learning rate's curve.
+        ema: decay of the averaged weights.
+        batch_size: samples of an optimizer step, over all ranks and accumulation.
+        accumulation: parts of the batch that a rank takes one after the other.
+        clip: largest norm of the gradient.
+        precision: no (float32), bf16 or fp16, by autocast.
+        seed: of the run, 64 bits.
+        workers: processes that read data; 0 reads in this one.
+        patience: non-finite steps in a row after which the run stops; each counts as a step of zero gradient.
+        log_every: steps between lines of metrics.jsonl.
+        sample_every: steps between pictures, 0 for none.
+        save_every: steps between checkpoints.
+        keep: checkpoints kept.
+        trackers: accelerate's trackers, such as tensorboard or wandb.
+        sampler: of the pictures, and of `diffcore sample` unless told otherwise.
+        grid: likewise.
+        sample_steps: likewise.
+        guidance: likewise.
+        resume: continue the run in the folder.
+        config: plain data written to config.yaml.
+    """
+
+    network: Network
+    data: Dataset  # type: ignore[type-arg]  # jsonargparse reads the bare class
+    process: Process
+    optimizer: Optimizer
+    folder: Path
+    steps: int
+    objective: Objective = field(default_factory=Objective)
+    lr: LearningRate = field(default_factory=LearningRate)
+    ema: Decay = field(default_factory=Decay)
+    batch_size: int = 128
+    accumulation: int = 1
+    clip: float = 1.0
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    seed: int = 0
+    workers: int = 0
+    patience: int = 10
+    log_every: int = 20
+    sample_every: int = 0
+    save_every: int = 1000
+    keep: int = 2
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    sampler: Sampler = field(default_factory=DDIM)
+    grid: Grid = field(default_factory=Trailing)
+    sample_steps: int = 25
+    guidance: Guidance = field(default_factory=CFG)
+    resume: bool = False
+    config: str = ""
+
+    def __post_init__(self) -> None:
+        positive = (
+            "steps",
+            "batch_size",
+            "accumulation",
+            "patience",
+            "log_every",
+            "save_every",
+            "keep",
+            "sample_steps",
+        )
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        for name in ("workers", "sample_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
+        if not self.clip > 0:
+            raise ValueError(f"clip is {self.clip}, expected a positive norm (.inf does not clip)")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}, expected within [0, 2^63)")
+        self.objective.check(self.process)
+        _check_data(self.data, self.process)
+        self.run = Run(Path(self.folder))
+        self.step = 0
+
+    def train(self) -> None:
+        """Train to `steps`, from the start or from the newest checkpoint."""
+        self._prepare()
+        self._begin()
+        stream = batches(self.data, self.order.steps(self.step, self.steps), self.workers)
+        with self._bar() as bar:
+            while self.step < self.steps:
+                losses, norm = self._optimize(islice(stream, self.accumulation))
+                self.step += 1
+                self.average.update(self.bare, self.step)
+                self.window.add(losses, norm)
+                bar.update(self.batch_size)
+                if self.step % self.log_every == 0:
+                    self._report(bar)
+                if self.sample_every and self.step % self.sample_every == 0:
+                    self._picture()
+                if self.step % self.save_every == 0 or self.step == self.steps:
+                    self._save()
+        self.accelerator.end_training()
+
+    def _optimize(self, parts: Iterator[Batch]) -> tuple[Tensor, Tensor]:
+        """One optimizer step: the losses of this rank's samples, and the gradient's norm before clipping."""
+        for group in self.optim.param_groups:
+            group["lr"] = self.lr(self.step, self.steps)
+        losses, norm = [], torch.zeros(())
+        for part, batch in enumerate(parts):
+            torch.manual_seed(self._model_seed(part))  # a network's own dropout
+            with self.accelerator.accumulate(self.model):
+                loss = self._losses(batch)
+                self.accelerator.backward(loss.mean())
+                if self.accelerator.sync_gradients:
+                    norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
+                    self._drop_non_finite()
+                self.optim.step()
+                self.optim.zero_grad()
+            losses.append(loss.detach())
+        return torch.cat(losses), norm
+
+    def _losses(self, batch: Batch) -> Tensor:
+        device = self.accelerator.device
+        draw = self.objective.draw(self.process, self._place(batch.place), device)
+        label = batch.label.to(device) if self.process.classes else None
+        return self.objective(self.denoiser, batch.x0.to(device, non_blocking=True), label, draw)
+
+    def _drop_non_finite(self) -> None:
+        """A gradient whose norm is not finite becomes zero as a whole, without asking the device.
+
+        Clipping has multiplied it by clip/norm, which left NaN (norm NaN), or zeros and NaN (norm inf).
+        """
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.nan_to_num_(0.0, 0.0, 0.0)
+
+    def _place(self, place: Tensor) -> Place:
+        return Place(self.seed, self.step, place, self.batch_size)
+
+    def _model_seed(self, part: int) -> int:
+        ranks = self.accelerator.num_processes * self.accumulation
+        return derived(self.seed, Stream.MODEL, 1 + (self.step * ranks + part) * ranks + self.accelerator.process_index)
+
+    # Beginning ---------------------------------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        """Build what trains, on this rank's device."""
+        self.accelerator = self._accelerator()
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        if self.batch_size % (world * self.accumulation):
+            raise ValueError(
+                f"batch_size is {self.batch_size}, expected a multiple of {world} processes x {self.accumulation} parts"
+            )
+        torch.manual_seed(derived(self.seed, Stream.MODEL, 0))
+        network = self.network()
+        self.model, self.optim = self.accelerator.prepare(network, self.optimizer(network.parameters()))
+        self.denoiser = Denoiser(self.model, self.process).train()
+        self.average = EMA(self.bare, self.ema)
+        self.order = Order(size_of(self.data), self.seed, self.batch_size, self.accumulation, rank, world)
+        self.window = Window(self.accumulation, self.accelerator.gather)
+        self.metrics = Metrics(self.run.metrics)
+
+    def _accelerator(self) -> Accelerator:
+        on_cpu = not torch.accelerator.is_available()
+        if on_cpu and self.precision == "fp16":
+            raise ValueError("precision is fp16, which a CPU does not do: use bf16 or no")
+        accelerator = Accelerator(
+            cpu=on_cpu,
+            mixed_precision=self.precision,
+            gradient_accumulation_steps=self.accumulation,
+            log_with=self.trackers or None,
+            project_config=ProjectConfiguration(str(self.run.folder), logging_dir=str(self.run.folder)),
+        )
+        if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
+            raise ValueError(
+                f"the launcher started {os.environ['WORLD_SIZE']} processes, but accelerate sees "
+                f"{accelerator.num_processes}: on a CPU launch with ACCELERATE_USE_CPU=true and --multi_gpu"
+            )
+        return accelerator
+
+    @property
+    def bare(self) -> nn.Module:
+        """The network itself, without what accelerate wrapped around it."""
+        return self.accelerator.unwrap_model(self.model)
+
+    @cached_property
+    def threads(self) -> dict[str, int]:
+        """What the last bits of a run depend on."""
+        return {"processes": self.accelerator.num_processes, "threads": torch.get_num_threads()}
+
+    def _begin(self) -> None:
+        """Start the folder, or load its newest whole checkpoint."""
+        if self.resume:
+            self._load()
+        elif self.run.config.exists() or self.run.checkpoints.exists():
+            raise ValueError(
+                f"{self.run.folder} holds a run already: continue it with --resume true, or name another folder"
+            )
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self.run.checkpoints.mkdir(parents=True, exist_ok=True)
+            if not self.resume:
+                self.process.save(self.run.process)
+                self.run.config.write_text(self.config)
+            self.metrics.rewind(self.step)
+        self.accelerator.wait_for_everyone()
+        if self.trackers:
+            self.accelerator.init_trackers("tensorboard")
+
+    def _say(self, text: str) -> None:
+        self.accelerator.print(f"diffcore: {text}", file=sys.stderr)
+
+    # Checkpoints -------------------------------------------------------------------------------------------------
+
+    _options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+    def _save(self) -> None:
+        """Write a checkpoint and the averaged weights; every rank gathers, the first writes."""
+        window = self.window.gathered()
+        model, optimizer = get_state_dict(self.bare, self.optim.optimizer, options=self._options)
+        if self.accelerator.is_main_process:
+            tensors = {f"{n}.{k}": torch.as_tensor(v) for n, s in optimizer["state"].items() for k, v in s.items()}
+            files = {"model.safetensors": model, "ema.safetensors": self.average.shadow}
+            files["training.safetensors"] = {**tensors, "window": window}
+            state = {"step": self.step, "groups": optimizer["param_groups"], **self.threads}
+            checkpoint.write(self.run.checkpoints / f"step-{self.step:08d}", Checkpoint(files, state))
+            checkpoint.prune(self.run.checkpoints, self.keep)
+            write_weights(self.run.weights, self.average.shadow, {"step": str(self.step)})
+        self.accelerator.wait_for_everyone()
+
+    def _load(self) -> None:
+        loaded = checkpoint.newest(self.run.checkpoints, self._say)
+        if loaded is None:
+            raise ValueError(
+                f"{self.run.checkpoints} has no whole checkpoint to resume from: start anew in another folder"
+            )
+        tensors, state = loaded
+        if state["step"] > self.steps:
+            raise ValueError(f"steps is {self.steps}, but the run has taken {state['step']}: ask for at least as many")
+        changed = {name: (state[name], now) for name, now in self.threads.items() if state[name] != now}
+        if changed:
+            self._say(f"the run continues with other {changed}: equal to rounding, not bit for bit")
+        training = tensors["training.safetensors"]
+        self.window.restore(training.pop("window"))
+        optimizer: dict[str, Any] = {"state": _by_parameter(training), "param_groups": state["groups"]}
+        set_state_dict(
+            self.bare,
+            self.optim.optimizer,
+            model_state_dict=tensors["model.safetensors"],
+            optim_state_dict=optimizer,
+            options=self._options,
+        )
+        for name, value in tensors["ema.safetensors"].items():
+            self.average.shadow[name].copy_(value)
+        self.step = state["step"]
+        self._say(f"resumed at step {self.step}")
+
+    # Reports -----------------------------------------------------------------------------------------------------
+
+    def _bar(self) -> Any:
+        total, done = self.steps * self.batch_size, self.step * self.batch_size
+        hidden = not self.accelerator.is_main_process
+        return tqdm(total=total, initial=done, unit="img", unit_scale=True, disable=hidden, mininterval=0.5)
+
+    def _report(self, bar: Any) -> None:
+        """Write the window's metrics, and stop a run that is not finite any more."""
+        table = self.window.gathered()
+        self.window.restore(None)
+        losses = table[:, 1:].double()
+        bad = non_finite(table, self.step - len(table))
+        values = {"step": self.step, "loss": float(losses.mean()), "grad_norm": float(table[:, 0].double().mean())}
+        values.update(lr=self.lr(self.step - 1, self.steps), skipped=len(bad))
+        rate = bar.format_dict["rate"] or 0.0
+        bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+        self.accelerator.log({**values, "images_per_second": rate}, step=self.step)
+        if self.accelerator.is_main_process:
+            self.metrics.write(values)
+        self._check_finite(bad)
+
+    def _check_finite(self, bad: list[NonFinite]) -> None:
+        steps = {found.step for found in bad}
+        run = 0
+        for step in range(self.step - self.log_every, self.step):
+            self.skipped = self.skipped + 1 if step in steps else 0
+            run = max(run, self.skipped)
+        if bad:
+            self._say(
+                f"{len(bad)} of the last steps were not finite and changed nothing; the first was {self._describe(bad[0])}"
+            )
+        if run >= self.patience:
+            raise ValueError(
+                f"{run} steps in a row were not finite (patience is {self.patience}): {self._describe(bad[0])}; "
+                f"check the data, lower lr.peak, or use precision no"
+            )
+
+    skipped: int = field(default=0, init=False)
+
+    def _describe(self, found: NonFinite) -> str:
+        place = Place(self.seed, found.step, torch.tensor([found.place]), self.batch_size)
+        logsnr = float(self.process.schedule.logsnr(self.process.schedule.drawn(self.objective.times(place))))
+        index = self.order.index(int(place.position))
+        return f"step {found.step}, sample {index} of the data at λ = {logsnr:.3f}, loss {found.loss}"
+
+    def _picture(self) -> None:
+        """A grid of samples of the averaged network, four a class, drawn by the first rank alone."""
+        if self.accelerator.is_main_process and len(self.process.shape) == 3:
+            classes = range(self.process.classes or 4)
+            labels = [label for label in classes for _ in range(4)]
+            with self.average.applied(self.bare):
+                made = sample(
+                    Denoiser(self.bare, self.process),
+                    self.sampler,
+                    self.grid,
+                    self.sample_steps,
+                    seeds=range(len(labels)),
+                    condition=labels if self.process.classes else None,
+                    guidance=self.guidance,
+                    batch_size=len(labels),
+                )
+            names = [str(label) if self.process.classes else "" for label in classes]
+            images.save(images.grid(made.x, self.process, names, 4), self.run.samples / f"step-{self.step:08d}.png")
+
+
+def _by_parameter(flat: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Optimizer state by parameter name, from "parameter.key" names."""
+    state: dict[str, dict[str, Tensor]] = {}
+    for name, value in flat.items():
+        parameter, key = name.rsplit(".", 1)
+        state.setdefault(parameter, {})[key] = value
+    return state
+
+
+def _check_data(data: Dataset[Any], process: Process) -> None:
+    """Raise where the first item does not fit the process."""
+    size_of(data)
+    x0, label = split(data[0])
+    if not isinstance(x0, Tensor) or not x0.is_floating_point() or tuple(x0.shape) != process.shape:
+        found = f"{x0.dtype} of shape {tuple(x0.shape)}" if isinstance(x0, Tensor) else type(x0).__name__
+        raise ValueError(
+            f"an item of the data is {found}, expected a float tensor of the process's shape {process.shape}"
+        )
+    if x0.min() < process.low - 1e-6 or x0.max() > process.high + 1e-6:
+        raise ValueError(
+            f"an item of the data lies in [{float(x0.min()):g}, {float(x0.max()):g}], expected within the process's range "
+            f"[{process.low:g}, {process.high:g}]"
+        )
+    if process.classes and not 0 <= label < process.classes:
+        raise ValueError(
+            f"an item of the data has label {label}, expected 0 .. {process.classes - 1} (process.classes)"
+        )

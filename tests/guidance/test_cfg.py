@@ -1,0 +1,125 @@
+"""Classifier-free guidance: its formula, its two ends, and exact moments on Gaussians."""
+
+import math
+
+import pytest
+import torch
+
+from diffcore.denoiser import Denoiser
+from diffcore.guidance import CFG
+from diffcore.noise import Noise
+from diffcore.prediction import Prediction
+from diffcore.samplers import DDIM, AlphaBlending
+from diffcore.sampling import guided, run
+from diffcore.schedules import Cosine, Explicit, Flow, Trailing
+from tests.oracles import KINDS, SCALINGS, ExactNetwork, gaussian, mixture, process
+
+NOISE = Noise(torch.arange(6), (2,), dtype=torch.float64)
+X, LABELS, NULL = 2 * NOISE.start(), torch.tensor([0, 1, 1, 0, 1, 0]), torch.full((6,), 2)
+
+
+@pytest.mark.parametrize("w", (0.0, 0.5, 1.5, 7.5))
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_guided_is_the_reference_plus_w_times_the_difference_in_x0_and_eps(scaling, w):
+    oracle = mixture(process(Cosine(scaling=scaling)))
+    level = oracle.process.schedule.at(-0.5)
+    answer, memory, evaluations = guided(oracle, CFG(w), X, level, LABELS, "kept")
+    conditional, reference = oracle(X, level, LABELS), oracle(X, level)
+    for i in range(2):
+        expected = reference[i] + w * (conditional[i] - reference[i])
+        torch.testing.assert_close(answer[i], expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(level.alpha * answer.x0 + level.sigma * answer.eps, X, rtol=1e-11, atol=1e-11)
+    assert (memory, evaluations) == ("kept", 2)
+
+
+def test_combine_tells_the_conditional_from_the_reference():
+    one, two = (Prediction(torch.tensor([a]), torch.tensor([b])) for a, b in ((3.0, 5.0), (1.0, 2.0)))
+    answer, memory = CFG(2.0).combine(one, two, torch.zeros(1), Cosine().at(0.0), None)
+    assert (answer.x0.item(), answer.eps.item(), memory) == (5.0, 8.0, None)
+
+
+@pytest.mark.parametrize("condition", (LABELS, None))
+def test_w_1_is_the_conditional_model_bit_for_bit_at_one_evaluation(condition):
+    oracle = mixture()
+    network = ExactNetwork(oracle, oracle.process)
+    denoiser, level = Denoiser(network, oracle.process), oracle.process.schedule.at(0.3)
+    answer, _, evaluations = guided(denoiser, CFG(1.0), X, level, condition, None)
+    assert evaluations == len(network.calls) == 1
+    assert len(network.calls[0][0]) == len(X)
+    assert all(torch.equal(a, b) for a, b in zip(answer, denoiser(X, level, condition), strict=True))
+
+
+def test_w_0_is_the_reference_bit_for_bit():
+    oracle = mixture()
+    level = oracle.process.schedule.at(0.3)
+    answer, _, _ = guided(oracle, CFG(0.0), X, level, LABELS, None)
+    assert all(torch.equal(a, b) for a, b in zip(answer, oracle(X, level, NULL), strict=True))
+
+
+def test_the_pair_is_one_forward_of_the_conditional_rows_then_the_null_rows():
+    oracle = mixture()
+    network = ExactNetwork(oracle, oracle.process)
+    guided(Denoiser(network, oracle.process), CFG(3.0), X, oracle.process.schedule.at(0.0), LABELS, None)
+    ((x, _, labels),) = network.calls
+    assert torch.equal(x, torch.cat((X, X)))
+    assert torch.equal(labels, torch.cat((LABELS, NULL)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_guidance_is_the_same_whatever_the_network_outputs(kind):
+    """The rule is affine and the conversions are, so guiding raw outputs would give it too."""
+    record = process(prediction=kind)
+    oracle = mixture(record)
+    level = record.schedule.at(-1.0)
+    answer, _, _ = guided(Denoiser(ExactNetwork(oracle, record), record), CFG(3.0), X, level, LABELS, None)
+    expected, _, _ = guided(oracle, CFG(3.0), X, level, LABELS, None)
+    torch.testing.assert_close(answer.x0, expected.x0, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(answer.eps, expected.eps, rtol=1e-11, atol=1e-11)
+
+
+class Pair:
+    """p(x | any class) = N(0, 1), p(x) = N(0, 2)."""
+
+    process = process(Flow(), shape=(1,), classes=1)
+    conditional, reference = (gaussian([0.0], torch.tensor([[v]]), process) for v in (1.0, 2.0))
+
+    def __call__(self, x, level, condition):
+        null = (condition == 1)[:, None]
+        pairs = zip(self.reference(x, level), self.conditional(x, level), strict=True)
+        return Prediction(*(torch.where(null, a, b) for a, b in pairs))
+
+
+@pytest.mark.parametrize("w", (0.0, 0.5, 1.0, 2.0, 4.0))
+def test_cfg_on_two_gaussians_has_variance_2_to_the_1_minus_w(w):
+    """The guided flow is linear: it multiplies pure noise by √(2^(1-w)). Second order in 1/200: 1e-4."""
+    noise = Noise(torch.arange(3), (1,), dtype=torch.float64)
+    knots, labels = Trailing().knots(Flow(), 200), torch.zeros(3, dtype=torch.int64)
+    x, evaluations = run(Pair(), AlphaBlending(2), noise.start(), knots, noise, CFG(w), labels)
+    torch.testing.assert_close((x / noise.start()) ** 2, torch.full_like(x, 2 ** (1 - w)), rtol=2e-4, atol=0)
+    assert evaluations == 400 * (1 if w == 1 else 2)
+
+
+@pytest.mark.parametrize("w", (1.0, 2.0, 4.0))
+def test_cfg_with_fresh_noise_has_the_variance_of_the_guided_sde(w):
+    """(2 - 2^(2-2w)) / (2w-1) (1 at w = 1), from the recursion of variances of DDIM(1): x_s = A x + B z on 400 steps."""
+    n = 400
+    knots = Explicit(tuple(-12 + 24 * i / n for i in range(n + 1))).knots(Flow(), n)
+    labels, variance = torch.zeros(2, dtype=torch.int64), knots[0].sigma ** 2 + knots[0].alpha ** 2
+
+    class Given:
+        def step(self, index):
+            return torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+
+    x = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
+    for t, s in zip(knots, knots[1:], strict=False):
+        state = DDIM(1.0).start(x, (t, s), Given())
+        prediction, _, _ = guided(Pair(), CFG(w), x, t, labels, None)
+        A, B = DDIM(1.0).advance(state, prediction, Given()).x.flatten().tolist()
+        variance = A**2 * variance + B**2
+    assert variance == pytest.approx((2 - 2 ** (2 - 2 * w)) / (2 * w - 1), rel=0.03)  # first order
+
+
+@pytest.mark.parametrize("w", (-0.5, math.nan, math.inf, -math.inf))
+def test_scales_below_0_and_scales_that_are_no_numbers_are_refused(w):
+    with pytest.raises(ValueError, match="scale is"):
+        CFG(w)

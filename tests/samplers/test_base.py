@@ -1,0 +1,174 @@
+"""What holds for every sampler: states are values, runs do not see each other, nothing in the loop waits for a device."""
+
+import copy
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+
+from diffcore.denoiser import Denoiser
+from diffcore.guidance import CFG
+from diffcore.noise import Noise
+from diffcore.samplers import DDIM, AlphaBlending
+from diffcore.sampling import run
+from diffcore.schedules import Cosine, Discrete, Explicit, Flow, Karras, Trailing
+from tests.oracles import SCALINGS, PointMass, mixture, process
+from tests.samplers.test_orders import ORDERS
+
+SAMPLERS = [*ORDERS, DDIM(0.5), DDIM(1.0)]
+FIRST_ORDER = [sampler for sampler in SAMPLERS if sampler.order == 1]
+ORACLE = mixture()
+KNOTS = Trailing().knots(ORACLE.process.schedule, 6)
+
+
+def noise_of(first, rows=4):
+    return Noise(torch.arange(first, first + rows), (2,), dtype=torch.float64)
+
+
+NOISE = noise_of(0)
+
+
+def states(sampler, state, noise):
+    """The state and all that follow it."""
+    yield state
+    while not state.done:
+        state = sampler.advance(state, ORACLE(state.x, state.level), noise)
+        yield state
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+def test_a_state_can_be_kept_copied_and_continued_bit_for_bit(sampler):
+    kept = list(states(sampler, sampler.start(NOISE.start(), KNOTS, NOISE), NOISE))
+    frozen = [copy.deepcopy(state) for state in kept]  # what each is when it appears
+    assert len(kept) == sampler.evaluations(KNOTS) + 1
+    for state, was in zip(kept, frozen, strict=True):
+        for begin in (state, was):
+            *_, last = states(sampler, begin, noise_of(0))
+            assert torch.equal(last.x, kept[-1].x)
+    for state, was in zip(kept, frozen, strict=True):  # running on from it changed nothing
+        assert torch.equal(state.x, was.x)
+        assert (state.level, state.left, state.step) == (was.level, was.left, was.step)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+def test_advancing_writes_neither_to_the_state_nor_to_the_prediction(sampler):
+    for state in states(sampler, sampler.start(NOISE.start(), KNOTS, NOISE), NOISE):
+        if not state.done:
+            prediction, x = ORACLE(state.x, state.level), state.x.clone()
+            before = [value.clone() for value in prediction]
+            sampler.advance(state, prediction, NOISE)
+            assert torch.equal(state.x, x)
+            assert all(torch.equal(a, b) for a, b in zip(prediction, before, strict=True))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+def test_samplers_and_states_refuse_assignment(sampler):
+    state = sampler.start(NOISE.start(), KNOTS, NOISE)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        state.x = NOISE.start()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        sampler.last = 1
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+def test_a_state_stands_at_a_knot_whenever_it_has_passed_one(sampler):
+    visited = {state.step: state.level for state in states(sampler, sampler.start(NOISE.start(), KNOTS, NOISE), NOISE)
+               if state.memory is None}  # fmt: skip
+    assert visited == dict(enumerate(KNOTS))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+def test_c6_eight_threads_sharing_sampler_and_denoiser_equal_eight_serial_runs(sampler):
+    torch.manual_seed(0)
+    denoiser = Denoiser(Network(), ORACLE.process)
+    labels = torch.tensor([0, 1, 1, 0])
+
+    def one(i):
+        noise = noise_of(100 * i)
+        with torch.no_grad():  # a flag of each thread
+            return run(denoiser, sampler, noise.start(), Trailing().knots(Cosine(), 20 + i), noise, CFG(2.0), labels)[0]
+
+    serial = [one(i) for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        threaded = list(pool.map(one, range(8)))
+    assert all(torch.equal(a, b) for a, b in zip(serial, threaded, strict=True))
+    assert not torch.equal(serial[0], serial[1])
+
+
+class Network(nn.Module):
+    """A small conditional network in float64."""
+
+    def __init__(self):
+        super().__init__()
+        self.classes = nn.Embedding(3, 2, dtype=torch.float64)
+        self.layers = nn.Sequential(nn.Linear(3, 16), nn.SiLU(), nn.Linear(16, 2)).double()
+
+    def forward(self, x, time, class_labels):
+        return self.layers(torch.cat((x + self.classes(class_labels), time[:, None] / 1000), 1))
+
+
+class Peeking(DDIM):
+    """Not of the library: decides from the sample."""
+
+    def advance(self, state, prediction, noise):
+        return super().advance(state, prediction, noise) if state.x.sum() > 0 else state.reached(state.x)
+
+
+def run_without_data(sampler):
+    """On the device `meta`, whose tensors have shapes and no data: reading one, or branching on it, is an error."""
+    noise = Noise(torch.arange(4), (2,), torch.device("meta"), torch.float64)
+    labels = torch.zeros(4, dtype=torch.int64, device="meta")
+    return run(Denoiser(Network(), ORACLE.process).to("meta"), sampler, noise.start(), KNOTS, noise, CFG(2.0), labels)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+def test_c7_the_loop_never_reads_the_sample(sampler):
+    x, evaluations = run_without_data(sampler)
+    assert x.is_meta
+    assert evaluations == 2 * sampler.evaluations(KNOTS)
+
+
+def test_c7_a_loop_that_reads_the_sample_is_caught():
+    with pytest.raises(RuntimeError, match="meta"):
+        run_without_data(Peeking())
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("sampler", FIRST_ORDER, ids=str)
+def test_the_clean_step_of_a_first_order_sampler_is_x0_bit_for_bit(sampler, scaling):
+    knots = Explicit((-2.0, 3.0, float("inf"))).knots(Cosine(scaling=scaling), 2)
+    *_, asked, last = states(sampler, sampler.start(NOISE.start(), knots, NOISE), NOISE)
+    assert torch.equal(last.x, ORACLE(asked.x, asked.level).x0)
+
+
+@pytest.mark.parametrize("schedule", (Cosine(), Cosine(scaling="ve"), Flow(), Discrete()), ids=str)
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+def test_c1_no_noise_is_left_on_a_point_mass(sampler, schedule):
+    """The first-order step gives the point itself; others sum terms of size |x| ≤ 300 that cancel, to rounding."""
+    truth = PointMass(torch.tensor([0.7, -1.3], dtype=torch.float64), process(schedule))
+    knots = Karras(sigma_max=80.0).knots(schedule, 10)
+    x, _ = run(truth, sampler, knots[0].sigma * NOISE.start(), knots, NOISE)
+    torch.testing.assert_close(x, truth.point.expand(4, 2), rtol=0, atol=0 if sampler.order == 1 else 1e-13)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+def test_one_step_from_pure_noise_to_data(sampler):
+    """First order: E[x_0]. The midpoint rule: x - (ε - x_0) asked half-way, from E[x_0] and x in equal parts."""
+    knots = Trailing().knots(Flow(), 1)
+    oracle, x = mixture(process(Flow())), NOISE.start()
+    mean = oracle(x, knots[0]).x0
+    half = oracle((x + mean) / 2, Flow().level(0.5))
+    expected = mean if sampler.order == 1 else x - (half.eps - half.x0)
+    torch.testing.assert_close(run(oracle, sampler, x, knots, NOISE)[0], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("logsnrs", ((-3.0, 0.0, 2.0), (4.0, 1.0, -3.0)), ids=("to data", "to noise"))
+@pytest.mark.parametrize("sampler", (DDIM(), AlphaBlending(1), AlphaBlending(2)), ids=str)
+def test_runs_may_start_and_end_at_any_level_and_never_ask_at_the_last(sampler, logsnrs):
+    knots = Explicit(logsnrs).knots(Cosine(), 2)
+    *asked, last = states(sampler, sampler.start(NOISE.start(), knots, NOISE), NOISE)
+    assert last.level == knots[-1]
+    assert all(state.level != knots[-1] for state in asked)
+    assert {knot.logsnr for knot in knots[:-1]} <= {state.level.logsnr for state in asked}

@@ -1,0 +1,152 @@
+"""DDIM against the formulas of its paper and of DDPM, exact Gaussian moments, and diffusers' scheduler."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from diffcore.noise import Noise
+from diffcore.prediction import Prediction, target
+from diffcore.samplers import DDIM, State
+from diffcore.sampling import run
+from diffcore.schedules import Cosine, Discrete, Explicit, Trailing
+from tests.oracles import SCALINGS, covariance, flow, gaussian, mixture, process
+
+NOISE = Noise(torch.arange(8), (2,), dtype=torch.float64)
+X0, EPS = (torch.linspace(a, b, 16, dtype=torch.float64).sin().view(8, 2) for a, b in ((1, 7), (2, 30)))
+PAIRS = ((-math.inf, -3.0), (-9.0, -2.0), (-1.0, 0.5), (2.0, 6.0), (3.0, math.inf))
+
+
+class Given:
+    """Noise that the test chose."""
+
+    def __init__(self, z):
+        self.z = z
+
+    def step(self, index):
+        return self.z
+
+
+def step(sampler, scaling, t, s):
+    """(α, σ) at both knots and x at the second, from x = α x_0 + σ ε at the first."""
+    t, s = (Cosine(scaling=scaling).at(logsnr) for logsnr in (t, s))
+    state = State(t.alpha * X0 + t.sigma * EPS, t, (s,), step=5)
+    return t, s, sampler.advance(state, Prediction(X0, EPS), NOISE)
+
+
+@pytest.mark.parametrize("eta", (0.0, 0.3, 1.0))
+@pytest.mark.parametrize(("t", "s"), PAIRS)
+def test_a_step_is_equation_12_and_16_of_the_paper(t, s, eta):
+    """2010.02502, whose α is ᾱ here: σ = η √((1-ᾱ_s)/(1-ᾱ_t)) √(1-ᾱ_t/ᾱ_s)."""
+    t, s, state = step(DDIM(eta), "vp", t, s)
+    bar_t, bar_s = t.alpha**2, s.alpha**2
+    sigma = eta * math.sqrt((1 - bar_s) / (1 - bar_t)) * math.sqrt(1 - bar_t / bar_s)
+    expected = math.sqrt(bar_s) * X0 + math.sqrt(1 - bar_s - sigma**2) * EPS + sigma * NOISE.step(5)
+    torch.testing.assert_close(state.x, expected, rtol=1e-11, atol=1e-11)
+    assert (state.level, state.left, state.step, state.done) == (s, (), 6, True)
+
+
+@pytest.mark.parametrize("scaling", ("ve", "flow"))
+@pytest.mark.parametrize("eta", (0.0, 0.3, 1.0))
+@pytest.mark.parametrize(("t", "s"), PAIRS[1:])
+def test_the_step_is_the_same_in_every_scaling(t, s, eta, scaling):
+    _, _, vp = step(DDIM(eta), "vp", t, s)
+    _, s, other = step(DDIM(eta), scaling, t, s)
+    torch.testing.assert_close(other.x / math.hypot(s.alpha, s.sigma), vp.x, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(("t", "s"), PAIRS[1:])
+def test_eta_1_samples_the_posterior_of_ddpm(t, s):
+    """2006.11239, eq. 7, with α = ᾱ_t/ᾱ_s and β = 1 - α of the step between the two knots."""
+    t, s, state = step(DDIM(1.0), "vp", t, s)
+    bar_t, bar_s = t.alpha**2, s.alpha**2
+    alpha, beta = bar_t / bar_s, 1 - bar_t / bar_s
+    x = t.alpha * X0 + t.sigma * EPS
+    mean = math.sqrt(bar_s) * beta / (1 - bar_t) * X0 + math.sqrt(alpha) * (1 - bar_s) / (1 - bar_t) * x
+    variance = (1 - bar_s) / (1 - bar_t) * beta
+    torch.testing.assert_close(state.x, mean + math.sqrt(variance) * NOISE.step(5), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("scaling", ("vp", "flow"))
+def test_from_pure_noise_eta_1_renoises_in_full(scaling):
+    _, s, state = step(DDIM(1.0), scaling, -math.inf, -2.0)
+    torch.testing.assert_close(state.x, s.alpha * X0 + s.sigma * NOISE.step(5), rtol=1e-12, atol=1e-12)
+
+
+def moments(oracle, sampler, knots):
+    """Mean and covariance of what the sampler makes of the exact marginal at the first knot.
+
+    On a Gaussian a step is affine, x_s = A x + b + B z: rows 0, e_1, e_2 of x and of z read off b, A and B.
+    """
+    mean, cov = oracle.means[0], oracle.axes[0] @ oracle.eigenvalues[0].diag() @ oracle.axes[0].T
+    unit, zero, first = torch.eye(2, dtype=torch.float64), torch.zeros(3, 2, dtype=torch.float64), knots[0]
+    x, z = torch.cat((zero[:1], unit, zero[:2])), torch.cat((zero, unit))
+    mean, cov = first.alpha * mean, first.alpha**2 * cov + first.sigma**2 * unit
+    for t, s in pairwise(knots):
+        rows = sampler.advance(State(x, t, (s,)), oracle(x, t), Given(z)).x
+        b, A, B = rows[0], (rows[1:3] - rows[0]).T, (rows[3:] - rows[0]).T
+        mean, cov = A @ mean + b, A @ cov @ A.T + B @ B.T
+    return mean, cov
+
+
+@pytest.mark.parametrize("eta", (0.0, 0.5, 1.0))
+def test_the_mean_is_exact_and_the_covariance_converges_at_order_1(eta):
+    """Weak order, exactly propagated (Monte Carlo cannot show a slope): λ uniform from -6 to 4, no clean knot."""
+    cov = covariance(0.8, 0.2, 0.7)
+    oracle = gaussian([1.0, -0.5], cov)
+    end, errors = oracle.process.schedule.at(4.0), []
+    exact = end.alpha**2 * cov + end.sigma**2 * torch.eye(2)
+    for n in (128, 256):
+        knots = Explicit(tuple(-6 + 10 * i / n for i in range(n + 1))).knots(oracle.process.schedule, n)
+        mean, covariance_there = moments(oracle, DDIM(eta), knots)
+        torch.testing.assert_close(mean, end.alpha * oracle.means[0], rtol=1e-12, atol=1e-12)
+        errors.append((covariance_there - exact).norm())
+    assert torch.log2(errors[0] / errors[1]) == pytest.approx(1, abs=0.15)
+    assert errors[1] < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("eta", (0.0, 0.7))
+@pytest.mark.parametrize("kind", ("epsilon", "v_prediction", "sample"))
+def test_steps_equal_diffusers_where_its_previous_timestep_is_right(kind, eta):
+    """Trailing with n = 10 of T = 1000: t - T//n is the next knot. Its table is float32: ᾱ to 5e-7 (hence 1e-5)."""
+    theirs = DDIMScheduler(
+        1000, 1e-4, 0.02, "linear", clip_sample=False, prediction_type=kind, timestep_spacing="trailing"
+    )
+    theirs.set_timesteps(10)
+    oracle = mixture(process(Discrete()))
+    knots = Trailing().knots(oracle.process.schedule, 10)
+    assert [round(1000 * knot.t) - 1 for knot in knots] == [*theirs.timesteps.tolist(), -1]
+    state, x = DDIM(eta).start(NOISE.start(), knots, NOISE), NOISE.start()
+    for t in theirs.timesteps:
+        output = target(kind, *oracle(x, state.level), state.level, 0.5)
+        x = theirs.step(output, t, x, eta=eta, variance_noise=NOISE.step(state.step)).prev_sample
+        state = DDIM(eta).advance(state, oracle(state.x, state.level), NOISE)
+        torch.testing.assert_close(state.x, x, rtol=1e-5, atol=1e-5)
+
+
+def test_eta_0_follows_the_flow_from_data_to_noise():
+    """Inversion: the same steps on rising noise. Their error is first order, so 0.02 at 500 steps and half at 1000."""
+    oracle = mixture()
+    schedule, x = oracle.process.schedule, oracle.sample(torch.arange(8))
+    exact = flow(oracle, x, schedule.at(6.0), schedule.at(-6.0))
+    errors = []
+    for n in (500, 1000):
+        knots = Explicit(tuple(6 - 12 * i / n for i in range(n + 1))).knots(schedule, n)
+        errors.append((run(oracle, DDIM(), x, knots, NOISE)[0] - exact).norm(dim=1).median())
+    assert errors[0] < 0.02
+    assert errors[0] / errors[1] == pytest.approx(2, abs=0.2)
+
+
+# BUG in samplers/ddim.py, _ratio: the last two divide by zero instead (ZeroDivisionError).
+@pytest.mark.parametrize("logsnrs", ((0.0, -1.0), (math.inf, 3.0), (0.0, -math.inf)))
+def test_fresh_noise_is_refused_on_the_way_to_noise(logsnrs):
+    with pytest.raises(ValueError, match="fall in noise"):
+        step(DDIM(0.5), "vp", *logsnrs)
+
+
+@pytest.mark.parametrize("eta", (-0.1, 1.1, math.nan))
+def test_eta_outside_0_to_1_is_refused(eta):
+    with pytest.raises(ValueError, match="eta is"):
+        DDIM(eta)

@@ -1,0 +1,111 @@
+"""Each closed-form schedule against its published formula and scipy's distribution of the same name."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from diffcore.schedules import Cosine, Flow, Laplace, Normal
+
+t = np.linspace(0.0005, 0.9995, 1000)
+FORMULAS = [  # λ(t) as published, and the distribution of λ
+    (Cosine(), 2 * np.log(1 / np.tan(np.pi * t / 2)), stats.hypsecant(scale=2)),
+    (Flow(), 2 * np.log((1 - t) / t), stats.logistic(scale=2)),
+    (Laplace(), -0.5 * np.sign(0.5 - t) * np.log(1 - 2 * abs(t - 0.5)), stats.laplace(0, 0.5)),
+    (Laplace(1.5, 2.5), 1.5 - 2.5 * np.sign(0.5 - t) * np.log(1 - 2 * abs(t - 0.5)), stats.laplace(1.5, 2.5)),
+    (Normal(), 2 * stats.norm.ppf(1 - t), stats.norm(0, 2)),
+    (Normal(2.4, 1.2), 2.4 + 1.2 * stats.norm.ppf(1 - t), stats.norm(2.4, 1.2)),
+]
+every_formula = pytest.mark.parametrize(("schedule", "logsnr", "law"), FORMULAS, ids=lambda v: repr(v)[:24])
+SYMMETRIC = pytest.mark.parametrize("schedule", [Cosine(), Flow(), Laplace(), Normal()], ids=repr)
+
+
+@every_formula
+def test_lambda_is_the_published_formula(schedule, logsnr, law):
+    np.testing.assert_allclose(schedule.logsnr(torch.from_numpy(t)), logsnr, rtol=1e-11, atol=1e-12)
+
+
+@every_formula
+def test_density_cdf_and_quantile_are_those_of_the_law(schedule, logsnr, law):
+    grid = np.linspace(-15, 15, 301)
+    np.testing.assert_allclose(schedule.density(torch.from_numpy(grid)), law.pdf(grid), rtol=1e-11)
+    np.testing.assert_allclose(schedule.cdf(torch.from_numpy(grid)), law.cdf(grid), rtol=0, atol=1e-14)
+    np.testing.assert_allclose(schedule.time(torch.from_numpy(grid)), law.sf(grid), rtol=1e-10)
+    np.testing.assert_allclose(schedule.quantile(torch.from_numpy(t)), law.ppf(t), rtol=1e-9, atol=1e-12)
+
+
+@every_formula
+def test_A4_drawn_levels_pass_a_kolmogorov_smirnov_test(schedule, logsnr, law):
+    u = torch.rand(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert stats.kstest(schedule.logsnr(schedule.drawn(u)).numpy(), law.cdf).pvalue > 0.01
+
+
+def test_A4_laplace_has_the_papers_median_and_mass():
+    """diffusers' "laplace" has median +0.88 and mass 0.186 here, ComfyUI's b is doubled."""
+    schedule = Laplace()
+    assert schedule.logsnr(0.5) == 0
+    assert schedule.cdf(0.5) - schedule.cdf(-0.5) == pytest.approx(1 - math.exp(-1), abs=1e-15)
+    drawn = schedule.logsnr(torch.rand(100_000, generator=torch.Generator().manual_seed(0)))
+    assert (drawn.abs() < 0.5).double().mean().item() == pytest.approx(0.632, abs=0.006)  # 4 standard errors
+    assert drawn.median().item() == pytest.approx(0, abs=0.0064)  # 4 standard errors: 4 b / √n
+
+
+@SYMMETRIC
+def test_both_tails_keep_their_digits(schedule):
+    tail = 2.0 ** -torch.arange(2, 50, dtype=torch.float64)  # 1 - tail is exact
+    torch.testing.assert_close(schedule.logsnr(1 - tail), -schedule.logsnr(tail), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "tail"),
+    [
+        (Cosine(), 2 * math.log(2 / math.pi * 1e300)),
+        (Flow(), 2 * math.log(1e300)),
+        (Laplace(), 0.5 * math.log(0.5e300)),
+        (Normal(), 2 * stats.norm.isf(1e-300)),
+    ],
+    ids=repr,
+)
+def test_the_clean_tail_is_finite_and_right_down_to_1e_300(schedule, tail):
+    assert schedule.logsnr(1e-300) == pytest.approx(tail, rel=1e-12)
+    assert schedule.time(tail) == pytest.approx(1e-300, rel=1e-10)
+
+
+def test_cosine_is_cos_and_sin_of_a_quarter_turn():
+    level = Cosine().level(torch.from_numpy(t))
+    np.testing.assert_allclose(level.alpha, np.cos(np.pi * t / 2), rtol=1e-12)
+    np.testing.assert_allclose(level.sigma, np.sin(np.pi * t / 2), rtol=1e-12)
+
+
+def test_flow_is_the_straight_line_in_its_own_scaling():
+    level = Flow().level(torch.from_numpy(t))
+    np.testing.assert_allclose(level.alpha, 1 - t, rtol=1e-12)
+    np.testing.assert_allclose(level.sigma, t, rtol=1e-12)
+    np.testing.assert_allclose(Flow(scaling="vp").level(torch.from_numpy(t)).blend, t, rtol=1e-12)
+
+
+def test_A5_edm_draws_log_sigma_from_n_of_minus_1_2_and_1_2():
+    level = Normal(2.4, 2.4, scaling="ve").level(torch.from_numpy(t))
+    np.testing.assert_allclose(level.sigma.log(), stats.norm(-1.2, 1.2).ppf(t), rtol=1e-10, atol=1e-12)
+
+
+def test_A5_sd3_draws_the_logit_of_time_from_a_normal():
+    m, s = 0.3, 0.8
+    level = Normal(-2 * m, 2 * s, scaling="flow").level(torch.from_numpy(t))
+    np.testing.assert_allclose((level.sigma / level.alpha).log(), stats.norm(m, s).ppf(t), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
+def test_widths_that_are_not_positive_are_refused(value):
+    with pytest.raises(ValueError, match=f"scale is {value}, expected a positive finite number"):
+        Laplace(scale=value)
+    with pytest.raises(ValueError, match=f"std is {value}, expected a positive finite number"):
+        Normal(std=value)
+
+
+@pytest.mark.parametrize("make", [Cosine, Flow, Laplace, Normal])
+def test_unknown_scaling_is_refused_when_built(make):
+    with pytest.raises(ValueError, match=r"scaling is 'edm', expected one of vp, ve, flow"):
+        make(scaling="edm")

@@ -1,0 +1,153 @@
+"""Shifted against the papers that shift, ZeroTerminalSNR against Algorithm 1 of Lin et al. in numpy."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+
+from diffcore.schedules import Cosine, Discrete, Flow, Laplace, Schedule, Shifted, ZeroTerminalSNR
+from diffcore.schedules.quantile import Quantile
+
+TABLES = [Discrete(), Discrete("scaled_linear", 1000, 0.00085, 0.012), Discrete("cosine", 50), Discrete(scaling="flow")]
+every_table = pytest.mark.parametrize("table", TABLES, ids=repr)
+t = torch.linspace(0.001, 0.999, 999, dtype=torch.float64)
+
+
+def index_times(steps: int) -> torch.Tensor:
+    return torch.arange(1, steps + 1, dtype=torch.float64) / steps
+
+
+def algorithm_1(logsnr: np.ndarray) -> np.ndarray:
+    """√ᾱ rescaled to zero terminal SNR: subtract the last, stretch to keep the first."""
+    root = np.sqrt(1 / (1 + np.exp(-logsnr)))
+    first, last = root[0].copy(), root[-1].copy()
+    return (root - last) * first / (first - last)
+
+
+@dataclass(frozen=True)
+class Straight(Quantile):
+    """λ from 9 at t = 0 to -4 at t = 1, uniformly: a continuous schedule with finite ends."""
+
+    def _logsnr(self, t: torch.Tensor) -> torch.Tensor:
+        return 9 - 13 * t
+
+    def _time(self, logsnr: torch.Tensor) -> torch.Tensor:
+        return ((9 - logsnr) / 13).clamp(0, 1)
+
+    def _density(self, logsnr: torch.Tensor) -> torch.Tensor:
+        return torch.where((logsnr <= 9) & (logsnr >= -4), 1 / 13, 0.0)
+
+
+@pytest.mark.parametrize("schedule", [Cosine(), Laplace(scaling="flow"), Discrete("cosine", 50)], ids=repr)
+def test_shifted_adds_to_lambda_and_moves_the_density_with_it(schedule):
+    shifted = Shifted(schedule, -1.7)
+    torch.testing.assert_close(shifted.logsnr(t), schedule.logsnr(t) - 1.7, rtol=0, atol=1e-14)
+    levels = torch.linspace(-9, 9, 37, dtype=torch.float64)
+    assert torch.equal(shifted.density(levels), schedule.density(levels + 1.7))
+    assert (shifted.scaling, shifted.steps) == (schedule.scaling, schedule.steps)
+
+
+def test_shifts_add_up():
+    twice, once = Shifted(Shifted(Cosine(), 0.5), -2.0), Shifted(Cosine(), -1.5)
+    torch.testing.assert_close(twice.logsnr(t), once.logsnr(t), rtol=0, atol=1e-14)
+
+
+def test_A4_chens_input_scale_b_is_the_shift_2_ln_b():
+    b = 0.4
+    gamma = torch.cos(math.pi * t / 2) ** 2
+    scaled = b * gamma.sqrt() / (b**2 * gamma + 1 - gamma).sqrt()  # b √γ x_0 + √(1-γ) ε, normalised
+    torch.testing.assert_close(Shifted(Cosine(), 2 * math.log(b)).level(t).alpha, scaled, rtol=1e-12, atol=0)
+
+
+def test_A4_sd3s_time_shift_s_is_the_shift_minus_2_ln_s():
+    s = 3.0
+    shifted = Shifted(Flow(), -2 * math.log(s)).level(t)
+    torch.testing.assert_close(shifted.sigma, s * t / (1 + (s - 1) * t), rtol=1e-12, atol=0)
+
+
+def test_A4_simple_diffusions_resolution_shift_keeps_the_snr_of_pooled_pixels():
+    """Averaging (d/d₀)² pixels divides the noise's variance by (d/d₀)²: at d, λ - 2 ln(d/d₀) looks like λ at d₀."""
+    d0, d = 64, 256
+    shifted = Shifted(Cosine(), 2 * math.log(d0 / d)).level(t)
+    torch.testing.assert_close(shifted.ratio / (d / d0), Cosine().level(t).ratio, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("shift", [math.inf, -math.inf, math.nan])
+def test_shifts_that_are_not_finite_are_refused(shift):
+    with pytest.raises(ValueError, match=f"shift is {shift}, expected a finite number"):
+        Shifted(Cosine(), shift)
+
+
+@every_table
+def test_zero_terminal_snr_is_algorithm_1(table):
+    times = index_times(table.steps)
+    root = algorithm_1(table.logsnr(times).numpy())
+    logsnr = ZeroTerminalSNR(table).logsnr(times).numpy()
+    assert logsnr[-1] == -math.inf
+    np.testing.assert_allclose(np.sqrt(1 / (1 + np.exp(-logsnr[:-1]))), root[:-1], rtol=1e-11)
+    np.testing.assert_allclose(logsnr[:-1], np.log(root[:-1] ** 2 / (1 - root[:-1] ** 2)), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(("table", "name"), [(Discrete(), "linear"), (Discrete(start=1e-3), "linear")], ids=str)
+def test_zero_terminal_snr_is_that_of_diffusers(table, name):
+    betas = torch.linspace(table.start, table.end, table.steps, dtype=torch.float64)
+    theirs = torch.cumprod(1 - rescale_zero_terminal_snr(betas), 0)
+    ours = ZeroTerminalSNR(table).level(index_times(table.steps)).alpha ** 2
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@every_table
+def test_zero_terminal_snr_leaves_levels_cleaner_than_index_0_as_they_are(table):
+    early = torch.linspace(0, 1 / table.steps, 11, dtype=torch.float64)
+    assert torch.equal(ZeroTerminalSNR(table).logsnr(early), table.logsnr(early))
+
+
+@every_table
+def test_zero_terminal_snr_keeps_scaling_and_table(table):
+    zero = ZeroTerminalSNR(table)
+    assert (zero.scaling, zero.steps) == (table.scaling, table.steps)
+    assert (zero.level(1.0).alpha, zero.level(1.0).sigma) == (0, 1)
+
+
+def test_zero_terminal_snr_treats_a_continuous_schedule_in_the_same_way():
+    times = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    zero = ZeroTerminalSNR(Straight())
+    root = algorithm_1((9 - 13 * times).numpy())
+    np.testing.assert_allclose(zero.level(times).alpha, root, rtol=1e-11, atol=1e-16)
+    torch.testing.assert_close(zero.time(zero.logsnr(times)), times, rtol=1e-10, atol=1e-12)
+    inside = zero.logsnr(times[1:-1])
+    slope = (zero.time(inside - 1e-5) - zero.time(inside + 1e-5)) / 2e-5
+    torch.testing.assert_close(zero.density(inside), slope, rtol=1e-6, atol=1e-10)
+
+
+@pytest.mark.parametrize("schedule", [Cosine(), Flow(), Shifted(Laplace(), 2.0)], ids=repr)
+def test_zero_terminal_snr_does_not_change_a_schedule_that_ends_in_noise(schedule):
+    zero = ZeroTerminalSNR(schedule)
+    torch.testing.assert_close(zero.logsnr(t), schedule.logsnr(t), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(zero.density(zero.logsnr(t)), schedule.density(schedule.logsnr(t)), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("shift", [-2.0, 1.0])
+def test_B2_the_order_of_transforms_is_the_order_of_the_arithmetic(shift):
+    times = index_times(1000)[:-1]
+    table = Discrete().logsnr(index_times(1000)).numpy()
+
+    def logsnr(root: np.ndarray) -> np.ndarray:
+        return np.log(root[:-1] ** 2 / (1 - root[:-1] ** 2))
+
+    shift_last = Shifted(ZeroTerminalSNR(Discrete()), shift)
+    shift_first = ZeroTerminalSNR(Shifted(Discrete(), shift))
+    np.testing.assert_allclose(shift_last.logsnr(times), logsnr(algorithm_1(table)) + shift, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(shift_first.logsnr(times), logsnr(algorithm_1(table + shift)), rtol=0, atol=1e-9)
+    for schedule in (shift_last, shift_first):
+        assert schedule.logsnr(1.0) == -math.inf
+
+
+def test_B2_a_transform_of_another_table_is_another_value():
+    """Nothing derived is cached beyond the value that it derives from."""
+    schedules: list[Schedule] = [ZeroTerminalSNR(Discrete()), ZeroTerminalSNR(Discrete(end=0.01)), Discrete(end=0.01)]
+    assert len({schedule.logsnr(0.5) for schedule in schedules}) == 3
+    assert schedules[0] != schedules[1]
