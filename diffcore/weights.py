@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -15,11 +16,12 @@ class Corrupt(ValueError):
     """A file that is not what was written."""
 
 
-def write_weights(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, str]) -> None:
-    """One safetensors file, atomic, that carries its own hash in its metadata."""
+def write_weights(path: Path, tensors: Mapping[str, Tensor], **facts: int | str) -> None:
+    """One safetensors file, whole or not there, whose metadata holds the facts and its own hash."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     contiguous = {name: value.contiguous() for name, value in tensors.items()}
-    metadata = {**state, "sha256": _digest(contiguous, state)}
+    # One metadata entry: safetensors writes several in no fixed order, and equal runs should give equal files.
+    metadata = {"diffcore": json.dumps({**facts, "sha256": _digest(contiguous, facts)})}
     flush(temporary, save(contiguous, metadata))
     temporary.rename(path)
     sync(path.parent)
@@ -33,19 +35,19 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     try:
         with safe_open(path, "pt") as file:
-            metadata = dict(file.metadata() or {})
+            facts = json.loads((file.metadata() or {})["diffcore"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
-    except (SafetensorError, OSError) as error:
-        raise Corrupt(f"{path} cannot be read ({error}): train on, or copy it again") from None
-    if metadata.pop("sha256", None) != _digest(tensors, metadata):
-        raise Corrupt(f"{path} is not what was written (its SHA-256 differs): train on, or copy it again")
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise Corrupt(f"{path} cannot be read ({error}): resume the run to write it again, or copy it again") from None
+    if facts.pop("sha256", None) != _digest(tensors, facts):
+        raise Corrupt(
+            f"{path} is not what was written (its SHA-256 differs): resume the run to write it again, or copy it again"
+        )
     return tensors
 
 
-def _digest(tensors: Mapping[str, Tensor], state: Mapping[str, str]) -> str:
-    return hashlib.sha256(
-        save(dict(sorted(tensors.items()))) + json.dumps(dict(state), sort_keys=True).encode()
-    ).hexdigest()
+def _digest(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(save(dict(tensors)) + json.dumps(dict(facts), sort_keys=True).encode()).hexdigest()
 
 
 def flush(path: Path, data: bytes) -> None:

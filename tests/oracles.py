@@ -1,4 +1,4 @@
-"""What the tests compare with: a closed-form target, its exact flow, and networks that output exactly what they should."""
+"""What the tests compare with: a closed-form target, its exact flow, and networks that output what they should."""
 
 from collections.abc import Sequence
 

@@ -181,9 +181,8 @@ def test_the_null_condition_is_the_label_after_the_last():
 
 def test_a_diffusers_unet_works_class_conditionally():
     torch.manual_seed(0)
-    channels, blocks = (8, 8), ("DownBlock2D", "DownBlock2D")
-    network = UNet2DModel(8, 1, 1, block_out_channels=channels, down_block_types=blocks, norm_num_groups=4,
-                          up_block_types=("UpBlock2D", "UpBlock2D"), layers_per_block=1, num_class_embeds=3).eval()  # fmt: skip
+    down, up = ("DownBlock2D",) * 2, ("UpBlock2D",) * 2
+    network = UNet2DModel(8, 1, 1, False, "positional", 0, True, down, None, up, (8, 8), 1, norm_num_groups=4, num_class_embeds=3).eval()
     record = process(shape=(1, 8, 8))
     denoiser, level, x = Denoiser(network, record), record.schedule.level(0.4), torch.randn(3, 1, 8, 8)
     with torch.no_grad():

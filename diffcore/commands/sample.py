@@ -128,7 +128,7 @@ def _write(made: Samples, request: Request, process: Process) -> None:
     labels = torch.tensor(request.condition or [process.classes] * len(made.x))
     if out.suffix == ".safetensors":
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_weights(out, {"x": made.x, "seed": torch.tensor(request.numbers), "label": labels}, {})
+        write_weights(out, {"x": made.x, "seed": torch.tensor(request.numbers), "label": labels})
     elif out.suffix == ".png":
         rows = [str(label) for label in request.labels]
         per_row = request.per_label if rows else min(len(made.x), 10)

@@ -271,7 +271,7 @@ class Trainer:
             state = {"step": self.step, "groups": optimizer["param_groups"], **self.threads}
             checkpoint.write(self.run.checkpoints / f"step-{self.step:08d}", Checkpoint(files, state))
             checkpoint.prune(self.run.checkpoints, self.keep)
-            write_weights(self.run.weights, self.average.shadow, {"step": str(self.step)})
+            write_weights(self.run.weights, self.average.shadow, step=self.step)
         self.accelerator.wait_for_everyone()
 
     def _load(self) -> None:

@@ -1,4 +1,4 @@
-"""What holds for every sampler: states are values, runs do not see each other, nothing in the loop waits for a device."""
+"""What holds for every sampler: states are values, runs do not see each other, nothing in the loop reads the device."""
 
 import copy
 import dataclasses

@@ -14,11 +14,10 @@ from tests.oracles import SCALINGS, TO_NOISE, flow, mixture, process
 NOISE = Noise(torch.arange(32), (2,), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("scaling", SCALINGS)
-@pytest.mark.parametrize("grid", (Karras(), Trailing()), ids=str)
+@pytest.mark.parametrize(
+    ("grid", "scaling"), [*((Karras(), scaling) for scaling in SCALINGS), (Trailing(), "vp"), (Trailing(), "flow")]
+)
 def test_order_1_is_ddim_bit_for_bit(grid, scaling):
-    if scaling == "ve" and grid == Trailing():
-        pytest.skip("ve has no level at α = 0")
     oracle = mixture(process(Cosine(scaling=scaling)))
     knots = grid.knots(oracle.process.schedule, 12)
     x = knots[0].sigma * NOISE.start()
@@ -72,7 +71,7 @@ def test_order_2_runs_towards_noise_as_well():
     x = oracle.sample(torch.arange(32))
     exact = flow(oracle, x, down[-1], down[0])
     result, _ = run(oracle, AlphaBlending(2), x, tuple(reversed(down)), NOISE)
-    assert (result - exact).norm(dim=1).median() < 1e-3  # second order: 1e-3 at 200 steps, first order is at 0.05
+    assert (result - exact).norm(dim=1).median() < 2e-5  # 6e-6; the first-order step errs by 7e-3
 
 
 @pytest.mark.parametrize("order", (0, 3))

@@ -12,7 +12,7 @@ from diffcore.prediction import Prediction, target
 from diffcore.samplers import DDIM, State
 from diffcore.sampling import run
 from diffcore.schedules import Cosine, Discrete, Explicit, Trailing
-from tests.oracles import SCALINGS, covariance, flow, gaussian, mixture, process
+from tests.oracles import covariance, flow, gaussian, mixture, process
 
 NOISE = Noise(torch.arange(8), (2,), dtype=torch.float64)
 X0, EPS = (torch.linspace(a, b, 16, dtype=torch.float64).sin().view(8, 2) for a, b in ((1, 7), (2, 30)))
@@ -127,7 +127,7 @@ def test_steps_equal_diffusers_where_its_previous_timestep_is_right(kind, eta):
 
 
 def test_eta_0_follows_the_flow_from_data_to_noise():
-    """Inversion: the same steps on rising noise. Their error is first order, so 0.02 at 500 steps and half at 1000."""
+    """Inversion: the same steps on rising noise. Their error is first order, 0.0045 at 500 steps and half at 1000."""
     oracle = mixture()
     schedule, x = oracle.process.schedule, oracle.sample(torch.arange(8))
     exact = flow(oracle, x, schedule.at(6.0), schedule.at(-6.0))
@@ -135,7 +135,7 @@ def test_eta_0_follows_the_flow_from_data_to_noise():
     for n in (500, 1000):
         knots = Explicit(tuple(6 - 12 * i / n for i in range(n + 1))).knots(schedule, n)
         errors.append((run(oracle, DDIM(), x, knots, NOISE)[0] - exact).norm(dim=1).median())
-    assert errors[0] < 0.02
+    assert errors[0] < 0.01
     assert errors[0] / errors[1] == pytest.approx(2, abs=0.2)
 
 

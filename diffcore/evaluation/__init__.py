@@ -1,0 +1,1 @@
+"""Evaluation: metrics of samples, and benchmarks of the code."""
