@@ -1,4 +1,4 @@
-"""The command `diffcore`. A sub-command is imported when it is named, so help and version import neither torch nor diffusers."""
+"""The command `diffcore`. A sub-command is imported when it is named: help and version need neither torch nor diffusers."""
 
 import argparse
 import os
@@ -18,7 +18,9 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; an error of the user's is one line on stderr and exit status 2, or 1 once the work had begun."""
-    parser = argparse.ArgumentParser(prog="diffcore", description="Diffusion models whose numbers are right.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="diffcore", description="Diffusion models whose numbers are right.", allow_abbrev=False
+    )
     parser.add_argument("--version", action="version", version=f"diffcore {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():

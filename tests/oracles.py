@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from diffusers import UNet2DModel
 from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 
@@ -133,3 +134,19 @@ class PointMass:
 def told_by(variable: str) -> TimeConditioning:
     """A time conditioning by `variable` with an unusual scale."""
     return TimeConditioning(variable, scale={"index": 1000.0, "t": 1000.0, "logsnr": -0.125, "sigma": 3.0}[variable])
+
+
+def unet() -> UNet2DModel:
+    """A small class-conditional network on images of 8x8: convolutions, attention, group norms, class embeddings."""
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(16, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        num_class_embeds=3,
+    ).eval()

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import UNet2DModel
 from torch import nn
 
 from diffcore.denoiser import Denoiser, null_condition
@@ -14,7 +13,7 @@ from diffcore.process import TimeConditioning
 from diffcore.samplers import DDIM, AlphaBlending
 from diffcore.sampling import run
 from diffcore.schedules import Cosine, Discrete, Explicit
-from tests.oracles import KINDS, SCALINGS, ExactNetwork, mixture, process, told_by
+from tests.oracles import KINDS, SCALINGS, ExactNetwork, mixture, process, told_by, unet
 
 X = torch.tensor([[0.3, -0.2], [1.4, 0.9], [-2.0, 1.0], [4.0, -5.0]], dtype=torch.float64)
 NOISE = Noise(torch.arange(4), (2,), dtype=torch.float64)
@@ -180,9 +179,7 @@ def test_the_null_condition_is_the_label_after_the_last():
 
 
 def test_a_diffusers_unet_works_class_conditionally():
-    torch.manual_seed(0)
-    down, up = ("DownBlock2D",) * 2, ("UpBlock2D",) * 2
-    network = UNet2DModel(8, 1, 1, False, "positional", 0, True, down, None, up, (8, 8), 1, norm_num_groups=4, num_class_embeds=3).eval()
+    network = unet()
     record = process(shape=(1, 8, 8))
     denoiser, level, x = Denoiser(network, record), record.schedule.level(0.4), torch.randn(3, 1, 8, 8)
     with torch.no_grad():

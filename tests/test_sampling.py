@@ -5,7 +5,6 @@ from functools import cache
 
 import pytest
 import torch
-from diffusers import UNet2DModel
 from torch import nn
 
 from diffcore.denoiser import Denoiser
@@ -25,7 +24,7 @@ from diffcore.schedules import (
     UniformLogSNR,
     ZeroTerminalSNR,
 )
-from tests.oracles import SCALINGS, TO_NOISE, ExactNetwork, flow, gaussian, mixture, process
+from tests.oracles import SCALINGS, TO_NOISE, ExactNetwork, flow, gaussian, mixture, process, unet
 
 SEEDS = (11, 2, 7, 30, 5, 1, 4)
 LABELS = (0, 1, 1, 0, 2, 1, 0)
@@ -55,19 +54,13 @@ def small(**fields):
     return Denoiser(Network(), process(**fields)).eval()
 
 
-@cache
-def unet():
-    """A real network on images of 8x8: convolutions, group norms, class embeddings."""
-    torch.manual_seed(0)
-    network = UNet2DModel(8, 1, 1, block_out_channels=(16, 16), down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-                          up_block_types=("AttnUpBlock2D", "UpBlock2D"), norm_num_groups=4, layers_per_block=1,
-                          attention_head_dim=8, num_class_embeds=3)  # fmt: skip
-    return Denoiser(network, process(shape=(1, 8, 8))).eval()
+DENOISER = Denoiser(unet(), process(shape=(1, 8, 8))).eval()
 
 
 def draw(seeds, labels, batch_size=4, guidance=CFG(2.0)):
+    """Images of a real network, with fresh noise and a reference."""
     return sample(
-        unet(), DDIM(1.0), Trailing(), 4, seeds=seeds, condition=labels, guidance=guidance, batch_size=batch_size
+        DENOISER, DDIM(1.0), Trailing(), 4, seeds=seeds, condition=labels, guidance=guidance, batch_size=batch_size
     ).x
 
 

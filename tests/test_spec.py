@@ -95,7 +95,7 @@ def test_values_that_do_not_fit_are_refused(kind, data, message):
 def test_E12_a_spec_cannot_name_a_class_outside_the_trusted_modules(path, tmp_path, monkeypatch):
     (tmp_path / "intruder.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ValueError, match="is not allowed|denied|not found|Expected"):
+    with pytest.raises(ValueError, match="is not allowed"):
         build(Process, {"schedule": {"class_path": path, "init_args": {}}})
     assert "intruder" not in sys.modules
 

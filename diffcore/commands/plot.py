@@ -17,7 +17,9 @@ def main(argv: Sequence[str]) -> None:
     """Draw what the first argument names."""
     parser = Parser(prog="diffcore plot", description="Draw schedules: λ(t), α(t) and σ(t), and the density p(λ).")
     parser.add_argument("what", choices=["schedules"], help="what to draw")
-    parser.add_argument("components", type=Schedule, nargs="+", help="by class name, or {class_path: ..., init_args: ...}")
+    parser.add_argument(
+        "components", type=Schedule, nargs="+", help="by class name, or {class_path: ..., init_args: ...}"
+    )
     parser.add_argument("--out", type=Path, default=Path("schedules.png"), help="a .png, .svg or .pdf")
     arguments = parser.instantiate(parser.parse_args(trusted(normalized(argv))))
     out: Path = arguments.out
@@ -39,7 +41,11 @@ def draw(schedules: Sequence[Schedule], out: Path) -> None:
     logsnr = torch.linspace(*SPAN, 1501, dtype=torch.float64)
     colours = mpl.colormaps["viridis"]
     for place, schedule in enumerate(schedules):
-        style = {"color": colours(0.85 * place / max(len(schedules) - 1, 1)), "ls": DASHES[place % len(DASHES)], "lw": 2}
+        style = {
+            "color": colours(0.85 * place / max(len(schedules) - 1, 1)),
+            "ls": DASHES[place % len(DASHES)],
+            "lw": 2,
+        }
         level = schedule.level(t)
         left.plot(t, level.logsnr, label=str(schedule), **style)
         middle.plot(t, level.alpha, **style)

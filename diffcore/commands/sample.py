@@ -4,7 +4,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -59,7 +58,9 @@ class Request:
             raise ValueError(f"per_label is {self.per_label}, expected at least 1")
         expected = len(self.labels) * self.per_label
         if self.labels and self.seeds and len(self.seeds) != expected:
-            raise ValueError(f"seeds are {len(self.seeds)}, expected {expected}: {len(self.labels)} labels x {self.per_label}")
+            raise ValueError(
+                f"seeds are {len(self.seeds)}, expected {expected}: {len(self.labels)} labels x {self.per_label}"
+            )
 
     @property
     def condition(self) -> list[int] | None:
@@ -152,7 +153,11 @@ def _check_out(out: Path, process: Process) -> None:
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.accelerator.current_accelerator() or torch.device("cpu") if torch.accelerator.is_available() else torch.device("cpu")
+        return (
+            torch.accelerator.current_accelerator() or torch.device("cpu")
+            if torch.accelerator.is_available()
+            else torch.device("cpu")
+        )
     try:
         return torch.device(name)
     except RuntimeError:

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from jsonargparse import ActionConfigFile
-
 from diffcore.commands.arguments import normalized, trusted
 from diffcore.spec import Parser
 from diffcore.training.trainer import Trainer
@@ -21,7 +19,7 @@ def main(argv: Sequence[str]) -> None:
         description=f"Train a network. Recipes: {', '.join(recipes())}. Options override what the recipe or file says.",
         epilog="--trust MODULE lets the configuration name classes of a module of yours, found from the current folder.",
     )
-    parser.add_argument("--config", action=ActionConfigFile, help="a YAML file; options given besides it override it")
+    parser.add_argument("--config", action="config", help="a YAML file; options given besides it override it")
     parser.add_class_arguments(Trainer, skip={"config"})
     settings = parser.parse_args(_config_first(trusted(normalized(argv))))
     config = parser.dump(settings)

@@ -1,6 +1,6 @@
 """How good a model of the digits is: share recognised, and Fréchet distance to scans that it was not trained on."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from diffcore.schedules import Grid, Trailing
 from diffcore.training.data import Digits
 
 
-class Score(NamedTuple):
+@dataclass(frozen=True)
+class Score:
     """What `score` found. Distances are between pixels, in the scans' own units (0 to 16).
 
     Args:

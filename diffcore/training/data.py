@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from diffcore.noise import Stream, permutation, uniform
+from diffcore.process import Process
 
 HELD_OUT = 297
 
@@ -199,6 +200,26 @@ def size_of(data: Dataset[Any]) -> int:
     if not len(data):
         raise ValueError(f"{type(data).__name__} is empty")
     return len(data)
+
+
+def check(data: Dataset[Any], process: Process) -> None:
+    """Raise where the first item does not fit the process."""
+    size_of(data)
+    x0, label = split(data[0])
+    if not isinstance(x0, Tensor) or not x0.is_floating_point() or tuple(x0.shape) != process.shape:
+        found = f"{x0.dtype} of shape {tuple(x0.shape)}" if isinstance(x0, Tensor) else type(x0).__name__
+        raise ValueError(
+            f"an item of the data is {found}, expected a float tensor of the process's shape {process.shape}"
+        )
+    if x0.min() < process.low - 1e-6 or x0.max() > process.high + 1e-6:
+        raise ValueError(
+            f"an item of the data lies in [{float(x0.min()):g}, {float(x0.max()):g}], expected within the process's range "
+            f"[{process.low:g}, {process.high:g}]: scale the data, or set process.low and process.high"
+        )
+    if process.classes and not 0 <= label < process.classes:
+        raise ValueError(
+            f"an item of the data has label {label}, expected 0 .. {process.classes - 1} (process.classes)"
+        )
 
 
 def _load(folder: Path) -> Any:

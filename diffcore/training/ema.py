@@ -3,7 +3,7 @@
 shadow ← β shadow + (1-β) weights,   β(step) = min(decay, (1 + step) / (10 + step))
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -51,6 +51,12 @@ class EMA:
             self.shadow[name].copy_(state[name])
         shadow = [self.shadow[name] for name in floating]
         torch._foreach_lerp_(shadow, [state[name].float() for name in floating], 1 - self.decay(step))
+
+    @torch.no_grad()
+    def load(self, shadow: Mapping[str, Tensor]) -> None:
+        """Continue from a saved average."""
+        for name, value in shadow.items():
+            self.shadow[name].copy_(value)
 
     @contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:

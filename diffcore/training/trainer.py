@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -27,13 +27,19 @@ from diffcore.run import Network, Optimizer, Run
 from diffcore.samplers import DDIM, Sampler
 from diffcore.sampling import sample
 from diffcore.schedules import Grid, Trailing
-from diffcore.training import checkpoint
+from diffcore.training import checkpoint, state
 from diffcore.training.checkpoint import Checkpoint
-from diffcore.training.data import Batch, Order, batches, size_of, split
+from diffcore.training.data import Batch, Order, batches, check, size_of
 from diffcore.training.ema import EMA, Decay
 from diffcore.training.lr import LearningRate
 from diffcore.training.report import Metrics, NonFinite, Window, non_finite
 from diffcore.weights import write_weights
+
+FREE = set(
+    ["folder", "resume", "steps", "workers", "patience", "keep", "trackers", "log_every", "sample_every", "save_every"]
+)
+FREE |= {"sampler", "grid", "sample_steps", "guidance"}
+"""Settings that a resumed run may change: they do not enter the weights (steps: through the learning rate alone)."""
 
 
 @dataclass
@@ -123,9 +129,9 @@ class Trainer:
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}, expected within [0, 2^63)")
         self.objective.check(self.process)
-        _check_data(self.data, self.process)
+        check(self.data, self.process)
         self.run = Run(Path(self.folder))
-        self.step = 0
+        self.step, self.skipped = 0, 0  # steps taken; of the last ones, how many were not finite
 
     def train(self) -> None:
         """Train to `steps`, from the start or from the newest checkpoint."""
@@ -184,8 +190,8 @@ class Trainer:
         return Place(self.seed, self.step, place, self.batch_size)
 
     def _model_seed(self, part: int) -> int:
-        ranks = self.accelerator.num_processes * self.accumulation
-        return derived(self.seed, Stream.MODEL, 1 + (self.step * ranks + part) * ranks + self.accelerator.process_index)
+        place = (self.step * self.accumulation + part) * self.accelerator.num_processes + self.accelerator.process_index
+        return derived(self.seed, Stream.MODEL, 1 + place)  # 0 is the initial weights'
 
     # Beginning ---------------------------------------------------------------------------------------------------
 
@@ -238,16 +244,15 @@ class Trainer:
         """Start the folder, or load its newest whole checkpoint."""
         if self.resume:
             self._load()
-        elif self.run.config.exists() or self.run.checkpoints.exists():
+        elif self.run.config.exists():
             raise ValueError(
                 f"{self.run.folder} holds a run already: continue it with --resume true, or name another folder"
             )
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self.run.checkpoints.mkdir(parents=True, exist_ok=True)
-            if not self.resume:
-                self.process.save(self.run.process)
-                self.run.config.write_text(self.config)
+            self.process.save(self.run.process)
+            self.run.config.write_text(self.config)
             self.metrics.rewind(self.step)
         self.accelerator.wait_for_everyone()
         if self.trackers:
@@ -258,48 +263,60 @@ class Trainer:
 
     # Checkpoints -------------------------------------------------------------------------------------------------
 
-    _options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
     def _save(self) -> None:
         """Write a checkpoint and the averaged weights; every rank gathers, the first writes."""
         window = self.window.gathered()
-        model, optimizer = get_state_dict(self.bare, self.optim.optimizer, options=self._options)
+        model, optimizer, groups = state.capture(self.bare, self.optim.optimizer)
         if self.accelerator.is_main_process:
-            tensors = {f"{n}.{k}": torch.as_tensor(v) for n, s in optimizer["state"].items() for k, v in s.items()}
-            files = {"model.safetensors": model, "ema.safetensors": self.average.shadow}
-            files["training.safetensors"] = {**tensors, "window": window}
-            state = {"step": self.step, "groups": optimizer["param_groups"], **self.threads}
-            checkpoint.write(self.run.checkpoints / f"step-{self.step:08d}", Checkpoint(files, state))
+            files = {
+                "model.safetensors": model,
+                "ema.safetensors": self.average.shadow,
+                "training.safetensors": {**optimizer, "window": window},
+            }
+            facts = {"step": self.step, "skipped": self.skipped, "groups": groups, **self.threads}
+            checkpoint.write(self.run.checkpoints / f"step-{self.step:08d}", Checkpoint(files, facts))
             checkpoint.prune(self.run.checkpoints, self.keep)
             write_weights(self.run.weights, self.average.shadow, step=self.step)
         self.accelerator.wait_for_everyone()
 
     def _load(self) -> None:
+        """Continue from the newest whole checkpoint; a run that was stopped before its first begins again."""
+        if not self.run.config.exists():
+            raise ValueError(f"{self.run.folder} holds no run to resume: leave out --resume, or name another folder")
+        self._check_config()
         loaded = checkpoint.newest(self.run.checkpoints, self._say)
+        if loaded is None and any(self.run.checkpoints.glob("step-*")):
+            raise ValueError(f"{self.run.checkpoints} has no whole checkpoint left: start anew in another folder")
         if loaded is None:
-            raise ValueError(
-                f"{self.run.checkpoints} has no whole checkpoint to resume from: start anew in another folder"
-            )
-        tensors, state = loaded
-        if state["step"] > self.steps:
-            raise ValueError(f"steps is {self.steps}, but the run has taken {state['step']}: ask for at least as many")
-        changed = {name: (state[name], now) for name, now in self.threads.items() if state[name] != now}
-        if changed:
-            self._say(f"the run continues with other {changed}: equal to rounding, not bit for bit")
+            self._say("no checkpoint yet: starting at step 0")
+            return
+        tensors, facts = loaded
+        self._check_facts(facts)
         training = tensors["training.safetensors"]
         self.window.restore(training.pop("window"))
-        optimizer: dict[str, Any] = {"state": _by_parameter(training), "param_groups": state["groups"]}
-        set_state_dict(
-            self.bare,
-            self.optim.optimizer,
-            model_state_dict=tensors["model.safetensors"],
-            optim_state_dict=optimizer,
-            options=self._options,
-        )
-        for name, value in tensors["ema.safetensors"].items():
-            self.average.shadow[name].copy_(value)
-        self.step = state["step"]
+        state.restore(self.bare, self.optim.optimizer, tensors["model.safetensors"], training, facts["groups"])
+        self.average.load(tensors["ema.safetensors"])
+        self.step, self.skipped = facts["step"], facts["skipped"]
         self._say(f"resumed at step {self.step}")
+
+    def _check_facts(self, facts: dict[str, Any]) -> None:
+        if facts["step"] > self.steps:
+            raise ValueError(f"steps is {self.steps}, but the run has taken {facts['step']}: ask for at least as many")
+        changed = {name: (facts[name], now) for name, now in self.threads.items() if facts[name] != now}
+        if changed:
+            self._say(f"(then, now) differ in {changed}: the run continues equal to rounding, not bit for bit")
+
+    def _check_config(self) -> None:
+        """Refuse to continue a run as another one."""
+        if not self.config:
+            return
+        then, now = yaml.safe_load(self.run.config.read_text()) or {}, yaml.safe_load(self.config)
+        changed = sorted(name for name in {*then, *now} - FREE if then.get(name) != now.get(name))
+        if changed:
+            raise ValueError(
+                f"the run in {self.run.folder} was started with another {', '.join(changed)}: resume it with "
+                f"--config {self.run.config}, or start a new run in another folder"
+            )
 
     # Reports -----------------------------------------------------------------------------------------------------
 
@@ -339,8 +356,6 @@ class Trainer:
                 f"check the data, lower lr.peak, or use precision no"
             )
 
-    skipped: int = field(default=0, init=False)
-
     def _describe(self, found: NonFinite) -> str:
         place = Place(self.seed, found.step, torch.tensor([found.place]), self.batch_size)
         logsnr = float(self.process.schedule.logsnr(self.process.schedule.drawn(self.objective.times(place))))
@@ -365,32 +380,3 @@ class Trainer:
                 )
             names = [str(label) if self.process.classes else "" for label in classes]
             images.save(images.grid(made.x, self.process, names, 4), self.run.samples / f"step-{self.step:08d}.png")
-
-
-def _by_parameter(flat: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Optimizer state by parameter name, from "parameter.key" names."""
-    state: dict[str, dict[str, Tensor]] = {}
-    for name, value in flat.items():
-        parameter, key = name.rsplit(".", 1)
-        state.setdefault(parameter, {})[key] = value
-    return state
-
-
-def _check_data(data: Dataset[Any], process: Process) -> None:
-    """Raise where the first item does not fit the process."""
-    size_of(data)
-    x0, label = split(data[0])
-    if not isinstance(x0, Tensor) or not x0.is_floating_point() or tuple(x0.shape) != process.shape:
-        found = f"{x0.dtype} of shape {tuple(x0.shape)}" if isinstance(x0, Tensor) else type(x0).__name__
-        raise ValueError(
-            f"an item of the data is {found}, expected a float tensor of the process's shape {process.shape}"
-        )
-    if x0.min() < process.low - 1e-6 or x0.max() > process.high + 1e-6:
-        raise ValueError(
-            f"an item of the data lies in [{float(x0.min()):g}, {float(x0.max()):g}], expected within the process's range "
-            f"[{process.low:g}, {process.high:g}]"
-        )
-    if process.classes and not 0 <= label < process.classes:
-        raise ValueError(
-            f"an item of the data has label {label}, expected 0 .. {process.classes - 1} (process.classes)"
-        )

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from functools import cache
 from itertools import pairwise
 
@@ -60,13 +59,19 @@ def indices(knots):
     return found
 
 
+def rounded(a, b):
+    """a / b rounded half to even, in integers."""
+    whole, rest = divmod(a, b)
+    return whole + (2 * rest > b or (2 * rest == b and whole % 2 == 1))
+
+
 def test_A3_trailing_on_a_table_is_in_integers_for_every_number_of_steps():
     """diffusers' arange(T, 0, -T/n) gives one knot too many, index -1, for 62 of these n."""
     schedule = Kept("scaled_linear", T, 0.00085, 0.012)
     for n in ALL:
         knots = Trailing().knots(schedule, n)
         check_contract(knots, schedule, n)
-        assert indices(knots) == [round(Fraction(T * (n - i), n)) - 1 for i in range(n)]
+        assert indices(knots) == [rounded(T * (n - i), n) - 1 for i in range(n)]
 
 
 def test_A3_linspace_on_a_table_runs_from_the_last_index_to_the_first_for_every_number_of_steps():
@@ -74,8 +79,7 @@ def test_A3_linspace_on_a_table_runs_from_the_last_index_to_the_first_for_every_
     for n in ALL:
         knots = Linspace().knots(schedule, n)
         check_contract(knots, schedule, n)
-        expected = [round((T - 1) * (1 - Fraction(i, n - 1))) for i in range(n)] if n > 1 else [T - 1]
-        assert indices(knots) == expected
+        assert indices(knots) == [rounded((T - 1) * (n - 1 - i), n - 1) if n > 1 else T - 1 for i in range(n)]
 
 
 @pytest.mark.parametrize("grid", [Trailing(), Linspace()], ids=repr)
@@ -158,7 +162,7 @@ def test_explicit_gives_its_own_knots_in_either_direction_with_any_ends(logsnrs)
 
 @pytest.mark.parametrize("logsnrs", [(0.0, 0.0), (-3.0, 2.0, 1.0), (-1.0, math.nan), (math.inf, math.inf)], ids=str)
 def test_explicit_knots_that_are_not_monotone_are_refused(logsnrs):
-    with pytest.raises(ValueError, match="expected strictly monotone levels|has a knot at λ = nan"):
+    with pytest.raises(ValueError, match=r"expected strictly monotone levels|has a knot at λ = nan"):
         Explicit(logsnrs).knots(Cosine(), len(logsnrs) - 1)
 
 
