@@ -35,9 +35,18 @@ from diffcore.training.lr import LearningRate
 from diffcore.training.report import Metrics, NonFinite, Window, non_finite
 from diffcore.weights import write_weights
 
-FREE = set(
-    ["folder", "resume", "steps", "workers", "patience", "keep", "trackers", "log_every", "sample_every", "save_every"]
-)
+FREE = {
+    "folder",
+    "resume",
+    "steps",
+    "workers",
+    "patience",
+    "keep",
+    "trackers",
+    "log_every",
+    "sample_every",
+    "save_every",
+}
 FREE |= {"sampler", "grid", "sample_steps", "guidance"}
 """Settings that a resumed run may change: they do not enter the weights (steps: through the learning rate alone)."""
 
