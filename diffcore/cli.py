@@ -5,8 +5,17 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import NoReturn
 
 from diffcore import __version__
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
 
 COMMANDS = {
     "train": "train a network: a recipe's name or a YAML file, then options",
@@ -18,9 +27,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; an error of the user's is one line on stderr and exit status 2, or 1 once the work had begun."""
-    parser = argparse.ArgumentParser(
-        prog="diffcore", description="Diffusion models whose numbers are right.", allow_abbrev=False
-    )
+    parser = Parser(prog="diffcore", description="Diffusion models whose numbers are right.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"diffcore {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():

@@ -96,6 +96,8 @@ def run(
     condition: Tensor | None = None,
 ) -> tuple[Tensor, int]:
     """The loop: x at the first knot to x at the last, and the network evaluations it took for each sample."""
+    if guidance.uses_reference:
+        _check_reference(denoiser.process, condition, guidance)
     state, memory, evaluations = sampler.start(x, knots, noise), None, 0
     while not state.done:
         prediction, memory, asked = guided(denoiser, guidance, state.x, state.level, condition, memory)
@@ -111,7 +113,7 @@ def guided(
     if not guidance.needs_reference(level, memory):
         return denoiser(x, level, condition), memory, 1
     reference = null_condition(denoiser.process, len(x), x.device)
-    assert condition is not None
+    assert condition is not None  # `run` refuses what has no condition or no reference
     assert reference is not None
     both = denoiser(torch.cat((x, x)), level, torch.cat((condition, reference)))
     (x0, x0_reference), (eps, eps_reference) = (value.chunk(2) for value in both)

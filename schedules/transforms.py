@@ -92,7 +92,8 @@ class ZeroTerminalSNR(Transform):
     def _density(self, logsnr: Tensor) -> Tensor:
         inner, c = self._inner(logsnr), self._constants[-1]
         slope = c * _alpha_rate(logsnr) / _alpha_rate(inner)  # dλ/dλ'
-        return self.schedule.density(inner) * torch.where(self._cleaner(logsnr), 1.0, slope)
+        density = self.schedule.density(inner) * torch.where(self._cleaner(logsnr), 1.0, slope)
+        return density.masked_fill(logsnr == -torch.inf, 0.0)
 
     def _inner(self, logsnr: Tensor) -> Tensor:
         """λ of the inner schedule from λ'."""

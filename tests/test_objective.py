@@ -145,10 +145,12 @@ def test_B2_weights_follow_the_schedule_after_its_transform():
     assert MinSNR().on("v_prediction", Discrete().logsnr(last), 0.5).item() == pytest.approx(snr / (snr + 1), rel=1e-9)
 
 
-def test_D5_dropout_is_per_sample_at_its_rate_and_independent():
+@pytest.mark.parametrize("levels", ["stratified", "independent"])
+def test_D5_dropout_is_per_sample_at_its_rate_and_independent(levels):
     n, p = 20_000, 0.15
     process = Process(classes=10, dropout=p, shape=(1,))
-    steps = [Objective().draw(process, Place(SEED, step, torch.arange(200), 200)) for step in range(n // 200)]
+    places = [Place(SEED, step, torch.arange(200), 200) for step in range(n // 200)]
+    steps = [Objective(levels=levels).draw(process, place) for place in places]
     dropped = torch.cat([draw.dropped for draw in steps]).double().numpy()
     assert dropped.mean() == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / n))
     levels = torch.cat([draw.level.t.flatten() for draw in steps]).numpy()

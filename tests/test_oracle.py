@@ -134,6 +134,22 @@ def test_mixture_takes_and_returns_the_shape_of_the_data():
     torch.testing.assert_close(images(x, level_at(0.0)).x0, x * 0.5**0.5, **CLOSE)  # α x / (α² + σ²)
 
 
+def test_the_axes_of_a_covariance_are_told_from_their_transpose():
+    """In 2-D the eigenvectors may form a symmetric matrix, so this one is 3-D."""
+    root = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.6, 0.0], [-0.4, 0.7, 0.3]], dtype=torch.float64)
+    mean, covariance = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64), root @ root.T
+    oracle, level = GaussianMixture(mean[None], covariance[None]), level_at(0.7)
+    x = torch.cat((X, X[:, :1]), 1)
+    total = level.alpha**2 * covariance + level.sigma**2 * torch.eye(3, dtype=torch.float64)
+    solved = torch.linalg.solve(total, (x - level.alpha * mean).T).T
+    torch.testing.assert_close(oracle(x, level).x0, mean + level.alpha * solved @ covariance, **CLOSE)
+    torch.testing.assert_close(oracle(x, level).eps, level.sigma * solved, **CLOSE)
+    expected = MultivariateNormal(level.alpha * mean, total).log_prob(x)
+    torch.testing.assert_close(oracle.log_density(x, level), expected, **CLOSE)
+    n = 20000  # variances are at most 1: 5 standard errors of a covariance are 5 √(2/n) = 0.05
+    torch.testing.assert_close(oracle.sample(torch.arange(n)).T.cov(), covariance, rtol=0, atol=0.05)
+
+
 def test_mixture_refuses_a_covariance_that_is_none():
     with pytest.raises(ValueError, match="positive"):
         GaussianMixture(MEANS[:1], torch.diag(torch.tensor([1.0, -1.0], dtype=torch.float64))[None])
@@ -164,13 +180,14 @@ def test_empirical_agrees_with_a_softmax_in_60_digits(logsnr, scaling):
 
 
 @pytest.mark.parametrize("logsnr", (-6.0, 0.0, 3.0))
-def test_empirical_is_stable_far_from_data_that_is_far_from_the_origin(logsnr):
-    """Squares of 1e3 lose 6 of 16 digits; the largest logit here is about 1e4, so 1e-9 is what float64 can keep."""
-    level, points, oracle = level_at(logsnr), POINTS + 100, Empirical(POINTS + 100)
-    for x in level.alpha * 100 + torch.tensor([[1e3, 0.0], [-600.0, 800.0], [0.1, 0.2]], dtype=torch.float64):
+@pytest.mark.parametrize(("offset", "close"), [(100.0, 1e-9), (1e6, 1e-6)])
+def test_empirical_is_stable_far_from_data_that_is_far_from_the_origin(offset, close, logsnr):
+    """Squares of 1e6 leave 1e-4 of a logit in float64; taken about the data's mean, x itself limits it to 1e-10 σ^-2."""
+    level, points, oracle = level_at(logsnr), POINTS + offset, Empirical(POINTS + offset)
+    for x in level.alpha * offset + torch.tensor([[1e3, 0.0], [-600.0, 800.0], [0.1, 0.2]], dtype=torch.float64):
         _, x0, eps = exact_sums(x, points, level)
-        assert oracle(x[None], level).x0[0].tolist() == pytest.approx(x0, abs=1e-9)
-        assert oracle(x[None], level).eps[0].tolist() == pytest.approx(eps, rel=1e-9)
+        assert oracle(x[None], level).x0[0].tolist() == pytest.approx(x0, rel=0, abs=close)
+        assert oracle(x[None], level).eps[0].tolist() == pytest.approx(eps, rel=1e-9, abs=close)
 
 
 def test_empirical_in_float32_loses_only_the_last_bits_of_its_input():

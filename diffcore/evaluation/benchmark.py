@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import yaml
-from jsonargparse import ActionConfigFile
 from torch import Tensor, nn
 
 from diffcore.denoiser import Denoiser
@@ -181,7 +180,7 @@ def sampling(trainer: Trainer, pairs: int, rows: int) -> Comparison:
 def digits_trainer(folder: Path) -> Trainer:
     """The trainer of the digits recipe, ready to step, with `folder` as its own."""
     parser = Parser(exit_on_error=False)
-    parser.add_argument("--config", action=ActionConfigFile)
+    parser.add_argument("--config", action="config")
     parser.add_class_arguments(Trainer, skip={"config"})
     settings = parser.parse_args(["--config", str(RECIPE), "--folder", str(folder), "--trackers", "[]"])
     trainer = Trainer(**{k: v for k, v in parser.instantiate(settings).as_dict().items() if k != "config"})

@@ -35,20 +35,12 @@ from diffcore.training.lr import LearningRate
 from diffcore.training.report import Metrics, NonFinite, Window, non_finite
 from diffcore.weights import write_weights
 
-FREE = {
-    "folder",
-    "resume",
-    "steps",
-    "workers",
-    "patience",
-    "keep",
-    "trackers",
-    "log_every",
-    "sample_every",
-    "save_every",
-}
-FREE |= {"sampler", "grid", "sample_steps", "guidance"}
-"""Settings that a resumed run may change: they do not enter the weights (steps: through the learning rate alone)."""
+COUNTS = ("steps", "batch_size", "accumulation", "patience", "log_every", "save_every", "keep", "sample_steps")
+LEAST = {**dict.fromkeys(COUNTS, 1), "workers": 0, "sample_every": 0}
+
+# Settings that a resumed run may change: they do not enter the weights (steps: through the learning rate alone).
+FREE = {"steps", "patience", "log_every", "save_every", "keep", "sample_steps", "workers", "sample_every"}
+FREE |= {"folder", "resume", "trackers", "sampler", "grid", "guidance"}
 
 
 @dataclass
@@ -117,22 +109,9 @@ class Trainer:
     config: str = ""
 
     def __post_init__(self) -> None:
-        positive = (
-            "steps",
-            "batch_size",
-            "accumulation",
-            "patience",
-            "log_every",
-            "save_every",
-            "keep",
-            "sample_steps",
-        )
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        for name in ("workers", "sample_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
         if not self.clip > 0:
             raise ValueError(f"clip is {self.clip}, expected a positive norm (.inf does not clip)")
         if not 0 <= self.seed < 2**63:
@@ -160,6 +139,7 @@ class Trainer:
                     self._picture()
                 if self.step % self.save_every == 0 or self.step == self.steps:
                     self._save()
+            self._check_finite(self.window.gathered())
         self.accelerator.end_training()
 
     def _optimize(self, parts: Iterator[Batch]) -> tuple[Tensor, Tensor]:
@@ -206,7 +186,7 @@ class Trainer:
 
     def _prepare(self) -> None:
         """Build what trains, on this rank's device."""
-        self.accelerator = self._accelerator()
+        self.accelerator = _accelerator(self.precision, self.accumulation, self.trackers, self.run.folder)
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         if self.batch_size % (world * self.accumulation):
             raise ValueError(
@@ -220,24 +200,6 @@ class Trainer:
         self.order = Order(size_of(self.data), self.seed, self.batch_size, self.accumulation, rank, world)
         self.window = Window(self.accumulation, self.accelerator.gather)
         self.metrics = Metrics(self.run.metrics)
-
-    def _accelerator(self) -> Accelerator:
-        on_cpu = not torch.accelerator.is_available()
-        if on_cpu and self.precision == "fp16":
-            raise ValueError("precision is fp16, which a CPU does not do: use bf16 or no")
-        accelerator = Accelerator(
-            cpu=on_cpu,
-            mixed_precision=self.precision,
-            gradient_accumulation_steps=self.accumulation,
-            log_with=self.trackers or None,
-            project_config=ProjectConfiguration(str(self.run.folder), logging_dir=str(self.run.folder)),
-        )
-        if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
-            raise ValueError(
-                f"the launcher started {os.environ['WORLD_SIZE']} processes, but accelerate sees "
-                f"{accelerator.num_processes}: on a CPU launch with ACCELERATE_USE_CPU=true and --multi_gpu"
-            )
-        return accelerator
 
     @property
     def bare(self) -> nn.Module:
@@ -261,7 +223,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.run.checkpoints.mkdir(parents=True, exist_ok=True)
             self.process.save(self.run.process)
-            self.run.config.write_text(self.config)
+            if self.config or not self.run.config.exists():
+                self.run.config.write_text(self.config)
             self.metrics.rewind(self.step)
         self.accelerator.wait_for_everyone()
         if self.trackers:
@@ -339,29 +302,32 @@ class Trainer:
         table = self.window.gathered()
         self.window.restore(None)
         losses = table[:, 1:].double()
-        bad = non_finite(table, self.step - len(table))
         values = {"step": self.step, "loss": float(losses.mean()), "grad_norm": float(table[:, 0].double().mean())}
-        values.update(lr=self.lr(self.step - 1, self.steps), skipped=len(bad))
+        values.update(lr=self.lr(self.step - 1, self.steps), skipped=len(non_finite(table, 0)))
         rate = bar.format_dict["rate"] or 0.0
         bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
         self.accelerator.log({**values, "images_per_second": rate}, step=self.step)
         if self.accelerator.is_main_process:
             self.metrics.write(values)
-        self._check_finite(bad)
+        self._check_finite(table)
 
-    def _check_finite(self, bad: list[NonFinite]) -> None:
-        steps = {found.step for found in bad}
-        run = 0
-        for step in range(self.step - self.log_every, self.step):
-            self.skipped = self.skipped + 1 if step in steps else 0
-            run = max(run, self.skipped)
-        if bad:
-            self._say(
-                f"{len(bad)} of the last steps were not finite and changed nothing; the first was {self._describe(bad[0])}"
-            )
-        if run >= self.patience:
+    def _check_finite(self, table: Tensor) -> None:
+        """Say which of the window's steps were not finite, and stop after `patience` in a row."""
+        first = self.step - len(table)
+        bad = non_finite(table, first)
+        if not bad:
+            self.skipped = 0
+            return
+        self._say(
+            f"{len(bad)} of the last {len(table)} steps were not finite, and had no gradient: {self._describe(bad[0])}"
+        )
+        longest = self.skipped
+        for step in range(first, self.step):
+            self.skipped = self.skipped + 1 if step in {found.step for found in bad} else 0
+            longest = max(longest, self.skipped)
+        if longest >= self.patience:
             raise ValueError(
-                f"{run} steps in a row were not finite (patience is {self.patience}): {self._describe(bad[0])}; "
+                f"{longest} steps in a row were not finite (patience is {self.patience}): {self._describe(bad[0])}; "
                 f"check the data, lower lr.peak, or use precision no"
             )
 
@@ -389,3 +355,23 @@ class Trainer:
                 )
             names = [str(label) if self.process.classes else "" for label in classes]
             images.save(images.grid(made.x, self.process, names, 4), self.run.samples / f"step-{self.step:08d}.png")
+
+
+def _accelerator(precision: str, accumulation: int, trackers: list[str], folder: Path) -> Accelerator:
+    """Accelerate for this process, where the launcher's processes and accelerate's are the same."""
+    on_cpu = not torch.accelerator.is_available()
+    if on_cpu and precision == "fp16":
+        raise ValueError("precision is fp16, which a CPU does not do: use bf16 or no")
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision=precision,
+        gradient_accumulation_steps=accumulation,
+        log_with=trackers or None,
+        project_config=ProjectConfiguration(str(folder), logging_dir=str(folder)),
+    )
+    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
+        raise ValueError(
+            f"the launcher started {os.environ['WORLD_SIZE']} processes, but accelerate sees "
+            f"{accelerator.num_processes}: on a CPU launch with ACCELERATE_USE_CPU=true and --multi_gpu"
+        )
+    return accelerator

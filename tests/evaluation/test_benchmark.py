@@ -49,7 +49,9 @@ def test_sides_alternate_in_who_comes_first_and_the_warm_up_is_dropped():
     """BUG: always ours first, so that what the first leaves in the caches counts for one side."""
     calls: list[str] = []
     ticks = count()
-    ours, bare = interleaved(lambda: calls.append("A"), lambda: calls.append("B"), 3, warmup=1, clock=lambda: next(ticks) ** 2)
+    ours, bare = interleaved(
+        lambda: calls.append("A"), lambda: calls.append("B"), 3, warmup=1, clock=lambda: next(ticks) ** 2
+    )
     assert "".join(calls) == "ABBAABBA"
     assert ours == (13, 17, 29)  # (t+1)² - t² at ticks t = 6, 8, 14, one pair after the warm-up's
     assert bare == (9, 21, 25)

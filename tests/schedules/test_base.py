@@ -123,7 +123,6 @@ def test_ends_are_clean_at_t_0_and_the_noisiest_level_at_t_1(schedule):
     assert (schedule.cdf(math.inf), schedule.density(math.inf)) == (1, 0)
 
 
-# BUG: ZeroTerminalSNR of a schedule that ends at λ = -inf already ("unchanged") has dλ/dλ' = 0/0 there: density is NaN.
 @every_schedule
 def test_density_vanishes_at_minus_infinity(schedule):
     assert schedule.density(-math.inf) == 0

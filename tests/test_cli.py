@@ -1,0 +1,297 @@
+"""The command line, end to end on a tiny run: quick help, components by name, and sample i the same whatever is beside it."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from diffcore.commands.arguments import Ints, normalized
+from diffcore.run import Run
+from diffcore.training.trainer import Trainer
+from diffcore.weights import read_weights
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+HEAVY = ("torch", "diffusers", "numpy", "accelerate", "transformers", "jsonargparse", "matplotlib")
+COMMANDS = ("train", "sample", "plot", "info")
+
+
+@pytest.mark.parametrize(("option", "says"), [("--help", "COMMAND"), ("--version", "diffcore 0.")])
+def test_help_and_version_import_nothing_heavy(option, says):
+    argv = [sys.executable, "-X", "importtime", "-m", "diffcore", option]
+    ended = subprocess.run(argv, capture_output=True, text=True, check=True)
+    assert says in ended.stdout
+    imported = {line.split("|")[-1].strip().split(".")[0] for line in ended.stderr.splitlines()}
+    assert "diffcore" in imported
+    assert not imported & set(HEAVY)
+
+
+def test_help_names_every_command(diffcore):
+    assert all(f"  {name} " in diffcore("--help").out for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        (
+            "train",
+            ("--config", "--network", "--data", "--process.schedule", "--objective.weight", "--lr.peak", "--resume"),
+        ),
+        ("sample", ("RUN", "--labels", "--per_label", "--seeds", "--sampler", "--grid", "--guidance", "--out")),
+        ("plot", ("schedules", "--out")),
+        ("info", ("RUN",)),
+    ],
+)
+def test_each_commands_help_names_its_options(diffcore, command, options):
+    ended = diffcore(command, "--help")
+    assert ended.status == 0
+    assert ended.err == ""
+    assert all(option in ended.out for option in options)
+    assert len(ended.out.splitlines()) < 250  # without every known class of torch's
+
+
+# Components and configuration ----------------------------------------------------------------------------------------
+
+CHOSEN = (
+    "--objective.weight=MinSNR",
+    "--objective.weight.gamma=7",
+    "--process.schedule=Shifted",
+    "--process.schedule.schedule=Laplace",
+    "--process.schedule.schedule.scale=0.75",
+    "--process.schedule.shift=-1",
+    "--sampler=AlphaBlending",
+    "--sampler.order=2",
+    "--lr.peak=0.5",
+    "--save-every=7",
+)
+
+
+def test_components_are_chosen_by_class_name_with_their_own_options(diffcore):
+    ended = diffcore("train", "digits", *CHOSEN, "--print_config")
+    assert ended.status == 0, ended.err
+    made = yaml.safe_load(ended.out)
+    assert made["objective"]["weight"]["class_path"].endswith("MinSNR")
+    assert made["objective"]["weight"]["init_args"] == {"gamma": 7}
+    schedule = made["process"]["schedule"]
+    assert schedule["class_path"].endswith("Shifted")
+    assert schedule["init_args"]["shift"] == -1
+    assert schedule["init_args"]["schedule"]["init_args"]["scale"] == 0.75
+    assert made["sampler"]["init_args"]["order"] == 2
+    assert (made["lr"]["peak"], made["lr"]["warmup"]) == (0.5, 50)  # the recipe's own where nothing is said
+    assert made["save_every"] == 7
+
+
+@pytest.mark.parametrize("options", [(), CHOSEN], ids=["recipe", "chosen"])
+def test_a_printed_config_prints_itself(diffcore, options):
+    first = diffcore("train", "digits", *options, "--print_config")
+    Path("first.yaml").write_text(first.out)
+    for argv in (("--config", "first.yaml"), ("--config=first.yaml",), ("first.yaml",)):
+        again = diffcore("train", *argv, "--print_config")
+        assert again.status == 0, again.err
+        assert again.out == first.out
+
+
+@pytest.mark.parametrize(
+    "argv", [("digits", "--steps=3"), ("--steps=3", "--config=f.yaml"), ("--steps", "3", "--config", "f.yaml")]
+)
+def test_an_option_overrides_the_file_wherever_it_stands(diffcore, argv):
+    Path("f.yaml").write_text(diffcore("train", "digits", "--print_config").out)
+    assert yaml.safe_load(diffcore("train", *argv, "--print_config").out)["steps"] == 3
+
+
+def test_a_runs_config_makes_the_same_run(diffcore, trained):
+    ended = diffcore("train", "--config", trained / "config.yaml", "--folder=again")
+    assert ended.status == 0, ended.err
+    for name in ("ema.safetensors", "metrics.jsonl", "process.json"):
+        assert Path("again", name).read_bytes() == (trained / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ("7", [7]),
+        ("0-3", [0, 1, 2, 3]),
+        ("3,0-1,3", [3, 0, 1, 3]),
+        (" 1 , 2 ", [1, 2]),
+        (5, [5]),
+        ([1, "2-3"], [1, 2, 3]),
+    ],
+)
+def test_integers_are_single_ones_and_inclusive_ranges_in_order(text, numbers):
+    assert list(Ints.parse(text)) == numbers
+    assert Ints.parse(str(Ints.parse(text))) == Ints.parse(text)
+
+
+@pytest.mark.parametrize("text", ["", "a", "1-", "-1", "3-1", "1,,2", "1.5", "0x1"])
+def test_other_text_is_no_range(text):
+    with pytest.raises(ValueError, match=r"is not a number or a range such as 0-9|runs backwards"):
+        Ints.parse(text)
+
+
+def test_dashes_and_underscores_are_the_same_in_names_and_kept_in_values():
+    argv = ["--per-label", "a-b", "--batch-size=c-d", "-x-y", "--a.b-c=--d-e"]
+    assert normalized(argv) == ["--per_label", "a-b", "--batch_size=c-d", "-x-y", "--a.b_c=--d-e"]
+
+
+# Sampling ------------------------------------------------------------------------------------------------------------
+
+QUICK = ("--steps=3", "--batch-size=4", "--guidance=CFG", "--guidance.scale=2")
+
+
+def made(diffcore, run, *options):
+    """{(label, seed): x} of a safetensors file."""
+    ended = diffcore("sample", run, *QUICK, "--out=x.safetensors", *options)
+    assert ended.status == 0, ended.err
+    tensors = read_weights(Path("x.safetensors"))
+    assert tensors["x"].shape[1:] == (1, 8, 8)
+    keys = zip(tensors["label"].tolist(), tensors["seed"].tolist(), strict=True)
+    return dict(zip(keys, tensors["x"], strict=True))
+
+
+def test_a_labelled_grid_is_written_and_what_it_took_is_printed(diffcore, trained):
+    options = ("--labels=0-2", "--per-label=2", "--seeds=0-5", "--sampler=DDIM", "--out=new/grid.png")
+    ended = diffcore("sample", trained, *QUICK, *options)
+    assert ended.status == 0, ended.err
+    assert "6 samples of 6 network evaluations each" in ended.out  # three steps, guided
+    assert "4 knots" in ended.out
+    assert "-inf" in ended.out  # from pure noise
+    assert [path.name for path in Path("new").iterdir()] == ["grid.png"]
+    with Image.open("new/grid.png") as grid:
+        assert grid.size[0] > 2 * 44 + 4  # two columns and the labels
+        assert grid.size[1] == 3 * 44 + 4
+    x = made(diffcore, trained, "--labels=0-2", "--per-label=2", "--seeds=0-5")
+    assert list(x) == [(0, 0), (0, 1), (1, 2), (1, 3), (2, 4), (2, 5)]
+
+
+@pytest.mark.parametrize(
+    ("options", "evaluations"),
+    [
+        (("--guidance.scale=1",), 3),
+        (("--guidance.scale=2",), 6),
+        (("--steps=5", "--guidance.scale=1"), 5),
+        (("--sampler=AlphaBlending", "--sampler.order=1"), 6),
+    ],
+)
+def test_the_evaluations_printed_are_those_of_the_network(diffcore, trained, monkeypatch, options, evaluations):
+    rows = []
+    network = Run(trained).network()
+    monkeypatch.setattr(Run, "network", lambda _: network)
+    network.register_forward_hook(lambda module, arguments, output: rows.append(len(arguments[0])))
+    ended = diffcore("sample", trained, *QUICK, "--labels=1", "--batch-size=1", "--out=x.png", *options)
+    assert f"1 samples of {evaluations} network evaluations each" in ended.out
+    assert sum(rows) == evaluations
+
+
+def test_every_knot_is_printed_on_request(diffcore, trained):
+    ended = diffcore("sample", trained, *QUICK, "--labels=1", "--out=x.png", "--print-knots=true")
+    knots = [line.split() for line in ended.out.splitlines() if re.match(r"\s+[-\d.inf]+\s+[01]\.\d{5} ", line)]
+    assert [float(knot[1]) for knot in knots] == pytest.approx([1, 2 / 3, 1 / 3, 0], abs=1e-5)
+
+
+def test_a_folder_gets_one_picture_a_seed_with_its_pixels(diffcore, trained):
+    options = ("--labels=3,7", "--per-label=2", "--seeds=5,0,9,2")
+    ended = diffcore("sample", trained, *QUICK, *options, "--out=pictures")
+    assert ended.status == 0, ended.err
+    x = made(diffcore, trained, *options)
+    assert {path.name for path in Path("pictures").iterdir()} == {f"label-{a}-seed-{b}.png" for a, b in x}
+    for (label, seed), value in x.items():
+        with Image.open(f"pictures/label-{label}-seed-{seed}.png") as picture:
+            expected = ((value[0].clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
+            assert np.abs(np.array(picture).astype(int) - expected).max() <= 1
+
+
+def test_seeds_without_labels_are_unconditional(diffcore, trained):
+    ended = diffcore("sample", trained, "--steps=2", "--guidance.scale=1", "--seeds=4,2", "--out=pictures")
+    assert ended.status == 0, ended.err
+    assert {path.name for path in Path("pictures").iterdir()} == {"seed-4.png", "seed-2.png"}
+
+
+@pytest.mark.parametrize("options", [(), ("--sampler.eta=1",)], ids=["ode", "sde"])
+def test_F6_a_sample_is_bit_equal_whatever_is_beside_it_and_in_whatever_order(diffcore, trained, options):
+    everything = made(diffcore, trained, "--labels=3,5", "--per-label=5", "--seeds=0-9", *options)
+    assert len({value.numpy().tobytes() for value in everything.values()}) == 10
+    for others in (
+        ("--labels=3", "--seeds=2"),
+        ("--labels=5", "--per-label=3", "--seeds=9,7,5"),
+        ("--labels=5,3", "--per-label=2", "--seeds=6,8,4,1"),
+        ("--labels=3", "--per-label=5", "--seeds=4,3,2,1,0"),
+    ):
+        for key, value in made(diffcore, trained, *others, *options).items():
+            assert torch.equal(value, everything[key]), key
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64])
+def test_F6_another_batch_size_agrees_to_rounding(diffcore, trained, rows):
+    options = ("--labels=3,5", "--per-label=3", "--seeds=0-5")
+    everything = made(diffcore, trained, *options)
+    for key, value in made(diffcore, trained, *options, f"--batch-size={rows}").items():
+        torch.testing.assert_close(value, everything[key], rtol=0, atol=1e-4)
+
+
+def test_another_seed_or_label_is_another_sample(diffcore, trained):
+    seeds = made(diffcore, trained, "--labels=3", "--per-label=2", "--seeds=1,4294967297")  # equal in 32 bits
+    labels = made(diffcore, trained, "--labels=3,4", "--seeds=1,1")
+    assert len({value.numpy().tobytes() for value in [*seeds.values(), *labels.values()]}) == 3
+
+
+# The defaults are read from the run only if RUN is the first argument: behind an option it is sampled unguided, silently.
+@pytest.mark.parametrize("first", [True, False])
+def test_sampler_steps_and_guidance_are_the_runs_wherever_it_is_named(diffcore, trained, first):
+    options = ("--labels=1", "--out=x.png")
+    ended = diffcore("sample", *((trained, *options) if first else (*options, trained)))
+    assert "1 samples of 50 network evaluations each (DDIM(eta=0.0), Trailing(), 25 steps, CFG(scale=1.5))" in ended.out
+
+
+# Plot, info, scripts -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
+def test_schedules_are_plotted(diffcore, suffix):
+    ended = diffcore("plot", "schedules", "Cosine", "Flow", "Laplace", f"--out=new/plot{suffix}")
+    assert ended.status == 0, ended.err
+    assert ended.out == f"3 schedules -> new/plot{suffix}\n"
+    assert Path(f"new/plot{suffix}").stat().st_size > 5000
+
+
+def test_schedules_with_options_are_plotted_to_the_default_place(diffcore):
+    laplace = json.dumps({"class_path": "Laplace", "init_args": {"scale": 0.75}})
+    assert diffcore("plot", "schedules", laplace).status == 0
+    assert Path("schedules.png").is_file()
+
+
+def test_info_describes_a_run(diffcore, trained):
+    ended = diffcore("info", trained)
+    assert ended.status == 0, ended.err
+    parameters = sum(parameter.numel() for parameter in Run(trained).network().parameters())
+    for fact in (f"{parameters:,}", "UNet2DModel", "Cosine", "v_prediction", "step-00000004", "10", "step 4"):
+        assert fact in ended.out, fact
+
+
+def test_info_describes_this_machine(diffcore):
+    ended = diffcore("info")
+    assert ended.status == 0
+    assert torch.__version__.split("+")[0] in ended.out
+
+
+def test_the_scripts_call_the_same_commands(monkeypatch):
+    called = []
+    monkeypatch.setattr("diffcore.cli.main", lambda argv: called.append(argv) or 0)
+    for name in ("train", "sample"):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", "a", "--b"])
+        code = (Path(__file__).parents[1] / "scripts" / f"{name}.py").read_text()
+        with pytest.raises(SystemExit, match="0"):
+            exec(compile(code, name, "exec"), {"__name__": "__main__"})
+    assert called == [["train", "a", "--b"], ["sample", "a", "--b"]]
+
+
+def test_every_field_of_the_trainer_is_documented_and_so_has_help(diffcore):
+    out = " ".join(diffcore("train", "--help").out.split())
+    for name in Trainer.__dataclass_fields__.keys() - {"config"}:
+        assert f"--{name}" in out, name

@@ -1,0 +1,69 @@
+"""A run's folder is read back to the network that was trained, or refused by name."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from diffcore.process import Process
+from diffcore.run import Run
+from diffcore.weights import read_weights, write_weights
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    return Run(tmp_path / "run")
+
+
+def test_the_averaged_network_comes_back_ready_to_sample(run):
+    denoiser = run.denoiser()
+    assert denoiser.process == Process.load(run.process)
+    assert not denoiser.training
+    own = denoiser.network.state_dict()
+    for name, value in read_weights(run.weights).items():
+        assert torch.equal(own[name], value), name
+
+
+def test_a_new_network_has_the_runs_architecture_and_new_weights(run):
+    new, old = run.network().state_dict(), read_weights(run.weights)
+    assert {name: value.shape for name, value in new.items()} == {name: value.shape for name, value in old.items()}
+    assert not torch.equal(new["conv_in.weight"], old["conv_in.weight"])
+
+
+# process.json of a list or null is a TypeError in spec.build, which names no file.
+@pytest.mark.parametrize("name", ["process.json", "config.yaml", "ema.safetensors"])
+@pytest.mark.parametrize("content", [None, "", "{", "[1, 2]", "null"])
+def test_a_file_that_is_missing_or_something_else_is_named(run, name, content):
+    if content is None:
+        (run.folder / name).unlink()
+    else:
+        (run.folder / name).write_text(content)
+    with pytest.raises(ValueError, match=name):
+        run.denoiser()
+
+
+def test_a_folder_that_does_not_exist_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="nowhere is not a run's folder: it does not exist"):
+        Run(tmp_path / "nowhere").denoiser()
+
+
+def test_weights_of_another_network_are_refused_in_one_sentence(run):
+    write_weights(run.weights, {name: value[:1] for name, value in read_weights(run.weights).items()})
+    with pytest.raises(ValueError, match=r"ema\.safetensors does not fit the network of .*config\.yaml"):
+        run.denoiser()
+
+
+def test_a_misspelt_field_of_the_record_is_named_with_the_nearest(run):
+    record = json.loads(run.process.read_text())
+    record["predicton"] = record.pop("prediction")
+    run.process.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"process\.json .*'predicton'.*did you mean 'prediction'"):
+        run.denoiser()
+
+
+def test_E12_a_run_can_name_no_code_of_its_own(run):
+    run.config.write_text("network: os.getcwd\n")
+    with pytest.raises(ValueError, match=r"os\.getcwd"):
+        run.denoiser()
