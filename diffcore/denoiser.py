@@ -57,10 +57,11 @@ def null_condition(process: Process, rows: int, device: torch.device | None = No
 
 
 def _rows(time: Real, x: Tensor) -> Tensor:
-    """One number a row, (B,); a map of levels stays a map."""
+    """One number a row, (B,), in float32 or better (bf16 holds no index above 256); a map of levels stays a map."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
     if not isinstance(time, Tensor):
-        return x.new_full((len(x),), time)
-    return time.flatten().to(x) if time.numel() == len(x) else time.to(x)
+        return torch.full((len(x),), time, dtype=dtype, device=x.device)
+    return (time.flatten() if time.numel() == len(x) else time).to(x.device, dtype)
 
 
 def _tensor(answer: Any) -> Tensor:

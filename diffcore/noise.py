@@ -15,6 +15,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from diffcore.prediction import edm_norm
 from diffcore.schedules import Level
 
 M32 = 0xFFFFFFFF
@@ -116,4 +117,4 @@ class Noise:
 
     def first_sample(self, level: Level, sigma_data: float) -> Tensor:
         """√(α² s² + σ²) z: x at the first level, when nothing is known of x_0 but its standard deviation s."""
-        return (level.alpha**2 * sigma_data**2 + level.sigma**2) ** 0.5 * self.start()
+        return edm_norm(level, sigma_data) * self.start()

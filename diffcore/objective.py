@@ -82,7 +82,7 @@ class Objective:
     def times(self, place: Place) -> Tensor:
         """(B,) float64 times in (0, 1] for the samples at `place`."""
         if self.levels == "stratified":
-            u = (uniform(place.seed, Stream.LEVEL, place.step)[0] + place.index / place.batch) % 1
+            u = (uniform(place.seed, Stream.LEVEL, place.step)[0] + place.index.double() / place.batch) % 1
         else:
             u = uniform(place.seed, Stream.LEVEL, place.position)[:, 0]
         return u.clamp(min=2.0**-53)
@@ -97,11 +97,12 @@ class Objective:
 
     def __call__(self, denoiser: Denoiser, x0: Tensor, condition: Tensor | None, draw: Draw) -> Tensor:
         """(B,) losses of the denoiser's network at α x_0 + σ ε."""
+        x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))  # levels and errors of half-precision data too
         process, level = denoiser.process, draw.level.to(x0)
         if condition is not None:
             condition = condition.masked_fill(draw.dropped, process.classes)
         output = denoiser.output(level.alpha * x0 + level.sigma * draw.noise, level, condition)
-        error = output.float() - target(process.prediction, x0, draw.noise, level, process.sigma_data)
+        error = output - target(process.prediction, x0, draw.noise, level, process.sigma_data)
         assert isinstance(draw.level.logsnr, Tensor)
         weight = self.weight.on(process.prediction, draw.level.logsnr, process.sigma_data).to(x0)
         return (weight * error**2).flatten(1).mean(1)

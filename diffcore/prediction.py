@@ -44,7 +44,7 @@ def predict(kind: PredictionType, output: Tensor, x: Tensor, level: Level, sigma
         case "sample":
             return Prediction(F, (x - alpha * F) / sigma)
         case "v_prediction":
-            n = (alpha**2 + sigma**2) ** 0.5
+            n = hypot(alpha, sigma)
             y, a, s = x / n, alpha / n, sigma / n
             return Prediction(a * y - s * F, s * y + a * F)
         case "flow_prediction":
@@ -66,7 +66,7 @@ def target(kind: PredictionType, x0: Tensor, eps: Tensor, level: Level, sigma_da
         case "sample":
             return x0
         case "v_prediction":
-            n = (alpha**2 + sigma**2) ** 0.5
+            n = hypot(alpha, sigma)
             return (alpha / n) * eps - (sigma / n) * x0
         case "flow_prediction":
             return eps - x0
@@ -95,7 +95,14 @@ def log_gain(kind: PredictionType, logsnr: Tensor, sigma_data: float) -> Tensor:
 
 def edm_norm(level: Level, sigma_data: float) -> Real:
     """N = √(σ² + α² s²), the standard deviation of x: a preconditioned network is asked about x / n."""
-    return (level.sigma**2 + level.alpha**2 * sigma_data**2) ** 0.5
+    return hypot(level.alpha * sigma_data, level.sigma)
+
+
+def hypot(a: Real, b: Real) -> Real:
+    """√(a² + b²), where a² may overflow."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.hypot(b)
+    return math.hypot(float(a), float(b))
 
 
 def _unknown(kind: str) -> str:

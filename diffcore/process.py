@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -153,7 +153,12 @@ class Process:
         if not path.is_file():
             raise ValueError(f"{path} is missing: weights without their process record cannot be sampled")
         try:
-            return build(cls, json.loads(path.read_text()))
+            data = json.loads(path.read_text())
+            process = build(cls, data)
+            missing = [f.name for f in fields(cls) if f.name not in data]
+            if missing:
+                raise ValueError(f"it lacks {', '.join(missing)}, and a guess would sample another process")
+            return process
         except ValueError as error:
             raise ValueError(f"{path} is not a process record: {error}") from None
 

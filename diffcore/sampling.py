@@ -133,6 +133,8 @@ def _check(
     process.check_level(knots[0])
     if not len(seeds):
         raise ValueError("seeds is empty, expected one integer a sample")
+    if not all(-(2**63) <= seed < 2**63 for seed in seeds):
+        raise ValueError("seeds has a number beyond 64 bits, expected integers within [-2^63, 2^63)")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1")
     if guidance.uses_reference:

@@ -42,7 +42,7 @@ def spec(value: Any) -> Any:
     """Plain data that `build` reads back to an equal value: the name and the fields of each component."""
     if is_dataclass(value) and not isinstance(value, type):
         arguments = {f.name: spec(getattr(value, f.name)) for f in fields(value) if f.init}
-        return {"class_path": type(value).__name__, "init_args": arguments} if isinstance(value, ABC) else arguments
+        return {"class_path": _name(type(value)), "init_args": arguments} if isinstance(value, ABC) else arguments
     if isinstance(value, (tuple, list)):
         return [spec(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
@@ -56,12 +56,19 @@ def build(kind: type[T], data: Mapping[str, Any]) -> T:
     Raises:
         ValueError: a key or a value does not fit the signature; the message names it and the nearest name.
     """
+    if not isinstance(data, Mapping):
+        raise ValueError(f"got {data!r}, expected the fields of a {kind.__name__}")
     parser = Parser(exit_on_error=False)
     parser.add_class_arguments(kind, "value")
     try:
         return parser.instantiate(parser.parse_object({"value": dict(data)})).value
     except SpecError as error:
-        raise ValueError(str(error)) from None
+        raise ValueError(str(error).replace('"value.', '"').replace("Group 'value'", kind.__name__)) from None
+
+
+def _name(kind: type) -> str:
+    """Our own classes go by their name alone, so that one may move between files."""
+    return kind.__name__ if kind.__module__.startswith("diffcore.") else f"{kind.__module__}.{kind.__qualname__}"
 
 
 class SpecError(ValueError):

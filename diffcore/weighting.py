@@ -59,6 +59,8 @@ class MSE(Weight):
     def __post_init__(self) -> None:
         if self.target not in get_args(PredictionType):
             raise ValueError(f"target is {self.target!r}, expected one of {', '.join(get_args(PredictionType))}")
+        if not 0 < self.sigma_data < math.inf:
+            raise ValueError(f"sigma_data is {self.sigma_data}, expected a positive standard deviation")
 
     def log(self, logsnr: Tensor) -> Tensor:
         return -log_gain(self.target, logsnr, self.sigma_data)

@@ -40,7 +40,6 @@ class DDIM(Sampler):
 
 def _ratio(t: Level, s: Level) -> Real:
     """u_s / u_t, 0 from pure noise."""
-    ratio = s.sigma * t.alpha / (s.alpha * t.sigma)
-    if ratio > 1:
+    if s.logsnr < t.logsnr:
         raise ValueError("fresh noise (eta > 0) needs knots that fall in noise: invert and renoise with eta = 0")
-    return ratio
+    return s.sigma * t.alpha / (s.alpha * t.sigma)

@@ -4,7 +4,7 @@ from diffcore.schedules.base import Level, Real, Scaling, Schedule, alpha_sigma
 from diffcore.schedules.discrete import Discrete
 from diffcore.schedules.grids import Explicit, Grid, Karras, Linspace, Trailing, UniformLogSNR
 from diffcore.schedules.quantile import Cosine, Flow, Laplace, Normal
-from diffcore.schedules.transforms import Shifted, ZeroTerminalSNR
+from diffcore.schedules.transforms import Shifted, Truncated, ZeroTerminalSNR
 
 __all__ = [
     "Cosine",
@@ -22,6 +22,7 @@ __all__ = [
     "Schedule",
     "Shifted",
     "Trailing",
+    "Truncated",
     "UniformLogSNR",
     "ZeroTerminalSNR",
     "alpha_sigma",

@@ -35,7 +35,17 @@ def alpha_sigma(logsnr: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
             return (logsnr / 2).sigmoid(), (-logsnr / 2).sigmoid()
         case "ve":
             return torch.ones_like(logsnr), (-logsnr / 2).exp()
-    raise ValueError(f"scaling is {scaling!r}, expected one of {', '.join(get_args(Scaling))}")
+    raise ValueError(_unknown(scaling))
+
+
+def check_scaling(scaling: str) -> None:
+    """Raise where `scaling` is not one."""
+    if scaling not in get_args(Scaling):
+        raise ValueError(_unknown(scaling))
+
+
+def _unknown(scaling: str) -> str:
+    return f"scaling is {scaling!r}, expected one of {', '.join(get_args(Scaling))}"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Beta tables: ᾱ_i = Π_{j≤i} (1 - β_j), α = √ᾱ, for indices i = 0 .. T-1, made continuous.
 
 Index i stands at t = (i+1)/T, so t = 0 is clean and t = 1 the last entry. λ is exact at the indices and linear in t
-between them; from the clean end to index 0, σ/α is linear in t; to an entry of ᾱ = 0, α/σ is.
+between them; from the clean end to index 0, σ/α is linear in t.
 """
 
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffcore.schedules.base import Scaling, Schedule
+from diffcore.schedules.base import Scaling, Schedule, check_scaling
 
 Betas = Literal["linear", "scaled_linear", "cosine"]
 
@@ -42,6 +42,7 @@ class Discrete(Schedule):
             raise ValueError(f"steps is {self.steps}, expected a table of at least 2 levels")
         if not 0 < self.start <= self.end < 1:
             raise ValueError(f"start and end are {self.start} and {self.end}, expected 0 < start ≤ end < 1")
+        check_scaling(self.scaling)
         self._table  # an unknown form fails here
 
     @cached_property

@@ -43,9 +43,11 @@ class Trailing(Grid):
     def _levels(self, schedule: Schedule, steps: int) -> list[Level]:
         total = schedule.steps
         if total is None:
-            return [schedule.level((steps - i) / steps) for i in range(steps + 1)]
-        _check_table(self, steps, total)
-        return [schedule.level(round(total * (steps - i) / steps) / total) for i in range(steps + 1)]
+            times = [(steps - i) / steps for i in range(steps)]
+        else:
+            _check_table(self, steps, total)
+            times = [round(total * (steps - i) / steps) / total for i in range(steps)]
+        return [*map(schedule.level, times), schedule.at(CLEAN)]
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Linspace(Grid):
         else:
             _check_table(self, steps, total)
             times = [(round((total - 1) * (gaps - i) / gaps) + 1) / total for i in range(steps)]
-        return [schedule.level(t) for t in [*times, 0.0]]
+        return [*map(schedule.level, times), schedule.at(CLEAN)]
 
 
 @dataclass(frozen=True)

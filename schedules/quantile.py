@@ -6,12 +6,11 @@ number near 1 that was not given.
 
 import math
 from dataclasses import dataclass, field
-from typing import get_args
 
 import torch
 from torch import Tensor
 
-from diffcore.schedules.base import Scaling, Schedule
+from diffcore.schedules.base import Scaling, Schedule, check_scaling
 
 
 @dataclass(frozen=True)
@@ -21,8 +20,7 @@ class Quantile(Schedule):
     scaling: Scaling = field(default="vp", kw_only=True)
 
     def __post_init__(self) -> None:
-        if self.scaling not in get_args(Scaling):
-            raise ValueError(f"scaling is {self.scaling!r}, expected one of {', '.join(get_args(Scaling))}")
+        check_scaling(self.scaling)
 
 
 @dataclass(frozen=True)
@@ -77,6 +75,7 @@ class Laplace(Quantile):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_finite("mean", self.mean)
         _check_positive("scale", self.scale)
 
     def _logsnr(self, t: Tensor) -> Tensor:
@@ -109,6 +108,7 @@ class Normal(Quantile):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_finite("mean", self.mean)
         _check_positive("std", self.std)
 
     def _logsnr(self, t: Tensor) -> Tensor:
@@ -125,6 +125,11 @@ class Normal(Quantile):
 def _log_tan(t: Tensor) -> Tensor:
     """2 ln tan(πt/2)."""
     return 2 * (t * (math.pi / 2)).tan().log()
+
+
+def _check_finite(name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}, expected a finite number")
 
 
 def _check_positive(name: str, value: float) -> None:

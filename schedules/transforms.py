@@ -54,6 +54,51 @@ class Shifted(Transform):
 
 
 @dataclass(frozen=True)
+class Truncated(Transform):
+    """λ restricted to [low, high]: p'(λ) = p(λ) / (t(low) - t(high)) there, t' = (t - t(high)) / (t(low) - t(high)).
+
+    Every t in (0, 1) is drawn, also of a table.
+
+    Args:
+        schedule: the schedule to restrict.
+        low: the noisiest level, λ'(1).
+        high: the cleanest level, λ'(0).
+    """
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not self.low < self.high:
+            raise ValueError(f"low and high are {self.low} and {self.high}, expected λ with low < high")
+        if not self._start < self._end:
+            raise ValueError(f"{self.schedule} has no levels between λ = {self.low} and {self.high}")
+
+    @property
+    def steps(self) -> None:  # type: ignore[override]
+        """None: it is no table any more."""
+
+    @cached_property
+    def _start(self) -> float:
+        return self.schedule.time(self.high)
+
+    @cached_property
+    def _end(self) -> float:
+        return self.schedule.time(self.low)
+
+    def _logsnr(self, t: Tensor) -> Tensor:
+        inside = self.schedule.logsnr(torch.lerp(t.new_tensor(self._start), t.new_tensor(self._end), t))
+        return inside.clamp(self.low, self.high)
+
+    def _time(self, logsnr: Tensor) -> Tensor:
+        return ((self.schedule.time(logsnr) - self._start) / (self._end - self._start)).clamp(0, 1)
+
+    def _density(self, logsnr: Tensor) -> Tensor:
+        inside = (logsnr >= self.low) & (logsnr <= self.high)
+        return self.schedule.density(logsnr).masked_fill(~inside, 0.0) / (self._end - self._start)
+
+
+@dataclass(frozen=True)
 class ZeroTerminalSNR(Transform):
     """α' = (α - α_T) α_0 / (α_0 - α_T) in the vp scaling, so that λ'(1) = -inf and the cleanest level is kept.
 

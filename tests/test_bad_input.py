@@ -63,7 +63,7 @@ def change(run, **fields):
 
 
 # What failed when this was written: nothing to train, torn and binary yaml (no file named), unknown data (no hint), a run that
-# does not exist (names config.yaml instead), a seed beyond 64 bits; and with a traceback: a device that is not here, threads -1.
+# does not exist (names config.yaml instead), a seed beyond 64 bits; with a traceback: a device that is not here, threads -1.
 CASES = {
     # commands and options
     "no command": ((), "COMMAND"),

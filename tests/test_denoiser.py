@@ -156,7 +156,6 @@ def test_the_network_gets_its_own_dtype_and_the_prediction_keeps_that_of_x(own, 
     assert answer.x0.dtype == answer.eps.dtype == dtype
 
 
-# BUG in diffcore/denoiser.py, _rows: the time is cast to the dtype of x, so a bfloat16 network is told 752.
 def test_a6_low_precision_samples_do_not_round_the_time():
     """bfloat16 keeps 8 bits: index 750 would be told as 752."""
     record, network = process(Discrete()), Recorder(torch.bfloat16)

@@ -75,6 +75,13 @@ def test_from_pure_noise_eta_1_renoises_in_full(scaling):
     torch.testing.assert_close(state.x, s.alpha * X0 + s.sigma * NOISE.step(5), rtol=1e-12, atol=1e-12)
 
 
+def test_every_step_has_noise_of_its_own():
+    """300 numbers a step: independent ones correlate by less than 5/√300 = 0.29."""
+    many = Noise(torch.arange(300), (1,), dtype=torch.float64)
+    steps = torch.stack([many.start().flatten(), *(many.step(i).flatten() for i in range(4))])
+    assert (steps.corrcoef() - torch.eye(5)).abs().max() < 0.29
+
+
 def moments(oracle, sampler, knots):
     """Mean and covariance of what the sampler makes of the exact marginal at the first knot.
 
@@ -139,7 +146,6 @@ def test_eta_0_follows_the_flow_from_data_to_noise():
     assert errors[0] / errors[1] == pytest.approx(2, abs=0.2)
 
 
-# BUG in samplers/ddim.py, _ratio: the last two divide by zero instead (ZeroDivisionError).
 @pytest.mark.parametrize("logsnrs", ((0.0, -1.0), (math.inf, 3.0), (0.0, -math.inf)))
 def test_fresh_noise_is_refused_on_the_way_to_noise(logsnrs):
     with pytest.raises(ValueError, match="fall in noise"):

@@ -8,7 +8,18 @@ import pytest
 import torch
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
-from diffcore.schedules import Cosine, Discrete, Flow, Laplace, Schedule, Shifted, ZeroTerminalSNR
+from diffcore.schedules import (
+    Cosine,
+    Discrete,
+    Flow,
+    Laplace,
+    Normal,
+    Schedule,
+    Shifted,
+    Trailing,
+    Truncated,
+    ZeroTerminalSNR,
+)
 from diffcore.schedules.quantile import Quantile
 
 TABLES = [Discrete(), Discrete("scaled_linear", 1000, 0.00085, 0.012), Discrete("cosine", 50), Discrete(scaling="flow")]
@@ -151,3 +162,42 @@ def test_B2_a_transform_of_another_table_is_another_value():
     schedules: list[Schedule] = [ZeroTerminalSNR(Discrete()), ZeroTerminalSNR(Discrete(end=0.01)), Discrete(end=0.01)]
     assert len({schedule.logsnr(0.5) for schedule in schedules}) == 3
     assert schedules[0] != schedules[1]
+
+
+TRUNCATED = [
+    Truncated(Cosine(), -6.0, 4.0),
+    Truncated(Normal(2.4, 2.4, scaling="ve"), -9.0, 12.0),
+    Truncated(Discrete(), -8.0, 12.0),
+]
+
+
+@pytest.mark.parametrize("schedule", TRUNCATED, ids=repr)
+def test_truncated_is_the_inner_density_given_that_the_level_lies_within(schedule):
+    t = torch.linspace(0, 1, 2001, dtype=torch.float64)
+    logsnr = schedule.logsnr(t)
+    inner = schedule.schedule
+    given = (inner.cdf(logsnr) - inner.cdf(schedule.low)) / (inner.cdf(schedule.high) - inner.cdf(schedule.low))
+    torch.testing.assert_close(given, 1 - t, rtol=0, atol=1e-13)
+    torch.testing.assert_close(schedule.time(logsnr), t, rtol=0, atol=1e-13)
+    assert (logsnr[0].item(), logsnr[-1].item()) == pytest.approx((schedule.high, schedule.low), rel=1e-9)
+    assert logsnr.diff().max() < 0
+    grid = torch.linspace(schedule.low - 1, schedule.high + 1, 200_001, dtype=torch.float64)
+    assert torch.trapezoid(schedule.density(grid), grid).item() == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("schedule", TRUNCATED, ids=repr)
+def test_truncated_levels_end_clean_on_a_grid_and_are_drawn_at_every_time(schedule):
+    knots = Trailing().knots(schedule, 7)
+    assert knots[0].logsnr == pytest.approx(schedule.low, rel=1e-9)
+    assert knots[-1].logsnr == math.inf
+    u = torch.tensor([0.3, 0.7], dtype=torch.float64)
+    assert torch.equal(schedule.drawn(u), u)
+    assert schedule.scaling == schedule.schedule.scaling
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "remedy"), [(1.0, 1.0, "low < high"), (2.0, 1.0, "low < high"), (-30, -20, "no levels")]
+)
+def test_truncation_to_nothing_is_refused(low, high, remedy):
+    with pytest.raises(ValueError, match=remedy):
+        Truncated(Discrete(), low, high)
