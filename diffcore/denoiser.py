@@ -30,6 +30,7 @@ class Denoiser(nn.Module):
 
     def __init__(self, network: nn.Module, process: Process) -> None:
         super().__init__()
+        _check_embeddings(network, process)
         self.network = network
         self.process = process
 
@@ -62,6 +63,16 @@ def _rows(time: Real, x: Tensor) -> Tensor:
     if not isinstance(time, Tensor):
         return torch.full((len(x),), time, dtype=dtype, device=x.device)
     return (time.flatten() if time.numel() == len(x) else time).to(x.device, dtype)
+
+
+def _check_embeddings(network: nn.Module, process: Process) -> None:
+    """Diffusers' networks say how many labels they embed: the classes, and the null label."""
+    embeddings = getattr(getattr(network, "config", None), "num_class_embeds", None)
+    if process.classes and embeddings is not None and embeddings <= process.classes:
+        raise ValueError(
+            f"the network embeds {embeddings} labels (num_class_embeds), expected {process.classes + 1}: "
+            f"{process.classes} classes and the null label"
+        )
 
 
 def _tensor(answer: Any) -> Tensor:

@@ -77,10 +77,10 @@ class GaussianMixture(Oracle):
         labels: Tensor | None = None,
         process: Process | None = None,
     ) -> None:
-        weights = means.new_ones(len(means)) if weights is None else weights
-        super().__init__(weights, labels, process or _process(means, labels))
-        self.means = means.flatten(1)
-        self.eigenvalues, self.axes = torch.linalg.eigh(covariances)
+        weights = torch.ones(len(means)) if weights is None else weights
+        super().__init__(weights.double(), labels, process or _process(means, labels))
+        self.means, self.dtype = means.double().flatten(1), means.dtype
+        self.eigenvalues, self.axes = torch.linalg.eigh(covariances.double())
         if not (self.eigenvalues > 0).all():
             raise ValueError(f"covariances have eigenvalues {self.eigenvalues.tolist()}, expected positive ones")
 
@@ -90,26 +90,26 @@ class GaussianMixture(Oracle):
         r = self._log_joint(x, level, condition).softmax(1)
         x0 = self.means + self._rotate(alpha * self.eigenvalues / variance * z)
         eps = self._rotate(sigma / variance * z)
-        return Prediction(*(torch.einsum("bk,bkd->bd", r, value).view_as(x) for value in (x0, eps)))
+        return Prediction(*(torch.einsum("bk,bkd->bd", r, value).view_as(x).to(x.dtype) for value in (x0, eps)))
 
     def score(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Tensor:
         z, variance = self._whiten(x, level)
         r = self._log_joint(x, level, condition).softmax(1)
-        return torch.einsum("bk,bkd->bd", r, self._rotate(-z / variance)).view_as(x)
+        return torch.einsum("bk,bkd->bd", r, self._rotate(-z / variance)).view_as(x).to(x.dtype)
 
     def log_density(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Tensor:
-        return self._log_joint(x, level, condition).logsumexp(1)
+        return self._log_joint(x, level, condition).logsumexp(1).to(x.dtype)
 
     def sample(self, seeds: Tensor, condition: Tensor | None = None) -> Tensor:
         k = self._component(seeds, condition)
-        z = normal(seeds, Stream.ORACLE, 1, self.means.shape[1:], dtype=self.means.dtype)
+        z = normal(seeds, Stream.ORACLE, 1, self.means.shape[1:], dtype=torch.float64)
         x0 = self.means[k] + torch.einsum("bij,bj->bi", self.axes[k], self.eigenvalues[k].sqrt() * z)
-        return x0.unflatten(1, self.process.shape)
+        return x0.unflatten(1, self.process.shape).to(self.dtype)
 
     def _whiten(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         """Coordinates (B, K, D) of x - α m_k along the axes of component k, and the variances there."""
         alpha, sigma = (_column(value, x) for value in (level.alpha, level.sigma))
-        z = torch.einsum("bkd,kde->bke", x.flatten(1)[:, None] - alpha * self.means, self.axes)
+        z = torch.einsum("bkd,kde->bke", x.double().flatten(1)[:, None] - alpha * self.means, self.axes)
         return z, alpha**2 * self.eigenvalues + sigma**2
 
     def _rotate(self, z: Tensor) -> Tensor:
@@ -174,13 +174,13 @@ def _process(data: Tensor, labels: Tensor | None) -> Process:
 
 
 def _column(value: Real, x: Tensor) -> Tensor:
-    """α or σ as (B or 1, 1, 1)."""
-    return torch.as_tensor(value, dtype=x.dtype, device=x.device).reshape(-1, 1, 1)
+    """α or σ as float64 (B or 1, 1, 1)."""
+    return torch.as_tensor(value, dtype=torch.float64, device=x.device).reshape(-1, 1, 1)
 
 
 def _level_columns(x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
     """α and σ as float64 (B or 1, 1); at σ = 0 x says nothing that x_0 does not."""
-    alpha, sigma = (_column(value, x.double())[:, 0] for value in (level.alpha, level.sigma))
+    alpha, sigma = (_column(value, x)[:, 0] for value in (level.alpha, level.sigma))
     if not (sigma > 0).all():
         raise ValueError("the closed-form denoiser of a data set was asked at σ = 0, where it is not defined")
     return alpha, sigma

@@ -67,6 +67,8 @@ class Run:
         Raises:
             ValueError: it is missing or not YAML.
         """
+        if not self.folder.is_dir():
+            raise ValueError(f"{self.folder} is not a run's folder: it does not exist")
         if not self.config.is_file():
             raise ValueError(f"{self.config} is missing: without it the network cannot be built")
         try:
@@ -90,13 +92,15 @@ class Run:
         Raises:
             ValueError: the folder is not a run's, or its weights are not what was written or do not fit the network.
         """
-        if not self.folder.is_dir():
-            raise ValueError(f"{self.folder} is not a run's folder: it does not exist")
-        process = Process.load(self.process)
         network = self.network()
+        process = Process.load(self.process)
         tensors = read_weights(self.weights)
-        try:
-            network.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise ValueError(f"{self.weights} does not fit the network of {self.config}: {error}") from None
+        own = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+        wrong = sorted(n for n in {*own, *tensors} if n not in tensors or own.get(n) != tuple(tensors[n].shape))
+        if wrong:
+            raise ValueError(
+                f"{self.weights} does not fit the network of {self.config}: {len(wrong)} tensors are missing, unknown or "
+                f"of another shape, such as {wrong[0]}"
+            )
+        network.load_state_dict(tensors)
         return Denoiser(network, process).to(device).eval()

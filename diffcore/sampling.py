@@ -160,7 +160,7 @@ def _labels(process: Process, count: int, condition: Sequence[int] | Tensor | No
         raise ValueError("condition was given, but this network has no classes: leave it out")
     if labels.shape != (count,):
         raise ValueError(f"condition has shape {tuple(labels.shape)}, expected one label for each of {count} seeds")
-    wrong = labels[(labels < 0) | (labels > process.classes)].tolist()
+    wrong = labels[(labels < 0) | (labels >= process.classes)].tolist()
     if wrong:
         raise ValueError(f"labels {sorted(set(wrong))} are out of range, expected 0 .. {process.classes - 1}")
     return labels

@@ -9,9 +9,9 @@ import math
 import re
 import sys
 from abc import ABC
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from inspect import isabstract, signature
+from inspect import isclass, signature
 from typing import Any, NoReturn, TypeVar
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
@@ -117,17 +117,9 @@ class Parser(ArgumentParser):
         return ""
 
     def _names(self, message: str) -> list[str]:
-        known: dict[str, type] = {cls.__name__: cls for cls in leaves(ABC) if cls.__module__.startswith("diffcore.")}
+        modules = [module for name, module in sys.modules.items() if name.startswith("diffcore.")]
+        known = {name: value for module in modules for name, value in vars(module).items() if isclass(value)}
         named = [cls for name, cls in known.items() if re.search(rf"\b{name}\b", message)]
         arguments = [argument for cls in named for argument in signature(cls).parameters]
         keys = [key for path in self.get_defaults().keys(branches=True) for key in (path, path.split(".")[-1])]
         return [*arguments, *known, *keys]
-
-
-def leaves(base: type) -> Iterator[type]:
-    """The concrete classes below `base`."""
-    subclasses: list[type] = base.__subclasses__()
-    for cls in subclasses:
-        yield from leaves(cls)
-        if not isabstract(cls):
-            yield cls

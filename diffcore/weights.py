@@ -35,9 +35,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     try:
         with safe_open(path, "pt") as file:
-            facts = json.loads((file.metadata() or {})["diffcore"])
+            facts = dict(json.loads((file.metadata() or {})["diffcore"]))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise Corrupt(f"{path} cannot be read ({error}): resume the run to write it again, or copy it again") from None
     if facts.pop("sha256", None) != _digest(tensors, facts):
         raise Corrupt(

@@ -1,6 +1,5 @@
 """`diffcore info`: what a run is, or what this machine has."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from diffcore.commands.arguments import normalized, trusted
 from diffcore.process import Process
 from diffcore.run import Run
 from diffcore.spec import Parser
+from diffcore.training.report import Metrics
 
 
 def main(argv: Sequence[str]) -> None:
@@ -25,8 +25,7 @@ def main(argv: Sequence[str]) -> None:
 def _of_run(run: Run) -> dict[str, object]:
     settings, process = run.settings(), Process.load(run.process)
     parameters = sum(p.numel() for p in run.network().parameters())
-    lines = run.metrics.read_text().splitlines() if run.metrics.is_file() else []
-    last = json.loads(lines[-1]) if lines else {}
+    reports = Metrics(run.metrics).reports()
     return {
         "run": run.folder,
         "network": f"{settings['network']['class_path']}, {parameters:,} parameters",
@@ -37,7 +36,7 @@ def _of_run(run: Run) -> dict[str, object]:
         "data": f"shape {process.shape}, range [{process.low:g}, {process.high:g}]",
         "classes": f"{process.classes}, dropped in {process.dropout:.0%} of samples",
         "checkpoints": ", ".join(sorted(path.name for path in run.checkpoints.glob("step-*"))) or "none",
-        "last report": ", ".join(f"{name} {value:.4g}" for name, value in last.items()) or "none",
+        "last report": ", ".join(f"{name} {value}" for name, value in reports[-1].items()) if reports else "none",
     }
 
 

@@ -56,6 +56,8 @@ class Request:
     def __post_init__(self) -> None:
         if self.per_label < 1:
             raise ValueError(f"per_label is {self.per_label}, expected at least 1")
+        if self.threads < 0:
+            raise ValueError(f"threads is {self.threads}, expected a number, or 0 for torch's choice")
         expected = len(self.labels) * self.per_label
         if self.labels and self.seeds and len(self.seeds) != expected:
             raise ValueError(
@@ -83,9 +85,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("run", type=str, metavar="RUN", help="the folder of a run")
     parser.add_class_arguments(Request)
     argv = trusted(normalized(argv))
-    folder = next((word for word in argv[:1] if not word.startswith("-")), None)
-    if folder is not None:
-        _default_to(parser, Run(Path(folder)))
+    if argv and not argv[0].startswith("-"):
+        _default_to(parser, Run(Path(argv[0])))
+    elif not {"-h", "--help"} & set(argv) and not any(".help" in word for word in argv):
+        raise ValueError("the run's folder comes first: diffcore sample RUN --option value ...")
     settings = parser.parse_args(argv)
     arguments = parser.instantiate(settings).as_dict()
     _sample(Run(Path(arguments.pop("run"))), Request(**arguments))
@@ -153,15 +156,11 @@ def _check_out(out: Path, process: Process) -> None:
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return (
-            torch.accelerator.current_accelerator() or torch.device("cpu")
-            if torch.accelerator.is_available()
-            else torch.device("cpu")
-        )
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
     try:
-        return torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device is {name!r}, expected auto, cpu, cuda or another of torch's") from None
+        return torch.zeros(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device is {name!r}, which torch does not have here ({error}): use auto or cpu") from None
 
 
 def _knots(knots: tuple[Level, ...], every: bool) -> str:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
+import yaml
+
 from diffcore.commands.arguments import normalized, trusted
 from diffcore.spec import Parser
 from diffcore.training.trainer import Trainer
@@ -19,6 +21,8 @@ def main(argv: Sequence[str]) -> None:
         description=f"Train a network. Recipes: {', '.join(recipes())}. Options override what the recipe or file says.",
         epilog="--trust MODULE lets the configuration name classes of a module of yours, found from the current folder.",
     )
+    if not argv:
+        raise ValueError(f"name a recipe ({', '.join(recipes())}) or a YAML file, or see --help")
     parser.add_argument("--config", action="config", help="a YAML file; options given besides it override it")
     parser.add_class_arguments(Trainer, skip={"config"})
     settings = parser.parse_args(_config_first(trusted(normalized(argv))))
@@ -38,8 +42,10 @@ def _config_first(argv: list[str]) -> list[str]:
         return ["--config", _resolved(argv[0]), *argv[1:]]
     for place, word in enumerate(argv):
         if word == "--config":
+            _check_yaml(Path("".join(argv[place + 1 : place + 2])))
             return [*argv[place : place + 2], *argv[:place], *argv[place + 2 :]]
         if word.startswith("--config="):
+            _check_yaml(Path(word.partition("=")[2]))
             return [word, *argv[:place], *argv[place + 1 :]]
     return argv
 
@@ -47,9 +53,20 @@ def _config_first(argv: list[str]) -> list[str]:
 def _resolved(name: str) -> str:
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or path.is_file():
-        if not path.is_file():
-            raise ValueError(f"{name} does not exist: expected a YAML file or a recipe ({', '.join(recipes())})")
+        _check_yaml(path)
         return name
     if name not in recipes():
         raise ValueError(f"there is no recipe {name!r}: expected a YAML file or one of {', '.join(recipes())}")
     return str(RECIPES / f"{name}.yaml")
+
+
+def _check_yaml(path: Path) -> None:
+    """Name the file that is not YAML; the parser's own message does not."""
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: expected a YAML file or a recipe ({', '.join(recipes())})")
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds no settings: expected lines such as `steps: 800`")

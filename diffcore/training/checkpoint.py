@@ -1,6 +1,6 @@
 """Checkpoints: safetensors and JSON only, atomic, and every file hashed.
 
-    checkpoints/step-00000400/  model.safetensors  ema.safetensors  training.safetensors  manifest.json
+    checkpoints/step-0000000400/  model.safetensors  ema.safetensors  training.safetensors  manifest.json
 
 A folder is written under a temporary name, flushed, and renamed, so one that has its name is complete. manifest.json holds
 the training state and the size and SHA-256 of each file; its own is beside them, so that no flipped bit passes unseen.
@@ -35,10 +35,10 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     files = {}
-    for name, tensors in checkpoint.tensors.items():
+    for file, tensors in checkpoint.tensors.items():
         data = save({key: value.contiguous() for key, value in tensors.items()})
-        flush(temporary / name, data)
-        files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        flush(temporary / file, data)
+        files[file] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     manifest = {"state": checkpoint.state, "files": files}
     flush(temporary / MANIFEST, json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1).encode())
     shutil.rmtree(folder, ignore_errors=True)
@@ -54,7 +54,7 @@ def read(folder: Path) -> Checkpoint:
     """
     manifest = _manifest(folder)
     return Checkpoint(
-        {name: _tensors(folder / name, expected) for name, expected in manifest["files"].items()}, manifest["state"]
+        {file: _tensors(folder / file, expected) for file, expected in manifest["files"].items()}, manifest["state"]
     )
 
 
@@ -66,6 +66,18 @@ def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
         except Corrupt as error:
             say(f"{error}; going back to the checkpoint before it")
     return None
+
+
+def set_aside(folder: Path, step: int) -> None:
+    """Rename the checkpoints after `step`, which a run that goes back to it found broken, so that none is kept for good."""
+    for path in folder.glob("step-*"):
+        if path.name > name(step):
+            path.rename(path.with_name(f"broken-{path.name}"))
+
+
+def name(step: int) -> str:
+    """The folder name of the checkpoint after `step` steps; names sort as steps do."""
+    return f"step-{step:010d}"
 
 
 def prune(folder: Path, keep: int) -> None:
@@ -81,7 +93,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(path.read_text())
         digest = manifest.pop("sha256")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise Corrupt(f"{path} cannot be read ({type(error).__name__})") from None
     if digest != _digest(manifest):
         raise Corrupt(f"{path} is not what was written (its SHA-256 differs)")

@@ -7,6 +7,7 @@ and range, label an integer.
 from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass
 from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,7 +54,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
     Args:
         folder: read by Hugging Face datasets' "imagefolder".
         size: height and width of x_0.
-        channels: RGB or L: every image is converted to it.
+        channels: RGB or L: every image is converted to it; transparency is dropped.
         fit: crop (scale the shorter side, cut the centre), pad (scale the longer, fill with black), or exact (refuse
             an image of another size).
         flip: whether to mirror left and right half of the time, keyed by the sample's position in the run.
@@ -216,9 +217,17 @@ def check(data: Dataset[Any], process: Process) -> None:
             f"an item of the data lies in [{float(x0.min()):g}, {float(x0.max()):g}], expected within the process's range "
             f"[{process.low:g}, {process.high:g}]: scale the data, or set process.low and process.high"
         )
-    if process.classes and not 0 <= label < process.classes:
+    check_labels(Batch(x0[None], torch.tensor([label]), torch.tensor([0]), torch.tensor([0])), process)
+
+
+def check_labels(batch: Batch, process: Process) -> None:
+    """Raise where a label is none of the process's: the null label in the data would train the wrong condition."""
+    wrong = (batch.label < 0) | (batch.label >= process.classes)
+    if process.classes and wrong.any():
+        index, label = int(batch.index[wrong][0]), int(batch.label[wrong][0])
         raise ValueError(
-            f"an item of the data has label {label}, expected 0 .. {process.classes - 1} (process.classes)"
+            f"item {index} of the data has label {label}, expected 0 .. {process.classes - 1}: set process.classes to the "
+            f"number of classes"
         )
 
 
@@ -233,7 +242,9 @@ def _load(folder: Path) -> Any:
     if not any(path.suffix.lower() in suffixes for path in folder.rglob("*")):
         raise ValueError(f"{folder} holds no images: expected files ending in {', '.join(sorted(suffixes))}")
     datasets.disable_progress_bars()
-    images = datasets.load_dataset("imagefolder", data_dir=str(folder.resolve()), split="train")
+    # Named files, or datasets takes a folder or file called "test" for a split and leaves it out.
+    files = sorted(str(path.resolve()) for path in folder.rglob("*") if path.suffix.lower() in suffixes)
+    images = datasets.load_dataset("imagefolder", data_files={"train": files}, split="train")
     return images.cast_column("image", datasets.Image(decode=False))
 
 
@@ -252,16 +263,18 @@ def _readable(images: Any, policy: str, folder: str) -> Any:
 
 
 def _open(image: dict[str, Any]) -> Any:
-    from io import BytesIO
-
+    """The decoded image, 8 bits a channel."""
     from PIL import Image
 
-    return Image.open(BytesIO(image["bytes"]) if image["bytes"] else image["path"])
+    with Image.open(BytesIO(image["bytes"] or Path(image["path"]).read_bytes())) as opened:
+        opened.load()
+        deep = opened.mode.startswith("I")  # 16 bits: Pillow's own conversion cuts at 255
+        return Image.fromarray((np.asarray(opened) / 257).round().astype(np.uint8)) if deep else opened.copy()
 
 
 def _reads(image: dict[str, Any]) -> bool:
     try:
-        _open(image).load()
+        _open(image)
     except (OSError, SyntaxError, ValueError):
         return False
     return True

@@ -1,9 +1,10 @@
 """What a run says of itself: metrics every few steps, read from the device once each time, and what is not finite."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ class Window:
 
     def gathered(self) -> Tensor:
         """(steps, 1 + B) on the host: the norm, then the losses by place. Every rank must call."""
-        past = torch.zeros(0) if self.past is None else self.past
+        past = torch.zeros(0, 1) if self.past is None else self.past
         if not self.rows:
             return past
         rows = torch.stack(self.rows)
@@ -71,22 +72,29 @@ class Metrics:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def reports(self) -> list[dict[str, float | None]]:
+        """What was written, without a line that a crash tore."""
+        lines = self.path.read_text().splitlines() if self.path.is_file() else []
+        return [report for line in lines if (report := _parsed(line)) is not None]
+
     def rewind(self, step: int) -> None:
         """Drop what was reported after `step`."""
         if self.path.is_file():
-            lines = [line for line in self.path.read_text().splitlines() if _step(line) <= step]
+            lines = [json.dumps(report) for report in self.reports() if (report["step"] or 0) <= step]
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(f"{line}\n" for line in lines))
             temporary.rename(self.path)
 
-    def write(self, values: dict[str, Any]) -> None:
+    def write(self, values: dict[str, float]) -> None:
         """Append a line."""
+        plain = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
         with self.path.open("a") as file:
-            file.write(json.dumps(values) + "\n")
+            file.write(json.dumps(plain) + "\n")
 
 
-def _step(line: str) -> float:
+def _parsed(line: str) -> dict[str, float | None] | None:
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # torn by a crash
+        report = json.loads(line)
+    except ValueError:
+        return None
+    return report if isinstance(report, dict) and "step" in report else None

@@ -16,9 +16,9 @@ Named = dict[str, Tensor]
 def capture(network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Named, Named, list[dict[str, Any]]]:
     """The network's tensors, the optimizer's as "parameter.key", and its groups' options. Every rank must call."""
     model, state = get_state_dict(network, optimizer, options=OPTIONS)
-    by_parameter = cast("dict[str, Named]", state["state"])
+    by_parameter = cast("dict[str, Named]", state.get("state", {}))  # empty but on the first rank
     flat = {f"{name}.{key}": torch.as_tensor(value) for name, own in by_parameter.items() for key, value in own.items()}
-    return cast("Named", model), flat, cast("list[dict[str, Any]]", state["param_groups"])
+    return cast("Named", model), flat, cast("list[dict[str, Any]]", state.get("param_groups", []))
 
 
 def restore(

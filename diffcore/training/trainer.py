@@ -29,7 +29,7 @@ from diffcore.sampling import sample
 from diffcore.schedules import Grid, Trailing
 from diffcore.training import checkpoint, state
 from diffcore.training.checkpoint import Checkpoint
-from diffcore.training.data import Batch, Order, batches, check, size_of
+from diffcore.training.data import Batch, Order, batches, check, check_labels, size_of
 from diffcore.training.ema import EMA, Decay
 from diffcore.training.lr import LearningRate
 from diffcore.training.report import Metrics, NonFinite, Window, non_finite
@@ -40,7 +40,7 @@ LEAST = {**dict.fromkeys(COUNTS, 1), "workers": 0, "sample_every": 0}
 
 # Settings that a resumed run may change: they do not enter the weights (steps: through the learning rate alone).
 FREE = {"steps", "patience", "log_every", "save_every", "keep", "sample_steps", "workers", "sample_every"}
-FREE |= {"folder", "resume", "trackers", "sampler", "grid", "guidance"}
+FREE |= {"accumulation", "folder", "resume", "trackers", "sampler", "grid", "guidance"}
 
 
 @dataclass
@@ -163,6 +163,7 @@ class Trainer:
     def _losses(self, batch: Batch) -> Tensor:
         device = self.accelerator.device
         draw = self.objective.draw(self.process, self._place(batch.place), device)
+        check_labels(batch, self.process)
         label = batch.label.to(device) if self.process.classes else None
         return self.objective(self.denoiser, batch.x0.to(device, non_blocking=True), label, draw)
 
@@ -222,6 +223,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self.run.checkpoints.mkdir(parents=True, exist_ok=True)
+            checkpoint.set_aside(self.run.checkpoints, self.step)
             self.process.save(self.run.process)
             if self.config or not self.run.config.exists():
                 self.run.config.write_text(self.config)
@@ -246,7 +248,7 @@ class Trainer:
                 "training.safetensors": {**optimizer, "window": window},
             }
             facts = {"step": self.step, "skipped": self.skipped, "groups": groups, **self.threads}
-            checkpoint.write(self.run.checkpoints / f"step-{self.step:08d}", Checkpoint(files, facts))
+            checkpoint.write(self.run.checkpoints / checkpoint.name(self.step), Checkpoint(files, facts))
             checkpoint.prune(self.run.checkpoints, self.keep)
             write_weights(self.run.weights, self.average.shadow, step=self.step)
         self.accelerator.wait_for_everyone()
@@ -354,7 +356,9 @@ class Trainer:
                     batch_size=len(labels),
                 )
             names = [str(label) if self.process.classes else "" for label in classes]
-            images.save(images.grid(made.x, self.process, names, 4), self.run.samples / f"step-{self.step:08d}.png")
+            images.save(
+                images.grid(made.x, self.process, names, 4), self.run.samples / f"{checkpoint.name(self.step)}.png"
+            )
 
 
 def _accelerator(precision: str, accumulation: int, trackers: list[str], folder: Path) -> Accelerator:
