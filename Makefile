@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 RUN ?= runs/digits
-STEPS ?= 800
+STEPS ?= 450
 
 .PHONY: demo test test-slow lint typecheck format clean
 

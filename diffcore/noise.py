@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from diffcore.prediction import edm_norm
 from diffcore.schedules import Level
 
+Word = TypeVar("Word", int, Tensor)
 M32 = 0xFFFFFFFF
 ROUNDS = 10
 
@@ -36,15 +38,15 @@ class Stream(IntEnum):
     ORACLE = 8
 
 
-def philox(key: tuple[Tensor, Tensor], counter: Sequence[Tensor]) -> list[Tensor]:
-    """Philox4x32-10 on int64 tensors that hold 32-bit words; the shapes broadcast."""
+def philox(key: tuple[Word, Word], counter: tuple[Word, Word, Word, Word]) -> tuple[Word, Word, Word, Word]:
+    """Philox4x32-10 on Python integers, or on int64 tensors that hold 32-bit words and broadcast."""
     k0, k1 = key
     c0, c1, c2, c3 = counter
     for _ in range(ROUNDS):
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # int64 products wrap, but their 32-bit halves are right
         c0, c1, c2, c3 = ((p1 >> 32) & M32) ^ c1 ^ k0, p1 & M32, ((p0 >> 32) & M32) ^ c3 ^ k1, p0 & M32
         k0, k1 = (k0 + 0x9E3779B9) & M32, (k1 + 0xBB67AE85) & M32
-    return [c0, c1, c2, c3]
+    return c0, c1, c2, c3
 
 
 def words(
@@ -88,7 +90,7 @@ def permutation(seed: int, epoch: int, size: int) -> Tensor:
 
 def derived(seed: int, stream: Stream, position: int) -> int:
     """A 32-bit seed for a generator that is not ours (a network's initial weights, its dropout)."""
-    return int(words(seed, stream, position, 1))
+    return philox((seed & M32, seed >> 32 & M32), (0, int(stream), position & M32, position >> 32 & M32))[0]
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,7 @@ The interval is [r_(k), r_(n+1-k)] of the sorted ratios with the largest k that 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from importlib.resources import files
-from itertools import islice
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -28,7 +26,7 @@ from diffcore.samplers import DDIM
 from diffcore.sampling import sample
 from diffcore.schedules import Trailing
 from diffcore.spec import Parser
-from diffcore.training.data import Digits, batches
+from diffcore.training.data import Batch, Digits, batches
 from diffcore.training.trainer import Trainer
 
 RECIPE = files("diffcore.recipes") / "digits.yaml"
@@ -138,16 +136,16 @@ def overhead(pairs: int = 40, steps: int = 1, rows: int = 64) -> list[Comparison
     if steps < 1 or rows < 1:
         raise ValueError(f"steps and rows are {steps} and {rows}, expected at least 1")
     with TemporaryDirectory() as folder:
-        ours = TrainerLoop(digits_trainer(Path(folder)))
-        return [training(ours, pairs, steps), sampling(ours.trainer, pairs, rows)]
+        trainer = digits_trainer(Path(folder))
+        return [training(trainer, pairs, steps), sampling(trainer, pairs, rows)]
 
 
-def training(ours: "TrainerLoop", pairs: int, steps: int) -> Comparison:
+def training(trainer: Trainer, pairs: int, steps: int) -> Comparison:
     """One optimizer step: batch, draws, loss, gradient, clipping, AdamW, averaged weights, losses kept."""
-    bare = BareLoop(ours.trainer.accelerator.device)
-    seconds = interleaved(_repeated(ours.step, steps), _repeated(bare.step, steps), pairs)
+    bare, stream = BareLoop(trainer.accelerator.device), endless(trainer)
+    seconds = interleaved(_repeated(lambda: trainer.advance(stream), steps), _repeated(bare.step, steps), pairs)
     each = (tuple(value / steps for value in side) for side in seconds)
-    return Comparison(f"training step, batch {ours.trainer.batch_size}", 1.03, *each)
+    return Comparison(f"training step, batch {trainer.batch_size}", 1.03, *each)
 
 
 def sampling(trainer: Trainer, pairs: int, rows: int) -> Comparison:
@@ -184,34 +182,13 @@ def digits_trainer(folder: Path) -> Trainer:
     parser.add_class_arguments(Trainer, skip={"config"})
     settings = parser.parse_args(["--config", str(RECIPE), "--folder", str(folder), "--trackers", "[]"])
     trainer = Trainer(**{k: v for k, v in parser.instantiate(settings).as_dict().items() if k != "config"})
-    trainer._prepare()
+    trainer.prepare()
     return trainer
 
 
-@dataclass
-class TrainerLoop:
-    """What `Trainer.train` does between two reports, a step at a time.
-
-    Args:
-        trainer: prepared.
-    """
-
-    trainer: Trainer
-
-    @cached_property
-    def stream(self) -> Iterator[Any]:
-        """The run's batches, and its data order again and again: a benchmark may outlast the recipe's steps."""
-        trainer = self.trainer
-        return batches(trainer.data, trainer.order.steps(0, 2**31), trainer.workers)
-
-    def step(self) -> tuple[Tensor, Tensor]:
-        """One step of `train`'s loop: losses and gradient norm."""
-        trainer = self.trainer
-        losses, norm = trainer._optimize(islice(self.stream, trainer.accumulation))
-        trainer.step += 1
-        trainer.average.update(trainer.bare, trainer.step)
-        trainer.window.add(losses, norm)
-        return losses, norm
+def endless(trainer: Trainer) -> Iterator[Batch]:
+    """The run's batches: a benchmark may outlast the recipe's steps."""
+    return batches(trainer.data, trainer.order.steps(0, 2**31), trainer.workers)
 
 
 # The bare side -----------------------------------------------------------------------------------------------------

@@ -39,18 +39,20 @@ class EMA:
     """
 
     def __init__(self, module: nn.Module, decay: Decay) -> None:
-        self.decay = decay
-        self.shadow = {name: _averaged(value).clone() for name, value in module.state_dict().items()}
+        self.module, self.decay = module, decay
+        state = module.state_dict()
+        self.shadow = {name: _averaged(value).clone() for name, value in state.items()}
+        named = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
+        self.floating = [(self.shadow[name], named[name]) for name in state if state[name].is_floating_point()]
+        self.counters = [(self.shadow[name], named[name]) for name in state if not state[name].is_floating_point()]
 
     @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
+    def update(self, step: int) -> None:
         """Move towards the module's weights after optimizer step `step`."""
-        state = module.state_dict()
-        floating = [name for name, value in state.items() if value.is_floating_point()]
-        for name in state.keys() - set(floating):
-            self.shadow[name].copy_(state[name])
-        shadow = [self.shadow[name] for name in floating]
-        torch._foreach_lerp_(shadow, [state[name].float() for name in floating], 1 - self.decay(step))
+        for copy, value in self.counters:
+            copy.copy_(value)
+        shadow, values = zip(*self.floating, strict=True)
+        torch._foreach_lerp_(shadow, [value.float() for value in values], 1 - self.decay(step))
 
     @torch.no_grad()
     def load(self, shadow: Mapping[str, Tensor]) -> None:
@@ -59,14 +61,14 @@ class EMA:
             self.shadow[name].copy_(value)
 
     @contextmanager
-    def applied(self, module: nn.Module) -> Iterator[None]:
+    def applied(self) -> Iterator[None]:
         """The module with the averaged weights; its own come back bit for bit, also after an error."""
-        own = {name: value.clone() for name, value in module.state_dict().items()}
-        module.load_state_dict(self.shadow)
+        own = {name: value.clone() for name, value in self.module.state_dict().items()}
+        self.module.load_state_dict(self.shadow)
         try:
             yield
         finally:
-            module.load_state_dict(own)
+            self.module.load_state_dict(own)
 
 
 def _averaged(value: Tensor) -> Tensor:

@@ -123,15 +123,12 @@ class Trainer:
 
     def train(self) -> None:
         """Train to `steps`, from the start or from the newest checkpoint."""
-        self._prepare()
+        self.prepare()
         self._begin()
         stream = batches(self.data, self.order.steps(self.step, self.steps), self.workers)
         with self._bar() as bar:
             while self.step < self.steps:
-                losses, norm = self._optimize(islice(stream, self.accumulation))
-                self.step += 1
-                self.average.update(self.bare, self.step)
-                self.window.add(losses, norm)
+                self.advance(stream)
                 bar.update(self.batch_size)
                 if self.step % self.log_every == 0:
                     self._report(bar)
@@ -141,6 +138,13 @@ class Trainer:
                     self._save()
             self._check_finite(self.window.gathered())
         self.accelerator.end_training()
+
+    def advance(self, stream: Iterator[Batch]) -> None:
+        """One step: the network, its average, and what the next report is made of."""
+        losses, norm = self._optimize(islice(stream, self.accumulation))
+        self.step += 1
+        self.average.update(self.step)
+        self.window.add(losses, norm)
 
     def _optimize(self, parts: Iterator[Batch]) -> tuple[Tensor, Tensor]:
         """One optimizer step: the losses of this rank's samples, and the gradient's norm before clipping."""
@@ -185,7 +189,7 @@ class Trainer:
 
     # Beginning ---------------------------------------------------------------------------------------------------
 
-    def _prepare(self) -> None:
+    def prepare(self) -> None:
         """Build what trains, on this rank's device."""
         self.accelerator = _accelerator(self.precision, self.accumulation, self.trackers, self.run.folder)
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
@@ -344,7 +348,7 @@ class Trainer:
         if self.accelerator.is_main_process and len(self.process.shape) == 3:
             classes = range(self.process.classes or 4)
             labels = [label for label in classes for _ in range(4)]
-            with self.average.applied(self.bare):
+            with self.average.applied():
                 made = sample(
                     Denoiser(self.bare, self.process),
                     self.sampler,

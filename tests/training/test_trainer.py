@@ -176,7 +176,7 @@ def test_D5_the_null_embedding_is_trained_only_by_dropped_samples(tmp_path):
         made = trained(folder, process=Process(shape=(1, 8, 8), classes=10, dropout=dropout), optimizer=optimizer)
         torch.manual_seed(0)
         first = trainer(tmp_path / "other", process=made.process)
-        first._prepare()
+        first.prepare()
         assert torch.equal(made.bare.labels.weight[10], first.bare.labels.weight[10]) != moves
 
 
@@ -419,7 +419,7 @@ def test_E7_a_gradient_that_is_not_finite_is_dropped_as_a_whole(tmp_path, broken
     with pytest.raises(ValueError, match="2 steps in a row were not finite"):
         made.train()
     other = trainer(tmp_path / "other")
-    other._prepare()
+    other.prepare()
     for name, value in other.bare.named_parameters():
         assert torch.equal(dict(made.bare.named_parameters())[name], value), name
 
