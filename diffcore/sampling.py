@@ -60,7 +60,7 @@ def sample(
         grid: which levels it visits.
         steps: how many steps it takes.
         seeds: one integer of 64 bits a sample.
-        condition: one class label a sample; without it the samples are unconditional.
+        condition: one class label a sample (the null label is no condition); without it the samples are unconditional.
         guidance: how the condition is strengthened; CFG(1) is the conditional model.
         batch_size: rows of a network call.
         dtype: of the samples while they are integrated.
@@ -133,8 +133,9 @@ def _check(
     process.check_level(knots[0])
     if not len(seeds):
         raise ValueError("seeds is empty, expected one integer a sample")
-    if not all(-(2**63) <= seed < 2**63 for seed in seeds):
-        raise ValueError("seeds has a number beyond 64 bits, expected integers within [-2^63, 2^63)")
+    long = [seed for seed in seeds if not -(2**63) <= seed < 2**63]
+    if long:
+        raise ValueError(f"seeds has {long[0]}, which is beyond 64 bits: expected integers within [-2^63, 2^63)")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1")
     if guidance.uses_reference:
@@ -160,9 +161,12 @@ def _labels(process: Process, count: int, condition: Sequence[int] | Tensor | No
         raise ValueError("condition was given, but this network has no classes: leave it out")
     if labels.shape != (count,):
         raise ValueError(f"condition has shape {tuple(labels.shape)}, expected one label for each of {count} seeds")
-    wrong = labels[(labels < 0) | (labels >= process.classes)].tolist()
+    wrong = labels[(labels < 0) | (labels > process.classes)].tolist()
     if wrong:
-        raise ValueError(f"labels {sorted(set(wrong))} are out of range, expected 0 .. {process.classes - 1}")
+        raise ValueError(
+            f"labels {sorted(set(wrong))} are out of range, expected 0 .. {process.classes - 1} "
+            f"({process.classes} is no condition)"
+        )
     return labels
 
 

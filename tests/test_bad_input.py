@@ -62,8 +62,6 @@ def change(run, **fields):
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-# What failed when this was written: nothing to train, torn and binary yaml (no file named), unknown data (no hint), a run that
-# does not exist (names config.yaml instead), a seed beyond 64 bits; with a traceback: a device that is not here, threads -1.
 CASES = {
     # commands and options
     "no command": ((), "COMMAND"),
@@ -85,7 +83,7 @@ CASES = {
     "null": ((*NEW, "--steps=null"), ("steps", "int", "None")),
     "not a choice": ((*NEW, "--process.prediction=epsilonn"), ("epsilonn", "'epsilon'", "'v_prediction'")),
     # files
-    "nothing to train": (("train",), ("required", "digits")),
+    "nothing to train": (("train",), ("name a recipe", "digits")),
     "unknown recipe": (("train", "digitz"), ("digitz", "digits", "YAML file")),
     "unknown file": (("train", "nope.yaml"), ("nope.yaml does not exist", "digits")),
     "unknown config": (("train", "--config=nope.yaml"), "nope.yaml"),
@@ -128,7 +126,7 @@ CASES = {
     "unreadable images": ((*IMAGES, "broken"), ("2 unreadable of 2 images", "a.png", "b.jpg", "unreadable: skip")),
     # runs
     "no run": (("sample", "nowhere"), ("nowhere", "does not exist")),
-    "no run named": (("sample",), ("required", "run")),
+    "no run named": (("sample",), ("run's folder comes first", "diffcore sample RUN")),
     "a file for a run": (("sample", "file"), ("file", "not a run's folder")),
     "no run to describe": (("info", "nowhere"), ("nowhere", "does not exist")),
     "no process record": (("sample", "without-process", "--labels=1"), "without-process/process.json is missing"),
@@ -136,7 +134,7 @@ CASES = {
     "no weights": (("sample", "without-weights", "--labels=1"), ("without-weights/ema.safetensors", "resume the run")),
     "a misspelt record": (("sample", "misspelt", "--labels=1"), ("process.json", "did you mean 'prediction'")),
     # sampling
-    "a label too many": ((*SAMPLE, "--labels=0-11"), ("[11] are out of range", "0 .. 9")),
+    "a label too many": ((*SAMPLE, "--labels=0-11"), ("[10, 11] are out of range", "0 .. 9")),
     "a negative label": ((*SAMPLE, "--labels=-1"), ("-1", "range such as 0-9")),
     "a backward range": ((*SAMPLE, "--seeds=5-2"), "5-2 runs backwards"),
     "too few seeds": ((*SAMPLE, "--labels=0-9", "--seeds=0-3"), "seeds are 4, expected 10"),

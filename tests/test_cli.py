@@ -241,12 +241,15 @@ def test_another_seed_or_label_is_another_sample(diffcore, trained):
     assert len({value.numpy().tobytes() for value in [*seeds.values(), *labels.values()]}) == 3
 
 
-# The defaults are read from the run only if RUN is the first argument: behind an option it is sampled unguided, silently.
-@pytest.mark.parametrize("first", [True, False])
-def test_sampler_steps_and_guidance_are_the_runs_wherever_it_is_named(diffcore, trained, first):
-    options = ("--labels=1", "--out=x.png")
-    ended = diffcore("sample", *((trained, *options) if first else (*options, trained)))
+def test_sampler_steps_and_guidance_are_the_runs(diffcore, trained):
+    ended = diffcore("sample", trained, "--labels=1", "--out=x.png")
     assert "1 samples of 50 network evaluations each (DDIM(eta=0.0), Trailing(), 25 steps, CFG(scale=1.5))" in ended.out
+
+
+def test_a_run_that_does_not_come_first_is_refused_since_its_defaults_could_not_be_read(diffcore, trained):
+    ended = diffcore("sample", "--labels=1", "--out=x.png", trained)
+    assert ended.status != 0
+    assert "run's folder comes first" in ended.err
 
 
 # Plot, info, scripts -------------------------------------------------------------------------------------------------

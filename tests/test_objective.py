@@ -32,7 +32,7 @@ def at(place: Place, rows) -> Place:
 def test_A5_stratified_times_are_even_over_the_global_batch(step):
     """Sorted, they are one comb of spacing 1/B: the smallest within the first 1/B.
 
-    BUG: place / batch is computed in the default dtype, so the comb is uneven by 3e-8, and by 2e-3 in bfloat16.
+    Would be a bug: place / batch is computed in the default dtype, so the comb is uneven by 3e-8, and by 2e-3 in bfloat16.
     """
     times = Objective().times(Place(SEED, step, torch.arange(BATCH), BATCH)).sort().values
     comb = times[0] + torch.arange(BATCH, dtype=torch.float64) / BATCH
@@ -251,7 +251,7 @@ class Exact(nn.Module):
         return target(process.prediction, self.point.expand_as(x), eps, level, process.sigma_data)
 
 
-# BUG: Objective.__call__ rounds the output to float32 (`output.float()`), so a float64 run is off by 1e-8, not 1e-16.
+# Would be a bug: Objective.__call__ rounds the output to float32 (`output.float()`), so a float64 run is off by 1e-8, not 1e-16.
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_exact_network_of_a_single_point_has_no_loss_in_float64(kind):
     process = Process(schedule=Laplace(), prediction=kind, shape=(1, 2, 2))
@@ -301,7 +301,7 @@ def test_A5_the_expected_loss_is_the_integral_of_weight_times_density(schedule, 
     assert losses.mean().item() == pytest.approx(expected[0], abs=4 * losses.std().item() / math.sqrt(n))
 
 
-# BUG: draw.level.to(x0) and _rows round the time to the dtype of x0: index 749 is told as 748 or 752.
+# Would be a bug: draw.level.to(x0) and _rows round the time to the dtype of x0: index 749 is told as 748 or 752.
 def test_A6_half_precision_images_do_not_round_the_time_that_the_network_is_told():
     process = Process(schedule=Discrete(), classes=2, shape=(1, 2, 2))
     network = Labelled(2)

@@ -198,9 +198,9 @@ GOOD = {"schedule": {"class_path": "Cosine"}}
         (json.dumps(GOOD | {"classes": -1}), "classes is -1, expected 0 for none"),
         (json.dumps({"schedule": {"class_path": "os.system", "init_args": {}}}), "'os.system' is not allowed"),
         (json.dumps({"schedule": {"class_path": "Cosin"}}), "Cosin .did you mean 'Cosine'"),
-        ("[1]", ""),  # BUG: TypeError from dict(data) in spec.build
-        ("3", ""),  # BUG: the same
-        ("null", ""),  # BUG: the same
+        ("[1]", ""),  # Would be a bug: TypeError from dict(data) in spec.build
+        ("3", ""),  # Would be a bug: the same
+        ("null", ""),  # Would be a bug: the same
     ],
 )
 def test_A2_a_corrupt_record_is_refused_by_name(text, reason, tmp_path):
@@ -210,7 +210,7 @@ def test_A2_a_corrupt_record_is_refused_by_name(text, reason, tmp_path):
         Process.load(path)
 
 
-# BUG: fields that a record lacks are silently filled with Process's defaults: `{}` loads as a cosine v-prediction network.
+# Would be a bug: fields that a record lacks are silently filled with Process's defaults: `{}` loads as a cosine v-prediction network.
 @pytest.mark.parametrize("field", ["schedule", "prediction"])
 def test_A2_a_record_that_lacks_a_field_is_refused(field, tmp_path):
     path = tmp_path / "process.json"

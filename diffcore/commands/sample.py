@@ -107,6 +107,7 @@ def _sample(run: Run, request: Request) -> None:
     if request.threads:
         torch.set_num_threads(request.threads)
     denoiser = run.denoiser(_device(request.device))
+    _check_labels(request.labels, denoiser.process)
     _check_out(request.out, denoiser.process)
     made = sample(
         denoiser,
@@ -142,6 +143,15 @@ def _write(made: Samples, request: Request, process: Process) -> None:
         for seed, label, tile in zip(request.numbers, labels.tolist(), images.pixels(made.x, process), strict=True):
             name = f"label-{label}-seed-{seed}.png" if request.labels else f"seed-{seed}.png"
             images.save(images.image(tile), out / name)
+
+
+def _check_labels(labels: Ints, process: Process) -> None:
+    """Refuse the null label, which `sample` knows: a row named by it would pass for a class."""
+    wrong = [label for label in labels if process.classes and label >= process.classes]
+    if wrong:
+        raise ValueError(
+            f"labels {wrong} are out of range, expected 0 .. {process.classes - 1}; leave --labels out for none"
+        )
 
 
 def _check_out(out: Path, process: Process) -> None:

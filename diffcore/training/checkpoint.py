@@ -1,6 +1,6 @@
 """Checkpoints: safetensors and JSON only, atomic, and every file hashed.
 
-    checkpoints/step-0000000400/  model.safetensors  ema.safetensors  training.safetensors  manifest.json
+    checkpoints/step-00000400/  model.safetensors  ema.safetensors  training.safetensors  manifest.json
 
 A folder is written under a temporary name, flushed, and renamed, so one that has its name is complete. manifest.json holds
 the training state and the size and SHA-256 of each file; its own is beside them, so that no flipped bit passes unseen.
@@ -77,7 +77,7 @@ def set_aside(folder: Path, step: int) -> None:
 
 def name(step: int) -> str:
     """The folder name of the checkpoint after `step` steps; names sort as steps do."""
-    return f"step-{step:010d}"
+    return f"step-{step:08d}"
 
 
 def prune(folder: Path, keep: int) -> None:

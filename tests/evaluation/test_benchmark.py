@@ -20,7 +20,7 @@ from diffcore.evaluation.benchmark import (
 
 
 def test_ratio_is_the_median_over_pairs_and_not_the_ratio_of_medians():
-    """BUG: median(ours) / median(bare) is 2 here."""
+    """Would be a bug: median(ours) / median(bare) is 2 here."""
     found = Comparison("", 1.03, ours=(1.0, 2.0, 9.0), bare=(1.0, 4.0, 1.0))
     assert found.ratios == [1, 0.5, 9]
     assert found.ratio == 1
@@ -30,7 +30,7 @@ def test_ratio_is_the_median_over_pairs_and_not_the_ratio_of_medians():
 def test_interval_is_the_tabulated_order_statistics(pairs, rank):
     """Conover 1999, 3.2: the k-th smallest and largest of n, by the binomial distribution.
 
-    BUG: counting P(X ≤ k) instead of P(X < k) gives k one too small.
+    Would be a bug: counting P(X ≤ k) instead of P(X < k) gives k one too small.
     """
     assert median_rank(pairs) == rank
     assert coverage(pairs) == pytest.approx(1 - 2 * stats.binom.cdf(rank - 1, pairs, 0.5), abs=1e-12)
@@ -46,7 +46,7 @@ def test_too_few_values_have_no_interval():
 
 
 def test_sides_alternate_in_who_comes_first_and_the_warm_up_is_dropped():
-    """BUG: always ours first, so that what the first leaves in the caches counts for one side."""
+    """Would be a bug: always ours first, so that what the first leaves in the caches counts for one side."""
     calls: list[str] = []
     ticks = count()
     ours, bare = interleaved(
@@ -66,7 +66,7 @@ def test_bad_arguments_are_refused_before_anything_is_built(wrong):
 def test_both_sides_do_the_same_work(tmp_path):
     """From equal weights and draws: equal losses, gradient norm and learning rate, and equal averages after the step.
 
-    BUG: a bare side without the Min-SNR weight, the clipping or the average is compared as if it did the same.
+    Would be a bug: a bare side without the Min-SNR weight, the clipping or the average is compared as if it did the same.
     """
     trainer = digits_trainer(tmp_path)
     bare = BareLoop(torch.device("cpu"))

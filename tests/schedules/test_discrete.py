@@ -107,7 +107,10 @@ def test_the_published_tables_end_where_their_users_know():
         ({"start": 0.1}, r"start and end are 0.1 and 0.02"),
         ({"end": 1.0}, r"start and end are 0.0001 and 1.0"),
         ({"betas": "sqrt"}, "betas is 'sqrt', expected linear, scaled_linear or cosine"),
-        ({"scaling": "edm"}, "scaling is 'edm', expected one of vp, ve, flow"),  # BUG: Discrete builds with it
+        (
+            {"scaling": "edm"},
+            "scaling is 'edm', expected one of vp, ve, flow",
+        ),  # Would be a bug: Discrete builds with it
     ],
     ids=str,
 )
