@@ -251,7 +251,7 @@ class Exact(nn.Module):
         return target(process.prediction, self.point.expand_as(x), eps, level, process.sigma_data)
 
 
-# Would be a bug: Objective.__call__ rounds the output to float32 (`output.float()`), so a float64 run is off by 1e-8, not 1e-16.
+# Wrong: Objective.__call__ rounds the output to float32 (`output.float()`), so a float64 run is off by 1e-8, not 1e-16.
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_exact_network_of_a_single_point_has_no_loss_in_float64(kind):
     process = Process(schedule=Laplace(), prediction=kind, shape=(1, 2, 2))

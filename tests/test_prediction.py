@@ -95,7 +95,7 @@ def test_float32_levels_of_a_batch_keep_their_digits_too(kind, scaling, logsnr):
     assert eps_error <= 1e-6 * eps_factor
 
 
-# Would be a bug: v_prediction and edm square a float32 σ, which overflows from λ = -88.7 in the ve scaling (σ itself from -177), and
+# Wrong: v_prediction and edm square a float32 σ, which overflows from λ = -88.7 in the ve scaling (σ itself from -177), and
 # answer with x_0 = ε = 0 or so, an error of 4, where flow_prediction is right.
 @pytest.mark.parametrize("kind", ["v_prediction", "flow_prediction", "edm"])
 def test_float32_levels_of_a_batch_reach_minus_170_in_ve(kind):

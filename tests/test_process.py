@@ -210,7 +210,7 @@ def test_A2_a_corrupt_record_is_refused_by_name(text, reason, tmp_path):
         Process.load(path)
 
 
-# Would be a bug: fields that a record lacks are silently filled with Process's defaults: `{}` loads as a cosine v-prediction network.
+# Wrong: fields that a record lacks are silently filled with Process's defaults: `{}` loads as a cosine v-prediction network.
 @pytest.mark.parametrize("field", ["schedule", "prediction"])
 def test_A2_a_record_that_lacks_a_field_is_refused(field, tmp_path):
     path = tmp_path / "process.json"

@@ -185,7 +185,7 @@ def test_unknown_targets_are_refused_when_built():
         MSE("eps")
 
 
-# Would be a bug: MSE does not look at its sigma_data; 0 fails at the first loss with "math domain error", -1 too, nan gives NaN.
+# Wrong: MSE does not look at its sigma_data; 0 fails at the first loss with "math domain error", -1 too, nan gives NaN.
 @pytest.mark.parametrize("sigma_data", [0.0, -1.0, math.nan])
 def test_a_standard_deviation_that_is_not_positive_is_refused_when_built(sigma_data):
     with pytest.raises(ValueError, match="sigma_data is"):
