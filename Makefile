@@ -14,8 +14,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/installed          ## train on real digits, sample a labelled grid, say how good it is
-	rm -rf $(RUN)
-	$(BIN)/diffcore train digits --steps $(STEPS) --folder $(RUN)
+	$(BIN)/diffcore train digits --steps $(STEPS) --folder $(RUN) --resume $(if $(wildcard $(RUN)/config.yaml),true,false)
 	$(BIN)/diffcore sample $(RUN) --labels 0-9 --per-label 8 --seeds 0-79 --out $(RUN)/samples.png
 	$(BIN)/python scripts/evaluate.py $(RUN) $(BOUNDS)
 
@@ -38,4 +37,4 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -26,7 +26,10 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; an error of the user's is one line on stderr and exit status 2, or 1 once the work had begun."""
+    """Run a command; an error of the user's is one line on stderr and exit status 2, or 1.
+
+    DIFFCORE_TRACEBACK=1 in the environment shows where it came from.
+    """
     parser = Parser(prog="diffcore", description="Diffusion models whose numbers are right.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"diffcore {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -35,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     try:
         import_module(f"diffcore.commands.{args.command}").main(rest)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
         if os.environ.get("DIFFCORE_TRACEBACK"):
             raise
         print(f"diffcore {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)

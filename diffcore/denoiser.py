@@ -41,15 +41,23 @@ class Denoiser(nn.Module):
 
     def forward(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Prediction:
         process = self.process
-        return predict(process.prediction, self.output(x, level, condition), x, level, process.sigma_data)
+        return predict(process.prediction, self.output(x, level, condition), x, level.to(x), process.sigma_data)
 
     def output(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Tensor:
         """The network's own F at x, in the dtype of x."""
-        scaled = x / edm_norm(level, self.process.sigma_data) if self.process.prediction == "edm" else x
+        scaled = x / edm_norm(level.to(x), self.process.sigma_data) if self.process.prediction == "edm" else x
+        if condition is None:
+            condition = null_condition(self.process, len(x), x.device)
         arguments = {} if condition is None else {"class_labels": condition}
         dtype = next((p.dtype for p in self.network.parameters()), x.dtype)
         answer = self.network(scaled.to(dtype), _rows(self.process.time(level), x), **arguments)
-        return _tensor(answer).to(x.dtype)
+        output = _tensor(answer)
+        if output.shape != x.shape:
+            raise ValueError(
+                f"the network answers {tuple(output.shape)} to x of shape {tuple(x.shape)}: set its channels and size to the "
+                f"process's shape {self.process.shape}"
+            )
+        return output.to(x.dtype)
 
 
 def null_condition(process: Process, rows: int, device: torch.device | None = None) -> Tensor | None:
@@ -77,5 +85,8 @@ def _check_embeddings(network: nn.Module, process: Process) -> None:
 
 def _tensor(answer: Any) -> Tensor:
     answer = answer[0] if isinstance(answer, tuple) else getattr(answer, "sample", answer)
-    assert isinstance(answer, Tensor)
+    if not isinstance(answer, Tensor):
+        raise TypeError(
+            f"the network answers a {type(answer).__name__}, expected a tensor, or one first or as `sample`"
+        )
     return answer

@@ -20,9 +20,14 @@ def pixels(x: Tensor, process: Process) -> np.ndarray:
     return rearrange((unit.clamp(0, 1) * 255).round().byte().cpu().numpy(), "n c h w -> n h w c")
 
 
+def drawable(process: Process) -> bool:
+    """Whether samples are images of 1 or 3 channels."""
+    return len(process.shape) == 3 and process.shape[0] in (1, 3)
+
+
 def check(process: Process) -> None:
     """Raise where samples are not images."""
-    if len(process.shape) != 3 or process.shape[0] not in (1, 3):
+    if not drawable(process):
         raise ValueError(
             f"samples of shape {process.shape} are not images of 1 or 3 channels: write .safetensors instead"
         )

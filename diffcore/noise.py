@@ -88,6 +88,8 @@ def normal(
 ) -> Tensor:
     """(rows, *shape) standard normal numbers; the transform runs in float64, so devices agree after rounding."""
     count = math.prod(shape)
+    if device is not None and device.type == "mps":  # has no float64
+        return normal(seed, stream, position, shape, None, dtype).to(device)
     u = (words(seed, stream, position, count + count % 2, device).double() + 0.5) * 2.0**-32
     radius, angle = (-2 * u[:, 0::2].log()).sqrt(), 2 * math.pi * u[:, 1::2]
     values = torch.stack((radius * angle.cos(), radius * angle.sin()), -1).flatten(1)[:, :count]

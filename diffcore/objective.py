@@ -101,7 +101,7 @@ class Objective:
         process, level = denoiser.process, draw.level.to(x0)
         if condition is not None:
             condition = condition.masked_fill(draw.dropped, process.classes)
-        output = denoiser.output(level.alpha * x0 + level.sigma * draw.noise, level, condition)
+        output = denoiser.output(level.alpha * x0 + level.sigma * draw.noise, draw.level, condition)
         error = output - target(process.prediction, x0, draw.noise, level, process.sigma_data)
         assert isinstance(draw.level.logsnr, Tensor)
         weight = self.weight.on(process.prediction, draw.level.logsnr, process.sigma_data).to(x0)

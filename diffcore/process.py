@@ -12,6 +12,7 @@ from torch import Tensor
 from diffcore.prediction import PredictionType
 from diffcore.schedules import Cosine, Level, Real, Schedule
 from diffcore.spec import build, spec
+from diffcore.weights import replace
 
 TimeVariable = Literal["index", "t", "logsnr", "sigma"]
 
@@ -121,6 +122,8 @@ class Process:
 
     def check_level(self, level: Level, what: str = "the first knot") -> None:
         """Raise where a network of this process cannot be asked: at λ = -inf three things must be finite."""
+        if level.logsnr == math.inf:
+            self._check_clean(what)
         if level.logsnr != -math.inf:
             return
         remedy = "train on Truncated levels, or start from a grid whose first level is finite (Karras, UniformLogSNR)"
@@ -139,9 +142,15 @@ class Process:
                 f"{what} is pure noise (λ = -inf), where the ve scaling has σ = inf: use the scaling vp or flow, or {remedy}"
             )
 
+    def _check_clean(self, what: str) -> None:
+        unknown = self.time.variable == "logsnr" and self.time.clamp == math.inf
+        if self.prediction == "sample" or unknown:
+            why = f"time conditioning by {self.time.variable}" if unknown else "a network that predicts sample"
+            raise ValueError(f"{what} is clean (λ = inf), which {why} cannot say anything of: start from a finite λ")
+
     def save(self, path: Path) -> None:
         """Write the record as JSON."""
-        path.write_text(json.dumps(spec(self), indent=2) + "\n")
+        replace(path, (json.dumps(spec(self), indent=2) + "\n").encode())
 
     @classmethod
     def load(cls, path: Path) -> "Process":

@@ -86,13 +86,13 @@ class Run:
         network: Network = parser.instantiate(parser.parse_object({"network": self.settings()["network"]})).network
         return network()
 
-    def denoiser(self, device: torch.device | str = "cpu") -> Denoiser:
-        """The averaged network with its process, ready to sample.
+    def denoiser(self, device: torch.device | str = "cpu", network: nn.Module | None = None) -> Denoiser:
+        """The averaged network with its process, ready to sample; a run made in Python, without a config, needs its `network`.
 
         Raises:
             ValueError: the folder is not a run's, or its weights are not what was written or do not fit the network.
         """
-        network = self.network()
+        network = self.network() if network is None else network
         process = Process.load(self.process)
         tensors = read_weights(self.weights)
         own = {name: tuple(value.shape) for name, value in network.state_dict().items()}

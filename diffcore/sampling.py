@@ -5,6 +5,7 @@ while not state.done:
 state = sampler.advance(state, guided prediction at (state.x, state.level), noise)
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -71,7 +72,7 @@ def sample(
     """
     process = denoiser.process
     knots = grid.knots(process.schedule, steps)
-    labels = _check(process, knots, seeds, condition, guidance, batch_size)
+    labels = check(process, knots, seeds, condition, guidance, batch_size)
     device = getattr(denoiser, "device", torch.device("cpu"))
     chunks, evaluations = [], 0
     bar = tqdm(total=len(seeds), unit="sample", disable=not progress)
@@ -96,6 +97,7 @@ def run(
     condition: Tensor | None = None,
 ) -> tuple[Tensor, int]:
     """The loop: x at the first knot to x at the last, and the network evaluations it took for each sample."""
+    check_levels(denoiser.process, knots)
     if guidance.uses_reference:
         _check_reference(denoiser.process, condition, guidance)
     state, memory, evaluations = sampler.start(x, knots, noise), None, 0
@@ -121,7 +123,7 @@ def guided(
     return *guidance.combine(conditional, unconditional, x, level, memory), 2
 
 
-def _check(
+def check(
     process: Process,
     knots: tuple[Level, ...],
     seeds: Sequence[int],
@@ -130,7 +132,7 @@ def _check(
     batch_size: int,
 ) -> Tensor | None:
     """The labels (N,), once everything that could be refused has been."""
-    process.check_level(knots[0])
+    check_levels(process, knots)
     if not len(seeds):
         raise ValueError("seeds is empty, expected one integer a sample")
     long = [seed for seed in seeds if not -(2**63) <= seed < 2**63]
@@ -143,9 +145,19 @@ def _check(
     return _labels(process, len(seeds), condition)
 
 
+def check_levels(process: Process, knots: tuple[Level, ...]) -> None:
+    """Raise where a network of this process cannot be asked at a knot; the last one is reached and not asked about."""
+    for place, knot in enumerate(knots[:-1]):
+        process.check_level(knot, f"knot {place}" if place else "the first knot")
+    if not math.isfinite(knots[-1].sigma):
+        raise ValueError("the last knot is pure noise (λ = -inf), where the ve scaling has σ = inf: end at a finite λ")
+
+
 def _check_reference(process: Process, condition: Sequence[int] | Tensor | None, guidance: Guidance) -> None:
     if condition is None:
-        raise ValueError(f"{guidance} needs a condition to strengthen: pass one label a sample, or use CFG(1.0)")
+        raise ValueError(
+            f"{guidance} needs a condition to strengthen: pass one label a sample (--labels), or use CFG(1.0)"
+        )
     if not process.dropout:
         raise ValueError(
             f"{guidance} needs the unconditional prediction, but this network was trained without condition dropout: "

@@ -6,15 +6,16 @@ unless a module is trusted by name: neither a config nor a run folder can make P
 
 import difflib
 import math
+import pydoc
 import re
 import sys
 from abc import ABC
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from inspect import isclass, signature
+from inspect import isclass, isroutine, signature
 from typing import Any, NoReturn, TypeVar
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
 T = TypeVar("T")
 TRUSTED = ["diffcore", "torch", "diffusers"]
@@ -25,7 +26,7 @@ COMPLAINTS = [r"(?<=ption ')[\w.]+", r"(?<=arguments: --)[\w.]+", r"(?<=import p
 def trust(*modules: str) -> None:
     """Let specs name classes of these modules too; the current folder becomes importable for them."""
     if modules and "" not in sys.path:
-        sys.path.insert(0, "")
+        sys.path.append("")
     set_parsing_settings(
         unset_sentinel=True,
         instantiate_subclass_spec_in_any=False,
@@ -101,6 +102,15 @@ class Parser(ArgumentParser):
         self.exit(2, f"{self.prog}: error: {line}\n")
         raise AssertionError("exit returned")
 
+    def instantiate(
+        self, namespace: Namespace, instantiate_groups: bool = True, *, instantiators: Any = None
+    ) -> Namespace:
+        """The components; a name of torch or diffusers must be a class, for a function that it calls could do anything."""
+        for path in _named(namespace.as_dict()):
+            if not isclass(pydoc.locate(path)) and path.partition(".")[0] in TRUSTED:
+                self.error(f"{path} is not a class: name one, or a function of a module that you --trust")
+        return super().instantiate(namespace, instantiate_groups, instantiators=instantiators)
+
     def _one_line(self, message: str) -> str:
         message = re.sub(NONE_OF_UNION, r"\1", message, flags=re.DOTALL)
         return " ".join(message.split()) + self._hint(message)
@@ -123,3 +133,17 @@ class Parser(ArgumentParser):
         arguments = [argument for cls in named for argument in signature(cls).parameters]
         keys = [key for path in self.get_defaults().keys(branches=True) for key in (path, path.split(".")[-1])]
         return [*arguments, *known, *keys]
+
+
+def _named(value: Any) -> Iterator[str]:
+    """Every import path in parsed settings: class paths, and functions given where a callable is expected."""
+    if isinstance(value, Mapping):
+        if isinstance(path := value.get("class_path"), str):
+            yield path
+        for item in value.values():
+            yield from _named(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _named(item)
+    elif isroutine(value):
+        yield f"{value.__module__}.{value.__qualname__}"

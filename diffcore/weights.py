@@ -18,13 +18,10 @@ class Corrupt(ValueError):
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], **facts: int | str) -> None:
     """One safetensors file, whole or not there, whose metadata holds the facts and its own hash."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     contiguous = {name: value.contiguous() for name, value in tensors.items()}
     # One metadata entry: safetensors writes several in no fixed order, and equal runs should give equal files.
     metadata = {"diffcore": json.dumps({**facts, "sha256": _digest(contiguous, facts)})}
-    flush(temporary, save(contiguous, metadata))
-    temporary.rename(path)
-    sync(path.parent)
+    replace(path, save(contiguous, metadata))
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -48,6 +45,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def _digest(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(save(dict(tensors)) + json.dumps(dict(facts), sort_keys=True).encode()).hexdigest()
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Write a file that is whole or what it was."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    flush(temporary, data)
+    temporary.rename(path)
+    sync(path.parent)
 
 
 def flush(path: Path, data: bytes) -> None:

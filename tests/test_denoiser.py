@@ -163,12 +163,15 @@ def test_a6_low_precision_samples_do_not_round_the_time():
     assert network.given[1].tolist() == pytest.approx([750] * 4, abs=1e-3)
 
 
-def test_labels_reach_the_network_by_name_and_only_if_there_are_any():
+def test_labels_reach_the_network_by_name_and_none_is_the_null_label():
     network, record = Recorder(), process()
     level, labels = record.schedule.at(0.0), torch.tensor([0, 1, 2, 0])
     Denoiser(network, record)(X, level, labels)
     assert network.given[2] == {"class_labels": labels}
     Denoiser(network, record)(X, level)
+    assert network.given[2]["class_labels"].tolist() == [record.classes] * len(X)
+    unlabelled = process(classes=0)
+    Denoiser(network, unlabelled)(X, level)
     assert network.given[2] == {}
 
 

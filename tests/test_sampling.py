@@ -291,3 +291,19 @@ def test_the_bar_counts_samples_and_not_padding(capsys):
     assert "7/7" in capsys.readouterr().err
     sample(small(), steps=2, seeds=SEEDS, batch_size=4)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("kind", ["sample", "v_prediction"])
+def test_a_network_that_knows_nothing_at_the_clean_end_is_not_asked_there(kind):
+    rising = Explicit((math.inf, 2.0, -3.0))
+    denoiser = mixture(process(prediction=kind))
+    if kind == "sample":
+        with pytest.raises(ValueError, match="clean"):
+            sample(denoiser, grid=rising, steps=2, seeds=SEEDS)
+    else:
+        assert sample(denoiser, grid=rising, steps=2, seeds=SEEDS, batch_size=7).x.isfinite().all()
+
+
+def test_a_run_to_pure_noise_in_ve_is_refused():
+    with pytest.raises(ValueError, match="last knot is pure noise"):
+        sample(mixture(process(Cosine(scaling="ve"))), grid=Explicit((3.0, 0.0, -math.inf)), steps=2, seeds=SEEDS)

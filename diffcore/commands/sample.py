@@ -82,6 +82,7 @@ def main(argv: Sequence[str]) -> None:
         usage="diffcore sample RUN [--option value ...]",
         description="Sample the run in folder RUN. Sampler, grid, steps and guidance are the run's unless told otherwise.",
     )
+    parser.add_argument("--config", action="config", help="a YAML file of these options")
     parser.add_argument("run", type=str, metavar="RUN", help="the folder of a run")
     parser.add_class_arguments(Request)
     argv = trusted(normalized(argv))
@@ -91,6 +92,7 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError("the run's folder comes first: diffcore sample RUN --option value ...")
     settings = parser.parse_args(argv)
     arguments = parser.instantiate(settings).as_dict()
+    arguments.pop("config", None)
     _sample(Run(Path(arguments.pop("run"))), Request(**arguments))
 
 
@@ -166,7 +168,8 @@ def _check_out(out: Path, process: Process) -> None:
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found or torch.device("cpu")
     try:
         return torch.zeros(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -175,7 +178,7 @@ def _device(name: str) -> torch.device:
 
 def _knots(knots: tuple[Level, ...], every: bool) -> str:
     """The knots as a table: λ, t, α, σ, σ/α."""
-    shown = knots if every else (knots[0], knots[-2], knots[-1])
+    shown = knots if every else tuple(dict.fromkeys((knots[0], knots[-2], knots[-1])))
     lines = [f"{len(knots)} knots" + ("" if every else " (first, last noisy, last; all with --print-knots true)")]
     lines.append(f"{'λ':>10} {'t':>8} {'α':>9} {'σ':>9} {'σ/α':>10}")
     lines += [f"{k.logsnr:>10.4f} {k.t:>8.5f} {k.alpha:>9.6f} {k.sigma:>9.6f} {k.ratio:>10.5g}" for k in shown]

@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--config", action="config", help="a YAML file; options given besides it override it")
     parser.add_class_arguments(Trainer, skip={"config"})
     settings = parser.parse_args(_config_first(trusted(normalized(argv))))
-    config = parser.dump(settings)
+    config = parser.dump(settings.clone().update(False, "resume"))
     trainer: Trainer = Trainer(**parser.instantiate(settings).as_dict() | {"config": config})
     trainer.train()
 

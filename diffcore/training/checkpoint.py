@@ -41,6 +41,7 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
         files[file] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     manifest = {"state": checkpoint.state, "files": files}
     flush(temporary / MANIFEST, json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1).encode())
+    sync(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
     sync(folder.parent)
@@ -69,10 +70,12 @@ def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
 
 
 def set_aside(folder: Path, step: int) -> None:
-    """Rename the checkpoints after `step`, which a run that goes back to it found broken, so that none is kept for good."""
+    """Rename the checkpoints after `step`, which a run that goes back to it found broken, so that they are not counted."""
     for path in folder.glob("step-*"):
         if path.name > name(step):
-            path.rename(path.with_name(f"broken-{path.name}"))
+            aside = path.with_name(f"broken-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
 
 
 def name(step: int) -> str:

@@ -275,7 +275,7 @@ def _open(image: dict[str, Any]) -> Any:
 def _reads(image: dict[str, Any]) -> bool:
     try:
         _open(image)
-    except (OSError, SyntaxError, ValueError):
+    except Exception:  # Pillow raises many kinds for a file that is no image
         return False
     return True
 

@@ -1,6 +1,5 @@
 """The trainer: a run from its first step to its last, whatever interrupts it and however it is split."""
 
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,13 +10,11 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from diffcore import images
+from diffcore import images, sampling
 from diffcore.denoiser import Denoiser
 from diffcore.guidance import CFG, Guidance
 from diffcore.noise import Stream, derived
@@ -26,14 +23,15 @@ from diffcore.process import Process
 from diffcore.run import Network, Optimizer, Run
 from diffcore.samplers import DDIM, Sampler
 from diffcore.sampling import sample
-from diffcore.schedules import Grid, Trailing
+from diffcore.schedules import Grid, Level, Trailing
 from diffcore.training import checkpoint, state
 from diffcore.training.checkpoint import Checkpoint
 from diffcore.training.data import Batch, Order, batches, check, check_labels, size_of
 from diffcore.training.ema import EMA, Decay
+from diffcore.training.launch import accelerator
 from diffcore.training.lr import LearningRate
 from diffcore.training.report import Metrics, NonFinite, Window, non_finite
-from diffcore.weights import write_weights
+from diffcore.weights import replace, write_weights
 
 COUNTS = ("steps", "batch_size", "accumulation", "patience", "log_every", "save_every", "keep", "sample_steps")
 LEAST = {**dict.fromkeys(COUNTS, 1), "workers": 0, "sample_every": 0}
@@ -118,8 +116,14 @@ class Trainer:
             raise ValueError(f"seed is {self.seed}, expected within [0, 2^63)")
         self.objective.check(self.process)
         check(self.data, self.process)
+        if self.sample_every:
+            sampling.check(self.process, self._knots, [0], [0] if self.process.classes else None, self.guidance, 1)
         self.run = Run(Path(self.folder))
         self.step, self.skipped = 0, 0  # steps taken; of the last ones, how many were not finite
+
+    @property
+    def _knots(self) -> tuple[Level, ...]:
+        return self.grid.knots(self.process.schedule, self.sample_steps)
 
     def train(self) -> None:
         """Train to `steps`, from the start or from the newest checkpoint."""
@@ -191,7 +195,7 @@ class Trainer:
 
     def prepare(self) -> None:
         """Build what trains, on this rank's device."""
-        self.accelerator = _accelerator(self.precision, self.accumulation, self.trackers, self.run.folder)
+        self.accelerator = accelerator(self.precision, self.accumulation, self.trackers, self.run.folder)
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         if self.batch_size % (world * self.accumulation):
             raise ValueError(
@@ -199,12 +203,20 @@ class Trainer:
             )
         torch.manual_seed(derived(self.seed, Stream.MODEL, 0))
         network = self.network()
+        self._probe(network)
         self.model, self.optim = self.accelerator.prepare(network, self.optimizer(network.parameters()))
         self.denoiser = Denoiser(self.model, self.process).train()
         self.average = EMA(self.bare, self.ema)
         self.order = Order(size_of(self.data), self.seed, self.batch_size, self.accumulation, rank, world)
         self.window = Window(self.accumulation, self.accelerator.gather)
         self.metrics = Metrics(self.run.metrics)
+
+    @torch.no_grad()
+    def _probe(self, network: nn.Module) -> None:
+        """Ask the network once, before anything is written: what does not fit the process fails here."""
+        x = torch.zeros(2, *self.process.shape)
+        Denoiser(network.eval(), self.process).output(x, self.process.schedule.level(0.5))
+        network.train()
 
     @property
     def bare(self) -> nn.Module:
@@ -230,7 +242,7 @@ class Trainer:
             checkpoint.set_aside(self.run.checkpoints, self.step)
             self.process.save(self.run.process)
             if self.config or not self.run.config.exists():
-                self.run.config.write_text(self.config)
+                replace(self.run.config, self.config.encode())
             self.metrics.rewind(self.step)
         self.accelerator.wait_for_everyone()
         if self.trackers:
@@ -344,9 +356,9 @@ class Trainer:
         return f"step {found.step}, sample {index} of the data at λ = {logsnr:.3f}, loss {found.loss}"
 
     def _picture(self) -> None:
-        """A grid of samples of the averaged network, four a class, drawn by the first rank alone."""
-        if self.accelerator.is_main_process and len(self.process.shape) == 3:
-            classes = range(self.process.classes or 4)
+        """A grid of samples of the averaged network, four of each of ten classes, drawn by the first rank alone."""
+        if self.accelerator.is_main_process and images.drawable(self.process):
+            classes = range(min(self.process.classes or 4, 10))
             labels = [label for label in classes for _ in range(4)]
             with self.average.applied():
                 made = sample(
@@ -363,23 +375,3 @@ class Trainer:
             images.save(
                 images.grid(made.x, self.process, names, 4), self.run.samples / f"{checkpoint.name(self.step)}.png"
             )
-
-
-def _accelerator(precision: str, accumulation: int, trackers: list[str], folder: Path) -> Accelerator:
-    """Accelerate for this process, where the launcher's processes and accelerate's are the same."""
-    on_cpu = not torch.accelerator.is_available()
-    if on_cpu and precision == "fp16":
-        raise ValueError("precision is fp16, which a CPU does not do: use bf16 or no")
-    accelerator = Accelerator(
-        cpu=on_cpu,
-        mixed_precision=precision,
-        gradient_accumulation_steps=accumulation,
-        log_with=trackers or None,
-        project_config=ProjectConfiguration(str(folder), logging_dir=str(folder)),
-    )
-    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
-        raise ValueError(
-            f"the launcher started {os.environ['WORLD_SIZE']} processes, but accelerate sees "
-            f"{accelerator.num_processes}: on a CPU launch with ACCELERATE_USE_CPU=true and --multi_gpu"
-        )
-    return accelerator

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from diffcore.guidance import CFG
 from diffcore.process import Process
 from diffcore.training import checkpoint
 from diffcore.training.data import Digits
@@ -162,7 +163,7 @@ def test_E2_the_learning_rate_is_the_curve_at_each_optimizer_step(tmp_path):
 
 def test_D5_the_condition_is_dropped_sample_by_sample_at_the_stated_rate(tmp_path):
     made = trained(tmp_path, process=Process(shape=(1, 8, 8), classes=10, dropout=0.3), steps=20, batch_size=64)
-    given = torch.stack(made.bare.given)
+    given = torch.stack(made.bare.given[1:])  # the first is the probe before training
     share = (given == 10).double().mean().item()
     assert share == pytest.approx(0.3, abs=4 * (0.3 * 0.7 / 1280) ** 0.5)
     assert all(0 < dropped < 40 for dropped in (given == 10).sum(1).tolist())  # not whole batches
@@ -182,7 +183,7 @@ def test_D5_the_null_embedding_is_trained_only_by_dropped_samples(tmp_path):
 
 def test_without_classes_the_network_is_given_no_labels(tmp_path):
     made = trained(tmp_path, process=Process(shape=(1, 8, 8)))
-    assert made.bare.given == [None] * STEPS
+    assert made.bare.given == [None] * (1 + STEPS)  # once before training
 
 
 # The same run --------------------------------------------------------------------------------------------------------
@@ -388,7 +389,7 @@ def test_E7_the_level_named_is_the_one_that_the_sample_was_trained_at(tmp_path):
 
     class Recording(Network):
         def forward(self, x, time, class_labels=None):
-            asked.append(time[x.flatten(1).isnan().any(1)].item())
+            asked.extend(time[x.flatten(1).isnan().any(1)].tolist())
             return super().forward(x, time, class_labels)
 
     made = trainer(tmp_path, network=Recording, data=Items((GREY, 0), (NAN, 1)), batch_size=2, patience=1)
@@ -413,7 +414,8 @@ def test_E7_a_gradient_that_is_not_finite_is_dropped_as_a_whole(tmp_path, broken
     class Broken(Network):
         def forward(self, x, time, class_labels=None):
             out = super().forward(x, time, class_labels)
-            out.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([0]), broken))
+            if out.requires_grad:
+                out.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([0]), broken))
             return out
 
     made = trainer(tmp_path, network=Broken, patience=2, optimizer=partial(torch.optim.SGD, lr=1.0))
@@ -436,3 +438,38 @@ def test_patience_counts_across_reports(tmp_path):
 def test_a_run_that_ends_between_reports_is_not_finite_either(tmp_path):
     with pytest.raises(ValueError, match="in a row were not finite"):
         trained(tmp_path, data=Items((NAN, 0)), batch_size=2, steps=4, patience=2, log_every=20)
+
+
+# Refused before anything is written ----------------------------------------------------------------------------------
+
+
+class Wide(Network):
+    def forward(self, x, time, class_labels=None):
+        return super().forward(x, time, class_labels).repeat(1, 2, 1, 1)
+
+
+def test_a_network_whose_answer_has_another_shape_is_refused_before_the_run_begins(tmp_path):
+    made = trainer(tmp_path / "run", network=Wide)
+    with pytest.raises(ValueError, match=r"answers \(2, 2, 8, 8\).*process's shape"):
+        made.train()
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("process", "guidance", "remedy"),
+    [
+        (Process(shape=(1, 8, 8), prediction="epsilon"), CFG(1.0), "predicts epsilon"),
+        (Process(shape=(1, 8, 8), classes=10), CFG(2.0), "without condition dropout"),
+    ],
+    ids=["epsilon from pure noise", "guidance without dropout"],
+)
+def test_pictures_that_could_not_be_sampled_are_refused_before_the_first_step(tmp_path, process, guidance, remedy):
+    with pytest.raises(ValueError, match=remedy):
+        trainer(tmp_path, process=process, guidance=guidance, sample_every=2)
+    trainer(tmp_path, process=process, guidance=guidance, sample_every=0)
+
+
+def test_an_accumulation_set_behind_our_back_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(ValueError, match="ACCELERATE_GRADIENT_ACCUMULATION_STEPS"):
+        trainer(tmp_path).train()
