@@ -239,11 +239,11 @@ def _load(folder: Path) -> Any:
             f"{folder} is not a folder: expected one with images, in sub-folders by class if they have one"
         )
     suffixes = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-    if not any(path.suffix.lower() in suffixes for path in folder.rglob("*")):
+    files = sorted(str(path.resolve()) for path in folder.rglob("*") if path.suffix.lower() in suffixes)
+    if not files:
         raise ValueError(f"{folder} holds no images: expected files ending in {', '.join(sorted(suffixes))}")
     datasets.disable_progress_bars()
     # Named files, or datasets takes a folder or file called "test" for a split and leaves it out.
-    files = sorted(str(path.resolve()) for path in folder.rglob("*") if path.suffix.lower() in suffixes)
     images = datasets.load_dataset("imagefolder", data_files={"train": files}, split="train")
     return images.cast_column("image", datasets.Image(decode=False))
 
