@@ -37,6 +37,8 @@ class Stream(IntEnum):
     START = 6
     STEP = 7
     ORACLE = 8
+    PERTURBATION = 20
+    OFFSET = 21
 
 
 def philox(key: tuple[Word, Word], counter: tuple[Word, Word, Word, Word]) -> tuple[Word, Word, Word, Word]:

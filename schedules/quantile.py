@@ -25,19 +25,35 @@ class Quantile(Schedule):
 
 @dataclass(frozen=True)
 class Cosine(Quantile):
-    """λ(t) = 2 ln cot(πt/2), that is α = cos(πt/2), σ = sin(πt/2); p(λ) = sech(λ/2) / 2π.
+    """λ(t) = μ + (2/s) ln cot(πt/2), by default α = cos(πt/2), σ = sin(πt/2); p(λ) = s sech(s(λ-μ)/2) / 2π.
 
-    Nichol & Dhariwal 2021 (2102.09672) without its offset; the hyperbolic secant density is Kingma & Gao 2023.
+    Nichol & Dhariwal 2021 (2102.09672) without its offset; the hyperbolic secant density is Kingma & Gao 2023. Shifted and
+    scaled: Hang & Gu 2024 (2407.03297).
+
+    Args:
+        shift: μ, the median level.
+        scale: s > 0; larger gathers the levels around μ.
     """
 
+    shift: float = 0.0
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_finite("shift", self.shift)
+        _check_positive("scale", self.scale)
+
     def _logsnr(self, t: Tensor) -> Tensor:
-        return torch.where(t <= 0.5, -_log_tan(t), _log_tan(1 - t))
+        return self.shift + torch.where(t <= 0.5, -_log_tan(t), _log_tan(1 - t)) / self.scale
 
     def _time(self, logsnr: Tensor) -> Tensor:
-        return (-logsnr / 2).exp().atan() * (2 / math.pi)
+        return (-self._z(logsnr) / 2).exp().atan() * (2 / math.pi)
 
     def _density(self, logsnr: Tensor) -> Tensor:
-        return 1 / (2 * math.pi * (logsnr / 2).cosh())
+        return self.scale / (2 * math.pi * (self._z(logsnr) / 2).cosh())
+
+    def _z(self, logsnr: Tensor) -> Tensor:
+        return self.scale * (logsnr - self.shift)
 
 
 @dataclass(frozen=True)
@@ -95,8 +111,7 @@ class Laplace(Quantile):
 class Normal(Quantile):
     """λ(t) = μ + s Φ⁻¹(1-t); p(λ) = N(μ, s²).
 
-    ln(σ/α) ~ N(P, S²) is Normal(-2P, 2S): EDM is Normal(2.4, 2.4) for data of standard deviation 0.5. SD3's logit-normal
-    time N(m, s²) is Normal(-2m, 2s). Karras et al. 2022 (2206.00364, Table 1), Esser et al. 2024 (2403.03206, section 3.1).
+    A log-normal σ/α and a logit-normal σ/(α+σ) are both a normal λ: `edm` and `logit_normal` take those parameters.
 
     Args:
         mean: μ of λ.
@@ -111,6 +126,20 @@ class Normal(Quantile):
         _check_finite("mean", self.mean)
         _check_positive("std", self.std)
 
+    @classmethod
+    def edm(cls, P_mean: float = -1.2, P_std: float = 1.2) -> "Normal":
+        """ln(σ/α) ~ N(P, S²), which is λ ~ N(-2P, (2S)²), carried by ve.
+
+        Karras et al. 2022 (2206.00364, Table 1: -1.2, 1.2), EDM2 (2312.02696: -0.4, 1.0 on 512² latents; -0.8, 1.6 on 64²), for
+        data of standard deviation 0.5: on data of standard deviation s add ln 2s to P.
+        """
+        return cls(-2 * P_mean, 2 * P_std, scaling="ve")
+
+    @classmethod
+    def logit_normal(cls, mean: float = 0.0, std: float = 1.0) -> "Normal":
+        """logit(σ/(α+σ)) ~ N(m, s²), which is λ ~ N(-2m, (2s)²), carried by flow. SD3: Esser et al. 2024 (2403.03206, eq. 19)."""
+        return cls(-2 * mean, 2 * std, scaling="flow")
+
     def _logsnr(self, t: Tensor) -> Tensor:
         return self.mean - self.std * torch.special.ndtri(t)
 
@@ -120,6 +149,114 @@ class Normal(Quantile):
     def _density(self, logsnr: Tensor) -> Tensor:
         z = (logsnr - self.mean) / self.std
         return (-(z**2) / 2).exp() / (self.std * math.sqrt(2 * math.pi))
+
+
+@dataclass(frozen=True)
+class Cauchy(Quantile):
+    """λ(t) = μ + γ tan(π(½-t)); p(λ) = γ / π((λ-μ)² + γ²). Hang & Gu 2024 (2407.03297).
+
+    Args:
+        mean: μ, the median level (the distribution has no mean).
+        scale: γ > 0.
+    """
+
+    mean: float = 0.0
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_finite("mean", self.mean)
+        _check_positive("scale", self.scale)
+
+    def _logsnr(self, t: Tensor) -> Tensor:
+        tail = torch.minimum(t, 1 - t)  # tan(π(½-t)) = ±cot(π min(t, 1-t)), inf at 0
+        return self.mean + self.scale * (0.5 - t).sign() / (math.pi * tail).tan()
+
+    def _time(self, logsnr: Tensor) -> Tensor:
+        z = (logsnr - self.mean) / self.scale
+        tail = z.abs().reciprocal().atan() / math.pi
+        return torch.where(z >= 0, tail, 1 - tail)
+
+    def _density(self, logsnr: Tensor) -> Tensor:
+        z = (logsnr - self.mean) / self.scale
+        return 1 / (math.pi * self.scale * (1 + z**2))
+
+
+@dataclass(frozen=True)
+class LogLinear(Quantile):
+    """λ(t) = λ_max + t (λ_min - λ_max): ln(σ/α) is linear in t; p(λ) is uniform on [λ_min, λ_max].
+
+    VDM's fixed schedule (Kingma et al. 2021, 2107.00630, section 4.1: -γ from 13.3 to -5), and `ve` of Song et al. 2021.
+
+    Args:
+        low: λ_min, the noisiest level, λ(1).
+        high: λ_max, the cleanest level, λ(0).
+    """
+
+    low: float = -5.0
+    high: float = 13.3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not -math.inf < self.low < self.high < math.inf:
+            raise ValueError(f"low and high are {self.low} and {self.high}, expected finite λ with low < high")
+
+    @classmethod
+    def ve(cls, sigma_min: float = 0.01, sigma_max: float = 50.0) -> "LogLinear":
+        """σ(t) = σ_min (σ_max/σ_min)^t. Song et al. 2021 (2011.13456, appendix C, whose σ_max is the data's largest distance)."""
+        _check_sigmas(sigma_min, sigma_max)
+        return cls(-2 * math.log(sigma_max), -2 * math.log(sigma_min), scaling="ve")
+
+    def _logsnr(self, t: Tensor) -> Tensor:
+        return torch.lerp(t.new_tensor(self.high), t.new_tensor(self.low), t)
+
+    def _time(self, logsnr: Tensor) -> Tensor:
+        return ((self.high - logsnr) / (self.high - self.low)).clamp(0, 1)
+
+    def _density(self, logsnr: Tensor) -> Tensor:
+        inside = (logsnr >= self.low) & (logsnr <= self.high)
+        return inside.double() / (self.high - self.low)
+
+
+@dataclass(frozen=True)
+class Rho(Quantile):
+    """u(t)^(1/ρ) = u_min^(1/ρ) + t (u_max^(1/ρ) - u_min^(1/ρ)), u = σ/α = e^(-λ/2): EDM's grid made continuous.
+
+    p(λ) = u^(1/ρ) / 2ρ(u_max^(1/ρ) - u_min^(1/ρ)) between the bounds. Karras et al. 2022 (2206.00364, eq. 5).
+
+    Args:
+        sigma_min: u_min > 0, for data of standard deviation 0.5.
+        sigma_max: u_max, finite.
+        rho: ρ > 0; larger dwells longer near the data, and ρ → ∞ is LogLinear.
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+    scaling: Scaling = field(default="ve", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_sigmas(self.sigma_min, self.sigma_max)
+        _check_positive("rho", self.rho)
+
+    @property
+    def _roots(self) -> tuple[float, float]:
+        return self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+
+    def _logsnr(self, t: Tensor) -> Tensor:
+        low, high = self._roots
+        return -2 * self.rho * torch.lerp(t.new_tensor(low), t.new_tensor(high), t).log()
+
+    def _time(self, logsnr: Tensor) -> Tensor:
+        low, high = self._roots
+        return (((-logsnr / (2 * self.rho)).exp() - low) / (high - low)).clamp(0, 1)
+
+    def _density(self, logsnr: Tensor) -> Tensor:
+        low, high = self._roots
+        root = (-logsnr / (2 * self.rho)).exp()
+        inside = (root >= low) & (root <= high)
+        return (root / (2 * self.rho * (high - low))).masked_fill(~inside, 0.0)
 
 
 def _log_tan(t: Tensor) -> Tensor:
@@ -135,3 +272,8 @@ def _check_finite(name: str, value: float) -> None:
 def _check_positive(name: str, value: float) -> None:
     if not 0 < value < math.inf:
         raise ValueError(f"{name} is {value}, expected a positive finite number")
+
+
+def _check_sigmas(sigma_min: float, sigma_max: float) -> None:
+    if not 0 < sigma_min < sigma_max < math.inf:
+        raise ValueError(f"sigma_min and sigma_max are {sigma_min} and {sigma_max}, expected 0 < min < max < inf")

@@ -1,13 +1,17 @@
 """Transforms of schedules: schedule in, schedule out, with exact λ(t), inverse and density."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from diffcore.schedules.base import Level, Scaling, Schedule
+from diffcore.schedules.base import Level, Scaling, Schedule, check_scaling
+from diffcore.schedules.quantile import LogLinear
+from diffcore.schedules.roots import inverse, logit_time
+
+FARTHEST = 1e300  # a bracket's ends are finite
 
 
 @dataclass(frozen=True)
@@ -27,10 +31,7 @@ class Transform(Schedule):
 
 @dataclass(frozen=True)
 class Shifted(Transform):
-    """λ'(t) = λ(t) + shift.
-
-    Chen's input scale b is shift = 2 ln b (2301.10972); simple diffusion's resolution is 2 ln(d₀/d) (2301.11093); the
-    time shift s of SD3 and Flux is -2 ln s (2403.03206, section 5.3.2).
+    """λ'(t) = λ(t) + shift: at once an input scale, a resolution shift and a time shift, which have constructors.
 
     Args:
         schedule: the schedule to shift.
@@ -43,6 +44,21 @@ class Shifted(Transform):
         if not math.isfinite(self.shift):
             raise ValueError(f"shift is {self.shift}, expected a finite number in units of λ = log α²/σ²")
 
+    @classmethod
+    def by_input_scale(cls, schedule: Schedule, b: float) -> "Shifted":
+        """α² : σ² becomes b²α² : σ², a shift of 2 ln b. Chen 2023 (2301.10972, section 2.2, whose input is normalised after)."""
+        return cls(schedule, 2 * _log("b", b))
+
+    @classmethod
+    def by_resolution(cls, schedule: Schedule, size: float, reference: float = 64) -> "Shifted":
+        """The levels of `reference` pixels a side at `size`: 2 ln(d₀/d). Hoogeboom et al. 2023 (2301.11093, eq. 4)."""
+        return cls(schedule, 2 * (_log("reference", reference) - _log("size", size)))
+
+    @classmethod
+    def by_time_shift(cls, schedule: Schedule, s: float) -> "Shifted":
+        """σ/(α+σ) = a becomes s a / (1 + (s-1) a), a shift of -2 ln s. Esser et al. 2024 (2403.03206, eq. 23); Flux: s = e^μ."""
+        return cls(schedule, -2 * _log("s", s))
+
     def _logsnr(self, t: Tensor) -> Tensor:
         return self.schedule.logsnr(t) + self.shift
 
@@ -51,6 +67,126 @@ class Shifted(Transform):
 
     def _density(self, logsnr: Tensor) -> Tensor:
         return self.schedule.density(logsnr - self.shift)
+
+
+@dataclass(frozen=True)
+class Interpolated(Transform):
+    """λ'(t) = λ(t) + (1-t) clean + t noise: a shift that changes from the clean end to the noisy one.
+
+    Simple diffusion's interpolated resolution shift, which has a constructor: fine detail is noised as at a low resolution, layout
+    as at a high one. Hoogeboom et al. 2023 (2301.11093, section 2.1).
+
+    Args:
+        schedule: the schedule to shift, steeper everywhere than the change (for Cosine, noise - clean < 2π).
+        clean: the shift at t = 0.
+        noise: the shift at t = 1.
+    """
+
+    clean: float
+    noise: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.clean) and math.isfinite(self.noise)):
+            raise ValueError(f"clean and noise are {self.clean} and {self.noise}, expected finite shifts of λ")
+        if not self._gentle:
+            raise ValueError(
+                f"the shift rises by {self.noise - self.clean:g} from t = 0 to 1, faster than λ(t) of {self.schedule} falls "
+                f"somewhere, so levels would fold over: bring clean and noise closer"
+            )
+
+    @classmethod
+    def by_resolution(cls, schedule: Schedule, size: float, low: float, high: float) -> "Interpolated":
+        """From the levels of `low` pixels a side at the clean end to those of `high` at the noisy end, for images of `size`."""
+        d = _log("size", size)
+        return cls(schedule, 2 * (_log("low", low) - d), 2 * (_log("high", high) - d))
+
+    @property
+    def _gentle(self) -> bool:
+        """Whether λ' falls wherever it is sampled: -dλ/dt = 1/p is least where the density is largest."""
+        t = (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096
+        densest = self.schedule.density(self.schedule.logsnr(t)).max()
+        return bool((self.noise - self.clean) * densest < 1)
+
+    def _logsnr(self, t: Tensor) -> Tensor:
+        return self.schedule.logsnr(t) + torch.lerp(t.new_tensor(self.clean), t.new_tensor(self.noise), t)
+
+    def _time(self, logsnr: Tensor) -> Tensor:
+        return logit_time(lambda t, rest: self.schedule.logsnr(t) + rest * self.clean + t * self.noise, logsnr)
+
+    def _density(self, logsnr: Tensor) -> Tensor:
+        inner = self.schedule.density(self.schedule.logsnr(self._time(logsnr)))
+        beyond = logsnr < self.schedule.logsnr(1.0) + self.noise
+        return (inner / (1 - (self.noise - self.clean) * inner)).masked_fill(beyond, 0.0)
+
+
+@dataclass(frozen=True)
+class Mixture(Schedule):
+    """p'(λ) = (1-f) p(λ) + f p_floor(λ), so that t'(λ) = (1-f) t(λ) + f t_floor(λ), whose inverse lies between theirs.
+
+    A floor under an importance distribution: every level is trained, and the importance-corrected weight w/p stays bounded on
+    the floor's levels.
+
+    Args:
+        schedule: the distribution to keep most of; its scaling is kept.
+        floor: of which a share is mixed in; uniform in λ by default.
+        share: f within (0, 1).
+    """
+
+    schedule: Schedule
+    floor: Schedule = field(default_factory=lambda: LogLinear(-10.0, 10.0))
+    share: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ValueError(f"share is {self.share}, expected within (0, 1)")
+
+    @property
+    def scaling(self) -> Scaling:  # type: ignore[override]
+        return self.schedule.scaling
+
+    def _mixed(self, of_schedule: Tensor, of_floor: Tensor) -> Tensor:
+        return (1 - self.share) * of_schedule + self.share * of_floor
+
+    def _logsnr(self, t: Tensor) -> Tensor:
+        one, other = self.schedule.logsnr(t), self.floor.logsnr(t)
+        low, high = torch.minimum(one, other), torch.maximum(one, other)
+        inside = inverse(self._time, t, low.clamp(min=-FARTHEST), high.clamp(max=FARTHEST))
+        return torch.where(t == 0, high, torch.where(t == 1, low, inside))
+
+    def _time(self, logsnr: Tensor) -> Tensor:
+        return self._mixed(self.schedule.time(logsnr), self.floor.time(logsnr))
+
+    def _density(self, logsnr: Tensor) -> Tensor:
+        return self._mixed(self.schedule.density(logsnr), self.floor.density(logsnr))
+
+
+@dataclass(frozen=True)
+class Rescaled(Schedule):
+    """The same λ(t) carried by another scaling.
+
+    Args:
+        schedule: gives λ(t).
+        scaling: vp, ve or flow.
+    """
+
+    schedule: Schedule
+    scaling: Scaling
+
+    def __post_init__(self) -> None:
+        check_scaling(self.scaling)
+
+    @property
+    def steps(self) -> int | None:  # type: ignore[override]
+        return self.schedule.steps
+
+    def _logsnr(self, t: Tensor) -> Tensor:
+        return self.schedule.logsnr(t)
+
+    def _time(self, logsnr: Tensor) -> Tensor:
+        return self.schedule.time(logsnr)
+
+    def _density(self, logsnr: Tensor) -> Tensor:
+        return self.schedule.density(logsnr)
 
 
 @dataclass(frozen=True)
@@ -149,6 +285,12 @@ class ZeroTerminalSNR(Transform):
 
     def _cleaner(self, logsnr: Tensor) -> Tensor:
         return logsnr >= self._ends[0].logsnr
+
+
+def _log(name: str, value: float) -> float:
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} is {value}, expected a positive finite number")
+    return math.log(value)
 
 
 def _alpha(logsnr: Tensor) -> tuple[Tensor, Tensor]:

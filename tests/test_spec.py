@@ -20,7 +20,7 @@ NESTED = Shifted(ZeroTerminalSNR(Discrete(end=0.01)), -1.5)
     [
         NESTED,
         Objective(MinSNR(3.0), "independent"),
-        Objective(MSE("edm", 0.3)),
+        Objective(MSE("edm")),
         TimeConditioning("sigma", -0.125, 20.0),
         TimeConditioning("t", 1.0, math.inf),
         Explicit((-math.inf, 0.0, math.inf)),

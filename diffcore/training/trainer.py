@@ -25,6 +25,7 @@ from diffcore.samplers import DDIM, Sampler
 from diffcore.sampling import sample
 from diffcore.schedules import Grid, Level, Trailing
 from diffcore.training import checkpoint, state
+from diffcore.training.adaptation import Adaptation
 from diffcore.training.checkpoint import Checkpoint
 from diffcore.training.data import Batch, Order, batches, check, check_labels, size_of
 from diffcore.training.ema import EMA, Decay
@@ -149,6 +150,7 @@ class Trainer:
         self.step += 1
         self.average.update(self.step)
         self.window.add(losses, norm)
+        self.adaptation.add(self.step, losses)
 
     def _optimize(self, parts: Iterator[Batch]) -> tuple[Tensor, Tensor]:
         """One optimizer step: the losses of this rank's samples, and the gradient's norm before clipping."""
@@ -157,11 +159,11 @@ class Trainer:
         losses, norm = [], torch.zeros(())
         for part, batch in enumerate(parts):
             torch.manual_seed(self._model_seed(part))  # a network's own dropout
-            with self.accelerator.accumulate(self.model):
+            with self.accelerator.accumulate(*self.trained):
                 loss = self._losses(batch)
                 self.accelerator.backward(loss.mean())
                 if self.accelerator.sync_gradients:
-                    norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
+                    norm = self.accelerator.clip_grad_norm_(self.trained.parameters(), self.clip)
                     self._drop_non_finite()
                 self.optim.step()
                 self.optim.zero_grad()
@@ -170,17 +172,18 @@ class Trainer:
 
     def _losses(self, batch: Batch) -> Tensor:
         device = self.accelerator.device
-        draw = self.objective.draw(self.process, self._place(batch.place), device)
+        draw = self.objective.draw(self.process, self._place(batch.place), device, self.adaptation.learned)
         check_labels(batch, self.process)
         label = batch.label.to(device) if self.process.classes else None
-        return self.objective(self.denoiser, batch.x0.to(device, non_blocking=True), label, draw)
+        x0 = batch.x0.to(device, non_blocking=True)
+        return self.objective(self.denoiser, x0, label, draw, self.uncertainty)
 
     def _drop_non_finite(self) -> None:
         """A gradient whose norm is not finite becomes zero as a whole, without asking the device.
 
         Clipping has multiplied it by clip/norm, which left NaN (norm NaN), or zeros and NaN (norm inf).
         """
-        for parameter in self.model.parameters():
+        for parameter in self.trained.parameters():
             if parameter.grad is not None:
                 parameter.grad.nan_to_num_(0.0, 0.0, 0.0)
 
@@ -204,11 +207,19 @@ class Trainer:
         torch.manual_seed(derived(self.seed, Stream.MODEL, 0))
         network = self.network()
         self._probe(network)
-        self.model, self.optim = self.accelerator.prepare(network, self.optimizer(network.parameters()))
+        modules = [network, self.objective.uncertainty.module()] if self.objective.uncertainty else [network]
+        optim = self.optimizer(nn.ModuleList(modules).parameters())
+        *trained, self.optim = self.accelerator.prepare(*modules, optim)
+        self.trained = nn.ModuleList(trained)
+        self.model, self.uncertainty = trained[0], trained[1] if self.objective.uncertainty else None
         self.denoiser = Denoiser(self.model, self.process).train()
         self.average = EMA(self.bare, self.ema)
         self.order = Order(size_of(self.data), self.seed, self.batch_size, self.accumulation, rank, world)
-        self.window = Window(self.accumulation, self.accelerator.gather)
+        gather = self.accelerator.gather
+        self.window = Window(self.accumulation, gather)
+        self.adaptation = Adaptation(
+            self.objective, self.process, self.seed, self.batch_size, self.accumulation, gather
+        )
         self.metrics = Metrics(self.run.metrics)
 
     @torch.no_grad()
@@ -222,6 +233,13 @@ class Trainer:
     def bare(self) -> nn.Module:
         """The network itself, without what accelerate wrapped around it."""
         return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def _whole(self) -> nn.Module:
+        """All that the optimizer trains: the network, and the objective's own parameters if it has any."""
+        if self.uncertainty is None:
+            return self.bare
+        return nn.ModuleDict({"network": self.bare, "uncertainty": self.accelerator.unwrap_model(self.uncertainty)})
 
     @cached_property
     def threads(self) -> dict[str, int]:
@@ -256,12 +274,13 @@ class Trainer:
     def _save(self) -> None:
         """Write a checkpoint and the averaged weights; every rank gathers, the first writes."""
         window = self.window.gathered()
-        model, optimizer, groups = state.capture(self.bare, self.optim.optimizer)
+        adapted = self.adaptation.tensors()
+        model, optimizer, groups = state.capture(self._whole, self.optim.optimizer)
         if self.accelerator.is_main_process:
             files = {
                 "model.safetensors": model,
                 "ema.safetensors": self.average.shadow,
-                "training.safetensors": {**optimizer, "window": window},
+                "training.safetensors": {**optimizer, **adapted, "window": window},
             }
             facts = {"step": self.step, "skipped": self.skipped, "groups": groups, **self.threads}
             checkpoint.write(self.run.checkpoints / checkpoint.name(self.step), Checkpoint(files, facts))
@@ -284,7 +303,8 @@ class Trainer:
         self._check_facts(facts)
         training = tensors["training.safetensors"]
         self.window.restore(training.pop("window"))
-        state.restore(self.bare, self.optim.optimizer, tensors["model.safetensors"], training, facts["groups"])
+        self.adaptation.restore(training)
+        state.restore(self._whole, self.optim.optimizer, tensors["model.safetensors"], training, facts["groups"])
         self.average.load(tensors["ema.safetensors"])
         self.step, self.skipped = facts["step"], facts["skipped"]
         self._say(f"resumed at step {self.step}")
@@ -351,7 +371,8 @@ class Trainer:
 
     def _describe(self, found: NonFinite) -> str:
         place = Place(self.seed, found.step, torch.tensor([found.place]), self.batch_size)
-        logsnr = float(self.process.schedule.logsnr(self.process.schedule.drawn(self.objective.times(place))))
+        times = self.process.schedule.drawn(self.objective.times(place, self.adaptation.learned))
+        logsnr = float(self.process.schedule.logsnr(times))
         index = self.order.index(int(place.position))
         return f"step {found.step}, sample {index} of the data at λ = {logsnr:.3f}, loss {found.loss}"
 

@@ -1,0 +1,231 @@
+"""Schedules given as a curve in t of γ = α² (vp) or of a = σ/(α+σ) (flow), each with the density that it is.
+
+Where a formula subtracts neighbours (the ends of a normalised curve), the difference is written as a product, so that both
+tails keep their digits; where an inverse has no closed form it is a bracketed root in logit t.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from diffcore.schedules.base import Scaling
+from diffcore.schedules.quantile import Quantile
+from diffcore.schedules.roots import logit_time
+
+HALF_PI = math.pi / 2
+
+
+@dataclass(frozen=True)
+class Sigmoid(Quantile):
+    """γ(t) = (S(e/τ) - S(x/τ)) / (S(e/τ) - S(s/τ)), x = s + t(e-s), S the logistic function.
+
+    With w = (e-s)/2τ and c = ln cosh(s/2τ) - ln cosh(e/2τ), λ(t) = ln sinh((1-t)w) - ln sinh(tw) + c and
+    p(λ) = 1 / w(coth(tw) + coth((1-t)w)). Chen 2023 (2301.10972, Algorithm 1), whose clipping at 1e-9 is left out.
+
+    Args:
+        start: s.
+        end: e > s.
+        tau: τ > 0; larger is closer to γ = 1 - t.
+    """
+
+    start: float = -3.0
+    end: float = 3.0
+    tau: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_span(self.start, self.end, self.tau)
+        if self._w > 300:
+            raise ValueError(f"(end - start) / tau is {2 * self._w:g}, expected at most 600: a step is no schedule")
+
+    @property
+    def _w(self) -> float:
+        return (self.end - self.start) / (2 * self.tau)
+
+    @property
+    def _c(self) -> float:
+        return _log_cosh(self.start / (2 * self.tau)) - _log_cosh(self.end / (2 * self.tau))
+
+    def _logsnr(self, t: Tensor) -> Tensor:
+        return _log_sinh((1 - t) * self._w) - _log_sinh(t * self._w) + self._c
+
+    def _time(self, logsnr: Tensor) -> Tensor:
+        return _part(logsnr - self._c, self._w)
+
+    def _density(self, logsnr: Tensor) -> Tensor:
+        z, w = logsnr - self._c, self._w
+        coth = 1 / (w * _part(z, w)).tanh() + 1 / (w * _part(-z, w)).tanh()
+        return 1 / (w * coth)
+
+
+@dataclass(frozen=True)
+class PowerCosine(Quantile):
+    """γ(t) = (y(x) - y(e)) / (y(s) - y(e)), y(x) = cos(πx/2)^2τ, x = s + t(e-s); p(λ) = γ(1-γ) / |dγ/dt|.
+
+    Chen 2023 (2301.10972, Algorithm 1), whose clipping at 1e-9 is left out; s = 0, e = 1, τ = 1 is Cosine.
+
+    Args:
+        start: s ≥ 0.
+        end: e ≤ 1, above s.
+        tau: τ > 0.
+    """
+
+    start: float = 0.0
+    end: float = 1.0
+    tau: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_span(self.start, self.end, self.tau)
+        if not (self.start >= 0 and self.end <= 1):
+            raise ValueError(f"start and end are {self.start} and {self.end}, expected within [0, 1]")
+
+    @property
+    def _ends(self) -> tuple[float, float]:
+        """Cos of the angles at the ends; the sine of the complement, so that it is 0 at e = 1."""
+        return math.sin(HALF_PI * (1 - self.start)), math.sin(HALF_PI * (1 - self.end))
+
+    @property
+    def _ratio(self) -> float:
+        """y(e) / y(s)."""
+        cos_s, cos_e = self._ends
+        return (cos_e / cos_s) ** (2 * self.tau)
+
+    def _logsnr(self, t: Tensor) -> Tensor:
+        cos_s, cos_e = self._ends
+        width = HALF_PI * (self.end - self.start)
+        past, left = t * width, (1 - t) * width  # angles from s and to e
+        fall = (-2 * (past / 2).sin() ** 2 - math.tan(HALF_PI * self.start) * past.sin()).log1p()  # ln cos x - ln cos s
+        below = -(2 * self.tau * fall).expm1()  # (y(s) - y(x)) / y(s)
+        cos_x = cos_e * left.cos() + math.sin(HALF_PI * self.end) * left.sin()
+        if cos_e == 0:
+            return 2 * self.tau * (cos_x / cos_s).log() - below.log()
+        rise = (-2 * (left / 2).sin() ** 2 + math.tan(HALF_PI * self.end) * left.sin()).log1p()
+        return (self._ratio * (2 * self.tau * rise).expm1()).log() - below.log()
+
+    def _time(self, logsnr: Tensor) -> Tensor:
+        cos_s, sin_s = self._ends[0], math.sin(HALF_PI * self.start)
+        cos_x, sin_x, fall = self._angle(logsnr)
+        sin_past = fall * (cos_s + cos_x) / (sin_x * cos_s + cos_x * sin_s)
+        past = torch.atan2(sin_past, cos_x * cos_s + sin_x * sin_s)
+        return torch.where(fall == 0, 0.0, past / (HALF_PI * (self.end - self.start))).clamp(max=1)
+
+    def _density(self, logsnr: Tensor) -> Tensor:
+        cos_x, sin_x, _ = self._angle(logsnr)
+        gamma_rate = 2 * self.tau * HALF_PI * (self.end - self.start) * cos_x ** (2 * self.tau - 1) * sin_x  # -dy/dt
+        span = self._ends[0] ** (2 * self.tau) * (1 - self._ratio)
+        density = logsnr.sigmoid() * (-logsnr).sigmoid() * span / gamma_rate
+        return density.masked_fill(logsnr.isinf(), 0.0)
+
+    def _angle(self, logsnr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Cos and sin of the angle πx/2, and cos s - cos x, from γ and 1-γ."""
+        cos_s, _ = self._ends
+        log_y = (-(-logsnr).sigmoid() * (1 - self._ratio)).log1p()  # ln y(x) - ln y(s)
+        if self._ratio == 0:
+            log_y = torch.nn.functional.logsigmoid(logsnr)
+        fall = -cos_s * (log_y / (2 * self.tau)).expm1()
+        cos_x = cos_s * (log_y / (2 * self.tau)).exp()
+        versine = 2 * math.sin(HALF_PI * self.start / 2) ** 2 + fall  # 1 - cos x
+        return cos_x, (versine * (1 + cos_x)).sqrt(), fall
+
+
+@dataclass(frozen=True)
+class Mode(Quantile):
+    """σ/(α+σ) = a(t) = t - s(sin²(πt/2) - t): uniform at s = 0, heavier in the middle for s > 0, at the ends for s < 0.
+
+    λ(t) = 2 ln((1-a)/a), p(λ) = a(1-a) / 2a'(t). SD3's mode sampling: Esser et al. 2024 (2403.03206, eq. 20, with 1 - u = t).
+
+    Args:
+        scale: s within [-1, 2/(π-2)], where a(t) is monotone; SD3 tries 0.81 and 1.29.
+    """
+
+    scale: float = 1.29
+    scaling: Scaling = field(default="flow", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not -1 <= self.scale <= 2 / (math.pi - 2):
+            raise ValueError(
+                f"scale is {self.scale}, expected within [-1, {2 / (math.pi - 2):.4f}]: others fold time over"
+            )
+
+    def _logsnr(self, t: Tensor) -> Tensor:
+        return self._of_times(t, 1 - t)
+
+    def _time(self, logsnr: Tensor) -> Tensor:
+        return logit_time(self._of_times, logsnr)
+
+    def _density(self, logsnr: Tensor) -> Tensor:
+        t = self._time(logsnr)
+        a, rest = (-logsnr / 2).sigmoid(), (logsnr / 2).sigmoid()
+        slope = 1 + self.scale * (1 - HALF_PI * (math.pi * torch.minimum(t, 1 - t)).sin())
+        return (a * rest / (2 * slope)).masked_fill(logsnr.isinf(), 0.0)
+
+    def _of_times(self, t: Tensor, rest: Tensor) -> Tensor:
+        return 2 * (self._blend(rest) / self._blend(t)).log()  # a(1-t) = 1 - a(t)
+
+    def _blend(self, t: Tensor) -> Tensor:
+        return t * (1 + self.scale) - self.scale * (HALF_PI * t).sin() ** 2
+
+
+@dataclass(frozen=True)
+class Beta(Quantile):
+    """σ/(α+σ) = a ~ Beta(p, q): t is its distribution function, λ = 2 ln((1-a)/a), p(λ) = a^p (1-a)^q / 2B(p, q).
+
+    p = q = 1 is Flow. Beta(1.5, 1) dwells on noise as π0 does (Black et al. 2024, 2410.24164, appendix B, without its cut-off).
+
+    Args:
+        p: exponent at the clean end, > 0; larger draws fewer clean levels.
+        q: exponent at the noisy end, > 0.
+    """
+
+    p: float = 1.5
+    q: float = 1.0
+    scaling: Scaling = field(default="flow", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (0 < self.p < math.inf and 0 < self.q < math.inf):
+            raise ValueError(f"p and q are {self.p} and {self.q}, expected positive finite exponents")
+
+    def _logsnr(self, t: Tensor) -> Tensor:
+        from scipy.special import betainccinv, betaincinv
+
+        a = torch.as_tensor(betaincinv(self.p, self.q, t.numpy()))
+        rest = torch.as_tensor(betainccinv(self.q, self.p, t.numpy()))  # 1 - a
+        return 2 * (rest / a).log()
+
+    def _time(self, logsnr: Tensor) -> Tensor:
+        from scipy.special import betainc, betaincc
+
+        a, rest = ((sign * logsnr / 2).sigmoid().numpy() for sign in (-1, 1))
+        clean, noisy = torch.as_tensor(betainc(self.p, self.q, a)), torch.as_tensor(betaincc(self.q, self.p, rest))
+        return torch.where(logsnr > 0, clean, noisy)
+
+    def _density(self, logsnr: Tensor) -> Tensor:
+        from scipy.special import betaln
+
+        log_a, log_rest = (torch.nn.functional.logsigmoid(sign * logsnr / 2) for sign in (-1, 1))
+        return (self.p * log_a + self.q * log_rest - float(betaln(self.p, self.q))).exp() / 2
+
+
+def _part(z: Tensor, w: float) -> Tensor:
+    """T with ln sinh((1-t)w) - ln sinh(tw) = z: 2tw = ln(1 + 2 sinh w / (e^z + e^-w))."""
+    return (2 * math.sinh(w) / (z.exp() + math.exp(-w))).log1p() / (2 * w)
+
+
+def _log_sinh(x: Tensor) -> Tensor:
+    return x + (-(-2 * x).expm1() / 2).log()
+
+
+def _log_cosh(x: float) -> float:
+    return abs(x) + math.log1p(math.exp(-2 * abs(x))) - math.log(2)
+
+
+def _check_span(start: float, end: float, tau: float) -> None:
+    if not -math.inf < start < end < math.inf:
+        raise ValueError(f"start and end are {start} and {end}, expected finite numbers with start < end")
+    if not 0 < tau < math.inf:
+        raise ValueError(f"tau is {tau}, expected a positive finite number")
