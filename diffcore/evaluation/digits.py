@@ -61,11 +61,11 @@ def score(
         len(labels),
         reader.recognised(made.clamp(-1, 1), labels),
         reader.recognised(test.x0, test.labels),
-        frechet_distance(_scan(made), _scan(test.x0)),
-        frechet_distance(_scan(real), _scan(test.x0)),
+        frechet_distance(scan(made), scan(test.x0)),
+        frechet_distance(scan(real), scan(test.x0)),
     )
 
 
-def _scan(x0: Tensor) -> Tensor:
+def scan(x0: Tensor) -> Tensor:
     """x_0 in the scans' units."""
     return (x0.clamp(-1, 1) + 1) * 8

@@ -1,0 +1,158 @@
+"""A study of training on the digits: how soon each combination of schedule, weight and objective makes good samples.
+
+Every run has the same network, data order, noise and learning rate; after each of a few numbers of steps the averaged network
+samples 500 digits over the same λ knots, and their Fréchet distance to the training scans and to the held-out ones is taken.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffcore.coupling import OptimalTransport
+from diffcore.denoiser import Denoiser
+from diffcore.evaluation.digits import scan
+from diffcore.evaluation.metrics import frechet_distance
+from diffcore.objective import Levels, Objective
+from diffcore.prediction import PredictionType
+from diffcore.process import Process
+from diffcore.resampling import LearnedSchedule, SecondMoment
+from diffcore.samplers import DDIM
+from diffcore.sampling import sample
+from diffcore.schedules import Cosine, Discrete, Laplace, Normal, Schedule, UniformLogSNR
+from diffcore.training.data import Digits, batches
+from diffcore.training.ema import Decay
+from diffcore.training.lr import LearningRate
+from diffcore.training.trainer import Trainer
+from diffcore.weighting import MSE, P2, Debiased, MinSNR
+
+POINTS = (100, 200, 400, 800)
+KNOTS = UniformLogSNR(-9.0, 7.0)  # within every schedule compared
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is compared: a schedule, a prediction type and an objective."""
+
+    schedule: Schedule
+    prediction: PredictionType
+    objective: Objective
+
+
+ARMS: dict[str, Arm] = {
+    "linear, ε": Arm(Discrete(), "epsilon", Objective(MSE("epsilon"))),
+    "cosine, v": Arm(Cosine(), "v_prediction", Objective(MSE("v_prediction"))),
+    "cosine, v, Min-SNR": Arm(Cosine(), "v_prediction", Objective(MinSNR())),
+    "cosine, v, Debiased": Arm(Cosine(), "v_prediction", Objective(Debiased())),
+    "cosine, v, P2": Arm(Cosine(), "v_prediction", Objective(P2())),
+    "Laplace(0, 0.5), v": Arm(Laplace(), "v_prediction", Objective(MSE("v_prediction"))),
+    "Normal(0, 2), v": Arm(Normal(), "v_prediction", Objective(MSE("v_prediction"))),
+    "cosine, v, DDPM-IP": Arm(Cosine(), "v_prediction", Objective(MSE("v_prediction"), perturbation=0.1)),
+    "cosine, v, OT": Arm(Cosine(), "v_prediction", Objective(MSE("v_prediction"), coupling=OptimalTransport(BATCH))),
+    "cosine, v, second moment": Arm(Cosine(), "v_prediction", Objective(MSE("v_prediction"), resampler=SecondMoment())),
+    "cosine, v, learned": Arm(Cosine(), "v_prediction", Objective(MSE("v_prediction"), resampler=LearnedSchedule())),
+}
+
+
+def network() -> torch.nn.Module:
+    """Half a million parameters, class-conditional."""
+    from diffusers import UNet2DModel
+
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(24, 56),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_head_dim=28,
+        num_class_embeds=11,
+    )
+
+
+def trainer(arm: Arm, levels: Levels, seed: int, folder: Path, steps: int) -> Trainer:
+    """A run of an arm."""
+    process = Process(arm.schedule, arm.prediction, shape=(1, 8, 8), sigma_data=0.75, classes=10, dropout=0.1)
+    return Trainer(
+        network=network,
+        data=Digits("train"),
+        process=process,
+        optimizer=partial(torch.optim.AdamW, lr=1e-3, betas=(0.9, 0.99)),
+        folder=folder,
+        steps=steps,
+        objective=replace(arm.objective, levels=levels),
+        lr=LearningRate(1e-3, warmup=50),
+        ema=Decay(0.995),
+        batch_size=BATCH,
+        seed=seed,
+        trackers=[],
+    )
+
+
+def measure(arm: Arm, levels: Levels, seed: int, points: Iterable[int] = POINTS, per_label: int = 50) -> dict[int, Any]:
+    """Fréchet distances (to the training scans, to the held-out ones) after each number of steps."""
+    points, found = sorted(points), {}
+    with TemporaryDirectory() as folder:
+        run = trainer(arm, levels, seed, Path(folder), points[-1])
+        run.prepare()
+        stream = batches(run.data, run.order.steps(0, points[-1]), 0)
+        while run.step < points[-1]:
+            run.advance(stream)
+            if run.step in points:
+                with run.average.applied():
+                    found[run.step] = distances(Denoiser(run.bare, run.process), seed, per_label)
+    return found
+
+
+def distances(denoiser: Denoiser, seed: int, per_label: int) -> tuple[float, float]:
+    """Of samples of every digit to the training scans and to the held-out scans, in pixels."""
+    labels = torch.arange(10).repeat_interleave(per_label)
+    seeds = range(seed * 10**6, seed * 10**6 + len(labels))
+    made: Tensor = sample(denoiser, DDIM(), KNOTS, 20, seeds=seeds, condition=labels, batch_size=100).x
+    train, test = (frechet_distance(scan(made), scan(Digits(split).x0)) for split in ("train", "test"))
+    return train, test
+
+
+def study(out: Path, seeds: Iterable[int], arms: Mapping[str, Arm] = ARMS, points: Iterable[int] = POINTS) -> Iterator[str]:
+    """Measure every arm, levels and seed that `out` does not hold yet, a line of JSON each."""
+    done = {(row["arm"], row["levels"], row["seed"]) for row in rows(out)}
+    for seed in seeds:
+        for name, arm in arms.items():
+            for levels in ("independent", "stratified"):
+                if (name, levels, seed) not in done:
+                    found = measure(arm, levels, seed, points)
+                    row = json.dumps({"arm": name, "levels": levels, "seed": seed, "distances": found}, ensure_ascii=False)
+                    with out.open("a") as file:
+                        file.write(row + "\n")
+                    yield row
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    """What was measured."""
+    return [json.loads(line) for line in out.read_text().splitlines()] if out.is_file() else []
+
+
+def table(measured: list[dict[str, Any]], to: int) -> str:
+    """Mean over seeds, and half the range, of the distances to the training (0) or the held-out (1) scans, as Markdown."""
+    points = sorted({int(point) for row in measured for point in row["distances"]})
+    lines = ["| arm | levels | " + " | ".join(f"{point} steps" for point in points) + " |"]
+    lines.append("|---|---|" + "---|" * len(points))
+    for arm, levels in dict.fromkeys((row["arm"], row["levels"]) for row in measured):
+        own = [row["distances"] for row in measured if (row["arm"], row["levels"]) == (arm, levels)]
+        cells = [_cell([found[str(point)][to] for found in own]) for point in points]
+        lines.append(f"| {arm} | {levels} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(values: list[float]) -> str:
+    return f"{mean(values):.1f} ± {(max(values) - min(values)) / 2:.1f}"
