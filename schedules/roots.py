@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -9,7 +10,7 @@ FAR = 340.0  # of logit t: the squares of t and 1-t are representable
 
 
 def inverse(f: Callable[[Tensor], Tensor], y: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """X within [low, high] with f(x) = y, elementwise, for f monotone with y between its values at the ends.
+    """X within [low, high] with f(x) = y, elementwise, for f monotone; the nearer end where y is beyond its values there.
 
     Chandrupatla's method, of scipy.
 
@@ -24,16 +25,14 @@ def inverse(f: Callable[[Tensor], Tensor], y: Tensor, low: Tensor, high: Tensor)
     def difference(x: object, y: object) -> object:
         return (f(torch.from_numpy(x)) - torch.from_numpy(y)).numpy()
 
-    found = find_root(difference, (low.numpy(), high.numpy()), args=(y.numpy(),))
-    return torch.as_tensor(found.x, dtype=torch.float64)
+    with np.errstate(all="ignore"):  # its interpolation divides by 0 where a bracket has closed
+        found = find_root(difference, (low.numpy(), high.numpy()), args=(y.numpy(),))
+    nearer = torch.where((f(low) - y).abs() <= (f(high) - y).abs(), low, high)
+    return torch.where(torch.as_tensor(found.success), torch.as_tensor(found.x), nearer)
 
 
 def logit_time(logsnr: Callable[[Tensor, Tensor], Tensor], y: Tensor) -> Tensor:
     """T with λ(t, 1-t) = y, found as z = logit t, so that both tails keep their relative precision."""
     far = torch.full_like(y, FAR)
-
-    def of_logit(z: Tensor) -> Tensor:
-        return logsnr(z.sigmoid(), (-z).sigmoid())
-
-    z = inverse(of_logit, y.clamp(of_logit(far), of_logit(-far)), -far, far)
+    z = inverse(lambda z: logsnr(z.sigmoid(), (-z).sigmoid()), y, -far, far)
     return torch.where(y.isinf(), (y < 0).double(), z.sigmoid())

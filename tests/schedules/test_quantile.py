@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from diffcore.schedules import Cosine, Flow, Laplace, Normal
+from diffcore.schedules import Cauchy, Cosine, Flow, Laplace, LogLinear, Normal, Rho
 
 t = np.linspace(0.0005, 0.9995, 1000)
 FORMULAS = [  # λ(t) as published, and the distribution of λ
@@ -16,10 +16,14 @@ FORMULAS = [  # λ(t) as published, and the distribution of λ
     (Laplace(), -0.5 * np.sign(0.5 - t) * np.log(1 - 2 * abs(t - 0.5)), stats.laplace(0, 0.5)),
     (Laplace(1.5, 2.5), 1.5 - 2.5 * np.sign(0.5 - t) * np.log(1 - 2 * abs(t - 0.5)), stats.laplace(1.5, 2.5)),
     (Normal(), 2 * stats.norm.ppf(1 - t), stats.norm(0, 2)),
+    (Cosine(0.5, 2.0), 0.5 + 2 / 2 * np.log(1 / np.tan(np.pi * t / 2)), stats.hypsecant(0.5, 1)),
+    (Cosine(-1.0, 0.5), -1 + 2 / 0.5 * np.log(1 / np.tan(np.pi * t / 2)), stats.hypsecant(-1, 4)),
+    (Cauchy(0.5, 0.7), 0.5 + 0.7 * np.tan(np.pi / 2 * (1 - 2 * t)), stats.cauchy(0.5, 0.7)),
+    (LogLinear(-5.0, 13.3), 13.3 + t * (-5 - 13.3), stats.uniform(-5, 18.3)),
     (Normal(2.4, 1.2), 2.4 + 1.2 * stats.norm.ppf(1 - t), stats.norm(2.4, 1.2)),
 ]
 every_formula = pytest.mark.parametrize(("schedule", "logsnr", "law"), FORMULAS, ids=lambda v: repr(v)[:24])
-SYMMETRIC = pytest.mark.parametrize("schedule", [Cosine(), Flow(), Laplace(), Normal()], ids=repr)
+SYMMETRIC = pytest.mark.parametrize("schedule", [Cosine(), Flow(), Laplace(), Normal(), Cauchy()], ids=repr)
 
 
 @every_formula
@@ -32,7 +36,7 @@ def test_density_cdf_and_quantile_are_those_of_the_law(schedule, logsnr, law):
     grid = np.linspace(-15, 15, 301)
     np.testing.assert_allclose(schedule.density(torch.from_numpy(grid)), law.pdf(grid), rtol=1e-11)
     np.testing.assert_allclose(schedule.cdf(torch.from_numpy(grid)), law.cdf(grid), rtol=0, atol=1e-14)
-    np.testing.assert_allclose(schedule.time(torch.from_numpy(grid)), law.sf(grid), rtol=1e-10)
+    np.testing.assert_allclose(schedule.time(torch.from_numpy(grid)), law.sf(grid), rtol=1e-10, atol=1e-300)
     np.testing.assert_allclose(schedule.quantile(torch.from_numpy(t)), law.ppf(t), rtol=1e-9, atol=1e-12)
 
 
@@ -65,6 +69,7 @@ def test_both_tails_keep_their_digits(schedule):
         (Flow(), 2 * math.log(1e300)),
         (Laplace(), 0.5 * math.log(0.5e300)),
         (Normal(), 2 * stats.norm.isf(1e-300)),
+        (Cauchy(), 1e300 / math.pi),
     ],
     ids=repr,
 )
@@ -87,14 +92,46 @@ def test_flow_is_the_straight_line_in_its_own_scaling():
 
 
 def test_A5_edm_draws_log_sigma_from_n_of_minus_1_2_and_1_2():
-    level = Normal(2.4, 2.4, scaling="ve").level(torch.from_numpy(t))
+    assert Normal.edm() == Normal(2.4, 2.4, scaling="ve")
+    level = Normal.edm(-1.2, 1.2).level(torch.from_numpy(t))
     np.testing.assert_allclose(level.sigma.log(), stats.norm(-1.2, 1.2).ppf(t), rtol=1e-10, atol=1e-12)
 
 
 def test_A5_sd3_draws_the_logit_of_time_from_a_normal():
     m, s = 0.3, 0.8
-    level = Normal(-2 * m, 2 * s, scaling="flow").level(torch.from_numpy(t))
+    assert Normal.logit_normal() == Normal(0.0, 2.0, scaling="flow")
+    level = Normal.logit_normal(m, s).level(torch.from_numpy(t))
     np.testing.assert_allclose((level.sigma / level.alpha).log(), stats.norm(m, s).ppf(t), rtol=1e-9, atol=1e-12)
+
+
+def test_rho_visits_edms_grid():
+    n, low, high = 18, 0.002, 80.0
+    i = np.arange(n)
+    grid = (high ** (1 / 7) + i / (n - 1) * (low ** (1 / 7) - high ** (1 / 7))) ** 7  # Karras et al., eq. 5
+    level = Rho().level(torch.from_numpy(1 - i / (n - 1)))
+    np.testing.assert_allclose(level.sigma, grid, rtol=1e-13)
+    np.testing.assert_allclose(Rho().time(level.logsnr), 1 - i / (n - 1), rtol=0, atol=1e-14)
+    steep = Rho(rho=1e5, scaling="vp").logsnr(torch.from_numpy(t))
+    np.testing.assert_allclose(steep, LogLinear.ve(0.002, 80.0).logsnr(torch.from_numpy(t)), rtol=0, atol=1e-3)
+
+
+def test_ve_is_geometric_in_sigma():
+    level = LogLinear.ve(0.01, 50.0).level(torch.from_numpy(t))
+    np.testing.assert_allclose(level.sigma, 0.01 * 5000**t, rtol=1e-13)
+    assert (level.alpha == 1).all()
+
+
+@pytest.mark.parametrize("make", [Rho, LogLinear.ve])
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (2.0, 1.0), (1.0, math.inf), (math.nan, 1.0)])
+def test_sigmas_out_of_order_are_refused(make, low, high):
+    with pytest.raises(ValueError, match="expected 0 < min < max < inf"):
+        make(low, high)
+
+
+@pytest.mark.parametrize(("low", "high"), [(1.0, 1.0), (-math.inf, 0.0), (0.0, math.nan)])
+def test_a_uniform_density_needs_finite_ends(low, high):
+    with pytest.raises(ValueError, match="expected finite λ with low < high"):
+        LogLinear(low, high)
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
@@ -103,9 +140,22 @@ def test_widths_that_are_not_positive_are_refused(value):
         Laplace(scale=value)
     with pytest.raises(ValueError, match=f"std is {value}, expected a positive finite number"):
         Normal(std=value)
+    with pytest.raises(ValueError, match=f"scale is {value}, expected a positive finite number"):
+        Cosine(scale=value)
+    with pytest.raises(ValueError, match=f"scale is {value}, expected a positive finite number"):
+        Cauchy(scale=value)
+    with pytest.raises(ValueError, match=f"rho is {value}, expected a positive finite number"):
+        Rho(rho=value)
 
 
-@pytest.mark.parametrize("make", [Cosine, Flow, Laplace, Normal])
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_medians_that_are_not_finite_are_refused(value):
+    for make, name in ((Cosine, "shift"), (Laplace, "mean"), (Normal, "mean"), (Cauchy, "mean")):
+        with pytest.raises(ValueError, match=f"{name} is {value}, expected a finite number"):
+            make(**{name: value})
+
+
+@pytest.mark.parametrize("make", [Cosine, Flow, Laplace, Normal, Cauchy, LogLinear, Rho])
 def test_unknown_scaling_is_refused_when_built(make):
     with pytest.raises(ValueError, match=r"scaling is 'edm', expected one of vp, ve, flow"):
         make(scaling="edm")

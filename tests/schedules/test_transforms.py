@@ -9,11 +9,16 @@ import torch
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
 from diffcore.schedules import (
+    Cauchy,
     Cosine,
     Discrete,
     Flow,
+    Interpolated,
     Laplace,
+    LogLinear,
+    Mixture,
     Normal,
+    Rescaled,
     Schedule,
     Shifted,
     Trailing,
@@ -84,6 +89,86 @@ def test_A4_simple_diffusions_resolution_shift_keeps_the_snr_of_pooled_pixels():
     d0, d = 64, 256
     shifted = Shifted(Cosine(), 2 * math.log(d0 / d)).level(t)
     torch.testing.assert_close(shifted.ratio / (d / d0), Cosine().level(t).ratio, rtol=1e-12, atol=0)
+
+
+def test_A4_one_shift_has_four_constructors():
+    """A resolution 4 times as large, an input scale of 1/4, a time shift of 4, and λ - 2 ln 4 are one schedule."""
+    shifted = Shifted(Flow(), -2 * math.log(4))
+    for same in (
+        Shifted.by_resolution(Flow(), 256, reference=64),
+        Shifted.by_input_scale(Flow(), 1 / 4),
+        Shifted.by_time_shift(Flow(), 4.0),
+    ):
+        assert same.shift == pytest.approx(shifted.shift, rel=1e-15)
+        torch.testing.assert_close(same.logsnr(t), shifted.logsnr(t), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
+def test_scales_of_a_shift_that_are_not_positive_are_refused(value):
+    for make in (Shifted.by_input_scale, Shifted.by_resolution, Shifted.by_time_shift):
+        with pytest.raises(ValueError, match=f"is {value}, expected a positive finite number"):
+            make(Flow(), value)
+
+
+@pytest.mark.parametrize(("size", "low", "high"), [(256, 32, 256), (512, 32, 64), (64, 64, 32)])
+def test_interpolated_is_simple_diffusions_lerp_of_two_shifts(size, low, high):
+    """k-diffusion's rand_cosine_interpolated: torch.lerp(logsnr_low, logsnr_high, t)."""
+    ours = Interpolated.by_resolution(Cosine(), size, low, high)
+    shifts = [Cosine().logsnr(t) + 2 * math.log(d / size) for d in (low, high)]
+    torch.testing.assert_close(ours.logsnr(t), torch.lerp(*shifts, t), rtol=1e-13, atol=1e-13)
+
+
+def test_interpolation_folds_over_from_e_to_the_pi():
+    Interpolated.by_resolution(Cosine(), 64, 1.0, 23.14)
+    with pytest.raises(ValueError, match="levels would fold over: bring clean and noise closer"):
+        Interpolated.by_resolution(Cosine(), 64, 1.0, 23.15)
+    with pytest.raises(ValueError, match="clean and noise are inf and 0.0, expected finite shifts"):
+        Interpolated(Cosine(), math.inf, 0.0)
+    with pytest.raises(ValueError, match="high is 0, expected a positive finite number"):
+        Interpolated.by_resolution(Cosine(), 64, 32, 0)
+
+
+def test_equal_shifts_interpolate_to_shifted():
+    torch.testing.assert_close(
+        Interpolated(Flow(), 1.5, 1.5).logsnr(t), Shifted(Flow(), 1.5).logsnr(t), rtol=0, atol=1e-14
+    )
+
+
+@pytest.mark.parametrize("schedule", [Mixture(Laplace()), Mixture(Normal(), Cauchy(), 0.6)], ids=repr)
+def test_mixture_mixes_the_densities(schedule):
+    levels, f = torch.linspace(-12, 12, 97, dtype=torch.float64), schedule.share
+    for name in ("density", "time"):
+        parts = [getattr(part, name)(levels) for part in (schedule.schedule, schedule.floor)]
+        torch.testing.assert_close(
+            getattr(schedule, name)(levels), (1 - f) * parts[0] + f * parts[1], rtol=1e-15, atol=0
+        )
+
+
+def test_A5_a_uniform_floor_trains_every_level_at_least_its_share():
+    drawn = Mixture(Laplace(), LogLinear(-8.0, 8.0), 0.2).logsnr(
+        torch.linspace(0, 1, 160_001, dtype=torch.float64)[1:-1]
+    )
+    counts = torch.histc(drawn, 16, -8, 8) / len(drawn)
+    assert counts.min() == pytest.approx(0.2 / 16, rel=1e-2)
+    assert (Laplace().logsnr(torch.linspace(0, 1, 160_001)[1:-1]).abs() > 7).double().mean() < 1e-5
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, math.nan])
+def test_shares_of_nothing_or_all_are_refused(share):
+    with pytest.raises(ValueError, match=rf"share is {share}, expected within \(0, 1\)"):
+        Mixture(Laplace(), share=share)
+
+
+@pytest.mark.parametrize("scaling", ["vp", "flow", "ve"])
+def test_rescaled_keeps_lambda_and_changes_alpha_and_sigma(scaling):
+    for inner in (Cosine(), Discrete(), Shifted(Flow(), 1.0)):
+        rescaled = Rescaled(inner, scaling)
+        assert torch.equal(rescaled.logsnr(t), inner.logsnr(t))
+        assert (rescaled.scaling, rescaled.steps) == (scaling, inner.steps)
+    level = Rescaled(Cosine(), "flow").level(t)
+    torch.testing.assert_close(level.alpha + level.sigma, torch.ones_like(t), rtol=0, atol=1e-15)
+    with pytest.raises(ValueError, match="scaling is 'edm', expected one of"):
+        Rescaled(Cosine(), "edm")
 
 
 @pytest.mark.parametrize("shift", [math.inf, -math.inf, math.nan])

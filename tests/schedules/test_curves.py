@@ -1,0 +1,139 @@
+"""Schedules given as curves, against the published curve evaluated plainly."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import optimize, stats
+
+from diffcore.schedules import Beta, Cosine, Flow, Mode, PowerCosine, Shifted, Sigmoid
+from diffcore.schedules.roots import inverse, logit_time
+
+t = np.linspace(0.005, 0.995, 199)
+times = torch.from_numpy(t)
+
+
+def logistic(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def chen_sigmoid(start, end, tau):
+    low, high = logistic(start / tau), logistic(end / tau)
+    return (high - logistic((t * (end - start) + start) / tau)) / (high - low)
+
+
+def chen_cosine(start, end, tau):
+    low, high = math.cos(start * math.pi / 2) ** (2 * tau), math.cos(end * math.pi / 2) ** (2 * tau)
+    return (high - np.cos((t * (end - start) + start) * math.pi / 2) ** (2 * tau)) / (high - low)
+
+
+@pytest.mark.parametrize("options", [(-3, 3, 1.0), (-3, 3, 0.9), (0, 3, 0.3), (-1, 4, 0.5), (-3, 3, 0.1)])
+def test_sigmoid_is_chens_curve(options):
+    gamma = chen_sigmoid(*options)
+    np.testing.assert_allclose(Sigmoid(*options).level(times).alpha ** 2, gamma, rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    "options", [(0.2, 1.0, 1.0), (0.0, 1.0, 2.0), (0.0, 0.5, 1.0), (0.2, 0.9, 0.7), (0.0, 1.0, 0.4)]
+)
+def test_power_cosine_is_chens_curve(options):
+    gamma = chen_cosine(*options)
+    np.testing.assert_allclose(PowerCosine(*options).level(times).alpha ** 2, gamma, rtol=1e-9, atol=1e-15)
+
+
+def test_the_plain_power_cosine_is_cosine():
+    ours, cosine = PowerCosine(), Cosine()
+    torch.testing.assert_close(ours.logsnr(times), cosine.logsnr(times), rtol=1e-13, atol=1e-13)
+    levels = torch.linspace(-30, 30, 121, dtype=torch.float64)
+    torch.testing.assert_close(ours.density(levels), cosine.density(levels), rtol=1e-12, atol=0)
+    torch.testing.assert_close(ours.time(levels), cosine.time(levels), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("tau", [0.05, 0.02])
+def test_a_steep_sigmoid_keeps_both_tails(tau):
+    """1 - γ of the plain formula has lost its digits here; the product of hyperbolic sines has not."""
+    schedule, tail = Sigmoid(-3, 3, tau), torch.logspace(-12, -2, 21, dtype=torch.float64)
+    torch.testing.assert_close(schedule.logsnr(tail), -schedule.logsnr(1 - tail), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(schedule.time(schedule.logsnr(tail)), tail, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("scale", [-1.0, -0.5, 0.0, 0.81, 1.29, 1.75])
+def test_mode_is_sd3s_map_of_uniform_times(scale):
+    u = 1 - t
+    blend = 1 - u - scale * (np.cos(np.pi / 2 * u) ** 2 - 1 + u)
+    np.testing.assert_allclose(Mode(scale).level(times).blend, blend, rtol=1e-12, atol=1e-15)
+
+
+def test_mode_0_is_flow_and_mode_minus_1_is_the_squared_sine():
+    torch.testing.assert_close(Mode(0.0).logsnr(times), Flow().logsnr(times), rtol=1e-13, atol=1e-13)
+    blend = (math.pi / 2 * times).sin() ** 2
+    torch.testing.assert_close(Mode(-1.0).level(times).blend, blend, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("scale", [-1.01, 1.76, math.nan])
+def test_modes_that_fold_over_are_refused(scale):
+    with pytest.raises(ValueError, match=rf"scale is {scale}, expected within \[-1, 1.7519\]"):
+        Mode(scale)
+
+
+@pytest.mark.parametrize(("p", "q"), [(1.5, 1.0), (0.5, 2.0), (3.0, 0.7)])
+def test_beta_draws_the_blending_coordinate_from_a_beta_distribution(p, q):
+    law, schedule = stats.beta(p, q), Beta(p, q)
+    np.testing.assert_allclose(schedule.level(times).blend, law.ppf(t), rtol=1e-10)
+    u = torch.rand(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert stats.kstest(schedule.level(u).blend.numpy(), law.cdf).pvalue > 0.01
+    a = schedule.level(times).blend.numpy()  # p(λ) = p(a) |da/dλ|, da/dλ = -a(1-a)/2
+    np.testing.assert_allclose(schedule.density(schedule.logsnr(times)), law.pdf(a) * a * (1 - a) / 2, rtol=1e-9)
+
+
+def test_beta_1_1_is_flow():
+    torch.testing.assert_close(Beta(1.0, 1.0).logsnr(times), Flow().logsnr(times), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", [Sigmoid(), PowerCosine(0.2, 1.0, 1.5), Mode(), Mode(-0.5)], ids=repr)
+def test_A4_drawn_levels_pass_a_kolmogorov_smirnov_test(schedule):
+    """Against the distribution function found by bisection of the published λ(t), one level at a time."""
+    u = torch.rand(2000, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    drawn = schedule.logsnr(schedule.drawn(u)).numpy()
+    cdf = [1 - optimize.brentq(lambda t, v=v: schedule.logsnr(t) - v, 1e-12, 1 - 1e-12) for v in np.sort(drawn)]
+    assert stats.kstest(cdf, "uniform").pvalue > 0.01
+
+
+@pytest.mark.parametrize("make", [Sigmoid, PowerCosine])
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"start": 0.5, "end": 0.5}, "start and end are 0.5 and 0.5, expected finite numbers with start < end"),
+        ({"tau": 0.0}, "tau is 0.0, expected a positive finite number"),
+        ({"end": math.nan}, "start < end"),
+    ],
+)
+def test_curves_of_no_length_are_refused(make, options, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        make(**options)
+
+
+def test_curves_beyond_their_range_are_refused():
+    with pytest.raises(ValueError, match=r"start and end are -0.1 and 1.0, expected within \[0, 1\]"):
+        PowerCosine(-0.1)
+    with pytest.raises(ValueError, match="expected at most 600: a step is no schedule"):
+        Sigmoid(tau=0.009)
+    with pytest.raises(ValueError, match="p and q are 0.0 and 1.0, expected positive finite exponents"):
+        Beta(0.0)
+
+
+def test_roots_are_found_to_the_last_bits():
+    y = torch.tensor([-3.0, 0.0, 1e-9, 7.0], dtype=torch.float64)
+    root = inverse(lambda x: x**3, y, torch.full_like(y, -10), torch.full_like(y, 10))
+    torch.testing.assert_close(root**3, y, rtol=1e-14, atol=1e-40)
+    far = torch.tensor([-200.0, -40.0, 0.0, 60.0, 1000.0], dtype=torch.float64)  # the last beyond what t can say
+    found = logit_time(lambda t, rest: 2 * (rest / t).log(), far)
+    torch.testing.assert_close(found[:-1], (-far[:-1] / 2).sigmoid(), rtol=1e-13, atol=0)
+    assert 0 < found[-1] < 1e-140
+    ends = logit_time(lambda t, rest: 2 * (rest / t).log(), torch.tensor([math.inf, -math.inf], dtype=torch.float64))
+    assert ends.tolist() == [0, 1]
+
+
+def test_a_shift_of_a_curve_is_a_shift():
+    assert Shifted(Sigmoid(), 1.0).logsnr(0.3) == Sigmoid().logsnr(0.3) + 1
