@@ -109,8 +109,8 @@ class Objective:
             return
         if self.corrected:
             raise ValueError(
-                f"corrected divides by the density of λ, which the levels of a table do not have: draw every t of {process.schedule} "
-                f"with Truncated"
+                f"corrected divides by the density of λ, which the levels of a table do not have: draw every t of "
+                f"{process.schedule} with Truncated"
             )
         last = torch.tensor([process.schedule.logsnr(1.0)], dtype=torch.float64)
         if self.weight.on(process.prediction, last, process.sigma_data).isinf().any():

@@ -19,8 +19,8 @@ Learned = dict[str, Tensor]
 class Resampler(ABC):
     """Learns π from losses. Immutable: what it has learned is passed in and out, float64 on the host.
 
-    Args of every resampler: `bins` K, `floor` the share of draws that stay uniform, and `every`, the steps between updates (each
-    waits once for the device).
+    Args of every resampler: `bins` K, `floor` the share of draws that stay uniform, and `every`, the steps between updates
+    (each waits once for the device).
     """
 
     bins: int

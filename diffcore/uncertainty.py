@@ -1,4 +1,4 @@
-"""Learned uncertainty: the loss of each noise level is divided by what it is expected to be, which is learned beside the network.
+"""Learned uncertainty: each noise level's loss is divided by what it is expected to be, which is learned beside the network.
 
 L' = L / e^{u(λ)} + u(λ),  least at u(λ) = ln E[L | λ], where every level's gradient has the same size
 """
@@ -6,7 +6,6 @@ L' = L / e^{u(λ)} + u(λ),  least at u(λ) = ln E[L | λ], where every level's 
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from diffcore.noise import Stream, normal, uniform

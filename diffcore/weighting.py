@@ -76,7 +76,7 @@ class EDM(Weight):
 
 @dataclass(frozen=True)
 class ELBO(Weight):
-    """w = SNR / 2, that is ½ on the ε error: with `corrected` the loss is the evidence bound's diffusion term, nats a dimension.
+    """w = SNR / 2, that is ½ on the ε error; `corrected`, the loss is the evidence bound's diffusion term, nats a dimension.
 
     -½ ∫ |x_0 - x̂_0|² dSNR = ½ ∫ |ε - ε̂|² dλ does not depend on the schedule between its ends. Kingma et al. 2021
     (2107.00630, eq. 18).

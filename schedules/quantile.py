@@ -137,7 +137,7 @@ class Normal(Quantile):
 
     @classmethod
     def logit_normal(cls, mean: float = 0.0, std: float = 1.0) -> "Normal":
-        """logit(σ/(α+σ)) ~ N(m, s²), which is λ ~ N(-2m, (2s)²), carried by flow. SD3: Esser et al. 2024 (2403.03206, eq. 19)."""
+        """logit(σ/(α+σ)) ~ N(m, s²), which is λ ~ N(-2m, (2s)²), carried by flow. Esser et al. 2024 (2403.03206, eq. 19)."""
         return cls(-2 * mean, 2 * std, scaling="flow")
 
     def _logsnr(self, t: Tensor) -> Tensor:
@@ -203,7 +203,7 @@ class LogLinear(Quantile):
 
     @classmethod
     def ve(cls, sigma_min: float = 0.01, sigma_max: float = 50.0) -> "LogLinear":
-        """σ(t) = σ_min (σ_max/σ_min)^t. Song et al. 2021 (2011.13456, appendix C, whose σ_max is the data's largest distance)."""
+        """σ(t) = σ_min (σ_max/σ_min)^t. Song et al. 2021 (2011.13456, appendix C: σ_max is the data's largest distance)."""
         _check_sigmas(sigma_min, sigma_max)
         return cls(-2 * math.log(sigma_max), -2 * math.log(sigma_min), scaling="ve")
 

@@ -46,7 +46,7 @@ class Shifted(Transform):
 
     @classmethod
     def by_input_scale(cls, schedule: Schedule, b: float) -> "Shifted":
-        """α² : σ² becomes b²α² : σ², a shift of 2 ln b. Chen 2023 (2301.10972, section 2.2, whose input is normalised after)."""
+        """α² : σ² becomes b²α² : σ², a shift of 2 ln b. Chen 2023 (2301.10972, section 2.2; the input is normalised after)."""
         return cls(schedule, 2 * _log("b", b))
 
     @classmethod
@@ -56,7 +56,7 @@ class Shifted(Transform):
 
     @classmethod
     def by_time_shift(cls, schedule: Schedule, s: float) -> "Shifted":
-        """σ/(α+σ) = a becomes s a / (1 + (s-1) a), a shift of -2 ln s. Esser et al. 2024 (2403.03206, eq. 23); Flux: s = e^μ."""
+        """σ/(α+σ) = a becomes s a / (1 + (s-1) a), a shift of -2 ln s. Esser et al. 2024 (2403.03206, eq. 23); Flux: e^μ."""
         return cls(schedule, -2 * _log("s", s))
 
     def _logsnr(self, t: Tensor) -> Tensor:
@@ -73,8 +73,8 @@ class Shifted(Transform):
 class Interpolated(Transform):
     """λ'(t) = λ(t) + (1-t) clean + t noise: a shift that changes from the clean end to the noisy one.
 
-    Simple diffusion's interpolated resolution shift, which has a constructor: fine detail is noised as at a low resolution, layout
-    as at a high one. Hoogeboom et al. 2023 (2301.11093, section 2.1).
+    Simple diffusion's interpolated resolution shift, which has a constructor: fine detail is noised as at a low resolution,
+    layout as at a high one. Hoogeboom et al. 2023 (2301.11093, section 2.1).
 
     Args:
         schedule: the schedule to shift, steeper everywhere than the change (for Cosine, noise - clean < 2π).

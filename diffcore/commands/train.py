@@ -39,7 +39,7 @@ def recipes() -> list[str]:
 def _config_first(argv: list[str]) -> list[str]:
     """The arguments with the recipe or file in front, so that options override it wherever they stand."""
     if argv and not argv[0].startswith("-"):
-        return ["--config", _resolved(argv[0]), *argv[1:]]
+        return ["--config", resolved(argv[0]), *argv[1:]]
     for place, word in enumerate(argv):
         if word == "--config":
             _check_yaml(Path("".join(argv[place + 1 : place + 2])))
@@ -50,7 +50,8 @@ def _config_first(argv: list[str]) -> list[str]:
     return argv
 
 
-def _resolved(name: str) -> str:
+def resolved(name: str) -> str:
+    """The path of a recipe or of a YAML file."""
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         _check_yaml(path)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
+from itertools import count
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from diffcore.denoiser import Denoiser
 from diffcore.guidance import CFG
+from diffcore.objective import Place
 from diffcore.samplers import DDIM
 from diffcore.sampling import sample
 from diffcore.schedules import Trailing
@@ -137,7 +139,7 @@ def overhead(pairs: int = 40, steps: int = 1, rows: int = 64) -> list[Comparison
         raise ValueError(f"steps and rows are {steps} and {rows}, expected at least 1")
     with TemporaryDirectory() as folder:
         trainer = digits_trainer(Path(folder))
-        return [training(trainer, pairs, steps), sampling(trainer, pairs, rows)]
+        return [training(trainer, pairs, steps), draws(trainer, pairs), sampling(trainer, pairs, rows)]
 
 
 def training(trainer: Trainer, pairs: int, steps: int) -> Comparison:
@@ -148,19 +150,33 @@ def training(trainer: Trainer, pairs: int, steps: int) -> Comparison:
     return Comparison(f"training step, batch {trainer.batch_size}", 1.03, *each)
 
 
+def draws(trainer: Trainer, pairs: int) -> Comparison:
+    """What a step draws (levels, noise, dropout, and their weights) over the whole step: a part measured as its own time."""
+    objective, process, stream = trainer.objective, trainer.process, endless(trainer)
+    index, steps = torch.arange(trainer.batch_size), count()
+
+    def drawn() -> None:
+        place = Place(trainer.seed, next(steps), index, trainer.batch_size)
+        level = objective.draw(process, place, trainer.accelerator.device, trainer.adaptation.learned).level
+        assert isinstance(level.logsnr, Tensor)
+        objective.weight.on(process.prediction, level.logsnr, process.sigma_data)
+        _synchronize()
+
+    seconds = interleaved(drawn, _repeated(lambda: trainer.advance(stream), 1), pairs)
+    return Comparison(f"draws of a step over the step, batch {trainer.batch_size}", 0.01, *seconds)
+
+
 def sampling(trainer: Trainer, pairs: int, rows: int) -> Comparison:
     """DDIM with classifier-free guidance, from seeds to samples, against as many forward passes of as many rows."""
     network, process, device = trainer.bare.eval(), trainer.process, trainer.accelerator.device
-    denoiser, count = Denoiser(network, process).eval(), trainer.sample_steps
+    denoiser, n = Denoiser(network, process).eval(), trainer.sample_steps
     labels = torch.arange(rows) % process.classes
     x = torch.randn(2 * rows, *process.shape, device=device)
     classes = torch.cat((labels, torch.full_like(labels, process.classes))).to(device)
-    times = [torch.full((2 * rows,), 1000 * (count - i) / count - 1, device=device) for i in range(count)]
+    times = [torch.full((2 * rows,), 1000 * (n - i) / n - 1, device=device) for i in range(n)]
 
     def ours() -> None:
-        sample(
-            denoiser, DDIM(), Trailing(), count, seeds=range(rows), condition=labels, guidance=CFG(1.5), batch_size=rows
-        )
+        sample(denoiser, DDIM(), Trailing(), n, seeds=range(rows), condition=labels, guidance=CFG(1.5), batch_size=rows)
 
     @torch.no_grad()
     def bare() -> None:
@@ -168,7 +184,7 @@ def sampling(trainer: Trainer, pairs: int, rows: int) -> Comparison:
             network(x, time, class_labels=classes)
         _synchronize()
 
-    name = f"sampling, {rows} samples, {count} steps of {2 * rows} rows"
+    name = f"sampling, {rows} samples, {n} steps of {2 * rows} rows"
     return Comparison(name, 1.02, *interleaved(ours, bare, pairs))
 
 

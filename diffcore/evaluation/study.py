@@ -66,7 +66,7 @@ def network() -> torch.nn.Module:
     """Half a million parameters, class-conditional."""
     from diffusers import UNet2DModel
 
-    return UNet2DModel(
+    made: torch.nn.Module = UNet2DModel(  # type: ignore[no-untyped-call, assignment]
         sample_size=8,
         in_channels=1,
         out_channels=1,
@@ -78,6 +78,7 @@ def network() -> torch.nn.Module:
         attention_head_dim=28,
         num_class_embeds=11,
     )
+    return made
 
 
 def trainer(arm: Arm, levels: Levels, seed: int, folder: Path, steps: int) -> Trainer:
@@ -123,7 +124,9 @@ def distances(denoiser: Denoiser, seed: int, per_label: int) -> tuple[float, flo
     return train, test
 
 
-def study(out: Path, seeds: Iterable[int], arms: Mapping[str, Arm] = ARMS, points: Iterable[int] = POINTS) -> Iterator[str]:
+def study(
+    out: Path, seeds: Iterable[int], arms: Mapping[str, Arm] = ARMS, points: Iterable[int] = POINTS
+) -> Iterator[str]:
     """Measure every arm, levels and seed that `out` does not hold yet, a line of JSON each."""
     done = {(row["arm"], row["levels"], row["seed"]) for row in rows(out)}
     for seed in seeds:
@@ -131,7 +134,9 @@ def study(out: Path, seeds: Iterable[int], arms: Mapping[str, Arm] = ARMS, point
             for levels in ("independent", "stratified"):
                 if (name, levels, seed) not in done:
                     found = measure(arm, levels, seed, points)
-                    row = json.dumps({"arm": name, "levels": levels, "seed": seed, "distances": found}, ensure_ascii=False)
+                    row = json.dumps(
+                        {"arm": name, "levels": levels, "seed": seed, "distances": found}, ensure_ascii=False
+                    )
                     with out.open("a") as file:
                         file.write(row + "\n")
                     yield row

@@ -119,7 +119,7 @@ def test_curves_beyond_their_range_are_refused():
         PowerCosine(-0.1)
     with pytest.raises(ValueError, match="expected at most 600: a step is no schedule"):
         Sigmoid(tau=0.009)
-    with pytest.raises(ValueError, match="p and q are 0.0 and 1.0, expected positive finite exponents"):
+    with pytest.raises(ValueError, match=r"p and q are 0\.0 and 1\.0, expected positive finite exponents"):
         Beta(0.0)
 
 

@@ -122,7 +122,7 @@ def test_interpolation_folds_over_from_e_to_the_pi():
     Interpolated.by_resolution(Cosine(), 64, 1.0, 23.14)
     with pytest.raises(ValueError, match="levels would fold over: bring clean and noise closer"):
         Interpolated.by_resolution(Cosine(), 64, 1.0, 23.15)
-    with pytest.raises(ValueError, match="clean and noise are inf and 0.0, expected finite shifts"):
+    with pytest.raises(ValueError, match=r"clean and noise are inf and 0\.0, expected finite shifts"):
         Interpolated(Cosine(), math.inf, 0.0)
     with pytest.raises(ValueError, match="high is 0, expected a positive finite number"):
         Interpolated.by_resolution(Cosine(), 64, 32, 0)
