@@ -60,7 +60,7 @@ def _weights(argv: Sequence[str]) -> None:
         "components", type=Weight, nargs="*", default=[], help="by class name, or {class_path: ..., init_args: ...}"
     )
     parser.add_argument("--configs", type=str, default="", help="recipes or YAML files, such as digits,my.yaml")
-    parser.add_argument("--on", type=PredictionType, default="epsilon", help="whose squared error the weight is on")
+    parser.add_argument("--on", type=PredictionType, default="v_prediction", help="whose squared error the weight is on")
     parser.add_argument("--sigma_data", type=float, default=0.5, help="of the data, for EDM's weight and output")
     arguments = parser.instantiate(parser.parse_args(argv))
     trainings = [_training(name) for name in arguments.configs.split(",") if name]
@@ -86,7 +86,7 @@ def _training(name: str) -> Training:
     """The process and objective of a recipe or a YAML file."""
     settings: Mapping[str, Any] = yaml.safe_load(Path(resolved(name)).read_text())
     process = build(Process, settings.get("process") or {})
-    return Training(name, process, build(Objective, settings.get("objective") or {}))
+    return Training(Path(name).stem, process, build(Objective, settings.get("objective") or {}))
 
 
 def effective(training: Training, on: PredictionType, logsnr: Tensor) -> Tensor:
