@@ -1,5 +1,6 @@
 """Couplings: which noise meets which sample of the data. Both keep their own distribution, so what is learned is a model of
-the same data; the pairs decide how straight the paths between them are."""
+the same data; the pairs decide how straight the paths between them are.
+"""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass

@@ -160,6 +160,10 @@ CASES = {
     "a wrong suffix": (("sample", RUN, "--labels=1", "--out=x.jpg"), ("x.jpg", ".png", ".safetensors")),
     "a plot's wrong suffix": (("plot", "schedules", "Cosine", "--out=x.txt"), ("x.txt", ".png, .svg or .pdf")),
     "nothing to plot": (("plot", "schedules"), ("required", "components")),
+    "no kind of plot": (("plot", "schedule"), ("expected schedules or weights", "'schedule'")),
+    "no weight to plot": (("plot", "weights"), ("name a weight", "--configs digits")),
+    "an unknown weight": (("plot", "weights", "MinSRN"), ("MinSRN", "did you mean 'MinSNR'")),
+    "an unknown config to plot": (("plot", "weights", "--configs=digit"), ("no recipe 'digit'", "digits")),
     "an output under a file": (("sample", RUN, "--labels=1", "--steps=1", "--out=file/x.png"), "file"),
 }
 

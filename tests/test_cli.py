@@ -1,9 +1,11 @@
 """The command line, end to end on a tiny run: quick help, components by name, and sample i the same whatever is beside it."""
 
 import json
+import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 import yaml
 from PIL import Image
 
+from diffcore.commands import plot
 from diffcore.commands.arguments import Ints, normalized
 from diffcore.run import Run
 from diffcore.training.trainer import Trainer
@@ -267,6 +270,25 @@ def test_schedules_with_options_are_plotted_to_the_default_place(diffcore):
     laplace = json.dumps({"class_path": "Laplace", "init_args": {"scale": 0.75}})
     assert diffcore("plot", "schedules", laplace).status == 0
     assert Path("schedules.png").is_file()
+
+
+def test_weights_and_effective_weights_are_plotted(diffcore):
+    ended = diffcore("plot", "weights", "MinSNR", "P2", "--configs=digits", "--on=epsilon", "--out=w.svg")
+    assert ended.status == 0, ended.err
+    assert ended.out == "2 weights, 1 training configs -> w.svg\n"
+    assert Path("w.svg").stat().st_size > 5000
+    assert diffcore("plot", "weights", "--configs=digits").out == "0 weights, 1 training configs -> weights.png\n"
+
+
+def test_A5_the_effective_weight_of_a_config_is_weight_times_density():
+    """The recipe's: min(SNR, 5)/(SNR+1) on v, times sech(λ/2) / 2π; the weight alone where the objective is corrected."""
+    logsnr = torch.tensor([-3.0, 0.0, 2.0, 5.0], dtype=torch.float64)
+    snr, training = logsnr.exp(), plot._training("digits")
+    weight = snr.clamp(max=5) / (snr + 1)
+    expected = weight / (2 * math.pi * (logsnr / 2).cosh())
+    torch.testing.assert_close(plot.effective(training, "v_prediction", logsnr), expected, rtol=1e-12, atol=0)
+    corrected = training._replace(objective=replace(training.objective, corrected=True))
+    torch.testing.assert_close(plot.effective(corrected, "v_prediction", logsnr), weight, rtol=1e-12, atol=0)
 
 
 def test_info_describes_a_run(diffcore, trained):

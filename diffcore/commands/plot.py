@@ -23,6 +23,11 @@ DASHES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1))]
 SNR = "λ = log α²/σ²"
 SYMBOLS = {"epsilon": "ε", "sample": "x_0", "v_prediction": "v", "flow_prediction": "ε - x_0", "edm": "EDM's output"}
 
+USAGE = """usage: diffcore plot schedules SCHEDULE ... [--out schedules.png]
+       diffcore plot weights [WEIGHT ...] [--configs RECIPE,FILE.yaml] [--on epsilon] [--out weights.png]
+
+Each has a --help of its own."""
+
 
 class Training(NamedTuple):
     """What decides the effective weight of a training config."""
@@ -37,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
     kinds: dict[str, Callable[[Sequence[str]], None]] = {"schedules": _schedules, "weights": _weights}
     first = argv[0] if argv else ""
     if first in ("-h", "--help"):
-        print("usage: diffcore plot {schedules,weights} ...\n\nSee diffcore plot schedules --help.")
+        print(USAGE)
         return
     if first not in kinds:
         raise ValueError(f"expected schedules or weights to plot, got {first!r}")
@@ -60,7 +65,9 @@ def _weights(argv: Sequence[str]) -> None:
         "components", type=Weight, nargs="*", default=[], help="by class name, or {class_path: ..., init_args: ...}"
     )
     parser.add_argument("--configs", type=str, default="", help="recipes or YAML files, such as digits,my.yaml")
-    parser.add_argument("--on", type=PredictionType, default="v_prediction", help="whose squared error the weight is on")
+    parser.add_argument(
+        "--on", type=PredictionType, default="v_prediction", help="whose squared error the weight is on"
+    )
     parser.add_argument("--sigma_data", type=float, default=0.5, help="of the data, for EDM's weight and output")
     arguments = parser.instantiate(parser.parse_args(argv))
     trainings = [_training(name) for name in arguments.configs.split(",") if name]

@@ -150,7 +150,7 @@ def training(trainer: Trainer, pairs: int, steps: int) -> Comparison:
     return Comparison(f"training step, batch {trainer.batch_size}", 1.03, *each)
 
 
-def draws(trainer: Trainer, pairs: int) -> Comparison:
+def draws(trainer: Trainer, pairs: int, warmup: int = WARMUP_PAIRS) -> Comparison:
     """What a step draws (levels, noise, dropout, and their weights) over the whole step: a part measured as its own time."""
     objective, process, stream = trainer.objective, trainer.process, endless(trainer)
     index, steps = torch.arange(trainer.batch_size), count()
@@ -162,7 +162,7 @@ def draws(trainer: Trainer, pairs: int) -> Comparison:
         objective.weight.on(process.prediction, level.logsnr, process.sigma_data)
         _synchronize()
 
-    seconds = interleaved(drawn, _repeated(lambda: trainer.advance(stream), 1), pairs)
+    seconds = interleaved(drawn, _repeated(lambda: trainer.advance(stream), 1), pairs, warmup)
     return Comparison(f"draws of a step over the step, batch {trainer.batch_size}", 0.01, *seconds)
 
 

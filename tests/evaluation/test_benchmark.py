@@ -11,6 +11,7 @@ from diffcore.evaluation.benchmark import (
     Comparison,
     coverage,
     digits_trainer,
+    draws,
     endless,
     interleaved,
     median_interval,
@@ -85,3 +86,11 @@ def test_both_sides_do_the_same_work(tmp_path):
     shadow = [trainer.average.shadow[name] for name in names]
     moved = torch.cat([(a - b).abs().flatten() for a, b in zip(bare.shadow, shadow, strict=True)])
     assert (moved < 1e-7).float().mean() > 0.99  # the first step of AdamW turns rounding of tiny gradients into signs
+
+
+def test_the_draws_of_a_step_are_compared_with_the_step(tmp_path):
+    """Both sides are called once a pair, on the steps of one run; nothing is asserted of their times."""
+    trainer = digits_trainer(tmp_path)
+    found = draws(trainer, 1, warmup=0)
+    assert (len(found.ours), len(found.bare), found.bound) == (1, 1, 0.01)
+    assert trainer.step == 1
