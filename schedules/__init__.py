@@ -1,6 +1,7 @@
 """Noise schedules, their transforms, and the grids of knots that samplers visit."""
 
 from diffcore.schedules.base import Level, Real, Scaling, Schedule, alpha_sigma
+from diffcore.schedules.diffusers_config import from_diffusers
 from diffcore.schedules.discrete import Discrete
 from diffcore.schedules.grids import Explicit, Grid, Karras, Linspace, Trailing, UniformLogSNR
 from diffcore.schedules.quantile import Cosine, Flow, Laplace, Normal
@@ -26,4 +27,5 @@ __all__ = [
     "UniformLogSNR",
     "ZeroTerminalSNR",
     "alpha_sigma",
+    "from_diffusers",
 ]
