@@ -162,6 +162,7 @@ def test_a_table_to_zero_falls_inverts_and_has_the_density_of_its_times(schedule
     mass = sum(quad(schedule.density, a, b)[0] for a, b in zip(ends, ends[1:], strict=False))
     assert mass == pytest.approx(1, abs=1e-7)
     assert schedule.density(-math.inf) == 0 == schedule.density(math.inf)
+    assert schedule.density(schedule.logsnr(1 / schedule.steps)) < math.inf
 
 
 def test_a_rescaled_table_given_by_its_alphas_cumprod_is_that_table():
