@@ -2,6 +2,7 @@
 
 from diffcore.schedules.base import Level, Real, Scaling, Schedule, alpha_sigma
 from diffcore.schedules.curves import Beta, Mode, PowerCosine, Sigmoid
+from diffcore.schedules.diffusers_config import from_diffusers
 from diffcore.schedules.discrete import Discrete
 from diffcore.schedules.grids import Explicit, Grid, Karras, Linspace, Trailing, UniformLogSNR
 from diffcore.schedules.quantile import Cauchy, Cosine, Flow, Laplace, LogLinear, Normal, Rho
@@ -37,4 +38,5 @@ __all__ = [
     "UniformLogSNR",
     "ZeroTerminalSNR",
     "alpha_sigma",
+    "from_diffusers",
 ]

@@ -1,13 +1,16 @@
 """Beta tables against diffusers' (float32: ᾱ to 1e-6) and against a float64 recomputation (λ to 1e-9)."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from scipy.integrate import quad
 
-from diffcore.schedules import Discrete
+from diffcore.schedules import Discrete, ZeroTerminalSNR
+from diffcore.spec import build, spec
 
 TABLES = [
     Discrete(),
@@ -16,9 +19,14 @@ TABLES = [
     Discrete("scaled_linear", 49, 0.01, 0.3),
     Discrete("cosine"),
     Discrete("cosine", 100),
+    Discrete("sigmoid"),
+    Discrete("sigmoid", 49, 0.01, 0.3),
+    Discrete((0.001, 0.2, 0.03, 0.5, 1e-6, 0.9, 0.7)),
 ]
+TO_ZERO = [Discrete((0.1, 0.02, 0.5, 1.0)), Discrete((1e-4, 1.0), scaling="flow"), Discrete((*[0.01] * 99, 1.0))]
+to_zero = pytest.mark.parametrize("schedule", TO_ZERO, ids=["4", "2", "100"])
 every_table = pytest.mark.parametrize("schedule", TABLES, ids=repr)
-DIFFUSERS = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
+DIFFUSERS = {"cosine": "squaredcos_cap_v2"}
 
 
 def alpha_bar(schedule: Discrete) -> np.ndarray:
@@ -29,6 +37,11 @@ def alpha_bar(schedule: Discrete) -> np.ndarray:
         betas = np.array([min(1 - bar[i + 1] / bar[i], 0.999) for i in range(T)])
     elif schedule.betas == "linear":
         betas = schedule.start + (schedule.end - schedule.start) * np.arange(T) / (T - 1)
+    elif schedule.betas == "sigmoid":
+        x = -6 + 12 * np.arange(T) / (T - 1)
+        betas = schedule.start + (schedule.end - schedule.start) / (1 + np.exp(-x))
+    elif isinstance(schedule.betas, tuple):
+        betas = np.array(schedule.betas)
     else:
         root = math.sqrt(schedule.start)
         betas = (root + (math.sqrt(schedule.end) - root) * np.arange(T) / (T - 1)) ** 2
@@ -54,7 +67,11 @@ def test_alpha_bar_is_that_of_diffusers(schedule):
         num_train_timesteps=schedule.steps,
         beta_start=schedule.start,
         beta_end=schedule.end,
-        beta_schedule=DIFFUSERS[schedule.betas],
+        **(
+            {"trained_betas": schedule.betas}
+            if isinstance(schedule.betas, tuple)
+            else {"beta_schedule": DIFFUSERS.get(schedule.betas, schedule.betas)}
+        ),
     ).alphas_cumprod
     ours = schedule.level(index_times(schedule)).alpha ** 2
     torch.testing.assert_close(ours, theirs.double(), rtol=0, atol=1e-6)
@@ -99,6 +116,101 @@ def test_the_published_tables_end_where_their_users_know():
     assert (stable.level(1 / 1000).ratio, stable.level(1.0).ratio) == pytest.approx((0.0292, 14.61), rel=0.01)
 
 
+@every_table
+def test_a_table_equals_its_betas_given_one_by_one_and_its_alphas_cumprod(schedule):
+    bar = alpha_bar(schedule)
+    given = Discrete.from_alphas_cumprod(bar, scaling="flow")
+    assert (given.steps, given.scaling) == (schedule.steps, "flow")
+    np.testing.assert_allclose(given.logsnr(index_times(given)), np.log(bar) - np.log1p(-bar), rtol=0, atol=1e-12)
+    again = Discrete(given.betas)
+    assert torch.equal(again.logsnr(index_times(again)), given.logsnr(index_times(again)))
+    assert Discrete.from_alphas_cumprod(bar.tolist()) == again == Discrete.from_alphas_cumprod(torch.from_numpy(bar))
+
+
+def test_float32_betas_keep_the_clean_end_that_float32_alphas_cumprod_lose():
+    theirs, exact = DDPMScheduler(), Discrete()
+    t = index_times(exact)
+    by_betas = Discrete(tuple(theirs.betas.tolist())).logsnr(t) - exact.logsnr(t)
+    by_product = Discrete.from_alphas_cumprod(theirs.alphas_cumprod).logsnr(t) - exact.logsnr(t)
+    assert by_betas.abs().max() < 3e-7
+    assert by_product.abs().argmax() == 0
+    assert by_product.abs().max() == pytest.approx(1.66e-4, rel=0.01)  # within 3e-8 / (1 - ᾱ) = 3e-4
+
+
+@to_zero
+def test_a_last_beta_of_1_is_pure_noise_reached_with_alpha_over_sigma_linear(schedule):
+    T, level = schedule.steps, schedule.level(1.0)
+    assert (level.logsnr, level.alpha, level.sigma) == (-math.inf, 0.0, 1.0)
+    before = schedule.level((T - 1) / T)
+    bar = np.cumprod(1 - np.array(schedule.betas))[-2]
+    assert before.logsnr == pytest.approx(math.log(bar) - math.log1p(-bar), abs=1e-9)
+    for share in (0.01, 0.3, 0.999):
+        at = schedule.level((T - 1 + share) / T)
+        assert 1 / at.ratio == pytest.approx((1 - share) / before.ratio, rel=1e-9)
+
+
+@to_zero
+def test_a_table_to_zero_falls_inverts_and_has_the_density_of_its_times(schedule):
+    t = torch.linspace(0, 1, 2001, dtype=torch.float64)
+    logsnr = schedule.logsnr(t)
+    assert (logsnr.diff() < 0).all()
+    torch.testing.assert_close(schedule.time(logsnr), t, rtol=0, atol=1e-12)
+    for level in schedule.logsnr(torch.linspace(0.0031, 0.9973, 37, dtype=torch.float64)).tolist():
+        left, right = schedule.time(level + 1e-6), schedule.time(level - 1e-6)
+        assert schedule.density(level) == pytest.approx((right - left) / 2e-6, rel=1e-4)
+    ends = sorted({-80.0, *schedule.logsnr(index_times(schedule))[:-1].tolist(), 80.0})
+    mass = sum(quad(schedule.density, a, b)[0] for a, b in zip(ends, ends[1:], strict=False))
+    assert mass == pytest.approx(1, abs=1e-7)
+    assert schedule.density(-math.inf) == 0 == schedule.density(math.inf)
+    assert schedule.density(schedule.logsnr(1 / schedule.steps)) < math.inf
+
+
+def test_a_rescaled_table_given_by_its_alphas_cumprod_is_that_table():
+    """Networks trained at zero terminal SNR are told by tables that end at ᾱ = 0."""
+    rescaled = ZeroTerminalSNR(Discrete("scaled_linear", 1000, 0.00085, 0.012))
+    t = index_times(Discrete())
+    table = Discrete.from_alphas_cumprod(rescaled.logsnr(t).sigmoid())
+    assert table.logsnr(1.0) == -math.inf
+    torch.testing.assert_close(table.logsnr(t), rescaled.logsnr(t), rtol=0, atol=1e-9)
+    torch.testing.assert_close(ZeroTerminalSNR(table).logsnr(t), table.logsnr(t), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", [*TABLES, *TO_ZERO[:2]], ids=repr)
+def test_a_table_reads_back_from_plain_json(schedule):
+    assert build(Discrete, json.loads(json.dumps(spec(schedule)))["init_args"]) == schedule
+    assert hash(Discrete(schedule.betas, schedule.steps, schedule.start, schedule.end, scaling=schedule.scaling))
+
+
+def test_a_table_is_computed_once(monkeypatch):
+    schedule = Discrete()
+    monkeypatch.delattr(torch, "log1p")
+    assert schedule.level(0.5).logsnr == schedule.logsnr(schedule.time(schedule.logsnr(0.5)))
+
+
+def test_steps_are_1000_or_those_of_the_betas():
+    assert (Discrete().steps, Discrete([0.1, 0.2]).steps, Discrete((0.1, 0.2), 2)) == (1000, 2, Discrete((0.1, 0.2)))
+    assert Discrete() == Discrete(steps=1000)
+
+
+@pytest.mark.parametrize(
+    ("bar", "message"),
+    [
+        ([1.0, 0.5], r"alphas_cumprod\[0\] is 1.0 after 1.0, expected ᾱ strictly falling from 1 to 0"),
+        ([0.9, 0.5, 0.5, 0.2], r"alphas_cumprod\[2\] is 0.5 after 0.5"),
+        ([0.9, 0.5, 0.6], r"alphas_cumprod\[2\] is 0.6 after 0.5"),
+        ([0.9, 0.0, 0.0], r"alphas_cumprod\[2\] is 0.0 after 0.0"),
+        ([0.9, -0.1], r"alphas_cumprod\[1\] is -0.1"),
+        ([0.9, math.nan], r"alphas_cumprod\[1\] is nan"),
+        ([0.9], "steps is 1, expected a table of at least 2 levels"),
+        ([], "steps is 0, expected a table of at least 2 levels"),
+    ],
+    ids=str,
+)
+def test_alphas_cumprod_that_do_not_fall_are_refused_with_their_place(bar, message):
+    with pytest.raises(ValueError, match=message):
+        Discrete.from_alphas_cumprod(bar)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -106,7 +218,17 @@ def test_the_published_tables_end_where_their_users_know():
         ({"start": 0.0}, r"start and end are 0.0 and 0.02, expected 0 < start ≤ end < 1"),
         ({"start": 0.1}, r"start and end are 0.1 and 0.02"),
         ({"end": 1.0}, r"start and end are 0.0001 and 1.0"),
-        ({"betas": "sqrt"}, "betas is 'sqrt', expected linear, scaled_linear or cosine"),
+        ({"betas": "sqrt"}, "betas is 'sqrt', expected one of linear, scaled_linear, cosine, sigmoid, or the"),
+        ({"betas": "sigmoid", "start": 0.0}, "start and end are 0.0"),
+        ({"betas": (0.1, 0.2), "steps": 1000}, "steps is 1000, but betas has 2 entries: leave steps out"),
+        ({"betas": (0.1,)}, "steps is 1, expected a table of at least 2 levels"),
+        ({"betas": ()}, "steps is 0, expected a table of at least 2 levels"),
+        ({"betas": (0.1, 0.0, 0.2)}, r"betas\[1\] is 0.0, expected 0 < β < 1; .* .ZeroTerminalSNR"),
+        ({"betas": (0.1, 1.0, 0.2)}, r"betas\[1\] is 1.0"),
+        ({"betas": (0.1, 1.5)}, r"betas\[1\] is 1.5"),
+        ({"betas": (-0.1, 0.5)}, r"betas\[0\] is -0.1"),
+        ({"betas": (0.1, math.nan)}, r"betas\[1\] is nan"),
+        ({"betas": (0.5, 0.5, 1e-20)}, r"betas\[2\] is 1e-20, too small to lower ᾱ in float64"),
         (
             {"scaling": "edm"},
             "scaling is 'edm', expected one of vp, ve, flow",

@@ -1,0 +1,189 @@
+"""The schedule that a diffusers scheduler's config describes: what scheduler_config.json says of noise levels, and no more.
+
+How it samples (spacing, solver, Karras or beta sigmas, shift_terminal, clipping) is a grid's and a sampler's to say, and what
+the network predicts and how it is told the level is the Process's.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from diffcore.schedules.base import Scaling, Schedule
+from diffcore.schedules.discrete import Discrete
+from diffcore.schedules.quantile import Cosine, Flow, Laplace
+from diffcore.schedules.transforms import Shifted, ZeroTerminalSNR
+
+Config = Mapping[str, Any]
+
+DDPM = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+LDM = {"beta_start": 0.00085, "beta_end": 0.012}
+
+# What each class takes where its config is silent. 0.42.1's, as all of this file.
+TABLES: dict[str, dict[str, Any]] = {
+    "CogVideoXDDIMScheduler": LDM | {"beta_schedule": "scaled_linear", "snr_shift_scale": 3.0},
+    "CogVideoXDPMScheduler": LDM | {"beta_schedule": "scaled_linear", "snr_shift_scale": 3.0},
+    "ConsistencyDecoderScheduler": {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 1024},
+    "DDIMInverseScheduler": DDPM,
+    "DDIMParallelScheduler": DDPM,
+    "DDIMScheduler": DDPM,
+    "DDPMParallelScheduler": DDPM,
+    "DDPMScheduler": DDPM,
+    "DEISMultistepScheduler": DDPM,
+    "DPMSolverMultistepInverseScheduler": DDPM,
+    "DPMSolverMultistepScheduler": DDPM,
+    "DPMSolverSDEScheduler": DDPM | LDM,
+    "DPMSolverSinglestepScheduler": DDPM,
+    "EulerAncestralDiscreteScheduler": DDPM,
+    "EulerDiscreteScheduler": DDPM,
+    "HeunDiscreteScheduler": DDPM | LDM,
+    "KDPM2AncestralDiscreteScheduler": DDPM | LDM,
+    "KDPM2DiscreteScheduler": DDPM | LDM,
+    "LCMScheduler": LDM | {"beta_schedule": "scaled_linear"},
+    "LMSDiscreteScheduler": DDPM,
+    "PNDMScheduler": DDPM,
+    "RePaintScheduler": DDPM,
+    "SASolverScheduler": DDPM,
+    "TCDScheduler": LDM | {"beta_schedule": "scaled_linear"},
+    "UnCLIPScheduler": {"beta_schedule": "squaredcos_cap_v2"},
+    "UniPCMultistepScheduler": DDPM,
+}
+FLOWS: dict[str, dict[str, Any]] = {
+    "FlowMapEulerDiscreteScheduler": {},
+    "FlowMatchEulerDiscreteScheduler": {},
+    "FlowMatchHeunDiscreteScheduler": {},
+    "FlowMatchLCMScheduler": {},
+    "HeliosDMDScheduler": {"stages": 3, "time_shift_type": "linear"},
+    "HeliosScheduler": {"stages": 3},
+    "LTXEulerAncestralRFScheduler": {},
+    "MiniMaxH3Scheduler": {"shift": 12.0},
+    "PiflowScheduler": {"shift": 5.0},
+    "RFD4ProteinaScheduler": {},
+}
+ANGLES: dict[str, Scaling] = {
+    "CosineDPMSolverMultistepScheduler": "ve",
+    "IPNDMScheduler": "vp",
+    "SCMScheduler": "vp",
+}
+SIGMAS = (
+    "CMStochasticIterativeScheduler",
+    "EDMDPMSolverMultistepScheduler",
+    "EDMEulerScheduler",
+    "KarrasVeScheduler",
+    "ScoreSdeVeScheduler",
+)
+REFUSED = {
+    "DDPMWuerstchenScheduler": "its clamped continuous cosine is no schedule here: Discrete('cosine') is the nearest",
+    "ScoreSdeVpScheduler": "there is no continuous VP SDE here: Discrete() is its table of 1000 levels",
+} | dict.fromkeys(
+    (
+        "AmusedScheduler",
+        "BlockRefinementScheduler",
+        "DiscreteDDIMScheduler",
+        "EntropyBoundScheduler",
+        "VQDiffusionScheduler",
+    ),
+    "it masks or replaces discrete tokens, which have no x = α x_0 + σ ε",
+)
+
+
+def from_diffusers(config: Config, mu: float | None = None) -> Schedule:
+    """The noise levels of a diffusers scheduler (0.42.1), from the content of its scheduler_config.json.
+
+    Tables, `Discrete` in the vp scaling (DDPM, DDIM, PNDM, Euler, DPM-Solver, UniPC, DEIS, LCM, TCD ...): linear,
+    scaled_linear, squaredcos_cap_v2, sigmoid, exp (ᾱ = e^(-12 t)), or trained_betas, at timestep i = Tt - 1.
+    rescale_betas_zero_snr is `ZeroTerminalSNR`; CogVideoX's snr_shift_scale s is a shift of -ln s before it.
+
+    Flows, σ = s τ / (1 + (s-1) τ): `Flow` shifted by -2 ln s, with s the `shift`, or with use_flow_sigmas the `flow_shift`, or
+    with use_dynamic_shifting e^mu (time_shift_type exponential: Flux) or mu (linear). diffusers' T levels are this at t = τ =
+    (i+1)/T; here every t is drawn. The network is told T σ = T a, not T t (MiniMax-H3, RFD4 and Mochi: 1 - a).
+
+    Angles (IPNDM, SCM, Stable Audio's CosineDPMSolver): `Cosine`, at t = 2/π atan(σ/α).
+
+    Where diffusers departs from what it means to do, this is what it means (each is pinned by a test):
+
+    - laplace returns α as ᾱ, so that its median λ is 0.88. This is `Laplace(0, 0.5)`. The levels of a network
+      that was trained on diffusers' table are `Discrete(tuple(scheduler.betas.tolist()))`.
+    - Euler, EulerAncestral, DPMSolverMultistep and UniPC with rescale_betas_zero_snr put ᾱ_T = 2^-24 (λ = -16.6) where the
+      others, and this, have 0 (λ = -inf).
+    - The flow schedulers shift σ_min twice, so that set_timesteps ends at the wrong level (shift 3: 0.00892 for 0.00299).
+    - All tables are float32: ᾱ is right to 6e-7, λ at the clean end to 1e-3. Here they are float64.
+
+    Args:
+        config: `json.load` of the file, or `json.loads(scheduler.to_json_string())`; keys left out take the class's defaults.
+        mu: the shift's μ of a config with use_dynamic_shifting, which its pipeline computes from the image's size; there only.
+
+    Raises:
+        ValueError: a class or a form that has no schedule here, or a mu missing or in excess.
+    """
+    name = config.get("_class_name")
+    flow = name in FLOWS or (name in TABLES and bool(config.get("use_flow_sigmas")))
+    if mu is not None and not (flow and config.get("use_dynamic_shifting")):
+        raise ValueError(f"mu is {mu}, but this {name} does not shift dynamically: leave mu out")
+    if name in FLOWS:
+        return _flow(FLOWS[name] | dict(config), mu)
+    if flow:
+        return _flow(dict(config) | {"shift": config.get("flow_shift", 1.0)}, mu)
+    if name in ANGLES:
+        return Cosine(scaling=ANGLES[name])
+    if name in SIGMAS or _continuous(config):
+        raise ValueError(f"{name} is not read: its sigma_min and sigma_max need a schedule of bounded σ/α")
+    if name in TABLES:
+        return _rescaled(TABLES[name] | dict(config))
+    raise ValueError(f"_class_name is {name!r}: {REFUSED.get(str(name), _UNKNOWN)}")
+
+
+_UNKNOWN = "expected a scheduler of diffusers 0.42; pass the betas of another to Discrete, or choose a schedule by hand"
+
+
+def _continuous(config: Config) -> bool:
+    """Whether Euler's levels are EDM's (Stable Video Diffusion, CosXL): its beta table is not read then."""
+    return config.get("timestep_type") == "continuous" and None not in (
+        config.get("sigma_min"),
+        config.get("sigma_max"),
+    )
+
+
+def _flow(config: Config, mu: float | None) -> Schedule:
+    if (stages := config.get("stages", 1)) != 1:
+        raise ValueError(f"stages is {stages}, expected 1: each resolution of a pyramid has levels of its own")
+    s = _dynamic_shift(config, mu) if config.get("use_dynamic_shifting") else config.get("shift", 1.0)
+    if not 0 < s < math.inf:
+        raise ValueError(f"the time shift is {s}, expected a positive finite number")
+    return Flow() if s == 1 else Shifted(Flow(), -2 * math.log(s))
+
+
+def _dynamic_shift(config: Config, mu: float | None) -> float:
+    if mu is None:
+        raise ValueError("use_dynamic_shifting is set: give mu, the μ that the pipeline computes from the image's size")
+    match kind := config.get("time_shift_type", "exponential"):
+        case "exponential":
+            return math.exp(mu)
+        case "linear":
+            return mu
+    raise ValueError(f"time_shift_type is {kind!r}, expected exponential or linear")
+
+
+def _rescaled(config: Config) -> Schedule:
+    schedule = _table(config)
+    if (s := config.get("snr_shift_scale", 1.0)) != 1:
+        schedule = Shifted(schedule, -math.log(s))
+    return ZeroTerminalSNR(schedule) if config.get("rescale_betas_zero_snr") else schedule
+
+
+def _table(config: Config) -> Schedule:
+    if (betas := config.get("trained_betas")) is not None:
+        return Discrete(tuple(betas), config.get("num_train_timesteps"))
+    T = config.get("num_train_timesteps", 1000)
+    match form := config["beta_schedule"]:
+        case "linear" | "scaled_linear" | "sigmoid":
+            return Discrete(form, T, config["beta_start"], config["beta_end"])
+        case "squaredcos_cap_v2":
+            return Discrete("cosine", T)
+        case "exp":
+            beta = -math.expm1(-12 / T)
+            return Discrete("linear", T, beta, beta)
+        case "laplace":
+            return Laplace()
+    raise ValueError(
+        f"beta_schedule is {form!r}, expected linear, scaled_linear, squaredcos_cap_v2, sigmoid, exp or laplace"
+    )
