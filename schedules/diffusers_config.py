@@ -10,7 +10,7 @@ from typing import Any
 
 from diffcore.schedules.base import Scaling, Schedule
 from diffcore.schedules.discrete import Discrete
-from diffcore.schedules.quantile import Cosine, Flow, Laplace
+from diffcore.schedules.quantile import Cosine, Flow, Laplace, LogLinear, Rho
 from diffcore.schedules.transforms import Shifted, ZeroTerminalSNR
 
 Config = Mapping[str, Any]
@@ -64,15 +64,16 @@ ANGLES: dict[str, Scaling] = {
     "IPNDMScheduler": "vp",
     "SCMScheduler": "vp",
 }
-SIGMAS = (
-    "CMStochasticIterativeScheduler",
-    "EDMDPMSolverMultistepScheduler",
-    "EDMEulerScheduler",
-    "KarrasVeScheduler",
-    "ScoreSdeVeScheduler",
-)
+EDM = {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0, "sigma_schedule": "karras"}
+SIGMAS: dict[str, dict[str, Any]] = {
+    "CMStochasticIterativeScheduler": EDM,
+    "EDMDPMSolverMultistepScheduler": EDM,
+    "EDMEulerScheduler": EDM,
+    "KarrasVeScheduler": {"sigma_min": 0.02, "sigma_max": 100.0, "sigma_schedule": "exponential"},
+    "ScoreSdeVeScheduler": {"sigma_min": 0.01, "sigma_max": 1348.0, "sigma_schedule": "exponential"},
+}
 REFUSED = {
-    "DDPMWuerstchenScheduler": "its clamped continuous cosine is no schedule here: Discrete('cosine') is the nearest",
+    "DDPMWuerstchenScheduler": "its clamped continuous cosine is no schedule here: PowerCosine(s/(1+s)) is it unclamped",
     "ScoreSdeVpScheduler": "there is no continuous VP SDE here: Discrete() is its table of 1000 levels",
 } | dict.fromkeys(
     (
@@ -98,6 +99,10 @@ def from_diffusers(config: Config, mu: float | None = None) -> Schedule:
     (i+1)/T; here every t is drawn. The network is told T σ = T a, not T t (MiniMax-H3, RFD4 and Mochi: 1 - a).
 
     Angles (IPNDM, SCM, Stable Audio's CosineDPMSolver): `Cosine`, at t = 2/π atan(σ/α).
+
+    σ/α between bounds, in the ve scaling: `Rho` for the karras sigma_schedule of EDM, consistency models and continuous Euler
+    (Stable Video Diffusion), `LogLinear` for exponential, ScoreSdeVe and KarrasVe. It is the range and spacing they
+    sample in; the distribution they were trained on (EDM's is Normal(2.4, 2.4)) is in no config.
 
     Where diffusers departs from what it means to do, this is what it means (each is pinned by a test):
 
@@ -126,7 +131,7 @@ def from_diffusers(config: Config, mu: float | None = None) -> Schedule:
     if name in ANGLES:
         return Cosine(scaling=ANGLES[name])
     if name in SIGMAS or _continuous(config):
-        raise ValueError(f"{name} is not read: its sigma_min and sigma_max need a schedule of bounded σ/α")
+        return _sigmas(SIGMAS.get(str(name), EDM | {"sigma_schedule": _spacing(config)}) | dict(config))
     if name in TABLES:
         return _rescaled(TABLES[name] | dict(config))
     raise ValueError(f"_class_name is {name!r}: {REFUSED.get(str(name), _UNKNOWN)}")
@@ -141,6 +146,16 @@ def _continuous(config: Config) -> bool:
         config.get("sigma_min"),
         config.get("sigma_max"),
     )
+
+
+def _spacing(config: Config) -> str:
+    return "exponential" if config.get("use_exponential_sigmas") else "karras"
+
+
+def _sigmas(config: Config) -> Schedule:
+    if config["sigma_schedule"] == "exponential":
+        return LogLinear.ve(config["sigma_min"], config["sigma_max"])
+    return Rho(config["sigma_min"], config["sigma_max"], config["rho"])
 
 
 def _flow(config: Config, mu: float | None) -> Schedule:

@@ -14,7 +14,18 @@ import pytest
 import torch
 from diffusers import ConfigMixin, schedulers
 
-from diffcore.schedules import Cosine, Discrete, Flow, Laplace, Schedule, Shifted, ZeroTerminalSNR, from_diffusers
+from diffcore.schedules import (
+    Cosine,
+    Discrete,
+    Flow,
+    Laplace,
+    LogLinear,
+    Rho,
+    Schedule,
+    Shifted,
+    ZeroTerminalSNR,
+    from_diffusers,
+)
 from diffcore.schedules.diffusers_config import ANGLES, FLOWS, REFUSED, SIGMAS, TABLES
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # numpy's, of how diffusers uses it
@@ -279,6 +290,33 @@ def test_angles_are_cosine_at_the_time_that_the_network_is_told():
     assert (level.alpha, level.sigma) == pytest.approx((math.cos(1.5), math.sin(1.5)), abs=1e-6)
 
 
+@pytest.mark.parametrize("spacing", ["karras", "exponential"])
+@pytest.mark.parametrize("name", ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"])
+def test_edm_is_its_range_of_sigma_in_the_spacing_of_its_grid(name, spacing):
+    scheduler = CLASSES[name](sigma_schedule=spacing, sigma_max=120.0)
+    schedule = from_diffusers(config(scheduler))
+    level = schedule.level(torch.linspace(1, 0, len(scheduler.sigmas) - 1, dtype=torch.float64))
+    torch.testing.assert_close(level.ratio, scheduler.sigmas[:-1].double(), rtol=1e-5, atol=1e-6)
+    assert schedule.scaling == "ve"
+
+
+def test_other_schedulers_of_bounded_sigma():
+    consistency = CLASSES["CMStochasticIterativeScheduler"]()
+    level = from_diffusers(config(consistency)).level(torch.linspace(1, 0, 40, dtype=torch.float64))
+    torch.testing.assert_close(level.ratio, consistency.sigmas.double(), rtol=1e-5, atol=1e-6)
+    assert from_diffusers(config(CLASSES["ScoreSdeVeScheduler"]())) == LogLinear.ve(0.01, 1348.0)
+    assert from_diffusers({"_class_name": "KarrasVeScheduler"}) == LogLinear.ve(0.02, 100.0)
+    video = {"timestep_type": "continuous", "prediction_type": "v_prediction", "sigma_min": 0.002, "sigma_max": 700.0}
+    euler = CLASSES["EulerDiscreteScheduler"](**video, use_karras_sigmas=True)
+    euler.set_timesteps(25)
+    level = from_diffusers(config(euler)).level(torch.linspace(1, 0, 25, dtype=torch.float64))
+    torch.testing.assert_close(level.ratio, euler.sigmas[:-1].double(), rtol=1e-5, atol=1e-6)
+    assert from_diffusers(config(CLASSES["EulerDiscreteScheduler"](**video, use_exponential_sigmas=True))) == (
+        LogLinear.ve(0.002, 700.0)
+    )
+    assert from_diffusers({"_class_name": "EDMEulerScheduler"}) == Rho()
+
+
 # Where diffusers is not what it means to be.
 
 
@@ -333,7 +371,7 @@ def test_their_float32_tables_lose_lambda_at_the_clean_end(kept, error):
     assert off.max().item() == pytest.approx(error, rel=0.2)
 
 
-@pytest.mark.parametrize("name", [*SIGMAS, *REFUSED])
+@pytest.mark.parametrize("name", REFUSED)
 def test_classes_without_a_schedule_here_are_refused_in_one_line(name):
     with pytest.raises(ValueError, match=name) as caught:
         from_diffusers({"_class_name": name})
@@ -359,16 +397,6 @@ def test_classes_without_a_schedule_here_are_refused_in_one_line(name):
             },
             1.0,
             "time_shift_type is 'cubic', expected exponential or linear",
-        ),
-        (
-            {
-                "_class_name": "EulerDiscreteScheduler",
-                "timestep_type": "continuous",
-                "sigma_min": 0.002,
-                "sigma_max": 700.0,
-            },
-            None,
-            "EulerDiscreteScheduler is not read: its sigma_min",
         ),
     ],
     ids=str,
