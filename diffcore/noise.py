@@ -8,7 +8,7 @@ Philox4x32-10: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import lru_cache
@@ -110,6 +110,8 @@ def derived(seed: int, stream: Stream, position: int) -> int:
 
 DEPTH = 20
 """Levels of the path's tree: knots closer than 1e-5 in λ about 0, or 1e-3 about ±22, are one place to it."""
+BLOCK = 2**16
+"""Numbers of the path made together."""
 
 
 def place(level: Level) -> int:
@@ -157,7 +159,8 @@ def increment(t: Level, s: Level) -> dict[int, float]:
             f"and levels closer than the path resolves need path=False"
         )
     start, end, scale = bridge(low), bridge(high), math.sqrt(clock(high) - clock(low))
-    return {m: (end.get(m, 0.0) - start.get(m, 0.0)) / scale for m in sorted(start | end)}
+    between = {m: (end.get(m, 0.0) - start.get(m, 0.0)) / scale for m in sorted(start | end)}
+    return {m: c for m, c in between.items() if c}
 
 
 @dataclass(frozen=True)
@@ -192,14 +195,15 @@ class Noise:
 
     def step(self, index: int) -> Tensor:
         """The noise of step `index`, keyed by its number."""
-        return self._normal(Stream.STEP, index)
+        return normal(self.seeds, Stream.STEP, (self.channel << 24) + index, self.shape, self.device, self.dtype)
 
     def between(self, t: Level, s: Level, step: int) -> Tensor:
         """The standard normal noise of step number `step`, which leads from level t to level s."""
         if not self.path:
             return self.step(step)
-        terms = (c * self._normal(Stream.PATH, m) for m, c in increment(t, s).items() if c)
-        return sum(terms, torch.zeros((), dtype=self.dtype, device=self.device))
+        terms = increment(t, s)
+        normals = self._normals(Stream.PATH, list(terms))
+        return sum((c * z for c, z in zip(terms.values(), normals, strict=True)), torch.zeros((), dtype=self.dtype))
 
     def branch(self, index: int) -> "Noise":
         """The index-th independent noise beside this one, for what a step needs more than one normal for; may be nested."""
@@ -211,6 +215,11 @@ class Noise:
         """√(α² s² + σ²) z: x at the first level, when nothing is known of x_0 but its standard deviation s."""
         return edm_norm(level, sigma_data) * self.start()
 
-    def _normal(self, stream: Stream, index: int) -> Tensor:
-        """Positions hold 24 bits of steps or places, and the channel above them."""
-        return normal(self.seeds, stream, (self.channel << 24) + index, self.shape, self.device, self.dtype)
+    def _normals(self, stream: Stream, indices: Sequence[int]) -> Iterator[Tensor]:
+        """One after the other, but made some at a time. Positions hold 24 bits of steps or places, the channel above them."""
+        rows = len(self.seeds)
+        together = max(1, BLOCK // max(1, rows * math.prod(self.shape)))
+        for first in range(0, len(indices), together):
+            positions = torch.tensor(indices[first : first + together]) + (self.channel << 24)
+            seeds, positions = self.seeds.repeat(len(positions)), positions.repeat_interleave(rows)
+            yield from normal(seeds, stream, positions, self.shape, self.device, self.dtype).unflatten(0, (-1, rows))
