@@ -1,6 +1,7 @@
 """DDIM against the formulas of its paper and of DDPM, exact Gaussian moments, and diffusers' scheduler."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,3 +114,36 @@ def test_fresh_noise_is_refused_on_the_way_to_noise(logsnrs):
 def test_eta_outside_0_to_1_is_refused(eta):
     with pytest.raises(ValueError, match="eta is"):
         DDIM(eta)
+
+
+@pytest.mark.parametrize("scaling", ("vp", "ve", "flow"))
+@pytest.mark.parametrize("eta", (0.0, 0.3, 1.0))
+def test_knots_may_be_maps_of_levels(eta, scaling):
+    """Each element at its own level: equal to a run of its own. A clean element stays, one that becomes clean is x_0."""
+    before, after = [-9.0, -1.0, 2.0, 2.0, math.inf], [-2.0, 0.5, 3.0, math.inf, math.inf]
+    schedule = Cosine(scaling=scaling)
+    t, s = (schedule.at(torch.tensor(v, dtype=torch.float64)) for v in (before, after))
+    x0, eps = (torch.linspace(a, b, 40, dtype=torch.float64).sin().view(8, 5) for a, b in ((1, 7), (2, 30)))
+    noise = Noise(torch.arange(8), (5,), dtype=torch.float64)
+    x = DDIM(eta).advance(State(t.alpha * x0 + t.sigma * eps, t, (s,)), Prediction(x0, eps), noise).x
+    for column, pair in enumerate(zip(before, after, strict=True)):
+        if pair[0] == math.inf:
+            torch.testing.assert_close(x[:, column], x0[:, column])
+            continue
+        a, b = map(schedule.at, pair)
+        one = Prediction(x0[:, column], eps[:, column])
+        given = SimpleNamespace(between=lambda t, s, step, column=column: noise.step(step)[:, column])
+        expected = DDIM(eta).advance(State(one.at(a), a, (b,)), one, given).x
+        torch.testing.assert_close(x[:, column], expected, rtol=1e-12, atol=1e-12)
+    half = (
+        DDIM(eta)
+        .advance(State(x.float(), t, (s,)), Prediction(x0.float(), eps.float()), Noise(torch.arange(8), (5,)))
+        .x
+    )
+    assert half.dtype == torch.float32
+
+
+def test_maps_that_rise_anywhere_are_refused_fresh_noise():
+    t, s = (Cosine().at(torch.tensor(v, dtype=torch.float64)) for v in ((0.0, 1.0), (0.5, 0.9)))
+    with pytest.raises(ValueError, match="fall in noise"):
+        DDIM(0.5).advance(State(X0, t, (s,)), Prediction(X0, EPS), NOISE)
