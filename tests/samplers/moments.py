@@ -1,6 +1,6 @@
 """Exact moments of what a sampler makes of a Gaussian: everything is affine in the first x and in each noise drawn."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -15,17 +15,19 @@ class Probe:
     rows: int
     size: int
     keys: list = field(default_factory=list)
+    intervals: list = field(default_factory=list)
     channel: tuple = ()
 
     def between(self, t, s, step):
         self.keys.append((self.channel, step))
+        self.intervals.append((self.channel, t, s))
         z = torch.zeros(self.rows, self.size, dtype=torch.float64)
         first = 1 + self.size * len(self.keys)
         z[first : first + self.size] = torch.eye(self.size, dtype=torch.float64)[: max(0, self.rows - first)]
         return z
 
     def branch(self, index):
-        return Probe(self.rows, self.size, self.keys, (*self.channel, index))
+        return replace(self, channel=(*self.channel, index))
 
 
 def affine(denoiser, sampler, knots, guidance=CFG(1.0), condition=None):
