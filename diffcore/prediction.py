@@ -29,6 +29,7 @@ class Prediction(NamedTuple):
 
     def at(self, level: Level) -> Tensor:
         """α x_0 + σ ε at another level: the first-order step of every sampler."""
+        level = level.to(self.x0)
         return level.alpha * self.x0 + level.sigma * self.eps
 
 

@@ -48,6 +48,7 @@ def sample(
     guidance: Guidance = CFG(1.0),
     batch_size: int = 64,
     dtype: torch.dtype = torch.float32,
+    path: bool = False,
     progress: bool = False,
 ) -> Samples:
     """One sample a seed, each a function of its own seed and condition alone.
@@ -65,6 +66,8 @@ def sample(
         guidance: how the condition is strengthened; CFG(1) is the conditional model.
         batch_size: rows of a network call.
         dtype: of the samples while they are integrated.
+        path: whether the noise of a stochastic sampler's steps is the increments of one path (see Noise), so that the same seed
+            with more steps gives a nearby sample.
         progress: whether to show a bar.
 
     Raises:
@@ -78,7 +81,7 @@ def sample(
     bar = tqdm(total=len(seeds), unit="sample", disable=not progress)
     with torch.no_grad(), _evaluating(denoiser), bar:
         for rows in _chunks(len(seeds), batch_size):
-            noise = Noise(torch.tensor(seeds)[rows], process.shape, device, dtype)
+            noise = Noise(torch.tensor(seeds)[rows], process.shape, device, dtype, path)
             x = noise.first_sample(knots[0], process.sigma_data)
             chosen = None if labels is None else labels[rows].to(device)
             x, evaluations = run(denoiser, sampler, x, knots, noise, guidance, chosen)
@@ -102,7 +105,8 @@ def run(
         _check_reference(denoiser.process, condition, guidance)
     state, memory, evaluations = sampler.start(x, knots, noise), None, 0
     while not state.done:
-        prediction, memory, asked = guided(denoiser, guidance, state.x, state.level, condition, memory)
+        rule = guidance if sampler.guided(state) else CFG(1.0)
+        prediction, memory, asked = guided(denoiser, rule, state.x, state.level, condition, memory)
         state = sampler.advance(state, prediction, noise)
         evaluations += asked
     return state.x, evaluations

@@ -8,6 +8,7 @@ In y = x/α, u = σ/α the probability flow is dy/du = ε; in z = x/(α+σ), a =
 step is the same in all of them, x_s = α_s x_0 + σ_s ε, and that is its definition here.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from diffcore.noise import Noise
 from diffcore.prediction import Prediction
-from diffcore.schedules import Level
+from diffcore.schedules import Level, Real
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,45 @@ class Sampler(ABC):
     def advance(self, state: State, prediction: Prediction, noise: Noise) -> State:
         """The next state, given the network's prediction at (state.x, state.level)."""
 
+    def guided(self, state: State) -> bool:
+        """Whether guidance acts on the prediction at this state; False asks for the conditional model's own."""
+        return True
+
     @abstractmethod
     def evaluations(self, knots: tuple[Level, ...]) -> int:
         """How many predictions a run over these knots asks for."""
+
+
+def fresh(t: Level, s: Level) -> Real:
+    """1 - u_s²/u_t² = 1 - e^(λ_t - λ_s), u = σ/α: the share of the noise at s that a step from t of DDPM draws anew.
+
+    1 from pure noise and at the clean level. For maps of levels, 0 where both are clean.
+
+    Raises:
+        ValueError: noise rises from t to s, so there is none to replace.
+    """
+    gap = t.logsnr - s.logsnr
+    if isinstance(gap, Tensor):
+        gap = gap.masked_fill(gap.isnan(), 0.0)  # inf - inf
+        _check_falling(bool((gap <= 0).all()))
+        return -gap.expm1()
+    _check_falling(gap <= 0)
+    return -math.expm1(gap)
+
+
+def _check_falling(falls: bool) -> None:
+    if not falls:
+        raise ValueError(
+            "fresh noise needs knots that fall in noise: invert and renoise with a sampler that draws none (eta = 0)"
+        )
+
+
+def renoised(prediction: Prediction, share: Real, z: Tensor) -> Prediction:
+    """(x_0, √(1-share) ε + √share z): this share of the variance of the noise drawn anew."""
+    share = share.to(z) if isinstance(share, Tensor) else share
+    return Prediction(prediction.x0, (1 - share) ** 0.5 * prediction.eps + share**0.5 * z)
+
+
+def clean(level: Level) -> bool:
+    """Whether a whole batch has no noise there: a step to it is x_0, and draws none."""
+    return isinstance(level.sigma, float) and level.sigma == 0

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from diffcore.noise import Noise
 from diffcore.prediction import Prediction
-from diffcore.samplers.base import Sampler, State
-from diffcore.schedules import Level, Real
+from diffcore.samplers.base import Sampler, State, clean, fresh, renoised
+from diffcore.schedules import Level
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class DDIM(Sampler):
     """x_s = α_s x_0 + σ_s (√(1 - η²(1-r²)) ε + η √(1-r²) z), r = u_s/u_t the ratio of σ/α: scaling-free.
 
     Song et al. 2020 (2010.02502, eq. 12 and 16) in the vp scaling; η = 0 is the probability flow, η = 1 the ancestral
-    sampler of DDPM. From α = 0, r = 0: at η = 1 the step renoises in full.
+    sampler of DDPM. From α = 0, r = 0: at η = 1 the step renoises in full. Knots may be maps of levels.
 
     Args:
         eta: η within [0, 1]; above 0 the knots must fall in noise.
@@ -23,23 +23,20 @@ class DDIM(Sampler):
     order = 1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta is {self.eta}, expected a share of fresh noise within [0, 1]")
+        check_eta(self.eta)
 
     def advance(self, state: State, prediction: Prediction, noise: Noise) -> State:
-        knot = state.left[0]
-        if self.eta == 0 or knot.sigma == 0:
-            return state.reached(prediction.at(knot))
-        fresh = self.eta**2 * (1 - _ratio(state.level, knot) ** 2)
-        eps = (1 - fresh) ** 0.5 * prediction.eps + fresh**0.5 * noise.step(state.step)
-        return state.reached(Prediction(prediction.x0, eps).at(knot))
+        t, s = state.level, state.left[0]
+        if self.eta == 0 or clean(s):
+            return state.reached(prediction.at(s))
+        share = self.eta**2 * fresh(t, s)
+        return state.reached(renoised(prediction, share, noise.between(t, s, state.step)).at(s))
 
     def evaluations(self, knots: tuple[Level, ...]) -> int:
         return len(knots) - 1
 
 
-def _ratio(t: Level, s: Level) -> Real:
-    """u_s / u_t, 0 from pure noise."""
-    if s.logsnr < t.logsnr:
-        raise ValueError("fresh noise (eta > 0) needs knots that fall in noise: invert and renoise with eta = 0")
-    return s.sigma * t.alpha / (s.alpha * t.sigma)
+def check_eta(eta: float) -> None:
+    """Raise where eta is no share."""
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}, expected a share of fresh noise within [0, 1]")

@@ -76,6 +76,8 @@ class Level:
 
     def to(self, x: Tensor) -> "Level":
         """The same level with its tensors cast to the device and dtype of x: the last thing before they meet x."""
+        if not isinstance(self.logsnr, Tensor):
+            return self
         logsnr, t, alpha, sigma = (
             value.to(x) if isinstance(value, Tensor) else value
             for value in (self.logsnr, self.t, self.alpha, self.sigma)

@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 import diffcore.noise
-from diffcore.noise import M32, Noise, Stream, derived, normal, permutation, philox, uniform, words
+from diffcore.noise import M32, Noise, Stream, derived, increment, normal, permutation, philox, uniform, words
 from diffcore.schedules import Cosine, Flow
 
 
@@ -57,6 +57,7 @@ def test_streams_keep_their_numbers():
         "START": 6,
         "STEP": 7,
         "ORACLE": 8,
+        "PATH": 9,
     }
 
 
@@ -189,3 +190,109 @@ def test_F6_a_samples_noise_depends_on_its_seed_and_step_alone():
 def test_the_first_sample_has_the_standard_deviation_of_noised_data(level, scale):
     noise = Noise(torch.arange(3), (2, 2), dtype=torch.float64)
     torch.testing.assert_close(noise.first_sample(level, 0.4), scale * noise.start(), rtol=1e-14, atol=0)
+
+
+SCHEDULE = Cosine()
+KNOTS = [SCHEDULE.at(logsnr) for logsnr in (-math.inf, -14.0, -9.3, -4.0, -3.999, -0.5, 0.0, 0.25, 3.0, 7.7, 16.0)]
+
+
+def gram(intervals):
+    """Covariance of the increments, from their coefficients on independent normals."""
+    rows = [increment(t, s) for t, s in intervals]
+    return torch.tensor(
+        [[sum(a.get(m, 0.0) * c for m, c in b.items()) for a in rows] for b in rows], dtype=torch.float64
+    )
+
+
+def test_increments_of_the_path_are_independent_standard_normals():
+    """Exactly, computed from the coefficients: over neighbouring intervals, in any order, on other knots."""
+    for knots in (KNOTS, KNOTS[::2], KNOTS[::3]):
+        intervals = list(itertools.pairwise(knots))
+        torch.testing.assert_close(gram(intervals), torch.eye(len(intervals)).double(), rtol=0, atol=1e-11)
+
+
+def test_increments_that_overlap_have_the_covariance_of_one_motion():
+    """Over (a, c) and (b, d), a < b < c < d: (c - b) / √((c - a)(d - b)) in clock time e^λ."""
+    a, b, c, d = (math.exp(logsnr) for logsnr in (-1.0, -0.5, 0.5, 1.0))
+    levels = [SCHEDULE.at(math.log(time)) for time in (a, b, c, d)]
+    found = gram([(levels[0], levels[2]), (levels[1], levels[3])])[0, 1]
+    assert found == pytest.approx((c - b) / math.sqrt((c - a) * (d - b)), rel=1e-4)  # places are rounded
+    assert gram([(levels[0], levels[1]), (levels[1], levels[0])])[0, 1] == pytest.approx(1, abs=1e-12)
+
+
+def test_path_noise_is_standard_normal_and_each_row_a_function_of_its_seed_and_interval_alone():
+    t, s = KNOTS[5:7]
+    many = Noise(torch.arange(4000), (3,), dtype=torch.float64, path=True)
+    z = many.between(t, s, 7)
+    assert stats.kstest(z.flatten(), "norm").pvalue > 0.01
+    assert torch.equal(z, many.between(t, s, 8))
+    for row in (0, 17, 3999):
+        alone = Noise(torch.tensor([row]), (3,), dtype=torch.float64, path=True)
+        assert torch.equal(alone.between(t, s, 0)[0], z[row])
+    assert torch.equal(many.start(), Noise(torch.arange(4000), (3,), dtype=torch.float64).start())
+
+
+def test_blocks_do_not_change_the_path(monkeypatch):
+    noise = Noise(torch.arange(5), (3,), path=True)
+    together = noise.between(*KNOTS[5:7], 0)
+    monkeypatch.setattr(diffcore.noise, "BLOCK", 1)
+    assert torch.equal(noise.between(*KNOTS[5:7], 0), together)
+
+
+def test_without_a_path_noise_between_levels_is_the_steps():
+    noise = Noise(torch.arange(5), (3,))
+    assert torch.equal(noise.between(*KNOTS[5:7], 4), noise.step(4))
+
+
+@pytest.mark.parametrize("followed", (False, True))
+def test_branches_are_independent_and_never_the_same(followed):
+    root = Noise(torch.arange(2000), (), dtype=torch.float64, path=followed)
+    branches = [root, root.branch(0), root.branch(1), root.branch(0).branch(0), root.branch(0).branch(1).branch(2)]
+    assert len({branch.channel for branch in branches}) == len(branches)
+    draws = torch.stack([branch.between(*KNOTS[5:7], 3) for branch in branches])
+    assert (draws.corrcoef() - torch.eye(5)).abs().max() < 5 / math.sqrt(2000)
+
+
+def test_channels_of_all_branches_three_deep_differ_and_more_are_refused():
+    noise = Noise(torch.arange(1), ())
+    channels = [noise.channel]
+    for path in itertools.chain.from_iterable(itertools.product((0, 1, 2, 4094), repeat=depth) for depth in (1, 2, 3)):
+        branch = noise
+        for index in path:
+            branch = branch.branch(index)
+        channels.append(branch.channel)
+    assert len(set(channels)) == len(channels)
+    assert (max(channels) << 24) < 2**63
+    for index, start in ((-1, noise), (4095, noise), (0, branch)):
+        with pytest.raises(ValueError, match="branch"):
+            start.branch(index)
+
+
+def test_steps_of_ddpm_compose_exactly_along_the_path():
+    """With x_0 fixed, noise that one step of DDIM(1) leaves is what any number of steps between leave: e^λ is its clock."""
+    noise = Noise(torch.arange(3), (2,), dtype=torch.float64, path=True)
+    places = [4 * math.log(k / (2**20 - k)) for k in (200_000, 300_000, 500_000, 510_000, 800_000)]  # no rounding
+    levels = [SCHEDULE.at(-math.inf), *map(SCHEDULE.at, places)]
+
+    def left(levels):
+        eps = torch.zeros(3, 2, dtype=torch.float64)
+        for t, s in itertools.pairwise(levels):
+            r = math.exp((t.logsnr - s.logsnr) / 2)
+            eps = r * eps + math.sqrt(1 - r**2) * noise.between(t, s, 0)
+        return eps
+
+    torch.testing.assert_close(left(levels), left(levels[::5]), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(left([levels[0], *levels[3:]]), left(levels[::5]), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("t", "s", "message"),
+    [
+        (SCHEDULE.at(3.0), SCHEDULE.at(math.inf), "clean level"),
+        (SCHEDULE.at(3.0), SCHEDULE.at(3.0 + 1e-9), "closer than"),
+        (SCHEDULE.at(torch.zeros(2, 1)), SCHEDULE.at(torch.ones(2, 1)), "map of levels"),
+    ],
+)
+def test_steps_that_a_path_cannot_take_are_refused(t, s, message):
+    with pytest.raises(ValueError, match=message):
+        Noise(torch.arange(2), (1,), path=True).between(t, s, 0)

@@ -8,6 +8,7 @@ import pytest
 
 from diffcore.objective import Objective
 from diffcore.process import Process, TimeConditioning
+from diffcore.samplers import DDPM, DPMSolverSDE, PredictorCorrector, Restart
 from diffcore.schedules import Discrete, Explicit, Shifted, ZeroTerminalSNR
 from diffcore.spec import Parser, build, spec, trust
 from diffcore.weighting import MSE, MinSNR
@@ -24,6 +25,8 @@ NESTED = Shifted(ZeroTerminalSNR(Discrete(end=0.01)), -1.5)
         TimeConditioning("sigma", -0.125, 20.0),
         TimeConditioning("t", 1.0, math.inf),
         Explicit((-math.inf, 0.0, math.inf)),
+        DPMSolverSDE(3, 0.5),
+        Restart(PredictorCorrector(DDPM(0.5), 2, 0.16, "corrector"), ((0.2, 0.8, 4, 2), (1.5, 4.0, 3, 1))),
         Process(schedule=NESTED),
     ],
     ids=repr,

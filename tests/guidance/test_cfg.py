@@ -105,8 +105,9 @@ def variance_with_fresh_noise(w, n):
     """The recursion of variances of DDIM(1) on n steps: x_s = A x + B z, from unit variance at λ = -12."""
     schedule, labels = Flow(), torch.zeros(2, dtype=torch.int64)
     knots = Explicit(tuple(-12 + 24 * i / n for i in range(n + 1))).knots(schedule, n)
-    unit = SimpleNamespace(step=lambda index: torch.tensor([[0.0], [1.0]], dtype=torch.float64))
-    x, variance = unit.step(0).flip(0), knots[0].sigma ** 2 + knots[0].alpha ** 2
+    z = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    unit = SimpleNamespace(between=lambda t, s, step: z)
+    x, variance = z.flip(0), knots[0].sigma ** 2 + knots[0].alpha ** 2
     for t, s in pairwise(knots):
         prediction, _, _ = guided(Pair(), CFG(w), x, t, labels, None)
         A, B = DDIM(1.0).advance(DDIM(1.0).start(x, (t, s), unit), prediction, unit).x.flatten().tolist()

@@ -1,0 +1,131 @@
+"""DDPM and Euler ancestral against their papers' formulas and against diffusers on the same noise."""
+
+import math
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, EulerAncestralDiscreteScheduler
+
+from diffcore.noise import Noise
+from diffcore.prediction import Prediction, target
+from diffcore.samplers import DDIM, DDPM, EulerAncestral, State
+from diffcore.sampling import run
+from diffcore.schedules import Cosine, Discrete, Explicit, Trailing
+from tests.oracles import mixture, process
+
+NOISE = Noise(torch.arange(8), (2,), dtype=torch.float64)
+X0, EPS = (torch.linspace(a, b, 16, dtype=torch.float64).sin().view(8, 2) for a, b in ((1, 7), (2, 30)))
+PAIRS = ((-9.0, -2.0), (-1.0, 0.5), (2.0, 6.0))
+
+
+def step(sampler, scaling, t, s):
+    t, s = (Cosine(scaling=scaling).at(logsnr) for logsnr in (t, s))
+    return t, s, sampler.advance(State(t.alpha * X0 + t.sigma * EPS, t, (s,), step=3), Prediction(X0, EPS), NOISE).x
+
+
+@pytest.mark.parametrize("variance", (0.0, 0.3, 1.0))
+@pytest.mark.parametrize(("t", "s"), PAIRS)
+def test_a_step_is_the_posterior_of_ddpm_with_its_variance(t, s, variance):
+    """2006.11239, eq. 7: its mean; the variance β̃ or β, or iDDPM's exp(v ln β + (1-v) ln β̃)."""
+    t, s, x = step(DDPM(variance), "vp", t, s)
+    bar_t, bar_s = t.alpha**2, s.alpha**2
+    beta = 1 - bar_t / bar_s
+    small = (1 - bar_s) / (1 - bar_t) * beta
+    mean = math.sqrt(bar_s) * beta / (1 - bar_t) * X0 + math.sqrt(bar_t / bar_s) * (1 - bar_s) / (1 - bar_t) * (
+        t.alpha * X0 + t.sigma * EPS
+    )
+    spread = math.exp((variance * math.log(beta) + (1 - variance) * math.log(small)) / 2)
+    torch.testing.assert_close(x, mean + spread * NOISE.step(3), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("scaling", ("ve", "flow"))
+@pytest.mark.parametrize("variance", (0.3, 1.0))
+def test_the_step_is_the_same_in_every_scaling(variance, scaling):
+    _, _, vp = step(DDPM(variance), "vp", -1.0, 0.5)
+    _, s, other = step(DDPM(variance), scaling, -1.0, 0.5)
+    torch.testing.assert_close(other / math.hypot(s.alpha, s.sigma), vp, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("variance", (0.0, 1.0))
+def test_from_pure_noise_all_is_renoised_and_to_clean_nothing(variance):
+    _, s, x = step(DDPM(variance), "vp", -math.inf, -2.0)
+    spread = 1.0 if variance else s.sigma  # β = 1 - ᾱ_t/ᾱ_s = 1
+    torch.testing.assert_close(x, s.alpha * X0 + spread * NOISE.step(3), rtol=1e-12, atol=1e-12)
+    assert torch.equal(step(DDPM(variance), "vp", -2.0, math.inf)[2], X0)
+
+
+def test_small_variance_and_euler_ancestral_are_ddim_with_eta_1_bit_for_bit():
+    oracle = mixture()
+    knots = Trailing().knots(oracle.process.schedule, 7)
+    ends = [run(oracle, sampler, NOISE.start(), knots, NOISE)[0] for sampler in (DDIM(1.0), DDPM(), EulerAncestral())]
+    assert torch.equal(ends[0], ends[1])
+    assert torch.equal(ends[0], ends[2])
+
+
+@pytest.mark.parametrize("eta", (0.4, 1.0))
+def test_euler_ancestral_steps_down_and_adds_noise(eta):
+    """k-diffusion's σ_down and σ_up, in y = x/α."""
+    t, s, x = step(EulerAncestral(eta), "ve", -1.0, 0.5)
+    up = eta * s.sigma * math.sqrt(1 - s.sigma**2 / t.sigma**2)
+    down = math.sqrt(s.sigma**2 - up**2)
+    expected = X0 + t.sigma * EPS + (down - t.sigma) * EPS + up * NOISE.step(3)
+    torch.testing.assert_close(x, expected, rtol=1e-12, atol=1e-12)
+
+
+class Drawn:
+    """Noise of torch's generators, as diffusers draws it when seeded with the step's number."""
+
+    def between(self, t, s, step):
+        return torch.randn(8, 2, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+
+
+def along(theirs, sampler, steps, to_theirs):
+    """(theirs, ours) after each step, both from the same x and asked by the same denoiser."""
+    oracle = mixture(process(Discrete()))
+    knots = Trailing().knots(oracle.process.schedule, steps)
+    theirs.set_timesteps(steps)
+    state = sampler.start(NOISE.start(), knots, Drawn())
+    x = to_theirs(NOISE.start(), knots[0])
+    for i, t in enumerate(theirs.timesteps):
+        theirs.scale_model_input(x, t)
+        output = target("epsilon", *oracle(state.x, state.level), state.level, 0.5)
+        x = theirs.step(output, t, x, generator=torch.Generator().manual_seed(i)).prev_sample
+        state = sampler.advance(state, oracle(state.x, state.level), Drawn())
+        yield x, to_theirs(state.x, state.level)
+        x = to_theirs(state.x, state.level)  # their table is float32; steps are compared one by one
+
+
+TABLE = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+
+
+@pytest.mark.parametrize(("name", "variance"), (("fixed_small", 0.0), ("fixed_large", 1.0)))
+def test_steps_equal_diffusers_ddpm_but_for_the_noise_it_leaves_on_the_sample(name, variance):
+    theirs = DDPMScheduler(**TABLE, variance_type=name, clip_sample=False, timestep_spacing="trailing")
+    *steps, (x, ours) = along(theirs, DDPM(variance), 10, lambda x, level: x)
+    for theirs_x, ours_x in steps:
+        torch.testing.assert_close(ours_x, theirs_x, rtol=1e-5, atol=1e-5)
+    last = Trailing().knots(Discrete(), 10)[-2]  # from there to clean β = 1 - ᾱ, 0.32² at 10 steps; β̃ = 0
+    left = variance * last.sigma * Drawn().between(last, None, 9)
+    torch.testing.assert_close(x - ours, left, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own use of numpy
+@pytest.mark.parametrize("steps", (10, 25))
+def test_steps_equal_diffusers_euler_ancestral(steps):
+    """Theirs works in y = x/α."""
+    theirs = EulerAncestralDiscreteScheduler(**TABLE, timestep_spacing="trailing")
+    for x, ours in along(theirs, EulerAncestral(), steps, lambda x, level: x / level.alpha):
+        torch.testing.assert_close(ours, x, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("variance", (-0.1, 1.1, math.nan))
+def test_variances_outside_0_to_1_are_refused(variance):
+    with pytest.raises(ValueError, match="variance is"):
+        DDPM(variance)
+
+
+@pytest.mark.parametrize("sampler", (DDPM(), DDPM(1.0), EulerAncestral()), ids=str)
+def test_knots_that_rise_in_noise_are_refused(sampler):
+    knots = Explicit((1.0, -1.0)).knots(Cosine(), 1)
+    with pytest.raises(ValueError, match="fall in noise"):
+        run(mixture(), sampler, NOISE.start(), knots, NOISE)

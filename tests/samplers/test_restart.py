@@ -1,0 +1,116 @@
+"""Restart: the levels it visits, the noise it adds, and the marginals it keeps."""
+
+import math
+
+import pytest
+import torch
+
+from diffcore.noise import Noise
+from diffcore.samplers import DDIM, AlphaBlending, PredictorCorrector, Restart
+from diffcore.sampling import run
+from diffcore.schedules import Cosine, Explicit, Flow, Karras, Trailing
+from tests.oracles import covariance, gaussian, mixture, process
+from tests.samplers.moments import affine, moments
+
+NOISE = Noise(torch.arange(4), (2,), dtype=torch.float64)
+TWO = ((0.2, 0.8, 2, 2), (1.5, 4.0, 3, 1))
+
+
+def asked(sampler, knots, oracle=mixture()):
+    """(σ/α, x) of each evaluation, and the end."""
+    state, seen = sampler.start(NOISE.start(), knots, NOISE), []
+    while not state.done:
+        seen.append((state.level.ratio, state.x))
+        state = sampler.advance(state, oracle(state.x, state.level), NOISE)
+    return seen, state
+
+
+@pytest.mark.parametrize("sampler", (Restart(DDIM(), TWO), Restart(AlphaBlending(2), TWO)), ids=str)
+def test_evaluations_are_counted_exactly(sampler):
+    knots = Karras(0.01, 20.0).knots(Cosine(), 9)
+    seen, state = asked(sampler, knots)
+    inserted = 2  # neither u_min is a knot
+    assert len(seen) == sampler.evaluations(knots) == sampler.inner.order * (9 + inserted + 2 * 2 + 3 * 1)
+    assert state.level == knots[-1]
+    assert state.step == 9 + inserted + 2 * 2 + 3 * 1
+
+
+def test_levels_are_the_runs_and_the_intervals_levels_in_turn():
+    knots = Explicit(tuple(-2 * math.log(u) for u in (10.0, 3.0, 1.0, 0.5, 0.1))).knots(Cosine(), 4)
+    seen, _ = asked(Restart(DDIM(), ((0.5, 3.0, 2, 2),)), knots)
+    middle = ((3 ** (1 / 7) + 0.5 ** (1 / 7)) / 2) ** 7  # Karras' ρ = 7
+    expected = [10.0, 3.0, 1.0, 3.0, middle, 3.0, middle, 0.5]  # 0.5 is a knot already
+    assert [ratio for ratio, _ in seen] == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("schedule", (Cosine(), Cosine(scaling="ve"), Flow()), ids=str)
+def test_the_jump_adds_what_the_levels_differ_in(schedule):
+    """Algorithm 1: y + √(u_max² - u_min²) z in y = x/α, whatever the scaling."""
+    knots = Explicit(tuple(-2 * math.log(u) for u in (10.0, 0.5, 0.1))).knots(schedule, 2)
+    oracle, sampler = (
+        gaussian([1.0, -0.5], covariance(0.8, 0.2, 0.7), process(schedule)),
+        Restart(DDIM(), ((0.5, 3.0, 1, 1),)),
+    )
+    first, again = knots[0], schedule.at(-2 * math.log(3.0))
+    seen, _ = asked(sampler, knots, oracle)
+    low = DDIM().advance(DDIM().start(NOISE.start(), knots, NOISE), oracle(NOISE.start(), first), NOISE)
+    z = (seen[1][1] / again.alpha - low.x / low.level.alpha) / math.sqrt(3.0**2 - 0.5**2)
+    torch.testing.assert_close(z, NOISE.branch(4).step(1), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("steps", (8, 32))
+def test_the_marginal_is_kept_up_to_the_inner_samplers_error(steps):
+    """And errors shrink: noise and flow back contract them. DDIM is of order 1, so 4 times the steps err 4 times less."""
+    cov = covariance(0.8, 0.2, 0.7)
+    oracle = gaussian([1.0, -0.5], cov)
+    knots = Explicit(tuple(-6 + 10 * i / steps for i in range(steps + 1))).knots(oracle.process.schedule, steps)
+    first, last = knots[0], knots[-1]
+    eye = torch.eye(2, dtype=torch.float64)
+    begin = (first.alpha * oracle.means[0], first.alpha**2 * cov + first.sigma**2 * eye)
+    exact = last.alpha**2 * cov + last.sigma**2 * eye
+    plain, again = (
+        moments(oracle, sampler, knots, *begin)[1] - exact
+        for sampler in (DDIM(), Restart(DDIM(), ((0.2, 0.8, steps, 3),)))
+    )
+    assert plain.norm() < 3.2 / steps * exact.norm()
+    assert again.norm() < 0.6 * plain.norm()
+
+
+def test_x_is_kept_where_a_run_only_goes_on():
+    """From the last repeat into the rest of the run no noise is added: draws are one for each repeat."""
+    oracle = gaussian([1.0, -0.5], covariance(0.8, 0.2, 0.7))
+    knots = Karras(0.01, 20.0).knots(oracle.process.schedule, 9)
+    assert len(affine(oracle, Restart(DDIM(), TWO), knots)[2]) == 2 + 1
+
+
+def test_it_nests_with_a_corrector():
+    sampler = Restart(PredictorCorrector(AlphaBlending(2), 2), TWO)
+    knots = Karras(0.01, 20.0).knots(mixture().process.schedule, 9)
+    seen, _ = asked(sampler, knots)
+    assert len(seen) == sampler.evaluations(knots)
+    ends = [run(mixture(), sampler, NOISE.start(), knots, NOISE)[0] for _ in range(2)]
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize(
+    "interval", ((0.0, 1.0, 1, 1), (1.0, 0.5, 1, 1), (0.5, math.inf, 1, 1), (0.5, 1.0, 0, 1), (0.5, 1.0, 1, 0))
+)
+def test_intervals_that_are_none_are_refused(interval):
+    with pytest.raises(ValueError, match="interval is"):
+        Restart(intervals=(interval,))
+
+
+@pytest.mark.parametrize(
+    "logsnrs", ((0.0, 4.0, 8.0), (-4.0, 1.0), (8.0, -4.0)), ids=("from below", "to above", "rising")
+)
+def test_intervals_outside_of_the_run_are_refused(logsnrs):
+    knots = Explicit(logsnrs).knots(Cosine(), len(logsnrs) - 1)
+    with pytest.raises(ValueError, match="not within the run"):
+        Restart(intervals=((0.2, 2.0, 2, 1),)).start(NOISE.start(), knots, NOISE)
+
+
+def test_one_step_from_pure_noise_restarts_within_it():
+    knots = Trailing().knots(Flow(), 1)
+    x, evaluations = run(mixture(process(Flow())), Restart(DDIM()), NOISE.start(), knots, NOISE)
+    assert x.isfinite().all()
+    assert evaluations == 2 + 2 * 2
