@@ -1,7 +1,25 @@
 """Samplers: pure state machines that integrate the reverse process, one file per family."""
 
+from diffcore.samplers.adams import AdamsBashforth
 from diffcore.samplers.base import Sampler, State
 from diffcore.samplers.blending import AlphaBlending
 from diffcore.samplers.ddim import DDIM
+from diffcore.samplers.dpm_solver import DPMSolverPP
+from diffcore.samplers.edm import Euler, Heun
+from diffcore.samplers.gradient_estimation import GradientEstimation
+from diffcore.samplers.runge_kutta import AdaptiveRungeKutta
+from diffcore.samplers.unipc import UniPC
 
-__all__ = ["DDIM", "AlphaBlending", "Sampler", "State"]
+__all__ = [
+    "DDIM",
+    "AdamsBashforth",
+    "AdaptiveRungeKutta",
+    "AlphaBlending",
+    "DPMSolverPP",
+    "Euler",
+    "GradientEstimation",
+    "Heun",
+    "Sampler",
+    "State",
+    "UniPC",
+]

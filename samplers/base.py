@@ -8,6 +8,7 @@ In y = x/α, u = σ/α the probability flow is dy/du = ε; in z = x/(α+σ), a =
 step is the same in all of them, x_s = α_s x_0 + σ_s ε, and that is its definition here.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from diffcore.noise import Noise
 from diffcore.prediction import Prediction
-from diffcore.schedules import Level
+from diffcore.schedules import Level, Real
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ class State:
         """Whether x is the result."""
         return not self.left
 
+    @property
+    def first_order(self) -> bool:
+        """Whether the next step touches an end, α = 0 or σ = 0: what is smooth in u or λ takes the first-order step there."""
+        return not (interior(self.level) and interior(self.left[0]))
+
     def reached(self, x: Tensor, memory: Any = None) -> "State":
         """The state at the next knot."""
         return State(x, self.left[0], self.left[1:], self.step + 1, memory)
@@ -52,8 +58,10 @@ class State:
 class Sampler(ABC):
     """An integrator of the reverse process. Immutable: one object serves any number of runs and threads."""
 
-    order: int
-    """Order of convergence on a smooth flow (for a stochastic sampler, the weak order)."""
+    @property
+    @abstractmethod
+    def order(self) -> int:
+        """Order of convergence on a smooth flow (for a stochastic sampler, the weak order)."""
 
     def start(self, x: Tensor, knots: tuple[Level, ...], noise: Noise) -> State:
         """The state at the first knot, where x is. Knots: n+1 levels, strictly monotone in λ, any ends."""
@@ -66,3 +74,20 @@ class Sampler(ABC):
     @abstractmethod
     def evaluations(self, knots: tuple[Level, ...]) -> int:
         """How many predictions a run over these knots asks for."""
+
+
+def interior(level: Level) -> bool:
+    """Whether neither α nor σ is 0, anywhere in a map of levels, so that u and λ are finite. Decided on the host."""
+    logsnr = level.logsnr
+    return bool(logsnr.isfinite().all()) if isinstance(logsnr, Tensor) else math.isfinite(logsnr)
+
+
+def falls(knots: tuple[Level, ...]) -> bool:
+    """Whether the knots go towards the data, everywhere in maps of levels; decided on the host."""
+    rises = knots[0].logsnr < knots[-1].logsnr
+    return bool(rises.all()) if isinstance(rises, Tensor) else rises
+
+
+def times(coefficient: Real, x: Tensor) -> Tensor:
+    """The product, where the coefficient may be a map of levels in float64 on the host."""
+    return (coefficient.to(x) if isinstance(coefficient, Tensor) else coefficient) * x
