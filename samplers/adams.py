@@ -11,7 +11,7 @@ A method holds one of them, interpolates it in a variable, and integrates the po
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
@@ -56,6 +56,7 @@ class AdamsBashforth(Sampler):
     k: Literal[1, 2, 3, 4, 5] = 2
     held: Held = "velocity"
     variable: Variable = "a"
+    order: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.k not in (1, 2, 3, 4, 5):
@@ -64,6 +65,7 @@ class AdamsBashforth(Sampler):
             raise ValueError(f"held is {self.held!r}, expected one of {', '.join(get_args(Held))}")
         if self.variable not in get_args(Variable):
             raise ValueError(f"variable is {self.variable!r}, expected one of {', '.join(get_args(Variable))}")
+        object.__setattr__(self, "order", min(self.k, 2) if self.variable == "index" else self.k)
 
     @classmethod
     def lms(cls, k: Literal[1, 2, 3, 4, 5] = 4) -> "AdamsBashforth":
@@ -84,10 +86,6 @@ class AdamsBashforth(Sampler):
     def ipndm(cls, k: Literal[1, 2, 3, 4, 5] = 4) -> "AdamsBashforth":
         """iPNDM: ε with the classical weights of equal steps. Zhang & Chen 2023 (2204.13902), after 2202.09778."""
         return cls(k, "eps", "index")
-
-    @property
-    def order(self) -> int:
-        return min(self.k, 2) if self.variable == "index" else self.k
 
     def advance(self, state: State, prediction: Prediction, noise: Noise) -> State:
         now = Past(state.level, self._held(prediction))

@@ -3,7 +3,7 @@
 With h = (λ_s - λ_t)/2, the first-order step is x_s = (σ_s/σ_t) x + α_s (1 - e^{-h}) x_0, and is DDIM.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal, NamedTuple, get_args
 
@@ -45,14 +45,12 @@ class DPMSolverPP(Sampler):
     """
 
     variant: Variant = "2M"
+    order: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.variant not in get_args(Variant):
             raise ValueError(f"variant is {self.variant!r}, expected one of {', '.join(get_args(Variant))}")
-
-    @property
-    def order(self) -> int:
-        return {"1": 1, "2S": 2, "2M": 2, "3M": 3, "3M published": 2}[self.variant]
+        object.__setattr__(self, "order", {"1": 1, "3M": 3}.get(self.variant, 2))
 
     def advance(self, state: State, prediction: Prediction, noise: Noise) -> State:
         if self.variant == "2S":

@@ -1,6 +1,6 @@
 """Gradient estimation: ε is extrapolated beyond the last two predictions, as a better estimate of the way to the data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
@@ -21,7 +21,7 @@ class GradientEstimation(Sampler):
     """y_s = y + (u_p - u) ε̄ + √(u_s² - u_p²) z,  ε̄ = γ ε + (1-γ) ε',  u_p = (u_s / u^μ)^{1/(1-μ)},  ε' the last knot's.
 
     Permenter & Yuan 2023 (2306.04848): σ there is u. μ = 0 is deterministic, u_p = u_s; γ = 1, μ = ½ is DDPM's ancestral
-    step. On knots equally spaced in u, γ = 1.5 is Adams-Bashforth(2), of order 2; elsewhere, and for other γ, of order 1.
+    step. γ = 1.5 is iPNDM(2), of order 2, and on knots equally spaced in u LMS(2); any other γ is of order 1.
 
     A step that touches α = 0 or σ = 0 takes ε̄ = ε, and such a knot is not remembered. From α = 0, μ > 0 renoises in full.
 
@@ -32,13 +32,14 @@ class GradientEstimation(Sampler):
 
     gamma: float = 2.0
     mu: float = 0.0
-    order = 1
+    order: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 < self.gamma < 10:
             raise ValueError(f"gamma is {self.gamma}, expected a factor within (0, 10), about 2")
         if not 0 <= self.mu < 1:
             raise ValueError(f"mu is {self.mu}, expected a share of fresh noise within [0, 1)")
+        object.__setattr__(self, "order", 2 if (self.gamma, self.mu) == (1.5, 0) else 1)
 
     def start(self, x: Tensor, knots: tuple[Level, ...], noise: Noise) -> State:
         if self.mu and not falls(knots):

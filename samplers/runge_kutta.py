@@ -6,7 +6,7 @@ The last stage of both pairs is asked at z' itself, so it begins the next step.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Literal, NamedTuple
 
@@ -81,6 +81,7 @@ class AdaptiveRungeKutta(Sampler):
     pair: Literal["BogackiShampine", "DormandPrince"] = "DormandPrince"
     rtol: float = 1e-3
     atol: float = 1e-3
+    order: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.pair not in PAIRS:
@@ -89,10 +90,7 @@ class AdaptiveRungeKutta(Sampler):
             raise ValueError(f"rtol is {self.rtol}, expected a finite tolerance of at least 0")
         if not 0 < self.atol < 0.5:
             raise ValueError(f"atol is {self.atol}, expected a tolerance within (0, 0.5)")
-
-    @property
-    def order(self) -> int:
-        return PAIRS[self.pair].order
+        object.__setattr__(self, "order", PAIRS[self.pair].order)
 
     def advance(self, state: State, prediction: Prediction, noise: Noise) -> State:
         knot, attempt = state.left[0], state.memory

@@ -1,6 +1,6 @@
 """UniPC: a predictor and a corrector over λ that share their evaluations, so that the corrector is free."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from torch import Tensor
@@ -40,16 +40,14 @@ class UniPC(Sampler):
 
     p: Literal[1, 2, 3] = 2
     B: Literal["bh1", "bh2"] = "bh2"
+    order: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.p not in (1, 2, 3):
             raise ValueError(f"p is {self.p}, expected a predictor of order 1 to 3")
         if self.B not in ("bh1", "bh2"):
             raise ValueError(f"B is {self.B!r}, expected bh1 or bh2")
-
-    @property
-    def order(self) -> int:
-        return self.p + 1
+        object.__setattr__(self, "order", self.p + 1)
 
     def advance(self, state: State, prediction: Prediction, noise: Noise) -> State:
         level, knot = state.level, state.left[0]
