@@ -92,6 +92,15 @@ class AdaptiveRungeKutta(Sampler):
             raise ValueError(f"atol is {self.atol}, expected a tolerance within (0, 0.5)")
         object.__setattr__(self, "order", PAIRS[self.pair].order)
 
+    def start(self, x: Tensor, knots: tuple[Level, ...], noise: Noise) -> State:
+        rounding = 10 * torch.finfo(x.dtype).eps
+        if max(self.rtol, self.atol) < rounding:
+            raise ValueError(
+                f"rtol and atol are {self.rtol} and {self.atol}, below the rounding of {x.dtype}: "
+                f"raise one to {rounding:.1g}, or sample in float64"
+            )
+        return super().start(x, knots, noise)
+
     def advance(self, state: State, prediction: Prediction, noise: Noise) -> State:
         knot, attempt = state.left[0], state.memory
         velocity = prediction.eps - prediction.x0
@@ -144,7 +153,7 @@ class AdaptiveRungeKutta(Sampler):
                 return state.reached(x, _Attempt(None, 0.0, abs(wanted)))
         elif not abs(wanted) > LEAST:  # also NaN
             raise ValueError(
-                f"{self} cannot meet its tolerance at a = {a:g}: raise rtol and atol, or sample in float64"
+                f"{self} cannot meet its tolerance at a = {a:g}: raise rtol and atol, or see whether the network is finite"
             )
         return self._ask(state, _Attempt(z, a, _divided(target - a, abs(wanted)), slopes[:1]))
 

@@ -14,7 +14,7 @@ from diffcore.samplers import DDIM, AdamsBashforth, AlphaBlending, DPMSolverPP, 
 from diffcore.schedules import Cosine, Explicit, Flow
 from tests.oracles import flow, mixture, process
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # theirs, in set_timesteps
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # theirs, in set_timesteps
 LOGSNRS = (-7.0, -5.2, -4.0, -2.6, -1.5, -0.4, 0.6, 1.8, 3.1, 4.5, 6.0)
 NOISE = Noise(torch.arange(64), (2,), dtype=torch.float64)
 
