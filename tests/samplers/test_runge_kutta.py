@@ -103,7 +103,7 @@ def test_a_row_alone_chooses_steps_of_its_own():
 def test_a_tolerance_below_rounding_is_refused():
     sampler, knots = AdaptiveRungeKutta("DormandPrince", 0.0, 1e-7), Trailing().knots(Flow(), 1)
     sampler.start(NOISE.start(), knots, NOISE)
-    with pytest.raises(ValueError, match="below the rounding of torch.float32"):
+    with pytest.raises(ValueError, match=r"below the rounding of torch\.float32"):
         sampler.start(NOISE.start().float(), knots, NOISE)
 
 
