@@ -11,15 +11,17 @@ A method holds one of them, interpolates it in a variable, and integrates the po
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args
 
+import torch
 from torch import Tensor
 
 from diffcore.noise import Noise
 from diffcore.prediction import Prediction
 from diffcore.samplers.base import Sampler, State, interior, times
-from diffcore.samplers.lagrange import rule, weights
+from diffcore.samplers.lagrange import Rule, even_moments, moments, rule, weights
 from diffcore.schedules import Level, Real
 
 Held = Literal["eps", "x0", "velocity"]
@@ -113,48 +115,36 @@ class AdamsBashforth(Sampler):
 
     def _correction(self, history: History, s: Level) -> Tensor | float:
         (t, f), *past = history
+        if not past:
+            return 0.0
         scale = {"eps": s.alpha, "x0": s.sigma, "velocity": s.alpha + s.sigma}[self.held]
-        if self.variable == "index":
-            nodes: list[Real] = [-float(j) for j in range(len(history))]
-        else:
-            nodes = [_coordinate(level, self.variable) for level, _ in history]
-        w = weights(nodes, self._measure(t, s)) if past else []
+        nodes = [_coordinate(level, -j, self.variable) for j, (level, _) in enumerate(history)]
+        w = weights(nodes, self._moments(t, s, len(past)))
         return sum(times(scale * w_j, f_j - f) for w_j, (_, f_j) in zip(w, past, strict=True))
 
-    def _measure(self, t: Level, s: Level) -> list[tuple[Real, Real]]:
-        """Points v of the variable between two knots, each with its dm."""
-        if self.variable == "index":
-            steps = _measured(s, self.held) - _measured(t, self.held)
-            return rule(0.0, 1.0, lambda _: steps, points=3)
-        if (self.held, self.variable) in (("eps", "u"), ("velocity", "a")):
-            return rule(_coordinate(t, self.variable), _coordinate(s, self.variable), lambda _: 1.0, points=3)
-        return in_logsnr(t, s, self.held, self.variable)
+    def _moments(self, t: Level, s: Level, count: int) -> list[Real]:
+        """Of the measure of the held quantity, over the variable, from t to s."""
+        if self.variable == "index" or (self.held, self.variable) in (("eps", "u"), ("velocity", "a")):
+            width = _coordinate(s, 1, self.variable) - _coordinate(t, 0, self.variable)
+            return even_moments(_measured(s, self.held) - _measured(t, self.held), width, count)
+        return moments(_in_logsnr(t, s, self.held, self.variable), _coordinate(t, 0, self.variable), count)
 
 
-def in_logsnr(t: Level, s: Level, held: Held, variable: Variable = "logsnr") -> list[tuple[Real, Real]]:
-    """(v, dm) between two finite levels, by quadrature in λ, where the measures are du/dλ = -u/2, da/dλ = -a(1-a)/2, ..."""
-    schedule = t.schedule
+def exponential_moments(t: Level, s: Level, count: int) -> list[Real]:
+    """M_p = ∫ (λ - λ_t)^p d(α/σ): what holding x_0 over λ asks for."""
+    return moments(_in_logsnr(t, s, "x0", "logsnr"), t.logsnr, count)
 
-    def at(logsnr: Real) -> Real:
-        match variable:
-            case "u":
-                return exp(-logsnr / 2)
-            case "a":
-                return 1 / (1 + exp(logsnr / 2))
-            case "t":
-                return schedule.time(logsnr)
-        return logsnr
 
-    def density(logsnr: Real) -> Real:
-        match held:
-            case "eps":
-                return -exp(-logsnr / 2) / 2
-            case "x0":
-                return exp(logsnr / 2) / 2
-        a = 1 / (1 + exp(logsnr / 2))
-        return -a * (1 - a) / 2
-
-    return [(at(logsnr), dm) for logsnr, dm in rule(t.logsnr, s.logsnr, density)]
+def _in_logsnr(t: Level, s: Level, held: Held, variable: Variable) -> Rule:
+    """(v, dm) between two finite levels, by quadrature in λ."""
+    points = rule(t.logsnr, s.logsnr, DENSITIES[held])
+    if variable == "t":
+        times_ = t.schedule.time(torch.stack([torch.as_tensor(q, dtype=torch.float64) for q, _ in points]))
+        v = times_.tolist() if times_.ndim == 1 else times_.unbind()
+        return zip(v, (dm for _, dm in points), strict=True)
+    if variable == "logsnr":
+        return points
+    return [(exp(-q / 2) if variable == "u" else 1 / (1 + exp(q / 2)), dm) for q, dm in points]
 
 
 def exp(value: Real) -> Real:
@@ -162,7 +152,20 @@ def exp(value: Real) -> Real:
     return value.exp() if isinstance(value, Tensor) else math.exp(value)
 
 
-def _coordinate(level: Level, variable: Variable) -> Real:
+def _a_density(logsnr: Real) -> Real:
+    a = 1 / (1 + exp(logsnr / 2))
+    return -a * (1 - a) / 2
+
+
+DENSITIES: dict[Held, Callable[[Real], Real]] = {
+    "eps": lambda logsnr: -exp(-logsnr / 2) / 2,
+    "x0": lambda logsnr: exp(logsnr / 2) / 2,
+    "velocity": _a_density,
+}
+"""dm/dλ."""
+
+
+def _coordinate(level: Level, index: int, variable: Variable) -> Real:
     match variable:
         case "u":
             return level.ratio
@@ -170,6 +173,8 @@ def _coordinate(level: Level, variable: Variable) -> Real:
             return level.blend
         case "t":
             return level.t
+        case "index":
+            return float(index)
     return level.logsnr
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffcore.noise import Noise
 from diffcore.prediction import Prediction
-from diffcore.samplers.adams import History, Past, in_logsnr
+from diffcore.samplers.adams import History, Past, exponential_moments
 from diffcore.samplers.base import Sampler, State, interior, times
 from diffcore.samplers.lagrange import weights
 from diffcore.schedules import Level, Real
@@ -70,8 +70,6 @@ class DPMSolverPP(Sampler):
 
     def _correction(self, history: History, s: Level) -> Tensor | float:
         match self.variant, len(history):
-            case _, 1:
-                return 0.0
             case "2M", 2:
                 return secant(history, s, gain(history[0].level, s) / 2)
             case "3M published", 3:
@@ -93,7 +91,9 @@ def secant(history: History, s: Level, coefficient: Real) -> Tensor:
 def exact(history: History, s: Level) -> Tensor | float:
     """σ_s ∫ (p(λ) - x_0) d(α/σ), p the polynomial in λ through the history."""
     (t, x0), *past = history
-    w = weights([level.logsnr for level, _ in history], in_logsnr(t, s, "x0"))
+    if not past:
+        return 0.0
+    w = weights([level.logsnr for level, _ in history], exponential_moments(t, s, len(past)))
     return sum(times(s.sigma * w_j, x0_j - x0) for w_j, (_, x0_j) in zip(w, past, strict=True))
 
 
@@ -101,8 +101,7 @@ def _missing(history: History, s: Level) -> Tensor:
     """Half the integral of the quadratic term, x_0[t, t', t''] (λ-λ_t)²: what the published third order leaves out."""
     (t, x0), (t1, x1), (t2, x2) = history
     r1, r2 = t1.logsnr - t.logsnr, t2.logsnr - t.logsnr
-    moment = sum(((v - t.logsnr) ** 2 * dm for v, dm in in_logsnr(t, s, "x0")), 0.0)
-    half = s.sigma * moment / 2
+    half = s.sigma * exponential_moments(t, s, 2)[1] / 2
     return times(half / (r1 * (r1 - r2)), x1 - x0) - times(half / (r2 * (r1 - r2)), x2 - x0)
 
 
