@@ -54,12 +54,12 @@ LEAST = 1e-9
 
 
 class _Attempt(NamedTuple):
-    """A step under way: from (z, a) by h, with the slopes found so far; none at a knot, where only h is carried over."""
+    """A step under way: from (z, a) by h, with the slopes found so far. At a knot the memory is the |h| to begin with."""
 
-    z: Tensor | None
+    z: Tensor
     a: float
     h: float
-    slopes: tuple[Tensor, ...] = ()
+    slopes: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -102,22 +102,26 @@ class AdaptiveRungeKutta(Sampler):
         return super().start(x, knots, noise)
 
     def advance(self, state: State, prediction: Prediction, noise: Noise) -> State:
-        knot, attempt = state.left[0], state.memory
         velocity = prediction.eps - prediction.x0
-        if attempt is None or not attempt.slopes:
-            a, z = _number(state.level), state.x / (state.level.alpha + state.level.sigma)
-            left = self._target(knot) - a
-            if left == 0 or (left > 0) != (_number(knot) > a):
-                return state.reached(prediction.at(knot))
-            h = _divided(left, max(self.rtol, self.atol) ** (1 / self.order) if attempt is None else attempt.h)
-            return self._ask(state, _Attempt(z, a, h, (velocity,)))
-        attempt = attempt._replace(slopes=(*attempt.slopes, velocity))
+        if not isinstance(state.memory, _Attempt):
+            return self._begun(state, prediction, velocity)
+        attempt = state.memory._replace(slopes=(*state.memory.slopes, velocity))
         if len(attempt.slopes) <= len(PAIRS[self.pair].rows):
             return self._ask(state, attempt)
         return self._judged(state, attempt, prediction)
 
     def evaluations(self, knots: tuple[Level, ...]) -> int:
         raise ValueError(f"{self} asks as often as its tolerance needs: run it and read the evaluations of the samples")
+
+    def _begun(self, state: State, prediction: Prediction, velocity: Tensor) -> State:
+        """The first stage from a knot, or the first-order step where the next one is an end less than `atol` away."""
+        level, knot = state.level, state.left[0]
+        a = _number(level)
+        left = self._target(knot) - a
+        if left == 0 or (left > 0) != (_number(knot) > a):
+            return state.reached(prediction.at(knot))
+        h = _divided(left, state.memory or max(self.rtol, self.atol) ** (1 / self.order))
+        return self._ask(state, _Attempt(state.x / (level.alpha + level.sigma), a, h, (velocity,)))
 
     def _target(self, knot: Level) -> float:
         """A where the pair stops: at the knot, or `atol` before an end."""
@@ -128,7 +132,6 @@ class AdaptiveRungeKutta(Sampler):
         """The state that asks for the next stage."""
         pair, i, h = PAIRS[self.pair], len(attempt.slopes), attempt.h
         row = pair.rows[i - 1]
-        assert attempt.z is not None
         z = attempt.z + sum(h * a_ij * k for a_ij, k in zip(row, attempt.slopes, strict=True) if a_ij)
         level = self._level(state.left[0], attempt.a + h * sum(row))
         return replace(state, x=(level.alpha + level.sigma) * z, level=level, memory=attempt)
@@ -142,7 +145,6 @@ class AdaptiveRungeKutta(Sampler):
         knot, (z, a, h, slopes), pair = state.left[0], attempt, PAIRS[self.pair]
         after = state.x / (state.level.alpha + state.level.sigma)
         error = sum((h * e * k for e, k in zip(pair.error, slopes, strict=True)), torch.zeros_like(after))
-        assert z is not None
         size = self._size(error, z, after)
         wanted = h * min(max(SAFETY * size ** (-1 / pair.order), SHRINK), GROW) if size > 0 else h * GROW
         target = self._target(knot)
@@ -150,7 +152,7 @@ class AdaptiveRungeKutta(Sampler):
             z, a, slopes = after, a + h, slopes[-1:]
             if abs(target - a) < LEAST / 10:
                 x = state.x if interior(knot) else prediction.at(knot)
-                return state.reached(x, _Attempt(None, 0.0, abs(wanted)))
+                return state.reached(x, abs(wanted))
         elif not abs(wanted) > LEAST:  # also NaN
             raise ValueError(
                 f"{self} cannot meet its tolerance at a = {a:g}: raise rtol and atol, or see whether the network is finite"

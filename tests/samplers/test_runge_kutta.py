@@ -1,6 +1,7 @@
 """The adaptive pairs: errors follow the tolerance, every knot is reached, nothing is asked where it may not be."""
 
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -68,6 +69,15 @@ def test_it_lands_on_every_knot_and_asks_within(pair):
     assert (state.x - exact).norm(dim=1).median() < 3e-3
 
 
+def test_an_end_nearer_than_atol_is_the_first_order_step():
+    oracle = Counted(mixture(process(Flow())))
+    knots = Explicit((0.0, 20.0, math.inf)).knots(Flow(), 2)
+    x, _ = run(oracle, AdaptiveRungeKutta(), NOISE.start(), knots, NOISE)
+    assert oracle.levels[-1] == knots[1]
+    before, _ = run(oracle.oracle, AdaptiveRungeKutta(), NOISE.start(), knots[:2], NOISE)
+    assert torch.equal(x, oracle.oracle(before, knots[1]).x0)
+
+
 @pytest.mark.parametrize("pair", PAIRS)
 def test_there_and_back(pair):
     oracle, schedule = mixture(process(Flow())), Flow()
@@ -130,3 +140,16 @@ def test_evaluations_cannot_be_told_beforehand():
 def test_options_out_of_range_are_refused(options, match):
     with pytest.raises(ValueError, match=match):
         AdaptiveRungeKutta(**options)
+
+
+def test_a_state_saved_in_mid_step_continues_bit_for_bit():
+    oracle, sampler, knots = mixture(process(Flow())), AdaptiveRungeKutta(), Trailing().knots(Flow(), 2)
+    state, kept = sampler.start(NOISE.start(), knots, NOISE), []
+    while not state.done:
+        kept.append(pickle.dumps(state))
+        state = sampler.advance(state, oracle(state.x, state.level), NOISE)
+    for saved in kept[:: len(kept) // 5]:
+        again = pickle.loads(saved)
+        while not again.done:
+            again = sampler.advance(again, oracle(again.x, again.level), NOISE)
+        assert torch.equal(again.x, state.x)
