@@ -46,8 +46,8 @@ FORMULAS = {
 }
 IN_A = {AdamsBashforth.flow(k): formulas.flow(k) for k in (2, 3, 4, 5)}
 GRIDS = [
-    *((Trailing(), n) for n in (1, 2, 3)),  # from α = 0
-    *((Karras(), n) for n in (1, 3)),
+    *((Trailing(), n) for n in (1, 2, 3, 5)),  # from α = 0
+    (Karras(), 3),
     (Explicit((-5.0, -3.2, -1.0, 0.5, 2.5, 3.0)), 5),
     (Explicit((3.0, 2.0, 1.2, 0.0, -2.5)), 4),  # towards noise
 ]
