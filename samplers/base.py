@@ -45,6 +45,11 @@ class State:
         """Whether x is the result."""
         return not self.left
 
+    @property
+    def first_order(self) -> bool:
+        """Whether the next step touches an end, α = 0 or σ = 0: what is smooth in u or λ takes the first-order step there."""
+        return not (interior(self.level) and interior(self.left[0]))
+
     def reached(self, x: Tensor, memory: Any = None) -> "State":
         """The state at the next knot."""
         return State(x, self.left[0], self.left[1:], self.step + 1, memory)
@@ -106,3 +111,20 @@ def renoised(prediction: Prediction, share: Real, z: Tensor) -> Prediction:
 def clean(level: Level) -> bool:
     """Whether a whole batch has no noise there: a step to it is x_0, and draws none."""
     return isinstance(level.sigma, float) and level.sigma == 0
+
+
+def interior(level: Level) -> bool:
+    """Whether neither α nor σ is 0, anywhere in a map of levels, so that u and λ are finite. Decided on the host."""
+    logsnr = level.logsnr
+    return bool(logsnr.isfinite().all()) if isinstance(logsnr, Tensor) else math.isfinite(logsnr)
+
+
+def falls(knots: tuple[Level, ...]) -> bool:
+    """Whether the knots go towards the data, everywhere in maps of levels; decided on the host."""
+    rises = knots[0].logsnr < knots[-1].logsnr
+    return bool(rises.all()) if isinstance(rises, Tensor) else rises
+
+
+def times(coefficient: Real, x: Tensor) -> Tensor:
+    """The product, where the coefficient may be a map of levels in float64 on the host."""
+    return (coefficient.to(x) if isinstance(coefficient, Tensor) else coefficient) * x

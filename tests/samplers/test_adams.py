@@ -1,0 +1,188 @@
+"""Which samplers are one and the same, what the multistep ones do at the ends, and maps of levels."""
+
+import math
+from functools import cache
+from itertools import pairwise, product
+
+import pytest
+import torch
+
+from diffcore.noise import Noise
+from diffcore.prediction import Prediction
+from diffcore.samplers import (
+    DDIM,
+    AdamsBashforth,
+    AlphaBlending,
+    DPMSolverPP,
+    Euler,
+    GradientEstimation,
+    Heun,
+    State,
+    UniPC,
+)
+from diffcore.samplers.adams import Held, Variable
+from diffcore.sampling import run
+from diffcore.schedules import Cosine, Explicit, Flow, Karras, Trailing
+from tests.oracles import SCALINGS, flow, mixture, process
+from tests.samplers.test_base import SAMPLERS
+from tests.samplers.test_orders import ORDERS
+
+NOISE = Noise(torch.arange(64), (2,), dtype=torch.float64)
+EVERY_PAIR = list(product(Held.__args__, Variable.__args__))
+
+
+def final(sampler, knots, oracle=None):
+    oracle = oracle or mixture(process(knots[0].schedule))
+    return run(oracle, sampler, knots[0].sigma * NOISE.start(), knots, NOISE)[0]
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("grid", (Karras(), Trailing(), Explicit((4.0, 1.0, 0.0, -3.0))), ids=str)
+def test_the_first_order_step_is_one_step_by_many_names(grid, scaling):
+    """DDIM, EDM's Euler, α-blending, DPM-Solver++(1), Adams-Bashforth(1) of anything: bit for bit."""
+    if (grid, scaling) == (Trailing(), "ve"):
+        pytest.skip("ve has no pure noise")
+    knots = grid.knots(Cosine(scaling=scaling), 3 if isinstance(grid, Explicit) else 12)
+    ones = [AdamsBashforth(1, held, variable) for held, variable in EVERY_PAIR]
+    ones += [Euler(), AlphaBlending(1), DPMSolverPP("1"), GradientEstimation(1.0)]
+    expected = final(DDIM(), knots)
+    assert all(torch.equal(final(sampler, knots), expected) for sampler in ones)
+
+
+def in_u(*u):
+    return Explicit(tuple(-2 * math.log(value) for value in u)).knots(Cosine(), len(u) - 1)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "knots"),
+    [
+        (GradientEstimation(1.5), AdamsBashforth.lms(2), in_u(*(5 - i / 4 for i in range(19)))),
+        (GradientEstimation(1.5), AdamsBashforth.ipndm(2), in_u(30, 20, 7, 3, 2.5, 1, 0.1)),
+        (DPMSolverPP("3M"), AdamsBashforth(3, "x0", "logsnr"), in_u(30, 20, 7, 3, 2.5, 1, 0.1)),
+    ],
+    ids=str,
+)
+def test_what_is_the_same_by_construction(one, other, knots):
+    torch.testing.assert_close(final(one, knots), final(other, knots), rtol=1e-11, atol=1e-11)
+
+
+def test_the_order_2_predictor_of_unipc_is_2m():
+    """From one memory; Adams-Bashforth(2) in (x_0, λ) integrates the slope, e^{-h} - 1 + h for h (1 - e^{-h})/2."""
+    t1, t, s = Explicit((-3.0, -1.0, 0.5)).knots(Cosine(), 2)
+    x0, before, eps = NOISE.start(), NOISE.step(0), NOISE.step(1)
+
+    def slope(sampler):
+        state = sampler.advance(State(NOISE.step(2), t1, (t, s)), Prediction(before, eps), NOISE)
+        if isinstance(sampler, UniPC):  # undo what the corrector brings
+            half = s.sigma / t.sigma * t.alpha * (1 - t1.alpha * t.sigma / (t1.sigma * t.alpha)) / 2 * (x0 - before)
+            return sampler.advance(state, Prediction(x0, eps), NOISE).x - Prediction(x0, eps).at(s) - half
+        return sampler.advance(state, Prediction(x0, eps), NOISE).x - Prediction(x0, eps).at(s)
+
+    torch.testing.assert_close(slope(UniPC(2)), slope(DPMSolverPP("2M")), rtol=1e-11, atol=1e-11)
+    h, flat = 0.75, -math.expm1(-0.75)
+    ratio = (h - flat) / (h * flat / 2)
+    exact = slope(AdamsBashforth(2, "x0", "logsnr"))
+    torch.testing.assert_close(exact, ratio * slope(DPMSolverPP("2M")), rtol=1e-11, atol=1e-11)
+
+
+@cache
+def clean_end():
+    """Where the exact flow takes the noise from a = 0.9."""
+    return flow(mixture(process(Flow())), 0.9 * NOISE.start(), Flow().level(0.9), Flow().level(0.0))
+
+
+@pytest.mark.parametrize("sampler", (AlphaBlending(2), Heun(), AdamsBashforth.lms(2), AdamsBashforth.flow(2)), ids=str)
+def test_order_2_is_kept_to_the_clean_level_on_uniform_a(sampler):
+    errors = []
+    for n in (128, 256):
+        knots = tuple(Flow().level(0.9 * (n - i) / n) for i in range(n + 1))
+        errors.append((final(sampler, knots) - clean_end()).norm(dim=1).median())
+    assert torch.log2(errors[0] / errors[1]) == pytest.approx(2, abs=0.15)
+
+
+@pytest.mark.parametrize("k", (2, 3, 4, 5))
+@pytest.mark.parametrize(("held", "variable"), EVERY_PAIR, ids=str)
+def test_k_predictions_integrate_polynomials_of_degree_below_k(held, variable, k):
+    """f = v^(k-1) of the method's variable: the correction is the exact integral beyond the first-order step."""
+    logsnrs = (-3.0, -2.2, -1.5, -0.1, 0.8, 1.7)
+    knots = Explicit(logsnrs).knots(Cosine(), 5)
+    sampler = AdamsBashforth(k, held, variable)
+    exact = {"u": lambda q: math.exp(-q / 2), "a": lambda q: 1 / (1 + math.exp(q / 2)), "logsnr": lambda q: q,
+             "t": lambda q: 2 / math.pi * math.atan(math.exp(-q / 2))}  # fmt: skip
+    measure = {"eps": lambda q: math.exp(-q / 2), "x0": lambda q: math.exp(q / 2), "velocity": exact["a"]}[held]
+    nodes = list(range(6)) if variable == "index" else [exact[variable](q) for q in logsnrs]
+    state, one = State(torch.zeros(1, 1), knots[0], knots[1:]), torch.ones(1, 1, dtype=torch.float64)
+    for node in nodes[:5]:
+        f, zero = one * node ** (k - 1), 0 * one
+        prediction = {"eps": Prediction(zero, f), "x0": Prediction(f, zero), "velocity": Prediction(-f, zero)}[held]
+        state = sampler.advance(state, prediction, NOISE)
+    correction = (state.x - prediction.at(knots[-1])).item()
+    t, s = logsnrs[-2:]
+    if variable == "index":
+        integral = (measure(s) - measure(t)) * (5**k - 4**k) / k
+    else:  # by the trapezoidal rule in m, on 20,000 points
+        q = torch.linspace(t, s, 20001, dtype=torch.float64).tolist()
+        integral = sum((exact[variable](a) ** (k - 1) + exact[variable](b) ** (k - 1)) / 2 * (measure(b) - measure(a))
+                       for a, b in pairwise(q))  # fmt: skip
+    flat = (measure(s) - measure(t)) * nodes[4] ** (k - 1)
+    last = knots[-1]
+    scale = {"eps": last.alpha, "x0": last.sigma, "velocity": last.alpha + last.sigma}[held]
+    assert correction == pytest.approx(scale * (integral - flat), rel=1e-6, abs=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "kept"),
+    [
+        (AdamsBashforth.lms(4), 0),
+        (AdamsBashforth.deis(4), 0),
+        (DPMSolverPP("3M"), 0),
+        (AdamsBashforth.deis(4, "t"), 1),
+        (AdamsBashforth.ipndm(4), 1),
+        (AdamsBashforth.flow(4), 1),
+    ],
+    ids=str,
+)
+def test_pure_noise_enters_memory_only_where_the_variable_is_finite(sampler, kept):
+    knots = Trailing().knots(Flow(), 6)
+    state, lengths = sampler.start(NOISE.start(), knots, NOISE), []
+    while not state.done:
+        state = sampler.advance(state, mixture(process(Flow()))(state.x, state.level), NOISE)
+        lengths.append(len(state.memory))
+    longest = 2 if isinstance(sampler, DPMSolverPP) else 3
+    assert lengths == [min(i + kept, longest) for i in range(6)]
+
+
+@pytest.mark.parametrize(
+    "sampler", [sampler for sampler in SAMPLERS if sampler in ORDERS and sampler != DDIM()], ids=str
+)
+def test_a_map_of_levels_takes_every_row_along_its_own_knots(sampler):
+    """Levels as float64 tensors, one a row: each row does what it would alone."""
+    oracle, x = mixture(), NOISE.start()[:3]
+    rows = [(-4.0, -2.5, -1.0, 0.0, 1.5), (-3.0, -2.0, -0.5, 0.2, 2.0), (-6.0, -1.0, 0.0, 3.0, 4.0)]
+    alone = torch.cat(
+        [run(oracle, sampler, x[i : i + 1], Explicit(row).knots(Cosine(), 4), NOISE)[0] for i, row in enumerate(rows)]
+    )
+    knots = tuple(Cosine().at(torch.tensor(column, dtype=torch.float64)[:, None]) for column in zip(*rows, strict=True))
+    together = sampler.start(x, knots, NOISE)
+    while not together.done:
+        together = sampler.advance(together, oracle(together.x, together.level), NOISE)
+    torch.testing.assert_close(together.x, alone, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: AdamsBashforth(0), "k is 0"),
+        (lambda: AdamsBashforth(6), "k is 6"),
+        (lambda: AdamsBashforth(2, "v"), "held is"),
+        (lambda: AdamsBashforth(2, "eps", "sigma"), "variable is"),
+        (lambda: DPMSolverPP("4M"), "variant is"),
+        (lambda: UniPC(4), "p is 4"),
+        (lambda: UniPC(2, "bh3"), "B is"),
+        (lambda: GradientEstimation(0.0), "gamma is"),
+        (lambda: GradientEstimation(2.0, 1.0), "mu is"),
+    ],
+)
+def test_options_out_of_range_are_refused(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()

@@ -1,0 +1,155 @@
+"""The adaptive pairs: errors follow the tolerance, every knot is reached, nothing is asked where it may not be."""
+
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from diffcore.noise import Noise
+from diffcore.samplers import AdaptiveRungeKutta
+from diffcore.samplers.runge_kutta import PAIRS
+from diffcore.sampling import run
+from diffcore.schedules import Cosine, Explicit, Flow, Trailing
+from tests.oracles import PointMass, flow, mixture, process
+
+NOISE = Noise(torch.arange(32), (2,), dtype=torch.float64)
+
+
+class Counted:
+    """An oracle that keeps the levels it is asked about."""
+
+    def __init__(self, oracle):
+        self.oracle, self.process, self.levels = oracle, oracle.process, []
+
+    def __call__(self, x, level, condition=None):
+        self.levels.append(level)
+        return self.oracle(x, level, condition)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_the_error_weights_are_those_of_a_method_one_order_lower(pair):
+    """Σ e = 0 and Σ e_i c_i^q = 0 for q below the lower order, and not at it: else the error would say nothing."""
+    order, rows, error = PAIRS[pair]
+    c, e, b = np.array([0.0, *map(sum, rows)]), np.array(error), np.array([*rows[-1], 0.0])
+    lower = order - 1
+    for q in range(order):
+        assert b @ c**q == pytest.approx(1 / (q + 1), abs=1e-14)
+        assert (abs(e @ c**q) < 1e-14) == (q < lower)
+
+
+@pytest.mark.parametrize("schedule", (Flow(), Cosine()), ids=str)
+@pytest.mark.parametrize("pair", PAIRS)
+def test_errors_follow_the_tolerance_from_pure_noise_to_data(pair, schedule):
+    oracle = mixture(process(schedule))
+    knots = Trailing().knots(schedule, 1)
+    exact, evaluations = flow(oracle, NOISE.start(), *knots), []
+    for tolerance in (1e-2, 1e-3, 1e-4, 1e-5):
+        x, asked = run(oracle, AdaptiveRungeKutta(pair, tolerance, tolerance), NOISE.start(), knots, NOISE)
+        assert (x - exact).norm(dim=1).median() < 3 * tolerance
+        evaluations.append(asked)
+    assert evaluations == sorted(evaluations)
+    assert evaluations[-1] > 2 * evaluations[0]
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_it_lands_on_every_knot_and_asks_within(pair):
+    oracle = Counted(mixture(process(Flow())))
+    sampler, knots = AdaptiveRungeKutta(pair), Explicit((-math.inf, -3.0, 0.0, 2.0, math.inf)).knots(Flow(), 4)
+    state, reached = sampler.start(NOISE.start(), knots, NOISE), [knots[0]]
+    while not state.done:
+        after = sampler.advance(state, oracle(state.x, state.level), NOISE)
+        reached += [after.level] if after.step > state.step else []
+        state = after
+    assert reached == list(knots)
+    assert min(level.blend for level in oracle.levels) == pytest.approx(sampler.atol)
+    assert all(a.logsnr <= b.logsnr for a, b in zip(oracle.levels, knots, strict=False))
+    exact = flow(oracle.oracle, NOISE.start(), knots[0], knots[-1])
+    assert (state.x - exact).norm(dim=1).median() < 3e-3
+
+
+def test_an_end_nearer_than_atol_is_the_first_order_step():
+    oracle = Counted(mixture(process(Flow())))
+    knots = Explicit((0.0, 20.0, math.inf)).knots(Flow(), 2)
+    x, _ = run(oracle, AdaptiveRungeKutta(), NOISE.start(), knots, NOISE)
+    assert oracle.levels[-1] == knots[1]
+    before, _ = run(oracle.oracle, AdaptiveRungeKutta(), NOISE.start(), knots[:2], NOISE)
+    assert torch.equal(x, oracle.oracle(before, knots[1]).x0)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_there_and_back(pair):
+    oracle, schedule = mixture(process(Flow())), Flow()
+    x, ends = oracle.sample(torch.arange(32)), (schedule.at(8.0), schedule.at(-math.inf))
+    sampler = AdaptiveRungeKutta(pair, 1e-6, 1e-6)
+    noise, _ = run(oracle, sampler, x, ends, NOISE)
+    torch.testing.assert_close(noise, flow(oracle, x, *ends), rtol=0, atol=2e-4)
+    back, _ = run(oracle, sampler, noise, ends[::-1], NOISE)
+    assert (back - x).norm(dim=1).median() < 1e-4
+
+
+def test_a_step_is_rejected_where_the_flow_is_sharp():
+    """A point mass, whose velocity is constant, takes the fewest evaluations; a mixture asks for levels a second time."""
+    point = PointMass(torch.tensor([0.7, -1.3], dtype=torch.float64), process(Flow()))
+    knots = Trailing().knots(Flow(), 1)
+    x, easy = run(point, AdaptiveRungeKutta(), NOISE.start(), knots, NOISE)
+    torch.testing.assert_close(x, point.point.expand_as(x), rtol=0, atol=1e-12)
+    oracle = Counted(mixture(process(Flow())))
+    _, hard = run(oracle, AdaptiveRungeKutta("DormandPrince", 1e-5, 1e-5), NOISE.start(), knots, NOISE)
+    assert hard > easy
+    assert (hard - 1) % 6 == (easy - 1) % 6 == 0
+    assert any(a.blend < b.blend - 1e-6 for a, b in zip(oracle.levels, oracle.levels[6:], strict=False))
+
+
+def test_a_row_alone_chooses_steps_of_its_own():
+    oracle, knots, sampler = mixture(process(Flow())), Trailing().knots(Flow(), 1), AdaptiveRungeKutta()
+    together, most = run(oracle, sampler, NOISE.start(), knots, NOISE)
+    alone = [run(oracle, sampler, row[None], knots, NOISE) for row in NOISE.start()]
+    assert any(evaluations < most for _, evaluations in alone)
+    assert (torch.cat([x for x, _ in alone]) - together).norm(dim=1).median() < 3e-3
+
+
+def test_a_tolerance_below_rounding_is_refused():
+    sampler, knots = AdaptiveRungeKutta("DormandPrince", 0.0, 1e-7), Trailing().knots(Flow(), 1)
+    sampler.start(NOISE.start(), knots, NOISE)
+    with pytest.raises(ValueError, match=r"below the rounding of torch\.float32"):
+        sampler.start(NOISE.start().float(), knots, NOISE)
+
+
+def test_a_network_that_is_not_finite_ends_the_run():
+    point = PointMass(torch.tensor([math.nan, 0.0], dtype=torch.float64), process(Flow()))
+    with pytest.raises(ValueError, match="cannot meet its tolerance"):
+        run(point, AdaptiveRungeKutta(), NOISE.start(), Trailing().knots(Flow(), 1), NOISE)
+
+
+def test_evaluations_cannot_be_told_beforehand():
+    with pytest.raises(ValueError, match="run it"):
+        AdaptiveRungeKutta().evaluations(Trailing().knots(Flow(), 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"pair": "Euler"}, "pair is"),
+        ({"rtol": -1.0}, "rtol is"),
+        ({"atol": 0.0}, "atol is"),
+        ({"atol": 1.0}, "atol is"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        AdaptiveRungeKutta(**options)
+
+
+def test_a_state_saved_in_mid_step_continues_bit_for_bit():
+    oracle, sampler, knots = mixture(process(Flow())), AdaptiveRungeKutta(), Trailing().knots(Flow(), 2)
+    state, kept = sampler.start(NOISE.start(), knots, NOISE), []
+    while not state.done:
+        kept.append(pickle.dumps(state))
+        state = sampler.advance(state, oracle(state.x, state.level), NOISE)
+    for saved in kept[:: len(kept) // 5]:
+        again = pickle.loads(saved)
+        while not again.done:
+            again = sampler.advance(again, oracle(again.x, again.level), NOISE)
+        assert torch.equal(again.x, state.x)
