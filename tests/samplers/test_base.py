@@ -210,7 +210,7 @@ def test_c7_a_loop_that_reads_the_sample_is_caught():
 @pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize("sampler", [sampler for sampler in SAMPLERS if not in_a(sampler)], ids=str)
 def test_the_clean_step_is_x0_bit_for_bit(sampler, scaling):
-    knots = Explicit((-2.0, 0.5, 1.0, 3.5, math.inf)).knots(Cosine(scaling=scaling), 4)
+    knots = Explicit((-3.0, 0.5, 1.0, 3.5, math.inf)).knots(Cosine(scaling=scaling), 4)
     *_, asked, last = states(sampler, sampler.start(NOISE.start(), knots, NOISE), NOISE)
     assert torch.equal(last.x, ORACLE(asked.x, asked.level).x0)
 
