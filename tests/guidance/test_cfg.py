@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffcore.denoiser import Denoiser
-from diffcore.guidance import CFG
+from diffcore.guidance import CFG, Seen, Step
 from diffcore.noise import Noise
 from diffcore.prediction import Prediction
 from diffcore.samplers import DDIM, AlphaBlending
@@ -36,7 +36,9 @@ def test_guided_is_the_reference_plus_w_times_the_difference_in_x0_and_eps(scali
 
 def test_combine_tells_the_conditional_from_the_reference():
     one, two = (Prediction(torch.tensor([a]), torch.tensor([b])) for a, b in ((3.0, 5.0), (1.0, 2.0)))
-    answer, memory = CFG(2.0).combine(one, two, torch.zeros(1), Cosine().at(0.0), None)
+    level = Cosine().at(0.0)
+    seen = Seen(torch.zeros(1), Step(process(), level, level, level), one, (two,))
+    answer, memory = CFG(2.0).guide(seen, None)
     assert (answer.x0.item(), answer.eps.item(), memory) == (5.0, 8.0, None)
 
 
