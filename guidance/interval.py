@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import InitVar, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from diffcore.guidance.base import Seen, Step, Wrapper
 from diffcore.guidance.reference import Reference
@@ -42,6 +42,10 @@ class Interval(Wrapper):
     sigma_data: float | None = None
     sigma: InitVar[tuple[float, float] | None] = None
     logsnr: InitVar[tuple[float, float] | None] = None
+
+    refuses: ClassVar[dict[str, str]] = {
+        "LinearAG": "steps outside the interval leave gaps in its history; use LinearAG alone, or Interval alone",
+    }
 
     def __post_init__(self, sigma: tuple[float, float] | None, logsnr: tuple[float, float] | None) -> None:
         super().__post_init__()
