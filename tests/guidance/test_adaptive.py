@@ -99,7 +99,7 @@ def test_wrong_settings_are_refused(arguments, message):
         AdaptiveGuidance(CFG(2.0), **arguments)
 
 
-def gaussian_run(rule, seeds, pair=Pair()):
+def gaussian_run(rule, seeds, pair=Pair(0.5)):  # of variance 1 the vp process has v = 0
     noise = Noise(torch.tensor(seeds), (1,), dtype=torch.float64)
     knots, labels = Trailing().knots(pair.process.schedule, 12), torch.zeros(len(seeds), dtype=torch.int64)
     return pair, DDIM(), noise.start(), knots, noise, rule, labels
@@ -117,7 +117,6 @@ def test_linear_ag_is_exact_where_predictions_are_linear():
 
 def test_linear_ag_predicts_what_was_not_fitted_and_later_predictions_read_it():
     """On a mixture: nearer to the guided samples than with no reference at those steps, at fewer evaluations."""
-    path = list(watch(ORACLE, DDIM(), START, KNOTS, NOISE, CFG(3.0), LABELS))
     noise = Noise(torch.arange(100, 140), (2,), dtype=torch.float64)
     x, labels = noise.first_sample(KNOTS[0], 0.5), torch.arange(40) % 2
     many = Noise(torch.arange(200, 300), (2,), dtype=torch.float64)
