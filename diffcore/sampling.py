@@ -176,7 +176,7 @@ def look(
     """What the guidance is to see: the conditional prediction, and those references that it asks for."""
     references = guidance.asks(step, memory)
     told = condition if denoiser.process.classes else None  # labels may be for the rule alone
-    queries = [Query(denoiser, told), *(reference.query(denoiser, told, len(x)) for reference in references)]
+    queries = [Query(denoiser, told), *(reference.query(denoiser, told, x) for reference in references)]
     conditional, *others = answers(queries, x, step.level, rows)
     return Seen(x, step, conditional, tuple(others), condition)
 

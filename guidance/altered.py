@@ -35,7 +35,7 @@ class Altered(Reference):
         if not self.layers:
             raise ValueError("layers is empty, expected names of modules, such as mid_block.*")
 
-    def query(self, denoiser: Denoise, condition: Tensor | None, rows: int) -> Query:
+    def query(self, denoiser: Denoise, condition: Tensor | None, x: Tensor) -> Query:
         return Query(_AlteredDenoiser(denoiser, self), condition)
 
     @contextmanager

@@ -42,8 +42,8 @@ class Reference(ABC):
         return
 
     @abstractmethod
-    def query(self, denoiser: Denoise, condition: Tensor | None, rows: int) -> Query:
-        """Which network to ask, under which condition."""
+    def query(self, denoiser: Denoise, condition: Tensor | None, x: Tensor) -> Query:
+        """Which network to ask about x, under which condition."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class Unconditional(Reference):
                 f"use CFG(1.0), train with dropout above 0 (0.1 is usual), or take another reference (Label, Weaker)"
             )
 
-    def query(self, denoiser: Denoise, condition: Tensor | None, rows: int) -> Query:
-        return Query(denoiser, null_condition(denoiser.process, rows))
+    def query(self, denoiser: Denoise, condition: Tensor | None, x: Tensor) -> Query:
+        return Query(denoiser, null_condition(denoiser.process, len(x), x.device))
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ class Label(Reference):
                 f"use labels below {process.classes}"
             )
 
-    def query(self, denoiser: Denoise, condition: Tensor | None, rows: int) -> Query:
-        return Query(denoiser, torch.full((rows,), self.label))
+    def query(self, denoiser: Denoise, condition: Tensor | None, x: Tensor) -> Query:
+        return Query(denoiser, torch.full((len(x),), self.label, device=x.device))
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,8 @@ class Labels(Reference):
                 f"{rule} needs a network of 2 classes or more, and this one has {process.classes}: use CFG"
             )
 
-    def query(self, denoiser: Denoise, condition: Tensor | None, rows: int) -> Query:
-        base = Query(denoiser, condition) if self.base is None else self.base.query(denoiser, condition, rows)
+    def query(self, denoiser: Denoise, condition: Tensor | None, x: Tensor) -> Query:
+        base = Query(denoiser, condition) if self.base is None else self.base.query(denoiser, condition, x)
         return Query(base.denoiser, self.labels)
 
 
@@ -139,7 +139,7 @@ class Weaker(Reference):
                 f"{rule} compares networks of {process.classes} and {own.classes} classes: labels would differ"
             )
 
-    def query(self, denoiser: Denoise, condition: Tensor | None, rows: int) -> Query:
+    def query(self, denoiser: Denoise, condition: Tensor | None, x: Tensor) -> Query:
         assert not isinstance(self.network, str)  # `check` refuses it
         return Query(_Matched(self.network), condition)
 
@@ -173,14 +173,14 @@ def answers(queries: Sequence[Query], x: Tensor, level: Level, rows: int = 0) ->
 
 def _together(queries: Sequence[Query], x: Tensor, level: Level, rows: int) -> list[Prediction]:
     """The predictions of one network under several conditions."""
-    condition = queries[0].condition if len(queries) == 1 else _stacked(queries, len(x))
+    condition = queries[0].condition if len(queries) == 1 else _stacked(queries, x)
     many = x if len(queries) == 1 else torch.cat([x] * len(queries))
-    every = _ask(queries[0].denoiser, many, level, None if condition is None else condition.to(x.device), rows)
+    every = _ask(queries[0].denoiser, many, level, condition, rows)
     return [Prediction(*pair) for pair in zip(*(value.chunk(len(queries)) for value in every), strict=True)]
 
 
-def _stacked(queries: Sequence[Query], rows: int) -> Tensor | None:
-    nothing = null_condition(queries[0].denoiser.process, rows)
+def _stacked(queries: Sequence[Query], x: Tensor) -> Tensor | None:
+    nothing = null_condition(queries[0].denoiser.process, len(x), x.device)
     if nothing is None:
         return None
     return torch.cat([nothing if q.condition is None else q.condition.to(nothing) for q in queries])

@@ -71,9 +71,7 @@ def test_perturbed_attention_is_self_attention_with_the_identity_as_its_map(make
     perturbed = asked(denoiser)
     assert functional.scaled_dot_product_attention is product
     assert (perturbed.x0 - plain.x0).abs().max() > 1e-4
-    torch.testing.assert_close(
-        answer.x0, perturbed.x0 + 3 * (plain.x0 - perturbed.x0), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(answer.x0, perturbed.x0 + 3 * (plain.x0 - perturbed.x0), rtol=1e-4, atol=1e-5)
     assert cost == 2
 
 
@@ -92,7 +90,11 @@ def test_the_network_is_restored_also_when_it_fails(make, layers, kind, fail):
     network = make()
     denoiser, before = Denoiser(network, RECORD), None
     before = asked(denoiser)
-    pattern = layers if kind is PerturbedAttention else layers.replace(".*", ".attn*1*" if "dit" in layers else ".attentions.0")
+    pattern = (
+        layers
+        if kind is PerturbedAttention
+        else layers.replace(".*", ".attn*1*" if "dit" in layers else ".attentions.0")
+    )
     processors = [m.processor for m in network.modules() if isinstance(m, Attention)]
     if fail:
         last = list(network.modules())[-1]
@@ -123,7 +125,10 @@ def test_it_samples_without_condition_and_without_dropout_and_beside_cfg():
 @pytest.mark.parametrize(
     ("reference", "message"),
     [
-        (PerturbedAttention(("transformer_blocks.*",)), r"finds no such layer in UNet2DModel; it could alter .*attentions"),
+        (
+            PerturbedAttention(("transformer_blocks.*",)),
+            r"finds no such layer in UNet2DModel; it could alter .*attentions",
+        ),
         (SkippedLayers(("nothing",)), "finds no such layer"),
         (SkippedLayers(("conv_in",)), r"Conv2d makes .* cannot be skipped"),
     ],

@@ -49,7 +49,9 @@ def published(w, eta, beta, radius, x):
 def test_d1_apg_is_the_paper_s_algorithm_whatever_the_network_outputs(kind, w, eta, beta, radius):
     record = process(prediction=kind)
     network = Denoiser(ExactNetwork(mixture(record), record), record)
-    x, _ = run(network, DDIM(), 3 * NOISE.start(), KNOTS, NOISE, APG(w, eta=eta, momentum=beta, threshold=radius), LABELS)
+    x, _ = run(
+        network, DDIM(), 3 * NOISE.start(), KNOTS, NOISE, APG(w, eta=eta, momentum=beta, threshold=radius), LABELS
+    )
     torch.testing.assert_close(x, published(w, eta, beta, radius, 3 * NOISE.start()), rtol=0, atol=1e-8)
 
 

@@ -127,7 +127,13 @@ def test_the_two_evaluations_of_a_midpoint_step_are_of_one_mode():
     noise = Noise(torch.arange(3), (2,), dtype=torch.float64)
     rule = Interval(CFG(2.0), sigma=(0.1, 1.8))
     run(
-        Denoiser(network, record), AlphaBlending(2), noise.start(), knots, noise, rule, torch.zeros(3, dtype=torch.int64)
+        Denoiser(network, record),
+        AlphaBlending(2),
+        noise.start(),
+        knots,
+        noise,
+        rule,
+        torch.zeros(3, dtype=torch.int64),
     )
     assert [len(x) // 3 for x, _, _ in network.calls] == [1, 1, 1, 1, 2, 2]
 

@@ -4,7 +4,19 @@ import pytest
 import torch
 
 from diffcore.denoiser import Denoiser
-from diffcore.guidance import APG, CFG, AutoGuidance, Composed, Interval, Label, Rescale, Sum, Unconditional, Weaker, loaded
+from diffcore.guidance import (
+    APG,
+    CFG,
+    AutoGuidance,
+    Composed,
+    Interval,
+    Label,
+    Rescale,
+    Sum,
+    Unconditional,
+    Weaker,
+    loaded,
+)
 from diffcore.guidance.reference import Query, answers
 from diffcore.noise import Noise
 from diffcore.samplers import AlphaBlending
@@ -96,9 +108,7 @@ def test_answers_come_in_the_order_of_the_queries():
     for rows in (0, 4):
         found = answers(queries, X, LEVEL, rows)
         for query, answer in zip(queries, found, strict=True):
-            torch.testing.assert_close(
-                answer.x0, query.denoiser(X, LEVEL, query.condition).x0, rtol=1e-12, atol=1e-12
-            )
+            torch.testing.assert_close(answer.x0, query.denoiser(X, LEVEL, query.condition).x0, rtol=1e-12, atol=1e-12)
 
 
 def test_composed_is_the_weighted_sum_of_conditions_and_negation_is_a_negative_weight():

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffcore.denoiser import Denoiser
 from diffcore.guidance import (
@@ -30,7 +31,7 @@ from diffcore.guidance import (
 )
 from diffcore.noise import Noise
 from diffcore.samplers import DDIM, AlphaBlending
-from diffcore.sampling import guided, planned, run, sample, watch
+from diffcore.sampling import guided, planned, sample, watch
 from diffcore.schedules import Cosine, Explicit, UniformLogSNR
 from diffcore.spec import build, spec
 from tests.oracles import COVARIANCES, KINDS, MEANS, ExactNetwork, GaussianMixture, mixture, process
@@ -149,6 +150,26 @@ def test_the_evaluations_used_are_those_planned(rule):
     assert made.evaluations == own + elsewhere
     assert made.evaluations == made.planned or isinstance(rule, AdaptiveGuidance)
     assert STEPS <= made.evaluations <= made.planned
+
+
+class NoSync(TorchDispatchMode):
+    """Raises where a tensor is asked for its value."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            raise AssertionError(f"{func} asks the device for a value")
+        return func(*args, **(kwargs or {}))
+
+
+@every_rule
+def test_c7_a_rule_asks_no_tensor_for_its_value(rule):
+    """AdaptiveGuidance decides from data, and is exempt by name."""
+    seen_before, memory = list(path(rule, 5)), None
+    with NoSync(), torch.no_grad():
+        for seen in seen_before:
+            if not isinstance(rule, AdaptiveGuidance):
+                rule.asks(seen.step, memory)
+            _, memory = rule.guide(seen, memory)
 
 
 @every_rule

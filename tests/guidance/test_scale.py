@@ -74,7 +74,7 @@ def test_wrong_scales_are_refused_at_construction_or_before_the_first_step(value
     for make in (ConstantScale, CFG, lambda w: LinearScale(w, 1.0), lambda w: CosineScale(1.0, w)):
         with pytest.raises(ValueError, match="scale is"):
             make(value)
-    with pytest.raises(ValueError, match="scale is .* at λ = -inf"):
+    with pytest.raises(ValueError, match=r"scale is .* at λ = -inf"):
         sample(mixture(), steps=2, seeds=[1], condition=[0], guidance=CFG(lambda logsnr: value))
     with pytest.raises(ValueError, match="scale is 'much'"):
         CFG("much")
