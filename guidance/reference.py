@@ -58,7 +58,7 @@ class Unconditional(Reference):
         if not process.dropout:
             raise ValueError(
                 f"{rule} needs the unconditional prediction, but this network was trained without condition dropout: "
-                f"use CFG(1.0), train with dropout above 0 (0.1 is usual), or take another reference (Label, Weaker)"
+                f"use CFG(1.0), or train with dropout above 0 (0.1 is usual), or take another reference (Label, Weaker)"
             )
 
     def query(self, denoiser: Denoise, condition: Tensor | None, x: Tensor) -> Query:

@@ -22,7 +22,7 @@ def test_the_line_of_the_issue_samples_and_reports_evaluations_used_and_planned(
         (
             ("CFG", "--guidance.scale=LinearScale", "--guidance.scale.noisy=1", "--guidance.scale.clean=3"),
             7,
-        ),  # w = 1 at the first knot
+        ),
         (("CFG", "--guidance.scale=2", "--guidance.reference=Label", "--guidance.reference.label=3"), 8),
         (("CFG", "--guidance.scale=2", "--guidance.reference=PerturbedAttention"), 8),
         (("Rescale", "--guidance.rule=CFG", "--guidance.rule.scale=3", "--guidance.phi=0.5"), 8),
@@ -33,6 +33,7 @@ def test_the_line_of_the_issue_samples_and_reports_evaluations_used_and_planned(
     ids=str,
 )
 def test_rules_are_named_with_their_options(diffcore, trained, arguments, evaluations):
+    """LinearScale begins at w = 1, which asks for no reference."""
     ended = diffcore("sample", trained, *QUICK, "--guidance", *arguments)
     assert ended.status == 0, ended.err
     assert f"of {evaluations} network evaluations each, {evaluations} planned" in ended.out
