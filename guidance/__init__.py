@@ -1,6 +1,55 @@
-"""Guidance: rules that combine a conditional prediction with a reference, one file per rule."""
+"""Guidance: rules that combine a conditional prediction with what they move away from, one file per rule."""
 
-from diffcore.guidance.base import Guidance
-from diffcore.guidance.cfg import CFG
+from diffcore.guidance.adaptive import AdaptiveGuidance
+from diffcore.guidance.altered import Altered, PerturbedAttention, SkippedLayers
+from diffcore.guidance.apg import APG
+from diffcore.guidance.base import Contrast, Guidance, Seen, Step, Wrapper
+from diffcore.guidance.cfg import CFG, AutoGuidance
+from diffcore.guidance.classifier import ClassifierGuidance, MinorityGuidance, minority_levels, minority_score
+from diffcore.guidance.composed import Composed, Sum
+from diffcore.guidance.gfcg import GFCG
+from diffcore.guidance.interval import Interval
+from diffcore.guidance.linear import LinearAG
+from diffcore.guidance.plus_plus import CFGPlusPlus
+from diffcore.guidance.reference import Label, Reference, Unconditional, Weaker, answers, loaded
+from diffcore.guidance.rescale import Rescale
+from diffcore.guidance.scale import ConstantScale, CosineScale, LinearScale, Scale, ScaleLike
+from diffcore.guidance.zero_star import CFGZeroStar
 
-__all__ = ["CFG", "Guidance"]
+__all__ = [
+    "APG",
+    "CFG",
+    "GFCG",
+    "AdaptiveGuidance",
+    "Altered",
+    "AutoGuidance",
+    "CFGPlusPlus",
+    "CFGZeroStar",
+    "ClassifierGuidance",
+    "Composed",
+    "ConstantScale",
+    "Contrast",
+    "CosineScale",
+    "Guidance",
+    "Interval",
+    "Label",
+    "LinearAG",
+    "LinearScale",
+    "MinorityGuidance",
+    "PerturbedAttention",
+    "Reference",
+    "Rescale",
+    "Scale",
+    "ScaleLike",
+    "Seen",
+    "SkippedLayers",
+    "Step",
+    "Sum",
+    "Unconditional",
+    "Weaker",
+    "Wrapper",
+    "answers",
+    "loaded",
+    "minority_levels",
+    "minority_score",
+]

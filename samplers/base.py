@@ -11,7 +11,7 @@ step is the same in all of them, x_s = α_s x_0 + σ_s ε, and that is its defin
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -60,6 +60,9 @@ class Sampler(ABC):
 
     order: int
     """Order of convergence on a smooth flow (for a stochastic sampler, the weak order)."""
+
+    adaptive: ClassVar[bool] = False
+    """Whether it decides from the samples where to ask, and so how often."""
 
     def start(self, x: Tensor, knots: tuple[Level, ...], noise: Noise) -> State:
         """The state at the first knot, where x is. Knots: n+1 levels, strictly monotone in λ, any ends."""

@@ -131,6 +131,20 @@ class PointMass:
         return Prediction(self.point.expand_as(x), (x - level.alpha * self.point) / level.sigma)
 
 
+class Pair:
+    """p(x | any class) = N(0, 1), p(x) = N(0, 2): with CFG the flow, and every one of these rules, is linear in x."""
+
+    def __init__(self, conditional: float = 1.0, reference: float = 2.0) -> None:
+        self.process = process(Flow(), shape=(1,), classes=1)
+        variances = (conditional, reference)
+        self.conditional, self.reference = (gaussian([0.0], torch.tensor([[v]]), self.process) for v in variances)
+
+    def __call__(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Prediction:
+        null = torch.ones(len(x)) if condition is None else condition
+        pairs = zip(self.reference(x, level), self.conditional(x, level), strict=True)
+        return Prediction(*(torch.where((null == 1)[:, None], a, b) for a, b in pairs))
+
+
 def told_by(variable: str) -> TimeConditioning:
     """A time conditioning by `variable` with an unusual scale."""
     return TimeConditioning(variable, scale={"index": 1000.0, "t": 1000.0, "logsnr": -0.125, "sigma": 3.0}[variable])

@@ -145,7 +145,7 @@ CASES = {
     "no steps of sampling": (("sample", RUN, "--labels=1", "--steps=0"), "steps is 0, expected at least 1"),
     "no rows": ((*SAMPLE, "--labels=1", "--batch-size=0"), "batch_size is 0, expected at least 1"),
     "no samples": ((*SAMPLE, "--labels=1", "--per-label=0"), "per_label is 0, expected at least 1"),
-    "guidance without a condition": ((*SAMPLE, "--guidance.scale=2"), ("CFG(scale=2.0) needs a condition", "label")),
+    "guidance without a condition": ((*SAMPLE, "--guidance.scale=2"), ("CFG(scale=2.0", "needs a condition", "label")),
     "guidance without dropout": (
         ("sample", "undropped", "--labels=1", "--guidance.scale=2"),
         ("without condition dropout", "use CFG(1.0), or train with dropout"),

@@ -246,7 +246,10 @@ def test_another_seed_or_label_is_another_sample(diffcore, trained):
 
 def test_sampler_steps_and_guidance_are_the_runs(diffcore, trained):
     ended = diffcore("sample", trained, "--labels=1", "--out=x.png")
-    assert "1 samples of 50 network evaluations each (DDIM(eta=0.0), Trailing(), 25 steps, CFG(scale=1.5))" in ended.out
+    assert (
+        "1 samples of 50 network evaluations each, 50 planned (DDIM(eta=0.0), Trailing(), 25 steps, CFG(scale=1.5"
+        in ended.out
+    )
 
 
 def test_a_run_that_does_not_come_first_is_refused_since_its_defaults_could_not_be_read(diffcore, trained):

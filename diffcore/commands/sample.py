@@ -9,7 +9,7 @@ import torch
 
 from diffcore import images
 from diffcore.commands.arguments import Ints, normalized, trusted
-from diffcore.guidance import CFG, Guidance
+from diffcore.guidance import CFG, Guidance, loaded
 from diffcore.process import Process
 from diffcore.run import Run
 from diffcore.samplers import DDIM, Sampler
@@ -33,7 +33,8 @@ class Request:
         grid: which levels it visits.
         steps: how many steps it takes.
         guidance: how the condition is strengthened.
-        batch_size: rows of a network call; other sizes agree to rounding.
+        batch_size: samples integrated together; other sizes agree to rounding.
+        rows: of one forward, where those samples and their references are too many; 0 asks about all at once.
         out: a picture (.png) of all samples, a folder for one picture a seed, or arrays (.safetensors).
         threads: of the processor, 0 for torch's own choice; the last bits depend on it.
         device: auto, cpu, cuda, ...
@@ -48,6 +49,7 @@ class Request:
     steps: int = 25
     guidance: Guidance = field(default_factory=CFG)
     batch_size: int = 64
+    rows: int = 0
     out: Path = Path("samples.png")
     threads: int = 0
     device: str = "auto"
@@ -108,7 +110,8 @@ def _default_to(parser: Parser, run: Run) -> None:
 def _sample(run: Run, request: Request) -> None:
     if request.threads:
         torch.set_num_threads(request.threads)
-    denoiser = run.denoiser(_device(request.device))
+    device = _device(request.device)
+    denoiser = run.denoiser(device)
     _check_labels(request.labels, denoiser.process)
     _check_out(request.out, denoiser.process)
     made = sample(
@@ -118,15 +121,16 @@ def _sample(run: Run, request: Request) -> None:
         request.steps,
         seeds=request.numbers,
         condition=request.condition,
-        guidance=request.guidance,
+        guidance=loaded(request.guidance, lambda folder: Run(Path(folder)).denoiser(device)),
         batch_size=request.batch_size,
+        rows=request.rows,
         progress=sys.stderr.isatty(),
     )
     _write(made, request, denoiser.process)
     print(_knots(made.knots, request.print_knots))
     print(
-        f"{len(made.x)} samples of {made.evaluations} network evaluations each "
-        f"({request.sampler}, {request.grid}, {request.steps} steps, {request.guidance}) -> {request.out}"
+        f"{len(made.x)} samples of {made.evaluations:g} network evaluations each, {made.planned} planned "
+        f"({request.sampler}, {request.grid}, {len(made.knots) - 1} steps, {request.guidance}) -> {request.out}"
     )
 
 

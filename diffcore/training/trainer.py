@@ -118,7 +118,9 @@ class Trainer:
         self.objective.check(self.process)
         check(self.data, self.process)
         if self.sample_every:
-            sampling.check(self.process, self._knots, [0], [0] if self.process.classes else None, self.guidance, 1)
+            sampling.check(
+                self.process, self._knots, [0], [0] if self.process.classes else None, self.guidance, 1, self.sampler
+            )
         self.run = Run(Path(self.folder))
         self.step, self.skipped = 0, 0  # steps taken; of the last ones, how many were not finite
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from diffcore.denoiser import Denoiser
-from diffcore.guidance import CFG
+from diffcore.guidance import CFG, Seen, Step
 from diffcore.noise import Noise
 from diffcore.prediction import Prediction
 from diffcore.samplers import DDIM, AlphaBlending
 from diffcore.sampling import guided, run
 from diffcore.schedules import Cosine, Explicit, Flow, Trailing
-from tests.oracles import KINDS, SCALINGS, ExactNetwork, gaussian, mixture, process
+from tests.oracles import KINDS, SCALINGS, ExactNetwork, Pair, mixture, process
 
 NOISE = Noise(torch.arange(6), (2,), dtype=torch.float64)
 X, LABELS, NULL = 2 * NOISE.start(), torch.tensor([0, 1, 1, 0, 1, 0]), torch.full((6,), 2)
@@ -36,7 +36,9 @@ def test_guided_is_the_reference_plus_w_times_the_difference_in_x0_and_eps(scali
 
 def test_combine_tells_the_conditional_from_the_reference():
     one, two = (Prediction(torch.tensor([a]), torch.tensor([b])) for a, b in ((3.0, 5.0), (1.0, 2.0)))
-    answer, memory = CFG(2.0).combine(one, two, torch.zeros(1), Cosine().at(0.0), None)
+    level = Cosine().at(0.0)
+    seen = Seen(torch.zeros(1), Step(process(), level, level, level), one, (two,))
+    answer, memory = CFG(2.0).guide(seen, None)
     assert (answer.x0.item(), answer.eps.item(), memory) == (5.0, 8.0, None)
 
 
@@ -77,18 +79,6 @@ def test_guidance_is_the_same_whatever_the_network_outputs(kind):
     expected, _, _ = guided(oracle, CFG(3.0), X, level, LABELS, None)
     torch.testing.assert_close(answer.x0, expected.x0, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(answer.eps, expected.eps, rtol=1e-11, atol=1e-11)
-
-
-class Pair:
-    """p(x | any class) = N(0, 1), p(x) = N(0, 2)."""
-
-    process = process(Flow(), shape=(1,), classes=1)
-    conditional, reference = (gaussian([0.0], torch.tensor([[v]]), process) for v in (1.0, 2.0))
-
-    def __call__(self, x, level, condition):
-        null = (condition == 1)[:, None]
-        pairs = zip(self.reference(x, level), self.conditional(x, level), strict=True)
-        return Prediction(*(torch.where(null, a, b) for a, b in pairs))
 
 
 @pytest.mark.parametrize("w", (0.0, 0.5, 1.0, 2.0, 4.0))

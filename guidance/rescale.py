@@ -1,0 +1,66 @@
+"""Guidance rescale: the guided output gets back the standard deviation of the conditional one."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, get_args
+
+from torch import Tensor
+
+from diffcore.guidance.base import Guidance, Seen, Wrapper
+from diffcore.guidance.zero_star import CFGZeroStar
+from diffcore.prediction import Prediction, PredictionType, predict, target
+
+
+@dataclass(frozen=True)
+class Rescale(Wrapper):
+    """F = φ F_g std(F_c)/std(F_g) + (1 - φ) F_g, std over a row: the guided output F_g shrunk to the conditional's size.
+
+    Lin et al. 2023 (2305.08891, section 3.4; φ = 0.7 recommended). F is the network's own output, as published, so the
+    result depends on what the network predicts unless `space` says otherwise. A row with std(F_g) = 0 is left as it is,
+    and so is what the rule inside did not change.
+
+    Args:
+        rule: the rule whose answer is rescaled.
+        phi: φ within [0, 1].
+        space: the quantity F; None is what the network outputs.
+    """
+
+    phi: float = 0.7
+    space: PredictionType | None = None
+
+    refuses: ClassVar[dict[str, str]] = {
+        "Rescale": "its answer is rescaled already; use one Rescale with a larger phi",
+        "CFGPlusPlus": "its x_0 and ε do not belong together; use CFG, or CFGPlusPlus alone",
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.phi <= 1:
+            raise ValueError(f"phi is {self.phi}, expected a share within [0, 1]")
+        if self.space is not None and self.space not in get_args(PredictionType):
+            raise ValueError(f"space is {self.space!r}, expected one of {', '.join(get_args(PredictionType))}")
+        if any(_stops(part) for part in self.rule.parts()):
+            raise ValueError(
+                "Rescale cannot hold CFGZeroStar with zero_init above 0: its first steps have no velocity to rescale; "
+                "use zero_init=0"
+            )
+
+    def guide(self, seen: Seen, memory: Any) -> tuple[Prediction, Any]:
+        guided, memory = self.rule.guide(seen, memory)
+        if guided is seen.conditional:
+            return guided, memory
+        process, level = seen.step.process, seen.step.level
+        kind = self.space or process.prediction
+        F, F_c = (target(kind, *prediction, level, process.sigma_data) for prediction in (guided, seen.conditional))
+        rescaled = F * (self.phi * _ratio(F_c, F) + 1 - self.phi)
+        return predict(kind, rescaled, seen.x, level, process.sigma_data), memory
+
+
+def _ratio(a: Tensor, b: Tensor) -> Tensor:
+    """std(a)/std(b) of each row, 1 where b is constant."""
+    dims = tuple(range(1, a.ndim))
+    top, bottom = (value.std(dims, correction=0, keepdim=True) for value in (a, b))
+    return (top / bottom).where(bottom > 0, 1.0)
+
+
+def _stops(part: Guidance) -> bool:
+    return isinstance(part, CFGZeroStar) and part.zero_init > 0

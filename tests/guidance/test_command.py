@@ -1,0 +1,74 @@
+"""Guidance from the command line: every rule by its name, other runs by their folder, evaluations in the report."""
+
+import pytest
+
+QUICK = ("--steps=4", "--batch-size=2", "--labels=1,2", "--out=x.safetensors")
+INTERVAL = ("--guidance", "Interval", "--guidance.rule", "APG", "--guidance.rule.scale", "4")
+BOUNDS = ("--guidance.low", "0.19", "--guidance.high", "1.61")
+
+
+def test_the_line_of_the_issue_samples_and_reports_evaluations_used_and_planned(diffcore, trained):
+    """Trailing knots of the cosine: σ/α = inf, 2.4, 1.61, 1, 0.41, 0.19, 0; three of the six steps ask twice."""
+    ended = diffcore("sample", trained, *QUICK, *INTERVAL, *BOUNDS)
+    assert ended.status == 0, ended.err
+    assert "7 knots" in ended.out
+    assert "2 samples of 9 network evaluations each, 9 planned" in ended.out
+    assert "6 steps, Interval(rule=APG(scale=4.0" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "evaluations"),
+    [
+        (
+            ("CFG", "--guidance.scale=LinearScale", "--guidance.scale.noisy=1", "--guidance.scale.clean=3"),
+            7,
+        ),
+        (("CFG", "--guidance.scale=2", "--guidance.reference=Label", "--guidance.reference.label=3"), 8),
+        (("CFG", "--guidance.scale=2", "--guidance.reference=PerturbedAttention"), 8),
+        (("Rescale", "--guidance.rule=CFG", "--guidance.rule.scale=3", "--guidance.phi=0.5"), 8),
+        (("Composed", "--guidance.labels=[3,4]", "--guidance.weights=[1.0,-0.5]"), 16),
+        (("CFGPlusPlus", "--guidance.scale=0.5"), 8),
+        (("CFGZeroStar", "--guidance.scale=3", "--guidance.zero-init=1"), 7),
+    ],
+    ids=str,
+)
+def test_rules_are_named_with_their_options(diffcore, trained, arguments, evaluations):
+    """LinearScale begins at w = 1, which asks for no reference."""
+    ended = diffcore("sample", trained, *QUICK, "--guidance", *arguments)
+    assert ended.status == 0, ended.err
+    assert f"of {evaluations} network evaluations each, {evaluations} planned" in ended.out
+
+
+def test_a_weaker_network_is_named_by_the_folder_of_its_run(diffcore, trained):
+    ended = diffcore(
+        "sample", trained, *QUICK, "--guidance=AutoGuidance", "--guidance.scale=2", f"--guidance.weaker={trained}"
+    )
+    assert ended.status == 0, ended.err
+    assert "2 samples of 8 network evaluations" in ended.out
+    assert f"Weaker({trained})" in ended.out
+
+
+def test_a_classifier_is_named_by_its_import_path_once_its_module_is_trusted(diffcore, trained, tmp_path):
+    (tmp_path / "here" / "my_classifier.py").write_text("def logits(x, level):\n    return x.flatten(1)[:, :10]\n")
+    line = ("--guidance=ClassifierGuidance", "--guidance.classifier=my_classifier.logits", "--guidance.scale=2")
+    ended = diffcore("sample", trained, *QUICK, "--trust=my_classifier", *line)
+    assert ended.status == 0, ended.err
+    assert "2 samples of 4 network evaluations" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((*INTERVAL, "--guidance.low=2", "--guidance.high=1"), ("low and high are 2.0 and 1.0", "swap")),
+        (("--guidance=Rescale", "--guidance.rule=CFGPlusPlus"), ("cannot hold CFGPlusPlus", "use CFG")),
+        (("--guidance=AutoGuidance", "--guidance.weaker=nowhere"), ("nowhere", "not a run's folder")),
+        (("--guidance=CFGPlusPlus", "--guidance.scale=0.5", "--sampler=AlphaBlending"), ("first-order", "DDIM")),
+        (("--guidance=CFG", "--guidance.scale=.nan"), ("scale is nan",)),
+    ],
+    ids=str,
+)
+def test_refusals_are_one_line(diffcore, trained, arguments, words):
+    ended = diffcore("sample", trained, *QUICK, *arguments)
+    assert ended.status in (1, 2)
+    assert all(word in ended.err for word in words), ended.err
+    assert len(ended.err.strip().splitlines()) == 1

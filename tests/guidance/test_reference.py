@@ -1,0 +1,211 @@
+"""References: another condition, another network; what asks one network is one forward; refused where there is none."""
+
+import pytest
+import torch
+
+from diffcore.denoiser import Denoiser
+from diffcore.guidance import (
+    APG,
+    CFG,
+    AutoGuidance,
+    Composed,
+    Interval,
+    Label,
+    Rescale,
+    Sum,
+    Unconditional,
+    Weaker,
+    loaded,
+)
+from diffcore.guidance.reference import Query, answers
+from diffcore.noise import Noise
+from diffcore.samplers import AlphaBlending
+from diffcore.sampling import guided, run, sample
+from diffcore.schedules import Cosine, Flow, Trailing
+from tests.oracles import COVARIANCES, MEANS, WEIGHTS, ExactNetwork, GaussianMixture, Pair, gaussian, mixture, process
+
+RECORD = process()
+ORACLE = mixture(RECORD)
+LABELS = torch.tensor([0, 1, 1, 0, 1, 0])
+NOISE = Noise(torch.arange(6), (2,), dtype=torch.float64)
+X = 2 * NOISE.start()
+LEVEL = RECORD.schedule.at(-0.5)
+COMPONENTS = torch.tensor([0, 1, 1])
+
+
+def weak_of(record):
+    return GaussianMixture(MEANS, 2 * COVARIANCES, WEIGHTS, COMPONENTS, record)
+
+
+@pytest.mark.parametrize("label", (0, 1))
+def test_a_negative_label_is_the_reference_and_needs_no_dropout(label):
+    oracle = mixture(process(dropout=0.0))
+    answer, _, _ = guided(oracle, CFG(3.0, Label(label)), X, LEVEL, LABELS, None)
+    c, n = oracle(X, LEVEL, LABELS), oracle(X, LEVEL, torch.full((6,), label))
+    torch.testing.assert_close(answer.x0, n.x0 + 3 * (c.x0 - n.x0), rtol=1e-10, atol=1e-10)
+    same = label == LABELS
+    torch.testing.assert_close(answer.x0[same], c.x0[same], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("schedule", (Cosine(), Flow(), Cosine(scaling="ve")), ids=str)
+def test_autoguidance_moves_away_from_a_weaker_network_whatever_it_was_trained_on(schedule):
+    """Levels are matched in λ and x is rescaled, so one distribution on another schedule gives one answer."""
+    answer, _, asked = guided(ORACLE, AutoGuidance(2.1, weak_of(process(schedule))), X, LEVEL, LABELS, None)
+    c, w = ORACLE(X, LEVEL, LABELS), weak_of(RECORD)(X, LEVEL, LABELS)
+    torch.testing.assert_close(answer.x0, w.x0 + 2.1 * (c.x0 - w.x0), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(answer.eps, w.eps + 2.1 * (c.eps - w.eps), rtol=1e-9, atol=1e-9)
+    assert asked == 2
+
+
+def test_autoguidance_at_pure_noise_matches_by_sigma():
+    level = Flow().level(1.0)
+    answer, _, _ = guided(
+        mixture(process(Flow())), AutoGuidance(2.0, weak_of(process(Cosine()))), X, level, LABELS, None
+    )
+    assert answer.x0.isfinite().all()
+    same, _, _ = guided(mixture(process(Flow())), AutoGuidance(2.0, weak_of(process(Flow()))), X, level, LABELS, None)
+    torch.testing.assert_close(answer.x0, same.x0)
+
+
+def test_autoguidance_needs_no_condition_and_on_two_gaussians_has_the_variance_of_cfg():
+    """2^(1-w), with N(0, 1) against N(0, 2)."""
+    record, noise = process(Flow(), shape=(1,), classes=0), Noise(torch.arange(3), (1,), dtype=torch.float64)
+    good, bad = (gaussian([0.0], torch.tensor([[v]]), record) for v in (1.0, 2.0))
+    x, used = run(
+        good, AlphaBlending(2), noise.start(), Trailing().knots(Flow(), 200), noise, AutoGuidance(3.0, bad), None
+    )
+    torch.testing.assert_close((x / noise.start()) ** 2, torch.full_like(x, 0.25), rtol=2e-4, atol=0)
+    assert used == 800
+
+
+def test_every_rule_takes_every_reference():
+    for rule in (CFG, APG, lambda w, reference: Rescale(CFG(w, reference))):
+        results = [
+            guided(ORACLE, rule(3.0, reference), X, LEVEL, LABELS, None)[0].x0
+            for reference in (Unconditional(), Label(1), Weaker(weak_of(RECORD)))
+        ]
+        assert len({round(result.sum().item(), 9) for result in results}) == 3
+
+
+@pytest.mark.parametrize(
+    ("rule", "rows"),
+    [
+        (Composed((0, 1), (0.5, -1.0), 2.0), [24]),
+        (Sum((CFG(2.0), CFG(3.0), CFG(2.0, Label(1)))), [18]),
+        (CFG(2.0, Weaker(ORACLE)), [6]),
+    ],
+    ids=str,
+)
+def test_what_asks_one_network_is_one_forward_and_asked_once(rule, rows):
+    network = ExactNetwork(mixture(RECORD), RECORD)
+    guided(Denoiser(network, RECORD), rule, X, LEVEL, LABELS, None)
+    assert [len(x) for x, _, _ in network.calls] == rows
+
+
+def test_answers_come_in_the_order_of_the_queries():
+    weak = weak_of(RECORD)
+    queries = [Query(ORACLE, LABELS), Query(weak, LABELS), Query(ORACLE, None), Query(weak, None)]
+    for rows in (0, 4):
+        found = answers(queries, X, LEVEL, rows)
+        for query, answer in zip(queries, found, strict=True):
+            torch.testing.assert_close(answer.x0, query.denoiser(X, LEVEL, query.condition).x0, rtol=1e-12, atol=1e-12)
+
+
+def test_composed_is_the_weighted_sum_of_conditions_and_negation_is_a_negative_weight():
+    answer, _, asked = guided(ORACLE, Composed((0, 1), (0.7, -0.4), 2.0), X, LEVEL, LABELS, None)
+    c, u, one, two = (ORACLE(X, LEVEL, y) for y in (LABELS, None, torch.zeros(6), torch.ones(6)))
+    for i in range(2):
+        expected = u[i] + 2 * (c[i] - u[i]) + 0.7 * (one[i] - u[i]) - 0.4 * (two[i] - u[i])
+        torch.testing.assert_close(answer[i], expected, rtol=1e-10, atol=1e-10)
+    assert asked == 4
+
+
+def test_composed_of_gaussians_is_the_score_of_their_product():
+    """N(m, 1) for each label and N(0, 1) without: p Π (p_i/p)^(w_i) is N(Σ w_i m_i, 1) at every level."""
+    means = torch.tensor([[1.0], [-2.0], [0.0]], dtype=torch.float64)
+
+    class Shifted:
+        process = process(Flow(), shape=(1,), classes=2)
+
+        def __call__(self, x, level, condition=None):
+            m = means[torch.full((len(x),), 2) if condition is None else condition]
+            return gaussian_prediction(x, level, m)
+
+    x = torch.linspace(-2, 2, 4).double()[:, None]
+    answer, _, _ = guided(
+        Shifted(), Composed((1,), (-0.5,), 1.5), x, Flow().at(0.3), torch.zeros(4, dtype=torch.int64), None
+    )
+    expected = gaussian_prediction(x, Flow().at(0.3), torch.full((4, 1), 1.5 * 1.0 + 0.5 * 2.0).double())
+    torch.testing.assert_close(answer.x0, expected.x0, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(answer.eps, expected.eps, rtol=1e-10, atol=1e-10)
+
+
+def gaussian_prediction(x, level, m):
+    from diffcore.prediction import Prediction
+
+    total = level.alpha**2 + level.sigma**2
+    y = x - level.alpha * m
+    return Prediction(m + level.alpha / total * y, level.sigma / total * y)
+
+
+@pytest.mark.parametrize(
+    ("fields", "rule", "condition", "message"),
+    [
+        ({}, CFG(2.0), None, r"CFG\(.*needs a condition.*--labels"),
+        ({"dropout": 0.0}, Interval(APG(2.0)), [0], r"without condition dropout.*CFG\(1\.0\).*Label, Weaker"),
+        ({}, CFG(2.0, Label(5)), [0], "label 5.*2 classes"),
+        ({}, Composed((2,), (1.0,)), [0], "label 2.*2 classes"),
+        ({}, AutoGuidance(2.0, "runs/weak"), [0], r"names the run 'runs/weak'.*denoiser\(\)"),
+        ({}, AutoGuidance(2.0, Pair()), [0], r"shapes \(2,\) and \(1,\)"),
+        ({}, AutoGuidance(2.0, weak_of(process(classes=3))), [0], "2 and 3 classes"),
+    ],
+)
+def test_a_reference_that_is_not_possible_is_refused_before_the_first_call(fields, rule, condition, message):
+    record = process(**fields)
+    network = ExactNetwork(mixture(record), record)
+    with pytest.raises(ValueError, match=message) as caught:
+        sample(Denoiser(network, record), steps=3, seeds=[1], condition=condition, guidance=rule)
+    assert network.calls == []
+    assert "\n" not in str(caught.value)
+
+
+def test_an_interval_that_no_step_reaches_needs_no_reference():
+    record = process(dropout=0.0)
+    rule = Interval(CFG(3.0), sigma=(1e-9, 1e-8))
+    knots = Trailing().knots(record.schedule, 4)
+    _, used = run(mixture(record), AlphaBlending(1), X, knots, NOISE, rule, LABELS)
+    assert used == 4
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Label(-1), "label is -1"),
+        (lambda: AutoGuidance(2.0), "weaker is missing"),
+        (lambda: AutoGuidance(-2.0, ORACLE), "scale is -2.0"),
+        (lambda: Composed((), ()), "labels are"),
+        (lambda: Composed((1, 0), (1.0,)), "one weight for each"),
+        (lambda: Composed((1,), (float("nan"),)), "finite"),
+        (lambda: Sum((CFG(2.0),)), "two or more"),
+    ],
+)
+def test_wrong_settings_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_runs_named_by_their_folder_are_loaded_wherever_they_are():
+    rule = Interval(Sum((AutoGuidance(2.0, "weak"), APG(3.0, Weaker("other")), CFG(2.0))), sigma=(0.1, 1.0))
+    asked = []
+
+    def load(folder):
+        asked.append(folder)
+        return ORACLE
+
+    ready = loaded(rule, load)
+    expected = Interval(Sum((AutoGuidance(2.0, ORACLE), APG(3.0, Weaker(ORACLE)), CFG(2.0))), sigma=(0.1, 1.0))
+    assert ready == expected
+    assert asked == ["weak", "other"]
+    assert loaded(CFG(2.0), load) == CFG(2.0)
+    assert "weak" in repr(rule)
+    assert "GaussianMixture" in repr(ready)

@@ -1,0 +1,86 @@
+"""Scales over λ: their values, and that every rule reads them at the level that is asked about."""
+
+import math
+
+import pytest
+import torch
+
+from diffcore.guidance import APG, CFG, CFGZeroStar, ConstantScale, CosineScale, LinearScale
+from diffcore.noise import Noise
+from diffcore.samplers import AlphaBlending
+from diffcore.sampling import guided, run, sample
+from diffcore.schedules import Trailing
+from tests.oracles import Pair, mixture
+
+LABELS = torch.tensor([0, 1, 1])
+X = 2 * Noise(torch.arange(3), (2,), dtype=torch.float64).start()
+
+
+@pytest.mark.parametrize(
+    ("scale", "values"),
+    [
+        (ConstantScale(2.5), [2.5] * 7),
+        (LinearScale(1.0, 5.0, -4.0, 4.0), [1.0, 1.0, 2.0, 3.0, 4.0, 5.0, 5.0]),
+        (CosineScale(5.0, 1.0, -4.0, 4.0), [5.0, 5.0, 5 - 4 * (1 - math.sqrt(0.5)) / 2, 3.0, None, 1.0, 1.0]),
+    ],
+    ids=str,
+)
+def test_values(scale, values):
+    for logsnr, value in zip((-math.inf, -4.0, -2.0, 0.0, 2.0, 4.0, math.inf), values, strict=True):
+        assert value is None or scale(logsnr) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("rule", (CFG, APG, CFGZeroStar))
+@pytest.mark.parametrize("logsnr", (-2.0, 0.5))
+def test_a_schedule_is_its_value_at_the_level(rule, logsnr):
+    oracle = mixture()
+    level, scale = oracle.process.schedule.at(logsnr), LinearScale(2.0, 6.0, -4.0, 4.0)
+    by_schedule, _, _ = guided(oracle, rule(scale), X, level, LABELS, None)
+    by_number, _, _ = guided(oracle, rule(scale(logsnr)), X, level, LABELS, None)
+    torch.testing.assert_close(by_schedule.x0, by_number.x0, rtol=0, atol=0)
+
+
+def test_levels_of_scale_1_cost_one_evaluation():
+    made = sample(
+        mixture(),
+        steps=10,
+        seeds=[1],
+        condition=[0],
+        guidance=CFG(lambda logsnr: 3.0 if logsnr > 0 else 1.0),
+    )
+    noisy = sum(knot.logsnr <= 0 for knot in made.knots[:-1])
+    assert made.evaluations == made.planned == 10 + 10 - noisy
+
+
+def test_exact_variance_with_a_scale_over_lambda_on_two_gaussians():
+    """d ln y/d ln(u²) is w/2 u²/(1+u²) + (1-w)/2 u²/(2+u²): integrated here by quadrature over λ."""
+    from scipy.integrate import quad
+
+    scale, pair = CosineScale(1.0, 4.0, -3.0, 3.0), Pair()
+
+    def rate(logsnr):  # -d ln y² / dλ beyond the conditional model
+        v = math.exp(-logsnr)
+        return (scale(logsnr) - 1) * (v / (1 + v) - v / (2 + v))
+
+    expected = math.exp(-quad(rate, -40, 40, points=[-3, 3], limit=200)[0])
+    noise, labels = Noise(torch.arange(3), (1,), dtype=torch.float64), torch.zeros(3, dtype=torch.int64)
+    knots = Trailing().knots(pair.process.schedule, 200)
+    x, _ = run(pair, AlphaBlending(2), noise.start(), knots, noise, CFG(scale), labels)
+    torch.testing.assert_close((x / noise.start()) ** 2, torch.full_like(x, expected), rtol=3e-4, atol=0)
+
+
+@pytest.mark.parametrize("value", (-1.0, math.nan, math.inf))
+def test_wrong_scales_are_refused_at_construction_or_before_the_first_step(value):
+    for make in (ConstantScale, CFG, lambda w: LinearScale(w, 1.0), lambda w: CosineScale(1.0, w)):
+        with pytest.raises(ValueError, match="scale is"):
+            make(value)
+    with pytest.raises(ValueError, match=r"scale is .* at λ = -inf"):
+        sample(mixture(), steps=2, seeds=[1], condition=[0], guidance=CFG(lambda logsnr: value))
+    with pytest.raises(ValueError, match="scale is 'much'"):
+        CFG("much")
+
+
+@pytest.mark.parametrize(("low", "high"), [(1.0, 1.0), (2.0, 1.0), (-math.inf, 0.0), (math.nan, 1.0)])
+def test_wrong_ramps_are_refused(low, high):
+    with pytest.raises(ValueError, match="low < high"):
+        LinearScale(1.0, 2.0, low, high)
