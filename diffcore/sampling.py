@@ -6,7 +6,7 @@ state = sampler.advance(state, guided prediction at (state.x, state.level), nois
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -19,8 +19,13 @@ from diffcore.guidance import CFG, Guidance
 from diffcore.noise import Noise
 from diffcore.prediction import Prediction
 from diffcore.process import Process
-from diffcore.samplers import DDIM, Sampler
+from diffcore.samplers import DDIM, Sampler, State
 from diffcore.schedules import Grid, Level, Trailing
+
+Callback = Callable[[int, State, Prediction], bool | None]
+"""Called after each prediction, before the step that uses it, with the number of knots left behind, the state (x and the level
+asked about) and the prediction. True stops the run there: its result is state.x, which is at state.level, and the x_0 of the
+prediction is the callback's to keep."""
 
 
 class Samples(NamedTuple):
@@ -46,9 +51,11 @@ def sample(
     seeds: Sequence[int],
     condition: Sequence[int] | Tensor | None = None,
     guidance: Guidance = CFG(1.0),
+    image: Tensor | None = None,
     batch_size: int = 64,
     dtype: torch.dtype = torch.float32,
     progress: bool = False,
+    callback: Callback | None = None,
 ) -> Samples:
     """One sample a seed, each a function of its own seed and condition alone.
 
@@ -63,9 +70,12 @@ def sample(
         seeds: one integer of 64 bits a sample.
         condition: one class label a sample (the null label is no condition); without it the samples are unconditional.
         guidance: how the condition is strengthened; CFG(1) is the conditional model.
+        image: x_0 to start from (image-to-image), (N, *shape) or one for all. The first x is α x_0 + σ z at the first knot, so
+            the grid says how much of the image is kept: Within(grid, low=λ of that noise).
         batch_size: rows of a network call.
         dtype: of the samples while they are integrated.
         progress: whether to show a bar.
+        callback: sees each step of each chunk of `batch_size` rows, and can stop that chunk.
 
     Raises:
         ValueError: before the first step, where this process cannot be sampled so; the message has the remedy.
@@ -73,15 +83,20 @@ def sample(
     process = denoiser.process
     knots = grid.knots(process.schedule, steps)
     labels = check(process, knots, seeds, condition, guidance, batch_size)
+    image = None if image is None else _images(process, knots[0], len(seeds), image)
     device = getattr(denoiser, "device", torch.device("cpu"))
     chunks, evaluations = [], 0
     bar = tqdm(total=len(seeds), unit="sample", disable=not progress)
     with torch.no_grad(), _evaluating(denoiser), bar:
         for rows in _chunks(len(seeds), batch_size):
             noise = Noise(torch.tensor(seeds)[rows], process.shape, device, dtype)
-            x = noise.first_sample(knots[0], process.sigma_data)
+            x = (
+                noise.first_sample(knots[0], process.sigma_data)
+                if image is None
+                else noised(image[rows], knots[0], noise)
+            )
             chosen = None if labels is None else labels[rows].to(device)
-            x, evaluations = run(denoiser, sampler, x, knots, noise, guidance, chosen)
+            x, evaluations = run(denoiser, sampler, x, knots, noise, guidance, chosen, callback)
             chunks.append(x.cpu())
             bar.update(min(batch_size, len(seeds) - bar.n))
     return Samples(torch.cat(chunks)[: len(seeds)], knots, evaluations)
@@ -95,6 +110,7 @@ def run(
     noise: Noise,
     guidance: Guidance = CFG(1.0),
     condition: Tensor | None = None,
+    callback: Callback | None = None,
 ) -> tuple[Tensor, int]:
     """The loop: x at the first knot to x at the last, and the network evaluations it took for each sample."""
     check_levels(denoiser.process, knots)
@@ -103,9 +119,17 @@ def run(
     state, memory, evaluations = sampler.start(x, knots, noise), None, 0
     while not state.done:
         prediction, memory, asked = guided(denoiser, guidance, state.x, state.level, condition, memory)
-        state = sampler.advance(state, prediction, noise)
         evaluations += asked
+        if callback is not None and callback(state.step, state, prediction):
+            break
+        state = sampler.advance(state, prediction, noise)
     return state.x, evaluations
+
+
+def noised(image: Tensor, level: Level, noise: Noise) -> Tensor:
+    """α x_0 + σ z at a level, z the noise that a run starts from: σ of it exactly, whatever the sampler."""
+    z = noise.start()
+    return level.alpha * image.to(z) + level.sigma * z
 
 
 def guided(
@@ -180,6 +204,18 @@ def _labels(process: Process, count: int, condition: Sequence[int] | Tensor | No
             f"({process.classes} is no condition)"
         )
     return labels
+
+
+def _images(process: Process, first: Level, count: int, image: Tensor) -> Tensor:
+    if image.shape not in (process.shape, (1, *process.shape), (count, *process.shape)):
+        raise ValueError(
+            f"image has shape {tuple(image.shape)}, expected {process.shape}, or one of these for each of {count} seeds"
+        )
+    if first.alpha == 0:
+        raise ValueError(
+            "the first knot is pure noise, which keeps nothing of the image: start at a finite level, Within(grid, low=λ)"
+        )
+    return image.expand(count, *process.shape)
 
 
 def _chunks(count: int, size: int) -> Iterator[Tensor]:

@@ -118,9 +118,9 @@ class AlignYourSteps(Even):
             object.__setattr__(self, "table", tuple(float(sigma) for sigma in self.table))
         elif self.table not in PUBLISHED:
             raise ValueError(f"table is {self.table!r}, expected {', '.join(PUBLISHED)}, or the falling values of σ/α")
-        sigmas = self._sigmas
-        if len(sigmas) < 2 or not all(a > b > 0 for a, b in pairwise(sigmas)):
-            raise ValueError(f"table is {sigmas}, expected at least 2 values of σ/α that fall and stay above 0")
+        falls = all(a > b > 0 for a, b in pairwise(self._sigmas))
+        if not falls or len(self._sigmas) < 2:
+            raise ValueError(f"table is {self._sigmas}, expected at least 2 values of σ/α that fall and stay above 0")
 
     @property
     def _sigmas(self) -> tuple[float, ...]:
@@ -139,7 +139,7 @@ class AlignYourSteps(Even):
 
     def _span(self, schedule: Schedule) -> Span:
         first, terminal = _at_ratio(schedule, self._sigmas[0]), schedule.level(1.0)
-        nearly = abs(first.logsnr - terminal.logsnr) < ROUNDED
+        nearly = abs(float(first.logsnr) - float(terminal.logsnr)) < ROUNDED
         return Span(terminal if nearly else first, schedule.at(CLEAN), clean=False)
 
 
