@@ -87,7 +87,7 @@ def sample(
     device = getattr(denoiser, "device", torch.device("cpu"))
     chunks, evaluations = [], 0
     bar = tqdm(total=len(seeds), unit="sample", disable=not progress)
-    with torch.no_grad(), _evaluating(denoiser), bar:
+    with torch.no_grad(), evaluating(denoiser), bar:
         for rows in _chunks(len(seeds), batch_size):
             noise = Noise(torch.tensor(seeds)[rows], process.shape, device, dtype)
             x = (
@@ -115,7 +115,7 @@ def run(
     """The loop: x at the first knot to x at the last, and the network evaluations it took for each sample."""
     check_levels(denoiser.process, knots)
     if guidance.uses_reference:
-        _check_reference(denoiser.process, condition, guidance)
+        check_reference(denoiser.process, condition, guidance)
     state, memory, evaluations = sampler.start(x, knots, noise), None, 0
     while not state.done:
         prediction, memory, asked = guided(denoiser, guidance, state.x, state.level, condition, memory)
@@ -165,7 +165,7 @@ def check(
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1")
     if guidance.uses_reference:
-        _check_reference(process, condition, guidance)
+        check_reference(process, condition, guidance)
     return _labels(process, len(seeds), condition)
 
 
@@ -177,7 +177,7 @@ def check_levels(process: Process, knots: tuple[Level, ...]) -> None:
         raise ValueError("the last knot is pure noise (λ = -inf), where the ve scaling has σ = inf: end at a finite λ")
 
 
-def _check_reference(process: Process, condition: Sequence[int] | Tensor | None, guidance: Guidance) -> None:
+def check_reference(process: Process, condition: Sequence[int] | Tensor | None, guidance: Guidance) -> None:
     if condition is None:
         raise ValueError(
             f"{guidance} needs a condition to strengthen: pass one label a sample (--labels), or use CFG(1.0)"
@@ -225,7 +225,7 @@ def _chunks(count: int, size: int) -> Iterator[Tensor]:
 
 
 @contextmanager
-def _evaluating(denoiser: Denoise) -> Iterator[None]:
+def evaluating(denoiser: Denoise) -> Iterator[None]:
     """Without the network's dropout; a network that evaluates already is not touched, so threads can share it."""
     training = isinstance(denoiser, nn.Module) and denoiser.training
     if not training:
