@@ -14,7 +14,7 @@ from diffcore.denoiser import Denoise
 from diffcore.guidance import CFG, Guidance
 from diffcore.prediction import hypot
 from diffcore.sampling import check_levels, check_reference, evaluating, guided
-from diffcore.schedules import Level
+from diffcore.schedules import Level, check_falling
 
 
 class Inversion(NamedTuple):
@@ -81,14 +81,6 @@ def invert(
                 evaluations += asked
             residuals.append(missing.flatten(1).square().mean(1).sqrt())
     return Inversion(x, torch.stack(residuals[::-1]), evaluations)
-
-
-def check_falling(knots: tuple[Level, ...]) -> None:
-    """Raise where knots do not fall in noise."""
-    if len(knots) < 2 or not all(t.logsnr < s.logsnr for t, s in pairwise(knots)):
-        raise ValueError(
-            f"knots are at λ = {[knot.logsnr for knot in knots]}, expected two or more that fall in noise, as in sampling"
-        )
 
 
 def _gain(t: Level, s: Level, sigma_data: float) -> float:

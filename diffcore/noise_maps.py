@@ -7,12 +7,11 @@ from torch import Tensor
 
 from diffcore.denoiser import Denoise
 from diffcore.guidance import CFG, Guidance
-from diffcore.inversion import check_falling
 from diffcore.noise import Noise
 from diffcore.prediction import Prediction
 from diffcore.samplers import DDIM, State
 from diffcore.sampling import check_levels, check_reference, evaluating, guided, noised, run
-from diffcore.schedules import Level
+from diffcore.schedules import Level, check_falling
 
 
 @dataclass(frozen=True, eq=False)

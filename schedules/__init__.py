@@ -2,7 +2,7 @@
 
 from diffcore.schedules.base import Level, Real, Scaling, Schedule, alpha_sigma
 from diffcore.schedules.discrete import Discrete
-from diffcore.schedules.grids import Even, Explicit, Grid, Within
+from diffcore.schedules.grids import Even, Explicit, Grid, Within, check_falling
 from diffcore.schedules.grids_in_level import AlignYourSteps, Karras, UniformBlend, UniformLogSNR
 from diffcore.schedules.grids_in_time import Beta, Leading, Linspace, Quadratic, Trailing
 from diffcore.schedules.quantile import Cosine, Flow, Laplace, Normal
@@ -35,4 +35,5 @@ __all__ = [
     "Within",
     "ZeroTerminalSNR",
     "alpha_sigma",
+    "check_falling",
 ]

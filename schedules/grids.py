@@ -147,6 +147,14 @@ class Explicit(Grid):
         return [schedule.at(logsnr) for logsnr in self.logsnrs]
 
 
+def check_falling(knots: tuple[Level, ...]) -> None:
+    """Raise where knots do not fall in noise."""
+    if len(knots) < 2 or not all(t.logsnr < s.logsnr for t, s in pairwise(knots)):
+        raise ValueError(
+            f"knots are at λ = {[knot.logsnr for knot in knots]}, expected two or more that fall in noise, as in sampling"
+        )
+
+
 def _check_knots(grid: Grid, schedule: Schedule, knots: tuple[Level, ...]) -> None:
     lowest = schedule.logsnr(1.0)
     for knot in knots:

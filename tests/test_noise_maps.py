@@ -71,7 +71,7 @@ def test_the_maps_make_the_image_in_the_sampler_itself_but_for_what_the_clean_st
     x, evaluations = run(oracle, DDIM(1.0), maps.x, knots, maps.noise)
     assert evaluations == 10
     torch.testing.assert_close(x, x0 - maps.rest, rtol=0, atol=1e-12)
-    assert 0.3 * last < maps.rest.square().sum(1).mean().sqrt() < 1.5 * last
+    assert 0.3 * last < maps.rest.square().sum(1).mean().sqrt() < 1.8 * last
 
 
 def test_the_maps_vary_more_than_noise():
