@@ -4,6 +4,7 @@ Over the same knots reversed, each step F(x_t) = α_s x_0(x_t) + σ_s ε(x_t) is
 noisier end t of a step, as sampling does, and so never at the clean knot.
 """
 
+import math
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -48,7 +49,8 @@ def invert(
     is 1/F' on Gaussian data of variance c: Newton's step with a slope known beforehand, finite also at α_t = 0 and σ_s = 0. As
     c grows g becomes α_t/α_s, which holds ε and is DDIM inversion (Song et al. 2020, 2010.02502, section 4.3) where
     iterations = 1; as c shrinks it becomes σ_t/σ_s, which holds x_0. More iterations solve the step, whatever g (fixed-point
-    inversion; 2312.12540); they converge where F' is below 2/g, so a residual that stays asks for more knots.
+    inversion; 2312.12540). Where F is steeper than 2/g, near the border of two basins, they would diverge: a row whose residual
+    did not fall halves its g for the rest of the step. A residual that stays all the same asks for more iterations or knots.
 
     A guided step is inverted as it is sampled, a rule with memory as in its first step. A step that maps many x_t to one x_s
     (from pure noise to clean; the clean step of the closed-form denoiser of a data set) has no inverse: its residual stays.
@@ -74,13 +76,21 @@ def invert(
     with evaluating(denoiser):
         for t, s in reversed(list(pairwise(knots))):
             goal, x = x, x * (hypot(t.alpha, t.sigma) / hypot(s.alpha, s.sigma))
+            gain = x.new_full((len(x), *[1] * (x.ndim - 1)), _gain(t, s, denoiser.process.sigma_data))
+            residual = torch.full_like(gain, math.inf)
             for _ in range(iterations):
                 prediction, _, asked = guided(denoiser, guidance, x, t, condition, None)
-                missing = goal - prediction.at(s)
-                x = x + _gain(t, s, denoiser.process.sigma_data) * missing
-                evaluations += asked
-            residuals.append(missing.flatten(1).square().mean(1).sqrt())
+                missing, before = goal - prediction.at(s), residual
+                residual = _size(missing)
+                gain = torch.where(residual < before, gain, gain / 2)
+                x, evaluations = x + gain * missing, evaluations + asked
+            residuals.append(residual.flatten())
     return Inversion(x, torch.stack(residuals[::-1]), evaluations)
+
+
+def _size(x: Tensor) -> Tensor:
+    """Root mean square of each row, to broadcast against it."""
+    return x.square().mean(tuple(range(1, x.ndim)), keepdim=True).sqrt()
 
 
 def _gain(t: Level, s: Level, sigma_data: float) -> float:

@@ -10,6 +10,7 @@ from diffcore.denoiser import Denoiser
 from diffcore.guidance import CFG
 from diffcore.inversion import invert
 from diffcore.noise import Noise
+from diffcore.oracle import Empirical
 from diffcore.samplers import DDIM, AlphaBlending
 from diffcore.sampling import run
 from diffcore.schedules import Cosine, Explicit, Flow, Karras, Trailing, UniformLogSNR, Within
@@ -172,3 +173,13 @@ def test_what_cannot_be_inverted_is_refused(changes, message):
         invert(mixture(), **arguments)
     with pytest.raises(ValueError, match="pure noise"):
         invert(mixture(process(prediction="epsilon")), torch.zeros(1, 2), Trailing().knots(Cosine(), 2))
+
+
+def test_rows_that_would_diverge_are_solved_all_the_same():
+    """Between the basins of a data set F is steep: with g as it begins, the largest residual is 0.26 after 60 iterations."""
+    oracle = Empirical(mixture().sample(torch.arange(20)), process=process(classes=0))
+    knots = Within(UniformLogSNR(), -8.0, 2.0).knots(Cosine(), 8)
+    x = knots[-1].alpha * oracle.sample(SEEDS) + knots[-1].sigma * NOISE.start()
+    residual = invert(oracle, x, knots, 60).residual.max(0).values
+    assert residual.max() < 1e-6
+    assert residual.median() < 1e-14
