@@ -300,6 +300,11 @@ def test_beta_times_are_quantiles(a, b):
         assert times == pytest.approx([level.t for level in Trailing().knots(Cosine(), 12)], rel=1e-12)
 
 
+def test_beta_on_a_table_is_of_both_its_parameters():
+    expected = [round(T * t) - 1 for t in beta.ppf(1 - np.arange(12) / 12, 2.0, 0.9)]
+    assert indices(Beta(2.0, 0.9).knots(Kept(), 12)) == expected
+
+
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("n", [1, 3, 10, 50, 333])
 def test_leading_is_diffusers_leading(n, offset):
