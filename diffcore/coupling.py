@@ -33,8 +33,8 @@ class OptimalTransport(Coupling):
     """Within groups of samples, the permutation that minimises Σ |x_0 - ε|²: exact, and within a class where there are classes.
 
     Tong et al. 2024 (2302.00482, section 3.2.3), Pooladian et al. 2023 (2304.14772), by assignment rather than by draws from
-    the plan: every noise is used once. Groups are consecutive places of the global batch, so ranks and accumulation change nothing
-    as long as a group is on one rank. One transfer of the costs to the host a step.
+    the plan: every noise is used once. Groups are consecutive places of the global batch, so ranks and accumulation change
+    nothing as long as a group is on one rank. One transfer of the costs to the host a step.
 
     Args:
         group: samples paired together, at least 2.

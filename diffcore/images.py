@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -18,6 +19,28 @@ def pixels(x: Tensor, process: Process) -> np.ndarray:
     check(process)
     unit = (x.float() - process.low) / (process.high - process.low)
     return rearrange((unit.clamp(0, 1) * 255).round().byte().cpu().numpy(), "n c h w -> n h w c")
+
+
+def load(path: Path, process: Process) -> Tensor:
+    """x_0 of a picture, of the process's shape: bytes 0 .. 255 become its range. The inverse of `pixels`.
+
+    Raises:
+        ValueError: it cannot be read, or has another size or number of channels than the process.
+    """
+    check(process)
+    try:
+        picture = Image.open(path)
+        array = np.atleast_3d(np.asarray(picture))
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{path} is not a picture that can be read: {error}") from None
+    channels, height, width = process.shape
+    if picture.mode not in ("L", "RGB") or array.shape != (height, width, channels):
+        raise ValueError(
+            f"{path} is {picture.width} x {picture.height} of mode {picture.mode}, expected {width} x {height} of mode "
+            f"{'L' if channels == 1 else 'RGB'}: resize or convert it first"
+        )
+    unit = torch.from_numpy(array.astype(np.float32)) / 255
+    return rearrange(process.low + unit * (process.high - process.low), "h w c -> c h w")
 
 
 def drawable(process: Process) -> bool:

@@ -38,9 +38,9 @@ class Stream(IntEnum):
     START = 6
     STEP = 7
     ORACLE = 8
+    PATH = 9
     PERTURBATION = 20
     OFFSET = 21
-    PATH = 9
 
 
 def philox(key: tuple[Word, Word], counter: tuple[Word, Word, Word, Word]) -> tuple[Word, Word, Word, Word]:

@@ -111,6 +111,12 @@ def renoised(prediction: Prediction, share: Real, z: Tensor) -> Prediction:
     return Prediction(prediction.x0, (1 - share) ** 0.5 * prediction.eps + share**0.5 * z)
 
 
+def noisier(x: Tensor, here: Level, level: Level, z: Tensor) -> Tensor:
+    """(α'/α) x + √(σ'² - (σ α'/α)²) z: from the marginal at a level to the one at a noisier level, exactly."""
+    share = -math.expm1(float(level.logsnr) - float(here.logsnr))
+    return level.alpha / here.alpha * x + level.sigma * share**0.5 * z
+
+
 def clean(level: Level) -> bool:
     """Whether a whole batch has no noise there: a step to it is x_0, and draws none."""
     return isinstance(level.sigma, float) and level.sigma == 0

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffcore.noise import Noise
 from diffcore.prediction import Prediction
-from diffcore.samplers.base import Sampler, State
+from diffcore.samplers.base import Sampler, State, noisier
 from diffcore.samplers.blending import AlphaBlending
 from diffcore.schedules import Level
 
@@ -62,7 +62,10 @@ class Restart(Sampler):
         inner = self.inner.advance(inner, prediction, _of_run(noise, later))
         if inner.done and later:
             run, *rest = later
-            x = _raised(inner, run[0], noise.branch(2 * len(later)))
+            x = inner.x
+            if run[0].logsnr < inner.level.logsnr:
+                z = noise.branch(2 * len(later)).between(inner.level, run[0], inner.step)
+                x = noisier(inner.x, inner.level, run[0], z)
             later = tuple(rest)
             inner = replace(self.inner.start(x, run, _of_run(noise, later)), step=inner.step)
         return _outer(inner, later)
@@ -96,15 +99,6 @@ def _restarts(knots: Run, low: float, high: float, steps: int, repeats: int) -> 
     before = tuple(knot for knot in knots if knot.logsnr < bottom - CLOSE)
     after = tuple(knot for knot in knots if knot.logsnr > bottom + CLOSE)
     return [(*before, end), *[again] * repeats, (end, *after)]
-
-
-def _raised(state: State, level: Level, noise: Noise) -> Tensor:
-    """The sample at a level that is noisier or the same: x α'/α + √(σ'² - (σ α'/α)²) z."""
-    here = state.level
-    if level.logsnr == here.logsnr:
-        return state.x
-    scale, share = level.alpha / here.alpha, -math.expm1(level.logsnr - here.logsnr)
-    return scale * state.x + level.sigma * share**0.5 * noise.between(here, level, state.step)
 
 
 def _of_run(noise: Noise, later: tuple[Run, ...]) -> Noise:

@@ -1,13 +1,18 @@
 """Grids: which knots a sampler visits. n steps are n+1 levels, strictly monotone in λ, the last one clean.
 
 Knots are levels of the schedule that the network was trained with, in float64 on the host; samplers step between
-neighbours and never recompute one.
+neighbours and never recompute one. Almost every grid is even in some coordinate c of the level:
+
+    c_i = ((g-i) c(first) + i c(last)) / g,  i = 0 .. g        g = n, or n-1 where a clean knot follows the last
+
+so a grid is a coordinate and its two ends, and `Within` moves the ends.
 """
 
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 from diffcore.schedules.base import Level, Schedule
 
@@ -33,100 +38,90 @@ class Grid(ABC):
         return knots
 
 
-@dataclass(frozen=True)
-class Trailing(Grid):
-    """t_i = (n-i)/n; on a table of T the indices round(T (n-i)/n) - 1, in integers, then clean.
-
-    Lin et al. 2023 (2305.08891, Table 2). The first knot is the terminal level, whatever n.
-    """
-
-    def _levels(self, schedule: Schedule, steps: int) -> list[Level]:
-        total = schedule.steps
-        if total is None:
-            times = [(steps - i) / steps for i in range(steps)]
-        else:
-            _check_table(self, steps, total)
-            times = [round(total * (steps - i) / steps) / total for i in range(steps)]
-        return [*map(schedule.level, times), schedule.at(CLEAN)]
-
-
-@dataclass(frozen=True)
-class Linspace(Grid):
-    """n times evenly from t = 1 to the cleanest level, then clean: on a table the indices T-1 .. 0, rounded.
-
-    iDDPM (2102.09672). A continuous schedule has no cleanest level, so `last` names the time of the last one before clean.
+class Span(NamedTuple):
+    """What an even grid covers.
 
     Args:
-        last: time in (0, 1) of the last noisy knot on a continuous schedule.
+        first: the first knot.
+        last: the last knot of the even part.
+        clean: whether a clean knot follows it.
     """
 
-    last: float = 1e-3
+    first: Level
+    last: Level
+    clean: bool
 
-    def __post_init__(self) -> None:
-        if not 0 < self.last < 1:
-            raise ValueError(f"last is {self.last}, expected a time in (0, 1)")
+
+class Even(Grid):
+    """Knots that are even in a coordinate c of the level, which a subclass gives with its inverse and its ends."""
+
+    @abstractmethod
+    def _coordinate(self, level: Level) -> float:
+        """C, strictly monotone."""
+
+    @abstractmethod
+    def _at(self, schedule: Schedule, coordinate: float) -> Level:
+        """The level that has this coordinate."""
+
+    @abstractmethod
+    def _span(self, schedule: Schedule) -> Span: ...
 
     def _levels(self, schedule: Schedule, steps: int) -> list[Level]:
-        total, gaps = schedule.steps, max(steps - 1, 1)
-        if total is None:
-            times = [1 + (self.last - 1) * i / gaps for i in range(steps)]
-        else:
-            _check_table(self, steps, total)
-            times = [(round((total - 1) * (gaps - i) / gaps) + 1) / total for i in range(steps)]
-        return [*map(schedule.level, times), schedule.at(CLEAN)]
+        first, last, clean = self._span(schedule)
+        if not clean:
+            return self._between(first, last, steps)
+        inside = self._between(first, last, steps - 1) if steps > 1 else [first]
+        return [*inside, schedule.at(CLEAN)]
+
+    def _between(self, first: Level, last: Level, gaps: int) -> list[Level]:
+        """Gaps + 1 levels from first to last, both exactly."""
+        a, b = self._coordinate(first), self._coordinate(last)
+        inside = [((gaps - i) * a + i * b) / gaps for i in range(1, gaps)]
+        return [first, *(self._at(first.schedule, c) for c in inside), last]
 
 
 @dataclass(frozen=True)
-class Karras(Grid):
-    """u_i = (u_max^(1/ρ) + i/(n-1) (u_min^(1/ρ) - u_max^(1/ρ)))^ρ of u = σ/α, then clean.
+class Within(Even):
+    """The same coordinate between two levels of one's choice, each exactly a knot: start and stop anywhere.
 
-    Karras et al. 2022 (2206.00364, eq. 5). The bounds are for data of standard deviation 0.5; multiply them by the data's
-    over 0.5 for other data. One step is [sigma_max, clean].
+    Image-to-image starts at low = λ of the noise put on the image; stopping early is a finite `high`. An end that is left
+    out is the grid's own, so with Karras or Linspace a clean knot still follows the last noisy one. On a table the knots
+    lie between its entries.
 
     Args:
-        sigma_min: σ/α of the last noisy knot, above 0.
-        sigma_max: σ/α of the first knot, finite.
-        rho: ρ > 0; larger puts more knots near the data.
+        grid: any grid but Explicit, whose knots are given one by one.
+        low: λ of the first knot; -inf is the grid's own.
+        high: λ of the last knot; inf is the grid's own.
     """
 
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    rho: float = 7.0
+    grid: Even
+    low: float = -math.inf
+    high: float = math.inf
 
     def __post_init__(self) -> None:
-        if not 0 < self.sigma_min < self.sigma_max < math.inf:
+        if not isinstance(self.grid, Even):
+            raise ValueError(f"grid is {self.grid}, expected one that is even in some coordinate, not knots one by one")
+        if not self.low < self.high:
+            raise ValueError(f"low and high are {self.low} and {self.high}, expected λ with low < high")
+
+    def _coordinate(self, level: Level) -> float:
+        return self.grid._coordinate(level)
+
+    def _at(self, schedule: Schedule, coordinate: float) -> Level:
+        return self.grid._at(schedule, coordinate)
+
+    def _span(self, schedule: Schedule) -> Span:
+        first, last, clean = self.grid._span(schedule)
+        if self.low > -math.inf:
+            first = schedule.at(self.low)
+        if self.high < math.inf:
+            last, clean = schedule.at(self.high), False
+        if not first.logsnr < last.logsnr:
             raise ValueError(
-                f"sigma_min and sigma_max are {self.sigma_min} and {self.sigma_max}, expected 0 < min < max < inf"
+                f"{self} has its first knot at λ = {first.logsnr:g} and its last noisy one at λ = {last.logsnr:g}: "
+                f"give a lower `low`, a higher `high`, or a grid with other bounds"
             )
-        if not 0 < self.rho < math.inf:
-            raise ValueError(f"rho is {self.rho}, expected a positive finite number")
-
-    def _levels(self, schedule: Schedule, steps: int) -> list[Level]:
-        high, low = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
-        sigmas = [(high + i / max(steps - 1, 1) * (low - high)) ** self.rho for i in range(steps)]
-        return [schedule.at(-2 * math.log(sigma)) for sigma in sigmas] + [schedule.at(CLEAN)]
-
-
-@dataclass(frozen=True)
-class UniformLogSNR(Grid):
-    """λ_i evenly from `low` to `high`, then clean. Lu et al. 2022 (2206.00927). One step is [low, clean].
-
-    Args:
-        low: λ of the first knot, finite.
-        high: λ of the last noisy knot, finite.
-    """
-
-    low: float = -10.0
-    high: float = 10.0
-
-    def __post_init__(self) -> None:
-        if not -math.inf < self.low < self.high < math.inf:
-            raise ValueError(f"low and high are {self.low} and {self.high}, expected finite λ with low < high")
-
-    def _levels(self, schedule: Schedule, steps: int) -> list[Level]:
-        gaps = max(steps - 1, 1)
-        logsnrs = [self.low + (self.high - self.low) * i / gaps for i in range(steps)]
-        return [schedule.at(logsnr) for logsnr in [*logsnrs, CLEAN]]
+        return Span(first, last, clean)
 
 
 @dataclass(frozen=True)
@@ -152,9 +147,12 @@ class Explicit(Grid):
         return [schedule.at(logsnr) for logsnr in self.logsnrs]
 
 
-def _check_table(grid: Grid, steps: int, total: int) -> None:
-    if steps > total:
-        raise ValueError(f"{grid} cannot take {steps} steps: the schedule is a table of {total} levels")
+def check_falling(knots: tuple[Level, ...]) -> None:
+    """Raise where knots do not fall in noise."""
+    if len(knots) < 2 or not all(t.logsnr < s.logsnr for t, s in pairwise(knots)):
+        raise ValueError(
+            f"knots are at λ = {[knot.logsnr for knot in knots]}, expected two or more that fall in noise, as in sampling"
+        )
 
 
 def _check_knots(grid: Grid, schedule: Schedule, knots: tuple[Level, ...]) -> None:

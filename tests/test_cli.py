@@ -198,6 +198,77 @@ def test_every_knot_is_printed_on_request(diffcore, trained):
     assert [float(knot[1]) for knot in knots] == pytest.approx([1, 2 / 3, 1 / 3, 0], abs=1e-5)
 
 
+KNOT = r"\s+[-\d.inf]+\s+[01]\.\d{5} "
+GRIDS = {  # σ/α of the knots of three steps
+    "--grid=Trailing": [math.inf, 1.7321, 0.57735, 0],
+    "--grid=Linspace --grid.last=0.5": [math.inf, 2.4142, 1, 0],
+    "--grid=Leading --grid.last=0.25": [2.4142, 1, 0.41421, 0],
+    "--grid=Quadratic": [math.inf, 0.8391, 0.17633, 0],
+    "--grid=BetaSpacing --grid.a=1 --grid.b=1": [math.inf, 1.7321, 0.57735, 0],
+    "--grid=Karras --grid.sigma_max=8 --grid.sigma_min=0.5 --grid.rho=1": [8, 4.25, 0.5, 0],
+    "--grid=UniformLogSNR --grid.low=-2 --grid.high=2": [2.7183, 1, 0.36788, 0],
+    "--grid=UniformBlend": [math.inf, 2, 0.5, 0],
+    "--grid=AlignYourSteps --grid.table=[8,4,2,1]": [8, 4, 2, 0],
+    "--grid=AlignYourSteps --grid.table=svd --steps=10": [
+        700,
+        *(54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034),
+        0,
+    ],
+    "--grid=Explicit --grid.logsnrs=[-2,0,2,.inf]": [2.7183, 1, 0.36788, 0],
+    "--grid=Within --grid.grid=UniformLogSNR --grid.grid.high=2 --grid.low=-4 --grid.high=2": [
+        7.3891,
+        2.7183,
+        1,
+        0.36788,
+    ],
+}
+
+
+@pytest.mark.parametrize("options", GRIDS)
+def test_every_grid_prints_its_knots(diffcore, trained, options):
+    ended = diffcore("sample", trained, *QUICK, "--labels=1", "--out=x.png", "--print-knots=true", *options.split())
+    assert ended.status == 0, ended.err
+    knots = [line.split() for line in ended.out.splitlines() if re.match(KNOT, line)]
+    assert [float(knot[4]) for knot in knots] == pytest.approx(GRIDS[options], rel=1e-4)
+
+
+def test_an_image_is_the_start_of_each_sample_at_the_level_asked_for(diffcore, trained):
+    Image.fromarray(np.full((8, 8), 255, np.uint8)).save("white.png")
+    near, far = (
+        torch.stack(list(made(diffcore, trained, "--labels=1", "--image=white.png", f"--start={start}").values()))
+        for start in (0.01, 50)
+    )
+    assert (near - 1).abs().max() < 0.2
+    assert (far - 1).abs().max() > 0.5
+    ended = diffcore("sample", trained, *QUICK, "--labels=1", "--image=white.png", "--start=0.5", "--print-knots=true")
+    knots = [line.split() for line in ended.out.splitlines() if re.match(KNOT, line)]
+    assert float(knots[0][4]) == 0.5
+    assert len(knots) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--start=0.5",), "there is no image to start from: pass --image"),
+        (("--start=-1", "--image=white.png"), "start is -1.0, expected σ/α above 0"),
+        (("--image=white.png",), "first knot is pure noise, which keeps nothing of the image"),
+        (("--image=none.png", "--start=1"), "none.png is not a picture"),
+        (("--image=wide.png", "--start=1"), "is 9 x 8 of mode L, expected 8 x 8"),
+        (
+            ("--image=white.png", "--start=1", "--grid=Explicit", "--grid.logsnrs=[0,1,2,3]"),
+            "names its first knot itself",
+        ),
+    ],
+)
+def test_a_start_that_cannot_be_is_refused_in_one_line(diffcore, trained, options, message):
+    Image.new("L", (8, 8), 255).save("white.png")
+    Image.new("L", (9, 8), 255).save("wide.png")
+    ended = diffcore("sample", trained, *QUICK, "--labels=1", *options)
+    assert ended.status != 0
+    assert message in ended.err
+    assert ended.err.count("\n") == 1
+
+
 def test_a_folder_gets_one_picture_a_seed_with_its_pixels(diffcore, trained):
     options = ("--labels=3,7", "--per-label=2", "--seeds=5,0,9,2")
     ended = diffcore("sample", trained, *QUICK, *options, "--out=pictures")

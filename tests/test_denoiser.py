@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from diffcore.denoiser import Denoiser, null_condition
+from diffcore.loop import run
 from diffcore.noise import Noise
 from diffcore.process import TimeConditioning
 from diffcore.samplers import DDIM, AlphaBlending
-from diffcore.sampling import run
 from diffcore.schedules import Cosine, Discrete, Explicit
 from tests.oracles import KINDS, SCALINGS, ExactNetwork, mixture, process, told_by, unet
 

@@ -71,3 +71,37 @@ def test_a_picture_is_whole_or_not_there(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         images.save(picture, tmp_path / "new/b.png")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_saved_picture_loads_as_its_x0(channels, tmp_path):
+    record = Process(shape=(channels, 4, 6), low=-2.0, high=6.0)
+    data = torch.arange(24 * channels).view(channels, 4, 6) * 3
+    x = record.low + data / 255 * 8
+    images.save(images.image(images.pixels(x[None], record)[0]), tmp_path / "x.png")
+    loaded = images.load(tmp_path / "x.png", record)
+    assert loaded.shape == record.shape
+    torch.testing.assert_close(loaded, x, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mode", "size", "message"),
+    [
+        ("L", (8, 9), "is 8 x 9 of mode L, expected 8 x 8 of mode L: resize"),
+        ("RGB", (8, 8), "is 8 x 8 of mode RGB, expected 8 x 8 of mode L"),
+        ("P", (8, 8), "of mode P"),
+        ("LA", (8, 8), "of mode LA"),
+    ],
+)
+def test_a_picture_of_another_size_or_mode_is_refused(mode, size, message, tmp_path):
+    Image.new(mode, size).save(tmp_path / "x.png")
+    with pytest.raises(ValueError, match=message):
+        images.load(tmp_path / "x.png", process())
+
+
+def test_what_is_no_picture_is_refused(tmp_path):
+    (tmp_path / "x.png").write_text("no picture")
+    with pytest.raises(ValueError, match=r"x.png is not a picture that can be read"):
+        images.load(tmp_path / "x.png", process())
+    with pytest.raises(ValueError, match="is not a picture that can be read"):
+        images.load(tmp_path / "none.png", process())

@@ -58,6 +58,8 @@ def test_streams_keep_their_numbers():
         "STEP": 7,
         "ORACLE": 8,
         "PATH": 9,
+        "PERTURBATION": 20,
+        "OFFSET": 21,
     }
 
 

@@ -9,22 +9,29 @@ from torch import nn
 
 from diffcore.denoiser import Denoiser
 from diffcore.guidance import CFG
+from diffcore.loop import run
 from diffcore.noise import Noise
 from diffcore.process import TimeConditioning
 from diffcore.samplers import DDIM, AlphaBlending
 from diffcore.sampling import sample
 from diffcore.schedules import (
+    BetaSpacing,
     Cosine,
     Discrete,
     Explicit,
     Flow,
     Karras,
+    Leading,
     Linspace,
+    Quadratic,
     Trailing,
+    UniformBlend,
     UniformLogSNR,
+    Within,
     ZeroTerminalSNR,
 )
 from tests.oracles import SCALINGS, TO_NOISE, ExactNetwork, flow, gaussian, mixture, process, unet
+from tests.samplers.test_orders import ORDERS
 
 SEEDS = (11, 2, 7, 30, 5, 1, 4)
 LABELS = (0, 1, 1, 0, 2, 1, 0)
@@ -307,3 +314,120 @@ def test_a_network_that_knows_nothing_at_the_clean_end_is_not_asked_there(kind):
 def test_a_run_to_pure_noise_in_ve_is_refused():
     with pytest.raises(ValueError, match="last knot is pure noise"):
         sample(mixture(process(Cosine(scaling="ve"))), grid=Explicit((3.0, 0.0, -math.inf)), steps=2, seeds=SEEDS)
+
+
+# Starting and stopping anywhere ----------------------------------------------------------------------------------------
+
+
+ANY_SAMPLER = [*ORDERS, DDIM(0.5), DDIM(1.0)]
+EVENS = [Trailing(), Linspace(), Leading(), Quadratic(), BetaSpacing(), Karras(), UniformLogSNR(), UniformBlend()]
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("start", (0.05, 1.0, 20.0))
+@pytest.mark.parametrize("sampler", ANY_SAMPLER, ids=str)
+def test_c5_the_noise_put_on_an_image_is_sigma_of_the_start_level_exactly(sampler, start, scaling):
+    """Whatever the sampler, the steps and the grid: strength is a noise level, not a share of the steps."""
+    image, z = torch.tensor([0.3, -0.7]), Noise(torch.tensor(SEEDS), (2,)).start()
+    for grid, steps in zip(EVENS, (1, 2, 3, 4, 5, 7, 8, 50), strict=True):
+        denoiser = small(schedule=Cosine(scaling=scaling), prediction="flow_prediction")
+        grid = Within(grid, low=-2 * math.log(start))
+        sample(denoiser, sampler, grid, steps, seeds=SEEDS, image=image, batch_size=7, callback=lambda *_: True)
+        first = grid.knots(denoiser.process.schedule, steps)[0]
+        assert first.sigma / first.alpha == pytest.approx(start, rel=1e-12)
+        injected = (denoiser.network.given[0] - first.alpha * image) / first.sigma
+        torch.testing.assert_close(injected, z, rtol=0, atol=1e-5 * (1 + 1 / start))
+
+
+def test_an_image_for_each_seed_or_one_for_all():
+    images = torch.arange(14.0).view(7, 2) / 10
+    arguments = {
+        "grid": Within(Trailing(), low=1.0),
+        "steps": 3,
+        "seeds": SEEDS,
+        "batch_size": 4,
+        "dtype": torch.float64,
+    }
+    one, each = (sample(mixture(), image=image, **arguments).x for image in (images[2], images))
+    assert torch.equal(one[2], each[2])
+    assert not torch.equal(one[3], each[3])
+    assert torch.equal(sample(mixture(), image=images[2:3], **arguments).x, one)
+
+
+def test_a_run_from_little_noise_keeps_the_image_and_one_from_much_forgets_it():
+    image = mixture().sample(torch.arange(7))
+    kept, forgotten = (
+        sample(mixture(), grid=Within(Trailing(), low=low), seeds=SEEDS, image=image, dtype=torch.float64).x - image
+        for low in (7.0, -9.0)
+    )
+    assert kept.norm(dim=1).max() < 0.1
+    assert forgotten.norm(dim=1).median() > 0.5
+
+
+@pytest.mark.parametrize("high", (-2.0, 0.5, 6.0))
+def test_a_run_stops_at_a_level_on_the_exact_flow(high):
+    oracle = mixture()
+    grid = Within(UniformBlend(), high=high)
+    result = sample(oracle, AlphaBlending(2), grid, 400, seeds=SEEDS, dtype=torch.float64, batch_size=7)
+    x = Noise(torch.tensor(SEEDS), (2,), dtype=torch.float64).start()
+    schedule = oracle.process.schedule
+    exact = flow(oracle, x, schedule.level(1.0), schedule.at(high))
+    assert result.knots[-1].logsnr == high
+    torch.testing.assert_close(result.x, exact, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("image", "grid", "message"),
+    [
+        (
+            torch.zeros(3),
+            Within(Trailing(), low=0.0),
+            r"image has shape \(3,\), expected \(2,\), or one of these for",
+        ),
+        (torch.zeros(6, 2), Within(Trailing(), low=0.0), r"image has shape \(6, 2\)"),
+        (torch.zeros(2), Trailing(), "first knot is pure noise, which keeps nothing of the image"),
+    ],
+)
+def test_images_that_do_not_fit_are_refused_before_the_network_is_called(image, grid, message):
+    denoiser = small()
+    with pytest.raises(ValueError, match=message):
+        sample(denoiser, grid=grid, steps=3, seeds=SEEDS, image=image)
+    assert denoiser.network.rows == []
+
+
+@pytest.mark.parametrize("sampler", ANY_SAMPLER, ids=str)
+def test_a_callback_sees_every_state_and_prediction_and_changes_nothing(sampler):
+    seen, oracle = [], mixture()
+    arguments = {"steps": 5, "seeds": SEEDS, "dtype": torch.float64, "batch_size": 7}
+    watched = sample(oracle, sampler, callback=lambda *call: seen.append(call), **arguments)
+    assert torch.equal(watched.x, sample(oracle, sampler, **arguments).x)
+    assert len(seen) == watched.evaluations == sampler.evaluations(watched.knots)
+    for step, state, prediction in seen:
+        assert step == state.step == len(watched.knots) - 1 - len(state.left)
+        torch.testing.assert_close(prediction, oracle(state.x, state.level), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("stop", (0, 2))
+def test_a_callback_that_says_true_stops_the_run_with_x_at_its_level(stop):
+    kept = []
+
+    def callback(step, state, prediction):
+        kept.append(state)
+        return step == stop
+
+    denoiser = small()
+    result = sample(denoiser, steps=5, seeds=SEEDS[:4], batch_size=4, callback=callback)
+    assert result.evaluations == len(denoiser.network.rows) == stop + 1
+    assert kept[-1].level == result.knots[stop]
+    assert torch.equal(result.x, kept[-1].x)
+    knots, noise = kept[-1].left, Noise(torch.tensor(SEEDS[:4]), (2,))
+    rest, _ = run(denoiser, DDIM(), result.x, (kept[-1].level, *knots), noise)
+    assert torch.equal(rest, sample(denoiser, steps=5, seeds=SEEDS[:4], batch_size=4).x)
+
+
+def test_a_callback_stops_the_chunk_that_it_is_called_for():
+    denoiser, calls = small(), []
+    sample(
+        denoiser, steps=5, seeds=SEEDS, batch_size=4, callback=lambda *call: bool(calls.append(call)) or len(calls) == 2
+    )
+    assert len(denoiser.network.rows) == 2 + 5

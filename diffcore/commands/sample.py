@@ -1,5 +1,6 @@
 """`diffcore sample`: images of a run, by label and seed."""
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from diffcore.process import Process
 from diffcore.run import Run
 from diffcore.samplers import DDIM, Sampler
 from diffcore.sampling import Samples, sample
-from diffcore.schedules import Grid, Level, Trailing
+from diffcore.schedules import Even, Grid, Level, Trailing, Within
 from diffcore.spec import Parser
 from diffcore.weights import write_weights
 
@@ -33,6 +34,8 @@ class Request:
         grid: which levels it visits.
         steps: how many steps it takes.
         guidance: how the condition is strengthened.
+        image: a picture to start from; each seed changes it in its own way.
+        start: σ/α of the noise put on the image (the start level, not a share of the steps); 0 is where the grid begins.
         batch_size: samples integrated together; other sizes agree to rounding.
         rows: of one forward, where those samples and their references are too many; 0 asks about all at once.
         out: a picture (.png) of all samples, a folder for one picture a seed, or arrays (.safetensors).
@@ -48,6 +51,8 @@ class Request:
     grid: Grid = field(default_factory=Trailing)
     steps: int = 25
     guidance: Guidance = field(default_factory=CFG)
+    image: Path | None = None
+    start: float = 0.0
     batch_size: int = 64
     rows: int = 0
     out: Path = Path("samples.png")
@@ -60,11 +65,27 @@ class Request:
             raise ValueError(f"per_label is {self.per_label}, expected at least 1")
         if self.threads < 0:
             raise ValueError(f"threads is {self.threads}, expected a number, or 0 for torch's choice")
+        self._check_start()
         expected = len(self.labels) * self.per_label
         if self.labels and self.seeds and len(self.seeds) != expected:
             raise ValueError(
                 f"seeds are {len(self.seeds)}, expected {expected}: {len(self.labels)} labels x {self.per_label}"
             )
+
+    def _check_start(self) -> None:
+        if not 0 <= self.start < math.inf:
+            raise ValueError(f"start is {self.start}, expected σ/α above 0, or 0 for where the grid begins")
+        if self.start and self.image is None:
+            raise ValueError(f"start is {self.start}, but there is no image to start from: pass --image")
+        if self.start and not isinstance(self.grid, Even):
+            raise ValueError(f"start is {self.start}, but {self.grid} names its first knot itself: leave start out")
+
+    @property
+    def visited(self) -> Grid:
+        """The grid from the start level on."""
+        if not self.start or not isinstance(self.grid, Even):
+            return self.grid
+        return Within(self.grid, low=-2 * math.log(self.start))
 
     @property
     def condition(self) -> list[int] | None:
@@ -117,11 +138,12 @@ def _sample(run: Run, request: Request) -> None:
     made = sample(
         denoiser,
         request.sampler,
-        request.grid,
+        request.visited,
         request.steps,
         seeds=request.numbers,
         condition=request.condition,
         guidance=loaded(request.guidance, lambda folder: Run(Path(folder)).denoiser(device)),
+        image=None if request.image is None else images.load(request.image, denoiser.process),
         batch_size=request.batch_size,
         rows=request.rows,
         progress=sys.stderr.isatty(),
@@ -129,9 +151,13 @@ def _sample(run: Run, request: Request) -> None:
     _write(made, request, denoiser.process)
     print(_knots(made.knots, request.print_knots))
     print(
-        f"{len(made.x)} samples of {made.evaluations:g} network evaluations each, {made.planned} planned "
-        f"({request.sampler}, {request.grid}, {len(made.knots) - 1} steps, {request.guidance}) -> {request.out}"
+        f"{len(made.x)} samples of {made.evaluations:g} network evaluations each, {_planned(made.planned)} "
+        f"({request.sampler}, {request.visited}, {len(made.knots) - 1} steps, {request.guidance}) -> {request.out}"
     )
+
+
+def _planned(evaluations: int | None) -> str:
+    return "as the sampler decided" if evaluations is None else f"{evaluations} planned"
 
 
 def _write(made: Samples, request: Request, process: Process) -> None:

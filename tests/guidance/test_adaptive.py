@@ -7,9 +7,10 @@ import torch
 
 from diffcore.denoiser import Denoiser
 from diffcore.guidance import APG, CFG, AdaptiveGuidance, LinearAG
+from diffcore.loop import run, watch
 from diffcore.noise import Noise
 from diffcore.samplers import DDIM, AlphaBlending
-from diffcore.sampling import run, sample, watch
+from diffcore.sampling import sample
 from diffcore.schedules import Trailing, UniformLogSNR
 from tests.oracles import ExactNetwork, Pair, mixture, process
 

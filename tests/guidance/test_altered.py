@@ -9,7 +9,8 @@ from torch.nn import functional
 
 from diffcore.denoiser import Denoiser
 from diffcore.guidance import APG, CFG, PerturbedAttention, SkippedLayers, Sum
-from diffcore.sampling import guided, sample
+from diffcore.loop import guided
+from diffcore.sampling import sample
 from tests.oracles import mixture, process, unet
 
 RECORD = process(shape=(1, 8, 8), dropout=0.0)

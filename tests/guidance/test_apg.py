@@ -8,10 +8,10 @@ from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normal
 
 from diffcore.denoiser import Denoiser
 from diffcore.guidance import APG, CFG, Seen, Step
+from diffcore.loop import guided, run, watch
 from diffcore.noise import Noise
 from diffcore.prediction import Prediction
 from diffcore.samplers import DDIM, AlphaBlending
-from diffcore.sampling import guided, run, watch
 from diffcore.schedules import Trailing, UniformLogSNR
 from tests.oracles import KINDS, ExactNetwork, Pair, mixture, process
 

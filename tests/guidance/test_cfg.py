@@ -9,10 +9,10 @@ import torch
 
 from diffcore.denoiser import Denoiser
 from diffcore.guidance import CFG, Seen, Step
+from diffcore.loop import guided, run
 from diffcore.noise import Noise
 from diffcore.prediction import Prediction
 from diffcore.samplers import DDIM, AlphaBlending
-from diffcore.sampling import guided, run
 from diffcore.schedules import Cosine, Explicit, Flow, Trailing
 from tests.oracles import KINDS, SCALINGS, ExactNetwork, Pair, mixture, process
 

@@ -15,10 +15,11 @@ from diffcore.guidance import (
     minority_levels,
     minority_score,
 )
+from diffcore.loop import guided, run, watch
 from diffcore.noise import Noise
 from diffcore.oracle import GaussianMixture
 from diffcore.samplers import DDIM
-from diffcore.sampling import guided, run, sample, watch
+from diffcore.sampling import sample
 from diffcore.schedules import Cosine, Flow, UniformLogSNR
 from tests.oracles import COVARIANCES, MEANS, SCALINGS, WEIGHTS, Pair, gaussian, mixture, process
 

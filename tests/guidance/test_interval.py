@@ -9,9 +9,10 @@ import torch
 
 from diffcore.denoiser import Denoiser
 from diffcore.guidance import APG, CFG, Interval, Step, Wrapper
+from diffcore.loop import run
 from diffcore.noise import Noise
 from diffcore.samplers import DDIM, AlphaBlending
-from diffcore.sampling import run, sample, with_levels
+from diffcore.sampling import sample, with_levels
 from diffcore.schedules import Cosine, Explicit, Karras, Trailing, UniformLogSNR
 from tests.oracles import ExactNetwork, Pair, mixture, process
 

@@ -18,9 +18,10 @@ from diffcore.guidance import (
     loaded,
 )
 from diffcore.guidance.reference import Query, answers
+from diffcore.loop import guided, run
 from diffcore.noise import Noise
 from diffcore.samplers import AlphaBlending
-from diffcore.sampling import guided, run, sample
+from diffcore.sampling import sample
 from diffcore.schedules import Cosine, Flow, Trailing
 from tests.oracles import COVARIANCES, MEANS, WEIGHTS, ExactNetwork, GaussianMixture, Pair, gaussian, mixture, process
 

@@ -8,10 +8,11 @@ from diffusers.guiders.guider_utils import rescale_noise_cfg
 
 from diffcore.denoiser import Denoiser
 from diffcore.guidance import CFG, Interval, Rescale, Seen, Step
+from diffcore.loop import guided, run
 from diffcore.noise import Noise
 from diffcore.prediction import Prediction
 from diffcore.samplers import AlphaBlending
-from diffcore.sampling import guided, run, with_levels
+from diffcore.sampling import with_levels
 from diffcore.schedules import Trailing
 from tests.oracles import KINDS, ExactNetwork, Pair, mixture, process
 

@@ -29,9 +29,10 @@ from diffcore.guidance import (
     Step,
     Sum,
 )
+from diffcore.loop import guided, planned, watch
 from diffcore.noise import Noise
 from diffcore.samplers import DDIM, AlphaBlending
-from diffcore.sampling import guided, planned, sample, watch
+from diffcore.sampling import sample
 from diffcore.schedules import Cosine, Explicit, UniformLogSNR
 from diffcore.spec import build, spec
 from tests.oracles import COVARIANCES, KINDS, MEANS, ExactNetwork, GaussianMixture, mixture, process

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from diffcore.guidance import APG, CFG, CFGZeroStar, ConstantScale, CosineScale, LinearScale
+from diffcore.loop import guided, run
 from diffcore.noise import Noise
 from diffcore.samplers import AlphaBlending
-from diffcore.sampling import guided, run, sample
+from diffcore.sampling import sample
 from diffcore.schedules import Trailing
 from tests.oracles import Pair, mixture
 

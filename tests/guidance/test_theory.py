@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from diffcore.guidance import CFG
+from diffcore.loop import guided, run
 from diffcore.noise import Noise
 from diffcore.oracle import GaussianMixture
 from diffcore.prediction import Prediction
 from diffcore.samplers import AlphaBlending
-from diffcore.sampling import guided, run
 from diffcore.schedules import Cosine, Flow, Trailing
 from tests.oracles import Pair, covariance, process
 

@@ -7,9 +7,10 @@ import torch
 from diffusers.guiders.classifier_free_zero_star_guidance import cfg_zero_star_scale
 
 from diffcore.guidance import CFG, CFGPlusPlus, CFGZeroStar, Interval
+from diffcore.loop import guided, run
 from diffcore.noise import Noise
 from diffcore.samplers import DDIM, AlphaBlending
-from diffcore.sampling import guided, run, sample
+from diffcore.sampling import sample
 from diffcore.schedules import Cosine, Flow, Trailing, UniformLogSNR
 from tests.oracles import SCALINGS, Pair, mixture, process
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from diffcore.guidance import CFG
-from diffcore.sampling import run
+from diffcore.loop import run
 
 
 @dataclass

@@ -7,6 +7,7 @@ from itertools import pairwise, product
 import pytest
 import torch
 
+from diffcore.loop import run
 from diffcore.noise import Noise
 from diffcore.prediction import Prediction
 from diffcore.samplers import (
@@ -21,7 +22,6 @@ from diffcore.samplers import (
     UniPC,
 )
 from diffcore.samplers.adams import Held, Variable
-from diffcore.sampling import run
 from diffcore.schedules import Cosine, Explicit, Flow, Karras, Trailing
 from tests.oracles import SCALINGS, flow, mixture, process
 from tests.samplers.test_base import SAMPLERS

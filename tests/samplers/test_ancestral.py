@@ -6,10 +6,10 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, EulerAncestralDiscreteScheduler
 
+from diffcore.loop import run
 from diffcore.noise import Noise
 from diffcore.prediction import Prediction, target
 from diffcore.samplers import DDIM, DDPM, EulerAncestral, State
-from diffcore.sampling import run
 from diffcore.schedules import Cosine, Discrete, Explicit, Trailing
 from tests.oracles import mixture, process
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from diffcore.denoiser import Denoiser
 from diffcore.guidance import CFG
+from diffcore.loop import run
 from diffcore.noise import Noise
 from diffcore.prediction import Prediction
 from diffcore.samplers import (
@@ -24,7 +25,6 @@ from diffcore.samplers import (
     Heun,
     Restart,
 )
-from diffcore.sampling import run
 from diffcore.schedules import Cosine, Discrete, Explicit, Flow, Karras, Trailing
 from tests.oracles import SCALINGS, PointMass, mixture, process
 from tests.samplers.test_orders import ORDERS

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from diffcore.loop import run
 from diffcore.noise import Noise
 from diffcore.samplers import DDIM, AlphaBlending
-from diffcore.sampling import run
 from diffcore.schedules import Cosine, Flow, Karras, Level, Trailing
 from tests.oracles import SCALINGS, TO_NOISE, flow, mixture, process
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from diffcore.loop import run
 from diffcore.noise import Noise
 from diffcore.prediction import Prediction, target
 from diffcore.samplers import DDIM, State
-from diffcore.sampling import run
 from diffcore.schedules import Cosine, Discrete, Explicit, Trailing
 from tests.oracles import flow, mixture, process
 

@@ -8,10 +8,10 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from scipy.integrate import quad
 
+from diffcore.loop import run
 from diffcore.noise import Noise
 from diffcore.prediction import Prediction, target
 from diffcore.samplers import DDIM, DPMSolverSDE, State
-from diffcore.sampling import run
 from diffcore.schedules import Cosine, Discrete, Explicit, Trailing
 from tests.oracles import flow, mixture, process
 

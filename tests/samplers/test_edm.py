@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from diffcore.loop import run
 from diffcore.noise import Noise
 from diffcore.samplers import Euler, Heun
-from diffcore.sampling import run
 from diffcore.schedules import Cosine, Discrete, Explicit, Flow, Karras, Trailing
 from tests.oracles import SCALINGS, mixture, process
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from diffcore.denoiser import Denoiser
+from diffcore.loop import run
 from diffcore.noise import Noise
 from diffcore.samplers import (
     DDIM,
@@ -18,7 +19,6 @@ from diffcore.samplers import (
     Heun,
     UniPC,
 )
-from diffcore.sampling import run
 from diffcore.schedules import Cosine, Explicit, Flow, Karras, Level, Trailing
 from tests.oracles import KINDS, SCALINGS, ExactNetwork, mixture, process
 from tests.samplers import formulas

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from diffcore.guidance import CFG
+from diffcore.loop import guided, run
 from diffcore.noise import Noise
 from diffcore.prediction import Prediction
 from diffcore.samplers import DDIM, AlphaBlending, DPMSolverSDE, PredictorCorrector
-from diffcore.sampling import guided, run
 from diffcore.schedules import Cosine, Explicit, Flow, Trailing
 from tests.oracles import covariance, gaussian, mixture, process
 

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from diffcore.loop import run
 from diffcore.noise import Noise
 from diffcore.samplers import DDIM, AlphaBlending, PredictorCorrector, Restart
-from diffcore.sampling import run
 from diffcore.schedules import Cosine, Explicit, Flow, Karras, Trailing
 from tests.oracles import covariance, gaussian, mixture, process
 from tests.samplers.moments import affine, moments

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from diffcore.loop import run
 from diffcore.noise import Noise
 from diffcore.samplers import AdaptiveRungeKutta
 from diffcore.samplers.runge_kutta import PAIRS
-from diffcore.sampling import run
 from diffcore.schedules import Cosine, Explicit, Flow, Trailing
 from tests.oracles import PointMass, flow, mixture, process
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from scipy.interpolate import CubicSpline
 
+from diffcore.loop import run
 from diffcore.noise import Noise
 from diffcore.oracle import GaussianMixture
 from diffcore.samplers import DDIM, DDPM, AlphaBlending, DPMSolverSDE, EulerAncestral, PredictorCorrector, Restart
-from diffcore.sampling import run
 from diffcore.schedules import Explicit
 from tests.oracles import covariance, gaussian, process
 from tests.samplers.moments import Probe, moments

@@ -1,0 +1,153 @@
+"""Grids that are even in a function of the noise level itself, whatever time the schedule reaches it at."""
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+
+from diffcore.schedules.base import Level, Schedule
+from diffcore.schedules.grids import CLEAN, Even, Span
+
+Table = Literal["sd15", "sdxl", "svd"]
+PUBLISHED: dict[str, tuple[float, ...]] = {
+    "sd15": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
+    "sdxl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),
+    "svd": (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002),
+}
+ROUNDED = 1e-3
+"""In λ: a first level this near to the terminal one is it (14.615 was 14.6146 before it was printed)."""
+
+
+@dataclass(frozen=True)
+class Karras(Even):
+    """u_i = (u_max^(1/ρ) + i/(n-1) (u_min^(1/ρ) - u_max^(1/ρ)))^ρ of u = σ/α, then clean.
+
+    Karras et al. 2022 (2206.00364, eq. 5). The bounds are for data of standard deviation 0.5; multiply them by the data's
+    over 0.5 for other data. One step is [sigma_max, clean].
+
+    Args:
+        sigma_min: σ/α of the last noisy knot, above 0.
+        sigma_max: σ/α of the first knot, finite.
+        rho: ρ > 0; larger puts more knots near the data.
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_min < self.sigma_max < math.inf:
+            raise ValueError(
+                f"sigma_min and sigma_max are {self.sigma_min} and {self.sigma_max}, expected 0 < min < max < inf"
+            )
+        if not 0 < self.rho < math.inf:
+            raise ValueError(f"rho is {self.rho}, expected a positive finite number")
+
+    def _coordinate(self, level: Level) -> float:
+        return float(level.ratio) ** (1 / self.rho)
+
+    def _at(self, schedule: Schedule, coordinate: float) -> Level:
+        return _at_ratio(schedule, coordinate**self.rho)
+
+    def _span(self, schedule: Schedule) -> Span:
+        return Span(_at_ratio(schedule, self.sigma_max), _at_ratio(schedule, self.sigma_min), clean=True)
+
+
+@dataclass(frozen=True)
+class UniformLogSNR(Even):
+    """λ_i evenly from `low` to `high`, then clean. Lu et al. 2022 (2206.00927). One step is [low, clean].
+
+    Args:
+        low: λ of the first knot, finite.
+        high: λ of the last noisy knot, finite.
+    """
+
+    low: float = -10.0
+    high: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not -math.inf < self.low < self.high < math.inf:
+            raise ValueError(f"low and high are {self.low} and {self.high}, expected finite λ with low < high")
+
+    def _coordinate(self, level: Level) -> float:
+        return float(level.logsnr)
+
+    def _at(self, schedule: Schedule, coordinate: float) -> Level:
+        return schedule.at(coordinate)
+
+    def _span(self, schedule: Schedule) -> Span:
+        return Span(schedule.at(self.low), schedule.at(self.high), clean=True)
+
+
+@dataclass(frozen=True)
+class UniformBlend(Even):
+    """a_i = a_0 (n-i)/n of a = σ/(α+σ), from the schedule's terminal level (a_0 = 1 for pure noise) to clean.
+
+    The grid of iterative α-(de)blending (2305.03486; its α is 1 - a), and so the natural one for AlphaBlending, which
+    keeps its order on it down to the clean knot. It is Trailing on the schedule Flow, for any schedule; on a table the
+    knots lie between its entries.
+    """
+
+    def _coordinate(self, level: Level) -> float:
+        return float(level.blend)
+
+    def _at(self, schedule: Schedule, coordinate: float) -> Level:
+        return schedule.at_blend(coordinate)
+
+    def _span(self, schedule: Schedule) -> Span:
+        return Span(schedule.level(1.0), schedule.at(CLEAN), clean=False)
+
+
+@dataclass(frozen=True)
+class AlignYourSteps(Even):
+    """ln u_i interpolated in i/n from a table of 10 steps that was optimised for a model, u = σ/α; the last one clean.
+
+    Sabour et al. 2024 (2404.14507): the tables of its project page, and its log-linear interpolation to other numbers of
+    steps. 10 steps are the table itself, whose last entry the clean knot replaces.
+
+    Args:
+        table: sd15, sdxl, svd, or falling σ/α of another model's optimised steps, the last one above 0.
+    """
+
+    table: Table | tuple[float, ...] = "sd15"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.table, str):
+            object.__setattr__(self, "table", tuple(float(sigma) for sigma in self.table))
+        elif self.table not in PUBLISHED:
+            raise ValueError(f"table is {self.table!r}, expected {', '.join(PUBLISHED)}, or the falling values of σ/α")
+        falls = all(a > b > 0 for a, b in pairwise(self._sigmas))
+        if not falls or len(self._sigmas) < 2:
+            raise ValueError(f"table is {self._sigmas}, expected at least 2 values of σ/α that fall and stay above 0")
+
+    @property
+    def _sigmas(self) -> tuple[float, ...]:
+        return PUBLISHED[self.table] if isinstance(self.table, str) else self.table
+
+    def _coordinate(self, level: Level) -> float:
+        """Position in the table, from 0 to its number of steps, where clean is."""
+        logsnrs = _logsnrs(self._sigmas)
+        if level.logsnr < logsnrs[0] + ROUNDED:
+            return 0.0
+        return float(np.interp(level.logsnr, logsnrs, np.arange(len(logsnrs))))
+
+    def _at(self, schedule: Schedule, coordinate: float) -> Level:
+        logsnrs = _logsnrs(self._sigmas)
+        return schedule.at(float(np.interp(coordinate, np.arange(len(logsnrs)), logsnrs)))
+
+    def _span(self, schedule: Schedule) -> Span:
+        first, terminal = _at_ratio(schedule, self._sigmas[0]), schedule.level(1.0)
+        nearly = abs(float(first.logsnr) - float(terminal.logsnr)) < ROUNDED
+        return Span(terminal if nearly else first, schedule.at(CLEAN), clean=False)
+
+
+def _at_ratio(schedule: Schedule, ratio: float) -> Level:
+    """The level at u = σ/α."""
+    return schedule.at(-2 * math.log(ratio))
+
+
+def _logsnrs(ratios: tuple[float, ...]) -> list[float]:
+    """λ, rising, of falling σ/α."""
+    return [-2 * math.log(ratio) for ratio in ratios]

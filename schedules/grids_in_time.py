@@ -1,0 +1,174 @@
+"""Grids that are even in a function of the schedule's time t, and on a table visit its entries, in integers."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from scipy.special import betainc, betaincinv
+
+from diffcore.schedules.base import Level, Schedule
+from diffcore.schedules.grids import CLEAN, Even, Span
+
+
+class InTime(Even):
+    """Times of a continuous schedule, indices of a table: entry i of T stands at t = (i+1)/T."""
+
+    @abstractmethod
+    def _indices(self, steps: int, total: int) -> Iterable[int]:
+        """Entries of a table of `total`, falling strictly."""
+
+    def _levels(self, schedule: Schedule, steps: int) -> list[Level]:
+        total = schedule.steps
+        if total is None:
+            return self._times(schedule, steps)
+        if steps > total:
+            raise ValueError(f"{self} cannot take {steps} steps: the schedule is a table of {total} levels")
+        return [*(schedule.level((i + 1) / total) for i in self._indices(steps, total)), schedule.at(CLEAN)]
+
+    def _times(self, schedule: Schedule, steps: int) -> list[Level]:
+        return super()._levels(schedule, steps)
+
+    def _coordinate(self, level: Level) -> float:
+        return float(level.t)
+
+    def _at(self, schedule: Schedule, coordinate: float) -> Level:
+        return schedule.level(coordinate)
+
+    def _span(self, schedule: Schedule) -> Span:
+        return Span(schedule.level(1.0), schedule.at(CLEAN), clean=False)
+
+
+@dataclass(frozen=True)
+class Trailing(InTime):
+    """t_i = (n-i)/n; on a table of T the indices round(T (n-i)/n) - 1, in integers, then clean.
+
+    Lin et al. 2023 (2305.08891, Table 2). The first knot is the terminal level, whatever n.
+    """
+
+    def _indices(self, steps: int, total: int) -> Iterable[int]:
+        return (round(total * (steps - i) / steps) - 1 for i in range(steps))
+
+
+class ToLast(InTime):
+    """Even down to a last noisy knot at time `last`, then clean; on a table the last noisy knot is an entry."""
+
+    last: float
+
+    def _check_last(self) -> None:
+        if not 0 < self.last < 1:
+            raise ValueError(f"last is {self.last}, expected a time in (0, 1)")
+
+    def _span(self, schedule: Schedule) -> Span:
+        return Span(schedule.level(1.0), schedule.level(self.last), clean=True)
+
+
+@dataclass(frozen=True)
+class Linspace(ToLast):
+    """n times evenly from t = 1 to the cleanest level, then clean: on a table the indices T-1 .. 0, rounded.
+
+    iDDPM (2102.09672). A continuous schedule has no cleanest level, so `last` names the time of the last one before clean.
+
+    Args:
+        last: time in (0, 1) of the last noisy knot on a continuous schedule.
+    """
+
+    last: float = 1e-3
+
+    def __post_init__(self) -> None:
+        self._check_last()
+
+    def _indices(self, steps: int, total: int) -> Iterable[int]:
+        gaps = max(steps - 1, 1)
+        return (round((total - 1) * (gaps - i) / gaps) for i in range(steps))
+
+
+@dataclass(frozen=True)
+class Leading(ToLast):
+    """t_i = last + (1 - last) (n-1-i)/n, then clean; on a table of T the indices (n-1-i) ⌊T/n⌋ + offset.
+
+    DDIM's and Stable Diffusion's (2305.08891, Table 2). The first knot is about one step short of the terminal level, so
+    a run starts with less noise than training ended with.
+
+    Args:
+        offset: index of the last noisy entry of a table (diffusers' steps_offset; Stable Diffusion has 1).
+        last: time in (0, 1) of the last noisy knot on a continuous schedule.
+    """
+
+    offset: int = 0
+    last: float = 1e-3
+
+    def __post_init__(self) -> None:
+        self._check_last()
+        if self.offset < 0:
+            raise ValueError(f"offset is {self.offset}, expected an index of at least 0")
+
+    def _indices(self, steps: int, total: int) -> Iterable[int]:
+        first = (steps - 1) * (total // steps) + self.offset
+        if first >= total:
+            raise ValueError(
+                f"{self} begins {steps} steps at index {first} of a table of {total} levels: use fewer steps or offset 0"
+            )
+        return range(first, self.offset - 1, -(total // steps))
+
+    def _times(self, schedule: Schedule, steps: int) -> list[Level]:
+        first, last, _ = self._span(schedule)
+        return [*self._between(first, last, steps)[1:], schedule.at(CLEAN)]
+
+
+@dataclass(frozen=True)
+class Quadratic(InTime):
+    """√t evenly: t_i = ((n-i)/n)²; on a table of T the indices round((T-1) ((n-1-i)/(n-1))²), then clean.
+
+    DDIM (2010.02502, appendix D: τ_i = ⌊c i²⌋, c such that the last is close to T; here it is T-1). Indices that round
+    to one entry move to the nearest free ones.
+    """
+
+    def _indices(self, steps: int, total: int) -> Iterable[int]:
+        gaps = max(steps - 1, 1)
+        return _distinct([round((total - 1) * ((gaps - i) / gaps) ** 2) for i in range(steps)], total)
+
+    def _coordinate(self, level: Level) -> float:
+        return math.sqrt(float(level.t))
+
+    def _at(self, schedule: Schedule, coordinate: float) -> Level:
+        return schedule.level(coordinate**2)
+
+
+@dataclass(frozen=True)
+class BetaSpacing(InTime):
+    """t_i = I⁻¹((n-i)/n; a, b), the quantiles of a Beta distribution: knots gather at both ends of t.
+
+    Lee et al. 2024, "Beta Sampling is All You Need" (2407.12173): a = b = 0.6. On a table the indices round(T t_i) - 1, those
+    that round to one entry moved to the nearest free ones.
+
+    Args:
+        a: above 0; below 1 knots gather at t = 0.
+        b: above 0; below 1 knots gather at t = 1.
+    """
+
+    a: float = 0.6
+    b: float = 0.6
+
+    def __post_init__(self) -> None:
+        if not (0 < self.a < math.inf and 0 < self.b < math.inf):
+            raise ValueError(f"a and b are {self.a} and {self.b}, expected positive finite numbers")
+
+    def _indices(self, steps: int, total: int) -> Iterable[int]:
+        times = [betaincinv(self.a, self.b, (steps - i) / steps) for i in range(steps)]
+        return _distinct([round(total * t) - 1 for t in times], total)
+
+    def _coordinate(self, level: Level) -> float:
+        return float(betainc(self.a, self.b, level.t))
+
+    def _at(self, schedule: Schedule, coordinate: float) -> Level:
+        return schedule.level(float(betaincinv(self.a, self.b, coordinate)))
+
+
+def _distinct(falling: list[int], total: int) -> list[int]:
+    """The nearest strictly falling indices of range(total), the first one kept: down where taken, then up from below 0."""
+    indices = list(falling)
+    for i in range(1, len(indices)):
+        indices[i] = min(indices[i], indices[i - 1] - 1)
+    floor = range(len(indices) - 1, -1, -1)
+    return [max(index, lowest) for index, lowest in zip(indices, floor, strict=True)]
