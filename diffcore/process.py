@@ -122,9 +122,10 @@ class Process:
 
     def check_level(self, level: Level, what: str = "the first knot") -> None:
         """Raise where a network of this process cannot be asked: at λ = -inf three things must be finite."""
-        if level.logsnr == math.inf:
+        noisiest, cleanest = level.ends
+        if cleanest == math.inf:
             self._check_clean(what)
-        if level.logsnr != -math.inf:
+        if noisiest != -math.inf:
             return
         remedy = "train on Truncated levels, or start from a grid whose first level is finite (Karras, UniformLogSNR)"
         if self.prediction == "epsilon":

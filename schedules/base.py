@@ -74,6 +74,13 @@ class Level:
             return (-self.logsnr / 2).exp()
         return math.exp(-self.logsnr / 2) if self.logsnr > -math.inf else math.inf
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The noisiest and the cleanest λ of a map of levels, on the host; of one level, λ twice."""
+        if isinstance(self.logsnr, Tensor):
+            return float(self.logsnr.min()), float(self.logsnr.max())
+        return self.logsnr, self.logsnr
+
     def to(self, x: Tensor) -> "Level":
         """The same level with its tensors cast to the device and dtype of x: the last thing before they meet x."""
         if not isinstance(self.logsnr, Tensor):
