@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from diffcore.evaluation.study import rows, study, table
+from diffcore.evaluation.study import picture, rows, study, table
 
 
 def main() -> None:
@@ -22,6 +22,7 @@ def main() -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     for row in study(arguments.out, arguments.seeds):
         print(row, flush=True)
+    picture(rows(arguments.out), arguments.out.with_suffix(".png"))
     for place, to in enumerate(("training", "held-out")):
         print(f"\nFréchet distance to the {to} scans\n\n{table(rows(arguments.out), place)}")
 

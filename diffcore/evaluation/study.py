@@ -159,5 +159,33 @@ def table(measured: list[dict[str, Any]], to: int) -> str:
     return "\n".join(lines)
 
 
+def picture(measured: list[dict[str, Any]], out: Path) -> None:
+    """Mean distance over seeds against steps, to the training and to the held-out scans; dashed: independent levels."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    arms = list(dict.fromkeys(row["arm"] for row in measured))
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5.4), layout="constrained")
+    for place, arm in enumerate(arms):
+        colour, mark = mpl.colormaps["viridis"](0.9 * place / max(len(arms) - 1, 1)), "os^Dvpx*P+h"[place % 11]
+        for levels, style in (("stratified", "-"), ("independent", "--")):
+            own = [row["distances"] for row in measured if (row["arm"], row["levels"]) == (arm, levels)]
+            points = sorted(map(int, own[0])) if own else []
+            for to, axis in enumerate(axes):
+                curve = [mean(found[str(point)][to] for found in own) for point in points]
+                axis.plot(
+                    points, curve, style, color=colour, marker=mark, label=arm if (to, style) == (0, "-") else None
+                )
+    for axis, (to, span) in zip(axes, {"training": (20, 250), "held-out": (90, 250)}.items(), strict=True):
+        axis.set(xscale="log", yscale="log", xlabel="steps", ylabel=f"Fréchet distance to the {to} scans", ylim=span)
+        axis.set_xticks(points, map(str, points))
+        axis.grid(alpha=0.3, which="both")
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(out, dpi=120)
+    plt.close(figure)
+
+
 def _cell(values: list[float]) -> str:
     return f"{mean(values):.1f} ± {(max(values) - min(values)) / 2:.1f}"
