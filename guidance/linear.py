@@ -110,7 +110,7 @@ class LinearAG(Wrapper):
 
         Args:
             rule: the rule inside.
-            path: what was seen at each step of a run with the reference always asked (`diffcore.sampling.watch`).
+            path: what was seen at each step of a run with the reference always asked (`diffcore.loop.watch`).
             skip: steps at which the reference is to be predicted; every other one of the first half by default, from 1.
             depth: past steps that a prediction reads, as far as there are some.
             space: the quantity F.
