@@ -34,7 +34,7 @@ class AdaptiveGuidance(Wrapper):
 
     The paper measures ε and stops at 0.991. There the cosine is above 0.992 at λ ≤ -3 whatever the images, as both are
     nearly x: it would stop at the first step. On v it rises with λ; calibrate the threshold on your model with
-    `AdaptiveGuidance.cosine` over `diffcore.sampling.watch`.
+    `AdaptiveGuidance.cosine` over `diffcore.loop.watch`.
 
     It decides from data: each evaluation asks the device for one boolean, until it has stopped.
 
