@@ -54,7 +54,7 @@ class OptimalTransport(Coupling):
         from scipy.optimize import linear_sum_assignment
 
         x, z = (value.flatten(1).unflatten(0, (-1, self.group)) for value in (x0, noise))
-        cost = -(x.float() @ z.float().mT)  # |x - z|² less what no permutation changes
+        cost = -(x.float() @ z.float().mT).nan_to_num(0.0, 0.0, 0.0)  # |x - z|² less what no permutation changes
         if condition is not None:
             label = condition.unflatten(0, (-1, self.group))
             cost = cost.masked_fill(label[:, :, None] != label[:, None], torch.inf)

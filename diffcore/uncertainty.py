@@ -29,7 +29,8 @@ class LogVariance(nn.Module):
     def forward(self, logsnr: Tensor) -> Tensor:
         bounded = logsnr.clamp(-80, 80) / 8
         features = math.sqrt(2) * (2 * math.pi * (bounded[:, None] * self.frequency + self.phase)).cos()
-        return self.linear(features)[:, 0]
+        with torch.autocast(logsnr.device.type, enabled=False):
+            return self.linear(features)[:, 0]
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def trainer(arm: Arm, levels: Levels, seed: int, folder: Path, steps: int) -> Tr
         network=network,
         data=Digits("train"),
         process=process,
-        optimizer=partial(torch.optim.AdamW, lr=1e-3, betas=(0.9, 0.99)),
+        optimizer=partial(torch.optim.AdamW, betas=(0.9, 0.99)),
         folder=folder,
         steps=steps,
         objective=replace(arm.objective, levels=levels),
