@@ -13,7 +13,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("what", choices=["training"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs")
-    parser.add_argument("--out", type=Path, default=Path("docs/experiments/training.jsonl"), help="a line of JSON a run")
+    parser.add_argument(
+        "--out", type=Path, default=Path("docs/experiments/training.jsonl"), help="a line of JSON a run"
+    )
     parser.add_argument("--threads", type=int, default=1, help="of the processor")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -123,7 +123,9 @@ def distances(denoiser: Denoiser, seed: int, per_label: int) -> tuple[float, flo
     return train, test
 
 
-def study(out: Path, seeds: Iterable[int], arms: Mapping[str, Arm] = ARMS, points: Iterable[int] = POINTS) -> Iterator[str]:
+def study(
+    out: Path, seeds: Iterable[int], arms: Mapping[str, Arm] = ARMS, points: Iterable[int] = POINTS
+) -> Iterator[str]:
     """Measure every arm, levels and seed that `out` does not hold yet, a line of JSON each."""
     done = {(row["arm"], row["levels"], row["seed"]) for row in rows(out)}
     for seed in seeds:
@@ -131,7 +133,9 @@ def study(out: Path, seeds: Iterable[int], arms: Mapping[str, Arm] = ARMS, point
             for levels in ("independent", "stratified"):
                 if (name, levels, seed) not in done:
                     found = measure(arm, levels, seed, points)
-                    row = json.dumps({"arm": name, "levels": levels, "seed": seed, "distances": found}, ensure_ascii=False)
+                    row = json.dumps(
+                        {"arm": name, "levels": levels, "seed": seed, "distances": found}, ensure_ascii=False
+                    )
                     with out.open("a") as file:
                         file.write(row + "\n")
                     yield row
