@@ -188,7 +188,7 @@ def test_what_is_learned_is_the_root_of_the_second_moment(resampler):
     moments = known(fine).square().unflatten(0, (resampler.bins, -1)).mean(1).sqrt()
     best = resampler.floor / resampler.bins + (1 - resampler.floor) * moments / moments.sum()
     torch.testing.assert_close(resampler.masses(state), best, rtol=0.4, atol=0)
-    assert (resampler.masses(state) / best - 1).square().mean().sqrt() < 0.1
+    assert (resampler.masses(state) / best - 1).square().mean().sqrt() < 0.2
 
     def variance(density):
         return (known(fine) ** 2 / density).mean().item()
