@@ -223,6 +223,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 sys.path.insert(0, {root!r})
+from tests.conftest import forget_accelerate
 from tests.training.test_adaptation import OBJECTIVES, trainer
 
 torch.set_num_threads(1)
@@ -231,6 +232,7 @@ for name in ("second moment", "uncertainty"):
     made.train()
     state = {{**(made.adaptation.learned or {{}}), **made._whole.state_dict()}}
     save_file(state, Path({folder!r}) / f"{{name}} {{made.accelerator.process_index}}.safetensors")
+    forget_accelerate()
 """
 
 
