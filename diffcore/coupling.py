@@ -1,5 +1,6 @@
 """Couplings: which noise meets which sample of the data. Both keep their own distribution, so what is learned is a model of
-the same data; the pairs decide how straight the paths between them are."""
+the same data; the pairs decide how straight the paths between them are.
+"""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -29,11 +30,11 @@ class Independent(Coupling):
 
 @dataclass(frozen=True)
 class OptimalTransport(Coupling):
-    """Within groups of samples, the permutation that minimises Σ |x_0 - ε|²: exact, and within a class where there are classes.
+    """Within groups of samples, the permutation that minimises Σ |x_0 - ε|²: exact, and within a class if there are any.
 
     Tong et al. 2024 (2302.00482, section 3.2.3), Pooladian et al. 2023 (2304.14772), by assignment rather than by draws from the
     plan: every noise is used once. Groups are consecutive places of the global batch, so ranks and accumulation change nothing
-    as long as a group is on one rank. One transfer of the costs to the host a step.
+    as long as a group is on one rank. Few samples of a class in a group gain little. One transfer to the host a step.
 
     Args:
         group: samples paired together, at least 2.

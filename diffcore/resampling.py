@@ -19,8 +19,8 @@ Learned = dict[str, Tensor]
 class Resampler(ABC):
     """Learns π from losses. Immutable: what it has learned is passed in and out, float64 on the host.
 
-    Args of every resampler: `bins` K, `floor` the share of draws that stay uniform, and `every`, the steps between updates (each
-    waits once for the device).
+    Args of every resampler: `bins` K, `floor` the share of draws that stay uniform, and `every`, the steps between updates
+    (each waits once for the device).
     """
 
     bins: int
@@ -113,11 +113,11 @@ class SecondMoment(Resampler):
 
 @dataclass(frozen=True)
 class LearnedSchedule(Resampler):
-    """p = softmax(θ), π its mixture with the floor, θ by stochastic gradient descent on ln E_q[(L/q)²], the variance of the loss.
+    """p = softmax(θ), π its mixture with the floor, θ by stochastic gradient descent on ln E_q[(L/q)²], the loss's variance.
 
-    ∂/∂θ_j E_q[(L/q)²] ∝ -E_q[(L/q)² p_k/π_k (1[k = j] - p_j)], k the bin of t: at rest π_k ∝ √E[L² | k] above the floor. The step of
-    bin j is times min(K, 1/p_j), so that a few tens of updates suffice for any K. Kingma et al. 2021 (2107.00630, section 5.1
-    and appendix I.2), whose network is here a monotone piecewise linear schedule of K pieces.
+    ∂/∂θ_j E_q[(L/q)²] ∝ -E_q[(L/q)² p_k/π_k (1[k = j] - p_j)], k the bin of t: at rest π_k ∝ √E[L² | k] above the floor. The
+    step of bin j is times min(K, 1/p_j), so that a few tens of updates suffice for any K. Kingma et al. 2021 (2107.00630,
+    section 5.1 and appendix I.2), whose network is here a monotone piecewise linear schedule of K pieces.
 
     Args:
         bins: K.

@@ -40,7 +40,7 @@ def _forget(_parser: Any, before: Any, after: Any) -> None:
     """A component of another class begins with its own defaults."""
     first, second = (str(value.get("class_path")).rpartition(".")[2] for value in (before or {}, after))
     if first not in ("None", second):
-        before["init_args"] = Namespace()
+        before["init_args"] = type(before)()
 
 
 trust()

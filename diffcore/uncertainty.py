@@ -1,4 +1,4 @@
-"""Learned uncertainty: the loss of each noise level is divided by what it is expected to be, which is learned beside the network.
+"""Learned uncertainty: the loss of each noise level is divided by what it is expected to be, learned beside the network.
 
 L' = L / e^{u(λ)} + u(λ),  least at u(λ) = ln E[L | λ], where every level's gradient has the same size
 """

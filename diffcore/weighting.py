@@ -19,7 +19,10 @@ FAR = 1000.0  # beyond the logarithm of every float
 
 
 class Weight(ABC):
-    """w(λ) on the squared x_0 error, in float64 on the host. A subclass gives ln w at finite λ, with a tail e^{kλ} at either end."""
+    """w(λ) on the squared x_0 error, in float64 on the host.
+
+    A subclass gives ln w at finite λ, with a tail e^{kλ} at either end.
+    """
 
     @abstractmethod
     def log(self, logsnr: Tensor, sigma_data: float) -> Tensor:
@@ -77,7 +80,7 @@ class EDM(Weight):
 
 @dataclass(frozen=True)
 class ELBO(Weight):
-    """w = SNR / 2, that is ½ on the ε error: with `corrected` the loss is the evidence bound's diffusion term, nats a dimension.
+    """w = SNR / 2, ½ on the ε error: with `corrected` the loss is the evidence bound's diffusion term, nats a dimension.
 
     -½ ∫ |x_0 - x̂_0|² dSNR = ½ ∫ |ε - ε̂|² dλ does not depend on the schedule between its ends. Kingma et al. 2021
     (2107.00630, eq. 18).

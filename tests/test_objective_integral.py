@@ -1,4 +1,4 @@
-"""What the objective estimates: the integral of weight, density and error, whatever draws the levels, and with which variance."""
+"""What the objective estimates: the integral of weight, density and error, whatever draws the levels; and its variance."""
 
 import math
 
@@ -141,7 +141,7 @@ class Fixed(Objective):
 
 
 def nodes(count):
-    """Gauss-Legendre on both halves of [0, 1] in x, t = x²(3 - 2x), which smooths what is steep at the ends: times and weights."""
+    """Gauss-Legendre on both halves of [0, 1] in x, t = x²(3 - 2x), smooth where λ(t) is steep: times and weights."""
     x, w = np.polynomial.legendre.leggauss(count)
     x, w = np.concatenate((x + 1, x + 3)) / 4, np.concatenate((w, w)) / 4
     return torch.from_numpy(x**2 * (3 - 2 * x)), torch.from_numpy(w * 6 * x * (1 - x))

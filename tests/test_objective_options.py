@@ -264,11 +264,11 @@ def test_a_tables_cleanest_level_counts_too():
             return super()._logsnr(t).masked_fill(t <= 1 / self.steps, math.inf)
 
     record = Process(Clean(), "v_prediction")
-    with pytest.raises(ValueError, match="ELBO.* is infinite at λ = inf for sample"):
+    with pytest.raises(ValueError, match=r"ELBO.* is infinite at λ = inf for sample"):
         Objective(ELBO()).check(replace(record, prediction="sample"))
     Objective(ELBO()).check(record)
 
 
 def test_two_ways_to_even_out_the_levels_are_refused_together():
-    with pytest.raises(ValueError, match="resampler and uncertainty both even out the losses .* choose one"):
+    with pytest.raises(ValueError, match=r"resampler and uncertainty both even out the losses .* choose one"):
         Objective(resampler=SecondMoment(), uncertainty=Uncertainty())

@@ -1,4 +1,4 @@
-"""What the objective learns during a run: from the right losses at the right times, the same on every rank, and resumed bit for bit."""
+"""What the objective learns in a run: from the right losses at the right times, on every rank the same, resumed bit for bit."""
 
 import hashlib
 import math
