@@ -97,7 +97,7 @@ def test_a_tables_density_is_the_probability_of_its_cells(kind, bins, steps):
 @pytest.mark.parametrize("levels", ["independent", "stratified"])
 def test_A5_any_learned_state_leaves_the_expectation_as_it_is(kind, schedule, levels):
     """E[L/q] over replicates of a whole batch is ∫ L(t) dt, of a table its mean, within 4 standard errors."""
-    resampler = kind(bins=15, floor=0.05)
+    resampler = kind(bins=12, floor=0.05)  # cells of a table of 30 straddle its bins
     state, process = learned(resampler), Process(schedule, shape=(1,), time=TimeConditioning(scale=30.0))
     objective = Objective(levels=levels, resampler=resampler)
 
@@ -116,6 +116,13 @@ def test_A5_any_learned_state_leaves_the_expectation_as_it_is(kind, schedule, le
     unlearned = objective.draw(process, Place(2, 0, torch.arange(32), 32))  # without a state: as without a resampler
     assert torch.equal(unlearned.level.t, plain.level.t)
     assert (unlearned.importance == 1).all()
+
+
+def test_a_tables_level_on_the_edge_of_a_bin_is_the_bins_last():
+    """Its cell is ((i-1)/T, i/T]: with as many bins as levels each loss is its own bin's."""
+    t = torch.arange(1, 9, dtype=torch.float64) / 8
+    learned = SecondMoment(bins=8, history=1).update({"losses": torch.zeros(8, 1).double()}, t, 10 * t)
+    assert torch.equal(learned["losses"][:, 0], 10 * t)
 
 
 class IDDPM:

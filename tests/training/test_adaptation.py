@@ -124,6 +124,16 @@ def test_losses_of_ranks_and_parts_are_put_in_their_places():
     assert seen[0].tolist() == list(range(8))
 
 
+def test_a_checkpoints_other_tensors_are_left():
+    made = adaptation(MOMENT)
+    made.add(1, torch.ones(8))
+    kept = made.tensors()
+    both = {"other": torch.ones(1), **kept}
+    adaptation(MOMENT).restore(both)
+    assert both.keys() == {"other"}
+    assert kept.keys() == {"resampler.window", "resampler.losses"}
+
+
 def test_without_a_resampler_nothing_is_kept():
     made = adaptation(None)
     made.add(1, torch.ones(8))
@@ -168,6 +178,25 @@ def test_E1_a_resumed_run_is_the_same_run(tmp_path, objective):
         assert not any(name.startswith("resampler.") for name in state)
     trainer(tmp_path / "resumed", objective, resume=True).train()
     assert hashes(tmp_path / "resumed") == hashes(tmp_path / "straight")
+
+
+def test_A5_a_run_is_trained_at_the_levels_that_it_learns_from(tmp_path, monkeypatch):
+    drawn, learned, draw, update = [], [], Objective.draw, SecondMoment.update
+
+    def spy_draw(self, *args, **options):
+        drawn.append(draw(self, *args, **options))
+        return drawn[-1]
+
+    def spy_update(self, state, times, losses):
+        learned.append(times)
+        return update(self, state, times, losses)
+
+    monkeypatch.setattr(Objective, "draw", spy_draw)
+    monkeypatch.setattr(SecondMoment, "update", spy_update)
+    trainer(tmp_path, OBJECTIVES["second moment"]).train()
+    assert torch.equal(torch.cat(learned), torch.cat([made.level.t.flatten() for made in drawn]))
+    assert (drawn[-1].importance != 1).all()
+    assert (drawn[0].importance == 1).all()
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
