@@ -32,9 +32,9 @@ class Independent(Coupling):
 class OptimalTransport(Coupling):
     """Within groups of samples, the permutation that minimises Σ |x_0 - ε|²: exact, and within a class if there are any.
 
-    Tong et al. 2024 (2302.00482, section 3.2.3), Pooladian et al. 2023 (2304.14772), by assignment rather than by draws from the
-    plan: every noise is used once. Groups are consecutive places of the global batch, so ranks and accumulation change nothing
-    as long as a group is on one rank. Few samples of a class in a group gain little. One transfer to the host a step.
+    Tong et al. 2024 (2302.00482, section 3.2.3), Pooladian et al. 2023 (2304.14772), by assignment, not by draws from the plan:
+    every noise is used once. Groups are consecutive places of the global batch, so ranks and accumulation change nothing as
+    long as a group is on one rank. Few samples of a class in a group gain little. One transfer to the host a step.
 
     Args:
         group: samples paired together, at least 2.

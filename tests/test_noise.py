@@ -57,6 +57,8 @@ def test_streams_keep_their_numbers():
         "START": 6,
         "STEP": 7,
         "ORACLE": 8,
+        "PERTURBATION": 20,
+        "OFFSET": 21,
     }
 
 
