@@ -30,11 +30,11 @@ class Independent(Coupling):
 
 @dataclass(frozen=True)
 class OptimalTransport(Coupling):
-    """Within groups of samples, the permutation that minimises Σ |x_0 - ε|²: exact, and within a class where there are classes.
+    """Within groups of samples, the permutation that minimises Σ |x_0 - ε|²: exact, and within a class if there are any.
 
-    Tong et al. 2024 (2302.00482, section 3.2.3), Pooladian et al. 2023 (2304.14772), by assignment rather than by draws from
-    the plan: every noise is used once. Groups are consecutive places of the global batch, so ranks and accumulation change
-    nothing as long as a group is on one rank. One transfer of the costs to the host a step.
+    Tong et al. 2024 (2302.00482, section 3.2.3), Pooladian et al. 2023 (2304.14772), by assignment, not by draws from the plan:
+    every noise is used once. Groups are consecutive places of the global batch, so ranks and accumulation change nothing as
+    long as a group is on one rank. Few samples of a class in a group gain little. One transfer to the host a step.
 
     Args:
         group: samples paired together, at least 2.
@@ -55,7 +55,7 @@ class OptimalTransport(Coupling):
         from scipy.optimize import linear_sum_assignment
 
         x, z = (value.flatten(1).unflatten(0, (-1, self.group)) for value in (x0, noise))
-        cost = -(x.float() @ z.float().mT)  # |x - z|² less what no permutation changes
+        cost = -(x.float() @ z.float().mT).nan_to_num(0.0, 0.0, 0.0)  # |x - z|² less what no permutation changes
         if condition is not None:
             label = condition.unflatten(0, (-1, self.group))
             cost = cost.masked_fill(label[:, :, None] != label[:, None], torch.inf)

@@ -20,7 +20,7 @@ from diffcore.noise import Stream, normal, uniform
 from diffcore.prediction import target
 from diffcore.process import Process
 from diffcore.resampling import Learned, Resampler
-from diffcore.schedules import Level
+from diffcore.schedules import Level, Schedule
 from diffcore.uncertainty import Uncertainty
 from diffcore.weighting import MSE, Weight
 
@@ -104,20 +104,30 @@ class Objective:
             raise ValueError("resampler and uncertainty both even out the losses of the levels: choose one of them")
 
     def check(self, process: Process) -> None:
-        """Raise where the weight is infinite at a level that training draws (a table draws its last entry)."""
-        if process.schedule.steps is None:
-            return
+        """Raise where a level that training draws has no finite loss, or the options do not fit the levels of a table."""
+        schedule, level = process.schedule, process.schedule.level(_extremes(process.schedule))
+        if schedule.steps is not None:
+            self._check_table(schedule, schedule.steps)
+        assert isinstance(level.logsnr, Tensor)
+        assert isinstance(level.sigma, Tensor)
+        weight = self.weight.on(process.prediction, level.logsnr, process.sigma_data)
+        infinite = level.logsnr[weight.float().isinf()].tolist()
+        if infinite:
+            raise ValueError(
+                f"{self.weight} is infinite at λ = {infinite[-1]:g} for {process.prediction}, and {schedule} "
+                f"draws that level: use a bounded weight (MinSNR) or a schedule that ends at a finite λ (Truncated)"
+            )
+        if level.sigma.float().isinf().any():
+            raise ValueError(f"{schedule} draws levels where the ve scaling has σ = inf: use Truncated, or vp or flow")
+
+    def _check_table(self, schedule: Schedule, steps: int) -> None:
         if self.corrected:
             raise ValueError(
-                f"corrected divides by the density of λ, which the levels of a table do not have: draw every t of "
-                f"{process.schedule} with Truncated"
+                f"corrected divides by the density of λ, which the levels of a table do not have: draw every t of {schedule} "
+                f"with Truncated"
             )
-        last = torch.tensor([process.schedule.logsnr(1.0)], dtype=torch.float64)
-        if self.weight.on(process.prediction, last, process.sigma_data).isinf().any():
-            raise ValueError(
-                f"{self.weight} is infinite at λ = {float(last):g} for {process.prediction}, and {process.schedule} "
-                f"draws that level: use a bounded weight (MinSNR) or a schedule that ends at a finite λ"
-            )
+        if self.resampler and self.resampler.bins > steps:
+            raise ValueError(f"{self.resampler} has more bins than {schedule} has levels: use at most {steps}")
 
     def times(self, place: Place, learned: Learned | None = None) -> Tensor:
         """(B,) float64 times in (0, 1] for the samples at `place`, given what the resampler has learned."""
@@ -177,3 +187,10 @@ class Objective:
             return losses
         u = log_variance(draw.level.logsnr.flatten(1).mean(1).to(x0))
         return losses / u.exp() + u
+
+
+def _extremes(schedule: Schedule) -> Tensor:
+    """Every time of a table; else the two that one draw in a billion goes beyond."""
+    if schedule.steps is not None:
+        return torch.arange(1, schedule.steps + 1, dtype=torch.float64) / schedule.steps
+    return torch.tensor([1e-9, 1 - 1e-9], dtype=torch.float64)

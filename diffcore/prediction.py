@@ -14,7 +14,7 @@ import math
 from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
-from torch.nn.functional import logsigmoid, softplus
+from torch.nn.functional import logsigmoid
 
 from diffcore.schedules import Level, Real
 
@@ -90,7 +90,7 @@ def log_gain(kind: PredictionType, logsnr: Tensor, sigma_data: float) -> Tensor:
             return 2 * logsigmoid(-logsnr / 2)
         case "edm":
             shift = 2 * math.log(sigma_data)
-            return shift - softplus(logsnr + shift)
+            return shift + logsigmoid(-logsnr - shift)
     raise ValueError(_unknown(kind))
 
 

@@ -55,7 +55,7 @@ class Resampler(ABC):
         ends = masses.cumsum(0)
         k = torch.searchsorted(ends, u.contiguous()).clamp(max=self.bins - 1)
         within = (u - (ends[k] - masses[k])) / masses[k]
-        return ((k + within.clamp(0, 1)) / self.bins).clamp(min=2.0**-53)
+        return ((k + within) / self.bins).clamp(2.0**-53, 1 - 2.0**-53)
 
     def density(self, learned: Learned, t: Tensor, steps: int | None) -> Tensor:
         """q(t); of a table's level t = i/T, T times the probability of its cell ((i-1)/T, i/T]."""
@@ -104,23 +104,24 @@ class SecondMoment(Resampler):
         return moments / moments.sum()
 
     def update(self, learned: Learned, times: Tensor, losses: Tensor) -> Learned:
-        table = learned["losses"].clone()
         known = losses.isfinite()
-        for k, loss in zip(self._bin(times[known]).tolist(), losses[known].tolist(), strict=True):
-            table[k] = torch.cat((table[k, 1:], table.new_tensor([loss])))
-        return {"losses": table}
+        k = self._bin(times[known])
+        new = losses[known][k.argsort(stable=True)].split(k.bincount(minlength=self.bins).tolist())
+        rows = [torch.cat(pair)[-self.history :] for pair in zip(learned["losses"], new, strict=True)]
+        return {"losses": torch.stack(rows)}
 
 
 @dataclass(frozen=True)
 class LearnedSchedule(Resampler):
-    """π = softmax(θ), θ by stochastic gradient descent on ln E_q[(L/q)²], the variance of the loss up to a constant.
+    """p = softmax(θ), π its mixture with the floor, θ by stochastic gradient descent on ln E_q[(L/q)²], the loss's variance.
 
-    ∂/∂θ_j E_q[(L/q)²] = -E_q[(L/q)² (1[t in bin j] - π_j)]: at rest L/q varies no more from bin to bin. Kingma et al. 2021
-    (2107.00630, section 5.1 and appendix I.2), whose network is here a monotone piecewise linear schedule of K pieces.
+    ∂/∂θ_j E_q[(L/q)²] ∝ -E_q[(L/q)² p_k/π_k (1[k = j] - p_j)], k the bin of t: at rest π_k ∝ √E[L² | k] above the floor. The
+    step of bin j is times min(K, 1/p_j), so that a few tens of updates suffice for any K. Kingma et al. 2021 (2107.00630,
+    section 5.1 and appendix I.2), whose network is here a monotone piecewise linear schedule of K pieces.
 
     Args:
         bins: K.
-        rate: of the descent, for an update of one batch.
+        rate: of the descent, for an update; at least 1 would overshoot.
         floor: share of draws that stay uniform.
         every: steps between updates.
     """
@@ -132,8 +133,8 @@ class LearnedSchedule(Resampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.rate > 0:
-            raise ValueError(f"rate is {self.rate}, expected a positive learning rate")
+        if not 0 < self.rate < 1:
+            raise ValueError(f"rate is {self.rate}, expected within (0, 1)")
 
     def start(self) -> Learned:
         return {"logits": torch.zeros(self.bins, dtype=torch.float64)}
@@ -142,7 +143,8 @@ class LearnedSchedule(Resampler):
         return learned["logits"].softmax(0)
 
     def update(self, learned: Learned, times: Tensor, losses: Tensor) -> Learned:
-        k, preferred = self._bin(times), self._preferred(learned)
-        squares = (losses / (self.bins * self.masses(learned)[k])).square().nan_to_num(0.0, 0.0, 0.0)
-        share = torch.zeros_like(preferred).index_add(0, k, squares) / squares.sum().clamp(min=1e-300)
-        return {"logits": learned["logits"] + self.rate * (share - preferred * share.sum())}
+        k, p, masses = self._bin(times), self._preferred(learned), self.masses(learned)
+        squares = (losses / masses[k]).square().nan_to_num(0.0, 0.0, 0.0)
+        share = torch.zeros_like(p).index_add(0, k, squares / squares.sum().clamp(min=1e-300)) * p / masses
+        descent = (share - p * share.sum()) / p.clamp(min=1 / self.bins)
+        return {"logits": learned["logits"] + self.rate * descent}

@@ -17,7 +17,7 @@ from diffcore.process import Process
 from diffcore.spec import Parser
 from diffcore.weights import read_weights
 
-Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+Optimizer = Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]  # of parameters and learning rate
 Network = Callable[[], nn.Module]
 
 

@@ -15,7 +15,7 @@ from dataclasses import fields, is_dataclass
 from inspect import isclass, isroutine, signature
 from typing import Any, NoReturn, TypeVar
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, _typehints, set_parsing_settings
 
 T = TypeVar("T")
 TRUSTED = ["diffcore", "torch", "diffusers"]
@@ -36,7 +36,16 @@ def trust(*modules: str) -> None:
     )
 
 
+def _forget(_parser: Any, before: Any, after: Any) -> None:
+    """A component of another class begins with its own defaults."""
+    first, second = (str(value.get("class_path")).rpartition(".")[2] for value in (before or {}, after))
+    if first not in ("None", second):
+        before["init_args"] = type(before)()
+
+
 trust()
+# jsonargparse keeps the options whose names agree, so that P2 in place of MinSNR would silently have its gamma of 5.
+_typehints.discard_init_args_on_class_path_change = _forget
 
 
 def spec(value: Any) -> Any:
@@ -109,7 +118,10 @@ class Parser(ArgumentParser):
         for path in _named(namespace.as_dict()):
             if not isclass(pydoc.locate(path)) and path.partition(".")[0] in TRUSTED:
                 self.error(f"{path} is not a class: name one, or a function of a module that you --trust")
-        return super().instantiate(namespace, instantiate_groups, instantiators=instantiators)
+        try:
+            return super().instantiate(namespace, instantiate_groups, instantiators=instantiators)
+        except ValueError as error:
+            raise ValueError(re.sub(NONE_OF_UNION, r"\1", str(error), flags=re.DOTALL)) from None
 
     def _one_line(self, message: str) -> str:
         message = re.sub(NONE_OF_UNION, r"\1", message, flags=re.DOTALL)

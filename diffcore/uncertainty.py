@@ -1,4 +1,4 @@
-"""Learned uncertainty: each noise level's loss is divided by what it is expected to be, which is learned beside the network.
+"""Learned uncertainty: the loss of each noise level is divided by what it is expected to be, learned beside the network.
 
 L' = L / e^{u(λ)} + u(λ),  least at u(λ) = ln E[L | λ], where every level's gradient has the same size
 """
@@ -6,6 +6,7 @@ L' = L / e^{u(λ)} + u(λ),  least at u(λ) = ln E[L | λ], where every level's 
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from diffcore.noise import Stream, normal, uniform
@@ -28,7 +29,8 @@ class LogVariance(nn.Module):
     def forward(self, logsnr: Tensor) -> Tensor:
         bounded = logsnr.clamp(-80, 80) / 8
         features = math.sqrt(2) * (2 * math.pi * (bounded[:, None] * self.frequency + self.phase)).cos()
-        return self.linear(features)[:, 0]
+        with torch.autocast(logsnr.device.type, enabled=False):
+            return self.linear(features)[:, 0]
 
 
 @dataclass(frozen=True)

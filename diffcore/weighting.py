@@ -11,15 +11,18 @@ from typing import get_args
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid, softplus
+from torch.nn.functional import logsigmoid
 
 from diffcore.prediction import PredictionType, log_gain
 
-FAR = 80.0
+FAR = 1000.0  # beyond the logarithm of every float
 
 
 class Weight(ABC):
-    """w(λ) on the squared x_0 error. A subclass gives ln w at finite λ, with a tail e^{kλ} at either end."""
+    """w(λ) on the squared x_0 error, in float64 on the host.
+
+    A subclass gives ln w at finite λ, with a tail e^{kλ} at either end.
+    """
 
     @abstractmethod
     def log(self, logsnr: Tensor, sigma_data: float) -> Tensor:
@@ -35,10 +38,11 @@ class Weight(ABC):
         def log_weight(logsnr: Tensor) -> Tensor:
             return self.log(logsnr, sigma_data) + log_gain(kind, logsnr, sigma_data)
 
+        logsnr = logsnr.to("cpu", torch.float64)
         end = logsnr.sign() * FAR
         last = log_weight(end)
         slope = log_weight(end + logsnr.sign()) - last  # towards that end
-        limit = torch.where(slope.abs() < 1e-6, last, slope.sign() * math.inf)
+        limit = torch.where(slope.abs() < 1e-9, last, slope.sign() * math.inf)
         infinite = logsnr.isinf()
         return torch.where(infinite, limit, log_weight(logsnr.masked_fill(infinite, 0.0))).exp()
 
@@ -76,7 +80,7 @@ class EDM(Weight):
 
 @dataclass(frozen=True)
 class ELBO(Weight):
-    """w = SNR / 2, that is ½ on the ε error; `corrected`, the loss is the evidence bound's diffusion term, nats a dimension.
+    """w = SNR / 2, ½ on the ε error: with `corrected` the loss is the evidence bound's diffusion term, nats a dimension.
 
     -½ ∫ |x_0 - x̂_0|² dSNR = ½ ∫ |ε - ε̂|² dλ does not depend on the schedule between its ends. Kingma et al. 2021
     (2107.00630, eq. 18).
@@ -179,7 +183,7 @@ class P2(Weight):
 
     def log(self, logsnr: Tensor, sigma_data: float) -> Tensor:
         shift = math.log(self.k)
-        return logsnr - self.gamma * (shift + softplus(logsnr - shift))
+        return logsnr - self.gamma * (shift - logsigmoid(shift - logsnr))
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,63 @@ def test_components_are_chosen_by_class_name_with_their_own_options(diffcore):
     assert made["save_every"] == 7
 
 
-@pytest.mark.parametrize("options", [(), CHOSEN], ids=["recipe", "chosen"])
+OBJECTIVE = (
+    "--objective.weight=P2",
+    "--objective.weight.k=2",
+    "--objective.coupling=OptimalTransport",
+    "--objective.coupling.group=32",
+    "--objective.resampler=SecondMoment",
+    "--objective.resampler.bins=50",
+    "--objective.loss=PseudoHuber",
+    "--objective.perturbation=0.1",
+    "--objective.corrected=true",
+    "--objective.uncertainty.features=64",
+)
+
+
+def test_the_objectives_options_are_components_of_their_own(diffcore):
+    """P2 in place of the recipe's MinSNR has its own gamma of 1, not the recipe's 5, which jsonargparse would keep."""
+    made = yaml.safe_load(diffcore("train", "digits", *OBJECTIVE, "--print_config").out)["objective"]
+    assert made["weight"] == {"class_path": "diffcore.weighting.P2", "init_args": {"k": 2.0, "gamma": 1.0}}
+    assert made["coupling"]["init_args"] == {"group": 32}
+    assert made["resampler"]["init_args"] == {"bins": 50, "history": 10, "floor": 0.001, "every": 10}
+    assert made["loss"]["init_args"] == {"delta": 1.0}
+    assert (made["perturbation"], made["corrected"], made["uncertainty"]) == (0.1, True, {"features": 64})
+
+
+def test_a_component_of_another_class_begins_with_its_own_defaults_and_the_same_keeps_the_files(diffcore):
+    def weight(*options):
+        return yaml.safe_load(diffcore("train", "digits", *options, "--print_config").out)["objective"]["weight"]
+
+    assert weight("--objective.weight=SoftMinSNR")["init_args"] == {"gamma": 4.0}
+    assert weight("--objective.weight=MinSNR")["init_args"] == {"gamma": 5.0}
+    assert weight("--objective.weight=diffcore.weighting.MinSNR")["init_args"] == {"gamma": 5.0}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (OBJECTIVE, "resampler and uncertainty both even out the losses"),
+        (("--objective.uncertainty.features=0",), "error: features is 0, expected at least 1"),
+        (("--objective.weight=P2", "--objective.weight.kk=1"), "'kk' is not accepted (did you mean 'k'?)"),
+        (("--objective.loss=Hubr",), "did you mean 'Huber'?"),
+        (("--objective.loss=Huber", "--objective.loss.delta=-1"), "delta is -1.0, expected a positive finite error"),
+        (("--objective.coupling=OptimalTransport", "--objective.coupling.group=48"), "groups of 48"),
+        (("--objective.resampler=SecondMoment", "--objective.resampler.bins=1"), "bins and every are 1 and 10"),
+        (("--objective.corrected=true", "--process.schedule=Discrete"), "corrected divides by the density"),
+        (("--optimizer.lr=0.1",), "'lr' is not accepted"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_objectives_that_cannot_be_are_refused_in_one_line(diffcore, options, message):
+    ended = diffcore("train", "digits", *options)
+    assert ended.status in (1, 2)
+    assert message in ended.err
+    assert len(ended.err.splitlines()) == 1
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("options", [(), CHOSEN, OBJECTIVE], ids=["recipe", "chosen", "objective"])
 def test_a_printed_config_prints_itself(diffcore, options):
     first = diffcore("train", "digits", *options, "--print_config")
     Path("first.yaml").write_text(first.out)

@@ -6,12 +6,16 @@ import sys
 
 import pytest
 
+from diffcore.coupling import OptimalTransport
+from diffcore.loss import Huber, PseudoHuber
 from diffcore.objective import Objective
 from diffcore.process import Process, TimeConditioning
+from diffcore.resampling import LearnedSchedule, SecondMoment
 from diffcore.samplers import DDPM, DPMSolverSDE, PredictorCorrector, Restart
 from diffcore.schedules import Discrete, Explicit, Shifted, ZeroTerminalSNR
 from diffcore.spec import Parser, build, spec, trust
-from diffcore.weighting import MSE, MinSNR
+from diffcore.uncertainty import Uncertainty
+from diffcore.weighting import EDM, ELBO, MSE, P2, Debiased, MinSNR, SigmoidWeight, SoftMinSNR, TruncatedSNR
 
 NESTED = Shifted(ZeroTerminalSNR(Discrete(end=0.01)), -1.5)
 
@@ -22,6 +26,10 @@ NESTED = Shifted(ZeroTerminalSNR(Discrete(end=0.01)), -1.5)
         NESTED,
         Objective(MinSNR(3.0), "independent"),
         Objective(MSE("edm")),
+        Objective(P2(2.0, 0.5), corrected=True, resampler=SecondMoment(50), loss=Huber(0.3), offset=0.1),
+        Objective(SigmoidWeight(-1.0), resampler=LearnedSchedule(rate=0.2), loss=PseudoHuber()),
+        Objective(Debiased(), coupling=OptimalTransport(32), perturbation=0.1, uncertainty=Uncertainty(16)),
+        *(Objective(kind()) for kind in (EDM, ELBO, SoftMinSNR, TruncatedSNR)),
         TimeConditioning("sigma", -0.125, 20.0),
         TimeConditioning("t", 1.0, math.inf),
         Explicit((-math.inf, 0.0, math.inf)),

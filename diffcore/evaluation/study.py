@@ -88,7 +88,7 @@ def trainer(arm: Arm, levels: Levels, seed: int, folder: Path, steps: int) -> Tr
         network=network,
         data=Digits("train"),
         process=process,
-        optimizer=partial(torch.optim.AdamW, lr=1e-3, betas=(0.9, 0.99)),
+        optimizer=partial(torch.optim.AdamW, betas=(0.9, 0.99)),
         folder=folder,
         steps=steps,
         objective=replace(arm.objective, levels=levels),
@@ -178,8 +178,8 @@ def picture(measured: list[dict[str, Any]], out: Path) -> None:
                 axis.plot(
                     points, curve, style, color=colour, marker=mark, label=arm if (to, style) == (0, "-") else None
                 )
-    for axis, (to, span) in zip(axes, {"training": (20, 250), "held-out": (90, 250)}.items(), strict=True):
-        axis.set(xscale="log", yscale="log", xlabel="steps", ylabel=f"Fréchet distance to the {to} scans", ylim=span)
+    for axis, (scans, span) in zip(axes, {"training": (20, 250), "held-out": (90, 250)}.items(), strict=True):
+        axis.set(xscale="log", yscale="log", xlabel="steps", ylabel=f"Fréchet distance to the {scans} scans", ylim=span)
         axis.set_xticks(points, map(str, points))
         axis.grid(alpha=0.3, which="both")
     figure.legend(loc="outside lower center", ncols=4, frameon=False)

@@ -59,6 +59,14 @@ class Adaptation:
         self.learned = self.objective.resampler.update(self.learned, drawn, losses)
         self.window.restore(None)
 
+    def describe(self, place: Place, step: int) -> str:
+        """λ of the one sample at `place`, as far as it is known after `step` steps: what drew it may have learned since."""
+        resampler = self.objective.resampler
+        if resampler and place.step < step - step % resampler.every:
+            return "one forgotten since"
+        times = self.process.schedule.drawn(self.objective.times(place, self.learned))
+        return f"{float(self.process.schedule.logsnr(times)):.3f}"
+
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps of it. Every rank must call."""
         if self.learned is None:

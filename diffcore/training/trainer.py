@@ -53,7 +53,7 @@ class Trainer:
         network: the network's class and options; built with weights that are a function of the seed.
         data: items x_0 or (x_0, label).
         process: what the network is trained on.
-        optimizer: its class and options, the learning rate apart.
+        optimizer: its class and options, without the learning rate, which `lr` gives.
         folder: of the run.
         steps: optimizer steps.
         objective: the loss.
@@ -202,26 +202,26 @@ class Trainer:
         """Build what trains, on this rank's device."""
         self.accelerator = accelerator(self.precision, self.accumulation, self.trackers, self.run.folder)
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        if self.batch_size % (world * self.accumulation):
+        group = self.objective.coupling.group
+        if self.batch_size % (world * self.accumulation * group):
+            groups = f" x groups of {group}, of {self.objective.coupling}" if group > 1 else ""
             raise ValueError(
-                f"batch_size is {self.batch_size}, expected a multiple of {world} processes x {self.accumulation} parts"
+                f"batch_size is {self.batch_size}, expected a multiple of {world} processes x {self.accumulation} parts{groups}"
             )
         torch.manual_seed(derived(self.seed, Stream.MODEL, 0))
         network = self.network()
         self._probe(network)
         modules = [network, self.objective.uncertainty.module()] if self.objective.uncertainty else [network]
-        optim = self.optimizer(nn.ModuleList(modules).parameters())
+        optim = self.optimizer(nn.ModuleList(modules).parameters(), self.lr.peak)
         *trained, self.optim = self.accelerator.prepare(*modules, optim)
         self.trained = nn.ModuleList(trained)
         self.model, self.uncertainty = trained[0], trained[1] if self.objective.uncertainty else None
         self.denoiser = Denoiser(self.model, self.process).train()
         self.average = EMA(self.bare, self.ema)
         self.order = Order(size_of(self.data), self.seed, self.batch_size, self.accumulation, rank, world)
-        gather = self.accelerator.gather
-        self.window = Window(self.accumulation, gather)
-        self.adaptation = Adaptation(
-            self.objective, self.process, self.seed, self.batch_size, self.accumulation, gather
-        )
+        split = (self.accumulation, self.accelerator.gather)
+        self.window = Window(*split)
+        self.adaptation = Adaptation(self.objective, self.process, self.seed, self.batch_size, *split)
         self.metrics = Metrics(self.run.metrics)
 
     @torch.no_grad()
@@ -373,10 +373,9 @@ class Trainer:
 
     def _describe(self, found: NonFinite) -> str:
         place = Place(self.seed, found.step, torch.tensor([found.place]), self.batch_size)
-        times = self.process.schedule.drawn(self.objective.times(place, self.adaptation.learned))
-        logsnr = float(self.process.schedule.logsnr(times))
+        level = self.adaptation.describe(place, self.step)
         index = self.order.index(int(place.position))
-        return f"step {found.step}, sample {index} of the data at λ = {logsnr:.3f}, loss {found.loss}"
+        return f"step {found.step}, sample {index} of the data at λ = {level}, loss {found.loss}"
 
     def _picture(self) -> None:
         """A grid of samples of the averaged network, four of each of ten classes, drawn by the first rank alone."""

@@ -67,7 +67,7 @@ def trainer(folder, **options):
         "network": Network,
         "data": Digits(),
         "process": PROCESS,
-        "optimizer": partial(torch.optim.AdamW, lr=1.0),
+        "optimizer": torch.optim.AdamW,
         "folder": folder,
         "steps": STEPS,
         "lr": LearningRate(1e-3, warmup=10),
@@ -155,7 +155,7 @@ def test_E2_the_learning_rate_is_the_curve_at_each_optimizer_step(tmp_path):
             seen.append([group["lr"] for group in self.param_groups])
             return super().step(closure)
 
-    trained(tmp_path, optimizer=partial(Optimizer, lr=7.0, momentum=0.5), lr=lr, accumulation=4)
+    trained(tmp_path, optimizer=partial(Optimizer, momentum=0.5), lr=lr, accumulation=4)
     expected = [lr(step, STEPS) for step in range(STEPS)]
     assert seen == [[value] for value in expected]
     assert [report["lr"] for report in reports(tmp_path)] == expected
@@ -173,7 +173,7 @@ def test_D5_the_condition_is_dropped_sample_by_sample_at_the_stated_rate(tmp_pat
 def test_D5_the_null_embedding_is_trained_only_by_dropped_samples(tmp_path):
     for dropout, moves in ((0.5, True), (0.0, False)):
         folder = tmp_path / str(dropout)
-        optimizer = partial(torch.optim.SGD, lr=1.0)
+        optimizer = torch.optim.SGD
         made = trained(folder, process=Process(shape=(1, 8, 8), classes=10, dropout=dropout), optimizer=optimizer)
         torch.manual_seed(0)
         first = trainer(tmp_path / "other", process=made.process)
@@ -418,7 +418,7 @@ def test_E7_a_gradient_that_is_not_finite_is_dropped_as_a_whole(tmp_path, broken
                 out.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([0]), broken))
             return out
 
-    made = trainer(tmp_path, network=Broken, patience=2, optimizer=partial(torch.optim.SGD, lr=1.0))
+    made = trainer(tmp_path, network=Broken, patience=2, optimizer=torch.optim.SGD)
     with pytest.raises(ValueError, match="2 steps in a row were not finite"):
         made.train()
     other = trainer(tmp_path / "other")
