@@ -168,9 +168,9 @@ class Mode(Quantile):
         return logit_time(self._of_times, logsnr)
 
     def _density(self, logsnr: Tensor) -> Tensor:
-        t = self._time(logsnr)
+        t = self._time(logsnr.abs())  # the density is even, and t near 0 has its digits
         a, rest = (-logsnr / 2).sigmoid(), (logsnr / 2).sigmoid()
-        slope = 1 + self.scale - self.scale * HALF_PI * (math.pi * torch.minimum(t, 1 - t)).sin()
+        slope = 1 + self.scale - self.scale * HALF_PI * (math.pi * t).sin()
         return (a * rest / (2 * slope)).masked_fill(a * rest == 0, 0.0)
 
     def _of_times(self, t: Tensor, rest: Tensor) -> Tensor:
