@@ -83,50 +83,60 @@ class PowerCosine(Quantile):
             raise ValueError(f"start and end are {self.start} and {self.end}, expected within [0, 1]")
 
     @property
-    def _ends(self) -> tuple[float, float]:
-        """Cos of the angles at the ends; the sine of the complement, so that it is 0 at e = 1."""
-        return math.sin(HALF_PI * (1 - self.start)), math.sin(HALF_PI * (1 - self.end))
+    def _width(self) -> float:
+        return HALF_PI * (self.end - self.start)
 
     @property
-    def _ratio(self) -> float:
-        """y(e) / y(s)."""
-        cos_s, cos_e = self._ends
-        return (cos_e / cos_s) ** (2 * self.tau)
+    def _cos_s(self) -> float:
+        return math.sin(HALF_PI * (1 - self.start))
+
+    @property
+    def _log_ratio(self) -> Tensor:
+        """Ln y(e) - ln y(s)."""
+        width = torch.tensor(self._width, dtype=torch.float64)
+        return self._log_y(width) if self.end < 1 else torch.full_like(width, -torch.inf)
 
     def _logsnr(self, t: Tensor) -> Tensor:
-        cos_s, cos_e = self._ends
-        width = HALF_PI * (self.end - self.start)
-        past, left = t * width, (1 - t) * width  # angles from s and to e
-        fall = (-2 * (past / 2).sin() ** 2 - math.tan(HALF_PI * self.start) * past.sin()).log1p()  # ln cos x - ln cos s
-        below = -(2 * self.tau * fall).expm1()  # (y(s) - y(x)) / y(s)
-        cos_x = cos_e * left.cos() + math.sin(HALF_PI * self.end) * left.sin()
-        if cos_e == 0:
-            return 2 * self.tau * (cos_x / cos_s).log() - below.log()
-        rise = (-2 * (left / 2).sin() ** 2 + math.tan(HALF_PI * self.end) * left.sin()).log1p()
-        return (self._ratio * (2 * self.tau * rise).expm1()).log() - below.log()
+        past, left = t * self._width, (1 - t) * self._width  # angles from s and to e
+        below = -self._log_y(past).expm1()  # (y(s) - y(x)) / y(s)
+        if self.end == 1:
+            return 2 * self.tau * (left.sin() / self._cos_s).log() - below.log()
+        rise = 2 * self.tau * (math.tan(HALF_PI * self.end) * left.sin() - 2 * (left / 2).sin() ** 2).log1p()
+        return self._log_ratio + rise + (-(-rise).expm1()).log() - below.log()
+
+    def _log_y(self, past: Tensor) -> Tensor:
+        """Ln y(x) - ln y(s) at an angle past s."""
+        fall = 2 * (past / 2).sin() ** 2 + math.tan(HALF_PI * self.start) * past.sin()  # 1 - cos x / cos s
+        return 2 * self.tau * (-fall).clamp(min=-1).log1p()
 
     def _time(self, logsnr: Tensor) -> Tensor:
-        cos_s, sin_s = self._ends[0], math.sin(HALF_PI * self.start)
-        cos_x, sin_x, fall = self._angle(logsnr)
+        cos_s, sin_s = self._cos_s, math.sin(HALF_PI * self.start)
+        cos_x, sin_x, fall = self._angle(self._log_y_of(logsnr))
         sin_past = fall * (cos_s + cos_x) / (sin_x * cos_s + cos_x * sin_s)
         past = torch.atan2(sin_past, cos_x * cos_s + sin_x * sin_s)
-        return torch.where(fall == 0, 0.0, past / (HALF_PI * (self.end - self.start))).clamp(max=1)
+        return torch.where(fall == 0, 0.0, past / self._width).clamp(max=1)
 
     def _density(self, logsnr: Tensor) -> Tensor:
-        cos_x, sin_x, _ = self._angle(logsnr)
-        gamma_rate = 2 * self.tau * HALF_PI * (self.end - self.start) * cos_x ** (2 * self.tau - 1) * sin_x  # -dy/dt
-        span = self._ends[0] ** (2 * self.tau) * (1 - self._ratio)
-        density = logsnr.sigmoid() * (-logsnr).sigmoid() * span / gamma_rate
-        return density.masked_fill(logsnr.isinf(), 0.0)
+        log_y = self._log_y_of(logsnr)
+        cos_x, sin_x, _ = self._angle(log_y)
+        share = (self._log_gamma_span(logsnr) - log_y).exp()  # (y(x) - y(e)) / y(x)
+        density = (-logsnr).sigmoid() * share * cos_x / (2 * self.tau * self._width * sin_x)
+        return density.masked_fill(logsnr.isinf() | (sin_x == 0), 0.0)
 
-    def _angle(self, logsnr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Cos and sin of the angle πx/2, and cos s - cos x, from γ and 1-γ."""
-        cos_s, _ = self._ends
-        log_y = (-(-logsnr).sigmoid() * (1 - self._ratio)).log1p()  # ln y(x) - ln y(s)
-        if self._ratio == 0:
-            log_y = torch.nn.functional.logsigmoid(logsnr)
-        fall = -cos_s * (log_y / (2 * self.tau)).expm1()
-        cos_x = cos_s * (log_y / (2 * self.tau)).exp()
+    def _log_gamma_span(self, logsnr: Tensor) -> Tensor:
+        """Ln (y(x) - y(e)) - ln y(s)."""
+        return torch.nn.functional.logsigmoid(logsnr) + (-self._log_ratio.expm1()).log()
+
+    def _log_y_of(self, logsnr: Tensor) -> Tensor:
+        """Ln y(x) - ln y(s) at a level."""
+        clean = ((-logsnr).sigmoid() * self._log_ratio.expm1()).log1p()
+        noisy = torch.logaddexp(self._log_gamma_span(logsnr), self._log_ratio)
+        return torch.where(logsnr > 0, clean, noisy)
+
+    def _angle(self, log_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Cos and sin of the angle πx/2, and cos s - cos x."""
+        fall = -self._cos_s * (log_y / (2 * self.tau)).expm1()
+        cos_x = self._cos_s * (log_y / (2 * self.tau)).exp()
         versine = 2 * math.sin(HALF_PI * self.start / 2) ** 2 + fall  # 1 - cos x
         return cos_x, (versine * (1 + cos_x)).sqrt(), fall
 
@@ -138,7 +148,7 @@ class Mode(Quantile):
     λ(t) = 2 ln((1-a)/a), p(λ) = a(1-a) / 2a'(t). SD3's mode sampling: Esser et al. 2024 (2403.03206, eq. 20, with 1 - u = t).
 
     Args:
-        scale: s within [-1, 2/(π-2)], where a(t) is monotone; SD3 tries 0.81 and 1.29.
+        scale: s within [-1, 2/(π-2)], where a(t) is monotone; SD3 tries several, 1.29 among them.
     """
 
     scale: float = 1.29
@@ -158,10 +168,10 @@ class Mode(Quantile):
         return logit_time(self._of_times, logsnr)
 
     def _density(self, logsnr: Tensor) -> Tensor:
-        t = self._time(logsnr)
+        t = self._time(logsnr.abs())  # the density is even, and t near 0 has its digits
         a, rest = (-logsnr / 2).sigmoid(), (logsnr / 2).sigmoid()
-        slope = 1 + self.scale * (1 - HALF_PI * (math.pi * torch.minimum(t, 1 - t)).sin())
-        return (a * rest / (2 * slope)).masked_fill(logsnr.isinf(), 0.0)
+        slope = 1 + self.scale - self.scale * HALF_PI * (math.pi * t).sin()
+        return (a * rest / (2 * slope)).masked_fill(a * rest == 0, 0.0)
 
     def _of_times(self, t: Tensor, rest: Tensor) -> Tensor:
         return 2 * (self._blend(rest) / self._blend(t)).log()  # a(1-t) = 1 - a(t)

@@ -165,5 +165,5 @@ class Discrete(Schedule):
 
 
 def _snap(x: Tensor) -> Tensor:
-    """X with rounding errors around integers removed: (k/T)·T is k, and the table is exact there."""
-    return torch.where((x - x.round()).abs() < 1e-9, x.round(), x)
+    """X with rounding errors around integers from 1 removed: (k/T)·T is k, and the table is exact there."""
+    return torch.where(((x - x.round()).abs() < 1e-9) & (x > 0.5), x.round(), x)

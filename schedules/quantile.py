@@ -186,7 +186,7 @@ class Cauchy(Quantile):
 class LogLinear(Quantile):
     """λ(t) = λ_max + t (λ_min - λ_max): ln(σ/α) is linear in t; p(λ) is uniform on [λ_min, λ_max].
 
-    VDM's fixed schedule (Kingma et al. 2021, 2107.00630, section 4.1: -γ from 13.3 to -5), and `ve` of Song et al. 2021.
+    VDM's fixed schedule (Kingma et al. 2021, 2107.00630: -γ from 13.3 to -5), and `ve` of Song et al. 2021.
 
     Args:
         low: λ_min, the noisiest level, λ(1).
@@ -203,7 +203,7 @@ class LogLinear(Quantile):
 
     @classmethod
     def ve(cls, sigma_min: float = 0.01, sigma_max: float = 50.0) -> "LogLinear":
-        """σ(t) = σ_min (σ_max/σ_min)^t. Song et al. 2021 (2011.13456, appendix C: σ_max is the data's largest distance)."""
+        """σ(t) = σ_min (σ_max/σ_min)^t. Song et al. 2021 (2011.13456); σ_max is about the data's largest distance."""
         _check_sigmas(sigma_min, sigma_max)
         return cls(-2 * math.log(sigma_max), -2 * math.log(sigma_min), scaling="ve")
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffcore.schedules.base import Level, Scaling, Schedule, check_scaling
 from diffcore.schedules.quantile import LogLinear
-from diffcore.schedules.roots import inverse, logit_time
+from diffcore.schedules.roots import logit_time, newton
 
 FARTHEST = 1e300  # a bracket's ends are finite
 
@@ -46,12 +46,12 @@ class Shifted(Transform):
 
     @classmethod
     def by_input_scale(cls, schedule: Schedule, b: float) -> "Shifted":
-        """α² : σ² becomes b²α² : σ², a shift of 2 ln b. Chen 2023 (2301.10972, section 2.2; the input is normalised after)."""
+        """α² : σ² becomes b²α² : σ², a shift of 2 ln b. Chen 2023 (2301.10972; the input is normalised after)."""
         return cls(schedule, 2 * _log("b", b))
 
     @classmethod
     def by_resolution(cls, schedule: Schedule, size: float, reference: float = 64) -> "Shifted":
-        """The levels of `reference` pixels a side at `size`: 2 ln(d₀/d). Hoogeboom et al. 2023 (2301.11093, eq. 4)."""
+        """The levels of `reference` pixels a side at `size`: 2 ln(d₀/d). Hoogeboom et al. 2023 (2301.11093)."""
         return cls(schedule, 2 * (_log("reference", reference) - _log("size", size)))
 
     @classmethod
@@ -74,7 +74,7 @@ class Interpolated(Transform):
     """λ'(t) = λ(t) + (1-t) clean + t noise: a shift that changes from the clean end to the noisy one.
 
     Simple diffusion's interpolated resolution shift, which has a constructor: fine detail is noised as at a low resolution,
-    layout as at a high one. Hoogeboom et al. 2023 (2301.11093, section 2.1).
+    layout as at a high one. Hoogeboom et al. 2023 (2301.11093).
 
     Args:
         schedule: the schedule to shift, steeper everywhere than the change (for Cosine, noise - clean < 2π).
@@ -147,11 +147,23 @@ class Mixture(Schedule):
     def _mixed(self, of_schedule: Tensor, of_floor: Tensor) -> Tensor:
         return (1 - self.share) * of_schedule + self.share * of_floor
 
+    @cached_property
+    def _knots(self) -> tuple[Tensor, Tensor]:
+        """Falling levels of both parts, close together wherever either has mass, between -inf and inf; their times."""
+        t = torch.linspace(-35, 35, 1001, dtype=torch.float64).sigmoid()
+        logsnr = torch.cat((self.schedule.logsnr(t), self.floor.logsnr(t))).sort(descending=True).values
+        ends = logsnr.new_tensor([torch.inf])
+        return torch.cat((ends, logsnr, -ends)), self._time(logsnr)
+
     def _logsnr(self, t: Tensor) -> Tensor:
         one, other = self.schedule.logsnr(t), self.floor.logsnr(t)
-        low, high = torch.minimum(one, other), torch.maximum(one, other)
-        inside = inverse(self._time, t, low.clamp(min=-FARTHEST), high.clamp(max=FARTHEST))
-        return torch.where(t == 0, high, torch.where(t == 1, low, inside))
+        noisy, clean = torch.minimum(one, other), torch.maximum(one, other)
+        knots, times = self._knots
+        i = torch.searchsorted(times, t.contiguous())
+        low = torch.maximum(noisy, knots[i + 1]).clamp(-FARTHEST, FARTHEST)
+        high = torch.minimum(clean, knots[i]).clamp(-FARTHEST, FARTHEST)
+        inside = newton(self._time, self._density, t, low, high)
+        return torch.where(t == 0, clean, torch.where(t == 1, noisy, inside))
 
     def _time(self, logsnr: Tensor) -> Tensor:
         return self._mixed(self.schedule.time(logsnr), self.floor.time(logsnr))
@@ -207,8 +219,11 @@ class Truncated(Transform):
     def __post_init__(self) -> None:
         if not self.low < self.high:
             raise ValueError(f"low and high are {self.low} and {self.high}, expected λ with low < high")
-        if not self._start < self._end:
-            raise ValueError(f"{self.schedule} has no levels between λ = {self.low} and {self.high}")
+        if not self._end - self._start > 1e-9 * self._end:  # t near 1 is known to 1e-16
+            raise ValueError(
+                f"{self.schedule} has next to no levels between λ = {self.low} and {self.high}: "
+                "widen the bounds, or shift the schedule between them"
+            )
 
     @property
     def steps(self) -> None:  # type: ignore[override]

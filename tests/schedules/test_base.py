@@ -214,6 +214,18 @@ def test_floats_give_floats_equal_to_tensors(schedule):
 
 
 @every_schedule
+def test_any_shape_stride_and_kind_of_number_is_read(schedule):
+    maps = torch.rand(2, 3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).transpose(1, 3)
+    for one in (schedule.logsnr, schedule.time, schedule.density, schedule.cdf, schedule.quantile):
+        torch.testing.assert_close(one(maps), one(maps.flatten()).view(2, 5, 4, 3), rtol=1e-14, atol=1e-300)
+        assert one(torch.empty(0, 3)).shape == (0, 3)
+        assert one(torch.tensor(0.5)).shape == ()
+        assert one(torch.tensor(1)).item() == one(1)
+        assert not one(torch.tensor([0.25], requires_grad=True)).requires_grad
+    assert schedule.level(torch.tensor(0.5)).logsnr.item() == pytest.approx(schedule.level(0.5).logsnr, rel=1e-14)
+
+
+@every_schedule
 def test_level_at_a_time_and_at_its_lambda_are_one_level(schedule):
     for t in (0.007, 0.3, 0.77):
         level = schedule.level(t)

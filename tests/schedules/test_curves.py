@@ -8,7 +8,7 @@ import torch
 from scipy import optimize, stats
 
 from diffcore.schedules import Beta, Cosine, Flow, Mode, PowerCosine, Shifted, Sigmoid
-from diffcore.schedules.roots import inverse, logit_time
+from diffcore.schedules.roots import inverse, logit_time, newton
 
 t = np.linspace(0.005, 0.995, 199)
 times = torch.from_numpy(t)
@@ -48,6 +48,37 @@ def test_the_plain_power_cosine_is_cosine():
     levels = torch.linspace(-30, 30, 121, dtype=torch.float64)
     torch.testing.assert_close(ours.density(levels), cosine.density(levels), rtol=1e-12, atol=0)
     torch.testing.assert_close(ours.time(levels), cosine.time(levels), rtol=1e-12, atol=0)
+
+
+EXTREME = [
+    PowerCosine(tau=1e-6),
+    PowerCosine(tau=1e3),
+    PowerCosine(0.2, 0.9, 1e-4),
+    PowerCosine(0.2, 0.9, 1e3),
+    PowerCosine(0.999),
+    PowerCosine(0.0, 1e-6),
+    PowerCosine(0.0, 0.5),
+    Sigmoid(-1e3, 1e3, 4.0),
+    Sigmoid(50.0, 60.0, 0.1),
+    Sigmoid(tau=1e9),
+    Mode(-1.0),
+]
+
+
+@pytest.mark.parametrize("schedule", EXTREME, ids=repr)
+def test_extreme_parameters_still_make_a_schedule(schedule):
+    every = torch.cat(
+        (torch.tensor([0.0, 1e-140, 1e-12], dtype=torch.float64), times, torch.tensor([1.0], dtype=torch.float64))
+    )
+    logsnr = schedule.logsnr(every)
+    assert (logsnr[0].item(), logsnr[-1].item()) == (math.inf, -math.inf)
+    assert (logsnr.diff() < 0).all()
+    torch.testing.assert_close(schedule.time(logsnr), every, rtol=1e-9, atol=1e-11)
+    far = torch.tensor([-math.inf, -1e4, -800, 0, 800, 1e4, math.inf], dtype=torch.float64)
+    for density in (schedule.density(logsnr), schedule.density(far)):
+        assert ((density >= 0) & (density < math.inf)).all()
+    slope = (schedule.time(logsnr[3:-1] - 1e-5) - schedule.time(logsnr[3:-1] + 1e-5)) / 2e-5
+    torch.testing.assert_close(schedule.density(logsnr[3:-1]), slope, rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize("tau", [0.05, 0.02])
@@ -133,6 +164,19 @@ def test_roots_are_found_to_the_last_bits():
     assert 0 < found[-1] < 1e-140
     ends = logit_time(lambda t, rest: 2 * (rest / t).log(), torch.tensor([math.inf, -math.inf], dtype=torch.float64))
     assert ends.tolist() == [0, 1]
+
+
+def test_newton_closes_a_bracket_around_a_jump_of_the_slope_a_gap_and_a_tail():
+    def f(x):  # falls to 0.5 at 0, is flat to 1, and falls on as exp
+        return torch.where(x < 0, 0.5 - x, torch.where(x < 1, 0.5, 0.5 * (1 - x.clamp(min=1)).exp()))
+
+    def rate(x):
+        return torch.where(x < 0, 1.0, torch.where(x < 1, 0.0, f(x)))
+
+    y = torch.tensor([3.0, 0.5 + 1e-9, 0.5 - 1e-9, 0.1, 1e-20], dtype=torch.float64)
+    root = newton(f, rate, y, torch.full_like(y, -1000), torch.full_like(y, 900))
+    torch.testing.assert_close(f(root), y, rtol=1e-14, atol=1e-15)
+    assert 0 <= newton(f, rate, y[:1] * 0 + 0.5, y[:1] * 0 - 10, y[:1] * 0 + 10).item() <= 1
 
 
 def test_a_shift_of_a_curve_is_a_shift():

@@ -101,6 +101,12 @@ def test_sigma_over_alpha_is_linear_from_clean_to_index_0(schedule):
 
 
 @every_table
+def test_every_time_above_0_has_a_finite_level(schedule):
+    t = torch.tensor([1e-300, 1e-13, 1e-12, 1e-9], dtype=torch.float64)
+    torch.testing.assert_close(schedule.time(schedule.logsnr(t)), t, rtol=1e-11, atol=0)
+
+
+@every_table
 def test_the_ends_are_clean_and_the_last_entry(schedule):
     bar = alpha_bar(schedule)[-1]
     assert schedule.logsnr(0.0) == math.inf

@@ -144,6 +144,35 @@ def test_mixture_mixes_the_densities(schedule):
         )
 
 
+MIXED = [
+    Mixture(Discrete()),
+    Mixture(Discrete(), Discrete("cosine", 1000)),
+    Mixture(LogLinear(5, 10), LogLinear(-10, -5), 0.3),  # no level between -5 and 5
+    Mixture(LogLinear(-10, 0), LogLinear(0, 10), 0.5),
+    Mixture(Laplace(0.0, 1e-3), share=0.01),
+    Mixture(Mixture(Rescaled(Laplace(), "flow")), Cauchy(), 0.5),
+    Truncated(Mixture(LogLinear(5, 10), LogLinear(-10, -5), 0.3), -8, 8),
+]
+
+
+@pytest.mark.parametrize("schedule", MIXED, ids=repr)
+def test_a_mixture_is_inverted_over_gaps_peaks_and_tables(schedule):
+    times = torch.cat((torch.tensor([1e-300, 1e-20, 1e-13, 1e-6], dtype=torch.float64), t))
+    logsnr = schedule.logsnr(times)
+    assert logsnr.isfinite().all()
+    assert logsnr.diff().max() <= 0
+    torch.testing.assert_close(schedule.time(logsnr), times, rtol=1e-13, atol=1e-15)
+
+
+def test_a_mixture_finds_a_batch_in_few_evaluations(monkeypatch):
+    schedule, asked = Mixture(Laplace()), []
+    schedule.logsnr(0.5)  # its knots
+    density = Laplace._density
+    monkeypatch.setattr(Laplace, "_density", lambda self, logsnr: asked.append(1) or density(self, logsnr))
+    schedule.logsnr(torch.rand(4096, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    assert 1 <= len(asked) <= 10
+
+
 def test_A5_a_uniform_floor_trains_every_level_at_least_its_share():
     drawn = Mixture(Laplace(), LogLinear(-8.0, 8.0), 0.2).logsnr(
         torch.linspace(0, 1, 160_001, dtype=torch.float64)[1:-1]
@@ -286,3 +315,10 @@ def test_truncated_levels_end_clean_on_a_grid_and_are_drawn_at_every_time(schedu
 def test_truncation_to_nothing_is_refused(low, high, remedy):
     with pytest.raises(ValueError, match=remedy):
         Truncated(Discrete(), low, high)
+
+
+def test_truncation_to_levels_that_times_cannot_tell_apart_is_refused():
+    with pytest.raises(ValueError, match="has next to no levels between λ = -70 and -60: widen the bounds, or shift"):
+        Truncated(Cosine(), -70, -60)
+    narrow = Truncated(Cosine(), 60, 70)  # of the same mass, where t has all its digits
+    torch.testing.assert_close(narrow.time(narrow.logsnr(t)), t, rtol=1e-10, atol=1e-12)
