@@ -95,7 +95,7 @@ class Level:
 class Schedule(ABC):
     """x_t = α(t) x_0 + σ(t) ε. A subclass gives λ(t), its exact inverse t(λ) and the density p(λ) = -dt/dλ.
 
-    Public methods take a float and return a float, or take a tensor and return a float64 tensor on the host, without gradients.
+    Public methods take a float and return a float, or take a tensor and return a float64 tensor on the host.
     """
 
     scaling: Scaling
@@ -160,7 +160,7 @@ class Schedule(ABC):
 
 
 def _on_host(function: Callable[[Tensor], Tensor], value: R) -> R:
-    """function(value) in float64 on the host, without gradients; a float in, a float out."""
+    """function(value) in float64 on the host; a float in, a float out."""
     if isinstance(value, Tensor):
-        return cast("R", function(value.detach().to("cpu", torch.float64)))
+        return cast("R", function(value.to("cpu", torch.float64)))
     return cast("R", function(torch.tensor(value, dtype=torch.float64)).item())
