@@ -1,0 +1,6 @@
+"""diffusers, both ways: its networks in our loop, our samplers and guidance in its pipelines."""
+
+from diffcore.integrations.denoiser import from_diffusers
+from diffcore.integrations.latents import Latents
+
+__all__ = ["Latents", "from_diffusers"]
