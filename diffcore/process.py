@@ -64,10 +64,11 @@ class TimeConditioning:
 
     def level(self, schedule: Schedule, number: Real) -> Level:
         """The level of `schedule` that the network is told by `number`, within the clamp: the inverse."""
-        value = (number.to("cpu", torch.float64) if isinstance(number, Tensor) else number) / self.scale
+        number = number.to("cpu", torch.float64) if isinstance(number, Tensor) else number
+        value = number / self.scale
         match self.variable:
             case "index":
-                return schedule.level(value + 1 / self.scale)
+                return schedule.level((number + 1) / self.scale)
             case "t":
                 return schedule.level(value)
             case "blend":

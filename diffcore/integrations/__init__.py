@@ -2,5 +2,6 @@
 
 from diffcore.integrations.denoiser import from_diffusers
 from diffcore.integrations.latents import Latents
+from diffcore.integrations.scheduler import DiffcoreScheduler
 
-__all__ = ["Latents", "from_diffusers"]
+__all__ = ["DiffcoreScheduler", "Latents", "from_diffusers"]

@@ -8,12 +8,28 @@
 A table's network is asked about x of the vp process, also by schedulers that keep y = x/α (Euler, Heun, LMS).
 """
 
+import inspect
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import diffusers
+
+from diffcore.integrations.settings import Settings
 from diffcore.prediction import PredictionType
 from diffcore.process import TimeConditioning
-from diffcore.schedules import Rescaled, Schedule, from_diffusers
+from diffcore.schedules import (
+    BetaSpacing,
+    Grid,
+    Karras,
+    Leading,
+    Linspace,
+    Rescaled,
+    Schedule,
+    Trailing,
+    UniformLogSNR,
+    from_diffusers,
+)
 from diffcore.schedules.diffusers_config import FLOWS, TABLES
 
 Config = Mapping[str, Any]
@@ -56,6 +72,9 @@ def describe(config: Config, mu: float | None = None) -> Described:
     Raises:
         ValueError: what it says contradicts itself, or is not enough; the message has the remedy.
     """
+    if "sampler" in config:  # a DiffcoreScheduler's
+        own = Settings.read({name: config[name] for name in Settings.__dataclass_fields__ if name in config})
+        return Described(own.schedule, own.prediction_type, own.time, own.sigma_data)
     name, schedule = str(config.get("_class_name")), from_diffusers(config, mu)
     if name in FLOWS or config.get("use_flow_sigmas"):
         _check_flow(config, name)
@@ -124,3 +143,84 @@ def _family(config: Config) -> str:
         f"the config ({', '.join(sorted(config)) or 'empty'}) names no scheduler: pass the scheduler itself, or its "
         f"config with _class_name"
     )
+
+
+PASSED_ON = ("time_shift_type", "base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """The arguments of a DiffcoreScheduler for the config of one of diffusers': its process, spacing, end and clipping.
+
+    Spacing leading, trailing and linspace, beta, exponential and Karras levels are grids of ours; a scheduler that moves
+    timesteps off its table only rounds where these do not. The sampler is DDIM, unless told otherwise.
+    """
+    config = _defaults(str(config.get("_class_name"))) | config_of(config)
+    dynamic = bool(config.get("use_dynamic_shifting"))
+    said = describe(config | ({"use_dynamic_shifting": False, "shift": 1.0} if dynamic else {}))
+    fields: dict[str, Any] = {"schedule": said.schedule, "prediction_type": said.prediction, "time": said.time}
+    if said.sigma_data is not None:
+        fields["sigma_data"] = said.sigma_data
+    _check_expressible(config)
+    end = {"last": _last(config, said.schedule), "clip": _clip(config), "grid": grid_of(config, said.schedule)}
+    passed = {name: config[name] for name in PASSED_ON if config.get(name) is not None}
+    return fields | end | passed | {"use_dynamic_shifting": dynamic, "num_train_timesteps": int(_entries(config))}
+
+
+def _check_expressible(config: Config) -> None:
+    for name, remedy in (
+        ("thresholding", "clip to a fixed range (clip_sample), or leave it out"),
+        ("shift_terminal", "take a grid whose last knot you choose, Within(Trailing(), high=λ)"),
+    ):
+        if config.get(name):
+            raise ValueError(f"{name} is {config[name]}, which there is no part for here: {remedy}")
+
+
+def grid_of(config: Config, schedule: Schedule) -> Grid:
+    """The levels that a scheduler visits."""
+    lowest, T = schedule.logsnr(1.0), _entries(config)
+    highest = schedule.logsnr(1 / T)
+    if config.get("use_karras_sigmas") or config.get("sigma_schedule") == "karras":
+        return Karras(config.get("sigma_min") or math.exp(-highest / 2), config.get("sigma_max") or _ratio(lowest))
+    if config.get("use_exponential_sigmas") or config.get("use_lu_lambdas") or "sigma_schedule" in config:
+        return UniformLogSNR(_finite(lowest), highest)
+    if config.get("use_beta_sigmas"):
+        return BetaSpacing()
+    if config["_class_name"] in FLOWS:
+        return Linspace(1 / T)
+    match config.get("timestep_spacing", "linspace"):
+        case "leading":
+            return Leading(config.get("steps_offset", 0))
+        case "trailing":
+            return Trailing()
+    return Linspace()
+
+
+def _ratio(lowest: float) -> float:
+    """σ/α of the noisiest level, not above it by rounding."""
+    return math.exp(-_finite(lowest) / 2) * (1 - 1e-12)
+
+
+def _finite(logsnr: float) -> float:
+    if logsnr == -math.inf:
+        raise ValueError(
+            "the schedule ends at pure noise, where Karras and exponential levels cannot begin: pass a grid"
+        )
+    return logsnr
+
+
+def _last(config: Config, schedule: Schedule) -> float | None:
+    """λ of index 0 where a run ends there: set_alpha_to_one false, or final_sigmas_type sigma_min."""
+    if config.get("set_alpha_to_one") is False or config.get("final_sigmas_type") == "sigma_min":
+        return schedule.logsnr(1 / _entries(config))
+    return None
+
+
+def _clip(config: Config) -> float | None:
+    return float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample") else None
+
+
+def _defaults(name: str) -> dict[str, Any]:
+    """What a class takes where its config is silent."""
+    kind = getattr(diffusers, name, None)
+    parameters = inspect.signature(kind.__init__).parameters.values() if inspect.isclass(kind) else ()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
