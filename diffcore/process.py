@@ -14,7 +14,7 @@ from diffcore.schedules import Cosine, Level, Real, Schedule
 from diffcore.spec import build, spec
 from diffcore.weights import replace
 
-TimeVariable = Literal["index", "t", "logsnr", "sigma"]
+TimeVariable = Literal["index", "t", "blend", "logsnr", "sigma"]
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,11 @@ class TimeConditioning:
     """How the network is told its noise level.
 
     index: scale·t - 1, which is the index into a table of `scale` levels (diffusers: 0 .. 999).
-    t: scale·t.  logsnr: scale·λ (EDM's c_noise = ln(σ/α)/4 is scale = -1/8).  sigma: scale·σ/α.
+    t: scale·t.  blend: scale·a of a = σ/(α+σ), whatever the schedule (diffusers' flow networks: 0 .. 1000).
+    logsnr: scale·λ (EDM's c_noise = ln(σ/α)/4 is scale = -1/8).  sigma: scale·σ/α.
 
     Args:
-        variable: index, t, logsnr or sigma.
+        variable: index, t, blend, logsnr or sigma.
         scale: the factor.
         clamp: |λ| is clamped to this for logsnr and sigma; without it those cannot be asked at λ = ±inf.
     """
@@ -45,7 +46,7 @@ class TimeConditioning:
     @property
     def reaches_noise(self) -> bool:
         """Whether the network can be told λ = -inf."""
-        return self.variable in ("index", "t") or self.clamp < math.inf
+        return self.variable in ("index", "t", "blend") or self.clamp < math.inf
 
     def __call__(self, level: Level) -> Real:
         """The number that the network is given."""
@@ -54,10 +55,28 @@ class TimeConditioning:
                 return self.scale * level.t - 1
             case "t":
                 return self.scale * level.t
+            case "blend":
+                return self.scale * level.blend
             case "logsnr":
                 return self.scale * self._clamped(level.logsnr)
             case "sigma":
                 return self.scale * _exp(self._clamped(level.logsnr) / -2)
+
+    def level(self, schedule: Schedule, number: Real) -> Level:
+        """The level of `schedule` that the network is told by `number`, within the clamp: the inverse."""
+        number = number.to("cpu", torch.float64) if isinstance(number, Tensor) else number
+        value = number / self.scale
+        match self.variable:
+            case "index":
+                return schedule.level((number + 1) / self.scale)
+            case "t":
+                return schedule.level(value)
+            case "blend":
+                return schedule.at_blend(value)
+            case "logsnr":
+                return schedule.at(value)
+            case "sigma":
+                return schedule.at(_log(value) * -2)
 
     def _clamped(self, logsnr: Real) -> Real:
         if isinstance(logsnr, Tensor):
@@ -136,7 +155,7 @@ class Process:
         if not self.time.reaches_noise:
             raise ValueError(
                 f"{what} is pure noise (λ = -inf), which time conditioning by {self.time.variable} cannot express: "
-                f"condition on index or t, declare a clamp, or {remedy}"
+                f"condition on index, t or blend, declare a clamp, or {remedy}"
             )
         if self.schedule.scaling == "ve":
             raise ValueError(
@@ -175,3 +194,7 @@ class Process:
 
 def _exp(value: Real) -> Real:
     return value.exp() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64).exp().item()
+
+
+def _log(value: Real) -> Real:
+    return value.log() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64).log().item()

@@ -23,6 +23,10 @@ EDM = TimeConditioning("logsnr", -1 / 8)
         (TimeConditioning(scale=50.0), Discrete(steps=50).level(7 / 50), 6),
         (TimeConditioning("t", 1.0), Flow().level(0.3), 0.3),
         (TimeConditioning("t"), Flow().level(0.3), 300),
+        (TimeConditioning("blend"), Shifted(Flow(), -2 * math.log(3)).at_blend(0.3), 300),
+        (TimeConditioning("blend", 1.0), Cosine().at(-2 * math.log(3)), 0.75),
+        (TimeConditioning("blend"), Cosine().level(1.0), 1000),
+        (TimeConditioning("blend"), Cosine().level(0.0), 0),
         (EDM, Normal(scaling="ve").at(-2 * math.log(80)), math.log(80) / 4),  # EDM's c_noise = ln(σ)/4
         (TimeConditioning("sigma", 2.0), Cosine().at(-2 * math.log(5)), 10),
         (TimeConditioning("logsnr", 1.0, clamp=20.0), Cosine().level(1.0), -20),
@@ -39,6 +43,22 @@ def test_the_network_is_told_the_level_in_its_own_variable(time, level, number):
     assert time(batch)[1].item() == pytest.approx(number, rel=1e-9, abs=1e-9)
 
 
+@pytest.mark.parametrize("variable", ("index", "t", "blend", "logsnr", "sigma"))
+@pytest.mark.parametrize("schedule", (Discrete(), ZERO, Shifted(Flow(), -2 * math.log(3)), Cosine()), ids=str)
+def test_the_level_is_found_again_from_what_the_network_is_told(variable, schedule):
+    time = TimeConditioning(variable, {"index": 1000.0, "logsnr": -1 / 8}.get(variable, 7.0))
+    for logsnr in (-4.0, 0.3, 5.0):
+        assert time.level(schedule, time(schedule.at(logsnr))).logsnr == pytest.approx(logsnr, abs=1e-9)
+    batch = schedule.at(torch.tensor([-4.0, 5.0], dtype=torch.float64))
+    torch.testing.assert_close(time.level(schedule, time(batch)).logsnr, batch.logsnr, rtol=0, atol=1e-9)
+
+
+def test_both_ends_are_found_again_from_blend_and_index():
+    for time in (TimeConditioning("blend"), TimeConditioning("t", 1.0)):
+        assert [time.level(Cosine(), time.scale * a).logsnr for a in (0, 1)] == [inf, -inf]
+    assert TimeConditioning().level(ZERO, 999).logsnr == -inf
+
+
 def test_A3_every_index_of_a_table_is_told_as_itself():
     level = Discrete().level(torch.arange(1, 1001, dtype=torch.float64) / 1000)
     torch.testing.assert_close(TimeConditioning()(level), torch.arange(1000.0).double(), rtol=0, atol=1e-12)
@@ -49,6 +69,7 @@ def test_A3_every_index_of_a_table_is_told_as_itself():
     [
         (TimeConditioning("index"), True),
         (TimeConditioning("t"), True),
+        (TimeConditioning("blend"), True),
         (EDM, False),
         (TimeConditioning("sigma"), False),
         (TimeConditioning("logsnr", clamp=30.0), True),
@@ -64,7 +85,7 @@ def test_pure_noise_can_be_told_as_index_as_t_or_within_a_clamp(time, reaches):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"variable": "lambda"}, "variable is 'lambda', expected one of index, t, logsnr, sigma"),
+        ({"variable": "lambda"}, "variable is 'lambda', expected one of index, t, blend, logsnr, sigma"),
         ({"scale": 0.0}, "scale is 0.0, expected a finite factor other than 0"),
         ({"scale": inf}, "scale is inf"),
         ({"clamp": 0.0}, "clamp is 0.0, expected a positive bound"),
@@ -105,8 +126,11 @@ PURE_NOISE = [  # (fields, message), one for each of the three finite things tha
         {"prediction": "epsilon"},
         "predicts epsilon knows nothing of x_0: use v_prediction, sample, flow_prediction or edm",
     ),
-    ({"time": EDM}, "time conditioning by logsnr cannot express: condition on index or t, declare a clamp"),
-    ({"time": TimeConditioning("sigma", 1.0)}, "time conditioning by sigma cannot express: condition on index or t"),
+    ({"time": EDM}, "time conditioning by logsnr cannot express: condition on index, t or blend, declare a clamp"),
+    (
+        {"time": TimeConditioning("sigma", 1.0)},
+        "time conditioning by sigma cannot express: condition on index, t or blend",
+    ),
 ]
 
 
