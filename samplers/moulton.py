@@ -29,7 +29,7 @@ class AdamsMoulton(Adams):
     the next step too, and the last knot is predicted only. Hairer, Nørsett & Wanner, Solving Ordinary Differential Equations I,
     III.1, as PEC. UniPC is this for x_0 over λ, but for its secants (UniPC(3) from the third step on is k = 3).
 
-    A step that touches α = 0 or σ = 0 is the first-order step, and a knot there is not remembered. The flow form (velocity, a)
+    A step that touches α = 0 or σ = 0 is the first-order step of its prediction, and a knot there is not remembered. The flow form (velocity, a)
     needs no exception.
 
     Args:
@@ -42,15 +42,16 @@ class AdamsMoulton(Adams):
 
     def advance(self, state: State, prediction: Prediction, noise: Noise) -> State:
         level, knot = state.level, state.left[0]
+        x = prediction.at(knot)
+        if state.first_order and not self._everywhere:
+            return state.reached(x)
         now = Past(level, self._held(prediction))
-        x, history = prediction.at(knot), (now,)
+        history: History = (now,)
         if state.memory is not None:
             past, predicted = state.memory
             corrected = self._correction((past[0], now, *past[1:]), level, (0, 1, *PAST[1:]))
             x = x + times(self._scale(knot) / self._scale(level), corrected - predicted)
             history = (now, *past)[: self.k]
-        if state.first_order and not self._everywhere:
-            return state.reached(x)
         predicted = self._correction(history, knot)
         return state.reached(x + predicted, _Memory(history, predicted))
 

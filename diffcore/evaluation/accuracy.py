@@ -163,13 +163,15 @@ class Problem:
 
 
 def flow(oracle: Oracle, x: Tensor, start: Level, end: Level) -> Tensor:
-    """The exact flow: DOP853 on dz/da = ε - x_0, z = x/(α+σ), a = σ/(α+σ), which is finite at both ends."""
+    """The exact flow within a schedule: DOP853 on dz/da = ε - x_0, z = x/(α+σ), a = σ/(α+σ), which is finite at both ends."""
 
     def velocity(a: float, z: np.ndarray) -> np.ndarray:
         level = start.schedule.at_blend(a)
         prediction = oracle((level.alpha + level.sigma) * torch.from_numpy(z).view_as(x), level)
         return (prediction.eps - prediction.x0).flatten().numpy()
 
+    if start.logsnr == end.logsnr:
+        return x
     z, span = (x / (start.alpha + start.sigma)).flatten().numpy(), (start.blend, end.blend)
     found = solve_ivp(velocity, span, z, method="DOP853", rtol=TOLERANCE, atol=TOLERANCE, t_eval=span[1:])
     return (end.alpha + end.sigma) * torch.from_numpy(found.y[:, -1]).view_as(x)
