@@ -87,18 +87,18 @@ class GaussianMixture(Oracle):
     def __call__(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Prediction:
         alpha, sigma = (_column(value, x) for value in (level.alpha, level.sigma))
         z, variance = self._whiten(x, level)
-        r = self._log_joint(x, level, condition).softmax(1)
+        r = self._log_joint(z, variance, condition).softmax(1)
         x0 = self.means + self._rotate(alpha * self.eigenvalues / variance * z)
         eps = self._rotate(sigma / variance * z)
         return Prediction(*(torch.einsum("bk,bkd->bd", r, value).view_as(x).to(x.dtype) for value in (x0, eps)))
 
     def score(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Tensor:
         z, variance = self._whiten(x, level)
-        r = self._log_joint(x, level, condition).softmax(1)
+        r = self._log_joint(z, variance, condition).softmax(1)
         return torch.einsum("bk,bkd->bd", r, self._rotate(-z / variance)).view_as(x).to(x.dtype)
 
     def log_density(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Tensor:
-        return self._log_joint(x, level, condition).logsumexp(1).to(x.dtype)
+        return self._log_joint(*self._whiten(x, level), condition).logsumexp(1).to(x.dtype)
 
     def sample(self, seeds: Tensor, condition: Tensor | None = None) -> Tensor:
         k = self._component(seeds, condition)
@@ -115,10 +115,9 @@ class GaussianMixture(Oracle):
     def _rotate(self, z: Tensor) -> Tensor:
         return torch.einsum("bke,kde->bkd", z, self.axes)
 
-    def _log_joint(self, x: Tensor, level: Level, condition: Tensor | None) -> Tensor:
-        z, variance = self._whiten(x, level)
+    def _log_joint(self, z: Tensor, variance: Tensor, condition: Tensor | None) -> Tensor:
         log_normal = -(z**2 / variance + (2 * math.pi * variance).log()).sum(2) / 2
-        return log_normal + self._log_prior(len(x), condition)
+        return log_normal + self._log_prior(len(z), condition)
 
 
 class Empirical(Oracle):

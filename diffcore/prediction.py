@@ -13,6 +13,7 @@ With n² = α² + σ² (edm: σ² + α² s², s the standard deviation of the da
 import math
 from typing import Literal, NamedTuple, get_args
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -30,7 +31,12 @@ class Prediction(NamedTuple):
     def at(self, level: Level) -> Tensor:
         """α x_0 + σ ε at another level: the first-order step of every sampler."""
         level = level.to(self.x0)
-        return level.alpha * self.x0 + level.sigma * self.eps
+        return plus(level.alpha * self.x0, level.sigma, self.eps)
+
+
+def plus(x: Tensor, b: Real, y: Tensor) -> Tensor:
+    """X + b y, in one pass over memory where b is a number: a step should cost little beside the network."""
+    return x + b * y if isinstance(b, Tensor) else torch.add(x, y, alpha=b)
 
 
 def predict(kind: PredictionType, output: Tensor, x: Tensor, level: Level, sigma_data: float) -> Prediction:
@@ -41,20 +47,20 @@ def predict(kind: PredictionType, output: Tensor, x: Tensor, level: Level, sigma
     alpha, sigma, F = level.alpha, level.sigma, output
     match kind:
         case "epsilon":
-            return Prediction((x - sigma * F) / alpha, F)
+            return Prediction(plus(x, -sigma, F) / alpha, F)
         case "sample":
             return Prediction(F, (x - alpha * F) / sigma)
         case "v_prediction":
             n = hypot(alpha, sigma)
-            y, a, s = x / n, alpha / n, sigma / n
-            return Prediction(a * y - s * F, s * y + a * F)
+            a, s = alpha / n, sigma / n
+            return Prediction(plus((a / n) * x, -s, F), plus((s / n) * x, a, F))
         case "flow_prediction":
             n = alpha + sigma
-            return Prediction((x - sigma * F) / n, (x + alpha * F) / n)
+            return Prediction(plus(x, -sigma, F) / n, plus(x, alpha, F) / n)
         case "edm":
             n, s = edm_norm(level, sigma_data), sigma_data
-            y, c_out = x / n, sigma * s / n
-            return Prediction((alpha * s**2 / n) * y + c_out * F, (sigma / n) * y - (alpha * s / n) * F)
+            x0 = plus(((alpha * s / n) * (s / n)) * x, sigma * s / n, F)
+            return Prediction(x0, plus((sigma / n / n) * x, -alpha * s / n, F))
     raise ValueError(_unknown(kind))
 
 
@@ -100,10 +106,12 @@ def edm_norm(level: Level, sigma_data: float) -> Real:
 
 
 def hypot(a: Real, b: Real) -> Real:
-    """√(a² + b²), where a² may overflow."""
+    """√(a² + b²); of tensors, whose a² may overflow, in one function, of numbers in a form that torch.compile can trace."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.hypot(b)
-    return math.hypot(float(a), float(b))
+    assert not isinstance(a, Tensor)
+    assert not isinstance(b, Tensor)
+    return math.sqrt(a * a + b * b)
 
 
 def _unknown(kind: str) -> str:

@@ -19,8 +19,7 @@ from diffcore.process import Process
 from diffcore.schedules import Level
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """Where a run asks: at `level`, on its way from the knot `start` to the knot `end`. All of it is known on the host.
 
     Args:

@@ -9,6 +9,7 @@ from diffcore.samplers.dpm_sde import DPMSolverSDE
 from diffcore.samplers.dpm_solver import DPMSolverPP
 from diffcore.samplers.edm import Euler, Heun
 from diffcore.samplers.gradient_estimation import GradientEstimation
+from diffcore.samplers.moulton import AdamsMoulton
 from diffcore.samplers.predictor_corrector import PredictorCorrector
 from diffcore.samplers.restart import Restart
 from diffcore.samplers.runge_kutta import AdaptiveRungeKutta
@@ -18,6 +19,7 @@ __all__ = [
     "DDIM",
     "DDPM",
     "AdamsBashforth",
+    "AdamsMoulton",
     "AdaptiveRungeKutta",
     "AlphaBlending",
     "DPMSolverPP",

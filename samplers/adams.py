@@ -1,4 +1,4 @@
-"""Adams-Bashforth: integrate the polynomial through the last k predictions. LMS, DEIS, the flow form, iPNDM, DPM-Solver++(3M).
+"""Adams methods: integrate the polynomial through the last k predictions. LMS, DEIS, the flow form, iPNDM, DPM-Solver++(3M).
 
 The probability flow is linear in each of three pairs of a coordinate and what is held fixed in it:
 
@@ -11,9 +11,10 @@ A method holds one of them, interpolates it in a variable, and integrates the po
 """
 
 import math
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, get_args
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -38,9 +39,74 @@ class Past(NamedTuple):
 History = tuple[Past, ...]
 """The last knots, newest first."""
 
+PAST = range(0, -5, -1)
+
 
 @dataclass(frozen=True)
-class AdamsBashforth(Sampler):
+class Adams(Sampler, ABC):
+    """What is held, in which variable, and the integral over a step of the polynomial through a history of it."""
+
+    k: Literal[1, 2, 3, 4, 5] = 2
+    held: Held = "velocity"
+    variable: Variable = "a"
+    order: int = field(init=False, repr=False, compare=False)
+    most: ClassVar[int] = 5
+
+    def __post_init__(self) -> None:
+        if self.k not in range(1, self.most + 1):
+            raise ValueError(f"k is {self.k}, expected 1 to {self.most} predictions")
+        if self.held not in get_args(Held):
+            raise ValueError(f"held is {self.held!r}, expected one of {', '.join(get_args(Held))}")
+        if self.variable not in get_args(Variable):
+            raise ValueError(f"variable is {self.variable!r}, expected one of {', '.join(get_args(Variable))}")
+        order = self._order()
+        object.__setattr__(self, "order", min(order, 2) if self.variable == "index" else order)
+
+    @abstractmethod
+    def _order(self) -> int:
+        """Of convergence on any knots, where the variable is not the index."""
+
+    def evaluations(self, knots: tuple[Level, ...]) -> int:
+        return len(knots) - 1
+
+    @property
+    def _everywhere(self) -> bool:
+        """Whether variable and measure are finite from noise to data, both included."""
+        return self.held == "velocity" and self.variable in ("a", "index")
+
+    def _held(self, prediction: Prediction) -> Tensor:
+        x0, eps = prediction
+        return {"eps": eps, "x0": x0}[self.held] if self.held != "velocity" else eps - x0
+
+    def _scale(self, level: Level) -> Real:
+        """C: x over the coordinate in which the flow is the integral of what is held."""
+        match self.held:
+            case "eps":
+                return level.alpha
+            case "x0":
+                return level.sigma
+        return level.alpha + level.sigma
+
+    def _correction(self, history: History, s: Level, places: Iterable[int] = PAST) -> Tensor | float:
+        """What the polynomial adds to the first-order step from the history's first knot, the others being so many knots on."""
+        (t, f), *past = history
+        if not past:
+            return 0.0
+        scale = self._scale(s)
+        nodes = [_coordinate(level, place, self.variable) for place, (level, _) in zip(places, history, strict=False)]
+        w = weights(nodes, self._moments(t, s, len(past)))
+        return sum(times(scale * w_j, f_j - f) for w_j, (_, f_j) in zip(w, past, strict=True))
+
+    def _moments(self, t: Level, s: Level, count: int) -> list[Real]:
+        """Of the measure of the held quantity, over the variable, from t to s."""
+        if self.variable == "index" or (self.held, self.variable) in (("eps", "u"), ("velocity", "a")):
+            width = _coordinate(s, 1, self.variable) - _coordinate(t, 0, self.variable)
+            return even_moments(_measured(s, self.held) - _measured(t, self.held), width, count)
+        return moments(_in_logsnr(t, s, self.held, self.variable), _coordinate(t, 0, self.variable), count)
+
+
+@dataclass(frozen=True)
+class AdamsBashforth(Adams):
     """x_s = first-order step + c_s Σ_{j=1..k-1} w_j (f_j - f_0),  w_j = ∫ ℓ_j(v) dm; c = α, α+σ or σ for eps, velocity or x0.
 
     Of the same order k on any knots; the first steps have a shorter memory. In the variable `index` the knots count as
@@ -54,20 +120,6 @@ class AdamsBashforth(Sampler):
         held: eps, x0, or velocity (ε - x_0).
         variable: what the held quantity is a polynomial of: u, a, logsnr, t, or the step's index.
     """
-
-    k: Literal[1, 2, 3, 4, 5] = 2
-    held: Held = "velocity"
-    variable: Variable = "a"
-    order: int = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        if self.k not in (1, 2, 3, 4, 5):
-            raise ValueError(f"k is {self.k}, expected 1 to 5 predictions")
-        if self.held not in get_args(Held):
-            raise ValueError(f"held is {self.held!r}, expected one of {', '.join(get_args(Held))}")
-        if self.variable not in get_args(Variable):
-            raise ValueError(f"variable is {self.variable!r}, expected one of {', '.join(get_args(Variable))}")
-        object.__setattr__(self, "order", min(self.k, 2) if self.variable == "index" else self.k)
 
     @classmethod
     def lms(cls, k: Literal[1, 2, 3, 4, 5] = 4) -> "AdamsBashforth":
@@ -98,36 +150,11 @@ class AdamsBashforth(Sampler):
         remembered = history if self._remembers(state.level) else history[1:]
         return state.reached(x, remembered[: self.k - 1])
 
-    def evaluations(self, knots: tuple[Level, ...]) -> int:
-        return len(knots) - 1
-
-    @property
-    def _everywhere(self) -> bool:
-        """Whether variable and measure are finite from noise to data, both included."""
-        return self.held == "velocity" and self.variable in ("a", "index")
+    def _order(self) -> int:
+        return self.k
 
     def _remembers(self, level: Level) -> bool:
         return self.variable in ("a", "t", "index") or interior(level)
-
-    def _held(self, prediction: Prediction) -> Tensor:
-        x0, eps = prediction
-        return {"eps": eps, "x0": x0}[self.held] if self.held != "velocity" else eps - x0
-
-    def _correction(self, history: History, s: Level) -> Tensor | float:
-        (t, f), *past = history
-        if not past:
-            return 0.0
-        scale = {"eps": s.alpha, "x0": s.sigma, "velocity": s.alpha + s.sigma}[self.held]
-        nodes = [_coordinate(level, -j, self.variable) for j, (level, _) in enumerate(history)]
-        w = weights(nodes, self._moments(t, s, len(past)))
-        return sum(times(scale * w_j, f_j - f) for w_j, (_, f_j) in zip(w, past, strict=True))
-
-    def _moments(self, t: Level, s: Level, count: int) -> list[Real]:
-        """Of the measure of the held quantity, over the variable, from t to s."""
-        if self.variable == "index" or (self.held, self.variable) in (("eps", "u"), ("velocity", "a")):
-            width = _coordinate(s, 1, self.variable) - _coordinate(t, 0, self.variable)
-            return even_moments(_measured(s, self.held) - _measured(t, self.held), width, count)
-        return moments(_in_logsnr(t, s, self.held, self.variable), _coordinate(t, 0, self.variable), count)
 
 
 def exponential_moments(t: Level, s: Level, count: int) -> list[Real]:

@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Literal
 
 import numpy as np
+from scipy import special
 
 from diffcore.schedules.base import Level, Schedule
 from diffcore.schedules.grids import CLEAN, Even, Span
@@ -83,18 +84,32 @@ class UniformLogSNR(Even):
 
 @dataclass(frozen=True)
 class UniformBlend(Even):
-    """a_i = a_0 (n-i)/n of a = σ/(α+σ), from the schedule's terminal level (a_0 = 1 for pure noise) to clean.
+    """A_i = a_0 (n-i)/n of a = v/(1+v), v = (u/center)^(1/ρ), u = σ/α, from the schedule's terminal level to clean.
 
-    The grid of iterative α-(de)blending (2305.03486; its α is 1 - a), and so the natural one for AlphaBlending, which
-    keeps its order on it down to the clean knot. It is Trailing on the schedule Flow, for any schedule; on a table the
-    knots lie between its entries.
+    With ρ = 1 and center 1, a is σ/(α+σ), and this is the grid of iterative α-(de)blending (2305.03486; its α is 1 - a), the
+    natural one for AlphaBlending, which keeps its order on it down to the clean knot; it is Trailing on the schedule Flow, for any
+    schedule. In general λ at the knots are even quantiles of a logistic distribution of mean -2 ln center and scale 2ρ: a larger
+    ρ puts more knots near noise and near the data, where the coordinate is that of Karras, u^(1/ρ); unlike his it is finite at
+    pure noise (a = 1). On a table the knots lie between its entries.
+
+    Args:
+        rho: ρ > 0.
+        center: σ/α where the knots are densest in λ, above 0; for data of standard deviation 1.
     """
 
+    rho: float = 1.0
+    center: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, value in (("rho", self.rho), ("center", self.center)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}, expected a positive finite number")
+
     def _coordinate(self, level: Level) -> float:
-        return float(level.blend)
+        return float(special.expit(-(float(level.logsnr) + 2 * math.log(self.center)) / (2 * self.rho)))
 
     def _at(self, schedule: Schedule, coordinate: float) -> Level:
-        return schedule.at_blend(coordinate)
+        return schedule.at(-2 * self.rho * float(special.logit(coordinate)) - 2 * math.log(self.center))
 
     def _span(self, schedule: Schedule) -> Span:
         return Span(schedule.level(1.0), schedule.at(CLEAN), clean=False)

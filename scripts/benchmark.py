@@ -1,16 +1,18 @@
-"""`python scripts/benchmark.py overhead`: what the library costs beside bare PyTorch, as a table for docs/benchmarks.md."""
+"""`python scripts/benchmark.py overhead|steps|accuracy`: the tables of docs/benchmarks.md."""
 
 import argparse
 import json
 import platform
 import shlex
 import sys
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 
-from diffcore.evaluation.benchmark import coverage, overhead
+from diffcore.evaluation.benchmark import Comparison, coverage, overhead
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,32 +23,84 @@ class Parser(argparse.ArgumentParser):
 
 
 def main() -> None:
-    """Measure, print the table and the command that made it; a slow ratio is a result and no error."""
+    """Measure, print the tables and the command that made them; a slow ratio or a wide error is a result and no error."""
     parser = Parser(description=__doc__)
-    command = parser.add_subparsers(required=True).add_parser("overhead", help="digits network, training and sampling")
+    commands = parser.add_subparsers(required=True)
+    _add_overhead(commands.add_parser("overhead", help="digits network, training and sampling, beside bare PyTorch"))
+    _add_steps(commands.add_parser("steps", help="50 steps with a network that does nothing, beside diffusers"))
+    _add_accuracy(commands.add_parser("accuracy", help="distance to the exact flow by evaluations, beside diffusers"))
+    for command in commands.choices.values():
+        command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the processor (default all)")
+        command.add_argument("--out", type=Path, help="JSON of every measurement")
+    arguments = parser.parse_args()
+    if arguments.threads < 1:
+        parser.error(f"threads is {arguments.threads}, expected at least 1")
+    torch.set_num_threads(arguments.threads)
+    try:
+        facts = arguments.measure(arguments)
+    except ValueError as error:
+        parser.error(str(error))
+    if arguments.out:
+        facts = {"command": shlex.join(["python", *sys.argv]), "where": _where(arguments.threads), **facts}
+        arguments.out.write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def _where(threads: int) -> str:
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    return f"{threads} threads, {device}, torch {torch.__version__}, {platform.machine()}"
+
+
+def _add_overhead(command: argparse.ArgumentParser) -> None:
     command.add_argument("--pairs", type=int, default=40, help="interleaved pairs, at least 30 (default 40)")
     command.add_argument("--steps", type=int, default=1, help="training steps of a measurement (default 1)")
     command.add_argument("--rows", type=int, default=64, help="samples of a measurement (default 64)")
-    command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the processor (default all)")
-    command.add_argument("--out", type=Path, help="JSON of every measurement")
-    arguments = parser.parse_args()
-    if arguments.threads < 1:
-        command.error(f"threads is {arguments.threads}, expected at least 1")
-    torch.set_num_threads(arguments.threads)
-    try:
-        comparisons = overhead(arguments.pairs, arguments.steps, arguments.rows)
-    except ValueError as error:
-        command.error(str(error))
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    where = f"{arguments.threads} threads, {device}, torch {torch.__version__}, {platform.machine()}"
-    made_by = shlex.join(["python", *sys.argv])
-    print(f"`{made_by}`: {arguments.pairs} pairs, {where}\n")
-    print(f"| | ours, ms | bare, ms | ratio | {coverage(arguments.pairs):.0%} interval | at most |")
+    command.set_defaults(measure=lambda a: _compared(a, overhead(a.pairs, a.steps, a.rows), "bare"))
+
+
+def _add_steps(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--pairs", type=int, default=100, help="interleaved pairs, at least 30 (default 100)")
+
+    def measure(arguments: argparse.Namespace) -> dict[str, object]:
+        from diffcore.evaluation.step_overhead import steps
+
+        return _compared(arguments, steps(arguments.pairs), "diffusers")
+
+    command.set_defaults(measure=measure)
+
+
+def _compared(arguments: argparse.Namespace, comparisons: Sequence[Comparison], other: str) -> dict[str, object]:
+    """Print the table of comparisons."""
+    print(f"`{shlex.join(['python', *sys.argv])}`: {arguments.pairs} pairs, {_where(arguments.threads)}\n")
+    print(f"| | ours, ms | {other}, ms | ratio | {coverage(arguments.pairs):.0%} interval | at most |")
     print("|---|---|---|---|---|---|")
     print("\n".join(comparison.row() for comparison in comparisons))
-    if arguments.out:
-        facts = {"command": made_by, "where": where, "comparisons": [found.facts() for found in comparisons]}
-        arguments.out.write_text(json.dumps(facts, indent=2) + "\n")
+    return {"comparisons": [found.facts() for found in comparisons]}
+
+
+def _add_accuracy(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--starts", type=int, default=256, help="starting points of each oracle (default 256)")
+    command.add_argument("--picture", type=Path, help="of the closest of each side over evaluations")
+
+    def measure(arguments: argparse.Namespace) -> dict[str, object]:
+        from diffcore.evaluation import accuracy_report as report
+        from diffcore.evaluation.accuracy import accuracy, ours
+        from diffcore.evaluation.schedulers import theirs
+
+        warnings.simplefilter("ignore")  # diffusers' own
+        rows = list(accuracy({"ours": ours, "diffusers": theirs}, arguments.starts))
+        default = report.default_name()
+        print(f"`{shlex.join(['python', *sys.argv])}`: {arguments.starts} starts; default: {default}\n")
+        print(report.summary(rows, default, arguments.starts))
+        for oracle in dict.fromkeys(row.oracle for row in rows):
+            print(f"\n{oracle}\n\n{report.by_method(rows, oracle)}")
+        print("\n| over our closest: geometric mean | most | |\n|---|---|---|")
+        for mean, most, name in report.ranking(rows, arguments.starts)[:20]:
+            print(f"| {mean:.2f} | {most:.2f} | {name} |")
+        if arguments.picture:
+            report.picture(rows, default, arguments.picture)
+        return {"starts": arguments.starts, "default": default, "rows": [vars(row) for row in rows]}
+
+    command.set_defaults(measure=measure)
 
 
 if __name__ == "__main__":

@@ -116,6 +116,57 @@ def adams(k, held, v) -> Callable:
     return method
 
 
+SCALES = {"eps": lambda q: 1.0, "x0": u, "velocity": lambda q: 1 + u(q)}  # of y over the coordinate of what is held
+DENSITIES = {"eps": lambda q: -u(q) / 2, "x0": lambda q: 1 / (2 * u(q)), "velocity": lambda q: -a(q) * (1 - a(q)) / 2}
+
+
+def moulton(k, held, v) -> Callable:
+    """PEC: Adams-Bashforth's prediction, and the corrector with the value at it; v = None counts knots."""
+
+    def integrals(nodes, t, s, step):
+        if v is not None:
+            return [integral(nodes, j, v, DENSITIES[held], t, s) for j in range(len(nodes))]
+        mass = quad(DENSITIES[held], t, s)[0]
+        return [mass * quad(lambda q, j=j: lagrange(nodes, j, q), step, step + 1)[0] for j in range(len(nodes))]
+
+    def method(D, y, logsnrs, seen):
+        scale, past, left = SCALES[held], [], None
+        for i, (t, s) in enumerate(pairwise(logsnrs)):
+            x0, eps = D(y, t)
+            past = [(i if v is None else v(t), {"eps": eps, "x0": x0, "velocity": eps - x0}[held]), *past][: k + 1]
+            z = y / scale(t)
+            if left is not None:
+                before, z_before = left
+                w = integrals([node for node, _ in past], before, t, i - 1)
+                z = z_before + sum(w_j * f for w_j, (_, f) in zip(w, past, strict=True))
+            w = integrals([node for node, _ in past[:k]], t, s, i)
+            y = scale(s) * (z + sum(w_j * f for w_j, (_, f) in zip(w, past[:k], strict=True)))
+            left = t, z
+        return y
+
+    return method
+
+
+def flow_moulton(k) -> Callable:
+    """The same of ε - x_0 over a, in z: from noise to data without exception."""
+
+    def method(velocity, z, blends):
+        past, left = [], None
+        for t, s in pairwise(blends):
+            past = [(t, velocity(z, t)), *past][: k + 1]
+            nodes = [node for node, _ in past]
+            if left is not None:
+                before, z_before = left
+                w = [integral(nodes, j, lambda q: q, lambda q: 1.0, before, t) for j in range(len(past))]
+                z = z_before + sum(w_j * f for w_j, (_, f) in zip(w, past, strict=True))
+            left = t, z
+            w = [integral(nodes[:k], j, lambda q: q, lambda q: 1.0, t, s) for j in range(len(nodes[:k]))]
+            z = z + sum(w_j * f for w_j, (_, f) in zip(w, past[:k], strict=True))
+        return z
+
+    return method
+
+
 def flow(k) -> Callable:
     """ε - x_0 over a, in z = x/(α+σ), by quadrature: from noise to data without exception."""
 

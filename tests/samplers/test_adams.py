@@ -1,6 +1,7 @@
 """Which samplers are one and the same, what the multistep ones do at the ends, and maps of levels."""
 
 import math
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise, product
 
@@ -13,6 +14,7 @@ from diffcore.prediction import Prediction
 from diffcore.samplers import (
     DDIM,
     AdamsBashforth,
+    AdamsMoulton,
     AlphaBlending,
     DPMSolverPP,
     Euler,
@@ -83,6 +85,24 @@ def test_the_order_2_predictor_of_unipc_is_2m():
     ratio = (h - flat) / (h * flat / 2)
     exact = slope(AdamsBashforth(2, "x0", "logsnr"))
     torch.testing.assert_close(exact, ratio * slope(DPMSolverPP("2M")), rtol=1e-11, atol=1e-11)
+
+
+def test_unipc_is_adams_moulton_for_x0_over_logsnr_but_for_its_secants():
+    """From the third step on, UniPC(3) predicts with three values and corrects with four. Here from equal states and memory."""
+    levels = Explicit((-3.0, -2.2, -1.0, 0.0, 0.9, 2.0)).knots(Cosine(), 5)
+    unipc, moulton = (
+        sampler.start(levels[0].sigma * NOISE.start(), levels, NOISE)
+        for sampler in (UniPC(3), AdamsMoulton(3, "x0", "logsnr"))
+    )
+    for step in range(5):
+        if step == 3:  # before, the secants: whose state is the other's from here on
+            assert not torch.equal(unipc.x, moulton.x)
+            moulton = replace(unipc, memory=type(moulton.memory)(*unipc.memory))
+        unipc, moulton = (
+            sampler.advance(state, mixture()(state.x, state.level), NOISE)
+            for sampler, state in ((UniPC(3), unipc), (AdamsMoulton(3, "x0", "logsnr"), moulton))
+        )
+    torch.testing.assert_close(moulton.x, unipc.x, rtol=1e-12, atol=1e-12)
 
 
 @cache
@@ -174,6 +194,7 @@ def test_a_map_of_levels_takes_every_row_along_its_own_knots(sampler):
     [
         (lambda: AdamsBashforth(0), "k is 0"),
         (lambda: AdamsBashforth(6), "k is 6"),
+        (lambda: AdamsMoulton(5), "k is 5, expected 1 to 4"),
         (lambda: AdamsBashforth(2, "v"), "held is"),
         (lambda: AdamsBashforth(2, "eps", "sigma"), "variable is"),
         (lambda: DPMSolverPP("4M"), "variant is"),

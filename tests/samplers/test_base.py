@@ -18,6 +18,7 @@ from diffcore.prediction import Prediction
 from diffcore.samplers import (
     DDIM,
     AdamsBashforth,
+    AdamsMoulton,
     AdaptiveRungeKutta,
     AlphaBlending,
     Euler,
@@ -46,7 +47,7 @@ def takes_midpoints(sampler):
 
 def in_a(sampler):
     """Whether it needs no exception at the ends, so that the step to the clean level is of its own order."""
-    return takes_midpoints(sampler) or stepper(sampler) == AdamsBashforth.flow(3)
+    return takes_midpoints(sampler) or stepper(sampler) in (AdamsBashforth.flow(3), AdamsMoulton(3))
 
 
 ORACLE = mixture()

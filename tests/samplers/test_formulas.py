@@ -12,6 +12,7 @@ from diffcore.noise import Noise
 from diffcore.samplers import (
     DDIM,
     AdamsBashforth,
+    AdamsMoulton,
     AlphaBlending,
     DPMSolverPP,
     Euler,
@@ -41,10 +42,15 @@ FORMULAS = {
     **{AdamsBashforth(k, "x0", "logsnr"): formulas.adams(k, "x0", lambda logsnr: logsnr) for k in (2, 3, 5)},
     **{AdamsBashforth.ipndm(k): formulas.ipndm(k) for k in (2, 4)},
     **{UniPC(p, B): formulas.unipc(p, B) for p in (1, 2, 3) for B in ("bh1", "bh2")},
+    **{AdamsMoulton(2, held, "logsnr"): formulas.moulton(2, held, lambda logsnr: logsnr) for held in formulas.SCALES},
+    AdamsMoulton(2, "eps", "u"): formulas.moulton(2, "eps", formulas.u),
+    AdamsMoulton(3, "x0", "t"): formulas.moulton(3, "x0", formulas.cosine_time),
+    AdamsMoulton(3, "eps", "index"): formulas.moulton(3, "eps", None),
     GradientEstimation(): formulas.gradient_estimation(2.0),
     GradientEstimation(1.5): formulas.gradient_estimation(1.5),
 }
 IN_A = {AdamsBashforth.flow(k): formulas.flow(k) for k in (2, 3, 4, 5)}
+IN_A |= {AdamsMoulton(k): formulas.flow_moulton(k) for k in (1, 2, 3, 4)}
 GRIDS = [
     *((Trailing(), n) for n in (1, 2, 3, 5)),  # from α = 0
     (Karras(), 3),

@@ -15,6 +15,7 @@ from diffcore.noise import Noise
 from diffcore.samplers import (
     DDIM,
     AdamsBashforth,
+    AdamsMoulton,
     AdaptiveRungeKutta,
     AlphaBlending,
     DPMSolverPP,
@@ -48,6 +49,11 @@ ORDERS = {  # deterministic samplers; the stochastic ones are in WEAK
     AdamsBashforth.ipndm(2): 2,
     AdamsBashforth.ipndm(4): 2,
     **{UniPC(p, B): p + 1 for p, B in product((1, 2, 3), ("bh1", "bh2"))},
+    **{AdamsMoulton(k): k + 1 for k in (1, 2, 3, 4)},
+    **{AdamsMoulton(2, held, "logsnr"): 3 for held in ("eps", "x0", "velocity")},
+    AdamsMoulton(2, "eps", "u"): 3,
+    AdamsMoulton(3, "x0", "t"): 4,
+    AdamsMoulton(3, "eps", "index"): 2,
     GradientEstimation(): 1,
     GradientEstimation(1.5): 2,
 }
