@@ -33,11 +33,6 @@ class CFGZeroStar(Contrast):
             raise ValueError(f"zero_init is {self.zero_init}, expected a number of first steps, 0 for none")
 
     def asks(self, step: Step, memory: Any) -> tuple[Reference, ...]:
-        if step.total <= self.zero_init:
-            raise ValueError(
-                f"CFGZeroStar stands still in the first {self.zero_init} of {step.total} steps, so noise would be the result: "
-                f"take more steps, or zero_init=0"
-            )
         return () if step.index < self.zero_init else super().asks(step, memory)
 
     def guide(self, seen: Seen, memory: Any) -> tuple[Prediction, Any]:
