@@ -28,13 +28,14 @@ def styles(count: int) -> Iterator[dict[str, Any]]:
         yield {"color": colours(0.85 * place / max(count - 1, 1)), "ls": DASHES[place % len(DASHES)], "lw": 2}
 
 
-def save(made: Any, out: Path) -> None:
+def save(made: Any, out: Path, dpi: int = 120) -> None:
     """Write it, with a grid and a legend of what has a name, and close it."""
     from matplotlib import pyplot as plt
 
     for axis in made.axes:
         axis.grid(alpha=0.3)
-    made.legend(loc="outside lower center", ncols=2, frameon=False)
+    if any(axis.get_legend_handles_labels()[0] for axis in made.axes):
+        made.legend(loc="outside lower center", ncols=2, frameon=False)
     out.parent.mkdir(parents=True, exist_ok=True)
-    made.savefig(out, dpi=120)
+    made.savefig(out, dpi=dpi)
     plt.close(made)
