@@ -80,7 +80,7 @@ PANELS = {
     "AdaptiveGuidance(CFG), 0.97": Panel(AdaptiveGuidance(CFG(3.0), 0.97)),
     "AutoGuidance, w = 2": Panel(AutoGuidance(2.0, WEAKER)),
     "CFG from label 1, w = 1.5": Panel(CFG(1.5, Label(1))),
-    "Composed: less of label 1": Panel(Composed((1,), (-0.5,), 1.5)),
+    "Composed: less of label 1": Panel(Composed((1,), (-0.25,), 2.0)),
     "CFGPlusPlus, w = 0.6": Panel(CFGPlusPlus(0.6)),
     "CFGZeroStar, w = 3": Panel(CFGZeroStar(3.0)),
     "CFG(3), 5 corrections": Panel(CFG(3.0), PredictorCorrector(corrections=5, guides="corrector")),
@@ -138,7 +138,8 @@ def _next(rule: Guidance, y: Tensor, here: Level, there: Level) -> Tensor:
 
 
 def _panels() -> tuple[Any, Any]:
-    made, axes = figure(5, 3, width=3.1, height=3.2)
+    made, axes = figure(5, math.ceil(len(PANELS) / 5), width=3.1, height=3.2)
+    axes = axes[: len(PANELS)]
     for axis in axes:
         axis.set(xlim=(-SPAN, SPAN), ylim=(-SPAN, SPAN), aspect="equal")
     return made, axes
