@@ -59,6 +59,14 @@ class RePaint(Sampler):
                 f"jump and resamplings are {self.jump} and {self.resamplings}, expected at least 1 of each"
             )
 
+    @property
+    def adaptive(self) -> bool:  # type: ignore[override]
+        return self.inner.adaptive
+
+    @property
+    def direct(self) -> bool:
+        return self.inner.direct
+
     def start(self, x: Tensor, knots: Run, noise: Noise) -> State:
         check_falling(knots)
         first, *later = self._runs(knots)

@@ -63,14 +63,19 @@ def watch(
     guidance: Guidance,
     condition: Tensor | None = None,
 ) -> Iterator[Seen]:
-    """What the guidance sees at each evaluation of a run: to fit LinearAG, or a threshold of AdaptiveGuidance."""
+    """What the guidance sees at each evaluation of a run: to fit LinearAG, or a threshold of AdaptiveGuidance.
+
+    Where the sampler wants no guidance (see `Sampler.guided`), that is no reference.
+    """
+    check_levels(denoiser.process, knots)
     check_guidance(denoiser.process, knots, condition, guidance, sampler)
     state, step, memory = sampler.start(x, knots, noise), None, None
     while not state.done:
         with torch.no_grad():
+            rule = guidance if sampler.guided(state) else CFG(1.0)
             step = step_of(denoiser.process, knots, state, step)
-            seen = look(denoiser, guidance, state.x, condition, memory, step)
-            prediction, memory = guidance.guide(seen, memory)
+            seen = look(denoiser, rule, state.x, condition, memory, step)
+            prediction, memory = rule.guide(seen, memory)
             state = sampler.advance(state, prediction, noise)
         yield seen
 
@@ -157,16 +162,18 @@ def check_guidance(
     process: Process, knots: tuple[Level, ...], condition: Condition, guidance: Guidance, sampler: Sampler | None
 ) -> None:
     """Raise where the guidance needs what there is not: a reference at some step, a condition, another sampler."""
-    references = dict.fromkeys(r for step in _steps(process, knots) for r in guidance.asks(step, None))
-    for reference in references:
+    asked = [(reference, step.level) for step in _steps(process, knots) for reference in guidance.asks(step, None)]
+    for reference in dict.fromkeys(reference for reference, _ in asked):
         reference.check(process, condition, str(guidance))
+    for reference, level in asked:
+        reference.check_level(level)
     guidance.check(process, condition)
     if sampler is None:
         return
-    if not guidance.consistent and sampler.order > 1:
+    if not guidance.consistent and not sampler.direct:
         raise ValueError(
-            f"{guidance} breaks x = α x_0 + σ ε, which {sampler} of order {sampler.order} relies on: use a first-order "
-            f"sampler such as DDIM(), or CFG"
+            f"{guidance} breaks x = α x_0 + σ ε, which {sampler} relies on: use a sampler of first-order steps such as DDIM(), "
+            f"or CFG"
         )
     if guidance.once_a_step and (sampler.adaptive or sampler.evaluations(knots) != len(knots) - 1):
         raise ValueError(f"{guidance} counts on one evaluation a step: use a sampler such as DDIM(), not {sampler}")

@@ -33,8 +33,8 @@ class AdaptiveGuidance(Wrapper):
     changes last bits: ask in calls of a fixed size (`rows` of `sample`) where bits matter.
 
     The paper measures ε and stops at 0.991. There the cosine is above 0.992 at λ ≤ -3 whatever the images, as both are
-    nearly x: it would stop at the first step. On v it rises with λ; calibrate the threshold on your model with
-    `AdaptiveGuidance.cosine` over `diffcore.loop.watch`.
+    nearly x: it would stop at the first step. On v it rises with λ, and on a trained network may fall again where the noise is
+    small; calibrate the threshold on your model with `AdaptiveGuidance.cosine` over `diffcore.loop.watch`.
 
     It decides from data: each evaluation asks the device for one boolean, until it has stopped.
 

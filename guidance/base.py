@@ -20,15 +20,15 @@ from diffcore.schedules import Level
 
 
 class Step(NamedTuple):
-    """Where a run asks: at `level`, on its way from the knot `start` to the knot `end`. All of it is known on the host.
+    """Where a run asks: at `level`, on its way from `start` to the knot `end`. All of it is known on the host.
 
     Args:
         process: of the network.
         level: asked about; a knot, or a level between them.
-        start: the knot that the step leaves.
+        start: what was asked about first in the step: the knot that it leaves, or the level to which churn raised it.
         end: the knot that it reaches.
         index: of the step, from 0.
-        total: number of steps.
+        total: number of steps between the knots; a sampler that goes back (Restart, RePaint) takes more.
     """
 
     process: Process

@@ -32,7 +32,8 @@ class ClassifierGuidance(Guidance):
     design space of classifier-guided diffusion generation" (2310.11311), which lowers `marginal` below `joint` (to 0.5 or
     so; values from memory). A classifier that answers (B,) gives the log-probability itself.
 
-    input = "x": the classifier knows noise, and is asked about x at the level; the gradient is exact.
+    input = "x": the classifier knows noise, and is asked about x at the level; the gradient is exact. At pure noise (α = 0)
+    the change is 0/0 and left out: that step is the conditional model's.
     input = "x0": an off-the-shelf classifier is asked about the prediction of x_0, as in 2310.11311. Nothing is
     differentiated through the network: ∂x_0/∂x is taken as α s²/(α² s² + σ²), s the data's standard deviation, which is
     exact for data N(·, s² I) and finite at every level.
@@ -89,7 +90,7 @@ class ClassifierGuidance(Guidance):
         gradient = self._gradient(at, level, y)
         if self.input == "x0":
             return moved(seen.conditional, w * _gain(seen.step) * gradient, level), memory
-        if level.alpha == 0:  # x is pure noise and says nothing of x_0, so neither does the classifier
+        if level.alpha == 0:  # the gradient vanishes as α does: 0/0, whose limit only an exact classifier would show
             return seen.conditional, memory
         return moved(seen.conditional, (w * level.sigma**2 / level.alpha) * gradient, level), memory
 

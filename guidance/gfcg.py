@@ -35,7 +35,9 @@ class GFCG(Guidance):
     confuses most with the wanted one becomes the reference, and the scale adapts to the confusion. The paper's formula of
     the scale was not found: this one is our choice. It guides in full where the classifier is sure of another class, and
     not where it is sure of y. The classifier's last evaluation decides, so that both classes go into one forward: the
-    first step is the conditional model. Two evaluations a step afterwards; no condition dropout is needed.
+    first step is the conditional model. Two evaluations a step afterwards; no condition dropout is needed. Where the rule comes
+    in later (within an Interval, at a corrector), its first evaluation is the conditional model too, and asks for a reference
+    in vain.
 
     Args:
         classifier: (x_0, level) -> logits (B, K) of the network's classes; on the command line its import path.
@@ -63,8 +65,7 @@ class GFCG(Guidance):
 
     def guide(self, seen: Seen, memory: Confusion | None) -> tuple[Prediction, Confusion]:
         answer = seen.conditional
-        if seen.references:
-            assert memory is not None  # the first step asks nothing
+        if seen.references and memory is not None:
             scale = 1 + (scale_at(self.scale, seen.step.level) - 1) * memory.doubt
             answer = extrapolated(seen.references[0], answer, per_row(scale.to(seen.x), seen.x))
         return answer, self._confusion(seen)

@@ -41,6 +41,10 @@ class Reference(ABC):
         """Raise ValueError where a network of this process has no such reference; `rule` begins the message."""
         return
 
+    def check_level(self, level: Level) -> None:
+        """Raise ValueError where the reference cannot be asked at a level where the network can."""
+        return
+
     @abstractmethod
     def query(self, denoiser: Denoise, condition: Tensor | None, x: Tensor) -> Query:
         """Which network to ask about x, under which condition."""
@@ -108,6 +112,10 @@ class Labels(Reference):
                 f"{rule} needs a network of 2 classes or more, and this one has {process.classes}: use CFG"
             )
 
+    def check_level(self, level: Level) -> None:
+        if self.base is not None:
+            self.base.check_level(level)
+
     def query(self, denoiser: Denoise, condition: Tensor | None, x: Tensor) -> Query:
         base = Query(denoiser, condition) if self.base is None else self.base.query(denoiser, condition, x)
         return Query(base.denoiser, self.labels)
@@ -138,6 +146,11 @@ class Weaker(Reference):
             raise ValueError(
                 f"{rule} compares networks of {process.classes} and {own.classes} classes: labels would differ"
             )
+
+    def check_level(self, level: Level) -> None:
+        assert not isinstance(self.network, str)  # `check` refuses it
+        own = self.network.process
+        own.check_level(own.schedule.at(level.logsnr), "for the weaker network, a knot")
 
     def query(self, denoiser: Denoise, condition: Tensor | None, x: Tensor) -> Query:
         assert not isinstance(self.network, str)  # `check` refuses it

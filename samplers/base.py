@@ -11,7 +11,7 @@ step is the same in all of them, x_s = α_s x_0 + σ_s ε, and that is its defin
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -61,7 +61,7 @@ class Sampler(ABC):
     order: int
     """Order of convergence on a smooth flow (for a stochastic sampler, the weak order)."""
 
-    adaptive: ClassVar[bool] = False
+    adaptive: bool = False
     """Whether it decides from the samples where to ask, and so how often."""
 
     def start(self, x: Tensor, knots: tuple[Level, ...], noise: Noise) -> State:
@@ -71,6 +71,13 @@ class Sampler(ABC):
     @abstractmethod
     def advance(self, state: State, prediction: Prediction, noise: Noise) -> State:
         """The next state, given the network's prediction at (state.x, state.level)."""
+
+    @property
+    def direct(self) -> bool:
+        """Whether a step is α_s x_0 + σ_s ε of its one prediction, fresh noise aside, and so takes an x_0 and an ε that do not
+        make x together (CFG++).
+        """
+        return self.order == 1
 
     def guided(self, state: State) -> bool:
         """Whether guidance acts on the prediction at this state; False asks for the conditional model's own."""

@@ -41,6 +41,11 @@ class GradientEstimation(Sampler):
             raise ValueError(f"mu is {self.mu}, expected a share of fresh noise within [0, 1)")
         object.__setattr__(self, "order", 2 if (self.gamma, self.mu) == (1.5, 0) else 1)
 
+    @property
+    def direct(self) -> bool:
+        """Only without extrapolation, which moves ε and counts on y - u ε being x_0."""
+        return self.gamma == 1
+
     def start(self, x: Tensor, knots: tuple[Level, ...], noise: Noise) -> State:
         if self.mu and not falls(knots):
             raise ValueError("fresh noise (mu > 0) needs knots that fall in noise: invert with mu = 0")

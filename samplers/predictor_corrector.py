@@ -62,6 +62,15 @@ class PredictorCorrector(Sampler):
         order = min(self.predictor.order, 1 if self.snr is None else 0)
         object.__setattr__(self, "order", order if self.corrections else self.predictor.order)
 
+    @property
+    def adaptive(self) -> bool:  # type: ignore[override]
+        return self.predictor.adaptive
+
+    @property
+    def direct(self) -> bool:
+        """Only without corrections: one whose x_0 and ε do not make x would move it however small its step."""
+        return not self.corrections and self.predictor.direct
+
     def start(self, x: Tensor, knots: tuple[Level, ...], noise: Noise) -> State:
         state = self.predictor.start(x, knots, noise)
         return replace(state, memory=Memory(state.memory, state.level))

@@ -52,6 +52,14 @@ class Restart(Sampler):
                     f" and at least 1 step and 1 repeat"
                 )
 
+    @property
+    def adaptive(self) -> bool:  # type: ignore[override]
+        return self.inner.adaptive
+
+    @property
+    def direct(self) -> bool:
+        return self.inner.direct
+
     def start(self, x: Tensor, knots: Run, noise: Noise) -> State:
         first, *rest = self._runs(knots)
         later = tuple(rest)

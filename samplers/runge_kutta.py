@@ -8,7 +8,7 @@ The last stage of both pairs is asked at z' itself, so it begins the next step.
 import math
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,7 +82,7 @@ class AdaptiveRungeKutta(Sampler):
     rtol: float = 1e-3
     atol: float = 1e-3
     order: int = field(init=False, repr=False, compare=False)
-    adaptive: ClassVar[bool] = True
+    adaptive = True
 
     def __post_init__(self) -> None:
         if self.pair not in PAIRS:

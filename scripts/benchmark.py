@@ -1,4 +1,4 @@
-"""`python scripts/benchmark.py overhead|steps|accuracy`: the tables of docs/benchmarks.md."""
+"""`python scripts/benchmark.py overhead|steps|guidance|accuracy`: the tables of docs/benchmarks.md."""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import torch
 
-from diffcore.evaluation.benchmark import Comparison, coverage, overhead
+from diffcore.evaluation.benchmark import Comparison, coverage, intervals, overhead
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,9 +28,12 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     _add_overhead(commands.add_parser("overhead", help="digits network, training and sampling, beside bare PyTorch"))
     _add_steps(commands.add_parser("steps", help="50 steps with a network that does nothing, beside diffusers"))
+    _add_guidance(commands.add_parser("guidance", help="digits network, Interval against CFG over the same knots"))
     _add_accuracy(commands.add_parser("accuracy", help="distance to the exact flow by evaluations, beside diffusers"))
     for command in commands.choices.values():
-        command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the processor (default all)")
+        command.add_argument(
+            "--threads", type=int, default=torch.get_num_threads(), help="of the processor (default all)"
+        )
         command.add_argument("--out", type=Path, help="JSON of every measurement")
     arguments = parser.parse_args()
     if arguments.threads < 1:
@@ -54,7 +57,9 @@ def _add_overhead(command: argparse.ArgumentParser) -> None:
     command.add_argument("--pairs", type=int, default=40, help="interleaved pairs, at least 30 (default 40)")
     command.add_argument("--steps", type=int, default=1, help="training steps of a measurement (default 1)")
     command.add_argument("--rows", type=int, default=64, help="samples of a measurement (default 64)")
-    command.set_defaults(measure=lambda a: _compared(a, overhead(a.pairs, a.steps, a.rows), "bare"))
+    command.set_defaults(
+        measure=lambda a: _compared(a, overhead(a.pairs, a.steps, a.rows), ("ours, ms", "bare, ms", "at most"))
+    )
 
 
 def _add_steps(command: argparse.ArgumentParser) -> None:
@@ -63,15 +68,24 @@ def _add_steps(command: argparse.ArgumentParser) -> None:
     def measure(arguments: argparse.Namespace) -> dict[str, object]:
         from diffcore.evaluation.step_overhead import steps
 
-        return _compared(arguments, steps(arguments.pairs), "diffusers")
+        return _compared(arguments, steps(arguments.pairs), ("ours, ms", "diffusers, ms", "at most"))
 
     command.set_defaults(measure=measure)
 
 
-def _compared(arguments: argparse.Namespace, comparisons: Sequence[Comparison], other: str) -> dict[str, object]:
+def _add_guidance(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--pairs", type=int, default=40, help="interleaved pairs, at least 30 (default 40)")
+    command.add_argument("--rows", type=int, default=64, help="samples of a measurement (default 64)")
+    heads = ("Interval, ms", "CFG, ms", "evaluations")
+    command.set_defaults(measure=lambda a: _compared(a, intervals(a.pairs, a.rows), heads))
+
+
+def _compared(
+    arguments: argparse.Namespace, comparisons: Sequence[Comparison], heads: tuple[str, str, str]
+) -> dict[str, object]:
     """Print the table of comparisons."""
     print(f"`{shlex.join(['python', *sys.argv])}`: {arguments.pairs} pairs, {_where(arguments.threads)}\n")
-    print(f"| | ours, ms | {other}, ms | ratio | {coverage(arguments.pairs):.0%} interval | at most |")
+    print(f"| | {heads[0]} | {heads[1]} | ratio | {coverage(arguments.pairs):.0%} interval | {heads[2]} |")
     print("|---|---|---|---|---|---|")
     print("\n".join(comparison.row() for comparison in comparisons))
     return {"comparisons": [found.facts() for found in comparisons]}

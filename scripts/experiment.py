@@ -1,36 +1,44 @@
-"""`python scripts/experiment.py training|inversion`: the studies of docs/experiments."""
+"""`python scripts/experiment.py NAME`: the studies of docs/experiments, and the pictures of docs/guidance.md (`fields`)."""
 
 import argparse
 from pathlib import Path
 
 import torch
 
+PICTURES = Path("docs/pictures")
+
 
 def main() -> None:
     """Measure, then print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(required=True)
-    _add_training(commands.add_parser("training", help="schedule, weight and objective; continues what --out holds"))
-    _add_inversion(commands.add_parser("inversion", help="round trips of a network trained for it, and of an oracle"))
-    for command in commands.choices.values():
+    commands = parser.add_subparsers(required=True, metavar="NAME")
+    for measure, text in {
+        training: "schedule, weight and objective, on the digits; continues what --out holds",
+        guidance: "rules over w, on the digits; continues what --out holds",
+        inversion: "round trips of a network trained for it, and of an oracle",
+        variance: "of a batch's loss, with independent levels over with stratified ones",
+        fields: "guided fields and samples of a mixture in two dimensions",
+    }.items():
+        command = commands.add_parser(measure.__name__, help=text)
+        command.set_defaults(measure=measure, out=None)
         command.add_argument("--threads", type=int, default=1, help="of the processor")
+        if measure in (training, guidance):
+            command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs")
+            command.add_argument("--out", type=Path, default=Path(f"docs/experiments/{measure.__name__}.jsonl"))
+        if measure is inversion:
+            command.add_argument("--steps", type=int, default=400, help="of training, batch 64")
+            command.add_argument("--images", type=int, default=32, help="that go there and back")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.measure(arguments)
 
 
-def _add_training(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs")
-    command.add_argument(
-        "--out", type=Path, default=Path("docs/experiments/training.jsonl"), help="a line of JSON a run"
-    )
-    command.set_defaults(measure=_training)
-
-
-def _training(arguments: argparse.Namespace) -> None:
+def training(arguments: argparse.Namespace) -> None:
+    """Tables and curves of schedules, weights and objectives."""
     from diffcore.evaluation.study import picture, rows, study, table
 
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     for row in study(arguments.out, arguments.seeds):
         print(row, flush=True)
     picture(rows(arguments.out), arguments.out.with_suffix(".png"))
@@ -38,16 +46,41 @@ def _training(arguments: argparse.Namespace) -> None:
         print(f"\nFréchet distance to the {to} scans\n\n{table(rows(arguments.out), place)}")
 
 
-def _add_inversion(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--steps", type=int, default=400, help="of training, batch 64")
-    command.add_argument("--images", type=int, default=32, help="that go there and back")
-    command.set_defaults(measure=_inversion)
+def guidance(arguments: argparse.Namespace) -> None:
+    """Tables and pictures of guidance rules over w."""
+    from diffcore.evaluation import guidance_study
+    from diffcore.evaluation.study import rows
+
+    for row in guidance_study.study(arguments.out, arguments.seeds):
+        print(row, flush=True)
+    measured = rows(arguments.out)
+    for what, title, digits in guidance_study.TABLES:
+        print(f"\n{title}\n\n{guidance_study.table(measured, what, digits)}")
+    print(f"\nEvaluations that AdaptiveGuidance saves\n\n{guidance_study.savings(measured)}")
+    guidance_study.draw(measured, PICTURES)
 
 
-def _inversion(arguments: argparse.Namespace) -> None:
+def inversion(arguments: argparse.Namespace) -> None:
+    """Errors there and back."""
     from diffcore.evaluation.round_trip import report, trained
 
     print(report(trained(arguments.steps), arguments.images))
+
+
+def variance(arguments: argparse.Namespace) -> None:
+    """A row a schedule."""
+    from diffcore.evaluation.variance import rows
+
+    for row in rows():
+        print(row, flush=True)
+
+
+def fields(arguments: argparse.Namespace) -> None:
+    """The pictures of docs/guidance.md."""
+    from diffcore.evaluation.fields import draw_fields, draw_samples
+
+    draw_fields(PICTURES)
+    draw_samples(PICTURES)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """`diffcore plot schedules` and `diffcore plot weights`: any number of them overlaid."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffcore.commands.arguments import normalized, trusted
 from diffcore.commands.train import resolved
+from diffcore.evaluation.figures import figure, save, styles
 from diffcore.objective import Objective
 from diffcore.prediction import PredictionType
 from diffcore.process import Process
@@ -19,7 +20,6 @@ from diffcore.weighting import Weight
 
 SPAN = (-15.0, 15.0)
 LEVELS = torch.linspace(*SPAN, 1501, dtype=torch.float64)
-DASHES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1))]
 SNR = "λ = log α²/σ²"
 SYMBOLS = {"epsilon": "ε", "sample": "x_0", "v_prediction": "v", "flow_prediction": "ε - x_0", "edm": "EDM's output"}
 
@@ -105,9 +105,9 @@ def effective(training: Training, on: PredictionType, logsnr: Tensor) -> Tensor:
 
 def draw_schedules(schedules: Sequence[Schedule], out: Path) -> None:
     """Write the picture of some schedules."""
-    figure, (left, middle, right) = _figure(3)
+    made, (left, middle, right) = figure(3)
     t = torch.linspace(0, 1, 1001, dtype=torch.float64)
-    for schedule, style in zip(schedules, _styles(len(schedules)), strict=True):
+    for schedule, style in zip(schedules, styles(len(schedules)), strict=True):
         level = schedule.level(t)
         left.plot(t, level.logsnr, label=_short(schedule), **style)
         middle.plot(t, level.alpha, **style)
@@ -116,59 +116,29 @@ def draw_schedules(schedules: Sequence[Schedule], out: Path) -> None:
     left.set(title="noise level", xlabel="t  (0 is data, 1 is noise)", ylabel=SNR, ylim=SPAN)
     middle.set(title="α (thick) and σ (thin)", xlabel="t  (0 is data, 1 is noise)", ylim=(-0.03, 1.1))
     right.set(title="density of training levels", xlabel=SNR, ylabel="p(λ) = -dt/dλ", ylim=(0, None))
-    _save(figure, out)
+    save(made, out)
 
 
 def draw_weights(
     weights: Sequence[Weight], trainings: Sequence[Training], on: PredictionType, sigma_data: float, out: Path
 ) -> None:
     """Write the picture of some weights, and of the effective weights of some trainings, each scaled to area 1."""
-    figure, axes = _figure(bool(weights) + bool(trainings))
-    styles = list(_styles(len(weights) + len(trainings)))
+    made, axes = figure(bool(weights) + bool(trainings))
+    looks = list(styles(len(weights) + len(trainings)))
     if weights:
-        for weight, style in zip(weights, styles, strict=False):
+        for weight, style in zip(weights, looks, strict=False):
             axes[0].plot(LEVELS, weight.on(on, LEVELS, sigma_data), label=_short(weight), **style)
         axes[0].set(title=f"weight on the squared error of {SYMBOLS[on]}", ylabel="w(λ)", xlabel=SNR)
         axes[0].set(yscale="log", ylim=(1e-4, 1e4))
-    for training, style in zip(trainings, styles[len(weights) :], strict=True):
+    for training, style in zip(trainings, looks[len(weights) :], strict=True):
         curve = effective(training, on, LEVELS)
         axes[-1].plot(LEVELS, curve / torch.trapezoid(curve, LEVELS), label=training.name, **style)
     if trainings:
         title = f"effective weight on the squared error of {SYMBOLS[on]}"
         axes[-1].set(title=title, ylabel="w(λ) p(λ), area 1", xlabel=SNR, ylim=(0, None))
-    _save(figure, out)
-
-
-def _figure(panels: int) -> tuple[Any, Any]:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, panels, figsize=(max(5 * panels, 7), 4.6), layout="constrained", squeeze=False)
-    return figure, axes[0]
-
-
-def _styles(count: int) -> Iterator[dict[str, Any]]:
-    """Colours that differ in lightness, and lines in dashes, so grey prints well."""
-    import matplotlib as mpl
-
-    colours = mpl.colormaps["viridis"]
-    for place in range(count):
-        yield {"color": colours(0.85 * place / max(count - 1, 1)), "ls": DASHES[place % len(DASHES)], "lw": 2}
+    save(made, out)
 
 
 def _short(component: object) -> str:
     """The constructor call without what a legend does not need."""
     return repr(component).replace("scaling='vp', ", "").replace("scaling='vp'", "")
-
-
-def _save(figure: Any, out: Path) -> None:
-    from matplotlib import pyplot as plt
-
-    for axis in figure.axes:
-        axis.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=120)
-    plt.close(figure)

@@ -4,7 +4,9 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -110,7 +112,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_class_arguments(Request)
     argv = trusted(normalized(argv))
     if argv and not argv[0].startswith("-"):
-        _default_to(parser, Run(Path(argv[0])))
+        _default_to(parser, Run(Path(argv[0])), argv)
     elif not {"-h", "--help"} & set(argv) and not any(".help" in word for word in argv):
         raise ValueError("the run's folder comes first: diffcore sample RUN --option value ...")
     settings = parser.parse_args(argv)
@@ -119,13 +121,23 @@ def main(argv: Sequence[str]) -> None:
     _sample(Run(Path(arguments.pop("run"))), Request(**arguments))
 
 
-def _default_to(parser: Parser, run: Run) -> None:
-    """Make the run's own sampler, grid, steps and guidance the defaults."""
+def _default_to(parser: Parser, run: Run, argv: Sequence[str]) -> None:
+    """Make the run's own sampler, grid, steps and guidance the defaults, each unless another class is named in its place."""
     settings = run.settings()
-    chosen = {name: settings[name] for name in DEFAULTS if name in settings}
+    chosen = {
+        name: settings[name] for name in DEFAULTS if name in settings and not _replaced(name, settings[name], argv)
+    }
     if "sample_steps" in chosen:
         chosen["steps"] = chosen.pop("sample_steps")
     parser.set_defaults(chosen)
+
+
+def _replaced(name: str, own: Any, argv: Sequence[str]) -> bool:
+    """Whether the command line names another class, which would else take over the options it shares with the run's."""
+    words = [word.partition("=")[2] for word in argv if word.startswith(f"--{name}=")]
+    words += [word for option, word in pairwise(argv) if option == f"--{name}"]
+    kind = own.get("class_path", "") if isinstance(own, dict) else str(own)
+    return any(word.rpartition(".")[2] != kind.rpartition(".")[2] for word in words)
 
 
 def _sample(run: Run, request: Request) -> None:

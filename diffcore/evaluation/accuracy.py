@@ -146,7 +146,7 @@ class Problem:
         return self.oracle(self.at(last), last).x0
 
     def at(self, level: Level) -> Tensor:
-        """x of the trajectories at a level, in its scaling."""
+        """X of the trajectories at a level, in its scaling."""
         logsnr = float(level.logsnr)
         if logsnr not in self.known:
             first, last = self.schedule.at(START), self.schedule.at(logsnr)

@@ -46,7 +46,9 @@ def ratio(row: Row, other: Row, starts: int) -> float:
 
 def summary(rows: Sequence[Row], default: str, starts: int) -> str:
     """Side by side, at each count and oracle: our closest, diffusers' closest, and the default, as Markdown."""
-    lines = ["| oracle | evaluations | closest of ours | error | closest of diffusers | error | default | over our closest |"]
+    lines = [
+        "| oracle | evaluations | closest of ours | error | closest of diffusers | error | default | over our closest |"
+    ]
     lines.append("|---|---|---|---|---|---|---|---|")
     for (oracle, count), cell in cells(rows).items():
         ours, theirs = best(cell, "ours"), best(cell, "diffusers")
@@ -113,7 +115,10 @@ def picture(rows: Sequence[Row], default: str, path: Path) -> None:
     lines: dict[str, tuple[Callable[[list[Row]], Row], dict[str, object]]] = {
         "closest of ours": (lambda cell: best(cell, "ours"), {"color": "black", "marker": "o"}),
         "default": (lambda cell: _named(cell, default), {"color": "black", "marker": "s", "linestyle": ":"}),
-        "closest of diffusers": (lambda cell: best(cell, "diffusers"), {"color": "0.45", "marker": "^", "linestyle": "--"}),
+        "closest of diffusers": (
+            lambda cell: best(cell, "diffusers"),
+            {"color": "0.45", "marker": "^", "linestyle": "--"},
+        ),
         "DDIM, Trailing": (
             lambda cell: _named(cell, "DDIM(eta=0.0), Trailing, Cosine"),
             {"color": "0.7", "marker": "x", "linestyle": "-."},

@@ -9,6 +9,7 @@ The interval is [r_(k), r_(n+1-k)] of the sorted ratios with the largest k that 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.resources import files
 from itertools import count
 from pathlib import Path
@@ -22,11 +23,13 @@ import yaml
 from torch import Tensor, nn
 
 from diffcore.denoiser import Denoiser
-from diffcore.guidance import CFG
+from diffcore.guidance import CFG, Guidance, Interval
+from diffcore.loop import run
+from diffcore.noise import Noise
 from diffcore.objective import Place
 from diffcore.samplers import DDIM
-from diffcore.sampling import sample
-from diffcore.schedules import Trailing
+from diffcore.sampling import sample, with_levels
+from diffcore.schedules import Trailing, UniformLogSNR
 from diffcore.spec import Parser
 from diffcore.training.data import Batch, Digits, batches
 from diffcore.training.trainer import Trainer
@@ -133,8 +136,7 @@ def overhead(pairs: int = 40, steps: int = 1, rows: int = 64) -> list[Comparison
     Raises:
         ValueError: too few of them.
     """
-    if pairs < FEWEST_PAIRS:
-        raise ValueError(f"pairs is {pairs}, expected at least {FEWEST_PAIRS}: fewer do not tell 1.03 from the scatter")
+    _check_pairs(pairs)
     if steps < 1 or rows < 1:
         raise ValueError(f"steps and rows are {steps} and {rows}, expected at least 1")
     with TemporaryDirectory() as folder:
@@ -186,6 +188,42 @@ def sampling(trainer: Trainer, pairs: int, rows: int) -> Comparison:
 
     name = f"sampling, {rows} samples, {n} steps of {2 * rows} rows"
     return Comparison(name, 1.02, *interleaved(ours, bare, pairs))
+
+
+def intervals(pairs: int = 30, rows: int = 64) -> list[Comparison]:
+    """Interval(CFG) against CFG over the same knots: as the evaluations fall, so should the time; the bound is their ratio.
+
+    Args:
+        pairs: measured pairs of each.
+        rows: samples of one measurement; a guided evaluation sees twice as many rows.
+
+    Raises:
+        ValueError: too few of them.
+    """
+    _check_pairs(pairs)
+    if rows < 1:
+        raise ValueError(f"rows is {rows}, expected at least 1")
+    with TemporaryDirectory() as folder:
+        trainer = digits_trainer(Path(folder))
+        denoiser = Denoiser(trainer.bare, trainer.process).eval()
+        return [_interval(denoiser, bounds, pairs, rows) for bounds in ((0.285, 2.415), (0.5, 1.0))]
+
+
+def _interval(denoiser: Denoiser, bounds: tuple[float, float], pairs: int, rows: int) -> Comparison:
+    rule = Interval(CFG(3.0), sigma=bounds)
+    knots = with_levels(UniformLogSNR(-9.0, 7.0).knots(denoiser.process.schedule, 20), rule.levels(denoiser.process))
+    labels, used = torch.arange(rows) % denoiser.process.classes, {}
+
+    def drawn(guidance: Guidance) -> None:
+        noise = Noise(torch.arange(rows), denoiser.process.shape, denoiser.device)
+        with torch.no_grad():
+            x = noise.first_sample(knots[0], denoiser.process.sigma_data)
+            _, used[guidance] = run(denoiser, DDIM(), x, knots, noise, guidance, labels.to(denoiser.device))
+        _synchronize()
+
+    seconds = interleaved(partial(drawn, rule), partial(drawn, CFG(3.0)), pairs)
+    counts = f"{used[rule]} evaluations of {used[CFG(3.0)]}"
+    return Comparison(f"Interval {bounds} over CFG, {counts}", round(used[rule] / used[CFG(3.0)], 3), *seconds)
 
 
 # The library's side ----------------------------------------------------------------------------------------------
@@ -285,6 +323,11 @@ def bare_network(recipe: dict[str, Any]) -> nn.Module:
     name = recipe["network"]["class_path"].removeprefix("diffusers.")
     network: nn.Module = getattr(diffusers, name)(**recipe["network"]["init_args"])
     return network
+
+
+def _check_pairs(pairs: int) -> None:
+    if pairs < FEWEST_PAIRS:
+        raise ValueError(f"pairs is {pairs}, expected at least {FEWEST_PAIRS}: fewer do not tell 1.03 from the scatter")
 
 
 def _repeated(step: Callable[[], object], steps: int) -> Callable[[], None]:

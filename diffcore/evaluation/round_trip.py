@@ -1,6 +1,6 @@
 """How well an image comes back from its inversion, and from its edit-friendly noise maps: on a trained network and an oracle.
 
-    error = |x_0' - x_0| / |x_0| of each image, x_0' sampled by DDIM over the same knots from what `invert` found
+error = |x_0' - x_0| / |x_0| of each image, x_0' sampled by DDIM over the same knots from what `invert` found
 """
 
 from collections.abc import Iterator, Sequence

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import diffusers
-import torch
 from torch import Tensor
 
 from diffcore.evaluation.accuracy import COUNTS, WIDEST, Problem, Score

@@ -14,6 +14,7 @@ from diffcore.evaluation.benchmark import (
     draws,
     endless,
     interleaved,
+    intervals,
     median_interval,
     median_rank,
     overhead,
@@ -62,6 +63,26 @@ def test_sides_alternate_in_who_comes_first_and_the_warm_up_is_dropped():
 def test_bad_arguments_are_refused_before_anything_is_built(wrong):
     with pytest.raises(ValueError, match="expected at least"):
         overhead(**wrong)
+
+
+@pytest.mark.parametrize("wrong", ({"pairs": 29}, {"rows": 0}), ids=str)
+def test_bad_arguments_of_the_guidance_benchmark_are_refused(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} is"):
+        intervals(**wrong)
+
+
+def test_an_interval_is_compared_at_its_share_of_the_evaluations(monkeypatch):
+    """(0.285, 2.415] holds 6 of 22 steps, (0.5, 1] 3 of 22; each guided one costs two evaluations."""
+
+    def once(ours, bare, pairs):
+        ours()
+        bare()
+        return (1.0,) * pairs, (2.0,) * pairs
+
+    monkeypatch.setattr("diffcore.evaluation.benchmark.interleaved", once)
+    found = intervals(pairs=30, rows=1)
+    assert ["28 evaluations of 44" in found[0].name, "25 evaluations of 44" in found[1].name] == [True, True]
+    assert [comparison.bound for comparison in found] == [round(28 / 44, 3), round(25 / 44, 3)]
 
 
 def test_both_sides_do_the_same_work(tmp_path):

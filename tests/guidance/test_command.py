@@ -28,6 +28,9 @@ def test_the_line_of_the_issue_samples_and_reports_evaluations_used_and_planned(
         (("Rescale", "--guidance.rule=CFG", "--guidance.rule.scale=3", "--guidance.phi=0.5"), 8),
         (("Composed", "--guidance.labels=[3,4]", "--guidance.weights=[1.0,-0.5]"), 16),
         (("CFGPlusPlus", "--guidance.scale=0.5"), 8),
+        (("CFGPlusPlus",), 8),  # its own scale, and not the run's
+        (("CFG",), 8),  # the run's
+        (("APG",), 4),  # 1, its own
         (("CFGZeroStar", "--guidance.scale=3", "--guidance.zero-init=1"), 7),
     ],
     ids=str,
