@@ -35,7 +35,7 @@ class Step(NamedTuple):
     level: Level
     start: Level
     end: Level
-    index: int = 0
+    index: int = 0  # type: ignore[assignment]  # a tuple's own index() is not used
     total: int = 1
 
     @property

@@ -25,12 +25,12 @@ class AdamsMoulton(Adams):
         predict    the polynomial through the last k values, which is AdamsBashforth(k)
         correct    the one through these and the value at s: of order k+1
 
-    c = α, α+σ or σ for eps, velocity or x0. One evaluation a step: x_s is corrected with the value at its prediction, which serves
-    the next step too, and the last knot is predicted only. Hairer, Nørsett & Wanner, Solving Ordinary Differential Equations I,
-    III.1, as PEC. UniPC is this for x_0 over λ, but for its secants (UniPC(3) from the third step on is k = 3).
+    c = α, α+σ or σ for eps, velocity or x0. One evaluation a step: x_s is corrected with the value at its prediction, which
+    serves the next step too, and the last knot is predicted only. Hairer, Nørsett & Wanner, Solving Ordinary Differential
+    Equations I, III.1, as PEC. UniPC is this for x_0 over λ, but for its secants (UniPC(3) from the third step on is k = 3).
 
-    A step that touches α = 0 or σ = 0 is the first-order step of its prediction, and a knot there is not remembered. The flow form (velocity, a)
-    needs no exception.
+    A step that touches α = 0 or σ = 0 is the first-order step of its prediction, and a knot there is not remembered. The flow
+    form (velocity, a) needs no exception.
 
     Args:
         k: values that the predictor uses, 1 to 4; the order is k + 1, in the variable `index` 2.

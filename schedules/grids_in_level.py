@@ -86,11 +86,12 @@ class UniformLogSNR(Even):
 class UniformBlend(Even):
     """A_i = a_0 (n-i)/n of a = v/(1+v), v = (u/center)^(1/ρ), u = σ/α, from the schedule's terminal level to clean.
 
-    With ρ = 1 and center 1, a is σ/(α+σ), and this is the grid of iterative α-(de)blending (2305.03486; its α is 1 - a), the
-    natural one for AlphaBlending, which keeps its order on it down to the clean knot; it is Trailing on the schedule Flow, for any
-    schedule. In general λ at the knots are even quantiles of a logistic distribution of mean -2 ln center and scale 2ρ: a larger
-    ρ puts more knots near noise and near the data, where the coordinate is that of Karras, u^(1/ρ); unlike his it is finite at
-    pure noise (a = 1). On a table the knots lie between its entries.
+    With ρ = 1 and center 1, a is σ/(α+σ), and this is the grid of iterative α-(de)blending (2305.03486; its α is 1 - a),
+    the natural one for AlphaBlending, which keeps its order on it down to the clean knot; it is Trailing on the schedule
+    Flow, for any schedule. In general λ at the knots are even quantiles of a logistic distribution of mean -2 ln center
+    and scale 2ρ: a larger ρ puts more knots near noise and near the data, where the coordinate is that of Karras,
+    u^(1/ρ); unlike his it is finite at pure noise (a = 1).
+    On a table the knots lie between its entries.
 
     Args:
         rho: ρ > 0.

@@ -1,12 +1,13 @@
 """Diffusers' deterministic schedulers on an exact denoiser: a thin adapter, asked at exactly the level that each steps from.
 
-Their tables are their own: DDPM's linear betas, σ as they space it. Only what could not be compared is set: clipping is off, EDM's
-schedulers begin at the same σ, and one that ends at a noisy level (DEIS, SA-Solver) has its last x denoised once more.
+Their tables are their own: DDPM's linear betas, σ as they space it. Only what could not be compared is set: clipping is off,
+EDM's schedulers begin at the same σ, and one that ends at a noisy level (DEIS, SA-Solver) has its last x denoised once more.
 """
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -119,13 +120,13 @@ def _cosine(scheduler: Any, i: int, t: Tensor) -> float:
 
 def _of(method: str, name: str, grids: dict[str, Any], given: dict[str, Any] = {}, **fields: Any) -> list[Scheduler]:  # noqa: B006
     make = getattr(diffusers, name)
-    return [Scheduler(method, grid, lambda o=options: make(**BETAS, **given, **o), **fields)
+    return [Scheduler(method, grid, partial(make, **BETAS, **given, **options), **fields)
             for grid, options in grids.items()]  # fmt: skip
 
 
 def _edm(method: str, name: str, **given: Any) -> list[Scheduler]:
     make = getattr(diffusers, name)
-    return [Scheduler(method, grid, lambda o=grid: make(sigma_max=WIDEST, sigma_schedule=o, **given), "ve", "edm")
+    return [Scheduler(method, grid, partial(make, sigma_max=WIDEST, sigma_schedule=grid, **given), "ve", "edm")
             for grid in ("karras", "exponential")]  # fmt: skip
 
 
@@ -169,4 +170,4 @@ SCHEDULERS: list[Scheduler] = [
       for s in _flow(f"UniPC {order}", "UniPCMultistepScheduler", solver_order=order, use_flow_sigmas=True,
                      prediction_type="flow_prediction")),
 ]  # fmt: skip
-"""Left out: spacing `leading`, which begins at less noise; UniPC bh1, NaN at clean; DPM-Solver in ε, which cannot end at clean."""
+"""Left out: spacing `leading`, which begins at less noise; UniPC bh1, NaN at clean; DPM-Solver in ε, which ends noisy."""

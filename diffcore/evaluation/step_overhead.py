@@ -5,6 +5,7 @@ Both ask the same network in the same order and make the same samples to roundin
 
 from collections.abc import Callable, Sequence
 from math import prod
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
@@ -67,7 +68,9 @@ def ours(shape: tuple[int, ...], kind: PredictionType, sampler: Sampler = DDIM()
 
 def theirs(shape: tuple[int, ...], kind: PredictionType) -> Callable[[], Tensor]:
     """Diffusers' documented loop, over the same entries."""
-    scheduler = DDIMScheduler(prediction_type=kind, timestep_spacing="trailing", clip_sample=False)
+    scheduler: Any = DDIMScheduler(  # type: ignore[no-untyped-call]
+        prediction_type=kind, timestep_spacing="trailing", clip_sample=False
+    )
     scheduler.set_timesteps(STEPS)
     network, start = Nothing(), Noise(torch.arange(shape[0]), shape[1:]).start()
 
