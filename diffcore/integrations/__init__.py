@@ -1,7 +1,8 @@
 """diffusers, both ways: its networks in our loop, our samplers and guidance in its pipelines."""
 
+from diffcore.integrations.attach import attach
 from diffcore.integrations.denoiser import from_diffusers
 from diffcore.integrations.latents import Latents
 from diffcore.integrations.scheduler import DiffcoreScheduler
 
-__all__ = ["DiffcoreScheduler", "Latents", "from_diffusers"]
+__all__ = ["DiffcoreScheduler", "Latents", "attach", "from_diffusers"]

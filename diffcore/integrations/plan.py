@@ -6,7 +6,7 @@ the first-order step, and the sampler starts at its end.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -109,6 +109,7 @@ class Call:
         begin: the evaluation that it begins with, if it has said so.
         state: of the sampler, once it has begun.
         finishing: whether it began inside a step, which the first-order step is to finish.
+        guided: what attached guidance remembers of this call.
     """
 
     plan: Plan
@@ -117,6 +118,7 @@ class Call:
     begin: int | None = None
     state: State | None = None
     finishing: bool = False
+    guided: Any = None
 
     @classmethod
     def of(cls, plan: Plan, device: Any) -> "Call":
@@ -124,16 +126,25 @@ class Call:
         times = plan.times()
         return cls(plan, times.to(device), times.tolist())
 
-    def level(self, t: Any) -> Level:
-        """What the network is asked about now."""
-        return self.plan.states[self._position(t)].level if self.state is None else self.state.level
+    @property
+    def knots(self) -> Knots:
+        """Those from where the call has begun."""
+        return self.plan.knots(self.begin or 0)
+
+    def now(self, t: Any) -> State:
+        """The state that the network is asked about, before the first step without x."""
+        if self.state is not None:
+            return self.state
+        position = self._position(t)
+        state = self.plan.states[position]
+        return replace(state, step=0, memory=None) if position else state
 
     def start(self, t: Any, x: Tensor, noise: Noise) -> State:
         """The state of the sampler with this x: the first, or the one under way, whose x a pipeline may have changed."""
         if self.state is not None:
             if self.state.done:
                 raise ValueError(f"the run of {len(self.numbers)} evaluations is over: call set_timesteps for another")
-            return State(x, self.state.level, self.state.left, self.state.step, self.state.memory)
+            return replace(self.state, x=x)
         position = self._position(t)
         self.finishing, knots = not self.plan.aligned(position), self.plan.knots(position)
         return State(x, knots[0], knots[1:]) if self.finishing else self.plan.sampler.start(x, knots, noise)
@@ -156,4 +167,5 @@ class Call:
         found = [i for i, own in enumerate(self.numbers) if abs(own - number) <= 1e-6 * max(1.0, abs(own))]
         if not found:
             raise ValueError(f"timestep is {number:g}, expected one of those of set_timesteps: {self.numbers}")
-        return next((i for i in found if self.plan.aligned(i)), found[0])
+        self.begin = next((i for i in found if self.plan.aligned(i)), found[0])
+        return self.begin

@@ -1,8 +1,10 @@
 """Our samplers, grids and schedules as a diffusers scheduler: any pipeline that takes one takes this."""
 
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -67,6 +69,7 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
         sigma_data: standard deviation of x_0, for edm and for the first sample's scale.
         last: λ of the last knot where a run does not end at the clean level; Stable Diffusion's is that of index 0.
         clip: x_0 is clamped to ±clip, and ε follows.
+        levels: λ that are knots beside the grid's, such as the bounds of a guidance interval.
         num_train_timesteps: read by pipelines (SDXL's denoising_end) and training scripts.
         use_dynamic_shifting: whether pipelines shall compute a μ from the image's size, and the schedule is shifted by it.
         time_shift_type: exponential, s = e^μ, or linear, s = μ.
@@ -89,6 +92,7 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
         sigma_data: float = 1.0,
         last: float | None = None,
         clip: float | None = None,
+        levels: Sequence[float] = (),
         num_train_timesteps: int = 1000,
         use_dynamic_shifting: bool = False,
         time_shift_type: str = "exponential",
@@ -121,14 +125,25 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
         return self.settings.sampler.evaluations(inside)
 
     @property
+    def call(self) -> Call:
+        """Where this thread's call is.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self._threads.call is None:
+            raise ValueError("set_timesteps has not been called in this thread: call it before the first step")
+        return self._threads.call
+
+    @property
     def timesteps(self) -> Tensor:
         """What the network is to be told, one an evaluation."""
-        return self._call.timesteps
+        return self.call.timesteps
 
     @property
     def num_inference_steps(self) -> int:
         """Steps between the knots of this thread's call."""
-        return 1 + self._call.plan.states[-1].step
+        return 1 + self.call.plan.states[-1].step
 
     @property
     def init_noise_sigma(self) -> float:
@@ -140,11 +155,11 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
     @property
     def begin_index(self) -> int | None:
         """The evaluation to begin with, if a pipeline has said so."""
-        return self._call.begin
+        return self.call.begin
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Begin with this evaluation."""
-        self._call.begin = begin_index
+        self.call.begin = begin_index
 
     def set_timesteps(
         self,
@@ -165,14 +180,14 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
             mu: the shift's μ, used with use_dynamic_shifting.
         """
         settings = self._settings(mu)
-        knots = _knots(settings, num_inference_steps, timesteps, sigmas)
-        self._threads.call = Call.of(Plan.of(settings.process, settings.sampler, knots), device)
+        times, ratios = (None if given is None else tuple(map(float, given)) for given in (timesteps, sigmas))
+        self._threads.call = Call.of(_plan(settings, num_inference_steps, times, ratios), device)
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """What the network is asked: x, or of an edm network x / √(α² s² + σ²)."""
         if self.settings.prediction_type != "edm":
             return sample
-        return sample / edm_norm(self._call.level(timestep), self.settings.sigma_data)
+        return sample / edm_norm(self.call.now(timestep).level, self.settings.sigma_data)
 
     def step(
         self,
@@ -188,7 +203,7 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
         Options that a pipeline passes for other schedulers are refused unless they ask for nothing (eta 0).
         """
         _check_options(options)
-        call = self._call
+        call = self.call
         x = sample.to(torch.promote_types(sample.dtype, torch.float32))
         noise = Drawn.like(model_output, x, generator)
         state = call.start(timestep, x, noise)
@@ -209,12 +224,6 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
         """The v of training, α ε - σ x_0 of the vp process."""
         x0, eps = (value.to(torch.promote_types(value.dtype, torch.float32)) for value in (sample, noise))
         return target("v_prediction", x0, eps, self._levels(timesteps, x0), 1.0).to(sample.dtype)
-
-    @property
-    def _call(self) -> Call:
-        if self._threads.call is None:
-            raise ValueError("set_timesteps has not been called in this thread: call it before the first step")
-        return self._threads.call
 
     def _settings(self, mu: float | None) -> Settings:
         if not self.config.use_dynamic_shifting:
@@ -251,18 +260,32 @@ def _check_options(options: dict[str, Any]) -> None:
         )
 
 
-def _knots(settings: Settings, steps: int | None, timesteps: Any, sigmas: Any) -> tuple[Level, ...]:
+Numbers = tuple[float, ...]
+
+
+@lru_cache(32)
+def _plan(settings: Settings, steps: int | None, timesteps: Numbers | None, sigmas: Numbers | None) -> Plan:
+    """What a call will ask: worked out once for calls that are alike."""
+    return Plan.of(settings.process, settings.sampler, _knots(settings, steps, timesteps, sigmas))
+
+
+def _knots(
+    settings: Settings, steps: int | None, timesteps: Numbers | None, sigmas: Numbers | None
+) -> tuple[Level, ...]:
+    schedule = settings.schedule
     if timesteps is not None and sigmas is not None:
         raise ValueError("timesteps and sigmas were given: pass one of them")
     if timesteps is not None:
-        return _explicit(settings, [settings.time.level(settings.schedule, float(t)) for t in timesteps])
-    flow = settings.time.variable == "blend"
-    if sigmas is not None and not (flow and np.allclose(sigmas, np.linspace(1, 1 / len(sigmas), len(sigmas)))):
-        at = settings.schedule.level if flow else lambda sigma: settings.schedule.at(-2 * np.log(sigma).item())
-        return _explicit(settings, [at(float(sigma)) for sigma in sigmas if sigma > 0])
-    if steps is None and sigmas is None:
-        raise ValueError("num_inference_steps is missing: pass it, timesteps or sigmas")
-    return settings.knots(len(sigmas) if steps is None else steps)
+        return _explicit(settings, [settings.time.level(schedule, t) for t in timesteps])
+    if sigmas is None:
+        if steps is None:
+            raise ValueError("num_inference_steps is missing: pass it, timesteps or sigmas")
+        return settings.knots(steps)
+    if settings.time.variable != "blend":
+        return _explicit(settings, [schedule.at(-2 * math.log(sigma)) for sigma in sigmas if sigma > 0])
+    if np.allclose(sigmas, np.linspace(1, 1 / len(sigmas), len(sigmas))):
+        return settings.knots(len(sigmas))
+    return _explicit(settings, [schedule.level(sigma) for sigma in sigmas if sigma > 0])
 
 
 def _explicit(settings: Settings, levels: list[Level]) -> tuple[Level, ...]:
@@ -270,5 +293,5 @@ def _explicit(settings: Settings, levels: list[Level]) -> tuple[Level, ...]:
     logsnrs = [float(level.logsnr) for level in levels]
     if logsnrs and lowest - ROUNDED < logsnrs[0] < lowest:
         logsnrs[0] = lowest
-    grid = Explicit((*logsnrs, float("inf")))
+    grid = Explicit((*logsnrs, math.inf))
     return settings.ended(grid.knots(settings.schedule, len(logsnrs)))

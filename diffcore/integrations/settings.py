@@ -7,6 +7,7 @@ from typing import Any
 from diffcore.prediction import PredictionType
 from diffcore.process import Process, TimeConditioning
 from diffcore.samplers import Sampler
+from diffcore.sampling import with_levels
 from diffcore.schedules import Grid, Level, Schedule, Shifted
 from diffcore.spec import build, spec
 
@@ -24,6 +25,7 @@ class Settings:
         sigma_data: standard deviation of x_0, for edm and for the first sample's scale.
         last: λ of the last knot where a run does not end at the clean level; Stable Diffusion's is that of index 0.
         clip: x_0 is clamped to ±clip, and ε follows.
+        levels: λ that are knots beside the grid's, such as the bounds of a guidance interval.
     """
 
     sampler: Sampler
@@ -34,8 +36,10 @@ class Settings:
     sigma_data: float = 1.0
     last: float | None = None
     clip: float | None = None
+    levels: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "levels", tuple(self.levels))
         if self.sampler.adaptive:
             raise ValueError(
                 f"{self.sampler} decides as it goes where to ask, and a pipeline must know before: use another"
@@ -62,7 +66,8 @@ class Settings:
         return self.ended(self.grid.knots(self.schedule, steps))
 
     def ended(self, knots: tuple[Level, ...]) -> tuple[Level, ...]:
-        """The knots with `last` in place of the clean one, unless the one before it is as clean."""
+        """The knots with `levels` among them, and `last` in place of the clean one unless the one before it is as clean."""
+        knots = with_levels(knots, self.levels)
         if self.last is None or knots[-1].logsnr < math.inf or not knots[-2].logsnr < self.last:
             return knots
         return (*knots[:-1], self.schedule.at(self.last))

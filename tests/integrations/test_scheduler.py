@@ -69,7 +69,7 @@ def scaled(a, b):
 
 
 def knots_of(scheduler):
-    return scheduler._call.plan.knots(0)
+    return scheduler.call.plan.knots(0)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
@@ -130,7 +130,7 @@ def test_a_call_may_begin_at_any_evaluation(sampler):
     network, noise = unet(), Noise(torch.arange(2), (3, 8, 8))
     denoiser = from_diffusers(network, scheduler)
     scheduler.set_timesteps(4)
-    plan = scheduler._call.plan
+    plan = scheduler.call.plan
     for begin in range(len(plan.states)):
         x, knots = torch.randn(2, 3, 8, 8, generator=seed(begin)), plan.knots(begin)
         expected = x

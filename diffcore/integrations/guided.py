@@ -1,0 +1,206 @@
+"""The forward of a network whose pipeline has guidance of ours: asked about 2B rows, it asks its own about those a rule needs.
+
+The pipeline's two halves are two conditions of one network, label 0 and the null label 1, so that rules and references see
+what they see in our own loop. Whatever was passed with 2B rows goes with its rows: embeddings, ControlNet residuals, image
+embeddings of IP-adapters, nested as they may be.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from diffcore.guidance import CFG, Guidance, Step, Unconditional
+from diffcore.integrations.plan import Call
+from diffcore.integrations.scheduler import DiffcoreScheduler
+from diffcore.loop import check_guidance, look, step_of
+from diffcore.prediction import Prediction, edm_norm, predict, target
+from diffcore.process import Process
+from diffcore.schedules import Level
+
+INPUTS = ("sample", "hidden_states")
+
+
+@dataclass
+class Asked:
+    """What a pipeline asked, as a denoiser of one row a sample under its condition (label 0) or its negative (null label 1).
+
+    Args:
+        network: whose layers a reference may alter.
+        forward: its own.
+        process: of one class, or of none where the pipeline has no negative half.
+        x: what was asked about, 2B rows, or B.
+        args: the other arguments, with the same rows.
+        kwargs: the same by name.
+        conditional_first: whether the condition's half comes first.
+        answer: the first answer, whose form the pipeline expects.
+    """
+
+    network: nn.Module
+    forward: Callable[..., Any]
+    process: Process
+    x: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    conditional_first: bool
+    answer: Any = None
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return len(self.x) // (2 if self.process.classes else 1)
+
+    def __call__(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Prediction:
+        process = self.process
+        args, kwargs = self._of(self._places(condition, len(x), x.device))
+        scaled = x / edm_norm(level, process.sigma_data) if process.prediction == "edm" else x
+        answer = self.forward(scaled.to(self.x.dtype), *args, **kwargs)
+        self.answer = answer if self.answer is None else self.answer
+        output = _output(answer)[:, : x.shape[1]].to(x.dtype)
+        return predict(process.prediction, output, x, level, process.sigma_data)
+
+    def answered(self, output: Tensor) -> Any:
+        """The guided output in the form in which the pipeline expects it: its rows, its channels, its type."""
+        asked = _output(self.answer)
+        variance = asked[: self.rows, output.shape[1] :]
+        whole = torch.cat([output.to(asked.dtype), variance], 1)
+        whole = torch.cat([whole] * (len(self.x) // self.rows))
+        return (whole,) if isinstance(self.answer, tuple) else type(self.answer)(sample=whole)
+
+    def _places(self, condition: Tensor | None, rows: int, device: torch.device) -> Tensor:
+        """The row of the pipeline's arguments for each of these rows."""
+        within = torch.arange(rows, device=device) % self.rows
+        if condition is None:
+            return within
+        second = condition if self.conditional_first else 1 - condition
+        return within + second.to(device) * self.rows
+
+    def _of(self, places: Tensor) -> Any:
+        """The arguments for these rows."""
+        total = len(self.x)
+        return tree_map(
+            lambda a: a[places] if isinstance(a, Tensor) and a.ndim and len(a) == total else a, (self.args, self.kwargs)
+        )
+
+
+@dataclass
+class Progress:
+    """What is known of a call under way.
+
+    Args:
+        doubled: whether both halves are there.
+        memory: the rule's.
+        step: of the last evaluation.
+    """
+
+    doubled: bool
+    memory: Any = None
+    step: Step | None = None
+
+
+class Guided:
+    """A network's forward under a rule.
+
+    Args:
+        network: the network.
+        forward: its own.
+        scheduler: ours, which knows the level.
+        guidance: the rule.
+        conditional_first: whether the condition's half comes first.
+        doubles: whether the pipeline says that it prepares both halves; None where it says nothing.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        forward: Callable[..., Any],
+        scheduler: DiffcoreScheduler,
+        guidance: Guidance,
+        conditional_first: bool,
+        doubles: Callable[[], bool | None],
+    ) -> None:
+        self.network, self.forward, self.scheduler, self.guidance = network, forward, scheduler, guidance
+        self.conditional_first, self.doubles = conditional_first, doubles
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        x, args, kwargs = _input(args, kwargs)
+        call = self.scheduler.call
+        state = call.now(_time(args, kwargs))
+        if call.guided is None:
+            call.guided = self._begun(call, x)
+        progress: Progress = call.guided
+        asked = Asked(
+            self.network, self.forward, self._process(call, progress.doubled), x, args, kwargs, self.conditional_first
+        )
+        progress.step = step_of(asked.process, call.knots, state, progress.step)
+        rule = self.guidance if call.plan.sampler.guided(state) else CFG(1.0)
+        prediction, progress.memory = self._guided(rule, asked, progress)
+        level, sigma_data = state.level, asked.process.sigma_data
+        return asked.answered(target(asked.process.prediction, *prediction, level, sigma_data))
+
+    def _guided(self, rule: Guidance, asked: Asked, progress: Progress) -> tuple[Prediction, Any]:
+        step = progress.step
+        assert step is not None
+        x = asked.x[: asked.rows].to(torch.promote_types(asked.x.dtype, torch.float32))
+        if asked.process.prediction == "edm":
+            x = x * edm_norm(step.level, asked.process.sigma_data)
+        condition = torch.zeros(len(x), dtype=torch.int64, device=x.device) if progress.doubled else None
+        seen = look(asked, rule, x, condition, progress.memory, step)
+        prediction, memory = rule.guide(seen, progress.memory)
+        return (prediction if rule.consistent else same_step(prediction, x, step)), memory
+
+    def _process(self, call: Call, doubled: bool) -> Process:
+        """Of one class, which a negative half makes droppable."""
+        return replace(call.plan.process, classes=1, dropout=0.1) if doubled else call.plan.process
+
+    def _begun(self, call: Call, x: Tensor) -> Progress:
+        """What is known before the first evaluation.
+
+        Raises:
+            ValueError: the rule cannot guide this call.
+        """
+        doubled = self._doubled(x)
+        process, condition = self._process(call, doubled), torch.zeros(1, dtype=torch.int64) if doubled else None
+        steps = (step_of(process, call.knots, state) for state in call.plan.states)
+        if not doubled and any(isinstance(r, Unconditional) for s in steps for r in self.guidance.asks(s, None)):
+            raise ValueError(
+                f"{self.guidance} needs the negative half, which the pipeline leaves out: call it with guidance_scale above 1 "
+                f"(its value is not used), or attach CFG(1.0)"
+            )
+        check_guidance(process, call.knots, condition, self.guidance, call.plan.sampler)
+        return Progress(doubled)
+
+    def _doubled(self, x: Tensor) -> bool:
+        """Whether x holds each sample twice; where the pipeline does not say, seen once a call."""
+        said = self.doubles()
+        if said is not None:
+            return said
+        first, *second = x.chunk(2)
+        return bool(second) and len(x) % 2 == 0 and torch.equal(first, second[0])
+
+
+def same_step(prediction: Prediction, x: Tensor, step: Step) -> Prediction:
+    """The pair with x = α x_0 + σ ε whose first-order step leads where this one's does."""
+    t, s = step.level, step.end
+    y, det = prediction.at(s), t.alpha * s.sigma - t.sigma * s.alpha
+    return Prediction((s.sigma * x - t.sigma * y) / det, (t.alpha * y - s.alpha * x) / det)
+
+
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """x, and the other arguments; all of them by position or by name."""
+    if args:
+        return args[0], args[1:], kwargs
+    name = next(name for name in INPUTS if name in kwargs)
+    return kwargs[name], (), {key: value for key, value in kwargs.items() if key != name}
+
+
+def _time(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    t = args[0] if args else kwargs["timestep"]
+    return t.flatten()[0] if isinstance(t, Tensor) else t
+
+
+def _output(answer: Any) -> Tensor:
+    return answer[0] if isinstance(answer, tuple) else answer.sample
