@@ -74,7 +74,7 @@ CASES = {
     "option of a class": ((*NEW, "--objective.weight.gama=3"), ("gama", "did you mean 'gamma'")),
     "option of guidance": ((*SAMPLE, "--guidance.scal=3"), ("scal", "did you mean 'scale'")),
     "unknown class": ((*NEW, "--objective.weight=MinSNRR"), ("MinSNRR", "did you mean 'MinSNR'")),
-    "unknown sampler": ((*SAMPLE, "--sampler=DDMI"), ("DDMI", "did you mean 'DDIM'")),
+    "unknown sampler": ((*SAMPLE, "--sampler=DDIMM"), ("DDIMM", "did you mean 'DDIM'")),
     "unknown grid": ((*SAMPLE, "--grid=Karas"), ("Karas", "did you mean 'Karras'")),
     "unknown guidance": ((*SAMPLE, "--guidance=CGF"), ("CGF", "did you mean 'CFG'")),
     "unknown schedule": (("plot", "schedules", "Cosin"), ("Cosin", "did you mean 'Cosine'")),

@@ -65,7 +65,7 @@ def _conditional_first(pipe: DiffusionPipeline) -> bool:
 class Attachment:
     """A pipeline with our guidance; `detach` gives it back as it was."""
 
-    def __init__(self, pipe: DiffusionPipeline, guidance: Guidance, sampler: Sampler | None, grid: Grid | None) -> None:
+    def __init__(self, pipe: Any, guidance: Guidance, sampler: Sampler | None, grid: Grid | None) -> None:
         self.pipe: Any = pipe
         first = _conditional_first(pipe)
         self.network: Any = parts_of(pipe).network
