@@ -87,17 +87,17 @@ class ClassifierGuidance(Guidance):
             return seen.conditional, memory
         y = seen.condition if self.label is None else torch.full((len(seen.x),), self.label, device=seen.x.device)
         at = seen.x if self.input == "x" else seen.conditional.x0
-        gradient = self._gradient(at, level, y)
+        gradient = self._gradient(at, level, y, seen.step.process.classes)
         if self.input == "x0":
             return moved(seen.conditional, w * _gain(seen.step) * gradient, level), memory
         if level.alpha == 0:  # the gradient vanishes as α does: 0/0, whose limit only an exact classifier would show
             return seen.conditional, memory
         return moved(seen.conditional, (w * level.sigma**2 / level.alpha) * gradient, level), memory
 
-    def _gradient(self, at: Tensor, level: Level, y: Tensor | None) -> Tensor:
+    def _gradient(self, at: Tensor, level: Level, y: Tensor | None, classes: int) -> Tensor:
         with torch.enable_grad():
             at = at.detach().requires_grad_()
-            value = self._log_probability(self.classifier(at, level), y).sum()
+            value = self._log_probability(self.classifier(at, level), y, classes).sum()
             if not value.requires_grad:
                 raise ValueError(
                     "the classifier's log-probability is not differentiable in its input: build it from torch functions "
@@ -111,12 +111,22 @@ class ClassifierGuidance(Guidance):
             )
         return gradient.to(at)
 
-    def _log_probability(self, logits: Tensor, y: Tensor | None) -> Tensor:
+    def _log_probability(self, logits: Tensor, y: Tensor | None, classes: int) -> Tensor:
         if logits.ndim == 1:
             return logits
         assert y is not None  # `check` refuses it
-        chosen = logits.gather(1, y.to(logits.device)[:, None])[:, 0]
-        return self.joint * chosen - (self.marginal * logits).logsumexp(1)
+        known = classes if self.label is None else self.label + 1
+        if logits.ndim != 2 or logits.shape[1] < known:
+            raise ValueError(
+                f"the classifier answers {tuple(logits.shape)}, expected (B,) or logits of {known} classes or more"
+            )
+        y = y.to(logits.device)
+        if self.label is not None or not classes:
+            return self._of_class(logits, y)
+        return self._of_class(logits, y.clamp(max=classes - 1)).where(y < classes, 0.0)  # the null label wants nothing
+
+    def _of_class(self, logits: Tensor, y: Tensor) -> Tensor:
+        return self.joint * logits.gather(1, y[:, None])[:, 0] - (self.marginal * logits).logsumexp(1)
 
 
 @dataclass(frozen=True)

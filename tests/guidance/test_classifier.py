@@ -271,3 +271,23 @@ def test_weaker_and_classifier_run_together():
     both, used = run(ORACLE, DDIM(), X, knots, NOISE, rule, LABELS)
     torch.testing.assert_close(both, alone, rtol=0, atol=1e-10)  # the weaker one is the same one
     assert used == 6
+
+
+def test_rows_with_the_null_label_are_not_guided():
+    level, labels = ORACLE.process.schedule.at(-1.0), torch.tensor([0, 2, 1, 2, 1, 0])
+    answer, _, _ = guided(ORACLE, ClassifierGuidance(bayes(ORACLE), 2.0), X, level, labels, None)
+    told = ORACLE(X, level, labels)
+    assert (answer.x0 != told.x0).any(1).tolist() == (labels < 2).tolist()
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (ClassifierGuidance(lambda x, level: x[:, :1]), r"\(64, 1\), expected \(B,\) or logits of 2 classes"),
+        (ClassifierGuidance(bayes(ORACLE), label=4), r"\(64, 2\), expected \(B,\) or logits of 5 classes"),
+        (ClassifierGuidance(lambda x, level: x.sum()), r"answers \(\), expected"),
+    ],
+)
+def test_a_classifier_of_too_few_classes_is_refused(rule, message):
+    with pytest.raises(ValueError, match=message):
+        sample(ORACLE, grid=UniformLogSNR(), seeds=[1], condition=[1], guidance=rule, dtype=torch.float64)
