@@ -94,14 +94,18 @@ class PowerCosine(Quantile):
     def _log_ratio(self) -> Tensor:
         """Ln y(e) - ln y(s)."""
         width = torch.tensor(self._width, dtype=torch.float64)
-        return self._log_y(width) if self.end < 1 else torch.full_like(width, -torch.inf)
+        cos = math.sin(HALF_PI * (1 - self.end)) / self._cos_s
+        if cos > 0.5:
+            return self._log_y(width)
+        return torch.full_like(width, 2 * self.tau * math.log(cos) if cos else -math.inf)
 
     def _logsnr(self, t: Tensor) -> Tensor:
         past, left = t * self._width, (1 - t) * self._width  # angles from s and to e
         below = -self._log_y(past).expm1()  # (y(s) - y(x)) / y(s)
         if self.end == 1:
             return 2 * self.tau * (left.sin() / self._cos_s).log() - below.log()
-        rise = 2 * self.tau * (math.tan(HALF_PI * self.end) * left.sin() - 2 * (left / 2).sin() ** 2).log1p()
+        slope = 1 / math.tan(HALF_PI * (1 - self.end))
+        rise = 2 * self.tau * (slope * left.sin() - 2 * (left / 2).sin() ** 2).log1p()
         return self._log_ratio + rise + (-(-rise).expm1()).log() - below.log()
 
     def _log_y(self, past: Tensor) -> Tensor:

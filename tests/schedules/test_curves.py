@@ -181,3 +181,11 @@ def test_newton_closes_a_bracket_around_a_jump_of_the_slope_a_gap_and_a_tail():
 
 def test_a_shift_of_a_curve_is_a_shift():
     assert Shifted(Sigmoid(), 1.0).logsnr(0.3) == Sigmoid().logsnr(0.3) + 1
+
+
+@pytest.mark.parametrize("end", [1 - 2e-16, 1 - 1e-12, 1 - 1e-7])
+def test_a_power_cosine_that_ends_next_to_1_is_next_to_the_one_that_ends_there(end):
+    schedule = PowerCosine(0.1, end, 1.5)
+    torch.testing.assert_close(schedule.time(schedule.logsnr(times)), times, rtol=1e-12, atol=1e-13)
+    assert (schedule.logsnr(times).diff() < 0).all()
+    torch.testing.assert_close(schedule.logsnr(times), PowerCosine(0.1, 1.0, 1.5).logsnr(times), rtol=1e-2, atol=1e-2)
