@@ -181,7 +181,7 @@ def table(measured: list[dict[str, Any]], what: str, digits: int = 1) -> str:
 
 def savings(measured: list[dict[str, Any]]) -> str:
     """Evaluations that AdaptiveGuidance leaves out of CFG's, by batch, and both distances to the held-out scans."""
-    scales = sorted({row["scale"] for row in measured} - {1.0})
+    scales = sorted({row["scale"] for row in measured if row["rule"] == ADAPTIVE})
     heads = ["w", "CFG", *(f"batch {size}" for size in BATCHES), "distance, CFG", "distance, AdaptiveGuidance"]
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "---|" * (len(heads) - 1)]
     for scale in scales:
@@ -199,12 +199,13 @@ def draw(measured: list[dict[str, Any]], out: Path) -> None:
     for what, title in TITLES.items():
         made, (axis,) = figure(1)
         for (name, style), marker in zip(zip(RULES, styles(len(RULES)), strict=True), MARKERS, strict=True):
-            curve = [mean(values(measured, name, scale, what)) for scale in scales]
-            axis.plot(scales, curve, label=name, marker=marker, **style)
+            found = {scale: values(measured, name, scale, what) for scale in scales}
+            curve = {scale: mean(each) for scale, each in found.items() if each}
+            axis.plot(list(curve), list(curve.values()), label=name, marker=marker, **style)
         axis.set(title=title, xlabel="w", xscale="log", xticks=scales, xticklabels=[f"{scale:g}" for scale in scales])
         axis.minorticks_off()
         save(made, out / f"guidance-{what}.png")
 
 
 def _cell(found: list[float], digits: int) -> str:
-    return f"{mean(found):.{digits}f} ± {(max(found) - min(found)) / 2:.{digits}f}"
+    return f"{mean(found):.{digits}f} ± {(max(found) - min(found)) / 2:.{digits}f}" if found else ""

@@ -134,6 +134,16 @@ def test_tables_hold_means_over_seeds_and_the_conditional_model_for_every_rule()
     assert savings(measured).splitlines()[2] == line
 
 
+def test_what_is_not_measured_yet_is_left_out(tmp_path):
+    measured = [row for row in made() if row["rule"] in (CONDITIONAL, "CFG")]
+    assert table(measured, "test").splitlines()[2:4] == [
+        "| CFG | 10.5 ± 0.5 | 10.5 ± 0.5 |",
+        "| Rescale(CFG) | 10.5 ± 0.5 |  |",
+    ]
+    assert len(savings(measured).splitlines()) == 2
+    draw(measured, tmp_path)
+
+
 def test_pictures_are_drawn(tmp_path, monkeypatch):
     draw(list(made()), tmp_path)
     monkeypatch.setattr(fields, "COUNT", 4)
