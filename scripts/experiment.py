@@ -1,4 +1,4 @@
-"""`python scripts/experiment.py training|inversion`: the studies of docs/experiments."""
+"""`python scripts/experiment.py training|inversion|samplers`: the studies of docs/experiments."""
 
 import argparse
 from pathlib import Path
@@ -12,6 +12,7 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     _add_training(commands.add_parser("training", help="schedule, weight and objective; continues what --out holds"))
     _add_inversion(commands.add_parser("inversion", help="round trips of a network trained for it, and of an oracle"))
+    _add_samplers(commands.add_parser("samplers", help="samplers on a network trained for it, under guidance"))
     for command in commands.choices.values():
         command.add_argument("--threads", type=int, default=1, help="of the processor")
     arguments = parser.parse_args()
@@ -47,6 +48,19 @@ def _inversion(arguments: argparse.Namespace) -> None:
     from diffcore.evaluation.round_trip import report, trained
 
     print(report(trained(arguments.steps), arguments.images))
+
+
+def _add_samplers(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--steps", type=int, default=400, help="of training, batch 64")
+    command.add_argument("--seeds", type=int, default=60, help="samples of each measurement")
+    command.set_defaults(measure=_samplers)
+
+
+def _samplers(arguments: argparse.Namespace) -> None:
+    from diffcore.evaluation.on_network import table
+    from diffcore.evaluation.round_trip import trained
+
+    print(table(trained(arguments.steps), arguments.seeds))
 
 
 if __name__ == "__main__":

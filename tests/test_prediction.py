@@ -179,7 +179,9 @@ def test_a_prediction_at_its_own_level_is_x_and_at_another_the_mixture_there(kin
     x, F = x0.cos(), eps.sin()  # any pair, not a consistent one
     found = predict(kind, F, x, here, S)
     torch.testing.assert_close(found.at(here), x, rtol=0, atol=1e-13)
-    torch.testing.assert_close(found.at(there), there.alpha * found.x0 + there.sigma * found.eps, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(
+        found.at(there), there.alpha * found.x0 + there.sigma * found.eps, rtol=1e-14, atol=1e-14
+    )
 
 
 def test_unknown_kinds_are_refused_with_the_known_ones():

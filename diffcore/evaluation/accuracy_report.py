@@ -6,7 +6,8 @@ from itertools import groupby
 from pathlib import Path
 from statistics import geometric_mean
 
-from diffcore.evaluation.accuracy import Row
+from diffcore.evaluation.accuracy import GRIDS, Row
+from diffcore.sampling import GRID, SAMPLER
 
 STEADY = 1e-12
 """A distance that is only rounding."""
@@ -14,14 +15,7 @@ STEADY = 1e-12
 
 def default_name() -> str:
     """Sampler and grid that `sample` takes unless told otherwise, as the measurements name them."""
-    from inspect import signature
-
-    from diffcore.evaluation.accuracy import GRIDS
-    from diffcore.sampling import sample
-
-    chosen = signature(sample).parameters
-    grid = next(name for name, (grid, _) in GRIDS.items() if grid == chosen["grid"].default)
-    return f"{chosen['sampler'].default}, {grid}"
+    return f"{SAMPLER}, {next(name for name, (grid, _) in GRIDS.items() if grid == GRID)}"
 
 
 def cells(rows: Iterable[Row]) -> dict[tuple[str, int], list[Row]]:
@@ -46,7 +40,9 @@ def ratio(row: Row, other: Row, starts: int) -> float:
 
 def summary(rows: Sequence[Row], default: str, starts: int) -> str:
     """Side by side, at each count and oracle: our closest, diffusers' closest, and the default, as Markdown."""
-    lines = ["| oracle | evaluations | closest of ours | error | closest of diffusers | error | default | over our closest |"]
+    lines = [
+        "| oracle | evaluations | closest of ours | error | closest of diffusers | error | default | over our closest |"
+    ]
     lines.append("|---|---|---|---|---|---|---|---|")
     for (oracle, count), cell in cells(rows).items():
         ours, theirs = best(cell, "ours"), best(cell, "diffusers")
@@ -113,7 +109,10 @@ def picture(rows: Sequence[Row], default: str, path: Path) -> None:
     lines: dict[str, tuple[Callable[[list[Row]], Row], dict[str, object]]] = {
         "closest of ours": (lambda cell: best(cell, "ours"), {"color": "black", "marker": "o"}),
         "default": (lambda cell: _named(cell, default), {"color": "black", "marker": "s", "linestyle": ":"}),
-        "closest of diffusers": (lambda cell: best(cell, "diffusers"), {"color": "0.45", "marker": "^", "linestyle": "--"}),
+        "closest of diffusers": (
+            lambda cell: best(cell, "diffusers"),
+            {"color": "0.45", "marker": "^", "linestyle": "--"},
+        ),
         "DDIM, Trailing": (
             lambda cell: _named(cell, "DDIM(eta=0.0), Trailing, Cosine"),
             {"color": "0.7", "marker": "x", "linestyle": "-."},

@@ -1,6 +1,6 @@
 """How well an image comes back from its inversion, and from its edit-friendly noise maps: on a trained network and an oracle.
 
-    error = |x_0' - x_0| / |x_0| of each image, x_0' sampled by DDIM over the same knots from what `invert` found
+error = |x_0' - x_0| / |x_0| of each image, x_0' sampled by DDIM over the same knots from what `invert` found
 """
 
 from collections.abc import Iterator, Sequence
@@ -96,9 +96,7 @@ def trained(steps: int = 400) -> Denoiser:
         stream = batches(made.data, made.order.steps(0, steps), 0)
         while made.step < steps:
             made.advance(stream)
-        with made.average.applied():
-            state = {name: value.clone() for name, value in made.bare.state_dict().items()}
-        made.bare.load_state_dict(state)
+        made.bare.load_state_dict(made.average.shadow)
         return Denoiser(made.bare, made.process).eval()
 
 

@@ -39,7 +39,9 @@ def steps(pairs: int = 100, shapes: Sequence[tuple[int, ...]] = SHAPES, sampler:
         ValueError: too few pairs.
     """
     if pairs < FEWEST_PAIRS:
-        raise ValueError(f"pairs is {pairs}, expected at least {FEWEST_PAIRS}: fewer do not tell a ratio from the scatter")
+        raise ValueError(
+            f"pairs is {pairs}, expected at least {FEWEST_PAIRS}: fewer do not tell a ratio from the scatter"
+        )
     kinds: tuple[PredictionType, ...] = ("epsilon", "v_prediction")
     return [_compared(shape, kind, pairs, sampler) for shape in shapes for kind in kinds]
 
