@@ -14,8 +14,14 @@ from diffcore.guidance.reference import Condition
 from diffcore.loop import Callback, check_guidance, check_levels, planned, run
 from diffcore.noise import Noise
 from diffcore.process import Process
-from diffcore.samplers import DDIM, Sampler
-from diffcore.schedules import Grid, Level, Trailing
+from diffcore.samplers import AdamsMoulton, Sampler
+from diffcore.schedules import Grid, Level, UniformBlend
+
+SAMPLER: Sampler = AdamsMoulton(2)
+"""The default. Order 3 at one evaluation a step, from pure noise to clean without exception; docs/benchmarks.md says why this one."""
+
+GRID: Grid = UniformBlend(1.5, 0.37)
+"""The default."""
 
 SAME = 1e-9
 """In λ: a level nearer than this to a knot is that knot."""
@@ -39,8 +45,8 @@ class Samples(NamedTuple):
 
 def sample(
     denoiser: Denoise,
-    sampler: Sampler = DDIM(),
-    grid: Grid = Trailing(),
+    sampler: Sampler = SAMPLER,
+    grid: Grid = GRID,
     steps: int = 25,
     *,
     seeds: Sequence[int],

@@ -92,7 +92,12 @@ def _compared(
 
 
 def _add_accuracy(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--starts", type=int, default=256, help="starting points of each oracle (default 256)")
+    command.add_argument(
+        "--starts",
+        type=int,
+        default=128,
+        help="starting points of each oracle, twice as many of the digits (default 128)",
+    )
     command.add_argument("--picture", type=Path, help="of the closest of each side over evaluations")
 
     def measure(arguments: argparse.Namespace) -> dict[str, object]:
@@ -104,11 +109,11 @@ def _add_accuracy(command: argparse.ArgumentParser) -> None:
         rows = list(accuracy({"ours": ours, "diffusers": theirs}, arguments.starts))
         default = report.default_name()
         print(f"`{shlex.join(['python', *sys.argv])}`: {arguments.starts} starts; default: {default}\n")
-        print(report.summary(rows, default, arguments.starts))
+        print(report.summary(rows, default, 2 * arguments.starts))
         for oracle in dict.fromkeys(row.oracle for row in rows):
             print(f"\n{oracle}\n\n{report.by_method(rows, oracle)}")
         print("\n| over our closest: geometric mean | most | |\n|---|---|---|")
-        for mean, most, name in report.ranking(rows, arguments.starts)[:20]:
+        for mean, most, name in report.ranking(rows, 2 * arguments.starts)[:20]:
             print(f"| {mean:.2f} | {most:.2f} | {name} |")
         if arguments.picture:
             report.picture(rows, default, arguments.picture)

@@ -16,6 +16,7 @@ def main() -> None:
         training: "schedule, weight and objective, on the digits; continues what --out holds",
         guidance: "rules over w, on the digits; continues what --out holds",
         inversion: "round trips of a network trained for it, and of an oracle",
+        samplers: "on a network trained for it, under guidance",
         variance: "of a batch's loss, with independent levels over with stratified ones",
         fields: "guided fields and samples of a mixture in two dimensions",
     }.items():
@@ -25,9 +26,9 @@ def main() -> None:
         if measure in (training, guidance):
             command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs")
             command.add_argument("--out", type=Path, default=Path(f"docs/experiments/{measure.__name__}.jsonl"))
-        if measure is inversion:
+        if measure in (inversion, samplers):
             command.add_argument("--steps", type=int, default=400, help="of training, batch 64")
-            command.add_argument("--images", type=int, default=32, help="that go there and back")
+            command.add_argument("--count", type=int, default=60, help="images of each measurement")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.out:
@@ -64,7 +65,15 @@ def inversion(arguments: argparse.Namespace) -> None:
     """Errors there and back."""
     from diffcore.evaluation.round_trip import report, trained
 
-    print(report(trained(arguments.steps), arguments.images))
+    print(report(trained(arguments.steps), arguments.count))
+
+
+def samplers(arguments: argparse.Namespace) -> None:
+    """Distance to the exact flow of a network, with and without guidance."""
+    from diffcore.evaluation.on_network import table
+    from diffcore.evaluation.round_trip import trained
+
+    print(table(trained(arguments.steps), arguments.count))
 
 
 def variance(arguments: argparse.Namespace) -> None:

@@ -15,9 +15,9 @@ from diffcore.commands.arguments import Ints, normalized, trusted
 from diffcore.guidance import CFG, Guidance, loaded
 from diffcore.process import Process
 from diffcore.run import Run
-from diffcore.samplers import DDIM, Sampler
-from diffcore.sampling import Samples, sample
-from diffcore.schedules import Even, Grid, Level, Trailing, Within
+from diffcore.samplers import Sampler
+from diffcore.sampling import GRID, SAMPLER, Samples, sample
+from diffcore.schedules import Even, Grid, Level, Within
 from diffcore.spec import Parser
 from diffcore.weights import write_weights
 
@@ -49,8 +49,8 @@ class Request:
     labels: Ints = field(default_factory=Ints)
     per_label: int = 1
     seeds: Ints = field(default_factory=Ints)
-    sampler: Sampler = field(default_factory=DDIM)
-    grid: Grid = field(default_factory=Trailing)
+    sampler: Sampler = field(default_factory=lambda: SAMPLER)
+    grid: Grid = field(default_factory=lambda: GRID)
     steps: int = 25
     guidance: Guidance = field(default_factory=CFG)
     image: Path | None = None

@@ -6,7 +6,8 @@ from itertools import groupby
 from pathlib import Path
 from statistics import geometric_mean
 
-from diffcore.evaluation.accuracy import Row
+from diffcore.evaluation.accuracy import GRIDS, Row
+from diffcore.sampling import GRID, SAMPLER
 
 STEADY = 1e-12
 """A distance that is only rounding."""
@@ -14,14 +15,7 @@ STEADY = 1e-12
 
 def default_name() -> str:
     """Sampler and grid that `sample` takes unless told otherwise, as the measurements name them."""
-    from inspect import signature
-
-    from diffcore.evaluation.accuracy import GRIDS
-    from diffcore.sampling import sample
-
-    chosen = signature(sample).parameters
-    grid = next(name for name, (grid, _) in GRIDS.items() if grid == chosen["grid"].default)
-    return f"{chosen['sampler'].default}, {grid}"
+    return f"{SAMPLER}, {next(name for name, (grid, _) in GRIDS.items() if grid == GRID)}"
 
 
 def cells(rows: Iterable[Row]) -> dict[tuple[str, int], list[Row]]:

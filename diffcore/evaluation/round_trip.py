@@ -96,9 +96,7 @@ def trained(steps: int = 400) -> Denoiser:
         stream = batches(made.data, made.order.steps(0, steps), 0)
         while made.step < steps:
             made.advance(stream)
-        with made.average.applied():
-            state = {name: value.clone() for name, value in made.bare.state_dict().items()}
-        made.bare.load_state_dict(state)
+        made.bare.load_state_dict(made.average.shadow)
         return Denoiser(made.bare, made.process).eval()
 
 

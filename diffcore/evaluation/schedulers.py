@@ -44,8 +44,8 @@ class Scheduler:
     steps: Callable[[Any, int], None] = lambda scheduler, n: scheduler.set_timesteps(n)
 
     def ready(self, count: int) -> Any:
-        """With the most steps that `count` calls allow; nothing where it has none."""
-        for n in range(count, 0, -1):
+        """With the most steps that `count` calls allow, at one call a step, one more in all, or two; nothing where none is."""
+        for n in (count, count - 1, (count + 1) // 2):
             scheduler = self.build()
             try:
                 self.steps(scheduler, n)

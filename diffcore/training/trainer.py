@@ -21,9 +21,9 @@ from diffcore.noise import Stream, derived
 from diffcore.objective import Objective, Place
 from diffcore.process import Process
 from diffcore.run import Network, Optimizer, Run
-from diffcore.samplers import DDIM, Sampler
-from diffcore.sampling import sample
-from diffcore.schedules import Grid, Level, Trailing
+from diffcore.samplers import Sampler
+from diffcore.sampling import GRID, SAMPLER, sample
+from diffcore.schedules import Grid, Level
 from diffcore.training import checkpoint, state
 from diffcore.training.adaptation import Adaptation
 from diffcore.training.checkpoint import Checkpoint
@@ -100,8 +100,8 @@ class Trainer:
     save_every: int = 1000
     keep: int = 2
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
-    sampler: Sampler = field(default_factory=DDIM)
-    grid: Grid = field(default_factory=Trailing)
+    sampler: Sampler = field(default_factory=lambda: SAMPLER)
+    grid: Grid = field(default_factory=lambda: GRID)
     sample_steps: int = 25
     guidance: Guidance = field(default_factory=CFG)
     resume: bool = False
