@@ -65,11 +65,11 @@ def _conditional_first(pipe: DiffusionPipeline) -> bool:
 class Attachment:
     """A pipeline with our guidance; `detach` gives it back as it was."""
 
-    def __init__(self, pipe: DiffusionPipeline, guidance: Guidance, sampler: Sampler | None, grid: Grid | None) -> None:
-        self.pipe: Any = pipe
+    def __init__(self, pipe: Any, guidance: Guidance, sampler: Sampler | None, grid: Grid | None) -> None:
+        self.pipe = pipe
         first = _conditional_first(pipe)
         self.network: Any = parts_of(pipe).network
-        self._scheduler: Any = self.pipe.scheduler
+        self._scheduler = self.pipe.scheduler
         self._before = vars(self.network).get("forward")
         if isinstance(self._before, Guided):
             raise ValueError("this pipeline has guidance of ours already: detach it first")
