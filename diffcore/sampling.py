@@ -18,7 +18,7 @@ from diffcore.samplers import AdamsMoulton, Sampler
 from diffcore.schedules import Grid, Level, UniformBlend
 
 SAMPLER: Sampler = AdamsMoulton(2)
-"""The default. Order 3 at one evaluation a step, from pure noise to clean without exception; docs/benchmarks.md says why this one."""
+"""The default: order 3 at one evaluation a step, from pure noise to clean without exception; docs/benchmarks.md says why."""
 
 GRID: Grid = UniformBlend(1.5, 0.37)
 """The default."""

@@ -28,7 +28,9 @@ def main() -> None:
             command.add_argument("--out", type=Path, default=Path(f"docs/experiments/{measure.__name__}.jsonl"))
         if measure in (inversion, samplers):
             command.add_argument("--steps", type=int, default=400, help="of training, batch 64")
-            command.add_argument("--count", type=int, default=60, help="images of each measurement")
+            command.add_argument(
+                "--count", type=int, default=32 if measure is inversion else 60, help="images of each measurement"
+            )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.out:

@@ -66,10 +66,10 @@ class Attachment:
     """A pipeline with our guidance; `detach` gives it back as it was."""
 
     def __init__(self, pipe: Any, guidance: Guidance, sampler: Sampler | None, grid: Grid | None) -> None:
-        self.pipe: Any = pipe
+        self.pipe = pipe
         first = _conditional_first(pipe)
         self.network: Any = parts_of(pipe).network
-        self._scheduler: Any = self.pipe.scheduler
+        self._scheduler = self.pipe.scheduler
         self._before = vars(self.network).get("forward")
         if isinstance(self._before, Guided):
             raise ValueError("this pipeline has guidance of ours already: detach it first")
