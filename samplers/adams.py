@@ -13,7 +13,7 @@ A method holds one of them, interpolates it in a variable, and integrates the po
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
@@ -49,7 +49,6 @@ class Adams(Sampler, ABC):
     k: Literal[1, 2, 3, 4, 5] = 2
     held: Held = "velocity"
     variable: Variable = "a"
-    order: int = field(init=False, repr=False, compare=False)
     most: ClassVar[int] = 5
 
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
 """DPM-Solver++ for the reverse SDE: x_0 extrapolated in λ, linear part and noise integrated exactly."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
@@ -36,7 +36,6 @@ class DPMSolverSDE(Sampler):
     steps: Literal[1, 2, 3] = 2
     eta: float = 1.0
     solver: Literal["midpoint", "heun"] = "midpoint"
-    order: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.steps not in (1, 2, 3):

@@ -3,7 +3,7 @@
 With h = (λ_s - λ_t)/2, the first-order step is x_s = (σ_s/σ_t) x + α_s (1 - e^{-h}) x_0, and is DDIM.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, NamedTuple, get_args
 
@@ -45,7 +45,6 @@ class DPMSolverPP(Sampler):
     """
 
     variant: Variant = "2M"
-    order: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.variant not in get_args(Variant):

@@ -1,6 +1,6 @@
 """Gradient estimation: ε is extrapolated beyond the last two predictions, as a better estimate of the way to the data."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
@@ -32,7 +32,6 @@ class GradientEstimation(Sampler):
 
     gamma: float = 2.0
     mu: float = 0.0
-    order: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 < self.gamma < 10:

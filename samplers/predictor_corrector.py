@@ -1,6 +1,6 @@
 """Predictor-corrector: a sampler takes each step, and Langevin steps at the level it reached mend the marginal."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
@@ -50,7 +50,6 @@ class PredictorCorrector(Sampler):
     corrections: int = 1
     snr: float | None = None
     guides: Literal["both", "corrector"] = "both"
-    order: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.corrections < 0:

@@ -6,7 +6,7 @@ The last stage of both pairs is asked at z' itself, so it begins the next step.
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal, NamedTuple
 
@@ -81,7 +81,6 @@ class AdaptiveRungeKutta(Sampler):
     pair: Literal["BogackiShampine", "DormandPrince"] = "DormandPrince"
     rtol: float = 1e-3
     atol: float = 1e-3
-    order: int = field(init=False, repr=False, compare=False)
     adaptive = True
 
     def __post_init__(self) -> None:

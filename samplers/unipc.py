@@ -1,6 +1,6 @@
 """UniPC: a predictor and a corrector over λ that share their evaluations, so that the corrector is free."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from torch import Tensor
@@ -40,7 +40,6 @@ class UniPC(Sampler):
 
     p: Literal[1, 2, 3] = 2
     B: Literal["bh1", "bh2"] = "bh2"
-    order: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.p not in (1, 2, 3):

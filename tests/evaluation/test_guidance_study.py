@@ -26,6 +26,7 @@ from diffcore.evaluation.guidance_study import (
 from diffcore.evaluation.study import network, rows
 from diffcore.guidance import CFG, AdaptiveGuidance, ClassifierGuidance, Step
 from diffcore.process import Process
+from diffcore.samplers import DDIM
 from diffcore.sampling import sample
 from diffcore.schedules import Cosine, Karras
 from diffcore.training.data import Digits
@@ -71,6 +72,7 @@ def test_references_are_those_that_sampling_asks_for(threshold, denoiser, monkey
     for size in (1, 3):
         made = sample(
             denoiser,
+            DDIM(),
             grid=guidance_study.KNOTS,
             steps=4,
             seeds=seeds,
