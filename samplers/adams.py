@@ -58,8 +58,11 @@ class Adams(Sampler, ABC):
             raise ValueError(f"held is {self.held!r}, expected one of {', '.join(get_args(Held))}")
         if self.variable not in get_args(Variable):
             raise ValueError(f"variable is {self.variable!r}, expected one of {', '.join(get_args(Variable))}")
+
+    @property
+    def order(self) -> int:  # type: ignore[override]  # nothing but fields in the instance: it is written as YAML
         order = self._order()
-        object.__setattr__(self, "order", min(order, 2) if self.variable == "index" else order)
+        return min(order, 2) if self.variable == "index" else order
 
     @abstractmethod
     def _order(self) -> int:
