@@ -14,13 +14,13 @@ from diffcore.guidance.reference import Condition
 from diffcore.loop import Callback, check_guidance, check_levels, planned, run
 from diffcore.noise import Noise
 from diffcore.process import Process
-from diffcore.samplers import AdamsMoulton, Sampler
-from diffcore.schedules import Grid, Level, UniformBlend
+from diffcore.samplers import DDIM, Sampler
+from diffcore.schedules import Grid, Level, Trailing
 
-SAMPLER: Sampler = AdamsMoulton(2)
-"""The default: order 3 at one evaluation a step, from pure noise to clean without exception; docs/benchmarks.md says why."""
+SAMPLER: Sampler = DDIM()
+"""The default; docs/samplers.md says which are closer to the flow at equal evaluations."""
 
-GRID: Grid = UniformBlend(1.5, 0.37)
+GRID: Grid = Trailing()
 """The default."""
 
 SAME = 1e-9
