@@ -51,7 +51,7 @@ class Denoiser(nn.Module):
         arguments = {} if condition is None else {"class_labels": condition}
         dtype = next((p.dtype for p in self.network.parameters()), x.dtype)
         answer = self.network(scaled.to(dtype), _rows(self.process.time(level), x), **arguments)
-        output = _tensor(answer)
+        output = tensor_of(answer)
         if output.shape != x.shape:
             raise ValueError(
                 f"the network answers {tuple(output.shape)} to x of shape {tuple(x.shape)}: set its channels and size to the "
@@ -83,7 +83,8 @@ def _check_embeddings(network: nn.Module, process: Process) -> None:
         )
 
 
-def _tensor(answer: Any) -> Tensor:
+def tensor_of(answer: Any) -> Tensor:
+    """A network's answer: a tensor, or one first in a tuple or as `sample`."""
     answer = answer[0] if isinstance(answer, tuple) else getattr(answer, "sample", answer)
     if not isinstance(answer, Tensor):
         raise TypeError(

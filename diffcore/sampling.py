@@ -187,13 +187,11 @@ def _chunks(count: int, size: int) -> Iterator[Tensor]:
 
 
 @contextmanager
-def evaluating(denoiser: Denoise) -> Iterator[None]:
+def evaluating(denoiser: object) -> Iterator[None]:
     """Without the network's dropout; a network that evaluates already is not touched, so threads can share it."""
-    training = isinstance(denoiser, nn.Module) and denoiser.training
-    if not training:
+    if not (isinstance(denoiser, nn.Module) and denoiser.training):
         yield
         return
-    assert isinstance(denoiser, nn.Module)
     modes = [(module, module.training) for module in denoiser.modules()]
     denoiser.eval()
     try:

@@ -30,6 +30,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         Corrupt: it is missing, truncated or changed.
     """
+    return read_with_facts(path)[0]
+
+
+def read_with_facts(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the facts of a file that `write_weights` wrote, verified.
+
+    Raises:
+        Corrupt: it is missing, truncated or changed.
+    """
     try:
         with safe_open(path, "pt") as file:
             facts = dict(json.loads((file.metadata() or {})["diffcore"]))
@@ -40,7 +49,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise Corrupt(
             f"{path} is not what was written (its SHA-256 differs): resume the run to write it again, or copy it again"
         )
-    return tensors
+    return tensors, facts
 
 
 def _digest(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:

@@ -145,7 +145,14 @@ def _family(config: Config) -> str:
     )
 
 
-PASSED_ON = ("time_shift_type", "base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+def shift_of(config: Config, tokens: int) -> float:
+    """The μ of use_dynamic_shifting, linear in the number of tokens, as pipelines compute it (calculate_shift of Flux's)."""
+    low, high, base, most = (config.get(name, default) for name, default in SHIFTS.items())
+    return base + (most - base) * (tokens - low) / (high - low)
+
+
+SHIFTS = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+PASSED_ON = ("time_shift_type", *SHIFTS)
 
 
 def settings_of(config: Config) -> dict[str, Any]:

@@ -210,7 +210,7 @@ BROKEN = [
     (lambda f: (f / "model_index.json").write_text("{"), "is not JSON"),
     (lambda f: edit(f / "model_index.json", unet=[None, None]), "expected one of unet or transformer, and a scheduler"),
     (pickled, "pickled weights are not opened, convert them first"),
-    (remote, "names mine.Net as unet, which is no model of diffusers: code that comes with weights is not run"),
+    (remote, "names mine.Net as unet, which is no model of diffusers or transformers: code that comes with weights is not run"),
     (lambda f: edit(f / "model_index.json", unet=["diffusers", "loaders"]), "is no model of diffusers"),
     (lambda f: edit(f / "scheduler" / "scheduler_config.json", _class_name="Mine"), "_class_name is 'Mine'"),
 ]  # fmt: skip
@@ -247,7 +247,7 @@ def test_a_network_without_a_config_takes_a_shape():
     with pytest.raises(ValueError, match="pass shape"):
         from_diffusers(nn.Identity(), diffusers.DDPMScheduler())
     assert from_diffusers(nn.Identity(), diffusers.DDPMScheduler(), shape=(2,)).process.shape == (2,)
-    with pytest.raises(ValueError, match="takes a text condition"):
+    with pytest.raises(ValueError, match="is told text, which a network alone cannot encode"):
         from_diffusers(unet_2d_condition(), diffusers.DDPMScheduler())
 
 
