@@ -14,11 +14,15 @@ from diffcore.process import Process
 MARGIN = 4
 
 
+def unit(x: Tensor, process: Process) -> Tensor:
+    """x_0 of shape (N, C, H, W) within [0, 1]: the process's range, and values beyond it are cut."""
+    check(process)
+    return ((x.float() - process.low) / (process.high - process.low)).clamp(0, 1)
+
+
 def pixels(x: Tensor, process: Process) -> np.ndarray:
     """(N, H, W, C) bytes of x_0 of shape (N, C, H, W); the process's range becomes 0 .. 255, values beyond it are cut."""
-    check(process)
-    unit = (x.float() - process.low) / (process.high - process.low)
-    return rearrange((unit.clamp(0, 1) * 255).round().byte().cpu().numpy(), "n c h w -> n h w c")
+    return rearrange((unit(x, process) * 255).round().byte().cpu().numpy(), "n c h w -> n h w c")
 
 
 def load(path: Path, process: Process) -> Tensor:
@@ -39,8 +43,8 @@ def load(path: Path, process: Process) -> Tensor:
             f"{path} is {picture.width} x {picture.height} of mode {picture.mode}, expected {width} x {height} of mode "
             f"{'L' if channels == 1 else 'RGB'}: resize or convert it first"
         )
-    unit = torch.from_numpy(array.astype(np.float32)) / 255
-    return rearrange(process.low + unit * (process.high - process.low), "h w c -> c h w")
+    share = torch.from_numpy(array.astype(np.float32)) / 255
+    return rearrange(process.low + share * (process.high - process.low), "h w c -> c h w")
 
 
 def drawable(process: Process) -> bool:

@@ -1,6 +1,6 @@
 """A run's folder: what training leaves and sampling reads.
 
-config.yaml  process.json  ema.safetensors  checkpoints/  samples/  metrics.jsonl
+config.yaml  process.json  ema.safetensors  pipeline/  checkpoints/  samples/  metrics.jsonl
 """
 
 from collections.abc import Callable, Iterable
@@ -45,6 +45,11 @@ class Run:
     def weights(self) -> Path:
         """The averaged weights."""
         return self.folder / "ema.safetensors"
+
+    @property
+    def pipeline(self) -> Path:
+        """The averaged network as a pipeline of diffusers."""
+        return self.folder / "pipeline"
 
     @property
     def checkpoints(self) -> Path:

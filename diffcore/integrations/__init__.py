@@ -4,7 +4,17 @@ from diffcore.integrations.attach import attach
 from diffcore.integrations.denoiser import from_diffusers
 from diffcore.integrations.encoding import encode
 from diffcore.integrations.latents import Latents
+from diffcore.integrations.pipeline import DiffcorePipeline
 from diffcore.integrations.prompts import Prompted, Prompts
 from diffcore.integrations.scheduler import DiffcoreScheduler
 
-__all__ = ["DiffcoreScheduler", "Latents", "Prompted", "Prompts", "attach", "encode", "from_diffusers"]
+__all__ = [
+    "DiffcorePipeline",
+    "DiffcoreScheduler",
+    "Latents",
+    "Prompted",
+    "Prompts",
+    "attach",
+    "encode",
+    "from_diffusers",
+]

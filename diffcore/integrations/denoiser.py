@@ -65,7 +65,7 @@ def from_diffusers(
         if fields[name] != read[name]:
             log.warning("%s is %s, in place of %s of the configs", name, fields[name], read[name])
     process = Process(**read | fields)
-    return Denoiser(_mean(network, process), process)
+    return Denoiser(mean_of(network, process), process)
 
 
 def _parts(source: Any, scheduler: Any) -> Parts:
@@ -174,6 +174,7 @@ class Mean(nn.Module):
         return tensor_of(self.network(x, time, **condition))[:, : x.shape[1]]
 
 
-def _mean(network: nn.Module, process: Process) -> nn.Module:
+def mean_of(network: nn.Module, process: Process) -> nn.Module:
+    """The network, or where it outputs a variance too, the mean of what it outputs."""
     config = getattr(network, "config", {})
     return Mean(network) if config.get("out_channels") == 2 * process.shape[0] else network

@@ -54,7 +54,7 @@ def read_folder(folder: Path) -> Parts:
     Raises:
         ValueError: a part is missing, is no class of diffusers, or has no safetensors.
     """
-    index = _json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json")
     named = [name for name in NETWORKS if _present(index, name)]
     if len(named) != 1 or not _present(index, "scheduler"):
         raise ValueError(
@@ -62,7 +62,7 @@ def read_folder(folder: Path) -> Parts:
             f"{' or '.join(NETWORKS)}, and a scheduler"
         )
     vae = _part(folder, "vae", index) if _present(index, "vae") else None
-    config = _json(folder / "scheduler" / "scheduler_config.json")
+    config = read_json(folder / "scheduler" / "scheduler_config.json")
     network = _part(folder, named[0], index)
     return Parts(network, config, vae, lambda: _pipeline(folder, index, {named[0]: network, "vae": vae}))
 
@@ -112,7 +112,8 @@ def _part(folder: Path, name: str, index: dict[str, Any]) -> Any:
         ) from None
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file of a pipeline's folder."""
     if not path.is_file():
         raise ValueError(
             f"{path} is missing: expected the folder of a diffusers pipeline, as save_pretrained leaves it"

@@ -24,7 +24,7 @@ from diffcore.run import Network, Optimizer, Run
 from diffcore.samplers import Sampler
 from diffcore.sampling import GRID, SAMPLER, sample
 from diffcore.schedules import Grid, Level
-from diffcore.training import checkpoint, state
+from diffcore.training import checkpoint, pipeline, state
 from diffcore.training.adaptation import Adaptation
 from diffcore.training.checkpoint import Checkpoint
 from diffcore.training.data import Batch, Order, batches, check, check_labels, size_of
@@ -288,6 +288,7 @@ class Trainer:
             checkpoint.write(self.run.checkpoints / checkpoint.name(self.step), Checkpoint(files, facts))
             checkpoint.prune(self.run.checkpoints, self.keep)
             write_weights(self.run.weights, self.average.shadow, step=self.step)
+            pipeline.save(self, self._say)
         self.accelerator.wait_for_everyone()
 
     def _load(self) -> None:
@@ -314,8 +315,7 @@ class Trainer:
     def _check_facts(self, facts: dict[str, Any]) -> None:
         if facts["step"] > self.steps:
             raise ValueError(f"steps is {self.steps}, but the run has taken {facts['step']}: ask for at least as many")
-        changed = {name: (facts[name], now) for name, now in self.threads.items() if facts[name] != now}
-        if changed:
+        if changed := {name: (facts[name], now) for name, now in self.threads.items() if facts[name] != now}:
             self._say(f"(then, now) differ in {changed}: the run continues equal to rounding, not bit for bit")
 
     def _check_config(self) -> None:

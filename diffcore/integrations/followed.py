@@ -1,0 +1,50 @@
+"""A sampler whose steps are told of as they end: progress bars and callbacks of pipelines."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from diffcore.noise import Noise
+from diffcore.prediction import Prediction
+from diffcore.samplers import Sampler, State
+from diffcore.schedules import Level
+
+
+@dataclass(frozen=True)
+class Followed(Sampler):
+    """The inner sampler, step for step.
+
+    Args:
+        inner: the integrator.
+        tell: called at the end of each step with the states before its last evaluation and after it; the run goes on with the
+            state that it returns.
+    """
+
+    inner: Sampler
+    tell: Callable[[State, State], State]
+
+    @property
+    def order(self) -> int:  # type: ignore[override]
+        return self.inner.order
+
+    @property
+    def adaptive(self) -> bool:  # type: ignore[override]
+        return self.inner.adaptive
+
+    @property
+    def direct(self) -> bool:
+        return self.inner.direct
+
+    def start(self, x: Tensor, knots: tuple[Level, ...], noise: Noise) -> State:
+        return self.inner.start(x, knots, noise)
+
+    def advance(self, state: State, prediction: Prediction, noise: Noise) -> State:
+        after = self.inner.advance(state, prediction, noise)
+        return after if after.step == state.step else self.tell(state, after)
+
+    def guided(self, state: State) -> bool:
+        return self.inner.guided(state)
+
+    def evaluations(self, knots: tuple[Level, ...]) -> int:
+        return self.inner.evaluations(knots)
