@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffcore.denoiser import Denoise
-from diffcore.guidance import CFG, Guidance, Step
+from diffcore.guidance import CFG, Guidance, Step, networks
 from diffcore.loop import check_guidance, check_levels, guided
 from diffcore.prediction import hypot
 from diffcore.sampling import evaluating
@@ -73,7 +73,7 @@ def invert(
     check_levels(denoiser.process, knots)
     check_guidance(denoiser.process, knots, condition, guidance, None)
     x, residuals, evaluations = x0, [], 0
-    with evaluating(denoiser):
+    with evaluating(denoiser, *networks(guidance)):
         for i, (t, s) in reversed(list(enumerate(pairwise(knots)))):
             step = Step(denoiser.process, t, t, s, i, len(knots) - 1)
             goal, x = x, x * (hypot(t.alpha, t.sigma) / hypot(s.alpha, s.sigma))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from diffcore.denoiser import Denoise
-from diffcore.guidance import CFG, Guidance
+from diffcore.guidance import CFG, Guidance, networks
 from diffcore.loop import check_guidance, check_levels, guided, run, step_of
 from diffcore.noise import Noise
 from diffcore.prediction import Prediction
@@ -89,7 +89,7 @@ def extract(
     _check(denoiser, knots, guidance, condition)
     x = noised(x0, knots[0], noise)
     x0, state, step, memory, maps = x0.to(x), sampler.start(x, knots, noise), None, None, []
-    with evaluating(denoiser):
+    with evaluating(denoiser, *networks(guidance)):
         while not state.done:
             step = step_of(denoiser.process, knots, state, step)
             prediction, memory, _ = guided(denoiser, guidance, state.x, state.level, condition, memory, step)
@@ -103,7 +103,7 @@ def replay(
     denoiser: Denoise, maps: NoiseMaps, guidance: Guidance = CFG(1.0), condition: Tensor | None = None
 ) -> Tensor:
     """The image that the maps were extracted from, to rounding, under the same condition; under another, an edited one."""
-    with evaluating(denoiser):
+    with evaluating(denoiser, *networks(guidance)):
         x, _ = run(denoiser, _stochastic(maps.eta), maps.x, maps.knots, maps.noise, guidance, condition)
     return x + maps.rest
 

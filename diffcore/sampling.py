@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffcore.denoiser import Denoise, null_condition
-from diffcore.guidance import CFG, Guidance
+from diffcore.guidance import CFG, Guidance, networks
 from diffcore.guidance.reference import Condition
 from diffcore.loop import Callback, check_guidance, check_levels, planned, run
 from diffcore.noise import Noise
@@ -96,7 +96,7 @@ def sample(
     device = getattr(denoiser, "device", torch.device("cpu"))
     chunks, evaluations = [], 0
     bar = tqdm(total=len(seeds), unit="sample", disable=not progress)
-    with torch.no_grad(), evaluating(denoiser), bar:
+    with torch.no_grad(), evaluating(denoiser, *networks(guidance)), bar:
         for chunk in _chunks(len(seeds), batch_size):
             noise = Noise(torch.tensor(seeds)[chunk], process.shape, device, dtype, path)
             first = knots[0]
@@ -187,13 +187,12 @@ def _chunks(count: int, size: int) -> Iterator[Tensor]:
 
 
 @contextmanager
-def evaluating(denoiser: object) -> Iterator[None]:
-    """Without the network's dropout; a network that evaluates already is not touched, so threads can share it."""
-    if not (isinstance(denoiser, nn.Module) and denoiser.training):
-        yield
-        return
-    modes = [(module, module.training) for module in denoiser.modules()]
-    denoiser.eval()
+def evaluating(*asked: object) -> Iterator[None]:
+    """Without the networks' dropout; a network that evaluates already is not touched, so threads can share it."""
+    training = [network for network in asked if isinstance(network, nn.Module) and network.training]
+    modes = [(module, module.training) for network in training for module in network.modules()]
+    for network in training:
+        network.eval()
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ from diffcore.guidance.gfcg import GFCG
 from diffcore.guidance.interval import Interval
 from diffcore.guidance.linear import LinearAG
 from diffcore.guidance.plus_plus import CFGPlusPlus
-from diffcore.guidance.reference import Label, Reference, Unconditional, Weaker, answers, loaded
+from diffcore.guidance.reference import Label, Reference, Unconditional, Weaker, answers, loaded, networks
 from diffcore.guidance.rescale import Rescale
 from diffcore.guidance.scale import ConstantScale, CosineScale, LinearScale, Scale, ScaleLike
 from diffcore.guidance.zero_star import CFGZeroStar
@@ -52,4 +52,5 @@ __all__ = [
     "loaded",
     "minority_levels",
     "minority_score",
+    "networks",
 ]

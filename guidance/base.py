@@ -5,6 +5,7 @@ reference. Before a step a rule says, on the host, which references it needs; a 
 Rules that hold a rule compose: Interval(APG(4.0)), Rescale(CFG(7.5)), AdaptiveGuidance(APG(4.0)).
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,9 +13,9 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from diffcore.guidance.reference import Condition, Reference, Unconditional
+from diffcore.guidance.reference import Condition, Reference, Unconditional, check_reference
 from diffcore.guidance.scale import ScaleLike, check_scale, scale_at
-from diffcore.prediction import Prediction
+from diffcore.prediction import Prediction, PredictionType
 from diffcore.process import Process
 from diffcore.schedules import Level
 
@@ -109,6 +110,7 @@ class Contrast(Guidance):
 
     def __post_init__(self) -> None:
         check_scale(self.scale)
+        check_reference(self.reference)
 
     def asks(self, step: Step, memory: Any) -> tuple[Reference, ...]:
         return () if scale_at(self.scale, step.level) == 1 else (self.reference,)
@@ -137,6 +139,7 @@ class Wrapper(Guidance):
     """Names of rules that may not be anywhere inside, and the remedy for each."""
 
     def __post_init__(self) -> None:
+        check_rule(self.rule)
         for part in self.rule.parts():
             for name in (kind.__name__ for kind in type(part).__mro__):
                 if name in self.refuses:
@@ -166,6 +169,22 @@ class Wrapper(Guidance):
     def parts(self) -> Iterator[Guidance]:
         yield self
         yield from self.rule.parts()
+
+
+def check_rule(rule: Any) -> None:
+    """Raise where a rule is to hold something else, such as a class of rules or a number."""
+    if not isinstance(rule, Guidance):
+        raise TypeError(f"rule is {rule!r}, expected a guidance rule such as CFG(2.0)")
+
+
+def check_space(rule: Guidance, kind: PredictionType, level: Level) -> None:
+    """Raise where F of this kind and x do not give x_0 and ε: ε at pure noise, x_0 at clean data."""
+    noisiest, cleanest = level.ends
+    if (kind == "epsilon" and noisiest == -math.inf) or (kind == "sample" and cleanest == math.inf):
+        raise ValueError(
+            f"{type(rule).__name__} works on {kind}, which does not give x_0 and ε at λ = {float(level.logsnr):g}: "
+            f"use space='v_prediction', or knots of finite λ"
+        )
 
 
 def extrapolated(reference: Prediction, conditional: Prediction, scale: float | Tensor) -> Prediction:

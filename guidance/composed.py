@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from diffcore.guidance.base import Guidance, Seen, Step, extrapolated
-from diffcore.guidance.reference import Condition, Label, Reference, Unconditional
+from diffcore.guidance.base import Guidance, Seen, Step, check_rule, extrapolated
+from diffcore.guidance.reference import Condition, Label, Reference, Unconditional, check_reference
+from diffcore.guidance.scale import ScaleLike, check_scale, scale_at
 from diffcore.guidance.zero_star import CFGZeroStar
 from diffcore.prediction import Prediction
 from diffcore.process import Process
@@ -23,13 +24,13 @@ class Composed(Guidance):
     Args:
         labels: further classes, the same for every sample.
         weights: their w_i, negative to negate.
-        scale: w of each sample's own condition.
+        scale: w ≥ 0 of each sample's own condition: a number, a scale schedule, or in Python any function of λ.
         reference: what all of them move away from.
     """
 
     labels: tuple[int, ...]
     weights: tuple[float, ...]
-    scale: float = 1.0
+    scale: ScaleLike = 1.0
     reference: Reference = Unconditional()
 
     def __post_init__(self) -> None:
@@ -37,8 +38,10 @@ class Composed(Guidance):
         object.__setattr__(self, "weights", tuple(self.weights))
         if not self.labels or len(self.labels) != len(self.weights):
             raise ValueError(f"labels are {self.labels} and weights {self.weights}, expected one weight for each label")
-        if not all(math.isfinite(w) for w in (self.scale, *self.weights)) or self.scale < 0:
-            raise ValueError(f"scale is {self.scale} and weights {self.weights}, expected finite numbers and scale ≥ 0")
+        if not all(math.isfinite(w) for w in self.weights):
+            raise ValueError(f"weights are {self.weights}, expected finite numbers, below 0 to negate")
+        check_scale(self.scale)
+        check_reference(self.reference)
 
     def asks(self, step: Step, memory: Any) -> tuple[Reference, ...]:
         return (self.reference, *map(Label, self.labels))
@@ -47,7 +50,7 @@ class Composed(Guidance):
         if not seen.references:  # a rule around this one switched it off
             return seen.conditional, memory
         reference, *others = seen.references
-        x0, eps = extrapolated(reference, seen.conditional, self.scale)
+        x0, eps = extrapolated(reference, seen.conditional, scale_at(self.scale, seen.step.level))
         for w, other in zip(self.weights, others, strict=True):
             x0, eps = x0 + w * (other.x0 - reference.x0), eps + w * (other.eps - reference.eps)
         return Prediction(x0, eps), memory
@@ -70,6 +73,8 @@ class Sum(Guidance):
         object.__setattr__(self, "rules", tuple(self.rules))
         if len(self.rules) < 2:
             raise ValueError(f"rules are {self.rules}, expected two or more")
+        for rule in self.rules:
+            check_rule(rule)
         for part in (part for rule in self.rules for part in rule.parts()):
             if not part.consistent:
                 raise ValueError("Sum cannot hold CFGPlusPlus: its x_0 and ε do not belong together; use CFG")

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from diffcore.guidance.base import Guidance, Seen, Step, Wrapper
+from diffcore.guidance.base import Guidance, Seen, Step, Wrapper, check_space
 from diffcore.guidance.reference import Reference
 from diffcore.prediction import Prediction, PredictionType, predict, target
 
@@ -81,16 +81,24 @@ class LinearAG(Wrapper):
             raise ValueError(
                 f"LinearAG was fitted for {len(self.coefficients)} steps and this run has {step.total}: fit it again for these"
             )
-        return () if self.coefficients[step.index] else self._inside(step, memory)
+        wanted = self._inside(step, memory)
+        if not wanted or not self.coefficients[step.index]:
+            return wanted
+        check_space(self, self.space, step.level)
+        return ()
 
     def guide(self, seen: Seen, memory: History | None) -> tuple[Prediction, History]:
         past = memory or History((), None)
         row = self.coefficients[seen.step.index]
-        if row and self._inside(seen.step, memory):
+        wanted = self._inside(seen.step, memory)
+        if row and wanted:
             seen = seen._replace(references=(self._predicted(row, seen, past.pairs),))
         guided, inside = self.rule.guide(seen, past.inside)
-        pairs = (_pair(self.space, seen), *past.pairs) if seen.references else past.pairs
-        return guided, History(pairs[: self.depth], inside)
+        if not wanted:  # a gap: what is before it is no longer the last steps
+            return guided, History((), inside)
+        if not seen.references:  # a rule around this one has stopped, as both agree
+            seen = seen._replace(references=(seen.conditional,))
+        return guided, History((_pair(self.space, seen), *past.pairs)[: self.depth], inside)
 
     @property
     def depth(self) -> int:
@@ -124,6 +132,11 @@ class LinearAG(Wrapper):
         return self.rule.asks(step, None if memory is None else memory.inside)
 
     def _predicted(self, row: tuple[float, ...], seen: Seen, past: tuple[Pair, ...]) -> Prediction:
+        if len(row) > 2 * (len(past) + 1):
+            raise ValueError(
+                f"LinearAG reads {len(row) // 2 - 1} past steps at step {seen.step.index}, and its rule asked for a reference "
+                f"at {len(past)} of them: use a rule that asks at every step (w other than 1, zero_init=0)"
+            )
         level, sigma_data = seen.step.level, seen.step.process.sigma_data
         F = target(self.space, *seen.conditional, level, sigma_data)
         terms = zip(row[1:], (F, *(value for pair in past for value in pair)), strict=False)

@@ -1,12 +1,11 @@
 """CFG++: guidance that renoises with the reference's noise."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from diffcore.guidance.base import Guidance, Seen, Step, extrapolated
-from diffcore.guidance.reference import Reference, Unconditional
-from diffcore.guidance.scale import ScaleLike, scale_at
+from diffcore.guidance.reference import Reference, Unconditional, check_reference
+from diffcore.guidance.scale import ScaleLike, check_scale, scale_at
 from diffcore.prediction import Prediction
 
 
@@ -28,8 +27,11 @@ class CFGPlusPlus(Guidance):
     consistent = False
 
     def __post_init__(self) -> None:
+        check_reference(self.reference)
         if isinstance(self.scale, (int, float)):
             _check(self.scale)
+        else:
+            check_scale(self.scale)
 
     def asks(self, step: Step, memory: Any) -> tuple[Reference, ...]:
         _check(scale_at(self.scale, step.level))
@@ -44,7 +46,7 @@ class CFGPlusPlus(Guidance):
 
 
 def _check(scale: float) -> None:
-    if not 0 <= scale <= 1 or math.isnan(scale):
+    if not 0 <= scale <= 1:
         raise ValueError(
             f"scale is {scale}, expected w within [0, 1]: CFG++ interpolates, and 0.6 is like a CFG of 7.5"
         )

@@ -9,7 +9,7 @@ Any of them serves any rule. What asks the same network goes into one forward.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -48,6 +48,14 @@ class Reference(ABC):
     @abstractmethod
     def query(self, denoiser: Denoise, condition: Tensor | None, x: Tensor) -> Query:
         """Which network to ask about x, under which condition."""
+
+
+def check_reference(reference: Any) -> None:
+    """Raise where a rule is given something else, such as a bare label or network."""
+    if not isinstance(reference, Reference):
+        raise TypeError(
+            f"reference is {reference!r}, expected a reference such as Unconditional(), Label(3) or Weaker(network)"
+        )
 
 
 @dataclass(frozen=True)
@@ -111,6 +119,8 @@ class Labels(Reference):
             raise ValueError(
                 f"{rule} needs a network of 2 classes or more, and this one has {process.classes}: use CFG"
             )
+        if self.base is not None:
+            self.base.check(process, condition, rule)
 
     def check_level(self, level: Level) -> None:
         if self.base is not None:
@@ -220,6 +230,20 @@ def loaded(part: Part, load: Callable[[str], Denoise]) -> Part:
     new = {name: _loaded(value, named, load) for name, (value, named) in own.items()}
     changes = {name: value for name, value in new.items() if value is not own[name][0]}
     return replace(part, **changes) if changes else part
+
+
+def networks(part: Any) -> Iterator[Denoise]:
+    """The other networks that a rule or reference asks."""
+    if isinstance(part, tuple):
+        for item in part:
+            yield from networks(item)
+    elif is_dataclass(part) and not isinstance(part, type):
+        for f in (f for f in fields(part) if f.init):  # AutoGuidance makes its reference of its weaker network
+            value = getattr(part, f.name)
+            if not f.metadata.get("run"):
+                yield from networks(value)
+            elif not isinstance(value, str):
+                yield value
 
 
 def _loaded(value: Any, named: bool, load: Callable[[str], Denoise]) -> Any:

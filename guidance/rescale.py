@@ -5,7 +5,8 @@ from typing import Any, ClassVar, get_args
 
 from torch import Tensor
 
-from diffcore.guidance.base import Guidance, Seen, Wrapper
+from diffcore.guidance.base import Guidance, Seen, Step, Wrapper, check_space
+from diffcore.guidance.reference import Reference
 from diffcore.guidance.zero_star import CFGZeroStar
 from diffcore.prediction import Prediction, PredictionType, predict, target
 
@@ -44,12 +45,19 @@ class Rescale(Wrapper):
                 "use zero_init=0"
             )
 
+    def asks(self, step: Step, memory: Any) -> tuple[Reference, ...]:
+        wanted = super().asks(step, memory)
+        if wanted:
+            check_space(self, self.space or step.process.prediction, step.level)
+        return wanted
+
     def guide(self, seen: Seen, memory: Any) -> tuple[Prediction, Any]:
         guided, memory = self.rule.guide(seen, memory)
         if guided is seen.conditional:
             return guided, memory
         process, level = seen.step.process, seen.step.level
         kind = self.space or process.prediction
+        check_space(self, kind, level)  # here too: a classifier asks for no reference
         F, F_c = (target(kind, *prediction, level, process.sigma_data) for prediction in (guided, seen.conditional))
         rescaled = F * (self.phi * _ratio(F_c, F) + 1 - self.phi)
         return predict(kind, rescaled, seen.x, level, process.sigma_data), memory

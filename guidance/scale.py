@@ -30,7 +30,7 @@ class ConstantScale(Scale):
     value: float = 1.0
 
     def __post_init__(self) -> None:
-        check_scale(self.value)
+        check_value(self.value)
 
     def __call__(self, logsnr: float) -> float:
         return self.value
@@ -53,8 +53,8 @@ class Ramp(Scale):
     high: float = 6.0
 
     def __post_init__(self) -> None:
-        check_scale(self.noisy)
-        check_scale(self.clean)
+        check_value(self.noisy)
+        check_value(self.clean)
         if not -math.inf < self.low < self.high < math.inf:
             raise ValueError(f"low and high are {self.low} and {self.high}, expected finite λ with low < high")
 
@@ -84,11 +84,17 @@ class CosineScale(Ramp):
 
 
 def check_scale(scale: ScaleLike) -> None:
-    """Raise where `scale` is a number that no scale may be."""
-    if isinstance(scale, (int, float)) and not 0 <= scale < math.inf:
-        raise ValueError(f"scale is {scale}, expected a finite w ≥ 0 (1 is the conditional model)")
-    if not isinstance(scale, (int, float)) and not callable(scale):
+    """Raise where `scale` is neither a number that a scale may be, nor a function of λ."""
+    if isinstance(scale, (int, float)):
+        check_value(scale)
+    elif isinstance(scale, type) or not callable(scale):
         raise ValueError(f"scale is {scale!r}, expected a number, a scale schedule, or a function of λ")
+
+
+def check_value(scale: float) -> None:
+    """Raise where `scale` is no number that a scale may be."""
+    if not isinstance(scale, (int, float)) or not 0 <= scale < math.inf:
+        raise ValueError(f"scale is {scale!r}, expected a finite w ≥ 0 (1 is the conditional model)")
 
 
 def scale_at(scale: ScaleLike, level: Level) -> float:

@@ -20,7 +20,7 @@ from diffcore.evaluation.digits import scan
 from diffcore.evaluation.figures import figure, save, styles
 from diffcore.evaluation.metrics import Reader, frechet_distance
 from diffcore.evaluation.study import ARMS, KNOTS, rows, trainer
-from diffcore.guidance import APG, CFG, AdaptiveGuidance, AutoGuidance, Guidance, Interval, Rescale
+from diffcore.guidance import APG, CFG, AdaptiveGuidance, AutoGuidance, Guidance, Interval, Rescale, networks
 from diffcore.loop import watch
 from diffcore.noise import Noise
 from diffcore.samplers import DDIM
@@ -131,7 +131,7 @@ def references(denoiser: Denoiser, rule: AdaptiveGuidance, seeds: Tensor, labels
     knots = KNOTS.knots(denoiser.process.schedule, STEPS)
     noise = Noise(seeds, denoiser.process.shape)
     x = noise.first_sample(knots[0], denoiser.process.sigma_data)
-    with evaluating(denoiser):
+    with evaluating(denoiser, *networks(rule)):
         path = list(watch(denoiser, DDIM(), x, knots, noise, rule, labels))
     agreed = [rule.cosine(seen) >= rule.threshold for seen in path if seen.references]
     if not agreed:

@@ -165,6 +165,35 @@ def test_another_number_of_steps_and_two_evaluations_a_step_are_refused():
         sample(ORACLE, steps=12, seeds=[1], condition=[0], guidance=rule)
     with pytest.raises(ValueError, match=r"one evaluation a step.*DDIM"):
         sample(ORACLE, AlphaBlending(2), steps=24, seeds=[1], condition=[0], guidance=rule)
+    from_noise = LinearAG(CFG(2.0), ((0.0, 1.0), (), ()), "epsilon")
+    with pytest.raises(ValueError, match="LinearAG works on epsilon"):
+        sample(ORACLE, steps=3, seeds=[1], condition=[0], guidance=from_noise)
+
+
+def test_a_gap_in_the_history_is_refused_and_not_read():
+    """Where w is 1 at a step before, no reference was asked there, and the terms of that step are missing."""
+    last = KNOTS[3].logsnr - 1e-6
+    for scale, rows in (
+        (lambda logsnr: 1.0 if logsnr < last else 3.0, 3),
+        (lambda logsnr: 1.0 + (logsnr != KNOTS[2].logsnr), 3),
+    ):
+        rule = LinearAG(CFG(scale), (*((),) * rows, (0.0, 0.9, 0.1, 0.1), *((),) * (23 - rows)))
+        with pytest.raises(
+            ValueError, match=r"reads 1 past steps at step 3.* at 0 of them: use a rule that asks"
+        ) as caught:
+            run(ORACLE, DDIM(), START, KNOTS, NOISE, rule, LABELS)
+        assert "\n" not in str(caught.value)
+    rule = LinearAG(CFG(lambda logsnr: 1.0 if logsnr < last else 3.0), (*((),) * 4, (0.0, 0.9, 0.1, 0.1), *((),) * 19))
+    assert run(ORACLE, DDIM(), START, KNOTS, NOISE, rule, LABELS)[1] == 24 + 20
+
+
+def test_around_linear_ag_all_rows_stop_before_its_history_is_whole():
+    """At threshold -0.99 all agree at once; what would be predicted afterwards is not used."""
+    rule = LinearAG(CFG(3.0), (*((),) * 4, (0.0, 0.9, 0.1, 0.1, 0.2, 0.2), *((),) * 19))
+    x, used = run(ORACLE, DDIM(), START, KNOTS, NOISE, AdaptiveGuidance(rule, -0.99), LABELS)
+    plain, _ = run(ORACLE, DDIM(), START, KNOTS, NOISE, AdaptiveGuidance(CFG(3.0), -0.99), LABELS)
+    assert torch.equal(x, plain)
+    assert used == 25
 
 
 def test_fitting_needs_the_reference_at_every_step():

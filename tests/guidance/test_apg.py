@@ -1,6 +1,7 @@
 """Adaptive projected guidance: the paper's pseudo-code, its identities, its memory."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,8 +133,14 @@ def test_rows_where_both_predictions_agree_or_are_0_stay_finite():
 
 
 def test_presets_hold_the_published_radius_and_momentum():
-    assert (APG.sdxl(15.0).threshold, APG.sdxl(15.0).momentum, APG.sdxl(15.0).eta) == (15.0, -0.5, 0.0)
-    assert {APG.edm2(4.0), APG.dit(4.0), APG.sd21(10.0), APG.sd3(5.0)}  # from memory: only that they are made
+    assert APG.sdxl(9.0) == APG(9.0, eta=0.0, momentum=-0.5, threshold=15.0)
+    rows = Path("docs/guidance.md").read_text().splitlines()  # the others are from memory, and say so
+    written = {
+        name: (float(r), float(beta)) for _, name, r, beta, *_ in (row.split("|") for row in rows if "`APG." in row)
+    }
+    for name, (r, beta) in written.items():
+        assert getattr(APG, name.strip(" `").removeprefix("APG."))(4.0) == APG(4.0, momentum=beta, threshold=r)
+    assert len(written) == 5
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from torch import nn
 
 from diffcore.denoiser import Denoiser
 from diffcore.guidance import (
     APG,
     CFG,
+    GFCG,
     AutoGuidance,
+    CFGPlusPlus,
     Composed,
     Interval,
     Label,
@@ -16,6 +19,7 @@ from diffcore.guidance import (
     Unconditional,
     Weaker,
     loaded,
+    networks,
 )
 from diffcore.guidance.reference import Query, answers
 from diffcore.loop import guided, run
@@ -159,6 +163,8 @@ def gaussian_prediction(x, level, m):
         ({}, AutoGuidance(2.0, "runs/weak"), [0], r"names the run 'runs/weak'.*denoiser\(\)"),
         ({}, AutoGuidance(2.0, Pair()), [0], r"shapes \(2,\) and \(1,\)"),
         ({}, AutoGuidance(2.0, weak_of(process(classes=3))), [0], "2 and 3 classes"),
+        ({}, GFCG(lambda x0, level: x0, 2.0, "runs/weak"), [0], r"names the run 'runs/weak'.*denoiser\(\)"),
+        ({}, GFCG(lambda x0, level: x0, 2.0, Pair()), [0], r"GFCG.*shapes \(2,\) and \(1,\)"),
     ],
 )
 def test_a_reference_that_is_not_possible_is_refused_before_the_first_call(fields, rule, condition, message):
@@ -187,12 +193,53 @@ def test_an_interval_that_no_step_reaches_needs_no_reference():
         (lambda: Composed((), ()), "labels are"),
         (lambda: Composed((1, 0), (1.0,)), "one weight for each"),
         (lambda: Composed((1,), (float("nan"),)), "finite"),
+        (lambda: Composed((1,), (1.0,), -1.0), "scale is -1.0"),
         (lambda: Sum((CFG(2.0),)), "two or more"),
     ],
 )
 def test_wrong_settings_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: CFG(2.0, 3), r"reference is 3, expected a reference such as .*Label\(3\)"),
+        (lambda: CFG(2.0, Label), "reference is <class"),
+        (lambda: Composed((1,), (1.0,), 2.0, 3), "reference is 3"),
+        (lambda: CFGPlusPlus(0.5, 3), "reference is 3"),
+        (lambda: Interval(APG, low=0.1), "rule is <class"),
+        (lambda: Rescale(3.0), r"rule is 3.0, expected a guidance rule such as CFG\(2.0\)"),
+        (lambda: Sum((CFG(2.0), 3.0)), "rule is 3.0"),
+    ],
+)
+def test_what_is_no_rule_and_no_reference_is_refused(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+class Dropping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x, time, class_labels=None):
+        return self.dropout(x)
+
+
+@pytest.mark.parametrize(
+    "rule", (lambda weak: AutoGuidance(2.0, weak), lambda weak: Sum((CFG(2.0), Rescale(CFG(3.0, Weaker(weak))))))
+)
+def test_a_weaker_network_is_asked_without_its_dropout_and_trains_on_afterwards(rule):
+    weak = Denoiser(Dropping(), RECORD)
+    assert weak.training
+    assert list(networks(rule(weak))) == [weak]
+    torch.manual_seed(0)
+    made = [sample(ORACLE, steps=3, seeds=[1, 2], condition=[0, 1], guidance=rule(weak)).x for _ in range(2)]
+    assert torch.equal(*made)
+    assert weak.training
+    assert weak.network.dropout.training
 
 
 def test_runs_named_by_their_folder_are_loaded_wherever_they_are():
@@ -208,5 +255,8 @@ def test_runs_named_by_their_folder_are_loaded_wherever_they_are():
     assert ready == expected
     assert asked == ["weak", "other"]
     assert loaded(CFG(2.0), load) == CFG(2.0)
+    assert list(networks(rule)) == []
+    assert list(networks(ready)) == [ORACLE, ORACLE]
+    assert list(networks(GFCG(len, 2.0, ORACLE))) == [ORACLE]
     assert "weak" in repr(rule)
     assert "GaussianMixture" in repr(ready)

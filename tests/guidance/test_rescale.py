@@ -7,12 +7,12 @@ import torch
 from diffusers.guiders.guider_utils import rescale_noise_cfg
 
 from diffcore.denoiser import Denoiser
-from diffcore.guidance import CFG, Interval, Rescale, Seen, Step
+from diffcore.guidance import CFG, ClassifierGuidance, Interval, Rescale, Seen, Step
 from diffcore.loop import guided, run
 from diffcore.noise import Noise
 from diffcore.prediction import Prediction
 from diffcore.samplers import AlphaBlending
-from diffcore.sampling import with_levels
+from diffcore.sampling import sample, with_levels
 from diffcore.schedules import Trailing
 from tests.oracles import KINDS, ExactNetwork, Pair, mixture, process
 
@@ -104,6 +104,19 @@ def test_phi_1_on_centred_gaussians_of_equal_shape_is_the_conditional_model():
     guided_alone, _ = run(Twice(), AlphaBlending(2), noise.start(), knots, noise, CFG(4.0), labels)
     agree = (x - plain).norm() / plain.norm()
     assert agree < (guided_alone - plain).norm() / plain.norm() / 3
+
+
+@pytest.mark.parametrize("rule", (CFG(3.0), ClassifierGuidance(lambda x, level: x, 2.0, input="x0")), ids=("cfg", "x0"))
+def test_eps_at_pure_noise_and_x0_at_clean_data_cannot_be_rescaled(rule):
+    """There x_0 is (x - σ ε)/α with α = 0, and ε is (x - α x_0)/σ with σ = 0."""
+    arguments = {"steps": 3, "seeds": [1], "condition": [0], "batch_size": 1}
+    with pytest.raises(ValueError, match=r"works on epsilon.* λ = -inf: use space='v_prediction'"):
+        sample(mixture(), guidance=Rescale(rule, space="epsilon"), **arguments)
+    late = Rescale(Interval(rule, sigma=(0.1, 9.0)), space="epsilon")  # not at pure noise
+    assert sample(mixture(), guidance=late, **arguments).x.isfinite().all()
+    *_, noisy, clean = Trailing().knots(process().schedule, 3)
+    with pytest.raises(ValueError, match="works on sample"):
+        run(mixture(), AlphaBlending(1), X, (clean, noisy), NOISE, Rescale(CFG(3.0), space="sample"), LABELS)
 
 
 @pytest.mark.parametrize(

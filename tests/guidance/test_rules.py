@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -264,6 +265,20 @@ NEUTRAL = {  # wrappers that should change nothing
     "Sum": lambda rule: Sum((rule, CFG(1.0))),
 }
 PAIRS = [(outer, inner) for outer in NEUTRAL for inner in RULES]
+
+
+def test_the_guide_says_of_every_pair_what_is_true():
+    head, _, *rows = (
+        row for row in Path("docs/guidance.md").read_text().split("| inside |")[1].split("\n\n")[0].splitlines()
+    )
+    outers = [cell.strip(" `") for cell in head.split("|") if cell.strip()]
+    said = {
+        (outer, cells[0].strip(" `")): cell.strip()
+        for cells in (row.strip("|").split("|") for row in rows)
+        for outer, cell in zip(outers, cells[1:], strict=True)
+    }
+    names = {type(rule).__name__ for rule in RULES.values()}
+    assert said == {(o, i): "refused" if (o, i) in REFUSED else "yes" for o in NEUTRAL for i in names}
 
 
 @pytest.mark.parametrize(("outer", "inner"), PAIRS)

@@ -1,11 +1,25 @@
 """Scales over λ: their values, and that every rule reads them at the level that is asked about."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from diffcore.guidance import APG, CFG, CFGZeroStar, ConstantScale, CosineScale, LinearScale
+from diffcore.guidance import (
+    APG,
+    CFG,
+    GFCG,
+    CFGPlusPlus,
+    CFGZeroStar,
+    ClassifierGuidance,
+    Composed,
+    ConstantScale,
+    CosineScale,
+    LinearScale,
+    Step,
+)
+from diffcore.guidance.gfcg import Confusion
 from diffcore.loop import guided, run
 from diffcore.noise import Noise
 from diffcore.samplers import AlphaBlending
@@ -31,14 +45,30 @@ def test_values(scale, values):
         assert value is None or scale(logsnr) == pytest.approx(value)
 
 
-@pytest.mark.parametrize("rule", (CFG, APG, CFGZeroStar))
+EVERY = {
+    "CFG": CFG,
+    "APG": APG,
+    "CFGZeroStar": partial(CFGZeroStar, zero_init=0),
+    "CFGPlusPlus": CFGPlusPlus,
+    "Composed": lambda scale: Composed((1,), (0.5,), scale),
+    "ClassifierGuidance": lambda scale: ClassifierGuidance(lambda x, level: x, scale),
+    "GFCG": lambda scale: GFCG(lambda x0, level: x0, scale),
+}
+
+
+@pytest.mark.parametrize("rule", EVERY.values(), ids=EVERY.keys())
 @pytest.mark.parametrize("logsnr", (-2.0, 0.5))
 def test_a_schedule_is_its_value_at_the_level(rule, logsnr):
-    oracle = mixture()
-    level, scale = oracle.process.schedule.at(logsnr), LinearScale(2.0, 6.0, -4.0, 4.0)
-    by_schedule, _, _ = guided(oracle, rule(scale), X, level, LABELS, None)
-    by_number, _, _ = guided(oracle, rule(scale(logsnr)), X, level, LABELS, None)
-    torch.testing.assert_close(by_schedule.x0, by_number.x0, rtol=0, atol=0)
+    oracle, scale = mixture(), LinearScale(0.2, 0.6, -4.0, 4.0)
+    schedule = oracle.process.schedule
+    start, level, end = schedule.at(-3.0), schedule.at(logsnr), schedule.at(3.0)
+    step, memory = Step(oracle.process, level, start, end, 1, 3), Confusion(1 - LABELS, torch.ones(3))
+    results = [
+        guided(oracle, rule(w), X, level, LABELS, memory if rule is EVERY["GFCG"] else None, step)[0].x0
+        for w in (scale, scale(logsnr), scale(logsnr) + 0.1)
+    ]
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+    assert not torch.allclose(results[0], results[2])
 
 
 def test_levels_of_scale_1_cost_one_evaluation():
@@ -79,6 +109,14 @@ def test_wrong_scales_are_refused_at_construction_or_before_the_first_step(value
         sample(mixture(), steps=2, seeds=[1], condition=[0], guidance=CFG(lambda logsnr: value))
     with pytest.raises(ValueError, match="scale is 'much'"):
         CFG("much")
+    for make in (CFG, CFGPlusPlus, lambda scale: Composed((1,), (1.0,), scale)):
+        with pytest.raises(ValueError, match="scale is <class"):
+            make(CosineScale)
+    with pytest.raises(ValueError, match="scale is 'much'"):
+        CFGPlusPlus("much")
+    for make in (ConstantScale, lambda w: LinearScale(w, 1.0)):
+        with pytest.raises(ValueError, match="expected a finite w"):
+            make(abs)
 
 
 @pytest.mark.parametrize(("low", "high"), [(1.0, 1.0), (2.0, 1.0), (-math.inf, 0.0), (math.nan, 1.0)])
