@@ -65,7 +65,7 @@ class Unconditional(Reference):
     def check(self, process: Process, condition: Condition, rule: str) -> None:
         if condition is None:
             raise ValueError(
-                f"{rule} needs a condition to strengthen: pass one label a sample (--labels), or use CFG(1.0)"
+                f"{rule} needs a condition to strengthen: pass one label a sample (--labels, --prompt), or use CFG(1.0)"
             )
         if not process.dropout:
             raise ValueError(

@@ -1,5 +1,6 @@
 """What the sub-commands' arguments share."""
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -34,6 +35,21 @@ register_type(Ints, serializer=str, deserializer=Ints.parse)
 def normalized(argv: Sequence[str]) -> list[str]:
     """The arguments with --per-label spelt --per_label, as the parser knows it."""
     return [re.sub(r"^--[\w.-]+", lambda name: "--" + name.group()[2:].replace("-", "_"), word) for word in argv]
+
+
+def gathered(argv: Sequence[str], name: str) -> list[str]:
+    """The arguments with each --NAME TEXT in one list: a text is not read as YAML, and may be repeated."""
+    rest, texts = [], []
+    words = iter(argv)
+    for word in words:
+        option, equals, text = word.partition("=")
+        if option == f"--{name}":
+            texts.append(text if equals else next(words, None))
+        else:
+            rest.append(word)
+    if None in texts:
+        raise ValueError(f"--{name} expects a text")
+    return [*rest, f"--{name}={json.dumps(texts)}"] if texts else rest
 
 
 def trusted(argv: Sequence[str]) -> list[str]:

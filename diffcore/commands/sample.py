@@ -1,7 +1,8 @@
-"""`diffcore sample`: images of a run, by label and seed."""
+"""`diffcore sample`: images of a run or of a diffusers pipeline, by label or prompt and by seed."""
 
 import math
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -9,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from diffcore import images
-from diffcore.commands.arguments import Ints, normalized, trusted
+from diffcore.commands.arguments import Ints, gathered, normalized, trusted
+from diffcore.commands.source import Source, Wanted, settings, source
 from diffcore.guidance import CFG, Guidance, loaded
 from diffcore.process import Process
-from diffcore.run import Run
 from diffcore.samplers import Sampler
-from diffcore.sampling import GRID, SAMPLER, Samples, sample
+from diffcore.sampling import GRID, SAMPLER, sample
 from diffcore.schedules import Even, Grid, Level, Within
 from diffcore.spec import Parser
 from diffcore.weights import write_weights
@@ -30,7 +32,11 @@ class Request:
 
     Args:
         labels: class labels, such as 0-9; none samples without a condition.
-        per_label: samples of each label.
+        prompt: of a pipeline that is told text: a prompt in place of a label; may be repeated.
+        negative: the prompt to be guided away from, in place of none.
+        height: of a pipeline's images in pixels, 0 for its network's own.
+        width: of a pipeline's images in pixels, 0 for its network's own.
+        per_label: samples of each label or prompt.
         seeds: one a sample, such as 0-79; label after label. 0, 1, 2 ... by default.
         sampler: the integrator.
         grid: which levels it visits.
@@ -47,6 +53,10 @@ class Request:
     """
 
     labels: Ints = field(default_factory=Ints)
+    prompt: tuple[str, ...] = ()
+    negative: str = ""
+    height: int = 0
+    width: int = 0
     per_label: int = 1
     seeds: Ints = field(default_factory=Ints)
     sampler: Sampler = field(default_factory=lambda: SAMPLER)
@@ -68,10 +78,12 @@ class Request:
         if self.threads < 0:
             raise ValueError(f"threads is {self.threads}, expected a number, or 0 for torch's choice")
         self._check_start()
-        expected = len(self.labels) * self.per_label
-        if self.labels and self.seeds and len(self.seeds) != expected:
+        if self.labels and self.prompt:
+            raise ValueError("labels and prompts were given, expected one of them: a prompt stands in place of a label")
+        what, expected = "prompts" if self.prompt else "labels", len(self.chosen) * self.per_label
+        if self.chosen and self.seeds and len(self.seeds) != expected:
             raise ValueError(
-                f"seeds are {len(self.seeds)}, expected {expected}: {len(self.labels)} labels x {self.per_label}"
+                f"seeds are {len(self.seeds)}, expected {expected}: {len(self.chosen)} {what} x {self.per_label}"
             )
 
     def _check_start(self) -> None:
@@ -90,9 +102,24 @@ class Request:
         return Within(self.grid, low=-2 * math.log(self.start))
 
     @property
+    def wanted(self) -> Wanted:
+        """What concerns pipelines alone."""
+        return Wanted(self.prompt, self.negative, self.height, self.width)
+
+    @property
+    def chosen(self) -> Sequence[int]:
+        """The labels, each once: prompt k is label k."""
+        return range(len(self.prompt)) if self.prompt else self.labels
+
+    @property
+    def names(self) -> list[str]:
+        """Of these labels, for a picture."""
+        return [textwrap.shorten(text, 40, placeholder="…") for text in self.prompt] or [str(n) for n in self.labels]
+
+    @property
     def condition(self) -> list[int] | None:
         """The label of each sample."""
-        return [label for label in self.labels for _ in range(self.per_label)] or None
+        return [label for label in self.chosen for _ in range(self.per_label)] or None
 
     @property
     def numbers(self) -> list[int]:
@@ -101,32 +128,29 @@ class Request:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Sample the run that the first argument names."""
+    """Sample the run or the pipeline that the first argument names."""
     parser = Parser(
         prog="diffcore sample",
         usage="diffcore sample RUN [--option value ...]",
-        description="Sample the run in folder RUN. Sampler, grid, steps and guidance are the run's unless told otherwise.",
+        description="Sample the run in folder RUN, or the diffusers pipeline saved there. Sampler, grid, steps and guidance "
+        "are the run's unless told otherwise; of a pipeline, guidance is CFG at its own scale.",
     )
     parser.add_argument("--config", action="config", help="a YAML file of these options")
-    parser.add_argument("run", type=str, metavar="RUN", help="the folder of a run")
+    parser.add_argument("run", type=str, metavar="RUN", help="the folder of a run or of a diffusers pipeline")
     parser.add_class_arguments(Request)
-    argv = trusted(normalized(argv))
+    argv = gathered(trusted(normalized(argv)), "prompt")
     if argv and not argv[0].startswith("-"):
-        _default_to(parser, Run(Path(argv[0])), argv)
+        _default_to(parser, settings(Path(argv[0])), argv)
     elif not {"-h", "--help"} & set(argv) and not any(".help" in word for word in argv):
         raise ValueError("the run's folder comes first: diffcore sample RUN --option value ...")
-    settings = parser.parse_args(argv)
-    arguments = parser.instantiate(settings).as_dict()
+    arguments = parser.instantiate(parser.parse_args(argv)).as_dict()
     arguments.pop("config", None)
-    _sample(Run(Path(arguments.pop("run"))), Request(**arguments))
+    _sample(Path(arguments.pop("run")), Request(**arguments))
 
 
-def _default_to(parser: Parser, run: Run, argv: Sequence[str]) -> None:
+def _default_to(parser: Parser, own: dict[str, Any], argv: Sequence[str]) -> None:
     """Make the run's own sampler, grid, steps and guidance the defaults, each unless another class is named in its place."""
-    settings = run.settings()
-    chosen = {
-        name: settings[name] for name in DEFAULTS if name in settings and not _replaced(name, settings[name], argv)
-    }
+    chosen = {name: own[name] for name in DEFAULTS if name in own and not _replaced(name, own[name], argv)}
     if "sample_steps" in chosen:
         chosen["steps"] = chosen.pop("sample_steps")
     parser.set_defaults(chosen)
@@ -140,27 +164,28 @@ def _replaced(name: str, own: Any, argv: Sequence[str]) -> bool:
     return any(word.rpartition(".")[2] != kind.rpartition(".")[2] for word in words)
 
 
-def _sample(run: Run, request: Request) -> None:
+def _sample(folder: Path, request: Request) -> None:
     if request.threads:
         torch.set_num_threads(request.threads)
     device = _device(request.device)
-    denoiser = run.denoiser(device)
-    _check_labels(request.labels, denoiser.process)
-    _check_out(request.out, denoiser.process)
+    opened = source(folder, request.wanted, device)
+    _check_labels(request.labels, opened.denoiser.process)
+    _check_out(request.out, opened.pictures)
+    image = None if request.image is None else opened.encode(images.load(request.image, opened.pictures))
     made = sample(
-        denoiser,
+        opened.denoiser,
         request.sampler,
         request.visited,
         request.steps,
         seeds=request.numbers,
         condition=request.condition,
-        guidance=loaded(request.guidance, lambda folder: Run(Path(folder)).denoiser(device)),
-        image=None if request.image is None else images.load(request.image, denoiser.process),
+        guidance=loaded(request.guidance, lambda weaker: source(Path(weaker), request.wanted, device).denoiser),
+        image=image,
         batch_size=request.batch_size,
         rows=request.rows,
         progress=sys.stderr.isatty(),
     )
-    _write(made, request, denoiser.process)
+    _write(opened.decode(made.x), request, opened)
     print(_knots(made.knots, request.print_knots))
     print(
         f"{len(made.x)} samples of {made.evaluations:g} network evaluations each, {_planned(made.planned)} "
@@ -172,20 +197,20 @@ def _planned(evaluations: int | None) -> str:
     return "as the sampler decided" if evaluations is None else f"{evaluations} planned"
 
 
-def _write(made: Samples, request: Request, process: Process) -> None:
-    out = request.out
-    labels = torch.tensor(request.condition or [process.classes] * len(made.x))
+def _write(x: Tensor, request: Request, opened: Source) -> None:
+    out, pictures = request.out, opened.pictures
+    labels = torch.tensor(request.condition or [opened.denoiser.process.classes] * len(x))
     if out.suffix == ".safetensors":
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_weights(out, {"x": made.x, "seed": torch.tensor(request.numbers), "label": labels})
+        write_weights(out, {"x": x, "seed": torch.tensor(request.numbers), "label": labels})
     elif out.suffix == ".png":
-        rows = [str(label) for label in request.labels]
-        per_row = request.per_label if rows else min(len(made.x), 10)
-        names = rows or [""] * -(-len(made.x) // per_row)
-        images.save(images.grid(made.x, process, names, per_row), out)
+        per_row = request.per_label if request.chosen else min(len(x), 10)
+        names = request.names or [""] * -(-len(x) // per_row)
+        images.save(images.grid(x, pictures, names, per_row), out)
     else:
-        for seed, label, tile in zip(request.numbers, labels.tolist(), images.pixels(made.x, process), strict=True):
-            name = f"label-{label}-seed-{seed}.png" if request.labels else f"seed-{seed}.png"
+        kind = "prompt" if request.prompt else "label"
+        for seed, label, tile in zip(request.numbers, labels.tolist(), images.pixels(x, pictures), strict=True):
+            name = f"{kind}-{label}-seed-{seed}.png" if request.chosen else f"seed-{seed}.png"
             images.save(images.image(tile), out / name)
 
 

@@ -74,6 +74,8 @@ def describe(config: Config, mu: float | None = None) -> Described:
     """
     if "sampler" in config:  # a DiffcoreScheduler's
         own = Settings.read({name: config[name] for name in Settings.__dataclass_fields__ if name in config})
+        if config.get("use_dynamic_shifting"):
+            own = _shifted(own, config, mu)
         return Described(own.schedule, own.prediction_type, own.time, own.sigma_data)
     name, schedule = str(config.get("_class_name")), from_diffusers(config, mu)
     if name in FLOWS or config.get("use_flow_sigmas"):
@@ -89,6 +91,12 @@ def describe(config: Config, mu: float | None = None) -> Described:
             f"prediction and time, as diffcore.process.Process describes them"
         )
     return Described(schedule, _of_table(config, name), TimeConditioning("index", _entries(config)))
+
+
+def _shifted(own: Settings, config: Config, mu: float | None) -> Settings:
+    if mu is None:
+        raise ValueError("use_dynamic_shifting is set: give mu, the μ that the pipeline computes from the image's size")
+    return own.shifted(mu, config.get("time_shift_type", "exponential"))
 
 
 def _entries(config: Config) -> float:

@@ -14,9 +14,9 @@ from diffcore.denoiser import Denoiser, tensor_of
 from diffcore.integrations.configs import config_of, describe, shift_of
 from diffcore.integrations.encoding import encode
 from diffcore.integrations.folder import Parts, parts_of, read_folder
-from diffcore.integrations.networks import Packed, shape_of, takes_text, time_factor, tokens
+from diffcore.integrations.networks import OF_A_FLOW, Packed, shape_of, takes_text, time_factor, tokens
 from diffcore.integrations.prompts import Prompted, Prompts
-from diffcore.process import Process, TimeConditioning
+from diffcore.process import Process
 
 log = logging.getLogger(__name__)
 DROPOUT = 0.1
@@ -24,7 +24,7 @@ DROPOUT = 0.1
 
 
 def from_diffusers(
-    source: str | Path | DiffusionPipeline | nn.Module,
+    source: str | Path | DiffusionPipeline | Parts | nn.Module,
     scheduler: Any = None,
     mu: float | None = None,
     *,
@@ -44,7 +44,7 @@ def from_diffusers(
     Flux's were distilled from a guided one, so that guidance is refused unless dropout is given.
 
     Args:
-        source: a pipeline's folder, a pipeline, or a network.
+        source: a pipeline's folder, a pipeline, its parts, or a network.
         scheduler: of a network alone: its scheduler, or the scheduler's config.
         mu: the shift's μ of a flow with use_dynamic_shifting; of a transformer by default what its pipeline computes from the
             size.
@@ -75,7 +75,7 @@ def _parts(source: Any, scheduler: Any) -> Parts:
         raise ValueError("scheduler was given beside a pipeline, which has its own: pass its network and the scheduler")
     if isinstance(source, DiffusionPipeline):
         return parts_of(source)
-    return read_folder(Path(source))
+    return source if isinstance(source, Parts) else read_folder(Path(source))
 
 
 def _process_fields(parts: Parts, fields: dict[str, Any], mu: float | None) -> dict[str, Any]:
@@ -88,7 +88,12 @@ def _process_fields(parts: Parts, fields: dict[str, Any], mu: float | None) -> d
     config = config_of(parts.scheduler)
     said = describe(config, _mu(config, parts.network, (read | fields)["shape"]) if mu is None else mu)
     read |= {name: value for name, value in said._asdict().items() if value is not None}
-    return read | {"time": _time(said.time, time_factor(parts.network))}
+    if isinstance(parts.network, OF_A_FLOW) and said.prediction != "flow_prediction":
+        raise ValueError(
+            f"{type(parts.network).__name__} is a flow's, but its {config['_class_name']} says {said.prediction}: give it the "
+            f"scheduler that it was trained with, such as FlowMatchEulerDiscreteScheduler"
+        )
+    return read | {"time": replace(said.time, scale=said.time.scale * time_factor(parts.network))}
 
 
 def _shape(network: nn.Module, fields: dict[str, Any]) -> dict[str, Any]:
@@ -101,14 +106,6 @@ def _shape(network: nn.Module, fields: dict[str, Any]) -> dict[str, Any]:
 def _mu(config: dict[str, Any], network: nn.Module, shape: tuple[int, ...]) -> float | None:
     count = tokens(network, shape) if config.get("use_dynamic_shifting") else None
     return None if count is None else shift_of(config, count)
-
-
-def _time(time: TimeConditioning, factor: float) -> TimeConditioning:
-    if factor != 1 and time.variable != "blend":
-        raise ValueError(
-            f"the network is one of a flow, told {factor:g} T a, but its scheduler is not: it is told {time}"
-        )
-    return replace(time, scale=time.scale * factor)
 
 
 def _told(

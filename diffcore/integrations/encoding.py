@@ -15,7 +15,7 @@ import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
-from diffcore.integrations.folder import parts_of
+from diffcore.integrations.folder import network_of
 from diffcore.integrations.networks import config_of, shape_of, takes_text
 from diffcore.integrations.prompts import Prompts
 from diffcore.sampling import evaluating
@@ -50,7 +50,7 @@ def encode(
     """
     if isinstance(prompts, str):
         raise ValueError(f"prompts is {prompts!r}, expected a list of texts, such as [{prompts!r}]")
-    network = parts_of(pipeline).network
+    network = network_of(pipeline)
     if not takes_text(network):
         raise ValueError(f"{type(network).__name__} is told no text: leave the prompts out")
     encoders = [

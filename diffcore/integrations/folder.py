@@ -15,10 +15,17 @@ import torch
 import transformers
 from torch import nn
 
+from diffcore.guidance import CFG
+from diffcore.integrations.latents import factor_of
+from diffcore.integrations.networks import shape_of
+from diffcore.spec import spec
+
 NETWORKS = ("unet", "transformer")
 MODELS = (diffusers.ModelMixin,)
 TEXT_MODELS = (transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase)
 TEXT = ("text_encoder", "tokenizer")
+SCALES = ("true_cfg_scale", "guidance_scale")
+"""Which of a pipeline's arguments is CFG's: where it has both, guidance_scale is what a distilled network is told."""
 
 
 class Parts(NamedTuple):
@@ -40,12 +47,19 @@ class Parts(NamedTuple):
 def parts_of(pipeline: diffusers.DiffusionPipeline) -> Parts:
     """The parts of a pipeline in memory."""
     components: dict[str, Any] = pipeline.components  # type: ignore[attr-defined]
-    networks = [components[name] for name in NETWORKS if components.get(name) is not None]
-    if len(networks) != 1 or components.get("scheduler") is None:
+    if components.get("scheduler") is None:
+        raise ValueError(f"{type(pipeline).__name__} has no scheduler: set pipe.scheduler")
+    return Parts(network_of(pipeline), components["scheduler"], components.get("vae"), lambda: pipeline)
+
+
+def network_of(pipeline: Any) -> nn.Module:
+    """The UNet or transformer of a pipeline in memory."""
+    networks = [part for name in NETWORKS if (part := pipeline.components.get(name)) is not None]
+    if len(networks) != 1:
         raise ValueError(
-            f"{type(pipeline).__name__} has {', '.join(components)}, expected one of {' or '.join(NETWORKS)}, and a scheduler"
+            f"{type(pipeline).__name__} has {', '.join(pipeline.components)}, expected one of {' or '.join(NETWORKS)}"
         )
-    return Parts(networks[0], components["scheduler"], components.get("vae"), lambda: pipeline)
+    return networks[0]
 
 
 def read_folder(folder: Path) -> Parts:
@@ -65,6 +79,33 @@ def read_folder(folder: Path) -> Parts:
     config = read_json(folder / "scheduler" / "scheduler_config.json")
     network = _part(folder, named[0], index)
     return Parts(network, config, vae, lambda: _pipeline(folder, index, {named[0]: network, "vae": vae}))
+
+
+def sized(parts: Parts, height: int, width: int) -> tuple[int, ...]:
+    """The shape of x for images of height and width in pixels; 0 is the network's own."""
+    own = shape_of(parts.network)
+    if own is None or len(own) != 3:
+        raise ValueError(
+            f"the size of {type(parts.network).__name__}'s images is not known: leave height and width out"
+        )
+    factor = 1 if parts.vae is None else factor_of(parts.vae.config)
+    pixels = [asked or size * factor for asked, size in zip((height, width), own[1:], strict=True)]
+    if any(size % factor or size < 0 for size in pixels):
+        raise ValueError(
+            f"height and width are {pixels[0]} and {pixels[1]}, expected multiples of {factor}, as the VAE has it"
+        )
+    return (own[0], *(size // factor for size in pixels))
+
+
+def defaults_of(folder: Path) -> dict[str, Any]:
+    """How a pipeline is sampled unless told otherwise: its guidance_scale, and of a DiffcoreScheduler sampler and grid."""
+    index = read_json(folder / "model_index.json")
+    config = read_json(folder / "scheduler" / "scheduler_config.json")
+    cls: Any = getattr(diffusers, str(index.get("_class_name")), None)
+    taken = inspect.signature(cls.__call__).parameters if callable(cls) else {}
+    scale = next((taken[name].default for name in SCALES if name in taken), 1.0)
+    own = {name: config[name] for name in ("sampler", "grid") if name in config}
+    return own | {"guidance": spec(CFG(float(scale)))}
 
 
 def _present(index: dict[str, Any], name: str) -> bool:
@@ -102,6 +143,10 @@ def _part(folder: Path, name: str, index: dict[str, Any]) -> Any:
     # A text encoder would keep the type of its file, and half precision is slow or not there on a processor.
     options: dict[str, Any] = {"dtype": torch.float32} if issubclass(cls, transformers.PreTrainedModel) else {}
     options |= {"use_safetensors": True} if issubclass(cls, nn.Module) else {}
+    if issubclass(cls, transformers.PreTrainedTokenizerBase):  # without any of its files it would be a new one
+        files = list(cls.vocab_files_names.values())
+        if not any((folder / name / file).is_file() for file in files):
+            raise ValueError(f"{folder / name} holds no tokenizer, expected one of {', '.join(files)}")
     try:
         load: Any = cls.from_pretrained
         return load(folder / name, local_files_only=True, **options)

@@ -23,6 +23,16 @@ class Latents:
 
     vae: nn.Module
 
+    @property
+    def factor(self) -> int:
+        """Pixels on the side of a latent."""
+        return factor_of(self.vae.config)
+
+    @property
+    def channels(self) -> int:
+        """Of the images."""
+        return self._config("out_channels", 3)
+
     def encode(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Latents: the posterior's mean, or with a generator a draw from it."""
         answer: Any = self.vae.encode(image)  # type: ignore[operator]
@@ -48,6 +58,14 @@ class Latents:
     def _config(self, name: str, default: Any) -> Any:
         value = getattr(self.vae.config, name, None)
         return default if value is None else value
+
+
+def factor_of(config: Any) -> int:
+    """Pixels on the side of a latent, by a VAE's config."""
+    blocks = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+    if blocks is None:
+        raise ValueError("the VAE's config has no block_out_channels, which say how many pixels a latent stands for")
+    return int(2 ** (len(blocks) - 1))
 
 
 def _channels(values: list[float], like: Tensor) -> Tensor:

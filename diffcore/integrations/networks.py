@@ -21,6 +21,7 @@ TOLD_TEXT = (
     PixArtTransformer2DModel,
     SanaTransformer2DModel,
 )
+OF_A_FLOW = (SD3Transformer2DModel, FluxTransformer2DModel, SanaTransformer2DModel)
 FLUX_SIZE = 128
 """Of Flux's latents, FluxPipeline's own: its network knows none."""
 

@@ -1,6 +1,7 @@
 """Networks that are told text in our loop: the latents of their own pipelines, with guidance; prompts are labels."""
 
 import math
+import shutil
 
 import diffusers
 import pytest
@@ -15,6 +16,7 @@ from diffcore.samplers import DDIM
 from diffcore.sampling import sample
 from diffcore.schedules import Flow, Trailing
 from tests.integrations import told
+from tests.integrations.test_denoiser import Bomb, edit
 from tests.integrations.tiny import unet, unet_2d_condition
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # theirs, in set_timesteps
@@ -214,7 +216,7 @@ REFUSED = {
     "inpainting": (lambda p: from_diffusers(*other_text(in_channels=9)), "takes 9 channels and answers 4"),
     "images": (lambda p: from_diffusers(*other_text(addition_embed_type="image", encoder_hid_dim=4)), "has addition_embed"),
     "LCM": (lambda p: from_diffusers(*other_text(time_cond_proj_dim=8)), "is told a strength of guidance beside its level"),
-    "a flow's": (lambda p: from_diffusers(told.flux(ddim()), prompts=TEXTS), "the network is one of a flow"),
+    "a flow's": (lambda p: from_diffusers(told.flux(ddim()), prompts=TEXTS), "is a flow's, but its DDIMScheduler says eps"),
 }  # fmt: skip
 
 
@@ -227,4 +229,67 @@ def test_what_cannot_be_asked_is_refused(pipe, case):
     call, message = REFUSED[case]
     with pytest.raises(ValueError, match=message) as caught:
         call(pipe)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_a_saved_pipeline_encodes_its_prompts(tmp_path, zeros):
+    saved = told.sdxl(ddim(), force_zeros_for_empty_prompt=zeros)
+    saved.save_pretrained(tmp_path)
+    denoisers = [from_diffusers(source, prompts=TEXTS) for source in (saved, tmp_path)]
+    states, again = (denoiser.network.prompts.tensors["encoder_hidden_states"] for denoiser in denoisers)
+    torch.testing.assert_close(states, again)  # weights that lie elsewhere are multiplied in another order
+    assert bool(states[2].any()) != zeros
+    made = [sample(denoiser, steps=2, seeds=[0], condition=[1], guidance=CFG(3.0)).x for denoiser in denoisers]
+    assert_near(*made)
+
+
+def test_a_pipeline_without_a_t5_is_encoded_without_it(tmp_path):
+    saved = told.sd3(flow())
+    saved = diffusers.StableDiffusion3Pipeline(**saved.components | {"text_encoder_3": None, "tokenizer_3": None})
+    saved.save_pretrained(tmp_path)
+    states, again = (from_diffusers(source, prompts=TEXTS).network.prompts.tensors for source in (saved, tmp_path))
+    for name, value in states.items():
+        torch.testing.assert_close(value, again[name])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    told.sd(ddim()).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def pickled(folder):
+    (folder / "text_encoder" / "model.safetensors").unlink()
+    torch.save(Bomb(), folder / "text_encoder" / "pytorch_model.bin")
+
+
+def remote(folder):
+    (folder / "text_encoder" / "mine.py").write_text("raise SystemExit('the code was run')")
+    edit(folder / "text_encoder" / "config.json", auto_map={"AutoModel": "mine.Encoder"}, model_type="mine")
+    edit(folder / "model_index.json", text_encoder=["transformers", "AutoModel"])
+
+
+def unread(folder):
+    for path in (folder / "tokenizer").iterdir():
+        path.unlink()
+
+
+BROKEN = [
+    (pickled, "text_encoder cannot be read .*; pickled weights are not opened, convert them first"),
+    (remote, "names transformers.AutoModel as text_encoder, which is no model of diffusers or transformers"),
+    (lambda f: shutil.rmtree(f / "text_encoder"), "text_encoder cannot be read"),
+    (unread, "tokenizer holds no tokenizer, expected one of vocab.json"),
+    (lambda f: edit(f / "model_index.json", tokenizer=["transformers", "pipeline"]), "transformers.pipeline as tokenizer"),
+    (lambda f: edit(f / "model_index.json", text_encoder=[None, None]), "has no text encoder: load it, or pass Prompts"),
+    (lambda f: edit(f / "model_index.json", _class_name="Mine"), "names the pipeline Mine, expected one of diffusers that"),
+    (lambda f: edit(f / "model_index.json", _class_name=["mine", "Mine"]), r"names the pipeline \['mine', 'Mine'\]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "message"), BROKEN, ids=[message[:30] for _, message in BROKEN])
+def test_encoders_that_are_not_whole_or_not_data_are_refused(folder, damage, message):
+    damage(folder)
+    with pytest.raises(ValueError, match=message) as caught:
+        from_diffusers(folder, prompts=TEXTS)
     assert "\n" not in str(caught.value)

@@ -1,0 +1,109 @@
+"""What `diffcore sample` samples: a run, or the folder of a diffusers pipeline."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from diffcore.denoiser import Denoiser
+from diffcore.process import Process
+from diffcore.run import Run
+
+if TYPE_CHECKING:
+    from diffcore.integrations import Latents
+
+
+@dataclass(frozen=True)
+class Source:
+    """A denoiser, and where it works on latents what makes images of them.
+
+    Args:
+        denoiser: a network with its process.
+        latents: between images and what it works on; None where these are the same.
+    """
+
+    denoiser: Denoiser
+    latents: "Latents | None" = None
+
+    @property
+    def pictures(self) -> Process:
+        """The shape and range of the images."""
+        process = self.denoiser.process
+        if self.latents is None:
+            return process
+        height, width = (size * self.latents.factor for size in process.shape[1:])
+        return replace(process, shape=(self.latents.channels, height, width), low=-1.0, high=1.0)
+
+    @torch.no_grad()
+    def decode(self, x: Tensor) -> Tensor:
+        """The images of samples (N, *shape), one after the other, on the host."""
+        if self.latents is None:
+            return x
+        return torch.cat([self.latents.decode(row[None].to(self.denoiser.device)).cpu() for row in x])
+
+    @torch.no_grad()
+    def encode(self, image: Tensor) -> Tensor:
+        """x_0 of an image (C, H, W), on the host."""
+        return image if self.latents is None else self.latents.encode(image[None].to(self.denoiser.device))[0].cpu()
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is wanted of a pipeline, and a run has not.
+
+    Args:
+        prompt: what each label means.
+        negative: what the null label means.
+        height: of the images in pixels, 0 for the network's own.
+        width: of the images in pixels, 0 for the network's own.
+    """
+
+    prompt: Sequence[str] = ()
+    negative: str = ""
+    height: int = 0
+    width: int = 0
+
+
+def is_pipeline(folder: Path) -> bool:
+    """Whether diffusers saved a pipeline there."""
+    return (folder / "model_index.json").is_file()
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    """How it is sampled unless told otherwise: a run's options; of a pipeline its guidance scale, and our scheduler's parts.
+
+    Raises:
+        ValueError: the folder is neither a run's nor a pipeline's.
+    """
+    if not is_pipeline(folder):
+        return Run(folder).settings()
+    from diffcore.integrations.folder import defaults_of
+
+    return defaults_of(folder)
+
+
+def source(folder: Path, wanted: Wanted, device: torch.device) -> Source:
+    """What is in a folder, ready to sample.
+
+    Raises:
+        ValueError: it is neither a run's nor a pipeline's, or what is wanted is not in it.
+    """
+    if is_pipeline(folder):
+        return _of_pipeline(folder, wanted, device)
+    if given := [f"--{name}" for name, value in vars(wanted).items() if value]:
+        raise ValueError(f"{folder} is a run, which is told labels and has one size: leave {' and '.join(given)} out")
+    return Source(Run(folder).denoiser(device))
+
+
+def _of_pipeline(folder: Path, wanted: Wanted, device: torch.device) -> Source:
+    from diffcore.integrations import Latents, from_diffusers  # slow to import, and runs need none of it
+    from diffcore.integrations.folder import read_folder, sized
+
+    parts = read_folder(folder)
+    size: dict[str, Any] = {"shape": sized(parts, wanted.height, wanted.width)} if wanted.height or wanted.width else {}
+    denoiser = from_diffusers(parts, prompts=wanted.prompt, negative=wanted.negative, **size)
+    latents = None if parts.vae is None else Latents(parts.vae.to(device).eval())
+    return Source(denoiser.to(device).eval(), latents)
