@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 
 from diffcore.commands.arguments import gathered
-from diffcore.guidance import CFG
-from diffcore.integrations import DiffcoreScheduler, Latents, from_diffusers
-from diffcore.samplers import DDIM, DPMSolverPP
+from diffcore.denoiser import Denoiser
+from diffcore.guidance import APG, CFG
+from diffcore.integrations import DiffcorePipeline, DiffcoreScheduler, Latents, from_diffusers
+from diffcore.process import Process
+from diffcore.samplers import DDIM, DPMSolverPP, Heun
 from diffcore.sampling import sample
 from diffcore.schedules import Linspace, Trailing, Within
 from diffcore.weights import read_weights
@@ -141,6 +143,18 @@ def test_a_scheduler_of_ours_gives_its_sampler_and_grid(diffcore, tmp_path):
     assert "(DPMSolverPP(variant='2M'" in (ended := diffcore("sample", tmp_path / "pipe", *QUICK, "--out=x.png")).out
     assert "Linspace(" in ended.out
     assert "(DDIM(" in diffcore("sample", tmp_path / "pipe", *QUICK, "--out=x.png", "--sampler=DDIM").out
+
+
+@pytest.mark.parametrize("rule", [CFG(3.0), APG(2.0)])
+def test_a_pipeline_of_ours_is_sampled_as_it_is_by_itself(diffcore, tmp_path, rule):
+    process = Process(shape=(3, 8, 8), low=0.0, classes=4, dropout=0.2)
+    ours = quiet(DiffcorePipeline.of(Denoiser(unet(num_class_embeds=5), process), Heun(), Linspace(0.02), 4, rule))
+    ours.save_pretrained(tmp_path / "pipeline")
+    assert from_diffusers(tmp_path / "pipeline").process == from_diffusers(ours).process == process
+    ended = diffcore("sample", tmp_path / "pipeline", "--labels=1,3", "--batch-size=2", "--out=x.safetensors")
+    assert f"({Heun()}, {Linspace(0.02)}, 4 steps, {rule})" in ended.out, ended.err
+    other = ours(class_labels=[1, 3], seeds=[0, 1], output_type="latent").images
+    torch.testing.assert_close(read_weights(Path("x.safetensors"))["x"], other)
 
 
 def test_prompts_are_read_from_a_file(diffcore, pipelines):

@@ -58,9 +58,9 @@ def from_diffusers(
         ValueError: the configs contradict themselves or do not say enough; the message has the remedy.
     """
     parts = _parts(source, scheduler)
-    read = _process_fields(parts, fields, mu)
-    network, told = _told(parts, prompts, negative, fields, (read | fields)["shape"])
-    read |= told
+    read = _process_fields(parts, parts.said | fields, mu) | parts.said
+    network, told = _told(parts, prompts, negative, parts.said | fields, (read | fields)["shape"])
+    read = read | told | parts.said
     for name in fields.keys() & read.keys() - {"shape"}:
         if fields[name] != read[name]:
             log.warning("%s is %s, in place of %s of the configs", name, fields[name], read[name])

@@ -6,7 +6,8 @@ safetensors.
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,8 @@ from torch import nn
 from diffcore.guidance import CFG
 from diffcore.integrations.latents import factor_of
 from diffcore.integrations.networks import shape_of
-from diffcore.spec import spec
+from diffcore.process import Process
+from diffcore.spec import build, spec
 
 NETWORKS = ("unet", "transformer")
 MODELS = (diffusers.ModelMixin,)
@@ -36,12 +38,14 @@ class Parts(NamedTuple):
         scheduler: its scheduler, or the content of its config.
         vae: where it works on latents.
         pipeline: gives the pipeline, whose text encoders are read when it is called for.
+        said: fields of the Process that the pipeline says itself, if it is a DiffcorePipeline.
     """
 
     network: nn.Module
     scheduler: Any
     vae: nn.Module | None = None
     pipeline: Callable[[], Any] | None = None
+    said: dict[str, Any] = {}  # noqa: RUF012  # of a tuple, and not changed
 
 
 def parts_of(pipeline: diffusers.DiffusionPipeline) -> Parts:
@@ -49,7 +53,15 @@ def parts_of(pipeline: diffusers.DiffusionPipeline) -> Parts:
     components: dict[str, Any] = pipeline.components  # type: ignore[attr-defined]
     if components.get("scheduler") is None:
         raise ValueError(f"{type(pipeline).__name__} has no scheduler: set pipe.scheduler")
-    return Parts(network_of(pipeline), components["scheduler"], components.get("vae"), lambda: pipeline)
+    said = _said(type(pipeline).__name__, pipeline.config)  # type: ignore[attr-defined]
+    return Parts(network_of(pipeline), components["scheduler"], components.get("vae"), lambda: pipeline, said)
+
+
+def _said(kind: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the config of a pipeline of this class says of the process."""
+    given = [f.name for f in fields(Process) if f.name in config] if kind == "DiffcorePipeline" else []
+    own = build(Process, {name: config[name] for name in given})
+    return {name: getattr(own, name) for name in given}
 
 
 def network_of(pipeline: Any) -> nn.Module:
@@ -78,7 +90,8 @@ def read_folder(folder: Path) -> Parts:
     vae = _part(folder, "vae", index) if _present(index, "vae") else None
     config = read_json(folder / "scheduler" / "scheduler_config.json")
     network = _part(folder, named[0], index)
-    return Parts(network, config, vae, lambda: _pipeline(folder, index, {named[0]: network, "vae": vae}))
+    said = _said(index.get("_class_name"), index)
+    return Parts(network, config, vae, lambda: _pipeline(folder, index, {named[0]: network, "vae": vae}), said)
 
 
 def sized(parts: Parts, height: int, width: int) -> tuple[int, ...]:
@@ -98,14 +111,16 @@ def sized(parts: Parts, height: int, width: int) -> tuple[int, ...]:
 
 
 def defaults_of(folder: Path) -> dict[str, Any]:
-    """How a pipeline is sampled unless told otherwise: its guidance_scale, and of a DiffcoreScheduler sampler and grid."""
+    """How a pipeline is sampled unless told otherwise: its guidance_scale; of one of ours sampler, grid, steps and guidance."""
     index = read_json(folder / "model_index.json")
     config = read_json(folder / "scheduler" / "scheduler_config.json")
     cls: Any = getattr(diffusers, str(index.get("_class_name")), None)
     taken = inspect.signature(cls.__call__).parameters if callable(cls) else {}
     scale = next((taken[name].default for name in SCALES if name in taken), 1.0)
-    own = {name: config[name] for name in ("sampler", "grid") if name in config}
-    return own | {"guidance": spec(CFG(float(scale)))}
+    own = {"guidance": spec(CFG(float(scale)))} | {name: config[name] for name in ("sampler", "grid") if name in config}
+    if _said(index.get("_class_name"), index):
+        own |= {"guidance": index["guidance"], "sample_steps": index["num_inference_steps"]}
+    return own
 
 
 def _present(index: dict[str, Any], name: str) -> bool:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffcore.guidance import APG, CFG
-from diffcore.integrations import Prompted, Prompts, encode, from_diffusers
+from diffcore.integrations import DiffcoreScheduler, Prompted, Prompts, encode, from_diffusers
 from diffcore.inversion import invert
 from diffcore.loop import run
 from diffcore.noise import Noise
@@ -86,6 +86,9 @@ def test_flux_is_packed_told_its_strength_and_shifted_by_its_size(dynamic):
     mu = 0.5 + (24 - 256) * 0.65 / 3840 if dynamic else math.log(2)  # of 4 x 6 tokens
     assert denoiser.process.schedule.schedule == Flow()
     assert denoiser.process.schedule.shift == pytest.approx(-2 * mu)
+    told_by_ours = DiffcoreScheduler.from_config(pipe.scheduler.config)
+    again = from_diffusers(pipe.transformer, told_by_ours, prompts=denoiser.network.prompts, shape=shape)
+    assert again.process.schedule.logsnr(0.3) == pytest.approx(denoiser.process.schedule.logsnr(0.3), abs=1e-12)
     packed = {"latents": pipe._pack_latents(x, 2, *shape), "height": 16, "width": 24, "output_type": "latent"}
     for scale, dropout in (
         (1.0, 0.0),
