@@ -60,7 +60,7 @@ class Adams(Sampler, ABC):
             raise ValueError(f"variable is {self.variable!r}, expected one of {', '.join(get_args(Variable))}")
 
     @property
-    def order(self) -> int:  # type: ignore[override]  # nothing but fields in the instance: it is written as YAML
+    def order(self) -> int:
         order = self._order()
         return min(order, 2) if self.variable == "index" else order
 

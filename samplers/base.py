@@ -58,11 +58,13 @@ class State:
 class Sampler(ABC):
     """An integrator of the reverse process. Immutable: one object serves any number of runs and threads."""
 
-    order: int
-    """Order of convergence on a smooth flow (for a stochastic sampler, the weak order)."""
-
     adaptive: bool = False
     """Whether it decides from the samples where to ask, and so how often."""
+
+    @property
+    @abstractmethod
+    def order(self) -> int:
+        """Order of convergence on a smooth flow (for a stochastic sampler, the weak order)."""
 
     def start(self, x: Tensor, knots: tuple[Level, ...], noise: Noise) -> State:
         """The state at the first knot, where x is. Knots: n+1 levels, strictly monotone in λ, any ends."""

@@ -44,7 +44,10 @@ class DPMSolverSDE(Sampler):
             raise ValueError(f"eta is {self.eta}, expected η ≥ 0 (0 is the flow, 1 the reverse SDE)")
         if self.solver not in ("midpoint", "heun"):
             raise ValueError(f"solver is {self.solver!r}, expected midpoint or heun")
-        object.__setattr__(self, "order", min(self.steps, 2) if self.eta else self.steps)
+
+    @property
+    def order(self) -> int:
+        return min(self.steps, 2) if self.eta else self.steps
 
     def advance(self, state: State, prediction: Prediction, noise: Noise) -> State:
         t, s = state.level, state.left[0]

@@ -49,7 +49,10 @@ class DPMSolverPP(Sampler):
     def __post_init__(self) -> None:
         if self.variant not in get_args(Variant):
             raise ValueError(f"variant is {self.variant!r}, expected one of {', '.join(get_args(Variant))}")
-        object.__setattr__(self, "order", {"1": 1, "3M": 3}.get(self.variant, 2))
+
+    @property
+    def order(self) -> int:
+        return {"1": 1, "3M": 3}.get(self.variant, 2)
 
     def advance(self, state: State, prediction: Prediction, noise: Noise) -> State:
         if self.variant == "2S":

@@ -38,7 +38,10 @@ class GradientEstimation(Sampler):
             raise ValueError(f"gamma is {self.gamma}, expected a factor within (0, 10), about 2")
         if not 0 <= self.mu < 1:
             raise ValueError(f"mu is {self.mu}, expected a share of fresh noise within [0, 1)")
-        object.__setattr__(self, "order", 2 if (self.gamma, self.mu) == (1.5, 0) else 1)
+
+    @property
+    def order(self) -> int:
+        return 2 if (self.gamma, self.mu) == (1.5, 0) else 1
 
     @property
     def direct(self) -> bool:

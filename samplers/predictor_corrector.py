@@ -58,8 +58,10 @@ class PredictorCorrector(Sampler):
             raise ValueError(f"snr is {self.snr}, expected within (0, 0.707], where the step 2 snr² is at most 1")
         if self.guides not in ("both", "corrector"):
             raise ValueError(f"guides is {self.guides!r}, expected both or corrector")
-        order = min(self.predictor.order, 1 if self.snr is None else 0)
-        object.__setattr__(self, "order", order if self.corrections else self.predictor.order)
+
+    @property
+    def order(self) -> int:
+        return min(self.predictor.order, 1 if self.snr is None else 0) if self.corrections else self.predictor.order
 
     @property
     def adaptive(self) -> bool:  # type: ignore[override]

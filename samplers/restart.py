@@ -43,7 +43,6 @@ class Restart(Sampler):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "intervals", tuple(tuple(interval) for interval in self.intervals))
-        object.__setattr__(self, "order", self.inner.order)
         for interval in self.intervals:
             low, high, steps, repeats = interval
             if not (0 < low < high < math.inf and steps >= 1 and repeats >= 1):
@@ -51,6 +50,10 @@ class Restart(Sampler):
                     f"interval is {interval}, expected (u_min, u_max, steps, repeats) with 0 < u_min < u_max < inf"
                     f" and at least 1 step and 1 repeat"
                 )
+
+    @property
+    def order(self) -> int:
+        return self.inner.order
 
     @property
     def adaptive(self) -> bool:  # type: ignore[override]

@@ -90,7 +90,10 @@ class AdaptiveRungeKutta(Sampler):
             raise ValueError(f"rtol is {self.rtol}, expected a finite tolerance of at least 0")
         if not 0 < self.atol < 0.5:
             raise ValueError(f"atol is {self.atol}, expected a tolerance within (0, 0.5)")
-        object.__setattr__(self, "order", PAIRS[self.pair].order)
+
+    @property
+    def order(self) -> int:
+        return PAIRS[self.pair].order
 
     def start(self, x: Tensor, knots: tuple[Level, ...], noise: Noise) -> State:
         rounding = 10 * torch.finfo(x.dtype).eps

@@ -46,7 +46,10 @@ class UniPC(Sampler):
             raise ValueError(f"p is {self.p}, expected a predictor of order 1 to 3")
         if self.B not in ("bh1", "bh2"):
             raise ValueError(f"B is {self.B!r}, expected bh1 or bh2")
-        object.__setattr__(self, "order", self.p + 1)
+
+    @property
+    def order(self) -> int:
+        return self.p + 1
 
     def advance(self, state: State, prediction: Prediction, noise: Noise) -> State:
         level, knot = state.level, state.left[0]

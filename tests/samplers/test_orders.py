@@ -113,6 +113,12 @@ def test_every_sampler_is_in_a_table():
     assert concrete(Sampler) == {type(sampler) for sampler in (*ORDERS, *ADAPTIVE, *WEAK)}
 
 
+@pytest.mark.parametrize("sampler", [*ORDERS, *ADAPTIVE, *WEAK], ids=str)
+def test_an_instance_holds_its_fields_alone(sampler):
+    """So that YAML, which writes what an instance holds, reads it back."""
+    assert vars(sampler).keys() == {field.name for field in dataclasses.fields(sampler)}
+
+
 @pytest.mark.parametrize(("sampler", "order"), [*ORDERS.items(), *ADAPTIVE.items()], ids=str)
 def test_the_measured_order_is_the_declared_one(sampler, order):
     """The slope of the finest pair of step counts whose errors are above the reference's own, 5e-13."""
