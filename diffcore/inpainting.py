@@ -87,6 +87,9 @@ class RePaint(Sampler):
             inner = self.inner.start(x, run, _branch(noise, ended, 0))
         return _outer(inner, state.step + passed, ended, later)
 
+    def forget(self, state: State) -> State:
+        return replace(state, memory=state.memory._replace(inner=self.inner.forget(state.memory.inner)))
+
     def guided(self, state: State) -> bool:
         return self.inner.guided(state.memory.inner)
 

@@ -3,10 +3,12 @@
 state = sampler.start(x, knots, noise)
 while not state.done:
 state = sampler.advance(state, guided prediction at (state.x, state.level), noise)
+
+Where guidance changes its mode the flow has a corner: from there the sampler goes on without its past.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -28,6 +30,10 @@ asked about) and the prediction. True stops the run there: its result is state.x
 prediction is the callback's to keep."""
 
 
+SAME = 1e-9
+"""In λ: a level nearer than this to a knot is that knot."""
+
+
 def run(
     denoiser: Denoise,
     sampler: Sampler,
@@ -42,6 +48,7 @@ def run(
     """The loop: x at the first knot to x at the last, and the network evaluations it took for each sample."""
     check_levels(denoiser.process, knots)
     check_guidance(denoiser.process, knots, condition, guidance, sampler)
+    bends = corners(knots, guidance.levels(denoiser.process))
     state, step, memory, evaluations = sampler.start(x, knots, noise), None, None, 0
     while not state.done:
         rule = guidance if sampler.guided(state) else CFG(1.0)
@@ -50,7 +57,7 @@ def run(
         evaluations += asked
         if callback is not None and callback(state.step, state, prediction):
             break
-        state = sampler.advance(state, prediction, noise)
+        state = settled(sampler, sampler.advance(state, prediction, noise), bends)
     return state.x, evaluations
 
 
@@ -69,6 +76,7 @@ def watch(
     """
     check_levels(denoiser.process, knots)
     check_guidance(denoiser.process, knots, condition, guidance, sampler)
+    bends = corners(knots, guidance.levels(denoiser.process))
     state, step, memory = sampler.start(x, knots, noise), None, None
     while not state.done:
         with torch.no_grad():
@@ -76,8 +84,22 @@ def watch(
             step = step_of(denoiser.process, knots, state, step)
             seen = look(denoiser, rule, state.x, condition, memory, step)
             prediction, memory = rule.guide(seen, memory)
-            state = sampler.advance(state, prediction, noise)
+            state = settled(sampler, sampler.advance(state, prediction, noise), bends)
         yield seen
+
+
+def corners(knots: tuple[Level, ...], logsnrs: Sequence[float]) -> frozenset[float]:
+    """λ of the knots at which guidance changes its mode."""
+    return frozenset(
+        float(knot.logsnr) for knot in knots for logsnr in logsnrs if abs(float(knot.logsnr) - logsnr) <= SAME
+    )
+
+
+def settled(sampler: Sampler, state: State, corners: frozenset[float]) -> State:
+    """The state, without its past if it stands at a corner, between two steps (Heun asks about a step's end within it)."""
+    if not corners or state.done or state.level is state.left[0] or float(state.level.logsnr) not in corners:
+        return state
+    return sampler.forget(state)
 
 
 def guided(

@@ -11,20 +11,17 @@ from tqdm import tqdm
 from diffcore.denoiser import Denoise, null_condition
 from diffcore.guidance import CFG, Guidance, networks
 from diffcore.guidance.reference import Condition
-from diffcore.loop import Callback, check_guidance, check_levels, planned, run
+from diffcore.loop import SAME, Callback, check_guidance, check_levels, planned, run
 from diffcore.noise import Noise
 from diffcore.process import Process
-from diffcore.samplers import DDIM, Sampler
-from diffcore.schedules import Grid, Level, Trailing
+from diffcore.samplers import AdamsMoulton, Sampler
+from diffcore.schedules import Grid, Level, UniformBlend
 
-SAMPLER: Sampler = DDIM()
-"""The default; docs/samplers.md says which are closer to the flow at equal evaluations."""
+SAMPLER: Sampler = AdamsMoulton(3, every=10)
+"""The default, with GRID: chosen by distance to the exact flow's end for equal evaluations (docs/benchmarks.md)."""
 
-GRID: Grid = Trailing()
-"""The default."""
-
-SAME = 1e-9
-"""In λ: a level nearer than this to a knot is that knot."""
+GRID: Grid = UniformBlend(1.25, 0.5)
+"""The default: knots from pure noise to clean, densest in λ where the noise is half of the data."""
 
 
 class Samples(NamedTuple):

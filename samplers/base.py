@@ -10,7 +10,7 @@ step is the same in all of them, x_s = α_s x_0 + σ_s ε, and that is its defin
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -73,6 +73,10 @@ class Sampler(ABC):
     @abstractmethod
     def advance(self, state: State, prediction: Prediction, noise: Noise) -> State:
         """The next state, given the network's prediction at (state.x, state.level)."""
+
+    def forget(self, state: State) -> State:
+        """The state at a knot where the flow has a corner, without the past: no polynomial should go through both sides."""
+        return replace(state, memory=None)
 
     @property
     def direct(self) -> bool:

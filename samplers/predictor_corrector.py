@@ -87,6 +87,10 @@ class PredictorCorrector(Sampler):
             return replace(after, memory=Memory(after.memory, left))
         return replace(after, memory=Memory(after.memory, left if self.corrections else after.level, self.corrections))
 
+    def forget(self, state: State) -> State:
+        predictor = self.predictor.forget(replace(state, memory=state.memory.predictor))
+        return replace(state, memory=state.memory._replace(predictor=predictor.memory))
+
     def _corrected(self, state: State, prediction: Prediction, noise: Noise) -> Tensor:
         t, s = state.memory.left, state.level
         share = fresh(t, s) if self.snr is None else 1 - (1 - 2 * self.snr**2) ** 2

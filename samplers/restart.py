@@ -81,6 +81,9 @@ class Restart(Sampler):
             inner = replace(self.inner.start(x, run, _of_run(noise, later)), step=inner.step)
         return _outer(inner, later)
 
+    def forget(self, state: State) -> State:
+        return replace(state, memory=state.memory._replace(inner=self.inner.forget(state.memory.inner)))
+
     def guided(self, state: State) -> bool:
         return self.inner.guided(state.memory.inner)
 

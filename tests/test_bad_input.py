@@ -152,7 +152,7 @@ CASES = {
     ),
     "epsilon from pure noise": (EPSILON, ("pure noise", "epsilon", "use v_prediction", "Karras")),
     "negative guidance": ((*SAMPLE, "--labels=1", "--guidance.scale=-1"), "scale is -1.0"),
-    "eta beyond 1": ((*SAMPLE, "--labels=1", "--sampler.eta=2"), "eta is 2.0"),
+    "eta beyond 1": ((*SAMPLE, "--labels=1", "--sampler=DDIM", "--sampler.eta=2"), "eta is 2.0"),
     "unknown device": ((*SAMPLE, "--labels=1", "--device=gpu"), ("gpu", "cpu, cuda")),
     "a device that is not here": ((*SAMPLE, "--labels=1", "--device=xpu"), "xpu"),
     "negative threads": ((*SAMPLE, "--labels=1", "--threads=-1"), ("threads", "-1")),

@@ -17,6 +17,7 @@ from PIL import Image
 from diffcore.commands import plot
 from diffcore.commands.arguments import Ints, normalized
 from diffcore.run import Run
+from diffcore.sampling import GRID, SAMPLER
 from diffcore.training.trainer import Trainer
 from diffcore.weights import read_weights
 
@@ -249,8 +250,8 @@ def test_the_evaluations_printed_are_those_of_the_network(diffcore, trained, mon
 
 
 def test_every_knot_is_printed_on_request(diffcore, trained):
-    ended = diffcore("sample", trained, *QUICK, "--labels=1", "--out=x.png", "--print-knots=true")
-    knots = [line.split() for line in ended.out.splitlines() if re.match(r"\s+[-\d.inf]+\s+[01]\.\d{5} ", line)]
+    ended = diffcore("sample", trained, *QUICK, "--labels=1", "--out=x.png", "--grid=Trailing", "--print-knots=true")
+    knots = [line.split() for line in ended.out.splitlines() if re.match(KNOT, line)]
     assert [float(knot[1]) for knot in knots] == pytest.approx([1, 2 / 3, 1 / 3, 0], abs=1e-5)
 
 
@@ -263,7 +264,7 @@ GRIDS = {  # σ/α of the knots of three steps
     "--grid=BetaSpacing --grid.a=1 --grid.b=1": [math.inf, 1.7321, 0.57735, 0],
     "--grid=Karras --grid.sigma_max=8 --grid.sigma_min=0.5 --grid.rho=1": [8, 4.25, 0.5, 0],
     "--grid=UniformLogSNR --grid.low=-2 --grid.high=2": [2.7183, 1, 0.36788, 0],
-    "--grid=UniformBlend": [math.inf, 2, 0.5, 0],
+    "--grid=UniformBlend --grid.rho=1 --grid.center=1": [math.inf, 2, 0.5, 0],
     "--grid=AlignYourSteps --grid.table=[8,4,2,1]": [8, 4, 2, 0],
     "--grid=AlignYourSteps --grid.table=svd --steps=10": [
         700,
@@ -343,7 +344,7 @@ def test_seeds_without_labels_are_unconditional(diffcore, trained):
     assert {path.name for path in Path("pictures").iterdir()} == {"seed-4.png", "seed-2.png"}
 
 
-@pytest.mark.parametrize("options", [(), ("--sampler.eta=1",)], ids=["ode", "sde"])
+@pytest.mark.parametrize("options", [(), ("--sampler=DDIM", "--sampler.eta=1")], ids=["ode", "sde"])
 def test_F6_a_sample_is_bit_equal_whatever_is_beside_it_and_in_whatever_order(diffcore, trained, options):
     everything = made(diffcore, trained, "--labels=3,5", "--per-label=5", "--seeds=0-9", *options)
     assert len({value.numpy().tobytes() for value in everything.values()}) == 10
@@ -374,8 +375,7 @@ def test_another_seed_or_label_is_another_sample(diffcore, trained):
 def test_sampler_steps_and_guidance_are_the_runs(diffcore, trained):
     ended = diffcore("sample", trained, "--labels=1", "--out=x.png")
     assert (
-        "1 samples of 50 network evaluations each, 50 planned (DDIM(eta=0.0), Trailing(), 25 steps, CFG(scale=1.5"
-        in ended.out
+        f"1 samples of 50 network evaluations each, 50 planned ({SAMPLER}, {GRID}, 25 steps, CFG(scale=1.5" in ended.out
     )
 
 

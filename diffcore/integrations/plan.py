@@ -5,14 +5,14 @@ them (image-to-image, a refiner): at the beginning of a step the sampler starts 
 the first-order step, and the sampler starts at its end.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffcore.loop import check_levels
+from diffcore.loop import check_levels, corners, settled
 from diffcore.noise import Noise
 from diffcore.prediction import Prediction
 from diffcore.process import Process
@@ -31,22 +31,24 @@ class Plan:
         sampler: the integrator.
         visited: the knots.
         states: one an evaluation.
+        corners: λ of the knots at which guidance changes its mode.
     """
 
     process: Process
     sampler: Sampler
     visited: Knots
     states: tuple[State, ...]
+    corners: frozenset[float] = frozenset()
 
     @classmethod
-    def of(cls, process: Process, sampler: Sampler, knots: Knots) -> "Plan":
-        """The plan of a run over these knots.
+    def of(cls, process: Process, sampler: Sampler, knots: Knots, levels: Sequence[float] = ()) -> "Plan":
+        """The plan of a run over these knots, with corners of the flow at these levels.
 
         Raises:
             ValueError: the network cannot be asked at one of them, or the sampler changes x before it asks.
         """
         check_levels(process, knots)
-        plan = cls(process, sampler, knots, tuple(_states(sampler, knots)))
+        plan = cls(process, sampler, knots, tuple(_states(sampler, knots)), corners(knots, levels))
         if plan.states[0].level != knots[0]:
             raise ValueError(
                 f"{sampler} adds noise before its first question, which a pipeline has asked by then: set churn_max below "
@@ -156,7 +158,7 @@ class Call:
             self.finishing, state = False, state.reached(prediction.at(state.left[0]))
             self.state = state if state.done else sampler.start(state.x, (state.level, *state.left), noise)
         else:
-            self.state = sampler.advance(state, prediction, noise)
+            self.state = settled(sampler, sampler.advance(state, prediction, noise), self.plan.corners)
         return self.state
 
     def _position(self, t: Any) -> int:

@@ -266,7 +266,7 @@ Numbers = tuple[float, ...]
 @lru_cache(32)
 def _plan(settings: Settings, steps: int | None, timesteps: Numbers | None, sigmas: Numbers | None) -> Plan:
     """What a call will ask: worked out once for calls that are alike."""
-    return Plan.of(settings.process, settings.sampler, _knots(settings, steps, timesteps, sigmas))
+    return Plan.of(settings.process, settings.sampler, _knots(settings, steps, timesteps, sigmas), settings.levels)
 
 
 def _knots(

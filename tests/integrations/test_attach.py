@@ -67,6 +67,7 @@ RULES = {
     "APG": (APG(3.0, momentum=-0.5, threshold=5.0), DDIM()),
     "APG, 2M": (APG(3.0), DPMSolverPP("2M")),
     "Interval, Heun": (Interval(CFG(3.0), sigma=BOUNDS), Heun()),
+    "Interval, 2M": (Interval(CFG(3.0), sigma=BOUNDS), DPMSolverPP("2M")),
     "Interval, midpoint": (Interval(APG(3.0), sigma=BOUNDS), AlphaBlending(2)),
     "CFG++": (CFGPlusPlus(0.6), DDIM()),
     "Rescale": (Rescale(CFG(5.0)), DDIM()),

@@ -39,7 +39,7 @@ from diffcore.schedules import (
     UniformLogSNR,
     ZeroTerminalSNR,
 )
-from tests.integrations.tiny import quiet, theirs, unet
+from tests.integrations.tiny import aligned, quiet, theirs, unet
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # theirs, in set_timesteps
 SD = Discrete("scaled_linear", None, 0.00085, 0.012)
@@ -268,6 +268,7 @@ def test_it_is_saved_and_loaded_with_its_pipeline(tmp_path):
     assert index["scheduler"] == ["diffcore.integrations.scheduler", "DiffcoreScheduler"]
     again = quiet(diffusers.DiffusionPipeline.from_pretrained(tmp_path))
     assert again.scheduler.settings == pipe.scheduler.settings
+    aligned(again.unet)
     np.testing.assert_array_equal(again(1, seed(), 3, output_type="np").images, before)
     assert from_diffusers(tmp_path).process == from_diffusers(pipe).process
     other = DiffcoreScheduler.from_config(again.scheduler.config, sampler=DDIM())

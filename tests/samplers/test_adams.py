@@ -24,7 +24,7 @@ from diffcore.samplers import (
     UniPC,
 )
 from diffcore.samplers.adams import Held, Variable
-from diffcore.schedules import Cosine, Explicit, Flow, Karras, Trailing
+from diffcore.schedules import Cosine, Explicit, Flow, Karras, Trailing, UniformBlend
 from tests.oracles import SCALINGS, flow, mixture, process
 from tests.samplers.test_base import SAMPLERS
 from tests.samplers.test_orders import ORDERS
@@ -97,12 +97,19 @@ def test_unipc_is_adams_moulton_for_x0_over_logsnr_but_for_its_secants():
     for step in range(5):
         if step == 3:  # before, the secants: whose state is the other's from here on
             assert not torch.equal(unipc.x, moulton.x)
-            moulton = replace(unipc, memory=type(moulton.memory)(*unipc.memory))
+            moulton = replace(unipc, memory=type(moulton.memory)(3, *unipc.memory))
         unipc, moulton = (
             sampler.advance(state, mixture()(state.x, state.level), NOISE)
             for sampler, state in ((UniPC(3), unipc), (AdamsMoulton(3, "x0", "logsnr"), moulton))
         )
     torch.testing.assert_close(moulton.x, unipc.x, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("steps", "k"), [(1, 1), (9, 1), (10, 2), (19, 2), (20, 3), (40, 3)])
+def test_with_every_a_run_of_few_steps_uses_fewer_values(steps, k):
+    knots = UniformBlend(1.25, 0.5).knots(Cosine(), steps)
+    x, _ = run(mixture(), AdamsMoulton(3, every=10), NOISE.start(), knots, NOISE)
+    assert torch.equal(x, run(mixture(), AdamsMoulton(k), NOISE.start(), knots, NOISE)[0])
 
 
 @cache
@@ -195,6 +202,7 @@ def test_a_map_of_levels_takes_every_row_along_its_own_knots(sampler):
         (lambda: AdamsBashforth(0), "k is 0"),
         (lambda: AdamsBashforth(6), "k is 6"),
         (lambda: AdamsMoulton(5), "k is 5, expected 1 to 4"),
+        (lambda: AdamsMoulton(3, every=-1), "every is -1, expected a number of steps"),
         (lambda: AdamsBashforth(2, "v"), "held is"),
         (lambda: AdamsBashforth(2, "eps", "sigma"), "variable is"),
         (lambda: DPMSolverPP("4M"), "variant is"),

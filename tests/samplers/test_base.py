@@ -47,7 +47,8 @@ def takes_midpoints(sampler):
 
 def in_a(sampler):
     """Whether it needs no exception at the ends, so that the step to the clean level is of its own order."""
-    return takes_midpoints(sampler) or stepper(sampler) in (AdamsBashforth.flow(3), AdamsMoulton(3))
+    forms = (AdamsBashforth.flow(3), AdamsMoulton(3), AdamsMoulton(3, every=2))
+    return takes_midpoints(sampler) or stepper(sampler) in forms
 
 
 ORACLE = mixture()

@@ -51,6 +51,7 @@ FORMULAS = {
 }
 IN_A = {AdamsBashforth.flow(k): formulas.flow(k) for k in (2, 3, 4, 5)}
 IN_A |= {AdamsMoulton(k): formulas.flow_moulton(k) for k in (1, 2, 3, 4)}
+IN_A |= {AdamsMoulton(3, every=2): lambda v, z, a: formulas.flow_moulton(min(3, 1 + (len(a) - 1) // 2))(v, z, a)}
 GRIDS = [
     *((Trailing(), n) for n in (1, 2, 3, 5)),  # from α = 0
     (Karras(), 3),

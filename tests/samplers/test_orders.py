@@ -52,6 +52,7 @@ ORDERS = {  # deterministic samplers; the stochastic ones are in WEAK
     **{AdamsMoulton(k): k + 1 for k in (1, 2, 3, 4)},
     **{AdamsMoulton(2, held, "logsnr"): 3 for held in ("eps", "x0", "velocity")},
     AdamsMoulton(2, "eps", "u"): 3,
+    AdamsMoulton(3, every=2): 4,
     AdamsMoulton(3, "x0", "t"): 4,
     AdamsMoulton(3, "eps", "index"): 2,
     GradientEstimation(): 1,
