@@ -25,7 +25,7 @@ class Followed(Sampler):
     tell: Callable[[State, State], State]
 
     @property
-    def order(self) -> int:  # type: ignore[override]
+    def order(self) -> int:
         return self.inner.order
 
     @property
@@ -38,6 +38,9 @@ class Followed(Sampler):
 
     def start(self, x: Tensor, knots: tuple[Level, ...], noise: Noise) -> State:
         return self.inner.start(x, knots, noise)
+
+    def forget(self, state: State) -> State:
+        return self.inner.forget(state)
 
     def advance(self, state: State, prediction: Prediction, noise: Noise) -> State:
         after = self.inner.advance(state, prediction, noise)

@@ -16,7 +16,7 @@ from diffcore.guidance import APG, CFG, Interval
 from diffcore.integrations import DiffcorePipeline, DiffcoreScheduler, Latents, from_diffusers
 from diffcore.process import Process
 from diffcore.samplers import DDIM, DDPM, AdaptiveRungeKutta, DPMSolverPP, Heun
-from diffcore.sampling import sample
+from diffcore.sampling import GRID, sample
 from diffcore.schedules import Cosine, Discrete, Karras, Trailing, UniformLogSNR
 from tests.integrations.tiny import dit, quiet, unet, vae
 
@@ -152,7 +152,7 @@ def test_each_step_is_told_of_and_may_change_x(plain):
         return {"latents": values["latents"] / 2}
 
     made = plain(seeds=[0], output_type="latent", sampler=Heun(), callback_on_step_end=halve).images
-    knots = Trailing().knots(PLAIN.schedule, 3)
+    knots = GRID.knots(PLAIN.schedule, 3)
     assert [step for step, _, _ in calls] == [0, 1, 2]
     assert [calls[0][1], calls[-1][1]] == [
         told(knots[0]),
