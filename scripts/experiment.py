@@ -18,14 +18,16 @@ def main() -> None:
         inversion: "round trips of a network trained for it, and of an oracle",
         samplers: "on a network trained for it, under guidance",
         variance: "of a batch's loss, with independent levels over with stratified ones",
+        zero_terminal_snr: "mean brightness of samples with and without it; continues what --out holds",
         fields: "guided fields and samples of a mixture in two dimensions",
     }.items():
-        command = commands.add_parser(measure.__name__, help=text)
+        name = measure.__name__.replace("_", "-")
+        command = commands.add_parser(name, help=text)
         command.set_defaults(measure=measure, out=None)
         command.add_argument("--threads", type=int, default=1, help="of the processor")
-        if measure in (training, guidance):
+        if measure in (training, guidance, zero_terminal_snr):
             command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs")
-            command.add_argument("--out", type=Path, default=Path(f"docs/experiments/{measure.__name__}.jsonl"))
+            command.add_argument("--out", type=Path, default=Path(f"docs/experiments/{name}.jsonl"))
         if measure in (inversion, samplers):
             command.add_argument("--steps", type=int, default=400, help="of training, batch 64")
             command.add_argument(
@@ -84,6 +86,18 @@ def variance(arguments: argparse.Namespace) -> None:
 
     for row in rows():
         print(row, flush=True)
+
+
+def zero_terminal_snr(arguments: argparse.Namespace) -> None:
+    """Table and histograms of mean brightness."""
+    from diffcore.evaluation import brightness_study
+    from diffcore.evaluation.study import rows
+
+    for row in brightness_study.study(arguments.out, arguments.seeds):
+        print(row, flush=True)
+    measured = rows(arguments.out)
+    print(f"\n{brightness_study.table([brightness_study.real(), *measured])}")
+    brightness_study.draw(measured, PICTURES / "zero-terminal-snr.png")
 
 
 def fields(arguments: argparse.Namespace) -> None:
