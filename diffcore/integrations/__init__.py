@@ -3,12 +3,14 @@
 from diffcore.integrations.attach import attach
 from diffcore.integrations.denoiser import from_diffusers
 from diffcore.integrations.encoding import encode
+from diffcore.integrations.guider import DiffcoreGuider
 from diffcore.integrations.latents import Latents
 from diffcore.integrations.pipeline import DiffcorePipeline
 from diffcore.integrations.prompts import Prompted, Prompts
 from diffcore.integrations.scheduler import DiffcoreScheduler
 
 __all__ = [
+    "DiffcoreGuider",
     "DiffcorePipeline",
     "DiffcoreScheduler",
     "Latents",

@@ -5,20 +5,27 @@ rule (about the rows that it needs), and answers the guided output F in both hal
 scheduler is ours, so x, λ, the step's two knots and the prediction type are known, and rules act on exact x_0 and ε.
 """
 
+import re
 from typing import Any, Self
 
 from diffusers import DiffusionPipeline
 
-from diffcore.guidance import CFG, GFCG, ClassifierGuidance, Guidance
+from diffcore.guidance import CFG, Guidance
 from diffcore.integrations.configs import config_of
 from diffcore.integrations.folder import parts_of
-from diffcore.integrations.guided import Guided
+from diffcore.integrations.guided import Guided, check_rule
+from diffcore.integrations.in_turn import InTurn
 from diffcore.integrations.scheduler import DiffcoreScheduler
 from diffcore.samplers import DDIM, AlphaBlending, DPMSolverPP, Euler, Sampler
 from diffcore.schedules import Grid
 
-UNCONDITIONAL_FIRST = ("StableDiffusion", "PixArt", "Sana")
-CONDITIONAL_FIRST = ("DiT",)
+FAMILIES = {
+    r"StableDiffusion(XL|3)?(ControlNet(Union)?|Adapter)?(Img2Img|Inpaint(ing)?)?Pipeline": "negative first",
+    r"PixArt(Alpha|Sigma)Pipeline|Sana(ControlNet)?Pipeline": "negative first",
+    r"DiTPipeline": "condition first",
+    r"Flux(ControlNet|Img2Img|Inpaint)?Pipeline": "in turn",
+}
+"""How a pipeline asks about its two halves: in one call of 2B rows, or one after the other."""
 FIRST_ORDER = (DDIM(), Euler(), AlphaBlending(1), DPMSolverPP("1"))
 """Samplers whose step is x_s = α_s x_0 + σ_s ε."""
 
@@ -34,9 +41,10 @@ def attach(
         with attach(pipe, guidance=Interval(APG(4.0), sigma=(0.19, 1.61)), sampler=DPMSolverPP("2M")):
             images = pipe("a prompt", num_inference_steps=25).images
 
-    StableDiffusion (and XL, 3, their img2img, inpaint and ControlNet forms), DiT, PixArt and Sana. The pipeline's
-    `guidance_scale` says only whether it prepares the negative half: leave it above 1 where the rule asks for a reference
-    (with CFG(1.0), 1 saves the work). Everything else that is passed to the network goes with the rows of its half.
+    StableDiffusion (and XL, 3, their img2img, inpaint and ControlNet forms), DiT, PixArt, Sana, and Flux with its true CFG.
+    The pipeline's `guidance_scale` (Flux: `true_cfg_scale`) says only whether it prepares the negative half: leave it above 1
+    where the rule asks for a reference (with CFG(1.0), 1 saves the work). Everything else that is passed to the network
+    goes with the rows of its half.
 
     Args:
         pipe: the pipeline; its network's forward and its scheduler are replaced.
@@ -51,15 +59,16 @@ def attach(
     return Attachment(pipe, guidance, sampler, grid)
 
 
-def _conditional_first(pipe: DiffusionPipeline) -> bool:
-    """Whether the conditional half of the 2B rows comes first."""
-    name = type(pipe).__name__
-    if not name.startswith((*UNCONDITIONAL_FIRST, *CONDITIONAL_FIRST)):
-        raise ValueError(
-            f"{name} is not known here, expected one of {', '.join((*UNCONDITIONAL_FIRST, *CONDITIONAL_FIRST))}...: give it a "
-            f"DiffcoreScheduler, which any pipeline takes, and guide by its own scale"
-        )
-    return name.startswith(CONDITIONAL_FIRST)
+def _order(pipe: DiffusionPipeline) -> str:
+    """How it asks about its two halves."""
+    names = [kind.__name__ for kind in type(pipe).__mro__]
+    for pattern, order in FAMILIES.items():
+        if any(re.fullmatch(pattern, name) for name in names):
+            return order
+    raise ValueError(
+        f"{names[0]} is not known here, expected StableDiffusion, XL or 3 (image-to-image, inpainting, ControlNet), PixArt, "
+        f"Sana, DiT or Flux: give it a DiffcoreScheduler, which any pipeline takes, and guide by its own scale"
+    )
 
 
 class Attachment:
@@ -67,15 +76,21 @@ class Attachment:
 
     def __init__(self, pipe: Any, guidance: Guidance, sampler: Sampler | None, grid: Grid | None) -> None:
         self.pipe = pipe
-        first = _conditional_first(pipe)
+        order = _order(pipe)
         self.network: Any = parts_of(pipe).network
         self._scheduler = self.pipe.scheduler
         self._before = vars(self.network).get("forward")
         if isinstance(self._before, Guided):
             raise ValueError("this pipeline has guidance of ours already: detach it first")
         scheduler = _scheduler(self._scheduler, guidance, sampler, grid)
-        self.network.forward = Guided(
-            self.network, self.network.forward, scheduler, guidance, first, lambda: _doubles(pipe)
+        kind = InTurn if order == "in turn" else Guided
+        self.network.forward = kind(
+            self.network,
+            self.network.forward,
+            scheduler,
+            guidance,
+            order == "condition first",
+            lambda: getattr(pipe, "do_classifier_free_guidance", None),
         )
         self.pipe.scheduler = scheduler
 
@@ -95,19 +110,11 @@ class Attachment:
         self.detach()
 
 
-def _doubles(pipe: Any) -> bool | None:
-    """Whether the call under way prepares both halves, where the pipeline says so."""
-    return getattr(pipe, "do_classifier_free_guidance", None)
-
-
 def _scheduler(own: Any, guidance: Guidance, sampler: Sampler | None, grid: Grid | None) -> DiffcoreScheduler:
     chosen: dict[str, Any] = {name: part for name, part in (("sampler", sampler), ("grid", grid)) if part is not None}
     scheduler = DiffcoreScheduler.from_config(config_of(own), **chosen)
     settings = scheduler.settings
-    if any(isinstance(part, (ClassifierGuidance, GFCG)) for part in guidance.parts()):
-        raise ValueError(
-            f"{guidance} reads class labels, which a pipeline's condition is not: use CFG, APG or Interval"
-        )
+    check_rule(guidance)
     if not guidance.consistent and settings.sampler not in FIRST_ORDER:
         raise ValueError(f"{guidance} breaks x = α x_0 + σ ε, which {settings.sampler} relies on: use DDIM(), or CFG")
     return DiffcoreScheduler.from_config(scheduler.config, levels=guidance.levels(settings.process))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from diffcore.guidance import CFG, Guidance, Step, Unconditional
+from diffcore.guidance import CFG, GFCG, ClassifierGuidance, Guidance, Seen, Step, Unconditional
 from diffcore.integrations.plan import Call
 from diffcore.integrations.scheduler import DiffcoreScheduler
 from diffcore.loop import check_guidance, look, step_of
@@ -53,18 +53,27 @@ class Asked:
         """B."""
         return len(self.x) // (2 if self.process.classes else 1)
 
+    def sample(self, level: Level) -> Tensor:
+        """(B, ...) x in float32 or better: not scaled, without what else is in its channels, such as a mask and its image."""
+        channels = getattr(getattr(self.network, "config", None), "out_channels", None)
+        x = self.x[: self.rows, : channels if self.x.ndim > 3 else None]
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return x * edm_norm(level, self.process.sigma_data) if self.process.prediction == "edm" else x
+
     def __call__(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Prediction:
         process = self.process
-        args, kwargs = self._of(self._places(condition, len(x), x.device))
+        places = self._places(condition, len(x), x.device)
+        args, kwargs = self._of(places)
         scaled = x / edm_norm(level, process.sigma_data) if process.prediction == "edm" else x
-        answer = self.forward(scaled.to(self.x.dtype), *args, **kwargs)
+        whole = torch.cat([scaled.to(self.x.dtype), self.x[places, x.shape[1] :]], 1)
+        answer = self.forward(whole, *args, **kwargs)
         self.answer = answer if self.answer is None else self.answer
-        output = _output(answer)[:, : x.shape[1]].to(x.dtype)
+        output = output_of(answer)[:, : x.shape[1]].to(x.dtype)
         return predict(process.prediction, output, x, level, process.sigma_data)
 
     def answered(self, output: Tensor) -> Any:
         """The guided output in the form in which the pipeline expects it: its rows, its channels, its type."""
-        asked = _output(self.answer)
+        asked = output_of(self.answer)
         variance = asked[: self.rows, output.shape[1] :]
         whole = torch.cat([output.to(asked.dtype), variance], 1)
         whole = torch.cat([whole] * (len(self.x) // self.rows))
@@ -94,11 +103,25 @@ class Progress:
         doubled: whether both halves are there.
         memory: the rule's.
         step: of the last evaluation.
+        asked: whether the network has been asked at this evaluation.
+        waits: for whom an answer waits that has no content yet.
     """
 
     doubled: bool
     memory: Any = None
     step: Step | None = None
+    asked: Any = None
+    waits: Guidance | None = None
+
+    def settle(self) -> None:
+        """The scheduler steps: the evaluation is over.
+
+        Raises:
+            ValueError: the negative half has not come.
+        """
+        if self.waits is not None:
+            raise ValueError(unmet(self.waits))
+        self.asked = None
 
 
 class Guided:
@@ -126,31 +149,35 @@ class Guided:
         self.conditional_first, self.doubles = conditional_first, doubles
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        x, args, kwargs = _input(args, kwargs)
+        x, args, kwargs = asked_about(args, kwargs)
         call = self.scheduler.call
-        state = call.now(_time(args, kwargs))
+        state = call.now(self._time(args, kwargs))
         if call.guided is None:
             call.guided = self._begun(call, x)
         progress: Progress = call.guided
-        asked = Asked(
-            self.network, self.forward, self._process(call, progress.doubled), x, args, kwargs, self.conditional_first
-        )
-        progress.step = step_of(asked.process, call.knots, state, progress.step)
+        process = self._process(call, progress.doubled)
+        asked = Asked(self.network, self.forward, process, x, args, kwargs, self.conditional_first)
+        if progress.asked is None:
+            progress.step = step_of(process, call.knots, state, progress.step)
         rule = self.guidance if call.plan.sampler.guided(state) else CFG(1.0)
-        prediction, progress.memory = self._guided(rule, asked, progress)
-        level, sigma_data = state.level, asked.process.sigma_data
-        return asked.answered(target(asked.process.prediction, *prediction, level, sigma_data))
+        return self._answer(rule, asked, progress)
 
-    def _guided(self, rule: Guidance, asked: Asked, progress: Progress) -> tuple[Prediction, Any]:
-        step = progress.step
-        assert step is not None
-        x = asked.x[: asked.rows].to(torch.promote_types(asked.x.dtype, torch.float32))
-        if asked.process.prediction == "edm":
-            x = x * edm_norm(step.level, asked.process.sigma_data)
+    def _answer(self, rule: Guidance, asked: Asked, progress: Progress) -> Any:
+        """What the pipeline gets."""
+        if progress.asked:
+            raise ValueError(
+                "the pipeline asks its network twice at a level: leave out what does, such as skip_guidance_layers"
+            )
+        assert progress.step is not None
+        progress.asked, step, x = True, progress.step, asked.sample(progress.step.level)
         condition = torch.zeros(len(x), dtype=torch.int64, device=x.device) if progress.doubled else None
-        seen = look(asked, rule, x, condition, progress.memory, step)
-        prediction, memory = rule.guide(seen, progress.memory)
-        return (prediction if rule.consistent else same_step(prediction, x, step)), memory
+        return asked.answered(guide(rule, look(asked, rule, x, condition, progress.memory, step), progress))
+
+    def _time(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the scheduler says of the level that the network is told."""
+        t = args[0] if args else kwargs["timestep"]
+        t = t.flatten()[0] if isinstance(t, Tensor) else t
+        return t / getattr(getattr(self.network, "config", None), "timestep_scale", 1.0)
 
     def _process(self, call: Call, doubled: bool) -> Process:
         """Of one class, which a negative half makes droppable."""
@@ -163,15 +190,15 @@ class Guided:
             ValueError: the rule cannot guide this call.
         """
         doubled = self._doubled(x)
-        process, condition = self._process(call, doubled), torch.zeros(1, dtype=torch.int64) if doubled else None
-        steps = (step_of(process, call.knots, state) for state in call.plan.states)
+        steps = (step_of(call.plan.process, call.knots, state) for state in call.plan.states)
         if not doubled and any(isinstance(r, Unconditional) for s in steps for r in self.guidance.asks(s, None)):
-            raise ValueError(
-                f"{self.guidance} needs the negative half, which the pipeline leaves out: call it with guidance_scale above 1 "
-                f"(its value is not used), or attach CFG(1.0)"
-            )
-        check_guidance(process, call.knots, condition, self.guidance, call.plan.sampler)
+            raise ValueError(unmet(self.guidance))
+        self._check(call, doubled)
         return Progress(doubled)
+
+    def _check(self, call: Call, doubled: bool) -> None:
+        process, condition = self._process(call, doubled), torch.zeros(1, dtype=torch.int64) if doubled else None
+        check_guidance(process, call.knots, condition, self.guidance, call.plan.sampler)
 
     def _doubled(self, x: Tensor) -> bool:
         """Whether x holds each sample twice; where the pipeline does not say, seen once a call."""
@@ -182,6 +209,21 @@ class Guided:
         return bool(second) and len(x) % 2 == 0 and torch.equal(first, second[0])
 
 
+def unmet(rule: Guidance) -> str:
+    """What to do where a pipeline leaves out the negative half."""
+    return (
+        f"{rule} needs the negative half, which the pipeline leaves out: call it with guidance_scale above 1 (Flux: "
+        f"true_cfg_scale, and a negative prompt; its value is not used), or attach CFG(1.0)"
+    )
+
+
+def guide(rule: Guidance, seen: Seen, progress: Progress) -> Tensor:
+    """The network's output that means the guided prediction."""
+    prediction, progress.memory = rule.guide(seen, progress.memory)
+    pair = prediction if rule.consistent else same_step(prediction, seen.x, seen.step)
+    return target(seen.step.process.prediction, *pair, seen.step.level, seen.step.process.sigma_data)
+
+
 def same_step(prediction: Prediction, x: Tensor, step: Step) -> Prediction:
     """The pair with x = α x_0 + σ ε whose first-order step leads where this one's does."""
     t, s = step.level, step.end
@@ -189,7 +231,13 @@ def same_step(prediction: Prediction, x: Tensor, step: Step) -> Prediction:
     return Prediction((s.sigma * x - t.sigma * y) / det, (t.alpha * y - s.alpha * x) / det)
 
 
-def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+def check_rule(rule: Guidance) -> None:
+    """Raise where a rule reads labels, which pipelines have not."""
+    if any(isinstance(part, (ClassifierGuidance, GFCG)) for part in rule.parts()):
+        raise ValueError(f"{rule} reads class labels, which a pipeline's condition is not: use CFG, APG or Interval")
+
+
+def asked_about(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
     """x, and the other arguments; all of them by position or by name."""
     if args:
         return args[0], args[1:], kwargs
@@ -197,10 +245,5 @@ def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple
     return kwargs[name], (), {key: value for key, value in kwargs.items() if key != name}
 
 
-def _time(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    t = args[0] if args else kwargs["timestep"]
-    return t.flatten()[0] if isinstance(t, Tensor) else t
-
-
-def _output(answer: Any) -> Tensor:
+def output_of(answer: Any) -> Tensor:
     return answer[0] if isinstance(answer, tuple) else answer.sample

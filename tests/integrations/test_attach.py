@@ -10,13 +10,9 @@ import torch
 
 from diffcore.guidance import APG, CFG, GFCG, AdaptiveGuidance, CFGPlusPlus, Interval, PerturbedAttention, Rescale
 from diffcore.integrations import DiffcoreScheduler, attach
-from diffcore.loop import planned, run
-from diffcore.noise import Noise
-from diffcore.prediction import predict
+from diffcore.loop import planned
 from diffcore.samplers import DDIM, AlphaBlending, DPMSolverPP, EulerAncestral, Heun
-from diffcore.sampling import with_levels
-from diffcore.schedules import Trailing
-from tests.integrations.tiny import NEGATIVE, PROMPT, dit_pipeline, flux, sd3, stable_diffusion
+from tests.integrations.tiny import NEGATIVE, PROMPT, dit_pipeline, own, scaled, sd3, seed, stable_diffusion
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # theirs, in set_timesteps
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
@@ -25,40 +21,19 @@ POOLED = {"pooled_prompt_embeds": PROMPT[:, 0], "negative_pooled_prompt_embeds":
 BOUNDS = (0.4, 3.0)
 
 
-def seed(number=0):
-    return torch.Generator().manual_seed(number)
-
-
 def sd(**config):
     return stable_diffusion(diffusers.DDIMScheduler(clip_sample=False, timestep_spacing="trailing", **SD | config))
 
 
-def scaled(a, b):
-    """The greatest difference over the greatest value."""
-    return ((a - b).abs().max() / b.abs().max()).item()
-
-
-class Text:
-    """Independent of what is tested: the UNet as a denoiser of a prompt (label 0) or the negative one (null label 1)."""
-
-    def __init__(self, pipe, process):
-        self.network, self.process = pipe.unet, replace(process, classes=1, dropout=0.1, shape=(4, 8, 8))
-
-    def __call__(self, x, level, condition=None):
-        embeddings = torch.cat([NEGATIVE if label else PROMPT for label in condition.tolist()])
-        t = torch.full((len(x),), self.process.time(level))
-        output = self.network(x, t, encoder_hidden_states=embeddings, return_dict=False)[0]
-        return predict(self.process.prediction, output, x, level, 1.0)
-
-
-@torch.no_grad()
-def own(pipe, rule, sampler, steps):
+def own_text(pipe, rule, sampler, steps):
     """The latents of our own loop."""
+
+    def ask(unet, x, t, label):
+        embeddings = NEGATIVE if label else PROMPT
+        return unet(x, t, encoder_hidden_states=embeddings, return_dict=False)[0]
+
     process = DiffcoreScheduler.from_config(pipe.scheduler.config).settings.process
-    denoise = Text(pipe, process)
-    knots = with_levels(Trailing().knots(process.schedule, steps), rule.levels(process))
-    x, noise = torch.randn(1, 4, 8, 8, generator=seed()), Noise(torch.tensor([0]), (4, 8, 8))
-    return run(denoise, sampler, x, knots, noise, rule, torch.tensor([0]))[0]
+    return own(pipe.unet, ask, process, rule, sampler, steps, torch.randn(1, 4, 8, 8, generator=seed()))[0]
 
 
 RULES = {
@@ -81,7 +56,7 @@ RULES = {
 def test_stable_diffusion_gives_the_latents_of_our_own_loop(name, prediction):
     rule, sampler = RULES[name]
     pipe = sd(prediction_type=prediction)
-    expected = own(pipe, rule, sampler, 5)
+    expected = own_text(pipe, rule, sampler, 5)
     with attach(pipe, guidance=rule, sampler=sampler):
         mine = pipe(num_inference_steps=5, guidance_scale=7.5, generator=seed(), **TEXT).images
     assert scaled(mine, expected) < 1e-5
@@ -218,8 +193,13 @@ def unguided(pipe):
         pipe(num_inference_steps=2, guidance_scale=1.0, **TEXT)
 
 
+def pix2pix(pipe):
+    """Three halves: text and image, image, neither."""
+    return stable_diffusion(pipe.scheduler, diffusers.StableDiffusionInstructPix2PixPipeline, in_channels=8)
+
+
 BAD = [
-    (lambda pipe: attach(flux(pipe.scheduler)), "FluxPipeline is not known here, expected one of StableDiffusion"),
+    (lambda pipe: attach(pix2pix(pipe)), "InstructPix2PixPipeline is not known here, expected StableDiffusion, XL or 3"),
     (again, "has guidance of ours already: detach it first"),
     (unguided, "call it with guidance_scale above 1"),
     (lambda pipe: attach(pipe, CFGPlusPlus(0.6), Heun()), "breaks x = α x_0 .* use DDIM"),

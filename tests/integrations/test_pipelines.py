@@ -9,7 +9,18 @@ import torch
 from diffcore.integrations import DiffcoreScheduler
 from diffcore.samplers import DDIM, DDPM, DPMSolverPP, Euler, EulerAncestral, Heun, UniPC
 from diffcore.schedules import Trailing
-from tests.integrations.tiny import NEGATIVE, PROMPT, dit_pipeline, flux, quiet, sd3, stable_diffusion, unet
+from tests.integrations.tiny import (
+    NEGATIVE,
+    PROMPT,
+    dit_pipeline,
+    flux,
+    quiet,
+    scaled,
+    sd3,
+    seed,
+    stable_diffusion,
+    unet,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # theirs, in set_timesteps
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
@@ -17,20 +28,11 @@ TEXT = {"prompt_embeds": PROMPT, "negative_prompt_embeds": NEGATIVE, "guidance_s
 POOLED = {"pooled_prompt_embeds": PROMPT[:, 0], "negative_pooled_prompt_embeds": NEGATIVE[:, 0]}
 
 
-def seed(number=0):
-    return torch.Generator().manual_seed(number)
-
-
 def both(pipe, call, **ours):
     """What a pipeline gives with its own scheduler and with ours, made from its config."""
     other = call(pipe)
     pipe.scheduler = DiffcoreScheduler.from_config(pipe.scheduler.config, **ours)
     return call(pipe), other
-
-
-def scaled(a, b):
-    """The greatest difference over the greatest value."""
-    return ((a - b).abs().max() / b.abs().max()).item()
 
 
 EQUAL = {  # theirs, its config, our sampler

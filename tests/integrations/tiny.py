@@ -1,7 +1,16 @@
 """Tiny networks of diffusers with random weights, and diffusers' own loop around them."""
 
+from contextlib import contextmanager
+from dataclasses import replace
+
 import diffusers
 import torch
+
+from diffcore.loop import run
+from diffcore.noise import Noise
+from diffcore.prediction import predict
+from diffcore.sampling import with_levels
+from diffcore.schedules import Trailing
 
 
 def seeded(make, seed=0):
@@ -50,6 +59,9 @@ TEXT = torch.Generator().manual_seed(3)
 PROMPT, NEGATIVE = (torch.randn(1, 5, 8, generator=TEXT) for _ in range(2))
 
 
+NO_TEXT = {f"{part}{i}": None for part in ("text_encoder", "tokenizer") for i in ("", "_2", "_3")}
+
+
 def quiet(pipe):
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -71,11 +83,47 @@ def stable_diffusion(scheduler, kind=diffusers.StableDiffusionPipeline, **config
     return quiet(kind(unet=network, vae=vae(), scheduler=scheduler, requires_safety_checker=False, **others))
 
 
+def xl_unet(**config):
+    """With SDXL's pooled embedding (8 wide) and six numbers of size (2 wide each)."""
+    embedded = {"addition_embed_type": "text_time", "addition_time_embed_dim": 2}
+    return unet_2d_condition(**embedded, projection_class_embeddings_input_dim=8 + 6 * 2, **config)
+
+
+def sdxl(scheduler, kind=diffusers.StableDiffusionXLPipeline):
+    text = {name: value for name, value in NO_TEXT.items() if name[-1] != "3"}
+    return quiet(kind(unet=xl_unet(), vae=vae(), scheduler=scheduler, add_watermarker=False, **text))
+
+
+def controlnet(scheduler):
+    network = seeded(lambda: diffusers.ControlNetModel(
+        in_channels=4, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1, attention_head_dim=2,
+        cross_attention_dim=8, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        conditioning_embedding_out_channels=(4, 8),
+    ), 2)  # fmt: skip
+    others = {"text_encoder": None, "tokenizer": None, "safety_checker": None, "feature_extractor": None}
+    return quiet(diffusers.StableDiffusionControlNetPipeline(
+        unet=unet_2d_condition(), vae=vae(), controlnet=network, scheduler=scheduler, requires_safety_checker=False, **others
+    ))  # fmt: skip
+
+
+def with_ip_adapter(unet, width=8):
+    """The network, whose cross-attention reads four tokens of an image too."""
+    tokens = 4 * width
+    shapes = {"proj.weight": (tokens, width), "proj.bias": (tokens,), "norm.weight": (width,), "norm.bias": (width,)}
+    drawn, attention = seed(7), {}
+    names = list(unet.attn_processors)
+    for place, name in enumerate(names):
+        if "attn2" in name:
+            inner = unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
+            for kind in ("to_k_ip", "to_v_ip"):
+                attention[f"{place}.{kind}.weight"] = torch.randn(inner, width, generator=drawn)
+    projection = {name: torch.randn(shape, generator=drawn) for name, shape in shapes.items()}
+    unet._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": attention}], low_cpu_mem_usage=False)
+    return unet
+
+
 def dit_pipeline(scheduler):
     return quiet(diffusers.DiTPipeline(transformer=dit(), vae=vae(), scheduler=scheduler))
-
-
-NO_TEXT = {f"{part}{i}": None for part in ("text_encoder", "tokenizer") for i in ("", "_2", "_3")}
 
 
 def sd3(scheduler, kind=diffusers.StableDiffusion3Pipeline):
@@ -86,13 +134,58 @@ def sd3(scheduler, kind=diffusers.StableDiffusion3Pipeline):
     return quiet(kind(transformer=network, vae=vae(shift_factor=0.1), scheduler=scheduler, **NO_TEXT))
 
 
-def flux(scheduler):
+def flux(scheduler, kind=diffusers.FluxPipeline):
     network = seeded(lambda: diffusers.FluxTransformer2DModel(
         in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(4, 4, 8),
     ))  # fmt: skip
     text = {name: value for name, value in NO_TEXT.items() if name[-1] != "3"}
-    return quiet(diffusers.FluxPipeline(transformer=network, vae=vae(shift_factor=0.1), scheduler=scheduler, **text))
+    return quiet(kind(transformer=network, vae=vae(shift_factor=0.1), scheduler=scheduler, **text))
+
+
+class Halves:
+    """Independent of what is tested: a network as a denoiser of a prompt (label 0) or the negative one (null label 1).
+
+    `ask(network, x, t, label)` is its output for one row.
+    """
+
+    def __init__(self, network, ask, process, shape):
+        self.network, self.ask, self.process = network, ask, replace(process, classes=1, dropout=0.1, shape=shape)
+
+    def __call__(self, x, level, condition=None):
+        t = torch.full((1,), self.process.time(level))
+        rows = zip(x.split(1), condition.tolist(), strict=True)
+        output = torch.cat([self.ask(self.network, row, t, label) for row, label in rows])
+        return predict(self.process.prediction, output, x, level, 1.0)
+
+
+@torch.no_grad()
+def own(network, ask, process, rule, sampler, steps, x):
+    """What our own loop makes of x over Trailing knots, and the rows that it asks about."""
+    denoise = Halves(network, ask, process, tuple(x.shape[1:]))
+    knots = with_levels(Trailing().knots(process.schedule, steps), rule.levels(process))
+    noise, labels = Noise(torch.arange(len(x)), tuple(x.shape[1:])), torch.zeros(len(x), dtype=torch.int64)
+    made, evaluations = run(denoise, sampler, x, knots, noise, rule, labels)
+    return made, len(x) * evaluations
+
+
+def seed(number=0):
+    return torch.Generator().manual_seed(number)
+
+
+def scaled(a, b):
+    """The greatest difference over the greatest value."""
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+@contextmanager
+def rows_of(network):
+    """The number of rows of each forward within."""
+    asked = []
+    first = next(m for m in network.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear)))
+    handle = first.register_forward_hook(lambda module, inputs, output: asked.append(len(output)))
+    yield asked
+    handle.remove()
 
 
 @torch.no_grad()
