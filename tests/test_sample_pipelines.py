@@ -21,7 +21,7 @@ from diffcore.sampling import sample
 from diffcore.schedules import Linspace, Trailing, Within
 from diffcore.weights import read_weights
 from tests.integrations import told
-from tests.integrations.tiny import dit_pipeline, quiet, unet
+from tests.integrations.tiny import dit_pipeline, quiet, stable_diffusion, unet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,6 +39,7 @@ def pipelines(tmp_path_factory):
     made = {
         "sd": told.sd(scheduler()),
         "dit": dit_pipeline(scheduler()),
+        "bare": stable_diffusion(scheduler()),
         "ddpm": quiet(diffusers.DDPMPipeline(unet(), diffusers.DDPMScheduler(clip_sample=False))),
     }
     folders = {name: tmp_path_factory.mktemp("pipelines") / name for name in made}
@@ -172,6 +173,7 @@ def test_a_prompt_is_taken_as_it_is():
 
 
 REFUSED = {
+    "no encoder": ("bare", "--prompt=a", "this StableDiffusionPipeline has no text_encoder and no tokenizer: load it"),
     "no text": ("ddpm", "--prompt=a", "UNet2DModel is told no text: leave prompts and negative out"),
     "labels and prompts": ("sd", "--prompt=a --labels=1", "labels and prompts were given, expected one of them"),
     "seeds": ("sd", "--prompt=a --prompt=b --seeds=1", "seeds are 1, expected 2: 2 prompts x 1"),

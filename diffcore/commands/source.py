@@ -80,9 +80,18 @@ def settings(folder: Path) -> dict[str, Any]:
     """
     if not is_pipeline(folder):
         return Run(folder).settings()
+    _quiet()
     from diffcore.integrations.folder import defaults_of
 
     return defaults_of(folder)
+
+
+def _quiet() -> None:
+    """Leave out transformers' bars and hints, among which an error would be lost."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def source(folder: Path, wanted: Wanted, device: torch.device) -> Source:

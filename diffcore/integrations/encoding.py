@@ -46,24 +46,36 @@ def encode(
         strength: of guidance, for a network that was distilled from a guided one (Flux's guidance_embeds).
 
     Raises:
-        ValueError: a network that is told nothing or something else, or no text encoder.
+        ValueError: a network that is told nothing or something else, or a text encoder or tokenizer missing.
     """
     if isinstance(prompts, str):
         raise ValueError(f"prompts is {prompts!r}, expected a list of texts, such as [{prompts!r}]")
     network = network_of(pipeline)
     if not takes_text(network):
         raise ValueError(f"{type(network).__name__} is told no text: leave the prompts out")
-    encoders = [
-        part for name, part in pipeline.components.items() if name.startswith("text_encoder") and part is not None
-    ]
-    if not encoders:
-        raise ValueError(f"this {type(pipeline).__name__} has no text encoder: load it, or pass Prompts encoded before")
-    told = _told(network)
-    with torch.no_grad(), evaluating(nn.ModuleList(encoders)):
+    told, encoders = _told(network), nn.ModuleList(_encoders(pipeline))
+    with torch.no_grad(), evaluating(encoders):
         rows = [told(pipeline, text, False) for text in prompts] + [told(pipeline, negative, True)]
     told_all = _same(network, size or _size(pipeline, network), strength)
     same = {name: value.expand(len(rows), *value.shape) for name, value in told_all.items()}
     return Prompts({name: torch.cat([row[name] for row in rows]).cpu() for name in rows[0]} | same, tuple(prompts))
+
+
+def _encoders(pipe: Any) -> list[nn.Module]:
+    """A pipeline's text encoders, each with its tokenizer; only T5 beside two of CLIP may be missing."""
+    if pipe.config.get("requires_aesthetics_score"):
+        raise ValueError(
+            f"this {type(pipe).__name__} is a refiner, told an aesthetic score beside the prompt: load the base"
+        )
+    names = [name for name in pipe.components if name.startswith("text_encoder")]
+    needed = [
+        part for name in names if name != "text_encoder_3" for part in (name, name.replace("text_encoder", "tokenizer"))
+    ]
+    if missing := [part for part in needed if pipe.components[part] is None]:
+        raise ValueError(
+            f"this {type(pipe).__name__} has no {' and no '.join(missing)}: load it, or pass Prompts encoded before"
+        )
+    return [pipe.components[name] for name in names if pipe.components[name] is not None]
 
 
 def _told(network: nn.Module) -> Callable[[Any, str, bool], Rows]:

@@ -102,7 +102,8 @@ class Packed(nn.Module):
     def forward(self, x: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **told: Tensor) -> Tensor:
         """The network's answer, of the shape of x."""
         height, width = (size // 2 for size in x.shape[-2:])
-        ids = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"), -1).to(x)
+        rows, columns = (torch.arange(size, dtype=x.dtype, device=x.device) for size in (height, width))
+        ids = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1)
         output = self.network(
             rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2),
             timestep=timestep,

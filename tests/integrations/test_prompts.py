@@ -212,7 +212,9 @@ REFUSED = {
     "too few rows": (lambda p: Prompts({"a": torch.zeros(2, 3)}, TEXTS), r"the rows are \{'a': 2\}, expected 3 of each"),
     "no tensors": (lambda p: Prompts({}), "the rows are none, expected 1"),
     "one string": (lambda p: encode(p, "a cat"), r"expected a list of texts, such as \['a cat'\]"),
-    "no encoder": (lambda p: encode(without(p), TEXTS), "has no text encoder: load it, or pass Prompts"),
+    "no encoder": (lambda p: encode(without(p, *CLIPS), TEXTS), "has no text_encoder and no text_encoder_2: load"),
+    "no tokenizer": (lambda p: encode(without(p, "tokenizer_2"), TEXTS), "has no tokenizer_2: load it, or pass Prompts"),
+    "refiner": (lambda p: encode(refiner(p), TEXTS), "is a refiner, told an aesthetic score beside the prompt"),
     "network alone": (lambda p: from_diffusers(p.unet, ddim(), prompts=TEXTS), "which a network alone cannot encode"),
     "two negatives": (lambda p: from_diffusers(p, prompts=encode(p, TEXTS), negative="x"), "negative was given beside Prompts"),
     "no text": (lambda p: from_diffusers(unet(), ddim(), prompts=TEXTS), "UNet2DModel is told no text: leave prompts"),
@@ -223,8 +225,15 @@ REFUSED = {
 }  # fmt: skip
 
 
-def without(pipe):
-    return diffusers.StableDiffusionXLPipeline(**pipe.components | {"text_encoder": None, "text_encoder_2": None})
+CLIPS = ("text_encoder", "text_encoder_2")
+
+
+def without(pipe, *names):
+    return diffusers.StableDiffusionXLPipeline(**pipe.components | dict.fromkeys(names))
+
+
+def refiner(pipe):
+    return diffusers.StableDiffusionXLImg2ImgPipeline(**pipe.components, requires_aesthetics_score=True)
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -284,7 +293,7 @@ BROKEN = [
     (lambda f: shutil.rmtree(f / "text_encoder"), "text_encoder cannot be read"),
     (unread, "tokenizer holds no tokenizer, expected one of vocab.json"),
     (lambda f: edit(f / "model_index.json", tokenizer=["transformers", "pipeline"]), "transformers.pipeline as tokenizer"),
-    (lambda f: edit(f / "model_index.json", text_encoder=[None, None]), "has no text encoder: load it, or pass Prompts"),
+    (lambda f: edit(f / "model_index.json", text_encoder=[None, None]), "has no text_encoder: load it, or pass Prompts"),
     (lambda f: edit(f / "model_index.json", _class_name="Mine"), "names the pipeline Mine, expected one of diffusers that"),
     (lambda f: edit(f / "model_index.json", _class_name=["mine", "Mine"]), r"names the pipeline \['mine', 'Mine'\]"),
 ]  # fmt: skip
