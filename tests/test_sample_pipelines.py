@@ -25,7 +25,8 @@ from tests.integrations.tiny import dit_pipeline, quiet, stable_diffusion, unet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-QUICK = ("--steps=3", "--batch-size=4")
+ROWS = ("--steps=3", "--batch-size=4")
+QUICK = (*ROWS, "--sampler=DDIM", "--grid=Trailing")
 TEXTS = ["a red cat", "two: [dogs]"]
 
 
@@ -141,9 +142,9 @@ def test_an_image_is_encoded_before_it_is_noised(diffcore, pipelines):
 def test_a_scheduler_of_ours_gives_its_sampler_and_grid(diffcore, tmp_path):
     ours = DiffcoreScheduler.from_config(scheduler().config, sampler=DPMSolverPP("2M"), grid=Linspace())
     quiet(diffusers.DDPMPipeline(unet(), ours)).save_pretrained(tmp_path / "pipe")
-    assert "(DPMSolverPP(variant='2M'" in (ended := diffcore("sample", tmp_path / "pipe", *QUICK, "--out=x.png")).out
+    assert "(DPMSolverPP(variant='2M'" in (ended := diffcore("sample", tmp_path / "pipe", *ROWS, "--out=x.png")).out
     assert "Linspace(" in ended.out
-    assert "(DDIM(" in diffcore("sample", tmp_path / "pipe", *QUICK, "--out=x.png", "--sampler=DDIM").out
+    assert "(DDIM(" in diffcore("sample", tmp_path / "pipe", *ROWS, "--out=x.png", "--sampler=DDIM").out
 
 
 @pytest.mark.parametrize("rule", [CFG(3.0), APG(2.0)])
@@ -160,7 +161,7 @@ def test_a_pipeline_of_ours_is_sampled_as_it_is_by_itself(diffcore, tmp_path, ru
 
 def test_prompts_are_read_from_a_file(diffcore, pipelines):
     _, folder = pipelines["sd"]
-    Path("asked.yaml").write_text("steps: 2\nprompt: [a cat, 'b: c']\nout: pictures\n")
+    Path("asked.yaml").write_text("steps: 2\nsampler: DDIM\nprompt: [a cat, 'b: c']\nout: pictures\n")
     assert "2 samples of 4 network evaluations each" in diffcore("sample", folder, "--config=asked.yaml").out
 
 
