@@ -147,7 +147,7 @@ GOLDEN = {  # weight -> the factor on the squared error of each target, and its 
     },
 }
 CASES = [(weight, kind, *row) for weight, table in GOLDEN.items() for kind, row in table.items()]
-every_case = pytest.mark.parametrize(("weight", "kind", "formula", "noise", "clean"), CASES, ids=lambda v: str(v)[:40])
+every_case = pytest.mark.parametrize(("weight", "kind", "formula", "noise", "clean"), CASES, ids=lambda v: str(v).partition(" at 0x")[0][:40])
 
 
 @every_case
@@ -252,7 +252,7 @@ NUMBERS = [  # on ε, x_0, v, flow and edm (s = 0.5) at SNR 0.25, 1, 20: to comp
 ]
 
 
-@pytest.mark.parametrize(("weight", "table"), NUMBERS, ids=lambda v: str(v)[:24])
+@pytest.mark.parametrize(("weight", "table"), NUMBERS, ids=lambda v: str(v).partition(" at 0x")[0][:24])
 def test_B1_known_numbers(weight, table):
     levels = torch.tensor([0.25, 1.0, 20.0], dtype=torch.float64).log()
     for kind, row in zip(KINDS, table, strict=True):

@@ -33,7 +33,7 @@ from diffcore.oracle import GaussianMixture
 from diffcore.process import Process
 from diffcore.samplers import DDIM, PredictorCorrector, Sampler
 from diffcore.sampling import sample
-from diffcore.schedules import Cosine, Level
+from diffcore.schedules import Cosine, Level, Trailing
 
 PROCESS = Process(Cosine(), shape=(2,), sigma_data=1.0, classes=2, dropout=0.1)
 MEANS = torch.tensor([[-0.2, 1.1], [1.2, -0.3], [-1.1, 0.2], [0.2, -1.0]])
@@ -120,7 +120,8 @@ def samples(panel: Panel) -> Tensor:
     return sample(
         MIXTURE,
         panel.sampler,
-        steps=STEPS,
+        Trailing(),
+        STEPS,
         seeds=range(COUNT),
         condition=labels,
         guidance=panel.rule,
