@@ -128,6 +128,7 @@ def picture(rows: Sequence[Row], default: str, path: Path) -> None:
         flips = every[oracle, counts[0]][0].flips is not None
         axis.set(ylabel="share of basin flips" if flips else "median distance to the exact flow's end")
         axis.set_yscale("symlog", linthresh=0.005) if flips else axis.set_yscale("log")
+        axis.set_ylim(bottom=0 if flips else None)
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
