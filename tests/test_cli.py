@@ -358,6 +358,19 @@ def test_F6_a_sample_is_bit_equal_whatever_is_beside_it_and_in_whatever_order(di
             assert torch.equal(value, everything[key]), key
 
 
+def test_with_one_path_a_seed_gives_a_nearby_sample_at_twice_the_steps(diffcore, trained):
+    def change(*options):
+        few, many = (
+            torch.stack(
+                list(made(diffcore, trained, "--labels=3", "--per-label=8", "--sampler=DDPM", n, *options).values())
+            )
+            for n in ("--steps=20", "--steps=40")
+        )
+        return (few - many).norm()
+
+    assert change("--path=true") < 0.7 * change()
+
+
 @pytest.mark.parametrize("rows", [1, 3, 64])
 def test_F6_another_batch_size_agrees_to_rounding(diffcore, trained, rows):
     options = ("--labels=3,5", "--per-label=3", "--seeds=0-5")

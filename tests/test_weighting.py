@@ -147,7 +147,9 @@ GOLDEN = {  # weight -> the factor on the squared error of each target, and its 
     },
 }
 CASES = [(weight, kind, *row) for weight, table in GOLDEN.items() for kind, row in table.items()]
-every_case = pytest.mark.parametrize(("weight", "kind", "formula", "noise", "clean"), CASES, ids=lambda v: str(v).partition(" at 0x")[0][:40])
+every_case = pytest.mark.parametrize(
+    ("weight", "kind", "formula", "noise", "clean"), CASES, ids=lambda v: str(v).partition(" at 0x")[0][:40]
+)
 
 
 @every_case

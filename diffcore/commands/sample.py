@@ -46,6 +46,8 @@ class Request:
         start: σ/α of the noise put on the image (the start level, not a share of the steps); 0 is where the grid begins.
         batch_size: samples integrated together; other sizes agree to rounding.
         rows: of one forward, where those samples and their references are too many; 0 asks about all at once.
+        path: whether the noise of a stochastic sampler's steps is the increments of one path a seed, so that the same seed with
+            more steps gives a nearby sample.
         out: a picture (.png) of all samples, a folder for one picture a seed, or arrays (.safetensors).
         threads: of the processor, 0 for torch's own choice; the last bits depend on it.
         device: auto, cpu, cuda, ...
@@ -67,6 +69,7 @@ class Request:
     start: float = 0.0
     batch_size: int = 64
     rows: int = 0
+    path: bool = False
     out: Path = Path("samples.png")
     threads: int = 0
     device: str = "auto"
@@ -183,6 +186,7 @@ def _sample(folder: Path, request: Request) -> None:
         image=image,
         batch_size=request.batch_size,
         rows=request.rows,
+        path=request.path,
         progress=sys.stderr.isatty(),
     )
     _write(opened.decode(made.x), request, opened)
