@@ -41,6 +41,7 @@ class Stream(IntEnum):
     PATH = 9
     PERTURBATION = 20
     OFFSET = 21
+    LATENT = 22
 
 
 def philox(key: tuple[Word, Word], counter: tuple[Word, Word, Word, Word]) -> tuple[Word, Word, Word, Word]:

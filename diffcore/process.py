@@ -134,10 +134,6 @@ class Process:
             raise ValueError(f"classes is {self.classes}, expected 0 for none or the number of labels")
         if not 0 <= self.dropout <= 1:
             raise ValueError(f"dropout is {self.dropout}, expected a probability within [0, 1]")
-        if self.dropout and not self.classes:
-            raise ValueError(
-                f"dropout is {self.dropout} but classes is 0: there is no condition to drop; set dropout: 0"
-            )
 
     def check_level(self, level: Level, what: str = "the first knot") -> None:
         """Raise where a network of this process cannot be asked: at λ = -inf three things must be finite."""

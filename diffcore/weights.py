@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,16 @@ def replace(path: Path, data: bytes) -> None:
     flush(temporary, data)
     temporary.rename(path)
     sync(path.parent)
+
+
+def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder that has its name only once it is whole, in place of an older one."""
+    for left in folder.parent.glob(f".{folder.name}.*"):  # by an interrupted write
+        shutil.rmtree(left)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    write(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
 
 
 def flush(path: Path, data: bytes) -> None:

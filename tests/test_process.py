@@ -111,7 +111,6 @@ def test_time_conditioning_that_says_nothing_is_refused(arguments, message):
         ({"classes": -1}, "classes is -1, expected 0 for none or the number of labels"),
         ({"classes": 2, "dropout": 1.5}, r"dropout is 1.5, expected a probability within \[0, 1\]"),
         ({"classes": 2, "dropout": math.nan}, "dropout is nan"),
-        ({"dropout": 0.1}, "dropout is 0.1 but classes is 0: there is no condition to drop; set dropout: 0"),
     ],
     ids=str,
 )

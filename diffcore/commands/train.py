@@ -7,10 +7,12 @@ from pathlib import Path
 import yaml
 
 from diffcore.commands.arguments import normalized, trusted
+from diffcore.commands.finetune import filled
 from diffcore.spec import Parser
 from diffcore.training.trainer import Trainer
 
 RECIPES = files("diffcore.recipes")
+PIPELINE = "folder of a diffusers pipeline, which says what a file leaves open of network, data and process"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -24,10 +26,13 @@ def main(argv: Sequence[str]) -> None:
     if not argv:
         raise ValueError(f"name a recipe ({', '.join(recipes())}) or a YAML file, or see --help")
     parser.add_argument("--config", action="config", help="a YAML file; options given besides it override it")
+    parser.add_argument("--pipeline", default="", help=PIPELINE)
     parser.add_class_arguments(Trainer, skip={"config"})
-    settings = parser.parse_args(_config_first(trusted(normalized(argv))))
+    settings = parser.parse_args(filled(_config_first(trusted(normalized(argv)))))
     config = parser.dump(settings.clone().update(False, "resume"))
-    trainer: Trainer = Trainer(**parser.instantiate(settings).as_dict() | {"config": config})
+    arguments = parser.instantiate(settings).as_dict() | {"config": config}
+    del arguments["pipeline"]
+    trainer: Trainer = Trainer(**arguments)
     trainer.train()
 
 

@@ -6,6 +6,7 @@ from diffcore.integrations.encoding import encode
 from diffcore.integrations.guider import DiffcoreGuider
 from diffcore.integrations.latents import Latents
 from diffcore.integrations.pipeline import DiffcorePipeline
+from diffcore.integrations.pretrained import LoRA, Pretrained
 from diffcore.integrations.prompts import Prompted, Prompts
 from diffcore.integrations.scheduler import DiffcoreScheduler
 
@@ -14,6 +15,8 @@ __all__ = [
     "DiffcorePipeline",
     "DiffcoreScheduler",
     "Latents",
+    "LoRA",
+    "Pretrained",
     "Prompted",
     "Prompts",
     "attach",

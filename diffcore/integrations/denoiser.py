@@ -58,7 +58,7 @@ def from_diffusers(
         ValueError: the configs contradict themselves or do not say enough; the message has the remedy.
     """
     parts = _parts(source, scheduler)
-    read = _process_fields(parts, parts.said | fields, mu) | parts.said
+    read = process_fields(parts, parts.said | fields, mu) | parts.said
     network, told = _told(parts, prompts, negative, parts.said | fields, (read | fields)["shape"])
     read = read | told | parts.said
     for name in fields.keys() & read.keys() - {"shape"}:
@@ -78,7 +78,8 @@ def _parts(source: Any, scheduler: Any) -> Parts:
     return source if isinstance(source, Parts) else read_folder(Path(source))
 
 
-def _process_fields(parts: Parts, fields: dict[str, Any], mu: float | None) -> dict[str, Any]:
+def process_fields(parts: Parts, fields: dict[str, Any], mu: float | None) -> dict[str, Any]:
+    """The fields of a Process that the configs say, but for its condition; `fields` are given in place of some."""
     read = {} if parts.vae is None else {"low": -torch.inf, "high": torch.inf, "sigma_data": 1.0}
     read |= _shape(parts.network, fields)
     if parts.scheduler is None:

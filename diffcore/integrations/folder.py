@@ -81,15 +81,15 @@ def read_folder(folder: Path) -> Parts:
         ValueError: a part is missing, is no class of diffusers, or has no safetensors.
     """
     index = read_json(folder / "model_index.json")
-    named = [name for name in NETWORKS if _present(index, name)]
-    if len(named) != 1 or not _present(index, "scheduler"):
+    named = [name for name in NETWORKS if is_present(index, name)]
+    if len(named) != 1 or not is_present(index, "scheduler"):
         raise ValueError(
             f"{folder} holds {', '.join(k for k in index if k[0] != '_') or 'nothing'}, expected one of "
             f"{' or '.join(NETWORKS)}, and a scheduler"
         )
-    vae = _part(folder, "vae", index) if _present(index, "vae") else None
+    vae = read_part(folder, "vae", index) if is_present(index, "vae") else None
     config = read_json(folder / "scheduler" / "scheduler_config.json")
-    network = _part(folder, named[0], index)
+    network = read_part(folder, named[0], index)
     said = _said(index.get("_class_name"), index)
     return Parts(network, config, vae, lambda: _pipeline(folder, index, {named[0]: network, "vae": vae}), said)
 
@@ -123,7 +123,8 @@ def defaults_of(folder: Path) -> dict[str, Any]:
     return own
 
 
-def _present(index: dict[str, Any], name: str) -> bool:
+def is_present(index: dict[str, Any], name: str) -> bool:
+    """Whether a pipeline's index names a part, and not its absence."""
     return isinstance(index.get(name), list) and index[name][1] is not None
 
 
@@ -139,12 +140,17 @@ def _pipeline(folder: Path, index: dict[str, Any], parts: dict[str, nn.Module | 
     taken = inspect.signature(cls.__init__).parameters
     empty = {p.name: None for p in taken.values() if p.name != "self" and p.default is p.empty}
     options = {key: value for key, value in index.items() if key in taken and isinstance(value, bool)}
-    text = {key: _part(folder, key, index) for key in taken if key.startswith(TEXT) and _present(index, key)}
+    text = {key: read_part(folder, key, index) for key in taken if key.startswith(TEXT) and is_present(index, key)}
     unchecked = {"requires_safety_checker": False} if "requires_safety_checker" in taken else {}
     return cls(**empty | options | text | parts | unchecked)
 
 
-def _part(folder: Path, name: str, index: dict[str, Any]) -> Any:
+def read_part(folder: Path, name: str, index: dict[str, Any], weights: bool = True) -> Any:
+    """A model or tokenizer that the index names; or a model of diffusers as its config describes it, without its weights.
+
+    Raises:
+        ValueError: it is of no class of diffusers or transformers, or has no safetensors.
+    """
     library, kind = index[name][:2]
     module, bases = {"diffusers": (diffusers, MODELS), "transformers": (transformers, TEXT_MODELS)}.get(
         library, (None, ())
@@ -155,6 +161,9 @@ def _part(folder: Path, name: str, index: dict[str, Any]) -> Any:
             f"{folder / 'model_index.json'} names {library}.{kind} as {name}, which is no model of diffusers or transformers: "
             f"code that comes with weights is not run; load it yourself and pass network and scheduler"
         )
+    if not weights:
+        describe: Any = cls.from_config  # type: ignore[union-attr]
+        return describe(read_json(folder / name / "config.json"))
     # A text encoder would keep the type of its file, and half precision is slow or not there on a processor.
     options: dict[str, Any] = {"dtype": torch.float32} if issubclass(cls, transformers.PreTrainedModel) else {}
     options |= {"use_safetensors": True} if issubclass(cls, nn.Module) else {}

@@ -35,12 +35,19 @@ class Latents:
 
     def encode(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Latents: the posterior's mean, or with a generator a draw from it."""
+        mean, std = self.posterior(image)
+        if generator is None:
+            return mean
+        return mean + std * torch.randn(std.shape, generator=generator, device=generator.device).to(std)
+
+    def posterior(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents; of a deterministic autoencoder the deviation is 0."""
         answer: Any = self.vae.encode(image)  # type: ignore[operator]
-        if not hasattr(answer, "latent_dist"):  # deterministic, such as AutoencoderTiny and AutoencoderDC
-            return (_first(answer) - self._shift(image)) * self._scale(image)
-        posterior = answer.latent_dist
-        z = posterior.mode() if generator is None else posterior.sample(generator=generator)
-        return (z - self._shift(z)) * self._scale(z)
+        if hasattr(answer, "latent_dist"):
+            mean, std = answer.latent_dist.mean, answer.latent_dist.std
+        else:  # such as AutoencoderTiny and AutoencoderDC
+            mean, std = _first(answer), torch.zeros_like(_first(answer))
+        return (mean - self._shift(mean)) * self._scale(mean), std * self._scale(std)
 
     def decode(self, z: Tensor) -> Tensor:
         """Images, in [-1, 1] but for the decoder's excess."""

@@ -2,24 +2,31 @@
 
 A data set is any map-style torch Dataset whose items are x_0, or (x_0, label): x_0 a float tensor of the process's shape
 and range, label an integer.
+
+It may also have `at(index, seed, position)`, the item as the visit at a position of the run sees it; `made`, whether items can
+be read yet, and `make(device, first)`, called on every rank before training, after which they can; `texts`, what labels stand
+for, and `asked(device)`, which makes of a network that is told text one that is asked by label; and `pictures(z)`, the
+images of x_0 where it is a latent.
 """
 
 from collections.abc import Callable, Iterator, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from diffcore.noise import Stream, permutation, uniform
 from diffcore.process import Process
 
 HELD_OUT = 297
+Fit = Literal["crop", "pad", "exact"]
+Unreadable = Literal["refuse", "skip"]
 
 
 class Digits(Dataset[tuple[Tensor, int]]):
@@ -69,12 +76,12 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         folder: str,
         size: int,
         channels: Literal["RGB", "L"] = "RGB",
-        fit: Literal["crop", "pad", "exact"] = "crop",
+        fit: Fit = "crop",
         flip: bool = False,
-        unreadable: Literal["refuse", "skip"] = "refuse",
+        unreadable: Unreadable = "refuse",
     ) -> None:
-        _check_choices(channels=(channels, ("RGB", "L")), fit=(fit, ("crop", "pad", "exact")))
-        _check_choices(unreadable=(unreadable, ("refuse", "skip")))
+        _check_choices(channels=(channels, ("RGB", "L")), fit=(fit, get_args(Fit)))
+        _check_choices(unreadable=(unreadable, get_args(Unreadable)))
         if size < 1:
             raise ValueError(f"size is {size}, expected pixels")
         self.size, self.channels, self.fit, self.flip = size, channels, fit, flip
@@ -86,6 +93,16 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         label = self.images.features.get("label")
         return list(label.names) if label else []
 
+    @property
+    def labels(self) -> list[int]:
+        """Of the images."""
+        return list(self.images["label"]) if self.classes else [0] * len(self)
+
+    @property
+    def paths(self) -> list[Path]:
+        """Of the images."""
+        return [Path(image["path"]) for image in self.images["image"]]
+
     def __len__(self) -> int:
         return len(self.images)
 
@@ -95,9 +112,10 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         x0 = torch.from_numpy(pixels).view(self.size, self.size, -1).permute(2, 0, 1)
         return x0.float() / 127.5 - 1, item.get("label", 0)
 
-    def augment(self, x0: Tensor, u: Tensor) -> Tensor:
-        """x_0 as this visit sees it, given numbers of [0, 1)."""
-        return x0.flip(-1) if self.flip and u[0] < 0.5 else x0
+    def at(self, index: int, seed: int, position: int) -> tuple[Tensor, int]:
+        """The item as the visit at a position of the run sees it: mirrored, or not."""
+        x0, label = self[index]
+        return x0.flip(-1) if self.flip and mirrored(seed, position) else x0, label
 
     def _fitted(self, image: Any) -> Any:
         from PIL import Image, ImageOps
@@ -168,10 +186,8 @@ class Positioned(Dataset[tuple[Tensor, int, int, int]]):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int, int]:
         index, position = key
-        x0, label = split(self.data[index])
-        augment: Callable[[Tensor, Tensor], Tensor] | None = getattr(self.data, "augment", None)
-        if augment is not None:
-            x0 = augment(x0, uniform(self.seed, Stream.AUGMENT, position, 4)[0])
+        at: Callable[[int, int, int], Any] | None = getattr(self.data, "at", None)
+        x0, label = split(self.data[index] if at is None else at(index, self.seed, position))
         return x0, label, index, position % self.batch
 
 
@@ -185,6 +201,11 @@ def batches(data: Dataset[Any], order: Order, workers: int) -> Iterator[Batch]:
         pin_memory=torch.cuda.is_available(),
     )
     return (Batch(*columns) for columns in loader)
+
+
+def mirrored(seed: int, position: int) -> bool:
+    """Whether the visit at a position of the run sees its image mirrored: half of them do."""
+    return bool(uniform(seed, Stream.AUGMENT, position) < 0.5)
 
 
 def split(item: Any) -> tuple[Tensor, int]:
@@ -203,9 +224,29 @@ def size_of(data: Dataset[Any]) -> int:
     return len(data)
 
 
+def conditioned(process: Process, data: Dataset[Any]) -> Process:
+    """The process with as many classes as the data has texts.
+
+    Raises:
+        ValueError: it says another number, or drops a condition that there is not.
+    """
+    if texts := getattr(data, "texts", ()):
+        if process.classes not in (0, len(texts)):
+            raise ValueError(f"classes is {process.classes}, but the data has {len(texts)} captions: leave classes out")
+        process = replace(process, classes=len(texts))
+    if process.dropout and not process.classes:
+        raise ValueError(
+            f"dropout is {process.dropout}, but the data has no captions and classes is 0: there is no condition to drop; "
+            f"set process.dropout: 0"
+        )
+    return process
+
+
 def check(data: Dataset[Any], process: Process) -> None:
-    """Raise where the first item does not fit the process."""
+    """Raise where the first item does not fit the process; one that is not made yet is not looked at."""
     size_of(data)
+    if not getattr(data, "made", True):
+        return
     x0, label = split(data[0])
     if not isinstance(x0, Tensor) or not x0.is_floating_point() or tuple(x0.shape) != process.shape:
         found = f"{x0.dtype} of shape {tuple(x0.shape)}" if isinstance(x0, Tensor) else type(x0).__name__
@@ -218,6 +259,18 @@ def check(data: Dataset[Any], process: Process) -> None:
             f"[{process.low:g}, {process.high:g}]: scale the data, or set process.low and process.high"
         )
     check_labels(Batch(x0[None], torch.tensor([label]), torch.tensor([0]), torch.tensor([0])), process)
+
+
+def make(data: Dataset[Any], process: Process, device: torch.device, first: bool) -> None:
+    """Let the data make what items are read from, and look at one of them."""
+    if hasattr(data, "make"):
+        data.make(device, first)
+        check(data, process)
+
+
+def asked(data: Dataset[Any], device: torch.device) -> Callable[[nn.Module], nn.Module]:
+    """Makes of a network one that is asked by the data's labels."""
+    return data.asked(device) if hasattr(data, "asked") else lambda network: network
 
 
 def check_labels(batch: Batch, process: Process) -> None:

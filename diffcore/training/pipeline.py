@@ -1,13 +1,14 @@
-"""What a run leaves for diffusers: pipeline/, its averaged network with process, sampler, grid and guidance."""
+"""What a run leaves for diffusers: pipeline/, its averaged network with process, sampler, grid and guidance.
 
-import os
-import shutil
+A network that knows a pipeline of its own (Pretrained) saves that, or its adapter.
+"""
+
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffcore.denoiser import Denoiser
+from diffcore.weights import replace_folder
 
 if TYPE_CHECKING:
     from diffcore.training.trainer import Trainer
@@ -23,23 +24,24 @@ def save(trainer: "Trainer", say: Callable[[str], None]) -> None:
 
 
 def _save(trainer: "Trainer") -> None:
+    if save := getattr(trainer.bare, "save", None):
+        with trainer.average.applied():
+            save(trainer.run.folder, trainer.process)
+    else:
+        _save_ours(trainer)
+
+
+def _save_ours(trainer: "Trainer") -> None:
     if "diffusers" not in sys.modules:  # and so not imported for a network that is none of its own
         raise ValueError(
             f"the network is a {type(trainer.bare).__name__}, and a pipeline holds ModelMixins of diffusers"
         )
+    if getattr(trainer.data, "texts", ()):
+        raise ValueError("the network is told text: begin with a pipeline's (Pretrained), which knows what encodes it")
     from diffcore.integrations.pipeline import DiffcorePipeline
 
     with trainer.average.applied():
         denoiser = Denoiser(trainer.bare, trainer.process)
-        pipe = DiffcorePipeline.of(denoiser, trainer.sampler, trainer.grid, trainer.sample_steps, trainer.guidance)
-        replaced(trainer.run.pipeline, pipe.save_pretrained)
-
-
-def replaced(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder that has its name only once it is whole, in place of an older one."""
-    for left in folder.parent.glob(f".{folder.name}.*"):  # by an interrupted write
-        shutil.rmtree(left)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    write(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+        ways = (trainer.sampler, trainer.grid, trainer.sample_steps, trainer.guidance)
+        pipe = DiffcorePipeline.of(denoiser, *ways, vae=getattr(trainer.data, "vae", None))
+        replace_folder(trainer.run.pipeline, pipe.save_pretrained)

@@ -3,13 +3,12 @@
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -24,22 +23,19 @@ from diffcore.run import Network, Optimizer, Run
 from diffcore.samplers import Sampler
 from diffcore.sampling import GRID, SAMPLER, sample
 from diffcore.schedules import Grid, Level
-from diffcore.training import checkpoint, pipeline, state
+from diffcore.training import checkpoint, pipeline, resume, state
 from diffcore.training.adaptation import Adaptation
 from diffcore.training.checkpoint import Checkpoint
-from diffcore.training.data import Batch, Order, batches, check, check_labels, size_of
+from diffcore.training.data import Batch, Order, asked, batches, check, check_labels, conditioned, make, size_of
 from diffcore.training.ema import EMA, Decay
 from diffcore.training.launch import accelerator
 from diffcore.training.lr import LearningRate
+from diffcore.training.pictures import drawable, picture
 from diffcore.training.report import Metrics, NonFinite, Window, non_finite
 from diffcore.weights import replace, write_weights
 
 COUNTS = ("steps", "batch_size", "accumulation", "patience", "log_every", "save_every", "keep", "sample_steps")
 LEAST = {**dict.fromkeys(COUNTS, 1), "workers": 0, "sample_every": 0}
-
-# Settings that a resumed run may change: they do not enter the weights (steps: through the learning rate alone).
-FREE = {"steps", "patience", "log_every", "save_every", "keep", "sample_steps", "workers", "sample_every"}
-FREE |= {"accumulation", "folder", "resume", "trackers", "sampler", "grid", "guidance"}
 
 
 @dataclass
@@ -115,6 +111,7 @@ class Trainer:
             raise ValueError(f"clip is {self.clip}, expected a positive norm (.inf does not clip)")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}, expected within [0, 2^63)")
+        self.process = conditioned(self.process, self.data)
         self.objective.check(self.process)
         check(self.data, self.process)
         if self.sample_every:
@@ -208,15 +205,18 @@ class Trainer:
             raise ValueError(
                 f"batch_size is {self.batch_size}, expected a multiple of {world} processes x {self.accumulation} parts{groups}"
             )
+        make(self.data, self.process, self.accelerator.device, self.accelerator.is_main_process)
+        self.asked = asked(self.data, self.accelerator.device)
         torch.manual_seed(derived(self.seed, Stream.MODEL, 0))
         network = self.network()
         self._probe(network)
         modules = [network, self.objective.uncertainty.module()] if self.objective.uncertainty else [network]
-        optim = self.optimizer(nn.ModuleList(modules).parameters(), self.lr.peak)
+        parameters = [value for value in nn.ModuleList(modules).parameters() if value.requires_grad]
+        optim = self.optimizer(parameters, self.lr.peak)
         *trained, self.optim = self.accelerator.prepare(*modules, optim)
         self.trained = nn.ModuleList(trained)
         self.model, self.uncertainty = trained[0], trained[1] if self.objective.uncertainty else None
-        self.denoiser = Denoiser(self.model, self.process).train()
+        self.denoiser = self._denoiser(self.model).train()
         self.average = EMA(self.bare, self.ema)
         self.order = Order(size_of(self.data), self.seed, self.batch_size, self.accumulation, rank, world)
         split = (self.accumulation, self.accelerator.gather)
@@ -228,8 +228,12 @@ class Trainer:
     def _probe(self, network: nn.Module) -> None:
         """Ask the network once, before anything is written: what does not fit the process fails here."""
         x = torch.zeros(2, *self.process.shape)
-        Denoiser(network.eval(), self.process).output(x, self.process.schedule.level(0.5))
+        self._denoiser(network.eval()).output(x, self.process.schedule.level(0.5))
         network.train()
+
+    def _denoiser(self, network: nn.Module) -> Denoiser:
+        """A network with its process, asked as the data has it; what is trained and saved is the network alone."""
+        return Denoiser(self.asked(network), self.process)
 
     @property
     def bare(self) -> nn.Module:
@@ -293,9 +297,7 @@ class Trainer:
 
     def _load(self) -> None:
         """Continue from the newest whole checkpoint; a run that was stopped before its first begins again."""
-        if not self.run.config.exists():
-            raise ValueError(f"{self.run.folder} holds no run to resume: leave out --resume, or name another folder")
-        self._check_config()
+        resume.check(self.run, self.config, self.process)
         loaded = checkpoint.newest(self.run.checkpoints, self._say)
         if loaded is None and any(self.run.checkpoints.glob("step-*")):
             raise ValueError(f"{self.run.checkpoints} has no whole checkpoint left: start anew in another folder")
@@ -317,18 +319,6 @@ class Trainer:
             raise ValueError(f"steps is {self.steps}, but the run has taken {facts['step']}: ask for at least as many")
         if changed := {name: (facts[name], now) for name, now in self.threads.items() if facts[name] != now}:
             self._say(f"(then, now) differ in {changed}: the run continues equal to rounding, not bit for bit")
-
-    def _check_config(self) -> None:
-        """Refuse to continue a run as another one."""
-        if not self.config:
-            return
-        then, now = yaml.safe_load(self.run.config.read_text()) or {}, yaml.safe_load(self.config)
-        changed = sorted(name for name in {*then, *now} - FREE if then.get(name) != now.get(name))
-        if changed:
-            raise ValueError(
-                f"the run in {self.run.folder} was started with another {', '.join(changed)}: resume it with "
-                f"--config {self.run.config}, or start a new run in another folder"
-            )
 
     # Reports -----------------------------------------------------------------------------------------------------
 
@@ -378,22 +368,11 @@ class Trainer:
         return f"step {found.step}, sample {index} of the data at λ = {level}, loss {found.loss}"
 
     def _picture(self) -> None:
-        """A grid of samples of the averaged network, four of each of ten classes, drawn by the first rank alone."""
-        if self.accelerator.is_main_process and images.drawable(self.process):
-            classes = range(min(self.process.classes or 4, 10))
-            labels = [label for label in classes for _ in range(4)]
-            with self.average.applied():
-                made = sample(
-                    Denoiser(self.bare, self.process),
-                    self.sampler,
-                    self.grid,
-                    self.sample_steps,
-                    seeds=range(len(labels)),
-                    condition=labels if self.process.classes else None,
-                    guidance=self.guidance,
-                    batch_size=len(labels),
-                )
-            names = [str(label) if self.process.classes else "" for label in classes]
-            images.save(
-                images.grid(made.x, self.process, names, 4), self.run.samples / f"{checkpoint.name(self.step)}.png"
+        """Samples of the averaged network, drawn by the first rank alone."""
+        if self.accelerator.is_main_process and drawable(self.data, self.process):
+            integrate = partial(
+                sample, sampler=self.sampler, grid=self.grid, steps=self.sample_steps, guidance=self.guidance
             )
+            with self.average.applied():
+                made = picture(self._denoiser(self.bare), self.data, integrate)
+            images.save(made, self.run.samples / f"{checkpoint.name(self.step)}.png")

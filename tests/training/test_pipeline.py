@@ -10,7 +10,7 @@ from diffcore.integrations import DiffcorePipeline
 from diffcore.run import Run
 from diffcore.samplers import AdaptiveRungeKutta
 from diffcore.sampling import GRID, SAMPLER, sample
-from diffcore.training import pipeline
+from diffcore.weights import replace_folder
 from tests.integrations.tiny import unet
 from tests.training.test_trainer import trained as train
 
@@ -33,7 +33,7 @@ def test_a_pipeline_is_replaced_whole_with_what_an_interrupted_write_left(traine
     (folder / "pipeline" / "old").touch()
     (folder / ".pipeline.123").mkdir()
     pipe = DiffcorePipeline.from_pretrained(trained / "pipeline")
-    pipeline.replaced(folder / "pipeline", pipe.save_pretrained)
+    replace_folder(folder / "pipeline", pipe.save_pretrained)
     assert not (folder / "pipeline" / "old").exists()
     assert not list(folder.glob(".pipeline*"))
     assert DiffcorePipeline.from_pretrained(folder / "pipeline").process == pipe.process

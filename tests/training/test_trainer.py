@@ -344,6 +344,7 @@ def test_what_cannot_be_trained_is_refused_and_nothing_written(tmp_path, options
         ({"clip": math.nan}, "clip is nan, expected a positive norm"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**63}, "seed is 9223372036854775808"),
+        ({"process": Process(shape=(1, 8, 8), dropout=0.1)}, "dropout is 0.1, .* there is no condition to drop"),
         ({"data": Items()}, "Items is empty"),
         ({"data": Items((torch.zeros(1, 8, 9), 0))}, r"\(1, 8, 9\), expected a float tensor .* \(1, 8, 8\)"),
         ({"data": Items((GREY.byte(), 0))}, "torch.uint8 .*, expected a float tensor"),

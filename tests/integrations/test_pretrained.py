@@ -1,0 +1,141 @@
+"""A pipeline's network to train on: its weights, or an adapter beside them, and the scheduler that is saved with it."""
+
+from importlib import util
+
+import diffusers
+import pytest
+import torch
+
+from diffcore.integrations import DiffcoreScheduler, LoRA, Pretrained
+from diffcore.integrations.configs import config_of, describe
+from diffcore.integrations.index import Index
+from diffcore.integrations.pretrained import scheduler_of
+from diffcore.process import Process, TimeConditioning
+from diffcore.schedules import Cosine, Discrete, Flow, Shifted, ZeroTerminalSNR
+from tests.integrations.tiny import dit_pipeline
+from tests.training.captioned import OLD, write_pipeline
+
+X, TIME, STATES = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 700.0]), torch.randn(2, 12, 8)
+INDEX = TimeConditioning("index", 1000.0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_pipeline(tmp_path_factory.mktemp("pretrained") / "pipeline")
+
+
+@torch.no_grad()
+def answer(network):
+    return network(X, TIME, encoder_hidden_states=STATES)
+
+
+def test_it_answers_as_the_pipelines_network_and_trains_all_of_it(folder):
+    made = Pretrained(str(folder))
+    assert torch.equal(answer(made), Index(folder).read("unet")(X, TIME, STATES).sample)
+    assert all(value.requires_grad for value in made.parameters())
+    assert set(made.state_dict()) == {f"network.{name}" for name in made.network.state_dict()}
+
+
+def test_the_mean_of_a_network_that_also_outputs_a_variance(tmp_path):
+    dit_pipeline(diffusers.DDIMScheduler()).save_pretrained(tmp_path)
+    made, labels = Pretrained(str(tmp_path)), torch.tensor([1, 2])
+    expected = made.network(X, TIME, class_labels=labels).sample[:, :4]
+    assert torch.equal(made(X, TIME, class_labels=labels), expected)
+
+
+def test_the_state_of_an_adapter_is_the_adapter_alone(folder):
+    torch.manual_seed(0)
+    made, base = Pretrained(str(folder), LoRA(rank=2, alpha=6)), Pretrained(str(folder))
+    trained = {name for name, value in made.named_parameters() if value.requires_grad}
+    assert set(made.state_dict()) == trained
+    assert all(".lora_A." in name or ".lora_B." in name for name in trained)
+    assert torch.equal(answer(made), answer(base))  # B is 0
+    state = {name: torch.randn_like(value) for name, value in made.state_dict().items()}
+    made.load_state_dict(state)
+    assert not torch.allclose(answer(made), answer(base))
+    with pytest.raises(RuntimeError, match="Missing key"):
+        made.load_state_dict(dict(list(state.items())[1:]))
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        made.load_state_dict(state | {"network.other": X})
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    down, up = (state[f"network.{name}.lora_{part}.default.weight"] for part in "AB")
+    layer, plain = made.network.get_submodule(name), base.network.get_submodule(name)
+    features = torch.randn(3, plain.in_features)
+    torch.testing.assert_close(layer(features), plain(features) + 6 / 2 * features @ down.T @ up.T)
+
+
+def test_the_first_adapter_is_a_function_of_the_seed(folder):
+    states = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        states.append(torch.cat([v.flatten() for v in Pretrained(str(folder), LoRA(2)).state_dict().values()]))
+    assert torch.equal(states[0], states[1])
+    assert not torch.equal(states[0], states[2])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": -1}, "rank is -1, expected 1 or more, or 0 to train all weights"),
+        ({"rank": 2, "alpha": -1}, "alpha is -1 and targets are"),
+        ({"rank": 2, "targets": []}, r"targets are \[\], expected"),
+        ({"rank": 2, "targets": ["to_w"]}, r"no layer of UNet2DConditionModel ends in to_w"),
+    ],
+)
+def test_an_adapter_that_cannot_be_is_refused(folder, options, message):
+    with pytest.raises(ValueError, match=message):
+        Pretrained(str(folder), LoRA(**options))
+
+
+def test_without_peft_an_adapter_is_refused_with_the_remedy(folder, monkeypatch):
+    monkeypatch.setattr("diffcore.integrations.pretrained.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"LoRA needs peft: pip install 'diffcore\[lora\]'"):
+        Pretrained(str(folder), LoRA(2))
+    assert util.find_spec("peft")
+
+
+def test_what_is_no_pipeline_or_is_told_text_by_label_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="is missing: expected the folder of a diffusers pipeline"):
+        Pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match="is told text, not labels: sample its pipeline with a prompt"):
+        Pretrained(str(folder))(X, TIME, class_labels=torch.tensor([0, 1]))
+
+
+# The scheduler that is saved ------------------------------------------------------------------------------------------
+
+
+def process(schedule, prediction, time=INDEX):
+    return Process(schedule, prediction, time, shape=(4, 8, 8), sigma_data=1.0)
+
+
+@pytest.mark.parametrize(
+    ("config", "said", "kind"),
+    [
+        (
+            diffusers.PNDMScheduler(**OLD),
+            (Discrete("scaled_linear", 1000, 0.00085, 0.012), "epsilon"),
+            diffusers.DDIMScheduler,
+        ),
+        (
+            diffusers.PNDMScheduler(**OLD),
+            (ZeroTerminalSNR(Discrete("scaled_linear", 1000, 0.00085, 0.012)), "v_prediction"),
+            diffusers.DDIMScheduler,
+        ),
+        (
+            diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+            (Shifted.by_time_shift(Flow(), 3.0), "flow_prediction", TimeConditioning("blend", 1000.0)),
+            diffusers.FlowMatchEulerDiscreteScheduler,
+        ),
+        (diffusers.PNDMScheduler(**OLD), (Cosine(), "v_prediction"), DiffcoreScheduler),
+    ],
+    ids=["table", "zero SNR", "flow", "Cosine"],
+)
+def test_the_saved_scheduler_describes_the_process(tmp_path, config, said, kind):
+    scheduler_of(config_of(config), process(*said)).save_pretrained(tmp_path)
+    found = kind.from_pretrained(tmp_path)
+    assert type(found) is kind
+    expected = process(*said)
+    assert describe(config_of(found))[:3] == (expected.schedule, expected.prediction, expected.time)
+    if kind is diffusers.DDIMScheduler:
+        assert (found.config.timestep_spacing, found.config.set_alpha_to_one) == ("trailing", True)
+        assert found.config.rescale_betas_zero_snr == (said[1] == "v_prediction")

@@ -1,0 +1,255 @@
+"""The recipe finetune-text-to-image on a tiny pipeline: caches, exact resume, and what diffusers makes of the results."""
+
+import hashlib
+import json
+import math
+import shutil
+from functools import partial
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffcore.cli import main
+from diffcore.denoiser import Denoiser
+from diffcore.guidance import CFG
+from diffcore.integrations import DiffcorePipeline, Latents, Prompted
+from diffcore.integrations.index import Index
+from diffcore.integrations.pretrained import ADAPTER
+from diffcore.noise import Noise
+from diffcore.process import Process
+from diffcore.run import Run
+from diffcore.samplers import DDIM
+from diffcore.sampling import sample
+from diffcore.schedules import Discrete, Trailing, ZeroTerminalSNR
+from diffcore.training import checkpoint
+from diffcore.training.encoded import Encoded
+from diffcore.training.lr import LearningRate
+from diffcore.training.trainer import Trainer
+from diffcore.weights import read_weights
+from tests.conftest import forget_accelerate
+from tests.integrations.tiny import quiet, unet
+from tests.training.captioned import write_image, write_images, write_pipeline
+
+DISTINCT = ["", "a blue cat", "a dog", "a red cat"]
+SHORT = (
+    "--steps=4",
+    "--batch-size=4",
+    "--save-every=2",
+    "--log-every=1",
+    "--trackers=[]",
+    "--lr.peak=1e-2",
+    "--lr.warmup=0",
+)
+PICTURES = ("--sample-every=2", "--sample-steps=2")
+LORA = ("--network.lora.rank=2", "--network.lora.alpha=6")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def place(tmp_path_factory):
+    """A folder with a pipeline, images, their cache, and a run of each kind."""
+    import datasets
+
+    folder, threads = tmp_path_factory.mktemp("finetune"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "datasets"))
+        patch.chdir(folder)
+        write_pipeline(folder / "pipeline")
+        write_images(folder / "images")
+        assert main(command("runs/full", *PICTURES)) == 0
+        forget_accelerate()
+        assert main(command("runs/lora", *LORA)) == 0
+        forget_accelerate()
+        yield folder
+    torch.set_num_threads(threads)
+
+
+def command(folder, *options):
+    named = ("--pipeline=pipeline", "--data.folder=images", f"--folder={folder}")
+    return ["train", "finetune-text-to-image", *named, *SHORT, *options]
+
+
+def hashes(folder):
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def called(*arguments):
+    forget_accelerate()
+    return main(list(arguments))
+
+
+# The run --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_process_is_the_pipelines_with_zero_terminal_snr_and_a_class_for_each_caption(place):
+    process = Process.load(place / "runs/full/process.json")
+    schedule = ZeroTerminalSNR(Discrete("scaled_linear", 1000, 0.00085, 0.012))
+    assert (process.schedule, process.prediction) == (schedule, "v_prediction")
+    assert (process.shape, process.sigma_data, process.classes, process.dropout) == ((4, 8, 8), 1.0, 4, 0.1)
+
+
+def test_a_run_holds_the_pipeline_and_pictures_of_the_captions(place):
+    run = place / "runs/full"
+    assert {path.name for path in run.iterdir()} == {
+        "config.yaml", "process.json", "ema.safetensors", "metrics.jsonl", "checkpoints", "samples", "pipeline",
+    }  # fmt: skip
+    assert {path.name for path in (run / "samples").iterdir()} == {"step-00000002.png", "step-00000004.png"}
+    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 4
+    assert all(0 < loss < 10 for loss in losses)
+
+
+@pytest.mark.parametrize("options", [(), LORA], ids=["all weights", "LoRA"])
+def test_a_resumed_run_is_the_same_run_to_the_bit_and_encodes_nothing(place, options, monkeypatch):
+    monkeypatch.setattr(Latents, "posterior", None)
+    monkeypatch.setattr(Index, "encoding", None)
+    name = "lora" if options else "full"
+    whole, options = place / f"runs/{name}", (*options, *(() if options else PICTURES))
+    save = Trainer._save
+
+    def crash(self):
+        save(self)
+        if self.step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_save", crash)
+        assert called(*command(f"runs/stopped-{name}", *options)) == 130
+    assert called(*command(f"runs/stopped-{name}", *options, "--resume=true")) == 0
+    stopped, straight = hashes(place / f"runs/stopped-{name}"), hashes(whole)
+    assert stopped.keys() == straight.keys()
+    different = {file for file in straight if straight[file] != stopped[file]}
+    assert different - {ADAPTER} == {"config.yaml"}  # which names the folder
+    if options == LORA:  # of its file diffusers' metadata are in no fixed order
+        own, other = (load_file(place / f"runs/{run}" / ADAPTER) for run in ("lora", "stopped-lora"))
+        assert own.keys() == other.keys()
+        assert all(torch.equal(own[key], other[key]) for key in own)
+
+
+def test_its_own_config_makes_the_same_run(place):
+    before = hashes(place / "runs/full")
+    assert called("train", "--config=runs/full/config.yaml", "--resume=true") == 0
+    assert hashes(place / "runs/full") == before
+
+
+def test_another_set_of_captions_is_another_run(place, capsys):
+    shutil.copytree(place / "runs/lora", place / "runs/other")
+    shutil.copytree(place / "images", place / "others")
+    (place / "others/0.txt").write_text("a fish")
+    arguments = command("runs/other", *LORA, "--resume=true")
+    assert called(*[word.replace("folder=images", "folder=others") for word in arguments]) == 1
+    assert "started with another data" in capsys.readouterr().err
+    (place / "runs/other/config.yaml").write_text(
+        (place / "runs/other/config.yaml").read_text().replace(": images", ": others")
+    )
+    assert called(*[word.replace("folder=images", "folder=others") for word in arguments]) == 1
+    assert "started with another process.classes" in capsys.readouterr().err
+
+
+# What diffusers makes of it -------------------------------------------------------------------------------------------
+
+
+def ours(run, label):
+    """The latents of the run's averaged network for a caption's label, and the noise that they begin with."""
+    denoiser = Run(run).denoiser()
+    prompts = Encoded("images", "pipeline").prompts()
+    asked = Denoiser(Prompted(denoiser.network, prompts), denoiser.process)
+    made = sample(asked, DDIM(), Trailing(), 4, seeds=[5], condition=[label], guidance=CFG(3.0))
+    return made.x, Noise(torch.tensor([5]), (4, 8, 8)).first_sample(made.knots[0], 1.0)
+
+
+def theirs(pipe, prompt, noise):
+    call = {"num_inference_steps": 4, "guidance_scale": 3.0, "latents": noise, "output_type": "latent"}
+    return quiet(pipe)(prompt, **call).images
+
+
+def test_diffusers_loads_the_pipeline_and_gives_our_samples(place, monkeypatch):
+    monkeypatch.chdir(place)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(place / "runs/full/pipeline")
+    config = pipe.scheduler.config
+    assert isinstance(pipe.scheduler, diffusers.DDIMScheduler)
+    assert (config.prediction_type, config.rescale_betas_zero_snr) == ("v_prediction", True)
+    assert config.timestep_spacing == "trailing"
+    for label, prompt in enumerate(DISTINCT):
+        x, noise = ours(place / "runs/full", label)
+        torch.testing.assert_close(theirs(pipe, prompt, noise), x, rtol=0, atol=2e-5 * x.abs().max().item())
+    average = read_weights(place / "runs/full/ema.safetensors")
+    for name, value in pipe.unet.state_dict().items():
+        assert torch.equal(value, average[f"network.{name}"]), name
+    for part in ("vae", "text_encoder", "tokenizer"):
+        assert hashes(place / "runs/full/pipeline" / part) == hashes(place / "pipeline" / part)
+
+
+def test_diffusers_loads_the_adapter_and_gives_our_samples(place, monkeypatch):
+    monkeypatch.chdir(place)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(place / "pipeline")
+    pipe.scheduler = diffusers.DDIMScheduler.from_pretrained(place / "runs/lora/scheduler")
+    x, noise = ours(place / "runs/lora", 2)
+    base = theirs(pipe, "a dog", noise)
+    pipe.load_lora_weights(place / "runs/lora")
+    found, scale = theirs(pipe, "a dog", noise), x.abs().max().item()
+    torch.testing.assert_close(found, x, rtol=0, atol=2e-5 * scale)
+    assert (found - base).abs().max() > 1e-3 * scale
+    pipe.unload_lora_weights()
+    assert torch.equal(theirs(pipe, "a dog", noise), base)
+
+
+def test_a_run_of_an_adapter_keeps_the_adapter_alone(place):
+    run = place / "runs/lora"
+    tensors = checkpoint.read(run / "checkpoints/step-00000004").tensors
+    for file in ("model.safetensors", "ema.safetensors"):
+        assert all(".lora_" in name for name in tensors[file])
+        assert len(tensors[file]) == 2 * 4 * 2 * 4  # A and B of four layers, self and cross attention, four blocks
+    assert all(".lora_" in name for name in tensors["training.safetensors"] if name != "window")
+    assert not (run / "pipeline").exists()
+    assert (run / ADAPTER).is_file()
+
+
+def test_classes_of_latents_leave_a_pipeline_with_the_vae(place, monkeypatch):
+    monkeypatch.chdir(place)
+    forget_accelerate()
+    for label, name in enumerate("ab"):
+        write_image(place / f"classes/{name}/1.png", label)
+    process = Process(shape=(4, 8, 8), low=-math.inf, high=math.inf, sigma_data=1.0, classes=2, dropout=0.1)
+    network = partial(unet, in_channels=4, out_channels=4, num_class_embeds=3)
+    data = Encoded("classes", "pipeline")
+    options = {"lr": LearningRate(1e-3), "batch_size": 4, "trackers": [], "sample_every": 1, "sample_steps": 2}
+    Trainer(network, data, process, torch.optim.AdamW, place / "runs/classes", 1, **options).train()
+    pipe = quiet(DiffcorePipeline.from_pretrained(place / "runs/classes/pipeline"))
+    (image,) = pipe(class_labels=[1], seeds=[3]).images
+    (z,) = pipe(class_labels=[1], seeds=[3], output_type="latent").images
+    expected = (data.pictures(z[None])[0].permute(1, 2, 0).clamp(-1, 1) + 1) * 127.5
+    assert abs(np.asarray(image) - expected.numpy()).max() < 0.51
+    assert (place / "runs/classes/samples/step-00000001.png").is_file()
+
+
+# Refused --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["train", "finetune-text-to-image"],
+            "starts from a pipeline: name the folder of one of diffusers, --pipeline FOLDER",
+        ),
+        (["train", "finetune-text-to-image", "--pipeline=nowhere"], "nowhere/model_index.json is missing"),
+        (command("runs/no", "--data.folder=nowhere"), "nowhere is not a folder"),
+        (command("runs/no", "--data.captions=false"), "the data has no captions and classes is 0"),
+        (command("runs/no", "--data.size=8"), "expected a float tensor of the process's shape (4, 8, 8)"),
+        (command("runs/no", "--process.classes=7"), "classes is 7, but the data has 4 captions"),
+        (command("runs/no", "--network.lora.rank=2", "--network.lora.targets=[to_w]"), "ends in to_w"),
+        (["sample", "runs/full", "--labels=1", "--out=x.safetensors"], "is told text, not labels"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_line(place, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(place)
+    assert called(*arguments) == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in line
+    assert line.startswith(f"diffcore {arguments[0]}: error: ")
+    assert not (place / "runs/no").exists()
