@@ -1,6 +1,7 @@
 """`diffcore sample` on the folder of a diffusers pipeline: prompts and labels, pictures out of latents, and what is refused."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from diffcore.sampling import sample
 from diffcore.schedules import Linspace, Trailing, Within
 from diffcore.weights import read_weights
 from tests.integrations import told
-from tests.integrations.tiny import dit_pipeline, quiet, stable_diffusion, unet
+from tests.integrations.tiny import dit_pipeline, quiet, stable_diffusion, unet, vae
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -199,10 +200,37 @@ def test_what_a_pipeline_cannot_do_is_refused_in_one_line(diffcore, pipelines, c
     assert not Path("x.png").exists()
 
 
-def test_a_run_is_told_no_text(diffcore, trained):
-    ended = diffcore("sample", trained, *QUICK, "--prompt=a", "--height=8")
+def test_a_run_of_labels_is_told_no_text(diffcore, trained, tmp_path):
+    ended = diffcore("sample", trained, *QUICK, "--prompt=a")
     assert ended.status == 1
-    assert "is a run, which is told labels and has one size: leave --prompt and --height out" in ended.err
+    assert "UNet2DModel is told no text: leave prompts and negative out" in ended.err
+    shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("pipeline"))
+    ended = diffcore("sample", tmp_path / "run", *QUICK, "--prompt=a", "--height=8")
+    assert ended.status == 1
+    assert "pipeline is missing, without which a run has no --prompt and no --height: leave them out" in ended.err
+
+
+def test_a_run_has_another_size_by_its_pipeline(diffcore, trained):
+    ended = diffcore("sample", trained, *QUICK, "--labels=1", "--height=16", "--out=x.safetensors")
+    assert ended.status == 0, ended.err
+    assert read_weights(Path("x.safetensors"))["x"].shape == (1, 1, 16, 8)
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_a_run_of_latents_is_decoded_by_its_pipeline(diffcore, tmp_path, pipelines, text):
+    network = unet(in_channels=4, out_channels=4)
+    pipe = pipelines["sd"][0] if text else DiffcorePipeline.of(Denoiser(network, Process(shape=(4, 8, 8))), vae=vae())
+    pipe.save_pretrained(tmp_path / "pipeline")
+    Process(shape=(4, 8, 8)).save(tmp_path / "process.json")
+    (tmp_path / "config.yaml").write_text("network: {class_path: torch.nn.Identity}\nsample_steps: 2\nsampler: DDIM\n")
+    options, told = (("--prompt=a",), {"prompts": ["a"]}) if text else ((), {})
+    ended = diffcore(
+        "sample", tmp_path, *options, "--grid=Trailing", "--batch-size=4", "--steps=3", "--out=x.safetensors"
+    )
+    assert ended.status == 0, ended.err
+    made = read_weights(Path("x.safetensors"))["x"]
+    assert made.shape == (1, 3, 16, 16)
+    torch.testing.assert_close(made, expected(pipe, [0], [0] if text else None, CFG(1.0), **told), rtol=0, atol=1e-5)
 
 
 def test_a_run_is_sampled_without_what_pipelines_take():

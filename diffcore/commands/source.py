@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from diffcore import images
 from diffcore.denoiser import Denoiser
 from diffcore.process import Process
 from diffcore.run import Run
@@ -95,16 +96,21 @@ def _quiet() -> None:
 
 
 def source(folder: Path, wanted: Wanted, device: torch.device) -> Source:
-    """What is in a folder, ready to sample.
+    """What is in a folder, ready to sample. A run of latents, or asked for a prompt or a size, is its own pipeline/.
 
     Raises:
         ValueError: it is neither a run's nor a pipeline's, or what is wanted is not in it.
     """
     if is_pipeline(folder):
         return _of_pipeline(folder, wanted, device)
-    if given := [f"--{name}" for name, value in vars(wanted).items() if value]:
-        raise ValueError(f"{folder} is a run, which is told labels and has one size: leave {' and '.join(given)} out")
-    return Source(Run(folder).denoiser(device))
+    run, given = Run(folder), [f"--{name}" for name, value in vars(wanted).items() if value]
+    if is_pipeline(run.pipeline) and (given or not images.drawable(Process.load(run.process))):
+        return _of_pipeline(run.pipeline, wanted, device)
+    if given:
+        raise ValueError(
+            f"{run.pipeline} is missing, without which a run has no {' and no '.join(given)}: leave them out"
+        )
+    return Source(run.denoiser(device))
 
 
 def _of_pipeline(folder: Path, wanted: Wanted, device: torch.device) -> Source:
