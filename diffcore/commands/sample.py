@@ -172,7 +172,7 @@ def _sample(folder: Path, request: Request) -> None:
         torch.set_num_threads(request.threads)
     device = _device(request.device)
     opened = source(folder, request.wanted, device)
-    _check_labels(request.labels, opened.denoiser.process)
+    _check_labels(request.labels, opened)
     _check_out(request.out, opened.pictures)
     image = None if request.image is None else opened.encode(images.load(request.image, opened.pictures))
     made = sample(
@@ -218,8 +218,11 @@ def _write(x: Tensor, request: Request, opened: Source) -> None:
             images.save(images.image(tile), out / name)
 
 
-def _check_labels(labels: Ints, process: Process) -> None:
-    """Refuse the null label, which `sample` knows: a row named by it would pass for a class."""
+def _check_labels(labels: Ints, opened: Source) -> None:
+    """Refuse labels of a text, and the null label, which `sample` knows: a row named by it would pass for a class."""
+    if labels and opened.text:
+        raise ValueError("the network is told text, not labels: ask for --prompt TEXT")
+    process = opened.denoiser.process
     wrong = [label for label in labels if process.classes and label >= process.classes]
     if wrong:
         raise ValueError(

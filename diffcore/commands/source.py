@@ -15,6 +15,7 @@ from diffcore.run import Run
 
 if TYPE_CHECKING:
     from diffcore.integrations import Latents
+    from diffcore.integrations.folder import Parts
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,12 @@ class Source:
     Args:
         denoiser: a network with its process.
         latents: between images and what it works on; None where these are the same.
+        text: whether its labels are prompts.
     """
 
     denoiser: Denoiser
     latents: "Latents | None" = None
+    text: bool = False
 
     @property
     def pictures(self) -> Process:
@@ -96,29 +99,40 @@ def _quiet() -> None:
 
 
 def source(folder: Path, wanted: Wanted, device: torch.device) -> Source:
-    """What is in a folder, ready to sample. A run of latents, or asked for a prompt or a size, is its own pipeline/.
+    """What is in a folder, ready to sample: a pipeline, or a run, by its pipeline where it has latents, a prompt or a size.
 
     Raises:
         ValueError: it is neither a run's nor a pipeline's, or what is wanted is not in it.
     """
     if is_pipeline(folder):
-        return _of_pipeline(folder, wanted, device)
+        return _of_pipeline(_read(folder), wanted, device)
     run, given = Run(folder), [f"--{name}" for name, value in vars(wanted).items() if value]
-    if is_pipeline(run.pipeline) and (given or not images.drawable(Process.load(run.process))):
-        return _of_pipeline(run.pipeline, wanted, device)
+    if not given and images.drawable(Process.load(run.process)):
+        return Source(run.denoiser(device))
+    if is_pipeline(run.pipeline):
+        return _of_pipeline(_read(run.pipeline), wanted, device)
+    denoiser = run.denoiser(device)
+    if (adapted := getattr(denoiser.network, "adapted", None)) is not None:
+        return _of_pipeline(adapted(folder), wanted, device)
     if given:
         raise ValueError(
             f"{run.pipeline} is missing, without which a run has no {' and no '.join(given)}: leave them out"
         )
-    return Source(run.denoiser(device))
+    return Source(denoiser)
 
 
-def _of_pipeline(folder: Path, wanted: Wanted, device: torch.device) -> Source:
-    from diffcore.integrations import Latents, from_diffusers  # slow to import, and runs need none of it
-    from diffcore.integrations.folder import read_folder, sized
+def _read(folder: Path) -> "Parts":
+    from diffcore.integrations.folder import read_folder  # slow to import, and most runs need none of it
 
-    parts = read_folder(folder)
+    return read_folder(folder)
+
+
+def _of_pipeline(parts: "Parts", wanted: Wanted, device: torch.device) -> Source:
+    from diffcore.integrations import Latents, from_diffusers
+    from diffcore.integrations.folder import sized
+    from diffcore.integrations.networks import takes_text
+
     size: dict[str, Any] = {"shape": sized(parts, wanted.height, wanted.width)} if wanted.height or wanted.width else {}
     denoiser = from_diffusers(parts, prompts=wanted.prompt, negative=wanted.negative, **size)
     latents = None if parts.vae is None else Latents(parts.vae.to(device).eval())
-    return Source(denoiser.to(device).eval(), latents)
+    return Source(denoiser.to(device).eval(), latents, takes_text(parts.network))

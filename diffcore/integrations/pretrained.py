@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from diffcore.denoiser import tensor_of
 from diffcore.integrations.configs import config_of, describe, with_defaults
+from diffcore.integrations.folder import Parts, read_folder, read_json
 from diffcore.integrations.index import Index
 from diffcore.integrations.networks import takes_text
 from diffcore.integrations.scheduler import DiffcoreScheduler
@@ -96,6 +97,11 @@ class Pretrained(nn.Module):
                 "the network is told text, not labels: sample its pipeline with a prompt, or ask Prompted(network, prompts)"
             )
         return tensor_of(self.network(x, timestep=timestep, **condition))[:, : x.shape[1]]
+
+    def adapted(self, run: Path) -> Parts:
+        """The pipeline's parts with this network, and the scheduler that `save` left in a run's folder."""
+        scheduler = read_json(run / "scheduler" / "scheduler_config.json")
+        return read_folder(self.index.folder)._replace(network=self.network, scheduler=scheduler)
 
     def save(self, run: Path, process: Process) -> None:
         """Write pipeline/ into a run's folder, or with LoRA pytorch_lora_weights.safetensors and scheduler/."""

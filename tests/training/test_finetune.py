@@ -227,6 +227,26 @@ def test_classes_of_latents_leave_a_pipeline_with_the_vae(place, monkeypatch):
     assert (place / "runs/classes/samples/step-00000001.png").is_file()
 
 
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_a_run_is_sampled_by_prompt(place, monkeypatch, name):
+    """Prompts need not be captions; the pictures are those of diffusers' pipeline with the run's weights or adapter."""
+    monkeypatch.chdir(place)
+    out = f"--out={name}.safetensors"
+    asked = ("--sampler=DDIM", "--grid=Trailing", "--steps=4", "--guidance.scale=3", "--prompt=a horse", "--seeds=5")
+    assert called("sample", f"runs/{name}", *asked, out) == 0
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(
+        place / ("runs/full/pipeline" if name == "full" else "pipeline")
+    )
+    if name == "lora":
+        pipe.scheduler = diffusers.DDIMScheduler.from_pretrained(place / "runs/lora/scheduler")
+        pipe.load_lora_weights(place / "runs/lora")
+    z = theirs(pipe, "a horse", Noise(torch.tensor([5]), (4, 8, 8)).start())
+    with torch.no_grad():
+        expected = Latents(pipe.vae).decode(z)
+    made = read_weights(place / f"{name}.safetensors")["x"]
+    torch.testing.assert_close(made, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+
+
 # Refused --------------------------------------------------------------------------------------------------------------
 
 
