@@ -23,12 +23,14 @@ def filled(argv: list[str]) -> list[str]:
     words = dict(pairwise(argv)) | dict(word.split("=", 1) for word in argv if "=" in word)
     if {"-h", "--help"} & set(argv) or not Path(words.get("--config", "")).is_file():
         return argv
-    settings = yaml.safe_load(Path(words["--config"]).read_text())
+    settings = yaml.safe_load(Path(words["--config"]).read_text()) or {}
     folder = words.get("--pipeline", settings.get("pipeline"))
-    if folder is None:
-        return argv
     if not folder:
-        raise ValueError("this training starts from a pipeline: name the folder of one of diffusers, --pipeline FOLDER")
+        if any(_named(settings.get(part)) == kind and not _names_one(settings[part]) for part, kind in READERS.items()):
+            raise ValueError(
+                "this training starts from a pipeline: name the folder of one of diffusers, --pipeline FOLDER"
+            )
+        return argv
     at = 2 if argv[0] == "--config" else 1
     return ["--config", yaml.safe_dump(completed(settings, str(folder)), allow_unicode=True), *argv[at:]]
 
@@ -52,6 +54,11 @@ def completed(settings: dict[str, Any], folder: str) -> dict[str, Any]:
 def _reading(component: Any, folder: str) -> dict[str, Any]:
     component = {"class_path": component} if isinstance(component, str) else component
     return component | {"init_args": {"pipeline": folder} | (component.get("init_args") or {})}
+
+
+def _names_one(component: Any) -> bool:
+    """Whether a component says itself which pipeline it reads."""
+    return isinstance(component, dict) and bool((component.get("init_args") or {}).get("pipeline"))
 
 
 def _around(schedule: Any, own: dict[str, Any]) -> dict[str, Any]:
