@@ -20,6 +20,7 @@ class Parser(argparse.ArgumentParser):
 COMMANDS = {
     "train": "train a network: a recipe's name or a YAML file, then options",
     "sample": "sample a run: images, arrays, or a labelled grid",
+    "export": "write a run as a pipeline of diffusers",
     "plot": "draw schedules, loss weights, and the effective weight of a training config",
     "info": "describe a run, or this machine",
 }

@@ -3,11 +3,15 @@
 import json
 import re
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 from jsonargparse.typing import register_type
 
-from diffcore.spec import trust
+from diffcore.spec import Parser, trust
+
+DEFAULTS = ("sampler", "grid", "sample_steps", "guidance")
+"""What a run or a pipeline has of its own, and a command may replace."""
 
 
 class Ints(tuple[int, ...]):
@@ -65,6 +69,22 @@ def trusted(argv: Sequence[str]) -> list[str]:
         raise ValueError("--trust expects the name of a module whose classes the configuration may name")
     trust(*modules)
     return rest
+
+
+def default_to(parser: Parser, own: dict[str, Any], argv: Sequence[str]) -> None:
+    """Make the run's own sampler, grid, steps and guidance the defaults, each unless another class is named in its place."""
+    chosen = {name: own[name] for name in DEFAULTS if name in own and not _replaced(name, own[name], argv)}
+    if "sample_steps" in chosen:
+        chosen["steps"] = chosen.pop("sample_steps")
+    parser.set_defaults(chosen)
+
+
+def _replaced(name: str, own: Any, argv: Sequence[str]) -> bool:
+    """Whether the command line names another class, which would else take over the options it shares with the run's."""
+    words = [word.partition("=")[2] for word in argv if word.startswith(f"--{name}=")]
+    words += [word for option, word in pairwise(argv) if option == f"--{name}"]
+    kind = own.get("class_path", "") if isinstance(own, dict) else str(own)
+    return any(word.rpartition(".")[2] != kind.rpartition(".")[2] for word in words)
 
 
 def _range(text: str) -> range:

@@ -5,15 +5,13 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffcore import images
-from diffcore.commands.arguments import Ints, gathered, normalized, trusted
+from diffcore.commands.arguments import Ints, default_to, gathered, normalized, trusted
 from diffcore.commands.source import Source, Wanted, settings, source
 from diffcore.guidance import CFG, Guidance, loaded
 from diffcore.process import Process
@@ -22,8 +20,6 @@ from diffcore.sampling import GRID, SAMPLER, sample
 from diffcore.schedules import Even, Grid, Level, Within
 from diffcore.spec import Parser
 from diffcore.weights import write_weights
-
-DEFAULTS = ("sampler", "grid", "sample_steps", "guidance")
 
 
 @dataclass(frozen=True)
@@ -143,28 +139,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_class_arguments(Request)
     argv = gathered(trusted(normalized(argv)), "prompt")
     if argv and not argv[0].startswith("-"):
-        _default_to(parser, settings(Path(argv[0])), argv)
+        default_to(parser, settings(Path(argv[0])), argv)
     elif not {"-h", "--help"} & set(argv) and not any(".help" in word for word in argv):
         raise ValueError("the run's folder comes first: diffcore sample RUN --option value ...")
     arguments = parser.instantiate(parser.parse_args(argv)).as_dict()
     arguments.pop("config", None)
     _sample(Path(arguments.pop("run")), Request(**arguments))
-
-
-def _default_to(parser: Parser, own: dict[str, Any], argv: Sequence[str]) -> None:
-    """Make the run's own sampler, grid, steps and guidance the defaults, each unless another class is named in its place."""
-    chosen = {name: own[name] for name in DEFAULTS if name in own and not _replaced(name, own[name], argv)}
-    if "sample_steps" in chosen:
-        chosen["steps"] = chosen.pop("sample_steps")
-    parser.set_defaults(chosen)
-
-
-def _replaced(name: str, own: Any, argv: Sequence[str]) -> bool:
-    """Whether the command line names another class, which would else take over the options it shares with the run's."""
-    words = [word.partition("=")[2] for word in argv if word.startswith(f"--{name}=")]
-    words += [word for option, word in pairwise(argv) if option == f"--{name}"]
-    kind = own.get("class_path", "") if isinstance(own, dict) else str(own)
-    return any(word.rpartition(".")[2] != kind.rpartition(".")[2] for word in words)
 
 
 def _sample(folder: Path, request: Request) -> None:

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from diffcore.denoiser import Denoiser
 from diffcore.integrations.configs import C_NOISE
 from diffcore.integrations.drawn import Drawn
+from diffcore.integrations.pipeline import DiffcorePipeline
+from diffcore.integrations.settings import Settings
 from diffcore.loop import run
 from diffcore.process import Process, TimeConditioning
 from diffcore.samplers import DDIM, DDPM, EulerAncestral, Sampler
@@ -49,18 +51,28 @@ NULL = 1000
 OTHERWISE = "export a DiffcorePipeline (--format diffcore)"
 
 
-def scheduler_of(process: Process, sampler: Sampler, grid: Grid, steps: int) -> Any:
-    """The scheduler of diffusers that expresses a process; the sampler says only whether it is DDPM, the grid where it goes.
+def stock_of(pipe: DiffcorePipeline) -> Any:
+    """The pipeline of diffusers that samples the network of one of ours, by DDIM or DDPM and without its guidance.
+
+    Raises:
+        ValueError: none does; the message has the reason.
+    """
+    scheduler = scheduler_of(pipe.process, pipe.scheduler.settings, pipe.config.num_inference_steps)
+    return pipeline_of(pipe.network, pipe.process, scheduler, pipe.vae)
+
+
+def scheduler_of(process: Process, settings: Settings, steps: int) -> Any:
+    """The scheduler of diffusers that expresses a process; of the sampler it takes whether it is DDPM, of the grid the ends.
 
     Raises:
         ValueError: none does; the message has the reason.
     """
     match process.prediction:
         case "edm":
-            return _edm(process, grid.knots(process.schedule, steps), grid)
+            return _edm(process, settings.knots(steps), settings.grid)
         case "flow_prediction":
             return _flow(process)
-    return _table(process, sampler, grid)
+    return _table(process, settings.sampler, settings.grid)
 
 
 def pipeline_of(network: nn.Module, process: Process, scheduler: Any, vae: nn.Module | None) -> Any:
@@ -89,14 +101,14 @@ def pipeline_of(network: nn.Module, process: Process, scheduler: Any, vae: nn.Mo
             f"ConsistencyModelPipeline alone passes labels to a UNet2DModel, and takes no scheduler of a flow: {OTHERWISE}"
         )
     if process.classes or scaled:
-        return diffusers.ConsistencyModelPipeline(network, scheduler)
+        return diffusers.ConsistencyModelPipeline(network, scheduler)  # type: ignore[no-untyped-call]
     deterministic = isinstance(scheduler, diffusers.DDIMScheduler)
     return (diffusers.DDIMPipeline if deterministic else diffusers.DDPMPipeline)(network, scheduler)
 
 
 def _dit(network: nn.Module, process: Process, scheduler: Any, vae: nn.Module | None) -> Any:
     if vae is None:
-        raise ValueError("DiTPipeline decodes latents: pass the folder of the VAE that made them (--vae)")
+        raise ValueError(f"DiTPipeline decodes latents by a VAE, and this network has none: {OTHERWISE}")
     if process.classes != NULL:
         raise ValueError(
             f"DiTPipeline's null label is {NULL}, and this network has {process.classes} classes: {OTHERWISE}"
@@ -104,7 +116,7 @@ def _dit(network: nn.Module, process: Process, scheduler: Any, vae: nn.Module | 
     if not isinstance(scheduler, (diffusers.DDIMScheduler, diffusers.DDPMScheduler)):
         raise ValueError(f"DiTPipeline takes no {type(scheduler).__name__}, as this process needs it: {OTHERWISE}")
     _check_shape(network, process, square=True)
-    return diffusers.DiTPipeline(network, vae, scheduler)
+    return diffusers.DiTPipeline(network, vae, scheduler)  # type: ignore[no-untyped-call]
 
 
 def _check_shape(network: Any, process: Process, square: bool) -> None:
@@ -173,7 +185,8 @@ def _flow(process: Process) -> Any:
         )
     shifted = isinstance(schedule, Shifted) and schedule.schedule == Flow()
     shift = math.exp(-schedule.shift / 2) if isinstance(schedule, Shifted) and shifted else 1.0
-    return diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=entries, shift=shift)
+    kind: Any = diffusers.FlowMatchEulerDiscreteScheduler
+    return kind(num_train_timesteps=entries, shift=shift)
 
 
 def _edm(process: Process, knots: tuple[Level, ...], grid: Grid) -> Any:
@@ -188,7 +201,8 @@ def _edm(process: Process, knots: tuple[Level, ...], grid: Grid) -> Any:
             f"(grid, in the run's config.yaml)"
         )
     even = isinstance(grid, UniformLogSNR)
-    return diffusers.EDMEulerScheduler(
+    kind: Any = diffusers.EDMEulerScheduler
+    return kind(
         sigma_min=float(last),
         sigma_max=float(first),
         sigma_data=process.sigma_data,
@@ -226,41 +240,46 @@ class Recorded:
         return answer
 
 
-def divisor(steps: int, entries: int) -> int:
-    """The most steps, at most these, that divide a table: DDIM of diffusers goes to t - T // n, whatever its grid."""
-    return next(n for n in range(min(steps, entries), 0, -1) if entries % n == 0)
+def parity(folder: Path, pipe: DiffcorePipeline) -> float:
+    """Greatest difference between two samples of the stock pipeline in a folder and of our own loop, over their greatest value.
 
-
-def parity(folder: Path, denoiser: Denoiser, steps: int) -> float:
-    """Greatest difference between two samples of the pipeline in a folder and of our own loop, over their greatest value.
-
-    The pipeline is loaded anew and called as a user calls it; ours asks about the levels that its scheduler named, begins
-    with the same noise, and draws the same.
+    It is loaded anew and called as a user calls it; ours asks about the levels that its scheduler named, begins with the same
+    noise, and draws the same.
     """
-    pipe: Any = diffusers.DiffusionPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.to(denoiser.device)
-    recorded, labels = Recorded(pipe.scheduler), _labels(denoiser.process)
-    pipe(**_call(pipe, labels), num_inference_steps=steps, generator=_generator(), output_type="np")
+    load: Any = diffusers.DiffusionPipeline.from_pretrained
+    stock = load(folder)
+    stock.set_progress_bar_config(disable=True)
+    recorded, labels = Recorded(stock.scheduler), _labels(pipe.process)
+    steps = steps_of(stock.scheduler, pipe.config.num_inference_steps)
+    stock(**_call(stock, labels), num_inference_steps=steps, generator=_generator(), output_type="np")
     assert recorded.first is not None
     assert recorded.last is not None
-    ours = _ours(denoiser, pipe.scheduler, recorded.first, labels)
+    ours = _ours(pipe.denoiser, stock.scheduler, recorded.first, labels)
     return float((ours - recorded.last).abs().max() / recorded.last.abs().max())
 
 
-def check(folder: Path, denoiser: Denoiser, steps: int) -> float:
+def check(folder: Path, pipe: DiffcorePipeline) -> float:
     """`parity`, where it is within the tolerance.
 
     Raises:
         ValueError: it is not.
     """
-    found = parity(folder, denoiser, steps)
+    found = parity(folder, pipe)
     if not found <= TOLERANCE:  # NaN too
         raise ValueError(
-            f"the exported pipeline's samples differ from our own by {found:.3g} of their greatest value, expected at most "
+            f"samples of the stock pipeline differ from our own by {found:.3g} of their greatest value, expected at most "
             f"{TOLERANCE:g}: {OTHERWISE}"
         )
     return found
+
+
+def steps_of(scheduler: Any, steps: int) -> int:
+    """The most steps, at most these, with which it is right: of DDIM those that divide T, for it goes to t - T // n."""
+    if not isinstance(scheduler, (diffusers.DDIMScheduler, diffusers.DDPMScheduler)):
+        return steps
+    config: Any = scheduler.config  # type: ignore[union-attr]
+    entries: int = config.num_train_timesteps
+    return next(n for n in range(min(steps, entries), 0, -1) if entries % n == 0)
 
 
 def _generator() -> torch.Generator:
