@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> None:
     if not argv:
         raise ValueError(f"name a recipe ({', '.join(recipes())}) or a YAML file, or see --help")
     parser.add_argument("--config", action="config", help="a YAML file; options given besides it override it")
-    parser.add_argument("--pipeline", default="", help=PIPELINE)
+    parser.add_argument("--pipeline", default=None, help=PIPELINE)  # dumped as null: none
     parser.add_class_arguments(Trainer, skip={"config"})
     settings = parser.parse_args(filled(_config_first(trusted(normalized(argv)))))
     config = parser.dump(settings.clone().update(False, "resume"))
