@@ -31,10 +31,10 @@ def test_the_commands_of_the_readme_run_in_their_order(tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     lines = [line for block in blocks(ROOT / "README.md", "console") for line in block.splitlines()]
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("diffcore ")]
-    assert [words[0] for words in commands] == ["train", "sample", "plot", "info"]
+    assert [words[0] for words in commands] == ["train", "sample", "plot", "info", "export"]
     for words in commands:
         assert main([*words, *(shlex.split(TINY) if words[0] == "train" else [])]) == 0, capfd.readouterr().err
-    assert {"grid.png", "schedules.png", "runs"} <= {path.name for path in tmp_path.iterdir()}
+    assert {"grid.png", "schedules.png", "runs", "mine"} <= {path.name for path in tmp_path.iterdir()}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
