@@ -19,7 +19,7 @@ from diffcore.denoiser import tensor_of
 from diffcore.integrations.configs import config_of, describe, with_defaults
 from diffcore.integrations.folder import Parts, read_folder, read_json
 from diffcore.integrations.index import Index
-from diffcore.integrations.networks import takes_text
+from diffcore.integrations.networks import Packed, takes_text
 from diffcore.integrations.scheduler import DiffcoreScheduler
 from diffcore.process import Process
 from diffcore.schedules import ZeroTerminalSNR
@@ -94,9 +94,11 @@ class Pretrained(nn.Module):
         """The network's answer to x, without the variance that some networks also give."""
         if takes_text(self.network) and "encoder_hidden_states" not in condition:
             raise ValueError(
-                "the network is told text, not labels: sample its pipeline with a prompt, or ask Prompted(network, prompts)"
+                "the network is told text, not labels: sample its pipeline/ with --prompt, or ask Prompted(network, prompts)"
             )
-        return tensor_of(self.network(x, timestep=timestep, **condition))[:, : x.shape[1]]
+        network: nn.Module = self.network
+        asked = Packed(network) if isinstance(network, diffusers.FluxTransformer2DModel) else network
+        return tensor_of(asked(x, timestep=timestep, **condition))[:, : x.shape[1]]
 
     def adapted(self, run: Path) -> Parts:
         """The pipeline's parts with this network, and the scheduler that `save` left in a run's folder."""

@@ -53,7 +53,7 @@ class Cache:
                 part = keys[first : first + SHARD]
                 tensors: dict[str, Tensor] = {}
                 for key, entry in zip(part, entries(part), strict=True):
-                    tensors |= {f"{key}.{name}": value.cpu() for name, value in entry.items()}
+                    tensors |= {f"{key}.{name}": value.cpu().clone() for name, value in entry.items()}
                     bar.update()
                 path = self.folder / f"{digest(*part)}.safetensors"
                 self.folder.mkdir(parents=True, exist_ok=True)

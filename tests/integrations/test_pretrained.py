@@ -97,7 +97,7 @@ def test_without_peft_an_adapter_is_refused_with_the_remedy(folder, monkeypatch)
 def test_what_is_no_pipeline_or_is_told_text_by_label_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="is missing: expected the folder of a diffusers pipeline"):
         Pretrained(str(tmp_path))
-    with pytest.raises(ValueError, match="is told text, not labels: sample its pipeline with a prompt"):
+    with pytest.raises(ValueError, match="is told text, not labels: sample its pipeline/ with --prompt"):
         Pretrained(str(folder))(X, TIME, class_labels=torch.tensor([0, 1]))
 
 
