@@ -2,6 +2,7 @@
 
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import diffusers
@@ -201,6 +202,27 @@ def test_a_network_of_half_precision_is_asked_in_it_and_x_is_not(folder, pipe):
     torch.testing.assert_close(made, exact, rtol=0, atol=0.05 * float(exact.abs().max()))
     assert not torch.equal(made, exact)
     assert torch.equal(half.to(torch.float32)(**asked).images, half(**asked).images)
+
+
+def test_models_are_offloaded_between_their_turns():
+    """To the same processor here: each model has its hook, and the device of a call is the hooks'."""
+    source = diffusers.DiTPipeline(transformer=dit(), vae=vae(), scheduler=diffusers.DDIMScheduler(clip_sample=False))
+    made = quiet(DiffcorePipeline.of(from_diffusers(source), num_inference_steps=2, vae=source.vae))
+    asked = {"class_labels": [1, 2], "seeds": [0, 1], "output_type": "pt"}
+    expected = made(**asked).images
+    made.enable_model_cpu_offload(device="cpu")
+    assert [hook.model for hook in made._all_hooks] == [made.transformer, made.vae]
+    assert made._execution_device == torch.device("cpu:0")
+    assert torch.equal(made(**asked).images, expected)
+
+
+def test_threads_share_a_pipeline(pipe):
+    def one(seed):
+        return pipe(class_labels=seed % 4, seeds=[seed], output_type="latent").images
+
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(one, range(8)))
+    assert all(torch.equal(made, one(seed)) for seed, made in enumerate(together))
 
 
 def test_one_label_is_for_all(pipe):
