@@ -1,4 +1,4 @@
-"""`python scripts/benchmark.py overhead|steps|guidance|accuracy`: the tables of docs/benchmarks.md."""
+"""`python scripts/benchmark.py overhead|steps|pipeline|guidance|accuracy`: the tables of docs/benchmarks.md."""
 
 import argparse
 import json
@@ -28,6 +28,9 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     _add_overhead(commands.add_parser("overhead", help="digits network, training and sampling, beside bare PyTorch"))
     _add_steps(commands.add_parser("steps", help="50 steps with a network that does nothing, beside diffusers"))
+    _add_pipeline(
+        commands.add_parser("pipeline", help="a StableDiffusionPipeline with our scheduler, beside diffusers'")
+    )
     _add_guidance(commands.add_parser("guidance", help="digits network, Interval against CFG over the same knots"))
     _add_accuracy(commands.add_parser("accuracy", help="distance to the exact flow by evaluations, beside diffusers"))
     for command in commands.choices.values():
@@ -69,6 +72,18 @@ def _add_steps(command: argparse.ArgumentParser) -> None:
         from diffcore.evaluation.step_overhead import steps
 
         return _compared(arguments, steps(arguments.pairs), ("ours, ms", "diffusers, ms", "at most"))
+
+    command.set_defaults(measure=measure)
+
+
+def _add_pipeline(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--pairs", type=int, default=40, help="interleaved pairs, at least 30 (default 40)")
+
+    def measure(arguments: argparse.Namespace) -> dict[str, object]:
+        from diffcore.evaluation.pipeline_overhead import pipelines
+
+        warnings.simplefilter("ignore")  # diffusers' own
+        return _compared(arguments, pipelines(arguments.pairs), ("ours, ms", "diffusers, ms", "at most"))
 
     command.set_defaults(measure=measure)
 

@@ -136,7 +136,7 @@ def overhead(pairs: int = 40, steps: int = 1, rows: int = 64) -> list[Comparison
     Raises:
         ValueError: too few of them.
     """
-    _check_pairs(pairs)
+    check_pairs(pairs)
     if steps < 1 or rows < 1:
         raise ValueError(f"steps and rows are {steps} and {rows}, expected at least 1")
     with TemporaryDirectory() as folder:
@@ -200,7 +200,7 @@ def intervals(pairs: int = 30, rows: int = 64) -> list[Comparison]:
     Raises:
         ValueError: too few of them.
     """
-    _check_pairs(pairs)
+    check_pairs(pairs)
     if rows < 1:
         raise ValueError(f"rows is {rows}, expected at least 1")
     with TemporaryDirectory() as folder:
@@ -325,7 +325,8 @@ def bare_network(recipe: dict[str, Any]) -> nn.Module:
     return network
 
 
-def _check_pairs(pairs: int) -> None:
+def check_pairs(pairs: int) -> None:
+    """Raise where so few pairs tell nothing."""
     if pairs < FEWEST_PAIRS:
         raise ValueError(f"pairs is {pairs}, expected at least {FEWEST_PAIRS}: fewer do not tell 1.03 from the scatter")
 

@@ -160,7 +160,7 @@ def measure(made: Tensor) -> dict[str, Any]:
     quantiles = 2 * (torch.arange(len(made)) + 0.5) / len(made) - 1
     return {
         "std": made.std().item(),
-        "beyond": (made.abs() > END).float().mean().item(),
+        "beyond": (made.abs() > END).double().mean().item(),
         "distance": (made.sort().values - quantiles).abs().mean().item(),
         "histogram": torch.histc(made.clamp(-SPAN, SPAN), BINS, -SPAN, SPAN).int().tolist(),
     }
@@ -172,19 +172,18 @@ def study(out: Path, seeds: Iterable[int], steps: int = TRAINING, count: int = C
     for seed in seeds:
         for name, arm in ARMS.items():
             if (name, seed) not in done:
-                lines = list(_measured(name, arm, seed, steps, count))
+                lines = [json.dumps(row, ensure_ascii=False) for row in _measured(name, arm, seed, steps, count)]
                 with out.open("a") as file:
                     file.writelines(line + "\n" for line in lines)
                 yield from lines
 
 
-def _measured(name: str, arm: Arm, seed: int, steps: int, count: int) -> Iterator[str]:
-    """A line a grid."""
+def _measured(name: str, arm: Arm, seed: int, steps: int, count: int) -> Iterator[dict[str, Any]]:
+    """A row a grid."""
     trained = denoiser(arm, seed, steps)
     for grid, knots in GRIDS.items():
         made = sample(trained, DDIM(), knots, STEPS, seeds=range(seed * 10**6, seed * 10**6 + count), batch_size=100).x
-        found = {"arm": name, "grid": grid, "seed": seed, **measure(brightness(made))}
-        yield json.dumps(found, ensure_ascii=False)
+        yield {"arm": name, "grid": grid, "seed": seed, **measure(brightness(made))}
 
 
 def real(count: int = COUNT) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from diffcore.denoiser import Denoiser
-from diffcore.evaluation.benchmark import FEWEST_PAIRS, Comparison, interleaved
+from diffcore.evaluation.benchmark import Comparison, check_pairs, interleaved
 from diffcore.loop import run
 from diffcore.noise import Noise
 from diffcore.prediction import PredictionType
@@ -39,10 +39,7 @@ def steps(pairs: int = 100, shapes: Sequence[tuple[int, ...]] = SHAPES, sampler:
     Raises:
         ValueError: too few pairs.
     """
-    if pairs < FEWEST_PAIRS:
-        raise ValueError(
-            f"pairs is {pairs}, expected at least {FEWEST_PAIRS}: fewer do not tell a ratio from the scatter"
-        )
+    check_pairs(pairs)
     kinds: tuple[PredictionType, ...] = ("epsilon", "v_prediction")
     return [_compared(shape, kind, pairs, sampler) for shape in shapes for kind in kinds]
 
