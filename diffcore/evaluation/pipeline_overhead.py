@@ -16,7 +16,7 @@ from diffcore.integrations import DiffcoreScheduler, attach
 from diffcore.samplers import DDIM, DPMSolverPP, Sampler
 
 STEPS = 25
-SIZE = 64
+SIZE = 16
 """Of the latents, in each direction."""
 SCALE = 7.5
 TABLE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}

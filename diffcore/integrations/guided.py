@@ -100,14 +100,14 @@ class Progress:
     """What is known of a call under way.
 
     Args:
-        doubled: whether both halves are there.
+        process: of one class where both halves are there, or of none.
         memory: the rule's.
         step: of the last evaluation.
         asked: whether the network has been asked at this evaluation.
         waits: for whom an answer waits that has no content yet.
     """
 
-    doubled: bool
+    process: Process
     memory: Any = None
     step: Step | None = None
     asked: Any = None
@@ -155,10 +155,9 @@ class Guided:
         if call.guided is None:
             call.guided = self._begun(call, x)
         progress: Progress = call.guided
-        process = self._process(call, progress.doubled)
-        asked = Asked(self.network, self.forward, process, x, args, kwargs, self.conditional_first)
+        asked = Asked(self.network, self.forward, progress.process, x, args, kwargs, self.conditional_first)
         if progress.asked is None:
-            progress.step = step_of(process, call.knots, state, progress.step)
+            progress.step = step_of(progress.process, call.knots, state, progress.step)
         rule = self.guidance if call.plan.sampler.guided(state) else CFG(1.0)
         return self._answer(rule, asked, progress)
 
@@ -170,7 +169,7 @@ class Guided:
             )
         assert progress.step is not None
         progress.asked, step, x = True, progress.step, asked.sample(progress.step.level)
-        condition = torch.zeros(len(x), dtype=torch.int64, device=x.device) if progress.doubled else None
+        condition = torch.zeros(len(x), dtype=torch.int64, device=x.device) if progress.process.classes else None
         return asked.answered(guide(rule, look(asked, rule, x, condition, progress.memory, step), progress))
 
     def _time(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -178,10 +177,6 @@ class Guided:
         t = args[0] if args else kwargs["timestep"]
         t = t.flatten()[0] if isinstance(t, Tensor) else t
         return t / getattr(getattr(self.network, "config", None), "timestep_scale", 1.0)
-
-    def _process(self, call: Call, doubled: bool) -> Process:
-        """Of one class, which a negative half makes droppable."""
-        return replace(call.plan.process, classes=1, dropout=0.1) if doubled else call.plan.process
 
     def _begun(self, call: Call, x: Tensor) -> Progress:
         """What is known before the first evaluation.
@@ -193,12 +188,14 @@ class Guided:
         steps = (step_of(call.plan.process, call.knots, state) for state in call.plan.states)
         if not doubled and any(isinstance(r, Unconditional) for s in steps for r in self.guidance.asks(s, None)):
             raise ValueError(unmet(self.guidance))
-        self._check(call, doubled)
-        return Progress(doubled)
+        return Progress(self._checked(call, doubled))
 
-    def _check(self, call: Call, doubled: bool) -> None:
-        process, condition = self._process(call, doubled), torch.zeros(1, dtype=torch.int64) if doubled else None
+    def _checked(self, call: Call, doubled: bool) -> Process:
+        """Of one class, which a negative half makes droppable."""
+        process = replace(call.plan.process, classes=1, dropout=0.1) if doubled else call.plan.process
+        condition = torch.zeros(1, dtype=torch.int64) if doubled else None
         check_guidance(process, call.knots, condition, self.guidance, call.plan.sampler)
+        return process
 
     def _doubled(self, x: Tensor) -> bool:
         """Whether x holds each sample twice; where the pipeline does not say, seen once a call."""

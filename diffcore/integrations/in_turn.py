@@ -72,5 +72,5 @@ class InTurn(Guided):
 
     def _begun(self, call: Call, x: Tensor) -> Progress:
         """That the negative half comes is known when it does; a call has the rows of one."""
-        self._check(call, True)
-        return Progress(doubled=False)
+        self._checked(call, True)
+        return Progress(call.plan.process)

@@ -4,7 +4,7 @@ import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -118,9 +118,9 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
     def __len__(self) -> int:
         return self.config.num_train_timesteps
 
-    @property
+    @cached_property
     def order(self) -> int:
-        """Evaluations of a step between two noisy knots; the first and last step may take fewer."""
+        """Evaluations of a step between two noisy knots (the first and last may take fewer); pipelines read it each step."""
         inside = tuple(self.settings.schedule.at(logsnr) for logsnr in (-1.0, 1.0))
         return self.settings.sampler.evaluations(inside)
 
