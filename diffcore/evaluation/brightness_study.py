@@ -8,7 +8,7 @@ m in its noisiest training images, and sampling begins where there is none of it
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -193,21 +193,27 @@ def real(count: int = COUNT) -> dict[str, Any]:
 
 def table(measured: list[dict[str, Any]]) -> str:
     """Mean over seeds, and half the range, as Markdown."""
-    lines = ["| schedule, network | grid | std | beyond ±0.6 | distance |", "|---|---|---|---|---|"]
+    lines = ["| schedule, network | grid | std | beyond ±0.6 | beyond ±1 | distance |", "|---|---|---|---|---|---|"]
     for arm, grid in dict.fromkeys((row["arm"], row["grid"]) for row in measured):
         own = [row for row in measured if (row["arm"], row["grid"]) == (arm, grid)]
-        cells = [_cell([row[what] for row in own]) for what in ("std", "beyond", "distance")]
-        lines.append("| " + " | ".join([arm, grid, *cells]) + " |")
+        found = [(row["std"], row["beyond"], outside(row["histogram"]), row["distance"]) for row in own]
+        lines.append("| " + " | ".join([arm, grid, *map(_cell, zip(*found, strict=True))]) + " |")
     return "\n".join(lines)
 
 
-def _cell(values: list[float]) -> str:
+def outside(histogram: list[int]) -> float:
+    """The share beyond ±1, where there are no images."""
+    bins = round(BINS * (SPAN - 1) / (2 * SPAN))
+    return sum(histogram[:bins] + histogram[-bins:]) / sum(histogram)
+
+
+def _cell(values: Sequence[float]) -> str:
     spread = f" ± {(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
     return f"{mean(values):.3f}{spread}"
 
 
 def draw(measured: list[dict[str, Any]], out: Path) -> None:
-    """Histograms of the mean brightness, over all seeds, a panel an arm; dashed: where the data lie."""
+    """Histograms of the mean brightness, over all seeds, a panel an arm (dashed: the data). The last bin holds the rest."""
     made, axes = figure(len(ARMS), width=3.2, height=3.4)
     edges = torch.linspace(-SPAN, SPAN, BINS + 1).tolist()
     for axis, arm in zip(axes, ARMS, strict=True):
@@ -218,6 +224,6 @@ def draw(measured: list[dict[str, Any]], out: Path) -> None:
             label = grid if arm == next(iter(ARMS)) else None
             axis.stairs(density.tolist(), edges, fill=colour != "k", color=colour, label=label, lw=1.5)
         axis.plot([-1, -1, 1, 1], [0, 0.5, 0.5, 0], "--", color="0.4", lw=1)
-        axis.set(title=arm, xlabel="mean brightness")
+        axis.set(title=arm, xlabel="mean brightness", ylim=(0, 1.4))
     axes[0].set_ylabel("density")
     save(made, out)

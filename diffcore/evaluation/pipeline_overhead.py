@@ -80,7 +80,7 @@ def sides(case: Case, steps: int = STEPS) -> tuple[Callable[[], Tensor], Callabl
 
 
 def network() -> Any:
-    """Nine thousand parameters: what a step costs beside it shows."""
+    """Thirty-six thousand parameters: what a step costs beside it shows."""
     made: Any = diffusers.UNet2DConditionModel(  # type: ignore[no-untyped-call]
         sample_size=SIZE,
         block_out_channels=(8, 16),

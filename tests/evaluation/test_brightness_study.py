@@ -13,6 +13,7 @@ from diffcore.evaluation.brightness_study import (
     denoiser,
     draw,
     measure,
+    outside,
     real,
     study,
     table,
@@ -46,6 +47,8 @@ def test_measurements_are_those_of_known_distributions():
     assert found["histogram"][:2] == found["histogram"][-2:] == [0, 0]
     assert measure(0.5 * even)["distance"] == pytest.approx(0.25, abs=1e-6)  # ∫ |q/2| dq over [-1, 1], halved
     assert measure(even + 3)["histogram"][-1] == 1000  # what lies beyond is counted at the end
+    assert outside(found["histogram"]) == 0
+    assert outside(measure(1.05 * even)["histogram"]) == pytest.approx(0.048, abs=2e-3)
     assert real(1000)["distance"] < 0.05
 
 
@@ -94,6 +97,6 @@ def test_a_study_continues_what_its_file_holds_and_is_shown(tmp_path, monkeypatc
     assert asked == [(name, seed) for seed in (0, 1) for name in ARMS]
     lines = table([real(), *rows(out)]).splitlines()
     assert len(lines) == 2 + 1 + 2 * len(ARMS)
-    assert lines[3].startswith("| scaled_linear, ε | Leading(1) | 0.000 ± 0.000 | 0.500 ± 0.500 |")
+    assert lines[3].startswith("| scaled_linear, ε | Leading(1) | 0.000 ± 0.000 | 0.500 ± 0.500 | 0.000 ± 0.000 |")
     draw(rows(out), tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
