@@ -169,7 +169,7 @@ def settings_of(config: Config) -> dict[str, Any]:
     Spacing leading, trailing and linspace, beta, exponential and Karras levels are grids of ours; a scheduler that moves
     timesteps off its table only rounds where these do not. The sampler is DDIM, unless told otherwise.
     """
-    config = with_defaults(config)
+    config = _with_defaults(config)
     dynamic = bool(config.get("use_dynamic_shifting"))
     said = describe(config | ({"use_dynamic_shifting": False, "shift": 1.0} if dynamic else {}))
     fields: dict[str, Any] = {"schedule": said.schedule, "prediction_type": said.prediction, "time": said.time}
@@ -234,7 +234,7 @@ def _clip(config: Config) -> float | None:
     return float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample") else None
 
 
-def with_defaults(config: Config) -> dict[str, Any]:
+def _with_defaults(config: Config) -> dict[str, Any]:
     """The config, with what its class takes where it is silent."""
     kind = getattr(diffusers, str(config.get("_class_name")), None)
     parameters = inspect.signature(kind.__init__).parameters.values() if inspect.isclass(kind) else ()

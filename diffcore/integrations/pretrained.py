@@ -16,13 +16,16 @@ import diffusers
 from torch import Tensor, nn
 
 from diffcore.denoiser import tensor_of
-from diffcore.integrations.configs import config_of, describe, with_defaults
+from diffcore.integrations import stock
+from diffcore.integrations.configs import describe
 from diffcore.integrations.folder import Parts, read_folder, read_json
 from diffcore.integrations.index import Index
 from diffcore.integrations.networks import Packed, takes_text
 from diffcore.integrations.scheduler import DiffcoreScheduler
+from diffcore.integrations.settings import Settings
 from diffcore.process import Process
-from diffcore.schedules import ZeroTerminalSNR
+from diffcore.samplers import DDIM
+from diffcore.schedules import Trailing
 from diffcore.weights import replace_folder
 
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -137,29 +140,23 @@ class Pretrained(nn.Module):
 
 
 def scheduler_of(config: Mapping[str, Any], process: Process) -> Any:
-    """A scheduler that describes a process: DDIM with the config's betas, else the given one, else a DiffcoreScheduler.
+    """A scheduler that describes a process: the given one of a flow that is still right, a stock one, or a DiffcoreScheduler.
 
-    DDIM here begins at the last level (trailing) and ends clean, as zero terminal SNR needs it to.
+    A stock DDIM begins at the last level (trailing) and ends clean, as zero terminal SNR needs it to.
     """
-    said = (process.schedule, process.prediction, process.time)
-    zero = isinstance(process.schedule, ZeroTerminalSNR)
-    ends = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False, "thresholding": False}
-    told = ends | {"prediction_type": process.prediction, "rescale_betas_zero_snr": zero}
-    make: Any = diffusers.DDIMScheduler.from_config
-    stock = make(with_defaults(config), **told)
-    if _describes(config_of(stock), said):
-        return stock
-    if _describes(config, said):
+    if process.prediction == "flow_prediction" and _describes(config, process):
         return getattr(diffusers, config["_class_name"]).from_config(dict(config))
-    return DiffcoreScheduler(
-        schedule=process.schedule, prediction_type=process.prediction, time=process.time, sigma_data=process.sigma_data
-    )
-
-
-def _describes(config: Mapping[str, Any], process: tuple[Any, ...]) -> bool:
+    said = (process.schedule, process.prediction, process.time, process.sigma_data)
     try:
-        return describe(config)[:3] == process
-    except ValueError:  # it needs more than itself (a shift's μ), or says nothing of a process
+        return stock.scheduler_of(process, Settings(DDIM(), Trailing(), *said), 1)
+    except ValueError:
+        return DiffcoreScheduler(DDIM(), Trailing(), *said)
+
+
+def _describes(config: Mapping[str, Any], process: Process) -> bool:
+    try:
+        return describe(config)[:3] == (process.schedule, process.prediction, process.time)
+    except ValueError:  # it needs more than itself: a shift's μ
         return False
 
 

@@ -237,7 +237,7 @@ def conditioned(process: Process, data: Dataset[Any]) -> Process:
     if process.dropout and not process.classes:
         raise ValueError(
             f"dropout is {process.dropout}, but the data has no captions and classes is 0: there is no condition to drop; "
-            f"set process.dropout: 0"
+            f"set dropout: 0"
         )
     return process
 

@@ -104,38 +104,44 @@ def test_what_is_no_pipeline_or_is_told_text_by_label_is_refused(folder, tmp_pat
 # The scheduler that is saved ------------------------------------------------------------------------------------------
 
 
-def process(schedule, prediction, time=INDEX):
-    return Process(schedule, prediction, time, shape=(4, 8, 8), sigma_data=1.0)
+LINEAR = Discrete("scaled_linear", 1000, 0.00085, 0.012)
+BLEND = TimeConditioning("blend", 1000.0)
+SD3 = Shifted.by_time_shift(Flow(), 3.0)
 
 
 @pytest.mark.parametrize(
     ("config", "said", "kind"),
     [
+        (diffusers.PNDMScheduler(**OLD), (LINEAR, "epsilon", INDEX), diffusers.DDIMScheduler),
+        (diffusers.PNDMScheduler(**OLD), (ZeroTerminalSNR(LINEAR), "v_prediction", INDEX), diffusers.DDIMScheduler),
         (
-            diffusers.PNDMScheduler(**OLD),
-            (Discrete("scaled_linear", 1000, 0.00085, 0.012), "epsilon"),
-            diffusers.DDIMScheduler,
+            diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0),
+            (SD3, "flow_prediction", BLEND),
+            diffusers.FlowMatchHeunDiscreteScheduler,
         ),
-        (
-            diffusers.PNDMScheduler(**OLD),
-            (ZeroTerminalSNR(Discrete("scaled_linear", 1000, 0.00085, 0.012)), "v_prediction"),
-            diffusers.DDIMScheduler,
-        ),
-        (
-            diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-            (Shifted.by_time_shift(Flow(), 3.0), "flow_prediction", TimeConditioning("blend", 1000.0)),
-            diffusers.FlowMatchEulerDiscreteScheduler,
-        ),
-        (diffusers.PNDMScheduler(**OLD), (Cosine(), "v_prediction"), DiffcoreScheduler),
+        (diffusers.PNDMScheduler(**OLD), (SD3, "flow_prediction", BLEND), diffusers.FlowMatchEulerDiscreteScheduler),
+        (diffusers.PNDMScheduler(**OLD), (SD3, "v_prediction", BLEND), DiffcoreScheduler),
     ],
-    ids=["table", "zero SNR", "flow", "Cosine"],
+    ids=["table", "zero SNR", "flow", "another flow", "flow that predicts v"],
 )
 def test_the_saved_scheduler_describes_the_process(tmp_path, config, said, kind):
-    scheduler_of(config_of(config), process(*said)).save_pretrained(tmp_path)
+    process = Process(*said, shape=(4, 8, 8), sigma_data=1.0)
+    scheduler_of(config_of(config), process).save_pretrained(tmp_path)
     found = kind.from_pretrained(tmp_path)
     assert type(found) is kind
-    expected = process(*said)
-    assert describe(config_of(found))[:3] == (expected.schedule, expected.prediction, expected.time)
+    schedule, *others = describe(config_of(found))[:3]
+    assert others == [process.prediction, process.time]
+    t = torch.linspace(0.001, 1, 1000, dtype=torch.float64)
+    torch.testing.assert_close(schedule.logsnr(t), process.schedule.logsnr(t), rtol=1e-12, atol=1e-12)
     if kind is diffusers.DDIMScheduler:
         assert (found.config.timestep_spacing, found.config.set_alpha_to_one) == ("trailing", True)
         assert found.config.rescale_betas_zero_snr == (said[1] == "v_prediction")
+
+
+def test_a_schedule_that_is_no_table_is_saved_as_one(tmp_path):
+    process = Process(Cosine(), "v_prediction", INDEX, shape=(4, 8, 8), sigma_data=1.0)
+    scheduler_of(config_of(diffusers.PNDMScheduler(**OLD)), process).save_pretrained(tmp_path)
+    found = describe(config_of(diffusers.DDIMScheduler.from_pretrained(tmp_path)))
+    t = torch.arange(1, 1001, dtype=torch.float64) / 1000
+    torch.testing.assert_close(found.schedule.logsnr(t), Cosine().logsnr(t), rtol=0, atol=1e-9)
+    assert found[1:3] == ("v_prediction", INDEX)
