@@ -1,12 +1,13 @@
 """A study of guidance on the digits: what each rule makes of its scale w.
 
 Every run has the same small network; its average samples 500 digits by each rule at each w, over the same λ knots. The weaker
-network of autoguidance is the run's own average after an eighth of its steps.
+network of autoguidance is the average of a run of a third of the parameters and an eighth of the steps.
 """
 
 import json
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryDirectory
@@ -19,7 +20,7 @@ from diffcore.denoiser import Denoiser
 from diffcore.evaluation.digits import scan
 from diffcore.evaluation.figures import figure, save, styles
 from diffcore.evaluation.metrics import Reader, frechet_distance
-from diffcore.evaluation.study import ARMS, KNOTS, rows, trainer
+from diffcore.evaluation.study import ARMS, KNOTS, network, rows, trainer
 from diffcore.guidance import APG, CFG, AdaptiveGuidance, AutoGuidance, Guidance, Interval, Rescale, networks
 from diffcore.loop import watch
 from diffcore.noise import Noise
@@ -39,6 +40,8 @@ SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0)
 STEPS = 20
 POINTS = (100, 800)
 """Optimizer steps of the weaker network, and of the network."""
+SMALLER = (16, 32)
+"""Channels of the weaker network."""
 BATCHES = (1, 10, 100)
 """Samples that are integrated together, which decide what AdaptiveGuidance saves."""
 THRESHOLD = 0.95
@@ -55,7 +58,7 @@ TITLES = {
 
 
 class Pair(NamedTuple):
-    """A run's network, and the same one when it had learned less."""
+    """A run's network, and a smaller one that has learned less."""
 
     strong: Denoiser
     weaker: Denoiser
@@ -79,18 +82,20 @@ RULES: dict[str, Callable[[float, Denoiser], Guidance]] = {
 
 
 def trained(seed: int, points: tuple[int, int] = POINTS) -> Pair:
-    """The averaged networks of a run after each number of steps."""
-    found = []
+    """The averaged networks of two runs of one seed."""
+    return Pair(averaged(seed, points[1], network), averaged(seed, points[0], partial(network, SMALLER)))
+
+
+def averaged(seed: int, steps: int, network: Callable[[], torch.nn.Module]) -> Denoiser:
+    """The average of a run's weights after its last step."""
     with TemporaryDirectory() as folder:
-        run = trainer(ARMS["cosine, v, Min-SNR"], "stratified", seed, Path(folder), points[1])
+        run = trainer(ARMS["cosine, v, Min-SNR"], "stratified", seed, Path(folder), steps, network)
         run.prepare()
-        stream = batches(run.data, run.order.steps(0, points[1]), 0)
-        for point in points:
-            while run.step < point:
-                run.advance(stream)
-            with run.average.applied():
-                found.append(Denoiser(deepcopy(run.bare), run.process).eval())
-    return Pair(found[1], found[0])
+        stream = batches(run.data, run.order.steps(0, steps), 0)
+        while run.step < steps:
+            run.advance(stream)
+        with run.average.applied():
+            return Denoiser(deepcopy(run.bare), run.process).eval()
 
 
 def measure(denoiser: Denoiser, guidance: Guidance, seed: int, count: int = 500) -> dict[str, Any]:
