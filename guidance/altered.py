@@ -149,7 +149,9 @@ def _input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
 
 
 def _like(output: Any, hidden: Tensor, encoder: Any, module: nn.Module) -> tuple[Any, ...]:
-    """Joint blocks answer (encoder_hidden_states, hidden_states)."""
+    """Joint blocks answer (encoder_hidden_states, hidden_states) or, as CogVideoX's, the other way round: told by shape."""
     if isinstance(output, tuple) and len(output) == 2 and encoder is not None:
-        return (encoder, hidden)
+        for pair in ((encoder, hidden), (hidden, encoder)):
+            if [value.shape for value in pair] == [value.shape for value in output]:
+                return pair
     raise ValueError(f"a layer {type(module).__name__} answers {type(output).__name__}, so it cannot be skipped")

@@ -46,7 +46,7 @@ class APG(Contrast):
 
     @classmethod
     def edm2(cls, scale: float) -> "APG":
-        """EDM2-S, 512 px. r and β from memory of Table 10, not confirmed."""
+        """EDM2, 512 px. r as quoted in ComfyUI-APG_ImYourCFGNow#1, β from memory of Table 10, not confirmed."""
         return cls(scale, momentum=-0.75, threshold=2.5)
 
     @classmethod

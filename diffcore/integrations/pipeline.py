@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from diffcore import images
 from diffcore.denoiser import Denoiser
-from diffcore.guidance import CFG, Guidance, loaded
+from diffcore.guidance import CFG, Guidance, loaded, networks
 from diffcore.integrations.denoiser import Mean, mean_of
 from diffcore.integrations.drawn import Drawn, Generators
 from diffcore.integrations.facts import COMPONENTS, Facts, check_folder
@@ -247,7 +247,7 @@ class DiffcorePipeline(DiffusionPipeline):
         self._check_output(output_type)
         noise = self._noise(process, count, seeds, generator)
         labels, x = _on(labels, noise.device), noise.first_sample(knots[0], process.sigma_data)
-        with evaluating(denoiser), self.progress_bar(total=len(knots) - 1) as bar:
+        with evaluating(denoiser, *networks(rule)), self.progress_bar(total=len(knots) - 1) as bar:
             followed = Followed(sampler, self._told(process, bar.update, callback_on_step_end))
             x, _ = run(denoiser, followed, x, knots, noise, rule, labels)
         answer: Any = (x if output_type == "latent" else self._pictures(x, output_type),)

@@ -1,6 +1,7 @@
 """AdaptiveGuidance: stops asking for the reference once both agree; LinearAG: predicts it."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from diffcore.denoiser import Denoiser
 from diffcore.guidance import APG, CFG, AdaptiveGuidance, LinearAG
 from diffcore.loop import run, watch
 from diffcore.noise import Noise
+from diffcore.prediction import PredictionType
 from diffcore.samplers import DDIM, AlphaBlending
 from diffcore.sampling import sample
 from diffcore.schedules import Trailing, UniformLogSNR
@@ -82,6 +84,15 @@ def test_on_eps_the_cosine_is_near_1_at_noise_and_on_v_it_is_not():
     assert AdaptiveGuidance(CFG(3.0)).cosine(seen).min() < 0.9
 
 
+@pytest.mark.parametrize("space", ("v_prediction", "sample"))
+def test_the_cosine_is_that_of_its_space(space):
+    for seen in list(watch(ORACLE, DDIM(), START, KNOTS, NOISE, CFG(3.0), LABELS))[::6]:
+        level, pairs = seen.step.level, (seen.conditional, *seen.references)
+        c, u = (p.x0 if space == "sample" else level.alpha * p.eps - level.sigma * p.x0 for p in pairs)
+        expected = (c * u).sum(1) / (c.norm(dim=1) * u.norm(dim=1))
+        torch.testing.assert_close(AdaptiveGuidance(CFG(3.0), space=space).cosine(seen), expected)
+
+
 def test_around_apg_its_memory_goes_on():
     made = [
         run(ORACLE, DDIM(), START, KNOTS, NOISE, rule, LABELS)[0]
@@ -106,9 +117,11 @@ def gaussian_run(rule, seeds, pair=Pair(0.5)):  # of variance 1 the vp process h
     return pair, DDIM(), noise.start(), knots, noise, rule, labels
 
 
-def test_linear_ag_is_exact_where_predictions_are_linear():
-    """On two Gaussians v_ref is a multiple of v_c at each level, so a fit on some seeds serves others exactly."""
-    fitted = LinearAG.fit(CFG(3.0), watch(*gaussian_run(CFG(3.0), [1, 2, 3, 4])))
+@pytest.mark.parametrize("space", get_args(PredictionType))
+def test_linear_ag_is_exact_where_predictions_are_linear(space):
+    """On two Gaussians F_ref is a multiple of F_c at each level, so a fit on some seeds serves others exactly."""
+    fitted = LinearAG.fit(CFG(3.0), watch(*gaussian_run(CFG(3.0), [1, 2, 3, 4])), space=space)
+    assert fitted.space == space
     assert [bool(row) for row in fitted.coefficients] == [i in (1, 3, 5) for i in range(12)]
     ours, used = run(*gaussian_run(fitted, [7, 8, 9]))
     full, all_ = run(*gaussian_run(CFG(3.0), [7, 8, 9]))

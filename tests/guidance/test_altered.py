@@ -3,7 +3,9 @@
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
+from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
 from torch import nn
 from torch.nn import functional
 
@@ -82,6 +84,54 @@ def test_skipped_layers_answer_with_their_input():
         answer, _, _ = guided(denoiser, CFG(0.0, SkippedLayers(("dit.transformer_blocks.1",))), X, LEVEL, LABELS, None)
     del denoiser.network.dit.transformer_blocks[1]
     torch.testing.assert_close(answer.x0, asked(denoiser).x0, rtol=1e-6, atol=1e-6)
+
+
+class Attentions(nn.Module):
+    """Self-attention with everything that a layer of diffusers may have around it, and cross-attention."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        around = {"norm_num_groups": 2, "residual_connection": True, "rescale_output_factor": 1.7}
+        self.own = Attention(8, heads=2, dim_head=4, bias=True, **around)
+        self.cross = Attention(8, cross_attention_dim=6, heads=2, dim_head=4)
+        for parameter in self.own.group_norm.parameters():
+            nn.init.normal_(parameter)
+
+
+@pytest.mark.parametrize("shape", ((2, 8, 3, 3), (2, 9, 8)), ids=("images", "tokens"))
+@torch.no_grad()
+def test_around_the_identity_norm_residual_and_scale_stay(shape, monkeypatch):
+    network, x = Attentions(), torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    with PerturbedAttention(("*",)).applied(network):
+        ours = network.own(x)
+    assert not torch.allclose(ours, network.own(x), atol=1e-3)
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", lambda query, key, value, **rest: value)
+    torch.testing.assert_close(ours, network.own(x))
+
+
+def test_cross_attention_is_left_alone():
+    network = Attentions()
+    before = network.own.processor, network.cross.processor
+    with PerturbedAttention(("*",)).applied(network):
+        assert network.own.processor is not before[0]
+        assert network.cross.processor is before[1]
+    with pytest.raises(ValueError, match="finds no such layer"), PerturbedAttention(("cross",)).applied(network):
+        pass
+
+
+@torch.no_grad()
+def test_a_skipped_joint_block_answers_with_both_inputs_in_its_own_order():
+    """Stable Diffusion 3's answers (text, image), CogVideoX's (image, text)."""
+    sd3 = JointTransformerBlock(dim=8, num_attention_heads=2, attention_head_dim=4)
+    cog = CogVideoXBlock(dim=8, num_attention_heads=2, attention_head_dim=4, time_embed_dim=8)
+    image, text, temb = torch.randn(1, 9, 8), torch.randn(1, 5, 8), torch.randn(1, 8)
+    for block, expected in ((sd3, (text, image)), (cog, (image, text))):
+        network = nn.ModuleDict({"block": block})
+        with SkippedLayers(("block",)).applied(network):
+            answer = block(hidden_states=image, encoder_hidden_states=text, temb=temb)
+        assert all(torch.equal(a, b) for a, b in zip(answer, expected, strict=True))
+        assert not torch.equal(block(hidden_states=image, encoder_hidden_states=text, temb=temb)[0], expected[0])
 
 
 @each_network

@@ -259,6 +259,10 @@ def test_the_minority_score_is_the_error_of_reconstruction_and_its_levels_hold_a
     k = level.alpha / (level.alpha**2 + level.sigma**2)
     scores = minority_score(oracle, x0, eps, level)
     torch.testing.assert_close(scores, ((1 - k * level.alpha) * x0 - k * level.sigma * eps)[:, 0] ** 2)
+    wide = minority_score(ORACLE, 2 * NOISE.start(), NOISE.start(), ORACLE.process.schedule.at(0.0))
+    noisy = ORACLE.process.schedule.at(0.0)
+    rebuilt = ORACLE((2 * noisy.alpha + noisy.sigma) * NOISE.start(), noisy).x0
+    torch.testing.assert_close(wide, (rebuilt - 2 * NOISE.start()).square().sum(1) / 2)
     levels = minority_levels(scores, 3)
     assert levels.bincount().tolist() == pytest.approx([200] * 3, abs=1)
     assert scores[levels == 2].min() > scores[levels == 1].max() > scores[levels == 0].max()

@@ -4,6 +4,7 @@ import pytest
 
 QUICK = ("--steps=4", "--batch-size=2", "--labels=1,2", "--out=x.safetensors")
 INTERVAL = ("--guidance", "Interval", "--guidance.rule", "APG", "--guidance.rule.scale", "4")
+RAMP = ("--guidance.scale.noisy=1", "--guidance.scale.clean=3")
 BOUNDS = ("--guidance.low", "0.19", "--guidance.high", "1.61")
 
 
@@ -20,13 +21,14 @@ def test_the_line_of_the_issue_samples_and_reports_evaluations_used_and_planned(
     ("arguments", "evaluations"),
     [
         (
-            ("CFG", "--guidance.scale=LinearScale", "--guidance.scale.noisy=1", "--guidance.scale.clean=3"),
+            ("CFG", "--guidance.scale=LinearScale", *RAMP),
             7,
         ),
         (("CFG", "--guidance.scale=2", "--guidance.reference=Label", "--guidance.reference.label=3"), 8),
         (("CFG", "--guidance.scale=2", "--guidance.reference=PerturbedAttention"), 8),
         (("Rescale", "--guidance.rule=CFG", "--guidance.rule.scale=3", "--guidance.phi=0.5"), 8),
         (("Composed", "--guidance.labels=[3,4]", "--guidance.weights=[1.0,-0.5]"), 16),
+        (("Composed", "--guidance.labels=[3]", "--guidance.weights=[1.0]", "--guidance.scale=CosineScale", *RAMP), 12),
         (("CFGPlusPlus", "--guidance.scale=0.5"), 8),
         (("CFGPlusPlus",), 8),  # its own scale, and not the run's
         (("CFG",), 8),  # the run's
@@ -67,6 +69,13 @@ def test_a_classifier_is_named_by_its_import_path_once_its_module_is_trusted(dif
         (("--guidance=AutoGuidance", "--guidance.weaker=nowhere"), ("nowhere", "not a run's folder")),
         (("--guidance=CFGPlusPlus", "--guidance.scale=0.5", "--sampler=AlphaBlending"), ("first-order", "DDIM")),
         (("--guidance=CFG", "--guidance.scale=.nan"), ("scale is nan",)),
+        (("--guidance=CFG", "--guidance.scale=-1"), ("scale is -1",)),
+        (("--guidance=CFG", "--guidance.reference=3"), ("reference", "import path")),
+        (("--guidance=Interval", "--guidance.rule=3"), ("rule", "import path")),
+        (
+            ("--guidance=Rescale", "--guidance.rule=CFG", "--guidance.rule.scale=2", "--guidance.space=epsilon"),
+            ("λ = -inf",),
+        ),
     ],
     ids=str,
 )

@@ -198,6 +198,7 @@ def test_nested_intervals_are_their_intersection():
     one = Interval(CFG(3.0), sigma=(0.4, 1.0))
     grid = Explicit(tuple(-2 * math.log(r) for r in (9.0, 5.0, 2.0, 1.0, 0.6, 0.4, 0.2, 0.1, 0.02)))
     assert torch.equal(draw(both, grid, 8).x, draw(one, grid, 8).x)
+    assert both.levels(process()) == pytest.approx([-2 * math.log(bound) for bound in (5.0, 0.4, 1.0, 0.1)])
 
 
 def test_exact_variance_of_an_interval_on_two_gaussians():

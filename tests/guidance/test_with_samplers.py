@@ -15,6 +15,7 @@ from diffcore.guidance import (
     ClassifierGuidance,
     Interval,
     Label,
+    Step,
     Sum,
 )
 from diffcore.inpainting import RePaint
@@ -220,7 +221,11 @@ def test_a_weaker_network_that_cannot_be_asked_at_a_knot_is_refused_before_the_f
     weaker = mixture(process(prediction="epsilon"))
     with pytest.raises(ValueError, match="for the weaker network, a knot is pure noise"):
         sample(ORACLE, DDIM(), Trailing(), 4, seeds=[1], condition=[0], guidance=AutoGuidance(2.0, weaker))
-    for rule in (Interval(AutoGuidance(2.0, weaker), sigma=BOUNDS), GFCG(classifier, 3.0, weaker)):  # not asked there
+    confused = GFCG(classifier, 3.0, weaker)
+    (asked,) = confused.asks(Step(ORACLE.process, Cosine().level(1.0), KNOTS[0], KNOTS[1], 1, 4), None)
+    with pytest.raises(ValueError, match="for the weaker network"):
+        asked.check_level(Cosine().level(1.0))
+    for rule in (Interval(AutoGuidance(2.0, weaker), sigma=BOUNDS), confused):  # not asked there
         sample(ORACLE, DDIM(), Trailing(), 4, seeds=[1], condition=[0], guidance=rule)
 
 
