@@ -2,7 +2,7 @@
 
 import pytest
 
-QUICK = ("--steps=4", "--batch-size=2", "--labels=1,2", "--out=x.safetensors")
+QUICK = ("--sampler=DDIM", "--grid=Trailing", "--steps=4", "--batch-size=2", "--labels=1,2", "--out=x.safetensors")
 INTERVAL = ("--guidance", "Interval", "--guidance.rule", "APG", "--guidance.rule.scale", "4")
 RAMP = ("--guidance.scale.noisy=1", "--guidance.scale.clean=3")
 BOUNDS = ("--guidance.low", "0.19", "--guidance.high", "1.61")

@@ -34,7 +34,7 @@ from diffcore.loop import guided, planned, watch
 from diffcore.noise import Noise
 from diffcore.samplers import DDIM, AlphaBlending
 from diffcore.sampling import sample
-from diffcore.schedules import Cosine, Explicit, UniformLogSNR
+from diffcore.schedules import Cosine, Explicit, Trailing, UniformLogSNR
 from diffcore.spec import build, spec
 from tests.oracles import COVARIANCES, KINDS, MEANS, ExactNetwork, GaussianMixture, mixture, process
 
@@ -186,7 +186,7 @@ def test_calls_of_any_number_of_rows_give_the_same_samples(rule, rows):
 
 @every_rule
 def test_a_rule_works_from_pure_noise_in_single_precision(rule):
-    x = sample(ORACLE, steps=STEPS, seeds=SEEDS, condition=LABELS, guidance=rule, batch_size=5).x
+    x = sample(ORACLE, DDIM(), Trailing(), STEPS, seeds=SEEDS, condition=LABELS, guidance=rule, batch_size=5).x
     assert x.dtype == torch.float32
     assert x.isfinite().all()
 
