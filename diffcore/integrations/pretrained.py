@@ -148,9 +148,12 @@ def scheduler_of(config: Mapping[str, Any], process: Process) -> Any:
         return getattr(diffusers, config["_class_name"]).from_config(dict(config))
     said = (process.schedule, process.prediction, process.time, process.sigma_data)
     try:
-        return stock.scheduler_of(process, Settings(DDIM(), Trailing(), *said), 1)
+        made = stock.scheduler_of(process, Settings(DDIM(), Trailing(), *said), 1)
     except ValueError:
         return DiffcoreScheduler(DDIM(), Trailing(), *said)
+    if hasattr(made.config, "steps_offset"):  # trailing spacing does not read it, but StableDiffusion insists on 1
+        made.register_to_config(steps_offset=1)
+    return made
 
 
 def _describes(config: Mapping[str, Any], process: Process) -> bool:
