@@ -59,12 +59,16 @@ def attach(
     return Attachment(pipe, guidance, sampler, grid)
 
 
-def _order(pipe: DiffusionPipeline) -> str:
+def _order(pipe: Any, guidance: Guidance) -> str:
     """How it asks about its two halves."""
     names = [kind.__name__ for kind in type(pipe).__mro__]
     for pattern, order in FAMILIES.items():
         if any(re.fullmatch(pattern, name) for name in names):
             return order
+    if "ModularPipeline" in names:
+        raise ValueError(
+            f"{names[0]} takes a guider: pipe.update_components(guider=DiffcoreGuider.of({guidance}, pipe.scheduler))"
+        )
     raise ValueError(
         f"{names[0]} is not known here, expected StableDiffusion, XL or 3 (image-to-image, inpainting, ControlNet), PixArt, "
         f"Sana, DiT or Flux: give it a DiffcoreScheduler, which any pipeline takes, and guide by its own scale"
@@ -76,7 +80,7 @@ class Attachment:
 
     def __init__(self, pipe: Any, guidance: Guidance, sampler: Sampler | None, grid: Grid | None) -> None:
         self.pipe = pipe
-        order = _order(pipe)
+        order = _order(pipe, guidance)
         self.network: Any = parts_of(pipe).network
         self._scheduler = self.pipe.scheduler
         self._before = vars(self.network).get("forward")

@@ -12,7 +12,7 @@ from diffcore.guidance import APG, CFG, GFCG, AdaptiveGuidance, CFGPlusPlus, Int
 from diffcore.integrations import DiffcoreScheduler, attach
 from diffcore.loop import planned
 from diffcore.samplers import DDIM, AlphaBlending, DPMSolverPP, EulerAncestral, Heun
-from tests.integrations.tiny import NEGATIVE, PROMPT, dit_pipeline, own, scaled, sd3, seed, stable_diffusion
+from tests.integrations.tiny import NEGATIVE, PROMPT, dit_pipeline, flux, own, scaled, sd3, seed, stable_diffusion
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # theirs, in set_timesteps
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
@@ -156,11 +156,23 @@ def test_what_is_passed_with_the_halves_goes_with_them():
     assert {len(r) for r in seen} == {1, 2}
 
 
-def test_eight_threads_keep_their_own_memory():
-    pipe = sd()
+def flux_true_cfg():
+    return flux(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+
+
+THREADS = {
+    "StableDiffusion": (sd, {"guidance_scale": 2.0}),
+    "Flux": (flux_true_cfg, {"true_cfg_scale": 2.0, "height": 16, "width": 16} | POOLED),
+}
+
+
+@pytest.mark.parametrize("name", THREADS)
+def test_eight_threads_keep_their_own_memory(name):
+    make, given = THREADS[name]
+    pipe = make()
 
     def call(i):
-        return pipe(num_inference_steps=3 + i % 3, guidance_scale=2.0, generator=seed(i), **TEXT).images
+        return pipe(num_inference_steps=3 + i % 3, generator=seed(i), **given, **TEXT).images
 
     with attach(pipe, guidance=APG(3.0, momentum=-0.7)):
         serial = [call(i) for i in range(8)]

@@ -24,7 +24,7 @@ from diffcore.guidance import (
     Rescale,
     Sum,
 )
-from diffcore.integrations import DiffcoreGuider, DiffcoreScheduler
+from diffcore.integrations import DiffcoreGuider, DiffcoreScheduler, attach
 from diffcore.samplers import DDIM, DPMSolverPP
 from tests.integrations.tiny import NEGATIVE, PROMPT, aligned, own, rows_of, scaled, sd3, sdxl, seed, vae, xl_unet
 
@@ -157,7 +157,30 @@ def with_rule(rule):
     return pipe
 
 
+def test_a_run_that_begins_at_an_image_has_fewer_evaluations():
+    """The guider is told another number of steps than the scheduler took: levels come from the timesteps alone."""
+    pipe = xl()
+    classic = PROMPTS | POOLED | {"image": torch.rand(1, 3, 16, 16, generator=seed(5))}
+    given = {"num_inference_steps": 5, "strength": 0.6}
+    theirs = sdxl(pipe.scheduler, diffusers.StableDiffusionXLImg2ImgPipeline)
+    theirs.unet = pipe.unet
+    with attach(theirs, Rescale(CFG(5.0))):
+        expected = theirs(**classic, **given, guidance_scale=2.0, generator=seed(), output_type="latent").images
+    pipe.update_components(guider=DiffcoreGuider.of(Rescale(CFG(5.0)), pipe.scheduler))
+    generator = seed()
+    latents = retrieved(pipe.vae, classic["image"], generator)
+    given |= PROMPTS | POOLED | SIZE | {"image_latents": latents}
+    assert scaled(pipe(**given, generator=generator, output="latents"), expected) < 1e-5
+
+
+def retrieved(vae, image, generator):
+    """As pipelines encode an image."""
+    with torch.no_grad():
+        return vae.config.scaling_factor * vae.encode(2 * image - 1).latent_dist.sample(generator)
+
+
 BAD = [
+    (lambda: attach(xl(), CFG(3.0)), r"takes a guider: pipe.update_components\(guider=DiffcoreGuider.of\(CFG"),
     (lambda: DiffcoreGuider(CFGPlusPlus(0.6), process()), "depends on the sampler's steps, which a guider is not told: use"),
     (lambda: DiffcoreGuider(LinearAG(CFG(3.0), ((), (0.0, 1.0))), process()), "depends on the sampler's steps"),
     (lambda: DiffcoreGuider(GFCG(lambda x, level: x), process()), "reads class labels"),
