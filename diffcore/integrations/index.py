@@ -54,9 +54,10 @@ class Index:
     def pipeline(self) -> Any:
         """The class of diffusers that the folder is of."""
         name = str(self.content.get("_class_name"))
-        if not hasattr(diffusers, name):
+        kind = getattr(diffusers, name, None)
+        if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
             raise ValueError(f"{self.folder} is of a {name}, expected a pipeline of diffusers")
-        return getattr(diffusers, name)
+        return kind
 
     @property
     def scheduler(self) -> Config:

@@ -89,6 +89,8 @@ class Pretrained(nn.Module):
         self.network: Any = self.index.read(self.index.network)
         self.config = self.network.config
         if lora.rank:
+            if not hasattr(self.index.pipeline, "save_lora_weights"):
+                raise ValueError(f"diffusers loads no LoRA into a {self.index.pipeline.__name__}: train all weights")
             lora.add(self.network)
             self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
             self.register_load_state_dict_post_hook(_forgive_frozen)  # type: ignore[no-untyped-call]

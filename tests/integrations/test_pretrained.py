@@ -1,5 +1,6 @@
 """A pipeline's network to train on: its weights, or an adapter beside them, and the scheduler that is saved with it."""
 
+import shutil
 from importlib import util
 
 import diffusers
@@ -13,7 +14,7 @@ from diffcore.integrations.pretrained import scheduler_of
 from diffcore.process import Process, TimeConditioning
 from diffcore.schedules import Cosine, Discrete, Flow, Shifted, ZeroTerminalSNR
 from tests.integrations.tiny import dit_pipeline
-from tests.training.captioned import OLD, write_pipeline
+from tests.training.captioned import OLD, change_json, write_pipeline
 
 X, TIME, STATES = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 700.0]), torch.randn(2, 12, 8)
 INDEX = TimeConditioning("index", 1000.0)
@@ -92,6 +93,16 @@ def test_without_peft_an_adapter_is_refused_with_the_remedy(folder, monkeypatch)
     with pytest.raises(ValueError, match=r"LoRA needs peft: pip install 'diffcore\[lora\]'"):
         Pretrained(str(folder), LoRA(2))
     assert util.find_spec("peft")
+
+
+def test_an_adapter_that_diffusers_would_not_load_is_refused_before_it_is_trained(folder, tmp_path):
+    dit_pipeline(diffusers.DDIMScheduler()).save_pretrained(tmp_path / "dit")
+    with pytest.raises(ValueError, match="diffusers loads no LoRA into a DiTPipeline: train all weights"):
+        Pretrained(str(tmp_path / "dit"), LoRA(2))
+    shutil.copytree(folder, tmp_path / "other")
+    change_json(tmp_path / "other/model_index.json", _class_name="logging")
+    with pytest.raises(ValueError, match="is of a logging, expected a pipeline of diffusers"):
+        Pretrained(str(tmp_path / "other"), LoRA(2))
 
 
 def test_what_is_no_pipeline_or_is_told_text_by_label_is_refused(folder, tmp_path):
