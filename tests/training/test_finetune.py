@@ -205,7 +205,9 @@ def test_diffusers_loads_the_adapter_and_gives_our_samples(place, monkeypatch):
 
 def test_a_run_of_an_adapter_keeps_the_adapter_alone(place):
     run = place / "runs/lora"
-    tensors = checkpoint.read(run / "checkpoints/step-00000004").tensors
+    tensors, state = checkpoint.read(run / "checkpoints/step-00000004")
+    (group,) = state["groups"]
+    assert all(".lora_" in name for name in group["params"])
     for file in ("model.safetensors", "ema.safetensors"):
         assert all(".lora_" in name for name in tensors[file])
         assert len(tensors[file]) == 2 * 4 * 2 * 4  # A and B of four layers, self and cross attention, four blocks
