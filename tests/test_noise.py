@@ -60,6 +60,7 @@ def test_streams_keep_their_numbers():
         "PATH": 9,
         "PERTURBATION": 20,
         "OFFSET": 21,
+        "LATENT": 22,
     }
 
 
