@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffcore.noise import Noise
 from diffcore.prediction import Prediction
-from diffcore.samplers import Sampler, State
+from diffcore.samplers import Around, Sampler, State
 from diffcore.samplers.base import noisier
 from diffcore.schedules import Level, check_falling
 
@@ -24,7 +24,7 @@ class Memory(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class RePaint(Sampler):
+class RePaint(Around):
     """x ← mask (α x_known + σ z) + (1 - mask) x at each knot; and back: x ← (α'/α) x + √(σ'² - (α'/α)² σ²) z to a noisier knot.
 
     Lugmayr et al. 2022 (2201.09865, Algorithm 1 and its jumps): from each knot `jump` steps apart the run goes back by `jump`
@@ -58,14 +58,6 @@ class RePaint(Sampler):
             raise ValueError(
                 f"jump and resamplings are {self.jump} and {self.resamplings}, expected at least 1 of each"
             )
-
-    @property
-    def adaptive(self) -> bool:  # type: ignore[override]
-        return self.inner.adaptive
-
-    @property
-    def direct(self) -> bool:
-        return self.inner.direct
 
     def start(self, x: Tensor, knots: Run, noise: Noise) -> State:
         check_falling(knots)

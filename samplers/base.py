@@ -94,6 +94,24 @@ class Sampler(ABC):
         """How many predictions a run over these knots asks for."""
 
 
+class Around(Sampler):
+    """A sampler around another, `inner`, which makes its steps: what it promises of itself is what that one does."""
+
+    inner: Sampler
+
+    @property
+    def order(self) -> int:
+        return self.inner.order
+
+    @property
+    def adaptive(self) -> bool:  # type: ignore[override]
+        return self.inner.adaptive
+
+    @property
+    def direct(self) -> bool:
+        return self.inner.direct
+
+
 def fresh(t: Level, s: Level) -> Real:
     """1 - u_s²/u_t² = 1 - e^(λ_t - λ_s), u = σ/α: the share of the noise at s that a step from t of DDPM draws anew.
 

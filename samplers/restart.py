@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffcore.noise import Noise
 from diffcore.prediction import Prediction
-from diffcore.samplers.base import Sampler, State, noisier
+from diffcore.samplers.base import Around, Sampler, State, noisier
 from diffcore.samplers.blending import AlphaBlending
 from diffcore.schedules import Level
 
@@ -24,7 +24,7 @@ class Memory(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Restart(Sampler):
+class Restart(Around):
     """At u_min: K times y + √(u_max² - u_min²) z, then `inner` from u_max down to u_min again; y = x/α, u = σ/α.
 
     Xu et al. 2023 (2306.14878, Algorithms 1 and 2). The noise makes the marginal at u_max from the one at u_min exactly, and
@@ -50,18 +50,6 @@ class Restart(Sampler):
                     f"interval is {interval}, expected (u_min, u_max, steps, repeats) with 0 < u_min < u_max < inf"
                     f" and at least 1 step and 1 repeat"
                 )
-
-    @property
-    def order(self) -> int:
-        return self.inner.order
-
-    @property
-    def adaptive(self) -> bool:  # type: ignore[override]
-        return self.inner.adaptive
-
-    @property
-    def direct(self) -> bool:
-        return self.inner.direct
 
     def start(self, x: Tensor, knots: Run, noise: Noise) -> State:
         first, *rest = self._runs(knots)

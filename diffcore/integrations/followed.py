@@ -7,12 +7,12 @@ from torch import Tensor
 
 from diffcore.noise import Noise
 from diffcore.prediction import Prediction
-from diffcore.samplers import Sampler, State
+from diffcore.samplers import Around, Sampler, State
 from diffcore.schedules import Level
 
 
 @dataclass(frozen=True)
-class Followed(Sampler):
+class Followed(Around):
     """The inner sampler, step for step.
 
     Args:
@@ -23,18 +23,6 @@ class Followed(Sampler):
 
     inner: Sampler
     tell: Callable[[State, State], State]
-
-    @property
-    def order(self) -> int:
-        return self.inner.order
-
-    @property
-    def adaptive(self) -> bool:  # type: ignore[override]
-        return self.inner.adaptive
-
-    @property
-    def direct(self) -> bool:
-        return self.inner.direct
 
     def start(self, x: Tensor, knots: tuple[Level, ...], noise: Noise) -> State:
         return self.inner.start(x, knots, noise)
