@@ -163,6 +163,10 @@ CASES = {
     "no kind of plot": (("plot", "schedule"), ("expected schedules or weights", "'schedule'")),
     "no weight to plot": (("plot", "weights"), ("name a weight", "--configs digits")),
     "an unknown weight": (("plot", "weights", "MinSRN"), ("MinSRN", "did you mean 'MinSNR'")),
+    "a config that a pipeline completes": (
+        ("plot", "weights", "--configs=finetune-text-to-image"),
+        ("finetune-text-to-image", "config.yaml"),
+    ),
     "an unknown config to plot": (("plot", "weights", "--configs=digit"), ("no recipe 'digit'", "digits")),
     "an output under a file": (("sample", RUN, "--labels=1", "--steps=1", "--out=file/x.png"), "file"),
 }

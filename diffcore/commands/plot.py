@@ -90,9 +90,18 @@ def _checked(out: Path) -> Path:
 
 
 def _training(name: str) -> Training:
-    """The process and objective of a recipe or a YAML file."""
+    """The process and objective of a recipe or a YAML file.
+
+    Raises:
+        ValueError: it leaves some of its process to a pipeline.
+    """
     settings: Mapping[str, Any] = yaml.safe_load(Path(resolved(name)).read_text())
-    process = build(Process, settings.get("process") or {})
+    try:
+        process = build(Process, settings.get("process") or {})
+    except ValueError as error:
+        raise ValueError(
+            f"{name} does not say its whole process ({error}): where a pipeline does, give the run's config.yaml"
+        ) from None
     return Training(Path(name).stem, process, build(Objective, settings.get("objective") or {}))
 
 
