@@ -68,7 +68,8 @@ def replace(path: Path, data: bytes) -> None:
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Write a folder that has its name only once it is whole, in place of an older one."""
     for left in folder.parent.glob(f".{folder.name}.*"):  # by an interrupted write
-        shutil.rmtree(left)
+        if left.suffix[1:].isdigit():
+            shutil.rmtree(left)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     write(temporary)
     shutil.rmtree(folder, ignore_errors=True)

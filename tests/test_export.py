@@ -105,3 +105,12 @@ def test_samples_that_differ_are_refused_and_leave_nothing(diffcore, trained, tm
 
 def test_the_run_comes_first(diffcore):
     assert "the run's folder comes first" in diffcore("export", "--out", "x").err
+
+
+def test_what_lies_beside_it_is_left_alone(diffcore, trained, tmp_path):
+    (tmp_path / ".out.d").mkdir()
+    (tmp_path / ".out.local").write_text("mine")
+    assert diffcore("export", trained, "--out", tmp_path / "out").status == 0
+    assert {path.name for path in tmp_path.glob("*out*")} == {"out", ".out.d", ".out.local"}
+    ended = diffcore("export", trained, "--out", tmp_path / "none", "--steps", "0")
+    assert (ended.status, ended.err) == (1, "diffcore export: error: steps is 0, expected at least 1\n")

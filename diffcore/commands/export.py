@@ -45,6 +45,8 @@ class Request:
     def __post_init__(self) -> None:
         if self.out.exists() and not is_pipeline(self.out):
             raise ValueError(f"out is {self.out}, which exists and holds no pipeline: name another folder")
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}, expected at least 1")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -106,6 +108,11 @@ def _opened(folder: Path, request: Request) -> "DiffcorePipeline":
 
     _check_ours(folder)
     opened = source(folder, Wanted(), torch.device("cpu"))
+    if opened.text:
+        raise ValueError(
+            f"{folder} is an adapter of a pipeline that is told text, which diffusers loads into it: "
+            f"pipe.load_lora_weights({str(folder)!r})"
+        )
     vae: Any = None if opened.latents is None else opened.latents.vae
     return DiffcorePipeline.of(opened.denoiser, request.sampler, request.grid, request.steps, request.guidance, vae)
 

@@ -26,11 +26,15 @@ def filled(argv: list[str]) -> list[str]:
     settings = yaml.safe_load(Path(words["--config"]).read_text()) or {}
     folder = words.get("--pipeline", settings.get("pipeline"))
     if not folder:
-        if any(_named(settings.get(part)) == kind and not _names_one(settings[part]) for part, kind in READERS.items()):
+        if any(_named(settings.get(part)) == kind and not _own(settings[part]) for part, kind in READERS.items()):
             raise ValueError(
                 "this training starts from a pipeline: name the folder of one of diffusers, --pipeline FOLDER"
             )
         return argv
+    if "--pipeline" in words and (other := {_own(settings.get(part)) for part in READERS} - {"", folder}):
+        raise ValueError(
+            f"pipeline is {folder}, but {words['--config']} reads {other.pop()}: leave --pipeline out, or begin with the recipe"
+        )
     at = 2 if argv[0] == "--config" else 1
     return ["--config", yaml.safe_dump(completed(settings, str(folder)), allow_unicode=True), *argv[at:]]
 
@@ -43,7 +47,7 @@ def completed(settings: dict[str, Any], folder: str) -> dict[str, Any]:
     from diffcore.integrations.index import Index
 
     own = {name: spec(value) for name, value in Index(Path(folder)).process.items()}
-    process = own | (settings.get("process") or {})
+    process = own | _options(settings.get("process"), "process")
     process["schedule"] = _around(process["schedule"], own["schedule"])
     parts = {
         part: _reading(settings[part], folder) for part, kind in READERS.items() if _named(settings.get(part)) == kind
@@ -53,12 +57,19 @@ def completed(settings: dict[str, Any], folder: str) -> dict[str, Any]:
 
 def _reading(component: Any, folder: str) -> dict[str, Any]:
     component = {"class_path": component} if isinstance(component, str) else component
-    return component | {"init_args": {"pipeline": folder} | (component.get("init_args") or {})}
+    return component | {"init_args": {"pipeline": folder} | _options(component.get("init_args"), "init_args")}
 
 
-def _names_one(component: Any) -> bool:
-    """Whether a component says itself which pipeline it reads."""
-    return isinstance(component, dict) and bool((component.get("init_args") or {}).get("pipeline"))
+def _own(component: Any) -> str:
+    """The pipeline that a component says itself it reads."""
+    options = component.get("init_args") if isinstance(component, dict) else None
+    return str(options.get("pipeline") or "") if isinstance(options, dict) else ""
+
+
+def _options(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value or {}, dict):
+        raise ValueError(f"{name} is {value!r}, expected a table of settings")
+    return value or {}
 
 
 def _around(schedule: Any, own: dict[str, Any]) -> dict[str, Any]:
@@ -68,7 +79,7 @@ def _around(schedule: Any, own: dict[str, Any]) -> dict[str, Any]:
     if kind is None or "schedule" not in signature(kind).parameters:
         return schedule
     inner = own["init_args"]["schedule"] if _named(own) == kind.__name__ == "ZeroTerminalSNR" else own
-    return schedule | {"init_args": {"schedule": inner} | (schedule.get("init_args") or {})}
+    return schedule | {"init_args": {"schedule": inner} | _options(schedule.get("init_args"), "init_args")}
 
 
 def _named(component: Any) -> str:

@@ -107,7 +107,8 @@ def source(folder: Path, wanted: Wanted, device: torch.device) -> Source:
     if is_pipeline(folder):
         return _of_pipeline(_read(folder), wanted, device)
     run, given = Run(folder), [f"--{name}" for name, value in vars(wanted).items() if value]
-    if not folder.is_dir() or (not given and images.drawable(Process.load(run.process))):
+    plain = not given and not (run.pipeline / "vae").is_dir()
+    if not folder.is_dir() or (plain and images.drawable(Process.load(run.process))):
         return Source(run.denoiser(device))  # which refuses a folder that is not there
     if is_pipeline(run.pipeline):
         return _of_pipeline(_read(run.pipeline), wanted, device)

@@ -94,6 +94,11 @@ class Pretrained(nn.Module):
             lora.add(self.network)
             self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
             self.register_load_state_dict_post_hook(_forgive_frozen)  # type: ignore[no-untyped-call]
+        elif lost := sorted(name for name in self.index.parts if not (self.index.folder / name).is_dir()):
+            raise ValueError(
+                f"{pipeline} names {', '.join(lost)} in model_index.json, and holds no such folder to copy into the run's "
+                f"pipeline: download it, or write [null, null] there"
+            )
 
     def forward(self, x: Tensor, timestep: Tensor, **condition: Any) -> Tensor:
         """The network's answer to x, without the variance that some networks also give."""

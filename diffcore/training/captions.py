@@ -6,6 +6,7 @@ cats/1.txt       a cat
 """
 
 import csv
+import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ def captions(folder: Path, images: Sequence[Path]) -> list[str]:
 
 def _beside(images: Iterable[Path]) -> dict[Path, str]:
     texts = {path: path.with_suffix(".txt") for path in images}
-    return {path: text.read_text(encoding="utf-8").strip() for path, text in texts.items() if text.is_file()}
+    return {path: _read(text).strip() for path, text in texts.items() if text.is_file()}
 
 
 def _metadata(file: Path) -> Iterator[tuple[Path, str]]:
@@ -45,10 +46,20 @@ def _metadata(file: Path) -> Iterator[tuple[Path, str]]:
 
 def _rows(file: Path) -> list[dict[str, object]]:
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-        rows = list(csv.DictReader(lines)) if file.suffix == ".csv" else [json.loads(line) for line in lines if line]
-    except (UnicodeDecodeError, csv.Error, ValueError) as error:
+        text = _read(file)  # a caption may hold any line break but the file's own, and in CSV that too
+        lines = [line for line in text.split("\n") if line.strip()]
+        rows = (
+            list(csv.DictReader(io.StringIO(text))) if file.suffix == ".csv" else [json.loads(line) for line in lines]
+        )
+    except (csv.Error, json.JSONDecodeError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from None
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{file} holds lines that are no objects: expected file_name and {COLUMN} in each")
     return rows
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8: {error}") from None

@@ -6,7 +6,7 @@ and range, label an integer.
 It may also have `at(index, seed, position)`, the item as the visit at a position of the run sees it; `made`, whether items can
 be read yet, and `make(device, first)`, called on every rank before training, after which they can; `texts`, what labels stand
 for, and `asked(device)`, which makes of a network that is told text one that is asked by label; and `pictures(z)`, the
-images of x_0 where it is a latent.
+images of x_0 where it is a latent; and `content`, a hash of it all: a run is not resumed on another.
 """
 
 from collections.abc import Callable, Iterator, Sized
@@ -266,6 +266,11 @@ def make(data: Dataset[Any], process: Process, device: torch.device, first: bool
     if hasattr(data, "make"):
         data.make(device, first)
         check(data, process)
+
+
+def content(data: Dataset[Any]) -> dict[str, str]:
+    """What a checkpoint says of the data, where they say it themselves."""
+    return {"data": data.content} if hasattr(data, "content") else {}
 
 
 def asked(data: Dataset[Any], device: torch.device) -> Callable[[nn.Module], nn.Module]:

@@ -79,7 +79,8 @@ class Encoded(Dataset[tuple[Tensor, int]]):
         self.rows = [digest(text, str(self.files.size)) for text in (*self.texts, NULL)] if said else []
         self.latents = Cache(Path(cache) / "latents" / digest(*self.pipeline.paths("vae")))
         text = self.pipeline.paths("text_encoder", "tokenizer") if said else []
-        self.embeddings = Cache(Path(cache) / "embeddings" / digest(str(self.pipeline.content), *text))
+        told = (self.pipeline.content, self.pipeline.config(self.pipeline.network))  # which decide what is told
+        self.embeddings = Cache(Path(cache) / "embeddings" / digest(*map(str, told), *text))
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -94,6 +95,12 @@ class Encoded(Dataset[tuple[Tensor, int]]):
         entry = self.latents.read(_mirrored(key) if self.flip and mirrored(seed, position) else key)
         mean, std = entry["mean"], entry["std"]
         return mean + std * normal(seed, Stream.LATENT, position, mean.shape)[0], self.labels[index]
+
+    @property
+    def content(self) -> str:
+        """A hash of all that items and the bank are made of, by which a resumed run knows its data."""
+        made = (self.latents.folder.name, self.embeddings.folder.name if self.rows else "")
+        return digest(*made, *self.keys, *map(str, self.labels), *self.rows)
 
     def prompts(self) -> "Prompts":
         """The bank that labels are places in, with the empty prompt as the null condition."""

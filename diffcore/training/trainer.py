@@ -26,7 +26,18 @@ from diffcore.schedules import Grid, Level
 from diffcore.training import checkpoint, pipeline, resume, state
 from diffcore.training.adaptation import Adaptation
 from diffcore.training.checkpoint import Checkpoint
-from diffcore.training.data import Batch, Order, asked, batches, check, check_labels, conditioned, make, size_of
+from diffcore.training.data import (
+    Batch,
+    Order,
+    asked,
+    batches,
+    check,
+    check_labels,
+    conditioned,
+    content,
+    make,
+    size_of,
+)
 from diffcore.training.ema import EMA, Decay
 from diffcore.training.launch import accelerator
 from diffcore.training.lr import LearningRate
@@ -288,7 +299,7 @@ class Trainer:
                 "ema.safetensors": self.average.shadow,
                 "training.safetensors": {**optimizer, **adapted, "window": window},
             }
-            facts = {"step": self.step, "skipped": self.skipped, "groups": groups, **self.threads}
+            facts = {"step": self.step, "skipped": self.skipped, "groups": groups, **self.threads, **content(self.data)}
             checkpoint.write(self.run.checkpoints / checkpoint.name(self.step), Checkpoint(files, facts))
             checkpoint.prune(self.run.checkpoints, self.keep)
             write_weights(self.run.weights, self.average.shadow, step=self.step)
@@ -317,6 +328,11 @@ class Trainer:
     def _check_facts(self, facts: dict[str, Any]) -> None:
         if facts["step"] > self.steps:
             raise ValueError(f"steps is {self.steps}, but the run has taken {facts['step']}: ask for at least as many")
+        if any(facts.get(name, now) != now for name, now in content(self.data).items()):
+            raise ValueError(
+                f"the data are not those that the run in {self.run.folder} was started with: images, captions or what "
+                f"encodes them changed since; put them back, or start a new run in another folder"
+            )
         if changed := {name: (facts[name], now) for name, now in self.threads.items() if facts[name] != now}:
             self._say(f"(then, now) differ in {changed}: the run continues equal to rounding, not bit for bit")
 

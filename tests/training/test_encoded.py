@@ -246,6 +246,35 @@ def test_captions_in_metadata_are_those_beside_the_images(place):
     assert (data(place).texts, data(place).labels) == (beside.texts, beside.labels)
 
 
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+def test_captions_keep_their_line_breaks(place, name):
+    said = ["a\nb", "a\u2028b", "a\x0cb", 'a "b"', "кот 猫"]
+    named = [{"file_name": f"{number}.png", "text": text} for number, text in enumerate(said)]
+    with (place / "images" / name).open("w", newline="", encoding="utf-8") as file:
+        if name.endswith("csv"):
+            writer = csv.DictWriter(file, ["file_name", "text"])
+            writer.writeheader()
+            writer.writerows(named)
+        else:
+            file.write("\n \n".join(json.dumps(row, ensure_ascii=False) for row in named))
+    ready = data(place)
+    assert [ready.texts[label] for label in ready.labels] == said
+
+
+def test_the_mark_of_utf_8_is_no_part_of_a_caption(place):
+    before = data(place)
+    (place / "images/3.txt").write_text("a dog", encoding="utf-8-sig")
+    assert (data(place).texts, data(place).rows) == (before.texts, before.rows)
+
+
+def test_networks_that_are_told_other_things_share_no_captions(place):
+    """Flux's two have the same encoders and class of pipeline, and one is told the strength of guidance."""
+    before = data(place)
+    change_json(place / "pipeline/unet/config.json", guidance_embeds=True)
+    assert data(place).embeddings.folder != before.embeddings.folder
+    assert data(place).latents.folder == before.latents.folder
+
+
 def test_without_captions_the_sub_folders_are_classes(place):
     shutil.rmtree(place / "images")
     for label, name in enumerate("ab"):
@@ -266,6 +295,7 @@ def test_without_captions_the_sub_folders_are_classes(place):
             lambda images: (images / "metadata.jsonl").write_text('{"file_name": "0.png"}\n'),
             "row 1 .* has no file_name or",
         ),
+        (lambda images: (images / "3.txt").write_bytes(b"caf\xe9"), "3.txt is not UTF-8"),
         (lambda images: (images / "metadata.jsonl").write_text("{\n"), "metadata.jsonl cannot be read"),
         (lambda images: (images / "metadata.jsonl").write_text("[1]\n"), "holds lines that are no objects"),
         (lambda images: shutil.rmtree(images.parent / "pipeline/vae"), "vae.* is missing"),
@@ -275,7 +305,16 @@ def test_without_captions_the_sub_folders_are_classes(place):
             "has no text_encoder, only",
         ),
     ],
-    ids=["no caption", "no text", "no JSON", "no object", "no folder of the VAE", "no VAE", "no text encoder"],
+    ids=[
+        "no caption",
+        "no text",
+        "no UTF-8",
+        "no JSON",
+        "no object",
+        "no folder of the VAE",
+        "no VAE",
+        "no text encoder",
+    ],
 )
 def test_what_cannot_be_encoded_is_refused_in_a_line(place, spoil, message):
     spoil(place / "images")

@@ -35,7 +35,7 @@ from diffcore.training.trainer import Trainer
 from diffcore.weights import read_weights
 from tests.conftest import forget_accelerate
 from tests.integrations import told
-from tests.integrations.tiny import quiet, unet
+from tests.integrations.tiny import quiet, unet, vae
 from tests.training.captioned import OLD, change_json, write_image, write_images, write_pipeline
 
 DISTINCT = ["", "a blue cat", "a dog", "a red cat"]
@@ -155,6 +155,33 @@ def test_another_set_of_captions_is_another_run(place, capsys):
     assert "started with another process.classes" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda place: (place / "images/1.txt").write_text("a bird"),
+        lambda place: (place / "images/1.txt").write_text("a dog"),
+        lambda place: write_image(place / "images/1.png", 7),
+        lambda place: change_json(place / "pipeline/vae/config.json", scaling_factor=0.5),
+    ],
+    ids=["caption", "label", "image", "VAE"],
+)
+def test_data_that_changed_where_they_lie_are_other_data(place, tmp_path, monkeypatch, capsys, change):
+    """A blue cat is now a bird: as many captions as before."""
+    for name in ("images", "pipeline", "cache"):
+        shutil.copytree(place / name, tmp_path / name)
+    shutil.copytree(place / "runs/lora", tmp_path / "runs/lora")
+    monkeypatch.chdir(tmp_path)
+    resume = command("runs/lora", *LORA, "--resume=true")
+    assert called(*resume) == 0
+    change(tmp_path)
+    if (tmp_path / "images/1.txt").read_text() == "a dog":  # and so another image is the blue cat
+        (tmp_path / "images/3.txt").write_text("a blue cat")
+    before = hashes(tmp_path / "runs")
+    assert called(*resume) == 1
+    assert "the data are not those that the run in runs/lora was started with" in capsys.readouterr().err
+    assert hashes(tmp_path / "runs") == before
+
+
 # What diffusers makes of it -------------------------------------------------------------------------------------------
 
 
@@ -227,11 +254,24 @@ def test_classes_of_latents_leave_a_pipeline_with_the_vae(place, monkeypatch):
     options = {"lr": LearningRate(1e-3), "batch_size": 4, "trackers": [], "sample_every": 1, "sample_steps": 2}
     Trainer(network, data, process, torch.optim.AdamW, place / "runs/classes", 1, **options).train()
     pipe = quiet(DiffcorePipeline.from_pretrained(place / "runs/classes/pipeline"))
+    assert (place / "runs/classes/samples/step-00000001.png").is_file()
     (image,) = pipe(class_labels=[1], seeds=[3]).images
     (z,) = pipe(class_labels=[1], seeds=[3], output_type="latent").images
     expected = (data.pictures(z[None])[0].permute(1, 2, 0).clamp(-1, 1) + 1) * 127.5
     assert abs(np.asarray(image) - expected.numpy()).max() < 0.51
-    assert (place / "runs/classes/samples/step-00000001.png").is_file()
+
+
+def test_latents_of_three_channels_are_decoded_too(tmp_path, monkeypatch):
+    """They would pass for pictures."""
+    monkeypatch.chdir(tmp_path)
+    forget_accelerate()
+    process = Process(shape=(3, 8, 8), low=-math.inf, high=math.inf, sigma_data=1.0)
+    pipe = DiffcorePipeline.of(Denoiser(unet(), process), vae=vae(latent_channels=3))
+    pipe.save_pretrained("run/pipeline")
+    process.save(Run(tmp_path / "run").process)
+    (tmp_path / "run/config.yaml").write_text("network: mine.Network\n")
+    assert called("sample", "run", "--steps=2", "--guidance.scale=1", "--out=x.safetensors") == 0
+    assert load_file("x.safetensors")["x"].shape == (1, 3, 16, 16)
 
 
 @pytest.mark.parametrize("name", ["full", "lora"])
@@ -334,6 +374,11 @@ def test_what_a_file_says_is_kept_and_a_schedule_around_none_is_around_the_pipel
         (command("runs/no", "--data.folder=nowhere"), "nowhere is not a folder"),
         (command("runs/no", "--data.captions=false"), "the data has no captions and classes is 0"),
         (command("runs/no", "--data.size=8"), "expected a float tensor of the process's shape (4, 8, 8)"),
+        (
+            ["train", "runs/full/config.yaml", "--pipeline=other", "--folder=runs/no"],
+            "pipeline is other, but runs/full/config.yaml reads pipeline",
+        ),
+        (["export", "runs/lora", "--out=no"], "pipe.load_lora_weights('runs/lora')"),
         (command("runs/no", "--process.classes=7"), "classes is 7, but the data has 4 captions"),
         (command("runs/no", "--network.lora.rank=2", "--network.lora.targets=[to_w]"), "ends in to_w"),
         (["sample", "runs/full", "--labels=1", "--out=x.safetensors"], "is told text, not labels"),
@@ -346,3 +391,21 @@ def test_what_cannot_be_is_refused_in_a_line(place, monkeypatch, capsys, argumen
     assert message in line
     assert line.startswith(f"diffcore {arguments[0]}: error: ")
     assert not (place / "runs/no").exists()
+
+
+def test_settings_that_are_no_table_are_refused_in_a_line(place, monkeypatch):
+    monkeypatch.chdir(place)
+    for settings in ({"process": "VP"}, {"network": {"class_path": "Pretrained", "init_args": 3}}):
+        with pytest.raises(ValueError, match=r"is .*, expected a table of settings"):
+            completed(settings, "pipeline")
+
+
+def test_a_part_that_could_not_be_copied_is_missed_before_training(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    shutil.copytree("pipeline", "partial")
+    change_json(place / "partial/model_index.json", feature_extractor=["transformers", "CLIPImageProcessor"])
+    arguments = [word.replace("=pipeline", "=partial") for word in command("runs/partial")]
+    assert called(*arguments) == 1
+    assert "partial names feature_extractor in model_index.json" in capsys.readouterr().err
+    assert not (place / "runs/partial").exists()
+    assert called(*[word.replace("runs/partial", "runs/partial-lora") for word in arguments], *LORA) == 0
