@@ -31,7 +31,9 @@ def filled(argv: list[str]) -> list[str]:
                 "this training starts from a pipeline: name the folder of one of diffusers, --pipeline FOLDER"
             )
         return argv
-    if "--pipeline" in words and (other := {_own(settings.get(part)) for part in READERS} - {"", folder}):
+    if "--pipeline" in words and (
+        other := {_own(settings.get(part)) for part in READERS} - {"", folder, str(Path(folder))}
+    ):
         raise ValueError(
             f"pipeline is {folder}, but {words['--config']} reads {other.pop()}: leave --pipeline out, or begin with the recipe"
         )

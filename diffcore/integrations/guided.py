@@ -22,6 +22,8 @@ from diffcore.process import Process
 from diffcore.schedules import Level
 
 INPUTS = ("sample", "hidden_states")
+NULL = 1000
+"""DiTPipeline's null label."""
 
 
 @dataclass
@@ -105,6 +107,7 @@ class Progress:
         step: of the last evaluation.
         asked: whether the network has been asked at this evaluation.
         waits: for whom an answer waits that has no content yet.
+        rows: of a step, where equal halves of x were taken for two of guidance.
     """
 
     process: Process
@@ -112,13 +115,19 @@ class Progress:
     step: Step | None = None
     asked: Any = None
     waits: Guidance | None = None
+    rows: int | None = None
 
-    def settle(self) -> None:
-        """The scheduler steps: the evaluation is over.
+    def settle(self, rows: int) -> None:
+        """The scheduler steps these rows: the evaluation is over.
 
         Raises:
-            ValueError: the negative half has not come.
+            ValueError: the negative half has not come, or was none.
         """
+        if self.rows not in (None, rows):
+            raise ValueError(
+                f"the {rows} samples begin with the same noise in both halves, as if a negative half were there: call the "
+                f"pipeline with guidance_scale above 1, or give each sample its own seed"
+            )
         if self.waits is not None:
             raise ValueError(unmet(self.waits))
         self.asked = None
@@ -153,7 +162,7 @@ class Guided:
         call = self.scheduler.call
         state = call.now(self._time(args, kwargs))
         if call.guided is None:
-            call.guided = self._begun(call, x)
+            call.guided = self._begun(call, x, kwargs.get("class_labels"))
         progress: Progress = call.guided
         asked = Asked(self.network, self.forward, progress.process, x, args, kwargs, self.conditional_first)
         if progress.asked is None:
@@ -178,17 +187,18 @@ class Guided:
         t = t.flatten()[0] if isinstance(t, Tensor) else t
         return t / getattr(getattr(self.network, "config", None), "timestep_scale", 1.0)
 
-    def _begun(self, call: Call, x: Tensor) -> Progress:
-        """What is known before the first evaluation.
+    def _begun(self, call: Call, x: Tensor, labels: Tensor | None) -> Progress:
+        """What is known before the first evaluation; of DiT its labels too.
 
         Raises:
             ValueError: the rule cannot guide this call.
         """
-        doubled = self._doubled(x)
+        doubled = self._doubled(x, labels)
         steps = (step_of(call.plan.process, call.knots, state) for state in call.plan.states)
         if not doubled and any(isinstance(r, Unconditional) for s in steps for r in self.guidance.asks(s, None)):
             raise ValueError(unmet(self.guidance))
-        return Progress(self._checked(call, doubled))
+        guessed = doubled and labels is None and self.doubles() is None
+        return Progress(self._checked(call, doubled), rows=len(x) // 2 if guessed else None)
 
     def _checked(self, call: Call, doubled: bool) -> Process:
         """Of one class, which a negative half makes droppable."""
@@ -197,11 +207,13 @@ class Guided:
         check_guidance(process, call.knots, condition, self.guidance, call.plan.sampler)
         return process
 
-    def _doubled(self, x: Tensor) -> bool:
+    def _doubled(self, x: Tensor, labels: Tensor | None) -> bool:
         """Whether x holds each sample twice; where the pipeline does not say, seen once a call."""
         said = self.doubles()
         if said is not None:
             return said
+        if labels is not None and not bool((labels[len(x) // 2 :] == NULL).all()):
+            return False
         first, *second = x.chunk(2)
         return bool(second) and len(x) % 2 == 0 and torch.equal(first, second[0])
 

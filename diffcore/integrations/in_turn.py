@@ -70,7 +70,7 @@ class InTurn(Guided):
     def _time(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         return 1000 * super()._time(args, kwargs)  # Flux tells its network the thousandth
 
-    def _begun(self, call: Call, x: Tensor) -> Progress:
+    def _begun(self, call: Call, x: Tensor, labels: Tensor | None) -> Progress:
         """That the negative half comes is known when it does; a call has the rows of one."""
         self._checked(call, True)
         return Progress(call.plan.process)

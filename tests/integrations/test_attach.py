@@ -13,6 +13,7 @@ from diffcore.integrations import DiffcoreScheduler, attach
 from diffcore.loop import planned
 from diffcore.samplers import DDIM, AlphaBlending, DPMSolverPP, EulerAncestral, Heun
 from tests.integrations.tiny import NEGATIVE, PROMPT, dit_pipeline, flux, own, scaled, sd3, seed, stable_diffusion
+from tests.integrations.told import pixart
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # theirs, in set_timesteps
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
@@ -232,3 +233,24 @@ def test_a_pipeline_without_its_negative_half_runs_the_conditional_model():
     with attach(pipe, guidance=CFG(1.0)):
         assert scaled(sd_call(pipe, 1.0), plain) < 1e-4
         assert math.isfinite(sd_call(pipe, 5.0).sum())
+
+
+def test_two_labels_of_one_seed_are_no_halves():
+    pipe = dit_pipeline(diffusers.DDIMScheduler(clip_sample=False))
+    given = {"class_labels": [1, 2], "guidance_scale": 1.0, "num_inference_steps": 3, "output_type": "np"}
+    theirs = torch.from_numpy(pipe(**given, generator=[seed(0), seed(0)]).images)
+    with attach(pipe, CFG(1.0)):
+        ours = torch.from_numpy(pipe(**given, generator=[seed(0), seed(0)]).images)
+    assert scaled(ours, theirs) < 1e-5
+    with attach(pipe, CFG(3.0)), pytest.raises(ValueError, match="needs the negative half"):
+        pipe(**given, generator=[seed(0), seed(0)])
+
+
+def test_two_prompts_of_one_seed_are_refused_where_the_pipeline_says_not_what_it_asks():
+    pipe = pixart(diffusers.DDIMScheduler(clip_sample=False))
+    given = {"num_inference_steps": 3, "output_type": "latent", "use_resolution_binning": False}
+    with attach(pipe, CFG(1.0)):
+        with pytest.raises(ValueError, match="give each sample its own seed"):
+            pipe(["a", "b"], guidance_scale=1.0, generator=[seed(0), seed(0)], **given)
+        pipe(["a", "b"], guidance_scale=1.0, generator=[seed(0), seed(1)], **given)
+        pipe(["a", "b"], guidance_scale=2.0, generator=[seed(0), seed(0)], **given)
