@@ -8,7 +8,7 @@ weights of the encoder have another key.
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from diffcore.weights import write_weights
+from diffcore.weights import Corrupt, read_weights, write_weights
 
 SHARD = 256
 """Entries of a shard, and so what a build that is stopped can lose."""
@@ -61,7 +61,13 @@ class Cache:
                 self._add(path, tensors)
 
     def read(self, key: str) -> dict[str, Tensor]:
-        """The tensors of an entry, by name."""
+        """The tensors of an entry, by name.
+
+        Raises:
+            ValueError: its shard is not what was written.
+        """
+        for path in self.places[key].values():
+            _verify(path)
         return {name: _open(path).get_tensor(f"{key}.{name}") for name, path in self.places[key].items()}
 
     def _add(self, path: Path, tensors: Iterable[str]) -> None:
@@ -91,6 +97,15 @@ def hashed(path: Path) -> str:
     """SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@cache
+def _verify(path: Path) -> None:
+    """Read a shard whole, once a process, and compare its hash."""
+    try:
+        read_weights(path)
+    except Corrupt:
+        raise ValueError(f"{path} of the cache is not what was written: delete it, and it is made again") from None
 
 
 @lru_cache(maxsize=64)

@@ -329,3 +329,13 @@ def test_a_torn_shard_is_named(place):
     (folder / "torn.safetensors").write_bytes((folder / "torn.safetensors").read_bytes()[:-5])
     with pytest.raises(ValueError, match=r"torn.safetensors of the cache cannot be read .*: delete it"):
         data(place)
+
+
+def test_a_shard_with_a_changed_byte_is_not_trained_on(place):
+    ready = made(place)
+    (path,) = ready.latents.folder.glob("*.safetensors")
+    written = bytearray(path.read_bytes())
+    written[-3] ^= 1
+    path.write_bytes(written)
+    with pytest.raises(ValueError, match="of the cache is not what was written: delete it"):
+        ready.latents.read(ready.keys[0])
