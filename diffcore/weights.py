@@ -57,6 +57,12 @@ def _digest(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(save(dict(tensors)) + json.dumps(dict(facts), sort_keys=True).encode()).hexdigest()
 
 
+def hashed(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def replace(path: Path, data: bytes) -> None:
     """Write a file that is whole or what it was."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

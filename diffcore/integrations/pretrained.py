@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,7 +27,7 @@ from diffcore.integrations.settings import Settings
 from diffcore.process import Process
 from diffcore.samplers import DDIM
 from diffcore.schedules import Trailing
-from diffcore.weights import replace_folder
+from diffcore.weights import hashed, replace_folder
 
 ADAPTER = "pytorch_lora_weights.safetensors"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -109,6 +110,12 @@ class Pretrained(nn.Module):
         network: nn.Module = self.network
         asked = Packed(network) if isinstance(network, diffusers.FluxTransformer2DModel) else network
         return tensor_of(asked(x, timestep=timestep, **condition))[:, : x.shape[1]]
+
+    @cached_property
+    def content(self) -> str:
+        """A hash of the weights that an adapter is beside, by which a resumed run knows them; without LoRA there are none."""
+        files = sorted((self.index.folder / self.index.network).glob("*.safetensors")) if self.lora.rank else []
+        return " ".join(map(hashed, files))
 
     def adapted(self, run: Path) -> Parts:
         """The pipeline's parts with this network, and the scheduler that `save` left in a run's folder."""

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from diffcore.weights import Corrupt, read_weights, write_weights
+from diffcore.weights import Corrupt, hashed, read_weights, write_weights
 
 SHARD = 256
 """Entries of a shard, and so what a build that is stopped can lose."""
@@ -91,12 +91,6 @@ def _files(path: Path) -> list[Path]:
 
 def _described(path: Path) -> str:
     return f"{path.name} {hashed(path)}"
-
-
-def hashed(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @cache

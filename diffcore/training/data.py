@@ -268,9 +268,9 @@ def make(data: Dataset[Any], process: Process, device: torch.device, first: bool
         check(data, process)
 
 
-def content(data: Dataset[Any]) -> dict[str, str]:
-    """What a checkpoint says of the data, where they say it themselves."""
-    return {"data": data.content} if hasattr(data, "content") else {}
+def hashes(**parts: Any) -> dict[str, str]:
+    """What a checkpoint says of the data and of the network's frozen weights, where they say it themselves."""
+    return {name: part.content for name, part in parts.items() if hasattr(part, "content")}
 
 
 def asked(data: Dataset[Any], device: torch.device) -> Callable[[nn.Module], nn.Module]:

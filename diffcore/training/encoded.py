@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from diffcore.noise import Stream, normal
-from diffcore.training.cache import Cache, digest, hashed
+from diffcore.training.cache import Cache, digest
 from diffcore.training.captions import captions as captions_of
 from diffcore.training.data import Fit, ImageFolder, Unreadable, mirrored
+from diffcore.weights import hashed
 
 if TYPE_CHECKING:
     from diffcore.integrations.latents import Latents

@@ -26,18 +26,7 @@ from diffcore.schedules import Grid, Level
 from diffcore.training import checkpoint, pipeline, resume, state
 from diffcore.training.adaptation import Adaptation
 from diffcore.training.checkpoint import Checkpoint
-from diffcore.training.data import (
-    Batch,
-    Order,
-    asked,
-    batches,
-    check,
-    check_labels,
-    conditioned,
-    content,
-    make,
-    size_of,
-)
+from diffcore.training.data import Batch, Order, asked, batches, check, check_labels, conditioned, hashes, make, size_of
 from diffcore.training.ema import EMA, Decay
 from diffcore.training.launch import accelerator
 from diffcore.training.lr import LearningRate
@@ -263,6 +252,11 @@ class Trainer:
         """What the last bits of a run depend on."""
         return {"processes": self.accelerator.num_processes, "threads": torch.get_num_threads()}
 
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """Hashes of what a run is made of beside its config."""
+        return hashes(data=self.data, network=self.bare)
+
     def _begin(self) -> None:
         """Start the folder, or load its newest whole checkpoint."""
         if self.resume:
@@ -299,7 +293,7 @@ class Trainer:
                 "ema.safetensors": self.average.shadow,
                 "training.safetensors": {**optimizer, **adapted, "window": window},
             }
-            facts = {"step": self.step, "skipped": self.skipped, "groups": groups, **self.threads, **content(self.data)}
+            facts = {"step": self.step, "skipped": self.skipped, "groups": groups, **self.threads, **self.hashes}
             checkpoint.write(self.run.checkpoints / checkpoint.name(self.step), Checkpoint(files, facts))
             checkpoint.prune(self.run.checkpoints, self.keep)
             write_weights(self.run.weights, self.average.shadow, step=self.step)
@@ -328,13 +322,14 @@ class Trainer:
     def _check_facts(self, facts: dict[str, Any]) -> None:
         if facts["step"] > self.steps:
             raise ValueError(f"steps is {self.steps}, but the run has taken {facts['step']}: ask for at least as many")
-        if any(facts.get(name, now) != now for name, now in content(self.data).items()):
+        if changed := [name for name, now in self.hashes.items() if facts.get(name, now) != now]:
             raise ValueError(
-                f"the data are not those that the run in {self.run.folder} was started with: images, captions or what "
-                f"encodes them changed since; put them back, or start a new run in another folder"
+                f"the {' and '.join(changed)} are not those that the run in {self.run.folder} was started with: images, "
+                f"captions, what encodes them, or the weights beside an adapter changed since; put them back, or start a new "
+                f"run in another folder"
             )
-        if changed := {name: (facts[name], now) for name, now in self.threads.items() if facts[name] != now}:
-            self._say(f"(then, now) differ in {changed}: the run continues equal to rounding, not bit for bit")
+        if other := {name: (facts[name], now) for name, now in self.threads.items() if facts[name] != now}:
+            self._say(f"(then, now) differ in {other}: the run continues equal to rounding, not bit for bit")
 
     # Reports -----------------------------------------------------------------------------------------------------
 

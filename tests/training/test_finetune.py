@@ -10,7 +10,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from diffcore.cli import main
 from diffcore.commands.finetune import completed
@@ -155,6 +155,11 @@ def test_another_set_of_captions_is_another_run(place, capsys):
     assert "started with another process.classes" in capsys.readouterr().err
 
 
+def nudge(path):
+    """Change the weights that the adapter is beside."""
+    save_file({name: 1.5 * value for name, value in load_file(path).items()}, path, {"format": "pt"})
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -162,8 +167,9 @@ def test_another_set_of_captions_is_another_run(place, capsys):
         lambda place: (place / "images/1.txt").write_text("a dog"),
         lambda place: write_image(place / "images/1.png", 7),
         lambda place: change_json(place / "pipeline/vae/config.json", scaling_factor=0.5),
+        lambda place: nudge(place / "pipeline/unet/diffusion_pytorch_model.safetensors"),
     ],
-    ids=["caption", "label", "image", "VAE"],
+    ids=["caption", "label", "image", "VAE", "weights"],
 )
 def test_data_that_changed_where_they_lie_are_other_data(place, tmp_path, monkeypatch, capsys, change):
     """A blue cat is now a bird: as many captions as before."""
@@ -178,7 +184,7 @@ def test_data_that_changed_where_they_lie_are_other_data(place, tmp_path, monkey
         (tmp_path / "images/3.txt").write_text("a blue cat")
     before = hashes(tmp_path / "runs")
     assert called(*resume) == 1
-    assert "the data are not those that the run in runs/lora was started with" in capsys.readouterr().err
+    assert " are not those that the run in runs/lora was started with" in capsys.readouterr().err
     assert hashes(tmp_path / "runs") == before
 
 
