@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from diffcore.denoiser import Denoise, Denoiser
+from diffcore.denoiser import Denoise
 from diffcore.evaluation.figures import figure, save
-from diffcore.evaluation.study import rows
+from diffcore.evaluation.study import averaged, rows
 from diffcore.noise import Stream, uniform
 from diffcore.objective import Objective
 from diffcore.oracle import Empirical
@@ -30,7 +30,6 @@ from diffcore.process import Process
 from diffcore.samplers import DDIM
 from diffcore.sampling import sample
 from diffcore.schedules import Discrete, Grid, Leading, Schedule, Trailing, ZeroTerminalSNR
-from diffcore.training.data import batches
 from diffcore.training.ema import Decay
 from diffcore.training.lr import LearningRate
 from diffcore.training.trainer import Trainer
@@ -129,26 +128,22 @@ def denoiser(arm: Arm, seed: int, steps: int = TRAINING) -> Denoise:
     if arm.prediction is None:
         return Empirical(Fields().x0, process=_process(arm.schedule, "v_prediction"))
     with TemporaryDirectory() as folder:
-        run = Trainer(
-            network=network,
-            data=Fields(),
-            process=_process(arm.schedule, arm.prediction),
-            optimizer=partial(torch.optim.AdamW, betas=(0.9, 0.99)),
-            folder=Path(folder),
-            steps=steps,
-            objective=Objective(MSE(arm.prediction)),
-            lr=LearningRate(1e-3, warmup=50),
-            ema=Decay(0.995),
-            batch_size=64,
-            seed=seed,
-            trackers=[],
+        return averaged(
+            Trainer(
+                network=network,
+                data=Fields(),
+                process=_process(arm.schedule, arm.prediction),
+                optimizer=partial(torch.optim.AdamW, betas=(0.9, 0.99)),
+                folder=Path(folder),
+                steps=steps,
+                objective=Objective(MSE(arm.prediction)),
+                lr=LearningRate(1e-3, warmup=50),
+                ema=Decay(0.995),
+                batch_size=64,
+                seed=seed,
+                trackers=[],
+            )
         )
-        run.prepare()
-        stream = batches(run.data, run.order.steps(0, steps), 0)
-        while run.step < steps:
-            run.advance(stream)
-        with run.average.applied():
-            return Denoiser(run.bare, run.process).eval()
 
 
 def measure(made: Tensor) -> dict[str, Any]:

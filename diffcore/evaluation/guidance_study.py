@@ -6,7 +6,6 @@ network of autoguidance is the average of a run of a third of the parameters and
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -20,13 +19,13 @@ from diffcore.denoiser import Denoiser
 from diffcore.evaluation.digits import scan
 from diffcore.evaluation.figures import figure, save, styles
 from diffcore.evaluation.metrics import Reader, frechet_distance
-from diffcore.evaluation.study import ARMS, KNOTS, network, rows, trainer
+from diffcore.evaluation.study import ARMS, KNOTS, averaged, network, rows, trainer
 from diffcore.guidance import APG, CFG, AdaptiveGuidance, AutoGuidance, Guidance, Interval, Rescale, networks
 from diffcore.loop import watch
 from diffcore.noise import Noise
 from diffcore.samplers import DDIM
 from diffcore.sampling import evaluating, sample
-from diffcore.training.data import Digits, batches
+from diffcore.training.data import Digits
 
 TABLES = (
     ("test", "Fréchet distance to the held-out scans", 0),
@@ -83,19 +82,9 @@ RULES: dict[str, Callable[[float, Denoiser], Guidance]] = {
 
 def trained(seed: int, points: tuple[int, int] = POINTS) -> Pair:
     """The averaged networks of two runs of one seed."""
-    return Pair(averaged(seed, points[1], network), averaged(seed, points[0], partial(network, SMALLER)))
-
-
-def averaged(seed: int, steps: int, network: Callable[[], torch.nn.Module]) -> Denoiser:
-    """The average of a run's weights after its last step."""
     with TemporaryDirectory() as folder:
-        run = trainer(ARMS["cosine, v, Min-SNR"], "stratified", seed, Path(folder), steps, network)
-        run.prepare()
-        stream = batches(run.data, run.order.steps(0, steps), 0)
-        while run.step < steps:
-            run.advance(stream)
-        with run.average.applied():
-            return Denoiser(deepcopy(run.bare), run.process).eval()
+        start = partial(trainer, ARMS["cosine, v, Min-SNR"], "stratified", seed, Path(folder))
+        return Pair(averaged(start(points[1], network)), averaged(start(points[0], partial(network, SMALLER))))
 
 
 def measure(denoiser: Denoiser, guidance: Guidance, seed: int, count: int = 500) -> dict[str, Any]:

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from diffcore.denoiser import Denoise, Denoiser
 from diffcore.evaluation.accuracy import plane
-from diffcore.evaluation.study import ARMS, trainer
+from diffcore.evaluation.study import ARMS, averaged, trainer
 from diffcore.inversion import invert
 from diffcore.loop import run
 from diffcore.noise import Noise
 from diffcore.noise_maps import extract, replay
 from diffcore.samplers import DDIM
 from diffcore.schedules import Grid, Trailing
-from diffcore.training.data import Digits, batches
+from diffcore.training.data import Digits
 
 STEPS = (20, 50, 200)
 ITERATIONS = (1, 2, 5, 10)
@@ -91,13 +91,7 @@ def table(found: Sequence[Trip]) -> str:
 def trained(steps: int = 400) -> Denoiser:
     """The study's network after so many steps of batch 64 on the digits, its weights averaged."""
     with TemporaryDirectory() as folder:
-        made = trainer(ARMS["cosine, v, Min-SNR"], "stratified", 0, Path(folder), steps)
-        made.prepare()
-        stream = batches(made.data, made.order.steps(0, steps), 0)
-        while made.step < steps:
-            made.advance(stream)
-        made.bare.load_state_dict(made.average.shadow)
-        return Denoiser(made.bare, made.process).eval()
+        return averaged(trainer(ARMS["cosine, v, Min-SNR"], "stratified", 0, Path(folder), steps))
 
 
 def report(denoiser: Denoiser, images: int = 32) -> str:

@@ -102,6 +102,16 @@ def trainer(
     )
 
 
+def averaged(run: Trainer) -> Denoiser:
+    """The average of a run's weights after its last step; nothing is written."""
+    run.prepare()
+    stream = batches(run.data, run.order.steps(0, run.steps), 0)
+    while run.step < run.steps:
+        run.advance(stream)
+    run.bare.load_state_dict(run.average.shadow)
+    return Denoiser(run.bare, run.process).eval()
+
+
 def measure(arm: Arm, levels: Levels, seed: int, points: Iterable[int] = POINTS, per_label: int = 50) -> dict[int, Any]:
     """Fréchet distances (to the training scans, to the held-out ones) after each number of steps."""
     points, found = sorted(points), {}

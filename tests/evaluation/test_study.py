@@ -1,10 +1,12 @@
 """The study of training: what it measures is appended, continued, and averaged as it says."""
 
 import pytest
+import torch
 
-from diffcore.evaluation.study import ARMS, KNOTS, measure, rows, study, table
+from diffcore.evaluation.study import ARMS, KNOTS, averaged, measure, rows, study, table, trainer
 from diffcore.objective import Objective
 from diffcore.process import Process
+from diffcore.training.data import batches
 
 
 @pytest.mark.parametrize("name", ARMS)
@@ -51,3 +53,14 @@ def test_the_table_holds_means_over_seeds_and_half_ranges():
     ]
     assert table(measured, 0).splitlines()[2] == "| a | stratified | 14.0 ± 5.0 | 1.0 ± 0.0 |"
     assert table(measured, 1).splitlines()[2] == "| a | stratified | 0.0 ± 0.0 | 4.0 ± 0.0 |"
+
+
+def test_the_network_of_a_run_has_its_averaged_weights(tmp_path):
+    whole, stepped = (trainer(ARMS["cosine, v, Min-SNR"], "stratified", 0, tmp_path, 2) for _ in range(2))
+    found = averaged(whole).network.state_dict()
+    stepped.prepare()
+    stream = batches(stepped.data, stepped.order.steps(0, 2), 0)
+    for _ in range(2):
+        stepped.advance(stream)
+    assert all(torch.equal(found[name], value) for name, value in stepped.average.shadow.items())
+    assert not any(torch.equal(found[name], value) for name, value in stepped.bare.named_parameters())
