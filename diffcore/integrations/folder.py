@@ -81,17 +81,27 @@ def read_folder(folder: Path) -> Parts:
         ValueError: a part is missing, is no class of diffusers, or has no safetensors.
     """
     index = read_json(folder / "model_index.json")
+    name = network_in(folder, index)
+    vae = read_part(folder, "vae", index) if is_present(index, "vae") else None
+    config = read_json(folder / "scheduler" / "scheduler_config.json")
+    network = read_part(folder, name, index)
+    said = _said(index.get("_class_name"), index)
+    return Parts(network, config, vae, lambda: _pipeline(folder, index, {name: network, "vae": vae}), said)
+
+
+def network_in(folder: Path, index: dict[str, Any]) -> str:
+    """The name of the network that a folder's index names, unet or transformer.
+
+    Raises:
+        ValueError: it names none or two, or no scheduler.
+    """
     named = [name for name in NETWORKS if is_present(index, name)]
     if len(named) != 1 or not is_present(index, "scheduler"):
         raise ValueError(
-            f"{folder} holds {', '.join(k for k in index if k[0] != '_') or 'nothing'}, expected one of "
+            f"{folder} holds {', '.join(k for k in index if is_present(index, k)) or 'nothing'}, expected one of "
             f"{' or '.join(NETWORKS)}, and a scheduler"
         )
-    vae = read_part(folder, "vae", index) if is_present(index, "vae") else None
-    config = read_json(folder / "scheduler" / "scheduler_config.json")
-    network = read_part(folder, named[0], index)
-    said = _said(index.get("_class_name"), index)
-    return Parts(network, config, vae, lambda: _pipeline(folder, index, {named[0]: network, "vae": vae}), said)
+    return named[0]
 
 
 def sized(parts: Parts, height: int, width: int) -> tuple[int, ...]:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from diffcore.denoiser import tensor_of
 from diffcore.guidance import CFG, GFCG, ClassifierGuidance, Guidance, Seen, Step, Unconditional
+from diffcore.integrations.networks import DIT_NULL, time_factor
 from diffcore.integrations.plan import Call
 from diffcore.integrations.scheduler import DiffcoreScheduler
 from diffcore.loop import check_guidance, look, step_of
@@ -22,8 +24,6 @@ from diffcore.process import Process
 from diffcore.schedules import Level
 
 INPUTS = ("sample", "hidden_states")
-NULL = 1000
-"""DiTPipeline's null label."""
 
 
 @dataclass
@@ -70,12 +70,12 @@ class Asked:
         whole = torch.cat([scaled.to(self.x.dtype), self.x[places, x.shape[1] :]], 1)
         answer = self.forward(whole, *args, **kwargs)
         self.answer = answer if self.answer is None else self.answer
-        output = output_of(answer)[:, : x.shape[1]].to(x.dtype)
+        output = tensor_of(answer)[:, : x.shape[1]].to(x.dtype)
         return predict(process.prediction, output, x, level, process.sigma_data)
 
     def answered(self, output: Tensor) -> Any:
         """The guided output in the form in which the pipeline expects it: its rows, its channels, its type."""
-        asked = output_of(self.answer)
+        asked = tensor_of(self.answer)
         variance = asked[: self.rows, output.shape[1] :]
         whole = torch.cat([output.to(asked.dtype), variance], 1)
         whole = torch.cat([whole] * (len(self.x) // self.rows))
@@ -185,7 +185,7 @@ class Guided:
         """What the scheduler says of the level that the network is told."""
         t = args[0] if args else kwargs["timestep"]
         t = t.flatten()[0] if isinstance(t, Tensor) else t
-        return t / getattr(getattr(self.network, "config", None), "timestep_scale", 1.0)
+        return t / time_factor(self.network)
 
     def _begun(self, call: Call, x: Tensor, labels: Tensor | None) -> Progress:
         """What is known before the first evaluation; of DiT its labels too.
@@ -212,7 +212,7 @@ class Guided:
         said = self.doubles()
         if said is not None:
             return said
-        if labels is not None and not bool((labels[len(x) // 2 :] == NULL).all()):
+        if labels is not None and not bool((labels[len(x) // 2 :] == DIT_NULL).all()):
             return False
         first, *second = x.chunk(2)
         return bool(second) and len(x) % 2 == 0 and torch.equal(first, second[0])
@@ -252,7 +252,3 @@ def asked_about(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, 
         return args[0], args[1:], kwargs
     name = next(name for name in INPUTS if name in kwargs)
     return kwargs[name], (), {key: value for key, value in kwargs.items() if key != name}
-
-
-def output_of(answer: Any) -> Tensor:
-    return answer[0] if isinstance(answer, tuple) else answer.sample

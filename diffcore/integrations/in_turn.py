@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffcore.denoiser import tensor_of
 from diffcore.guidance import Guidance, Seen, Unconditional, answers
 from diffcore.guidance.reference import Query
-from diffcore.integrations.guided import Asked, Guided, Progress, guide, output_of
+from diffcore.integrations.guided import Asked, Guided, Progress, guide
 from diffcore.integrations.plan import Call
 from diffcore.prediction import Prediction
 
@@ -63,12 +64,9 @@ class InTurn(Guided):
         negative = asked(x, step.level)
         places = range(len(rule.asks(step, progress.memory)))
         seen = Seen(x, step, first.conditional, tuple(first.others.get(i, negative) for i in places))
-        output_of(first.answer).copy_(guide(rule, seen, progress))
+        tensor_of(first.answer).copy_(guide(rule, seen, progress))
         progress.waits = None
         return first.answer
-
-    def _time(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        return 1000 * super()._time(args, kwargs)  # Flux tells its network the thousandth
 
     def _begun(self, call: Call, x: Tensor, labels: Tensor | None) -> Progress:
         """That the negative half comes is known when it does; a call has the rows of one."""

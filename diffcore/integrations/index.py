@@ -11,7 +11,7 @@ from torch import nn
 
 from diffcore.integrations.configs import Config
 from diffcore.integrations.denoiser import process_fields
-from diffcore.integrations.folder import NETWORKS, Parts, is_present, read_folder, read_json, read_part
+from diffcore.integrations.folder import Parts, is_present, network_in, read_folder, read_json, read_part
 from diffcore.integrations.latents import factor_of
 from diffcore.integrations.networks import shape_of
 
@@ -42,13 +42,7 @@ class Index:
     @property
     def network(self) -> str:
         """Name of the network, unet or transformer."""
-        named = [name for name in NETWORKS if name in self.parts]
-        if len(named) != 1 or "scheduler" not in self.parts:
-            raise ValueError(
-                f"{self.folder} holds {', '.join(sorted(self.parts)) or 'nothing'}, expected one of "
-                f"{' or '.join(NETWORKS)}, and a scheduler"
-            )
-        return named[0]
+        return network_in(self.folder, self.content)
 
     @property
     def pipeline(self) -> Any:

@@ -22,6 +22,8 @@ TOLD_TEXT = (
     SanaTransformer2DModel,
 )
 OF_A_FLOW = (SD3Transformer2DModel, FluxTransformer2DModel, SanaTransformer2DModel)
+DIT_NULL = 1000
+"""DiTPipeline's null label."""
 FLUX_SIZE = 128
 """Of Flux's latents, FluxPipeline's own: its network knows none."""
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from diffcore.denoiser import Denoiser
 from diffcore.integrations.configs import C_NOISE
 from diffcore.integrations.drawn import Drawn
+from diffcore.integrations.networks import DIT_NULL
 from diffcore.integrations.pipeline import DiffcorePipeline
 from diffcore.integrations.settings import Settings
 from diffcore.loop import run
@@ -46,8 +47,6 @@ ANCESTRAL = (DDPM(0.0), DDIM(1.0), EulerAncestral(1.0))
 TOLERANCE = 1e-4
 """Of the greatest difference of samples, relative to the greatest value."""
 FORMS = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
-NULL = 1000
-"""DiTPipeline's null label."""
 OTHERWISE = "export a DiffcorePipeline (--format diffcore)"
 
 
@@ -109,9 +108,9 @@ def pipeline_of(network: nn.Module, process: Process, scheduler: Any, vae: nn.Mo
 def _dit(network: nn.Module, process: Process, scheduler: Any, vae: nn.Module | None) -> Any:
     if vae is None:
         raise ValueError(f"DiTPipeline decodes latents by a VAE, and this network has none: {OTHERWISE}")
-    if process.classes != NULL:
+    if process.classes != DIT_NULL:
         raise ValueError(
-            f"DiTPipeline's null label is {NULL}, and this network has {process.classes} classes: {OTHERWISE}"
+            f"DiTPipeline's null label is {DIT_NULL}, and this network has {process.classes} classes: {OTHERWISE}"
         )
     if not isinstance(scheduler, (diffusers.DDIMScheduler, diffusers.DDPMScheduler)):
         raise ValueError(f"DiTPipeline takes no {type(scheduler).__name__}, as this process needs it: {OTHERWISE}")
