@@ -2,6 +2,6 @@
 
 import sys
 
-from diffcore.cli import main
+from diffcore.cli.main import main
 
 sys.exit(main())

@@ -12,12 +12,14 @@ import torch
 import yaml
 from torch import nn
 
-from diffcore.denoiser import Denoiser
-from diffcore.process import Process
-from diffcore.spec import Parser
-from diffcore.weights import read_weights
+from diffcore.core.denoiser import Denoiser
+from diffcore.core.process import Process
+from diffcore.io.safetensors import read_weights
+from diffcore.io.specs import Parser
 
-Optimizer = Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]  # of parameters and learning rate
+Optimizer = Callable[
+    [Iterable[nn.Parameter], float], torch.optim.Optimizer
+]  # of parameters and learning rate
 Network = Callable[[], nn.Module]
 
 
@@ -88,10 +90,14 @@ class Run:
         """A network of this run's architecture, with new weights."""
         parser = Parser(exit_on_error=False)
         parser.add_argument("--network", type=Network)
-        network: Network = parser.instantiate(parser.parse_object({"network": self.settings()["network"]})).network
+        network: Network = parser.instantiate(
+            parser.parse_object({"network": self.settings()["network"]})
+        ).network
         return network()
 
-    def denoiser(self, device: torch.device | str = "cpu", network: nn.Module | None = None) -> Denoiser:
+    def denoiser(
+        self, device: torch.device | str = "cpu", network: nn.Module | None = None
+    ) -> Denoiser:
         """The averaged network with its process, ready to sample; a run made in Python, without a config, needs its `network`.
 
         Raises:
@@ -101,7 +107,9 @@ class Run:
         process = Process.load(self.process)
         tensors = read_weights(self.weights)
         own = {name: tuple(value.shape) for name, value in network.state_dict().items()}
-        wrong = sorted(n for n in {*own, *tensors} if n not in tensors or own.get(n) != tuple(tensors[n].shape))
+        wrong = sorted(
+            n for n in {*own, *tensors} if n not in tensors or own.get(n) != tuple(tensors[n].shape)
+        )
         if wrong:
             raise ValueError(
                 f"{self.weights} does not fit the network of {self.config}: {len(wrong)} tensors are missing, unknown or "

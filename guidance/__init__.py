@@ -1,20 +1,33 @@
 """Guidance: rules that combine a conditional prediction with what they move away from, one file per rule."""
 
-from diffcore.guidance.adaptive import AdaptiveGuidance
-from diffcore.guidance.altered import Altered, PerturbedAttention, SkippedLayers
+from diffcore.guidance.adaptive_guidance import AdaptiveGuidance
 from diffcore.guidance.apg import APG
 from diffcore.guidance.base import Contrast, Guidance, Seen, Step, Wrapper
 from diffcore.guidance.cfg import CFG, AutoGuidance
-from diffcore.guidance.classifier import ClassifierGuidance, MinorityGuidance, minority_levels, minority_score
-from diffcore.guidance.composed import Composed, Sum
+from diffcore.guidance.cfg_plus_plus import CFGPlusPlus
+from diffcore.guidance.cfg_zero_star import CFGZeroStar
+from diffcore.guidance.classifier import (
+    ClassifierGuidance,
+    MinorityGuidance,
+    minority_levels,
+    minority_score,
+)
+from diffcore.guidance.composition import Composed, Sum
 from diffcore.guidance.gfcg import GFCG
 from diffcore.guidance.interval import Interval
-from diffcore.guidance.linear import LinearAG
-from diffcore.guidance.plus_plus import CFGPlusPlus
-from diffcore.guidance.reference import Label, Reference, Unconditional, Weaker, answers, loaded, networks
+from diffcore.guidance.linear_ag import LinearAG
+from diffcore.guidance.perturbation import Altered, PerturbedAttention, SkippedLayers
+from diffcore.guidance.reference import (
+    Label,
+    Reference,
+    Unconditional,
+    Weaker,
+    answers,
+    loaded,
+    networks,
+)
 from diffcore.guidance.rescale import Rescale
 from diffcore.guidance.scale import ConstantScale, CosineScale, LinearScale, Scale, ScaleLike
-from diffcore.guidance.zero_star import CFGZeroStar
 
 __all__ = [
     "APG",

@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from diffcore.core.prediction import Prediction
 from diffcore.guidance.base import Contrast, Seen, inner, moved
-from diffcore.prediction import Prediction
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,13 @@ class APG(Contrast):
                 f"eta is {self.eta}, expected a finite number (0 leaves the parallel part out, 1 keeps it)"
             )
         if not -1 < self.momentum < 1:
-            raise ValueError(f"momentum is {self.momentum}, expected a number within (-1, 1), below 0 as published")
+            raise ValueError(
+                f"momentum is {self.momentum}, expected a number within (-1, 1), below 0 as published"
+            )
         if not self.threshold > 0:
-            raise ValueError(f"threshold is {self.threshold}, expected a norm above 0 (inf for none)")
+            raise ValueError(
+                f"threshold is {self.threshold}, expected a norm above 0 (inf for none)"
+            )
 
     @classmethod
     def edm2(cls, scale: float) -> "APG":
@@ -69,7 +73,9 @@ class APG(Contrast):
         """SDXL: r = 15, β = -0.5 (Table 10, quoted in diffusers#9626)."""
         return cls(scale, momentum=-0.5, threshold=15.0)
 
-    def combine(self, seen: Seen, reference: Prediction, scale: float, memory: Any) -> tuple[Prediction, Any]:
+    def combine(
+        self, seen: Seen, reference: Prediction, scale: float, memory: Any
+    ) -> tuple[Prediction, Any]:
         conditional = seen.conditional.x0
         average = conditional - reference.x0
         if memory is not None and self.momentum:

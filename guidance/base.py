@@ -13,10 +13,10 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
+from diffcore.core.prediction import Prediction, PredictionType
+from diffcore.core.process import Process
 from diffcore.guidance.reference import Condition, Reference, Unconditional, check_reference
 from diffcore.guidance.scale import ScaleLike, check_scale, scale_at
-from diffcore.prediction import Prediction, PredictionType
-from diffcore.process import Process
 from diffcore.schedules import Level
 
 
@@ -121,7 +121,9 @@ class Contrast(Guidance):
         return self.combine(seen, seen.references[0], scale_at(self.scale, seen.step.level), memory)
 
     @abstractmethod
-    def combine(self, seen: Seen, reference: Prediction, scale: float, memory: Any) -> tuple[Prediction, Any]:
+    def combine(
+        self, seen: Seen, reference: Prediction, scale: float, memory: Any
+    ) -> tuple[Prediction, Any]:
         """The guided prediction where w is not 1."""
 
 
@@ -143,7 +145,9 @@ class Wrapper(Guidance):
         for part in self.rule.parts():
             for name in (kind.__name__ for kind in type(part).__mro__):
                 if name in self.refuses:
-                    raise ValueError(f"{type(self).__name__} cannot hold {type(part).__name__}: {self.refuses[name]}")
+                    raise ValueError(
+                        f"{type(self).__name__} cannot hold {type(part).__name__}: {self.refuses[name]}"
+                    )
 
     @property
     def consistent(self) -> bool:  # type: ignore[override]
@@ -187,7 +191,9 @@ def check_space(rule: Guidance, kind: PredictionType, level: Level) -> None:
         )
 
 
-def extrapolated(reference: Prediction, conditional: Prediction, scale: float | Tensor) -> Prediction:
+def extrapolated(
+    reference: Prediction, conditional: Prediction, scale: float | Tensor
+) -> Prediction:
     """Reference + w (conditional - reference), on x_0 and on ε alike, so x = α x_0 + σ ε holds if it held for both."""
     return Prediction(*(r + scale * (c - r) for r, c in zip(reference, conditional, strict=True)))
 

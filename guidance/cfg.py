@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffcore.denoiser import Denoise
+from diffcore.core.denoiser import Denoise
+from diffcore.core.prediction import Prediction
 from diffcore.guidance.base import Contrast, Seen, extrapolated
 from diffcore.guidance.reference import RUN, Reference, Unconditional, Weaker
-from diffcore.prediction import Prediction
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,9 @@ class CFG(Contrast):
         reference: what to move away from.
     """
 
-    def combine(self, seen: Seen, reference: Prediction, scale: float, memory: Any) -> tuple[Prediction, Any]:
+    def combine(
+        self, seen: Seen, reference: Prediction, scale: float, memory: Any
+    ) -> tuple[Prediction, Any]:
         return extrapolated(reference, seen.conditional, scale), memory
 
 
@@ -47,7 +49,9 @@ class AutoGuidance(CFG):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.weaker == "":
-            raise ValueError("weaker is missing, expected a weaker network's denoiser, or the folder of its run")
+            raise ValueError(
+                "weaker is missing, expected a weaker network's denoiser, or the folder of its run"
+            )
         object.__setattr__(self, "reference", Weaker(self.weaker))
 
     def __repr__(self) -> str:

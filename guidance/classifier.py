@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from diffcore.denoiser import Denoise
+from diffcore.core.denoiser import Denoise
+from diffcore.core.prediction import Prediction
+from diffcore.core.process import Process
 from diffcore.guidance.base import Guidance, Seen, Step, moved
 from diffcore.guidance.reference import Condition, Reference
 from diffcore.guidance.scale import ScaleLike, check_scale, scale_at
-from diffcore.prediction import Prediction
-from diffcore.process import Process
 from diffcore.schedules import Level
 
 Classifier = Callable[..., Any]
@@ -59,9 +59,13 @@ class ClassifierGuidance(Guidance):
     def __post_init__(self) -> None:
         check_scale(self.scale)
         if not callable(self.classifier):
-            raise ValueError(f"classifier is {self.classifier!r}, expected a function (x, level) -> logits")
+            raise ValueError(
+                f"classifier is {self.classifier!r}, expected a function (x, level) -> logits"
+            )
         if self.input not in get_args(Literal["x", "x0"]):
-            raise ValueError(f"input is {self.input!r}, expected x (a classifier that knows noise) or x0")
+            raise ValueError(
+                f"input is {self.input!r}, expected x (a classifier that knows noise) or x0"
+            )
         if not (0 < self.joint < math.inf and 0 <= self.marginal < math.inf):
             raise ValueError(
                 f"joint and marginal are {self.joint} and {self.marginal}, expected finite temperatures, joint above 0"
@@ -85,12 +89,18 @@ class ClassifierGuidance(Guidance):
         w = scale_at(self.scale, level)
         if w == 0 or level.sigma == 0:
             return seen.conditional, memory
-        y = seen.condition if self.label is None else torch.full((len(seen.x),), self.label, device=seen.x.device)
+        y = (
+            seen.condition
+            if self.label is None
+            else torch.full((len(seen.x),), self.label, device=seen.x.device)
+        )
         at = seen.x if self.input == "x" else seen.conditional.x0
         gradient = self._gradient(at, level, y, seen.step.process.classes)
         if self.input == "x0":
             return moved(seen.conditional, w * _gain(seen.step) * gradient, level), memory
-        if level.alpha == 0:  # the gradient vanishes as α does: 0/0, whose limit only an exact classifier would show
+        if (
+            level.alpha == 0
+        ):  # the gradient vanishes as α does: 0/0, whose limit only an exact classifier would show
             return seen.conditional, memory
         return moved(seen.conditional, (w * level.sigma**2 / level.alpha) * gradient, level), memory
 
@@ -123,10 +133,14 @@ class ClassifierGuidance(Guidance):
         y = y.to(logits.device)
         if self.label is not None or not classes:
             return self._of_class(logits, y)
-        return self._of_class(logits, y.clamp(max=classes - 1)).where(y < classes, 0.0)  # the null label wants nothing
+        return self._of_class(logits, y.clamp(max=classes - 1)).where(
+            y < classes, 0.0
+        )  # the null label wants nothing
 
     def _of_class(self, logits: Tensor, y: Tensor) -> Tensor:
-        return self.joint * logits.gather(1, y[:, None])[:, 0] - (self.marginal * logits).logsumexp(1)
+        return self.joint * logits.gather(1, y[:, None])[:, 0] - (self.marginal * logits).logsumexp(
+            1
+        )
 
 
 @dataclass(frozen=True)
@@ -151,10 +165,14 @@ class MinorityGuidance(ClassifierGuidance):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.label is None or self.label < 0:
-            raise ValueError(f"label is {self.label}, expected a level of the minority score, K - 1 for the rarest")
+            raise ValueError(
+                f"label is {self.label}, expected a level of the minority score, K - 1 for the rarest"
+            )
 
 
-def minority_score(denoiser: Denoise, x0: Tensor, eps: Tensor, level: Level, condition: Tensor | None = None) -> Tensor:
+def minority_score(
+    denoiser: Denoise, x0: Tensor, eps: Tensor, level: Level, condition: Tensor | None = None
+) -> Tensor:
     """‖x_0 - x̂_0(α x_0 + σ ε)‖² / D of each row, (B,): average it over several ε."""
     predicted = denoiser(level.alpha * x0 + level.sigma * eps, level, condition).x0
     return mse_loss(predicted, x0, reduction="none").flatten(1).mean(1)

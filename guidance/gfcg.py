@@ -6,13 +6,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffcore.denoiser import Denoise
+from diffcore.core.denoiser import Denoise
+from diffcore.core.prediction import Prediction
+from diffcore.core.process import Process
 from diffcore.guidance.base import Guidance, Seen, Step, extrapolated, per_row
 from diffcore.guidance.classifier import Classifier
 from diffcore.guidance.reference import RUN, Condition, Labels, Reference, Weaker
 from diffcore.guidance.scale import ScaleLike, check_scale, scale_at
-from diffcore.prediction import Prediction
-from diffcore.process import Process
 
 
 class Confusion(NamedTuple):
@@ -52,16 +52,25 @@ class GFCG(Guidance):
     def __post_init__(self) -> None:
         check_scale(self.scale)
         if not callable(self.classifier):
-            raise ValueError(f"classifier is {self.classifier!r}, expected a function (x_0, level) -> logits")
+            raise ValueError(
+                f"classifier is {self.classifier!r}, expected a function (x_0, level) -> logits"
+            )
 
     def asks(self, step: Step, memory: Confusion | None) -> tuple[Reference, ...]:
         if step.index == 0 or scale_at(self.scale, step.level) == 1:
             return ()
-        return (Labels(None if memory is None else memory.labels, Weaker(self.weaker) if self.weaker else None),)
+        return (
+            Labels(
+                None if memory is None else memory.labels,
+                Weaker(self.weaker) if self.weaker else None,
+            ),
+        )
 
     def check(self, process: Process, condition: Condition) -> None:
         if condition is None:
-            raise ValueError("GFCG needs a class to move towards: pass one label a sample (--labels)")
+            raise ValueError(
+                "GFCG needs a class to move towards: pass one label a sample (--labels)"
+            )
 
     def guide(self, seen: Seen, memory: Confusion | None) -> tuple[Prediction, Confusion]:
         answer = seen.conditional
@@ -80,6 +89,8 @@ class GFCG(Guidance):
             )
         assert seen.condition is not None  # `check` refuses it
         p = logits.detach().softmax(1)
-        y = seen.condition.to(p.device).clamp(max=classes - 1)[:, None]  # rows without a condition: any class will do
+        y = seen.condition.to(p.device).clamp(max=classes - 1)[
+            :, None
+        ]  # rows without a condition: any class will do
         others = p.scatter(1, y, -torch.ones_like(p))
         return Confusion(others.argmax(1), 1 - p.gather(1, y)[:, 0])

@@ -4,10 +4,10 @@ import math
 from dataclasses import InitVar, dataclass
 from typing import Any, ClassVar, Literal, get_args
 
+from diffcore.core.prediction import Prediction
+from diffcore.core.process import Process
 from diffcore.guidance.base import Seen, Step, Wrapper
 from diffcore.guidance.reference import Reference
-from diffcore.prediction import Prediction
-from diffcore.process import Process
 
 TOLERANCE = 1e-9
 """In λ: knots nearer than this to a bound are on it."""
@@ -47,7 +47,9 @@ class Interval(Wrapper):
         "LinearAG": "steps outside the interval leave gaps in its history; use LinearAG alone, or Interval alone",
     }
 
-    def __post_init__(self, sigma: tuple[float, float] | None, logsnr: tuple[float, float] | None) -> None:
+    def __post_init__(
+        self, sigma: tuple[float, float] | None, logsnr: tuple[float, float] | None
+    ) -> None:
         super().__post_init__()
         self._take("sigma", sigma)
         self._take("logsnr", logsnr)
@@ -58,7 +60,9 @@ class Interval(Wrapper):
         if bounds is None:
             return
         if self.low is not None or self.high is not None:
-            raise ValueError(f"{variable} is {bounds} beside other bounds: give sigma, logsnr, or low and high")
+            raise ValueError(
+                f"{variable} is {bounds} beside other bounds: give sigma, logsnr, or low and high"
+            )
         for name, value in zip(("low", "high", "variable"), (*bounds, variable), strict=True):
             object.__setattr__(self, name, value)
 
@@ -77,7 +81,9 @@ class Interval(Wrapper):
                 f"low and high are {self.low} and {self.high}, expected {least:g} ≤ low < high of "
                 f"{'σ/α' if self.variable == 'sigma' else 'λ'}: swap them, or leave Interval out"
             )
-        if self.sigma_data is not None and (self.variable == "logsnr" or not 0 < self.sigma_data < math.inf):
+        if self.sigma_data is not None and (
+            self.variable == "logsnr" or not 0 < self.sigma_data < math.inf
+        ):
             raise ValueError(
                 f"sigma_data is {self.sigma_data}, expected a positive standard deviation, and bounds of sigma: leave it out"
             )
@@ -86,10 +92,15 @@ class Interval(Wrapper):
         return self.rule.asks(step, memory) if self._inside(step) else ()
 
     def guide(self, seen: Seen, memory: Any) -> tuple[Prediction, Any]:
-        return self.rule.guide(seen, memory) if self._inside(seen.step) else (seen.conditional, memory)
+        return (
+            self.rule.guide(seen, memory) if self._inside(seen.step) else (seen.conditional, memory)
+        )
 
     def levels(self, process: Process) -> tuple[float, ...]:
-        return (*(bound for bound in self._bounds(process) if math.isfinite(bound)), *self.rule.levels(process))
+        return (
+            *(bound for bound in self._bounds(process) if math.isfinite(bound)),
+            *self.rule.levels(process),
+        )
 
     def _inside(self, step: Step) -> bool:
         noisy, clean = self._bounds(step.process)

@@ -3,7 +3,7 @@
     the same network without the condition     Unconditional      Ho & Salimans 2022 (2207.12598)
     the same network, another condition        Label              a negative prompt; Liu et al. 2022 (2206.01714)
     another network, the same condition        Weaker             Karras et al. 2024 (2406.02507)
-    the same network, altered                  PerturbedAttention, SkippedLayers (diffcore.guidance.altered)
+    the same network, altered                  PerturbedAttention, SkippedLayers (diffcore.guidance.perturbation)
 
 Any of them serves any rule. What asks the same network goes into one forward.
 """
@@ -16,9 +16,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from diffcore.denoiser import Denoise, null_condition
-from diffcore.prediction import Prediction
-from diffcore.process import Process
+from diffcore.core.denoiser import Denoise, null_condition
+from diffcore.core.prediction import Prediction
+from diffcore.core.process import Process
 from diffcore.schedules import Level
 
 Part = TypeVar("Part")
@@ -127,7 +127,11 @@ class Labels(Reference):
             self.base.check_level(level)
 
     def query(self, denoiser: Denoise, condition: Tensor | None, x: Tensor) -> Query:
-        base = Query(denoiser, condition) if self.base is None else self.base.query(denoiser, condition, x)
+        base = (
+            Query(denoiser, condition)
+            if self.base is None
+            else self.base.query(denoiser, condition, x)
+        )
         return Query(base.denoiser, self.labels)
 
 
@@ -146,7 +150,9 @@ class Weaker(Reference):
 
     def check(self, process: Process, condition: Condition, rule: str) -> None:
         if isinstance(self.network, str):
-            raise ValueError(f"{rule} names the run {self.network!r}: pass Run(Path({self.network!r})).denoiser()")
+            raise ValueError(
+                f"{rule} names the run {self.network!r}: pass Run(Path({self.network!r})).denoiser()"
+            )
         own = self.network.process
         if own.shape != process.shape:
             raise ValueError(
@@ -192,7 +198,9 @@ def answers(queries: Sequence[Query], x: Tensor, level: Level, rows: int = 0) ->
     for i, query in enumerate(queries):
         if i not in found:
             same = [j for j in range(i, len(queries)) if queries[j].denoiser is query.denoiser]
-            found.update(zip(same, _together([queries[j] for j in same], x, level, rows), strict=True))
+            found.update(
+                zip(same, _together([queries[j] for j in same], x, level, rows), strict=True)
+            )
     return [found[i] for i in range(len(queries))]
 
 
@@ -201,7 +209,10 @@ def _together(queries: Sequence[Query], x: Tensor, level: Level, rows: int) -> l
     condition = queries[0].condition if len(queries) == 1 else _stacked(queries, x)
     many = x if len(queries) == 1 else torch.cat([x] * len(queries))
     every = _ask(queries[0].denoiser, many, level, condition, rows)
-    return [Prediction(*pair) for pair in zip(*(value.chunk(len(queries)) for value in every), strict=True)]
+    return [
+        Prediction(*pair)
+        for pair in zip(*(value.chunk(len(queries)) for value in every), strict=True)
+    ]
 
 
 def _stacked(queries: Sequence[Query], x: Tensor) -> Tensor | None:
@@ -211,7 +222,9 @@ def _stacked(queries: Sequence[Query], x: Tensor) -> Tensor | None:
     return torch.cat([nothing if q.condition is None else q.condition.to(nothing) for q in queries])
 
 
-def _ask(denoiser: Denoise, x: Tensor, level: Level, condition: Tensor | None, rows: int) -> Prediction:
+def _ask(
+    denoiser: Denoise, x: Tensor, level: Level, condition: Tensor | None, rows: int
+) -> Prediction:
     """In calls of `rows` rows, the last one padded, so that each has the same size; 0 is one call."""
     if not rows:
         return denoiser(x, level, condition)
@@ -226,7 +239,9 @@ def loaded(part: Part, load: Callable[[str], Denoise]) -> Part:
     """The rule or reference with every run that it names by its folder replaced by that run's denoiser."""
     if not is_dataclass(part) or isinstance(part, type):
         return part
-    own = {f.name: (getattr(part, f.name), bool(f.metadata.get("run"))) for f in fields(part) if f.init}
+    own = {
+        f.name: (getattr(part, f.name), bool(f.metadata.get("run"))) for f in fields(part) if f.init
+    }
     new = {name: _loaded(value, named, load) for name, (value, named) in own.items()}
     changes = {name: value for name, value in new.items() if value is not own[name][0]}
     return replace(part, **changes) if changes else part
@@ -238,7 +253,9 @@ def networks(part: Any) -> Iterator[Denoise]:
         for item in part:
             yield from networks(item)
     elif is_dataclass(part) and not isinstance(part, type):
-        for f in (f for f in fields(part) if f.init):  # AutoGuidance makes its reference of its weaker network
+        for f in (
+            f for f in fields(part) if f.init
+        ):  # AutoGuidance makes its reference of its weaker network
             value = getattr(part, f.name)
             if not f.metadata.get("run"):
                 yield from networks(value)

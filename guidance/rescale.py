@@ -5,10 +5,10 @@ from typing import Any, ClassVar, get_args
 
 from torch import Tensor
 
+from diffcore.core.prediction import Prediction, PredictionType, predict, target
 from diffcore.guidance.base import Guidance, Seen, Step, Wrapper, check_space
+from diffcore.guidance.cfg_zero_star import CFGZeroStar
 from diffcore.guidance.reference import Reference
-from diffcore.guidance.zero_star import CFGZeroStar
-from diffcore.prediction import Prediction, PredictionType, predict, target
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,9 @@ class Rescale(Wrapper):
         if not 0 <= self.phi <= 1:
             raise ValueError(f"phi is {self.phi}, expected a share within [0, 1]")
         if self.space is not None and self.space not in get_args(PredictionType):
-            raise ValueError(f"space is {self.space!r}, expected one of {', '.join(get_args(PredictionType))}")
+            raise ValueError(
+                f"space is {self.space!r}, expected one of {', '.join(get_args(PredictionType))}"
+            )
         if any(_stops(part) for part in self.rule.parts()):
             raise ValueError(
                 "Rescale cannot hold CFGZeroStar with zero_init above 0: its first steps have no velocity to rescale; "
@@ -58,7 +60,10 @@ class Rescale(Wrapper):
         process, level = seen.step.process, seen.step.level
         kind = self.space or process.prediction
         check_space(self, kind, level)  # here too: a classifier asks for no reference
-        F, F_c = (target(kind, *prediction, level, process.sigma_data) for prediction in (guided, seen.conditional))
+        F, F_c = (
+            target(kind, *prediction, level, process.sigma_data)
+            for prediction in (guided, seen.conditional)
+        )
         rescaled = F * (self.phi * _ratio(F_c, F) + 1 - self.phi)
         return predict(kind, rescaled, seen.x, level, process.sigma_data), memory
 

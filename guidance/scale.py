@@ -56,7 +56,9 @@ class Ramp(Scale):
         check_value(self.noisy)
         check_value(self.clean)
         if not -math.inf < self.low < self.high < math.inf:
-            raise ValueError(f"low and high are {self.low} and {self.high}, expected finite λ with low < high")
+            raise ValueError(
+                f"low and high are {self.low} and {self.high}, expected finite λ with low < high"
+            )
 
     def __call__(self, logsnr: float) -> float:
         p = min(max((logsnr - self.low) / (self.high - self.low), 0.0), 1.0)
@@ -88,13 +90,17 @@ def check_scale(scale: ScaleLike) -> None:
     if isinstance(scale, (int, float)):
         check_value(scale)
     elif isinstance(scale, type) or not callable(scale):
-        raise ValueError(f"scale is {scale!r}, expected a number, a scale schedule, or a function of λ")
+        raise ValueError(
+            f"scale is {scale!r}, expected a number, a scale schedule, or a function of λ"
+        )
 
 
 def check_value(scale: float) -> None:
     """Raise where `scale` is no number that a scale may be."""
     if not isinstance(scale, (int, float)) or not 0 <= scale < math.inf:
-        raise ValueError(f"scale is {scale!r}, expected a finite w ≥ 0 (1 is the conditional model)")
+        raise ValueError(
+            f"scale is {scale!r}, expected a finite w ≥ 0 (1 is the conditional model)"
+        )
 
 
 def scale_at(scale: ScaleLike, level: Level) -> float:
@@ -107,5 +113,7 @@ def scale_at(scale: ScaleLike, level: Level) -> float:
         return scale
     value = float(scale(float(level.logsnr)))
     if not 0 <= value < math.inf:
-        raise ValueError(f"scale is {value} at λ = {float(level.logsnr):g}, expected a finite w ≥ 0 at every level")
+        raise ValueError(
+            f"scale is {value} at λ = {float(level.logsnr):g}, expected a finite w ≥ 0 at every level"
+        )
     return value

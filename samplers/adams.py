@@ -19,8 +19,8 @@ from typing import ClassVar, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from diffcore.noise import Noise
-from diffcore.prediction import Prediction
+from diffcore.core.noise import Noise
+from diffcore.core.prediction import Prediction
 from diffcore.samplers.base import Sampler, State, interior, times
 from diffcore.samplers.lagrange import Rule, even_moments, moments, rule, weights
 from diffcore.schedules import Level, Real
@@ -57,7 +57,9 @@ class Adams(Sampler, ABC):
         if self.held not in get_args(Held):
             raise ValueError(f"held is {self.held!r}, expected one of {', '.join(get_args(Held))}")
         if self.variable not in get_args(Variable):
-            raise ValueError(f"variable is {self.variable!r}, expected one of {', '.join(get_args(Variable))}")
+            raise ValueError(
+                f"variable is {self.variable!r}, expected one of {', '.join(get_args(Variable))}"
+            )
 
     @property
     def order(self) -> int:
@@ -89,22 +91,32 @@ class Adams(Sampler, ABC):
                 return level.sigma
         return level.alpha + level.sigma
 
-    def _correction(self, history: History, s: Level, places: Iterable[int] = PAST) -> Tensor | float:
+    def _correction(
+        self, history: History, s: Level, places: Iterable[int] = PAST
+    ) -> Tensor | float:
         """What the polynomial adds to the first-order step from the history's first knot, the others being so many knots on."""
         (t, f), *past = history
         if not past:
             return 0.0
         scale = self._scale(s)
-        nodes = [_coordinate(level, place, self.variable) for place, (level, _) in zip(places, history, strict=False)]
+        nodes = [
+            _coordinate(level, place, self.variable)
+            for place, (level, _) in zip(places, history, strict=False)
+        ]
         w = weights(nodes, self._moments(t, s, len(past)))
         return sum(times(scale * w_j, f_j - f) for w_j, (_, f_j) in zip(w, past, strict=True))
 
     def _moments(self, t: Level, s: Level, count: int) -> list[Real]:
         """Of the measure of the held quantity, over the variable, from t to s."""
-        if self.variable == "index" or (self.held, self.variable) in (("eps", "u"), ("velocity", "a")):
+        if self.variable == "index" or (self.held, self.variable) in (
+            ("eps", "u"),
+            ("velocity", "a"),
+        ):
             width = _coordinate(s, 1, self.variable) - _coordinate(t, 0, self.variable)
             return even_moments(_measured(s, self.held) - _measured(t, self.held), width, count)
-        return moments(_in_logsnr(t, s, self.held, self.variable), _coordinate(t, 0, self.variable), count)
+        return moments(
+            _in_logsnr(t, s, self.held, self.variable), _coordinate(t, 0, self.variable), count
+        )
 
 
 @dataclass(frozen=True)
@@ -134,7 +146,9 @@ class AdamsBashforth(Adams):
         return cls(k, "velocity", "a")
 
     @classmethod
-    def deis(cls, k: Literal[1, 2, 3, 4, 5] = 3, variable: Literal["logsnr", "t"] = "logsnr") -> "AdamsBashforth":
+    def deis(
+        cls, k: Literal[1, 2, 3, 4, 5] = 3, variable: Literal["logsnr", "t"] = "logsnr"
+    ) -> "AdamsBashforth":
         """DEIS: ε over λ (ρAB in log ρ, as in diffusers), or over t (tAB-DEIS). Zhang & Chen 2023 (2204.13902)."""
         return cls(k, "eps", variable)
 
@@ -168,7 +182,9 @@ def _in_logsnr(t: Level, s: Level, held: Held, variable: Variable) -> Rule:
     """(v, dm) between two finite levels, by quadrature in λ."""
     points = rule(t.logsnr, s.logsnr, DENSITIES[held])
     if variable == "t":
-        times_ = t.schedule.time(torch.stack([torch.as_tensor(q, dtype=torch.float64) for q, _ in points]))
+        times_ = t.schedule.time(
+            torch.stack([torch.as_tensor(q, dtype=torch.float64) for q, _ in points])
+        )
         v = times_.tolist() if times_.ndim == 1 else times_.unbind()
         return zip(v, (dm for _, dm in points), strict=True)
     if variable == "logsnr":

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from diffcore.noise import Noise
-from diffcore.prediction import Prediction, hypot
+from diffcore.core.noise import Noise
+from diffcore.core.prediction import Prediction, hypot
 from diffcore.samplers.base import Sampler, State, clean, fresh, renoised
 from diffcore.samplers.ddim import DDIM
 from diffcore.schedules import Level, Real
@@ -27,7 +27,9 @@ class DDPM(Sampler):
 
     def __post_init__(self) -> None:
         if not 0 <= self.variance <= 1:
-            raise ValueError(f"variance is {self.variance}, expected v within [0, 1]: 0 is β̃ (small), 1 is β (large)")
+            raise ValueError(
+                f"variance is {self.variance}, expected v within [0, 1]: 0 is β̃ (small), 1 is β (large)"
+            )
 
     def advance(self, state: State, prediction: Prediction, noise: Noise) -> State:
         t, s = state.level, state.left[0]

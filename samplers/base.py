@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from diffcore.noise import Noise
-from diffcore.prediction import Prediction
+from diffcore.core.noise import Noise
+from diffcore.core.prediction import Prediction
 from diffcore.schedules import Level, Real
 
 

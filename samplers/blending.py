@@ -6,8 +6,8 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from diffcore.noise import Noise
-from diffcore.prediction import Prediction
+from diffcore.core.noise import Noise
+from diffcore.core.prediction import Prediction
 from diffcore.samplers.base import Sampler, State, clean, fresh
 from diffcore.samplers.ddim import check_eta
 from diffcore.schedules import Level

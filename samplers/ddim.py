@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from diffcore.noise import Noise
-from diffcore.prediction import Prediction
+from diffcore.core.noise import Noise
+from diffcore.core.prediction import Prediction
 from diffcore.samplers.base import Sampler, State, clean, fresh, renoised
 from diffcore.schedules import Level
 

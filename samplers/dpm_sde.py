@@ -6,8 +6,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from diffcore.noise import Noise
-from diffcore.prediction import Prediction
+from diffcore.core.noise import Noise
+from diffcore.core.prediction import Prediction
 from diffcore.samplers.base import Sampler, State, clean, fresh, renoised
 from diffcore.schedules import Level
 
@@ -41,7 +41,9 @@ class DPMSolverSDE(Sampler):
         if self.steps not in (1, 2, 3):
             raise ValueError(f"steps is {self.steps}, expected 1, 2 or 3 predictions")
         if not 0 <= self.eta < math.inf:
-            raise ValueError(f"eta is {self.eta}, expected η ≥ 0 (0 is the flow, 1 the reverse SDE)")
+            raise ValueError(
+                f"eta is {self.eta}, expected η ≥ 0 (0 is the flow, 1 the reverse SDE)"
+            )
         if self.solver not in ("midpoint", "heun"):
             raise ValueError(f"solver is {self.solver!r}, expected midpoint or heun")
 

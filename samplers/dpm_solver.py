@@ -9,8 +9,8 @@ from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
 
-from diffcore.noise import Noise
-from diffcore.prediction import Prediction
+from diffcore.core.noise import Noise
+from diffcore.core.prediction import Prediction
 from diffcore.samplers.adams import History, Past, exponential_moments
 from diffcore.samplers.base import Sampler, State, interior, times
 from diffcore.samplers.lagrange import weights
@@ -48,7 +48,9 @@ class DPMSolverPP(Sampler):
 
     def __post_init__(self) -> None:
         if self.variant not in get_args(Variant):
-            raise ValueError(f"variant is {self.variant!r}, expected one of {', '.join(get_args(Variant))}")
+            raise ValueError(
+                f"variant is {self.variant!r}, expected one of {', '.join(get_args(Variant))}"
+            )
 
     @property
     def order(self) -> int:
@@ -113,6 +115,8 @@ def _singlestep(state: State, prediction: Prediction) -> State:
         if state.first_order:
             return state.reached(prediction.at(knot))
         middle = knot.schedule.at((state.level.logsnr + knot.logsnr) / 2)
-        return replace(state, x=prediction.at(middle), level=middle, memory=_Stage(state.level, prediction))
+        return replace(
+            state, x=prediction.at(middle), level=middle, memory=_Stage(state.level, prediction)
+        )
     t, first = state.memory
     return state.reached(first.at(knot) + times(gain(t, knot), prediction.x0 - first.x0))

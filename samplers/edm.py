@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from diffcore.noise import Noise
-from diffcore.prediction import Prediction
+from diffcore.core.noise import Noise
+from diffcore.core.prediction import Prediction
 from diffcore.samplers.base import Sampler, State, falls, interior, times
 from diffcore.schedules import Level
 
@@ -36,7 +36,9 @@ class _Churned(Sampler, ABC):
                 f"churn_min and churn_max are {self.churn_min} and {self.churn_max}, expected 0 ≤ min ≤ max of σ/α"
             )
         if not 0 <= self.noise_scale < math.inf:
-            raise ValueError(f"noise_scale is {self.noise_scale}, expected a finite factor, about 1")
+            raise ValueError(
+                f"noise_scale is {self.noise_scale}, expected a finite factor, about 1"
+            )
 
     def start(self, x: Tensor, knots: tuple[Level, ...], noise: Noise) -> State:
         if self.churn and not falls(knots):
@@ -51,7 +53,9 @@ class _Churned(Sampler, ABC):
         last = level.schedule.logsnr(1.0)
         raised = level.schedule.at(max(_float(level.logsnr) - 2 * math.log1p(gamma), last))
         fresh = math.sqrt(max(_float(raised.ratio) ** 2 - _float(level.ratio) ** 2, 0.0))
-        x = state.x * (raised.alpha / level.alpha) + raised.alpha * fresh * self.noise_scale * noise.step(state.step)
+        x = state.x * (
+            raised.alpha / level.alpha
+        ) + raised.alpha * fresh * self.noise_scale * noise.step(state.step)
         return replace(state, x=x, level=raised)
 
     def _gamma(self, state: State) -> float:
@@ -122,5 +126,7 @@ class Heun(_Churned):
 
 def _float(value: object) -> float:
     if not isinstance(value, float | int):
-        raise TypeError("churn (above 0) is for a whole batch at one level, not for a map of levels: use churn = 0")
+        raise TypeError(
+            "churn (above 0) is for a whole batch at one level, not for a map of levels: use churn = 0"
+        )
     return float(value)

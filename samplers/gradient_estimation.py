@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from diffcore.noise import Noise
-from diffcore.prediction import Prediction
+from diffcore.core.noise import Noise
+from diffcore.core.prediction import Prediction
 from diffcore.samplers.base import Sampler, State, falls, interior, times
 from diffcore.schedules import Level
 
@@ -50,12 +50,18 @@ class GradientEstimation(Sampler):
 
     def start(self, x: Tensor, knots: tuple[Level, ...], noise: Noise) -> State:
         if self.mu and not falls(knots):
-            raise ValueError("fresh noise (mu > 0) needs knots that fall in noise: invert with mu = 0")
+            raise ValueError(
+                "fresh noise (mu > 0) needs knots that fall in noise: invert with mu = 0"
+            )
         return super().start(x, knots, noise)
 
     def advance(self, state: State, prediction: Prediction, noise: Noise) -> State:
         t, s, last = state.level, state.left[0], state.memory
-        kept = (s.sigma * t.alpha / (s.alpha * t.sigma)) ** (self.mu / (1 - self.mu)) if self.mu else 1.0  # u_p / u_s
+        kept = (
+            (s.sigma * t.alpha / (s.alpha * t.sigma)) ** (self.mu / (1 - self.mu))
+            if self.mu
+            else 1.0
+        )  # u_p / u_s
         x = Prediction(prediction.x0, times(kept, prediction.eps)).at(s)
         if last is not None and not state.first_order:
             change = s.alpha * (s.ratio * kept - t.ratio) * (1 - self.gamma)

@@ -52,6 +52,8 @@ def _weight(r: Real, others: Sequence[Real], moments: Sequence[Real]) -> Real:
     """∫ of ℓ(s) = s Π (s - o) / (r Π (r - o)), o the other offsets."""
     coefficients: list[Real] = [1.0]  # of s, s², ...
     for o in others:
-        coefficients = [a - o * b for a, b in zip([0.0, *coefficients], [*coefficients, 0.0], strict=True)]
+        coefficients = [
+            a - o * b for a, b in zip([0.0, *coefficients], [*coefficients, 0.0], strict=True)
+        ]
     numerator = sum((c * m for c, m in zip(coefficients, moments, strict=True)), 0.0)
     return numerator / (r * prod(r - o for o in others))

@@ -5,8 +5,8 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
-from diffcore.noise import Noise
-from diffcore.prediction import Prediction
+from diffcore.core.noise import Noise
+from diffcore.core.prediction import Prediction
 from diffcore.samplers.adams import PAST, Adams, History, Past
 from diffcore.samplers.base import State, times
 from diffcore.schedules import Level
@@ -50,7 +50,9 @@ class AdamsMoulton(Adams):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.every < 0:
-            raise ValueError(f"every is {self.every}, expected a number of steps, or 0 for k values in any run")
+            raise ValueError(
+                f"every is {self.every}, expected a number of steps, or 0 for k values in any run"
+            )
 
     def start(self, x: Tensor, knots: tuple[Level, ...], noise: Noise) -> State:
         k = min(self.k, 1 + (len(knots) - 1) // self.every) if self.every else self.k

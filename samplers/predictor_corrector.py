@@ -5,8 +5,8 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from diffcore.noise import Noise
-from diffcore.prediction import Prediction
+from diffcore.core.noise import Noise
+from diffcore.core.prediction import Prediction
 from diffcore.samplers.base import Sampler, State, fresh, renoised
 from diffcore.samplers.ddim import DDIM
 from diffcore.schedules import Level
@@ -53,15 +53,23 @@ class PredictorCorrector(Sampler):
 
     def __post_init__(self) -> None:
         if self.corrections < 0:
-            raise ValueError(f"corrections is {self.corrections}, expected at least 0 Langevin steps a knot")
+            raise ValueError(
+                f"corrections is {self.corrections}, expected at least 0 Langevin steps a knot"
+            )
         if self.snr is not None and not 0 < self.snr <= 0.5**0.5:
-            raise ValueError(f"snr is {self.snr}, expected within (0, 0.707], where the step 2 snr² is at most 1")
+            raise ValueError(
+                f"snr is {self.snr}, expected within (0, 0.707], where the step 2 snr² is at most 1"
+            )
         if self.guides not in ("both", "corrector"):
             raise ValueError(f"guides is {self.guides!r}, expected both or corrector")
 
     @property
     def order(self) -> int:
-        return min(self.predictor.order, 1 if self.snr is None else 0) if self.corrections else self.predictor.order
+        return (
+            min(self.predictor.order, 1 if self.snr is None else 0)
+            if self.corrections
+            else self.predictor.order
+        )
 
     @property
     def adaptive(self) -> bool:  # type: ignore[override]
@@ -82,10 +90,17 @@ class PredictorCorrector(Sampler):
             x = self._corrected(state, prediction, noise.branch(corrections))
             before = left if corrections > 1 else state.level
             return replace(state, x=x, memory=Memory(predictor, before, corrections - 1))
-        after = self.predictor.advance(replace(state, memory=predictor), prediction, noise.branch(0))
+        after = self.predictor.advance(
+            replace(state, memory=predictor), prediction, noise.branch(0)
+        )
         if after.step == state.step or after.done:
             return replace(after, memory=Memory(after.memory, left))
-        return replace(after, memory=Memory(after.memory, left if self.corrections else after.level, self.corrections))
+        return replace(
+            after,
+            memory=Memory(
+                after.memory, left if self.corrections else after.level, self.corrections
+            ),
+        )
 
     def forget(self, state: State) -> State:
         predictor = self.predictor.forget(replace(state, memory=state.memory.predictor))

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from diffcore.noise import Noise
-from diffcore.prediction import Prediction
+from diffcore.core.noise import Noise
+from diffcore.core.prediction import Prediction
 from diffcore.samplers.base import Around, Sampler, State, noisier
 from diffcore.samplers.blending import AlphaBlending
 from diffcore.schedules import Level
@@ -70,7 +70,9 @@ class Restart(Around):
         return _outer(inner, later)
 
     def forget(self, state: State) -> State:
-        return replace(state, memory=state.memory._replace(inner=self.inner.forget(state.memory.inner)))
+        return replace(
+            state, memory=state.memory._replace(inner=self.inner.forget(state.memory.inner))
+        )
 
     def guided(self, state: State) -> bool:
         return self.inner.guided(state.memory.inner)
@@ -95,7 +97,10 @@ def _restarts(knots: Run, low: float, high: float, steps: int, repeats: int) -> 
             f"the interval of σ/α from {low} to {high} is not within the run, from {knots[0].ratio:g} to "
             f"{knots[-1].ratio:g}: leave it out, or choose knots that fall in noise from above it to below it"
         )
-    sigmas = [(high ** (1 / 7) + i / steps * (low ** (1 / 7) - high ** (1 / 7))) ** 7 for i in range(1, steps)]
+    sigmas = [
+        (high ** (1 / 7) + i / steps * (low ** (1 / 7) - high ** (1 / 7))) ** 7
+        for i in range(1, steps)
+    ]
     end = schedule.at(bottom)
     again = (schedule.at(top), *(schedule.at(-2 * math.log(u)) for u in sigmas), end)
     before = tuple(knot for knot in knots if knot.logsnr < bottom - CLOSE)

@@ -13,8 +13,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from diffcore.noise import Noise
-from diffcore.prediction import Prediction
+from diffcore.core.noise import Noise
+from diffcore.core.prediction import Prediction
 from diffcore.samplers.base import Sampler, State, interior
 from diffcore.schedules import Level
 
@@ -33,7 +33,9 @@ def _floats(text: str) -> tuple[float, ...]:
 
 PAIRS = {
     "BogackiShampine": _Pair(  # 1989: 3(2), four stages
-        3, (_floats("1/2"), _floats("0 3/4"), _floats("2/9 1/3 4/9")), _floats("-5/72 1/12 1/9 -1/8")
+        3,
+        (_floats("1/2"), _floats("0 3/4"), _floats("2/9 1/3 4/9")),
+        _floats("-5/72 1/12 1/9 -1/8"),
     ),
     "DormandPrince": _Pair(  # 1980: 5(4), seven stages
         5,
@@ -117,7 +119,9 @@ class AdaptiveRungeKutta(Sampler):
         return self._judged(state, attempt, prediction)
 
     def evaluations(self, knots: tuple[Level, ...]) -> int:
-        raise ValueError(f"{self} asks as often as its tolerance needs: run it and read the evaluations of the samples")
+        raise ValueError(
+            f"{self} asks as often as its tolerance needs: run it and read the evaluations of the samples"
+        )
 
     def _begun(self, state: State, prediction: Prediction, velocity: Tensor) -> State:
         """The first stage from a knot, or the first-order step where the next one is an end less than `atol` away."""
@@ -138,21 +142,31 @@ class AdaptiveRungeKutta(Sampler):
         """The state that asks for the next stage."""
         pair, i, h = PAIRS[self.pair], len(attempt.slopes), attempt.h
         row = pair.rows[i - 1]
-        z = attempt.z + sum(h * a_ij * k for a_ij, k in zip(row, attempt.slopes, strict=True) if a_ij)
+        z = attempt.z + sum(
+            h * a_ij * k for a_ij, k in zip(row, attempt.slopes, strict=True) if a_ij
+        )
         level = self._level(state.left[0], attempt.a + h * sum(row))
         return replace(state, x=(level.alpha + level.sigma) * z, level=level, memory=attempt)
 
     def _level(self, knot: Level, a: float) -> Level:
         """The level at a; the knot itself where rounding is all that differs."""
-        return knot if interior(knot) and abs(a - _number(knot)) < LEAST / 10 else knot.schedule.at_blend(a)
+        return (
+            knot
+            if interior(knot) and abs(a - _number(knot)) < LEAST / 10
+            else knot.schedule.at_blend(a)
+        )
 
     def _judged(self, state: State, attempt: _Attempt, prediction: Prediction) -> State:
         """On to the next step if this one's error is within the tolerance, else once more and shorter."""
         knot, (z, a, h, slopes), pair = state.left[0], attempt, PAIRS[self.pair]
         after = state.x / (state.level.alpha + state.level.sigma)
-        error = sum((h * e * k for e, k in zip(pair.error, slopes, strict=True)), torch.zeros_like(after))
+        error = sum(
+            (h * e * k for e, k in zip(pair.error, slopes, strict=True)), torch.zeros_like(after)
+        )
         size = self._size(error, z, after)
-        wanted = h * min(max(SAFETY * size ** (-1 / pair.order), SHRINK), GROW) if size > 0 else h * GROW
+        wanted = (
+            h * min(max(SAFETY * size ** (-1 / pair.order), SHRINK), GROW) if size > 0 else h * GROW
+        )
         target = self._target(knot)
         if size <= 1:
             z, a, slopes = after, a + h, slopes[-1:]

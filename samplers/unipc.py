@@ -5,8 +5,8 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from diffcore.noise import Noise
-from diffcore.prediction import Prediction
+from diffcore.core.noise import Noise
+from diffcore.core.prediction import Prediction
 from diffcore.samplers.adams import History, Past
 from diffcore.samplers.base import Sampler, State, times
 from diffcore.samplers.dpm_solver import exact, gain, secant

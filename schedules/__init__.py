@@ -8,7 +8,14 @@ from diffcore.schedules.grids import Even, Explicit, Grid, Within, check_falling
 from diffcore.schedules.grids_in_level import AlignYourSteps, Karras, UniformBlend, UniformLogSNR
 from diffcore.schedules.grids_in_time import BetaSpacing, Leading, Linspace, Quadratic, Trailing
 from diffcore.schedules.quantile import Cauchy, Cosine, Flow, Laplace, LogLinear, Normal, Rho
-from diffcore.schedules.transforms import Interpolated, Mixture, Rescaled, Shifted, Truncated, ZeroTerminalSNR
+from diffcore.schedules.transforms import (
+    Interpolated,
+    Mixture,
+    Rescaled,
+    Shifted,
+    Truncated,
+    ZeroTerminalSNR,
+)
 
 __all__ = [
     "AlignYourSteps",

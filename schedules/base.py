@@ -155,7 +155,9 @@ class Schedule(ABC):
 
     def _logsnr_checked(self, t: Tensor) -> Tensor:
         if not ((t >= 0) & (t <= 1)).all():
-            raise ValueError(f"t is {t.tolist()}, expected times within [0, 1] (0 is data, 1 is noise)")
+            raise ValueError(
+                f"t is {t.tolist()}, expected times within [0, 1] (0 is data, 1 is noise)"
+            )
         return self._logsnr(t)
 
 

@@ -38,7 +38,9 @@ class Sigmoid(Quantile):
         super().__post_init__()
         _check_span(self.start, self.end, self.tau)
         if self._w > 300:
-            raise ValueError(f"(end - start) / tau is {2 * self._w:g}, expected at most 600: a step is no schedule")
+            raise ValueError(
+                f"(end - start) / tau is {2 * self._w:g}, expected at most 600: a step is no schedule"
+            )
 
     @property
     def _w(self) -> float:
@@ -80,7 +82,9 @@ class PowerCosine(Quantile):
         super().__post_init__()
         _check_span(self.start, self.end, self.tau)
         if not (self.start >= 0 and self.end <= 1):
-            raise ValueError(f"start and end are {self.start} and {self.end}, expected within [0, 1]")
+            raise ValueError(
+                f"start and end are {self.start} and {self.end}, expected within [0, 1]"
+            )
 
     @property
     def _width(self) -> float:
@@ -110,7 +114,9 @@ class PowerCosine(Quantile):
 
     def _log_y(self, past: Tensor) -> Tensor:
         """Ln y(x) - ln y(s) at an angle past s."""
-        fall = 2 * (past / 2).sin() ** 2 + math.tan(HALF_PI * self.start) * past.sin()  # 1 - cos x / cos s
+        fall = (
+            2 * (past / 2).sin() ** 2 + math.tan(HALF_PI * self.start) * past.sin()
+        )  # 1 - cos x / cos s
         return 2 * self.tau * (-fall).clamp(min=-1).log1p()
 
     def _time(self, logsnr: Tensor) -> Tensor:
@@ -202,7 +208,9 @@ class Beta(Quantile):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (0 < self.p < math.inf and 0 < self.q < math.inf):
-            raise ValueError(f"p and q are {self.p} and {self.q}, expected positive finite exponents")
+            raise ValueError(
+                f"p and q are {self.p} and {self.q}, expected positive finite exponents"
+            )
 
     def _logsnr(self, t: Tensor) -> Tensor:
         from scipy.special import betainccinv, betaincinv
@@ -215,7 +223,10 @@ class Beta(Quantile):
         from scipy.special import betainc, betaincc
 
         a, rest = ((sign * logsnr / 2).sigmoid().numpy() for sign in (-1, 1))
-        clean, noisy = torch.as_tensor(betainc(self.p, self.q, a)), torch.as_tensor(betaincc(self.q, self.p, rest))
+        clean, noisy = (
+            torch.as_tensor(betainc(self.p, self.q, a)),
+            torch.as_tensor(betaincc(self.q, self.p, rest)),
+        )
         return torch.where(logsnr > 0, clean, noisy)
 
     def _density(self, logsnr: Tensor) -> Tensor:
@@ -240,6 +251,8 @@ def _log_cosh(x: float) -> float:
 
 def _check_span(start: float, end: float, tau: float) -> None:
     if not -math.inf < start < end < math.inf:
-        raise ValueError(f"start and end are {start} and {end}, expected finite numbers with start < end")
+        raise ValueError(
+            f"start and end are {start} and {end}, expected finite numbers with start < end"
+        )
     if not 0 < tau < math.inf:
         raise ValueError(f"tau is {tau}, expected a positive finite number")

@@ -22,7 +22,10 @@ LDM = {"beta_start": 0.00085, "beta_end": 0.012}
 TABLES: dict[str, dict[str, Any]] = {
     "CogVideoXDDIMScheduler": LDM | {"beta_schedule": "scaled_linear", "snr_shift_scale": 3.0},
     "CogVideoXDPMScheduler": LDM | {"beta_schedule": "scaled_linear", "snr_shift_scale": 3.0},
-    "ConsistencyDecoderScheduler": {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 1024},
+    "ConsistencyDecoderScheduler": {
+        "beta_schedule": "squaredcos_cap_v2",
+        "num_train_timesteps": 1024,
+    },
     "DDIMInverseScheduler": DDPM,
     "DDIMParallelScheduler": DDPM,
     "DDIMScheduler": DDPM,
@@ -70,7 +73,11 @@ SIGMAS: dict[str, dict[str, Any]] = {
     "EDMDPMSolverMultistepScheduler": EDM,
     "EDMEulerScheduler": EDM,
     "KarrasVeScheduler": {"sigma_min": 0.02, "sigma_max": 100.0, "sigma_schedule": "exponential"},
-    "ScoreSdeVeScheduler": {"sigma_min": 0.01, "sigma_max": 1348.0, "sigma_schedule": "exponential"},
+    "ScoreSdeVeScheduler": {
+        "sigma_min": 0.01,
+        "sigma_max": 1348.0,
+        "sigma_schedule": "exponential",
+    },
 }
 REFUSED = {
     "DDPMWuerstchenScheduler": "its clamped continuous cosine is no schedule here: PowerCosine(s/(1+s)) is it unclamped",
@@ -131,7 +138,9 @@ def from_diffusers(config: Config, mu: float | None = None) -> Schedule:
     if name in ANGLES:
         return Cosine(scaling=ANGLES[name])
     if name in SIGMAS or _continuous(config):
-        return _sigmas(SIGMAS.get(str(name), EDM | {"sigma_schedule": _spacing(config)}) | dict(config))
+        return _sigmas(
+            SIGMAS.get(str(name), EDM | {"sigma_schedule": _spacing(config)}) | dict(config)
+        )
     if name in TABLES:
         return _rescaled(TABLES[name] | dict(config))
     raise ValueError(f"_class_name is {name!r}: {REFUSED.get(str(name), _UNKNOWN)}")
@@ -160,8 +169,14 @@ def _sigmas(config: Config) -> Schedule:
 
 def _flow(config: Config, mu: float | None) -> Schedule:
     if (stages := config.get("stages", 1)) != 1:
-        raise ValueError(f"stages is {stages}, expected 1: each resolution of a pyramid has levels of its own")
-    s = _dynamic_shift(config, mu) if config.get("use_dynamic_shifting") else config.get("shift", 1.0)
+        raise ValueError(
+            f"stages is {stages}, expected 1: each resolution of a pyramid has levels of its own"
+        )
+    s = (
+        _dynamic_shift(config, mu)
+        if config.get("use_dynamic_shifting")
+        else config.get("shift", 1.0)
+    )
     if not 0 < s < math.inf:
         raise ValueError(f"the time shift is {s}, expected a positive finite number")
     return Flow() if s == 1 else Shifted(Flow(), -2 * math.log(s))
@@ -169,7 +184,9 @@ def _flow(config: Config, mu: float | None) -> Schedule:
 
 def _dynamic_shift(config: Config, mu: float | None) -> float:
     if mu is None:
-        raise ValueError("use_dynamic_shifting is set: give mu, the μ that the pipeline computes from the image's size")
+        raise ValueError(
+            "use_dynamic_shifting is set: give mu, the μ that the pipeline computes from the image's size"
+        )
     match kind := config.get("time_shift_type", "exponential"):
         case "exponential":
             return math.exp(mu)

@@ -58,7 +58,9 @@ class Discrete(Schedule):
         self._check_falling()
 
     @classmethod
-    def from_alphas_cumprod(cls, alphas_cumprod: Sequence[float] | Tensor, scaling: Scaling = "vp") -> "Discrete":
+    def from_alphas_cumprod(
+        cls, alphas_cumprod: Sequence[float] | Tensor, scaling: Scaling = "vp"
+    ) -> "Discrete":
         """β_i = (ᾱ_{i-1} - ᾱ_i) / ᾱ_{i-1}, ᾱ_{-1} = 1: the table whose ᾱ are given, from the cleanest on.
 
         The subtraction is exact or nearly so, and λ_i is that of the given ᾱ_i to 1e-12. What ᾱ itself carries is less: an
@@ -83,13 +85,19 @@ class Discrete(Schedule):
 
     def _check_form(self) -> None:
         if self.betas not in get_args(Form):
-            raise ValueError(f"betas is {self.betas!r}, expected one of {', '.join(get_args(Form))}, or the betas")
+            raise ValueError(
+                f"betas is {self.betas!r}, expected one of {', '.join(get_args(Form))}, or the betas"
+            )
         if not 0 < self.start <= self.end < 1:
-            raise ValueError(f"start and end are {self.start} and {self.end}, expected 0 < start ≤ end < 1")
+            raise ValueError(
+                f"start and end are {self.start} and {self.end}, expected 0 < start ≤ end < 1"
+            )
 
     def _check_betas(self, betas: tuple[float, ...]) -> None:
         if self.steps != len(betas):
-            raise ValueError(f"steps is {self.steps}, but betas has {len(betas)} entries: leave steps out")
+            raise ValueError(
+                f"steps is {self.steps}, but betas has {len(betas)} entries: leave steps out"
+            )
         for i, beta in enumerate(betas):
             if not (0 < beta < 1 or (beta == 1 and i == len(betas) - 1)):
                 raise ValueError(
@@ -104,7 +112,9 @@ class Discrete(Schedule):
     def _check_falling(self) -> None:
         if (flat := self._table.diff() >= 0).any():
             i = int(flat.int().argmax()) + 1
-            raise ValueError(f"betas[{i}] is {self._betas()[i].item()}, too small to lower ᾱ in float64")
+            raise ValueError(
+                f"betas[{i}] is {self._betas()[i].item()}, too small to lower ᾱ in float64"
+            )
 
     @cached_property
     def _table(self) -> Tensor:

@@ -100,9 +100,13 @@ class Within(Even):
 
     def __post_init__(self) -> None:
         if not isinstance(self.grid, Even):
-            raise ValueError(f"grid is {self.grid}, expected one that is even in some coordinate, not knots one by one")
+            raise ValueError(
+                f"grid is {self.grid}, expected one that is even in some coordinate, not knots one by one"
+            )
         if not self.low < self.high:
-            raise ValueError(f"low and high are {self.low} and {self.high}, expected λ with low < high")
+            raise ValueError(
+                f"low and high are {self.low} and {self.high}, expected λ with low < high"
+            )
 
     def _coordinate(self, level: Level) -> float:
         return self.grid._coordinate(level)

@@ -53,7 +53,9 @@ class Karras(Even):
         return _at_ratio(schedule, coordinate**self.rho)
 
     def _span(self, schedule: Schedule) -> Span:
-        return Span(_at_ratio(schedule, self.sigma_max), _at_ratio(schedule, self.sigma_min), clean=True)
+        return Span(
+            _at_ratio(schedule, self.sigma_max), _at_ratio(schedule, self.sigma_min), clean=True
+        )
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,9 @@ class UniformLogSNR(Even):
 
     def __post_init__(self) -> None:
         if not -math.inf < self.low < self.high < math.inf:
-            raise ValueError(f"low and high are {self.low} and {self.high}, expected finite λ with low < high")
+            raise ValueError(
+                f"low and high are {self.low} and {self.high}, expected finite λ with low < high"
+            )
 
     def _coordinate(self, level: Level) -> float:
         return float(level.logsnr)
@@ -107,10 +111,14 @@ class UniformBlend(Even):
                 raise ValueError(f"{name} is {value}, expected a positive finite number")
 
     def _coordinate(self, level: Level) -> float:
-        return float(special.expit(-(float(level.logsnr) + 2 * math.log(self.center)) / (2 * self.rho)))
+        return float(
+            special.expit(-(float(level.logsnr) + 2 * math.log(self.center)) / (2 * self.rho))
+        )
 
     def _at(self, schedule: Schedule, coordinate: float) -> Level:
-        return schedule.at(-2 * self.rho * float(special.logit(coordinate)) - 2 * math.log(self.center))
+        return schedule.at(
+            -2 * self.rho * float(special.logit(coordinate)) - 2 * math.log(self.center)
+        )
 
     def _span(self, schedule: Schedule) -> Span:
         return Span(schedule.level(1.0), schedule.at(CLEAN), clean=False)
@@ -133,10 +141,14 @@ class AlignYourSteps(Even):
         if not isinstance(self.table, str):
             object.__setattr__(self, "table", tuple(float(sigma) for sigma in self.table))
         elif self.table not in PUBLISHED:
-            raise ValueError(f"table is {self.table!r}, expected {', '.join(PUBLISHED)}, or the falling values of σ/α")
+            raise ValueError(
+                f"table is {self.table!r}, expected {', '.join(PUBLISHED)}, or the falling values of σ/α"
+            )
         falls = all(a > b > 0 for a, b in pairwise(self._sigmas))
         if not falls or len(self._sigmas) < 2:
-            raise ValueError(f"table is {self._sigmas}, expected at least 2 values of σ/α that fall and stay above 0")
+            raise ValueError(
+                f"table is {self._sigmas}, expected at least 2 values of σ/α that fall and stay above 0"
+            )
 
     @property
     def _sigmas(self) -> tuple[float, ...]:

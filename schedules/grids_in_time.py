@@ -23,8 +23,13 @@ class InTime(Even):
         if total is None:
             return self._times(schedule, steps)
         if steps > total:
-            raise ValueError(f"{self} cannot take {steps} steps: the schedule is a table of {total} levels")
-        return [*(schedule.level((i + 1) / total) for i in self._indices(steps, total)), schedule.at(CLEAN)]
+            raise ValueError(
+                f"{self} cannot take {steps} steps: the schedule is a table of {total} levels"
+            )
+        return [
+            *(schedule.level((i + 1) / total) for i in self._indices(steps, total)),
+            schedule.at(CLEAN),
+        ]
 
     def _times(self, schedule: Schedule, steps: int) -> list[Level]:
         return super()._levels(schedule, steps)
@@ -126,7 +131,9 @@ class Quadratic(InTime):
 
     def _indices(self, steps: int, total: int) -> Iterable[int]:
         gaps = max(steps - 1, 1)
-        return _distinct([round((total - 1) * ((gaps - i) / gaps) ** 2) for i in range(steps)], total)
+        return _distinct(
+            [round((total - 1) * ((gaps - i) / gaps) ** 2) for i in range(steps)], total
+        )
 
     def _coordinate(self, level: Level) -> float:
         return math.sqrt(float(level.t))

@@ -199,7 +199,9 @@ class LogLinear(Quantile):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not -math.inf < self.low < self.high < math.inf:
-            raise ValueError(f"low and high are {self.low} and {self.high}, expected finite λ with low < high")
+            raise ValueError(
+                f"low and high are {self.low} and {self.high}, expected finite λ with low < high"
+            )
 
     @classmethod
     def ve(cls, sigma_min: float = 0.01, sigma_max: float = 50.0) -> "LogLinear":
@@ -276,4 +278,6 @@ def _check_positive(name: str, value: float) -> None:
 
 def _check_sigmas(sigma_min: float, sigma_max: float) -> None:
     if not 0 < sigma_min < sigma_max < math.inf:
-        raise ValueError(f"sigma_min and sigma_max are {sigma_min} and {sigma_max}, expected 0 < min < max < inf")
+        raise ValueError(
+            f"sigma_min and sigma_max are {sigma_min} and {sigma_max}, expected 0 < min < max < inf"
+        )

@@ -53,7 +53,9 @@ def newton(f: Function, rate: Function, y: Tensor, low: Tensor, high: Tensor) ->
         step = x + excess / rate(x)
         inside = (step >= low) & (step <= high)  # not where it is NaN
         step = torch.where(inside, step, low + (high - low) / 2)
-        rounding = inside & (excess.abs() < 1e-15) & (8 * excess.abs() >= last)  # Newton gains no more
+        rounding = (
+            inside & (excess.abs() < 1e-15) & (8 * excess.abs() >= last)
+        )  # Newton gains no more
         done = done | rounding | (step == x)
         if done.all():
             break

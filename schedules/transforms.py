@@ -42,7 +42,9 @@ class Shifted(Transform):
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.shift):
-            raise ValueError(f"shift is {self.shift}, expected a finite number in units of λ = log α²/σ²")
+            raise ValueError(
+                f"shift is {self.shift}, expected a finite number in units of λ = log α²/σ²"
+            )
 
     @classmethod
     def by_input_scale(cls, schedule: Schedule, b: float) -> "Shifted":
@@ -87,7 +89,9 @@ class Interpolated(Transform):
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.clean) and math.isfinite(self.noise)):
-            raise ValueError(f"clean and noise are {self.clean} and {self.noise}, expected finite shifts of λ")
+            raise ValueError(
+                f"clean and noise are {self.clean} and {self.noise}, expected finite shifts of λ"
+            )
         if not self._gentle:
             raise ValueError(
                 f"the shift rises by {self.noise - self.clean:g} from t = 0 to 1, faster than λ(t) of {self.schedule} falls "
@@ -95,7 +99,9 @@ class Interpolated(Transform):
             )
 
     @classmethod
-    def by_resolution(cls, schedule: Schedule, size: float, low: float, high: float) -> "Interpolated":
+    def by_resolution(
+        cls, schedule: Schedule, size: float, low: float, high: float
+    ) -> "Interpolated":
         """From the levels of `low` pixels a side at the clean end to those of `high` at the noisy end, for images of `size`."""
         d = _log("size", size)
         return cls(schedule, 2 * (_log("low", low) - d), 2 * (_log("high", high) - d))
@@ -108,10 +114,14 @@ class Interpolated(Transform):
         return bool((self.noise - self.clean) * densest < 1)
 
     def _logsnr(self, t: Tensor) -> Tensor:
-        return self.schedule.logsnr(t) + torch.lerp(t.new_tensor(self.clean), t.new_tensor(self.noise), t)
+        return self.schedule.logsnr(t) + torch.lerp(
+            t.new_tensor(self.clean), t.new_tensor(self.noise), t
+        )
 
     def _time(self, logsnr: Tensor) -> Tensor:
-        return logit_time(lambda t, rest: self.schedule.logsnr(t) + rest * self.clean + t * self.noise, logsnr)
+        return logit_time(
+            lambda t, rest: self.schedule.logsnr(t) + rest * self.clean + t * self.noise, logsnr
+        )
 
     def _density(self, logsnr: Tensor) -> Tensor:
         inner = self.schedule.density(self.schedule.logsnr(self._time(logsnr)))
@@ -151,7 +161,9 @@ class Mixture(Schedule):
     def _knots(self) -> tuple[Tensor, Tensor]:
         """Falling levels of both parts, close together wherever either has mass, between -inf and inf; their times."""
         t = torch.linspace(-35, 35, 1001, dtype=torch.float64).sigmoid()
-        logsnr = torch.cat((self.schedule.logsnr(t), self.floor.logsnr(t))).sort(descending=True).values
+        logsnr = (
+            torch.cat((self.schedule.logsnr(t), self.floor.logsnr(t))).sort(descending=True).values
+        )
         ends = logsnr.new_tensor([torch.inf])
         return torch.cat((ends, logsnr, -ends)), self._time(logsnr)
 
@@ -218,7 +230,9 @@ class Truncated(Transform):
 
     def __post_init__(self) -> None:
         if not self.low < self.high:
-            raise ValueError(f"low and high are {self.low} and {self.high}, expected λ with low < high")
+            raise ValueError(
+                f"low and high are {self.low} and {self.high}, expected λ with low < high"
+            )
         if not self._end - self._start > 1e-9 * self._end:  # t near 1 is known to 1e-16
             raise ValueError(
                 f"{self.schedule} has next to no levels between λ = {self.low} and {self.high}: "
@@ -238,7 +252,9 @@ class Truncated(Transform):
         return self.schedule.time(self.low)
 
     def _logsnr(self, t: Tensor) -> Tensor:
-        inside = self.schedule.logsnr(torch.lerp(t.new_tensor(self._start), t.new_tensor(self._end), t))
+        inside = self.schedule.logsnr(
+            torch.lerp(t.new_tensor(self._start), t.new_tensor(self._end), t)
+        )
         return inside.clamp(self.low, self.high)
 
     def _time(self, logsnr: Tensor) -> Tensor:

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-
-from diffcore.evaluation.benchmark import Comparison, coverage, intervals, overhead
+from benchmarks.training_speed import Comparison, coverage, intervals, overhead
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,16 +25,37 @@ def main() -> None:
     """Measure, print the tables and the command that made them; a slow ratio or a wide error is a result and no error."""
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(required=True)
-    _add_overhead(commands.add_parser("overhead", help="digits network, training and sampling, beside bare PyTorch"))
-    _add_steps(commands.add_parser("steps", help="50 steps with a network that does nothing, beside diffusers"))
-    _add_pipeline(
-        commands.add_parser("pipeline", help="a StableDiffusionPipeline with our scheduler, beside diffusers'")
+    _add_overhead(
+        commands.add_parser(
+            "overhead", help="digits network, training and sampling, beside bare PyTorch"
+        )
     )
-    _add_guidance(commands.add_parser("guidance", help="digits network, Interval against CFG over the same knots"))
-    _add_accuracy(commands.add_parser("accuracy", help="distance to the exact flow by evaluations, beside diffusers"))
+    _add_steps(
+        commands.add_parser(
+            "steps", help="50 steps with a network that does nothing, beside diffusers"
+        )
+    )
+    _add_pipeline(
+        commands.add_parser(
+            "pipeline", help="a StableDiffusionPipeline with our scheduler, beside diffusers'"
+        )
+    )
+    _add_guidance(
+        commands.add_parser(
+            "guidance", help="digits network, Interval against CFG over the same knots"
+        )
+    )
+    _add_accuracy(
+        commands.add_parser(
+            "accuracy", help="distance to the exact flow by evaluations, beside diffusers"
+        )
+    )
     for command in commands.choices.values():
         command.add_argument(
-            "--threads", type=int, default=torch.get_num_threads(), help="of the processor (default all)"
+            "--threads",
+            type=int,
+            default=torch.get_num_threads(),
+            help="of the processor (default all)",
         )
         command.add_argument("--out", type=Path, help="JSON of every measurement")
     arguments = parser.parse_args()
@@ -47,7 +67,11 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     if arguments.out:
-        facts = {"command": shlex.join(["python", *sys.argv]), "where": _where(arguments.threads), **facts}
+        facts = {
+            "command": shlex.join(["python", *sys.argv]),
+            "where": _where(arguments.threads),
+            **facts,
+        }
         arguments.out.write_text(json.dumps(facts, indent=2) + "\n")
 
 
@@ -57,40 +81,60 @@ def _where(threads: int) -> str:
 
 
 def _add_overhead(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--pairs", type=int, default=40, help="interleaved pairs, at least 30 (default 40)")
-    command.add_argument("--steps", type=int, default=1, help="training steps of a measurement (default 1)")
-    command.add_argument("--rows", type=int, default=64, help="samples of a measurement (default 64)")
+    command.add_argument(
+        "--pairs", type=int, default=40, help="interleaved pairs, at least 30 (default 40)"
+    )
+    command.add_argument(
+        "--steps", type=int, default=1, help="training steps of a measurement (default 1)"
+    )
+    command.add_argument(
+        "--rows", type=int, default=64, help="samples of a measurement (default 64)"
+    )
     command.set_defaults(
-        measure=lambda a: _compared(a, overhead(a.pairs, a.steps, a.rows), ("ours, ms", "bare, ms", "at most"))
+        measure=lambda a: _compared(
+            a, overhead(a.pairs, a.steps, a.rows), ("ours, ms", "bare, ms", "at most")
+        )
     )
 
 
 def _add_steps(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--pairs", type=int, default=100, help="interleaved pairs, at least 30 (default 100)")
+    command.add_argument(
+        "--pairs", type=int, default=100, help="interleaved pairs, at least 30 (default 100)"
+    )
 
     def measure(arguments: argparse.Namespace) -> dict[str, object]:
-        from diffcore.evaluation.step_overhead import steps
+        from benchmarks.step_overhead import steps
 
-        return _compared(arguments, steps(arguments.pairs), ("ours, ms", "diffusers, ms", "at most"))
+        return _compared(
+            arguments, steps(arguments.pairs), ("ours, ms", "diffusers, ms", "at most")
+        )
 
     command.set_defaults(measure=measure)
 
 
 def _add_pipeline(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--pairs", type=int, default=40, help="interleaved pairs, at least 30 (default 40)")
+    command.add_argument(
+        "--pairs", type=int, default=40, help="interleaved pairs, at least 30 (default 40)"
+    )
 
     def measure(arguments: argparse.Namespace) -> dict[str, object]:
-        from diffcore.evaluation.pipeline_overhead import pipelines
+        from benchmarks.pipeline_overhead import pipelines
 
         warnings.simplefilter("ignore")  # diffusers' own
-        return _compared(arguments, pipelines(arguments.pairs), ("ours, ms", "diffusers, ms", "at most"))
+        return _compared(
+            arguments, pipelines(arguments.pairs), ("ours, ms", "diffusers, ms", "at most")
+        )
 
     command.set_defaults(measure=measure)
 
 
 def _add_guidance(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--pairs", type=int, default=40, help="interleaved pairs, at least 30 (default 40)")
-    command.add_argument("--rows", type=int, default=64, help="samples of a measurement (default 64)")
+    command.add_argument(
+        "--pairs", type=int, default=40, help="interleaved pairs, at least 30 (default 40)"
+    )
+    command.add_argument(
+        "--rows", type=int, default=64, help="samples of a measurement (default 64)"
+    )
     heads = ("Interval, ms", "CFG, ms", "evaluations")
     command.set_defaults(measure=lambda a: _compared(a, intervals(a.pairs, a.rows), heads))
 
@@ -99,8 +143,12 @@ def _compared(
     arguments: argparse.Namespace, comparisons: Sequence[Comparison], heads: tuple[str, str, str]
 ) -> dict[str, object]:
     """Print the table of comparisons."""
-    print(f"`{shlex.join(['python', *sys.argv])}`: {arguments.pairs} pairs, {_where(arguments.threads)}\n")
-    print(f"| | {heads[0]} | {heads[1]} | ratio | {coverage(arguments.pairs):.0%} interval | {heads[2]} |")
+    print(
+        f"`{shlex.join(['python', *sys.argv])}`: {arguments.pairs} pairs, {_where(arguments.threads)}\n"
+    )
+    print(
+        f"| | {heads[0]} | {heads[1]} | ratio | {coverage(arguments.pairs):.0%} interval | {heads[2]} |"
+    )
     print("|---|---|---|---|---|---|")
     print("\n".join(comparison.row() for comparison in comparisons))
     return {"comparisons": [found.facts() for found in comparisons]}
@@ -113,17 +161,21 @@ def _add_accuracy(command: argparse.ArgumentParser) -> None:
         default=128,
         help="starting points of each oracle, twice as many of the digits (default 128)",
     )
-    command.add_argument("--picture", type=Path, help="of the closest of each side over evaluations")
+    command.add_argument(
+        "--picture", type=Path, help="of the closest of each side over evaluations"
+    )
 
     def measure(arguments: argparse.Namespace) -> dict[str, object]:
-        from diffcore.evaluation import accuracy_report as report
-        from diffcore.evaluation.accuracy import accuracy, ours
-        from diffcore.evaluation.schedulers import theirs
+        from benchmarks import accuracy_report as report
+        from benchmarks.accuracy import accuracy, ours
+        from benchmarks.schedulers import theirs
 
         warnings.simplefilter("ignore")  # diffusers' own
         rows = list(accuracy({"ours": ours, "diffusers": theirs}, arguments.starts))
         default = report.default_name()
-        print(f"`{shlex.join(['python', *sys.argv])}`: {arguments.starts} starts; default: {default}\n")
+        print(
+            f"`{shlex.join(['python', *sys.argv])}`: {arguments.starts} starts; default: {default}\n"
+        )
         print(report.summary(rows, default, 2 * arguments.starts))
         for oracle in dict.fromkeys(row.oracle for row in rows):
             print(f"\n{oracle}\n\n{report.by_method(rows, oracle)}")

@@ -26,12 +26,17 @@ def main() -> None:
         command.set_defaults(measure=measure, out=None)
         command.add_argument("--threads", type=int, default=1, help="of the processor")
         if measure in (training, guidance, zero_terminal_snr):
-            command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs")
+            command.add_argument(
+                "--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs"
+            )
             command.add_argument("--out", type=Path, default=Path(f"docs/experiments/{name}.jsonl"))
         if measure in (inversion, samplers):
             command.add_argument("--steps", type=int, default=400, help="of training, batch 64")
             command.add_argument(
-                "--count", type=int, default=32 if measure is inversion else 60, help="images of each measurement"
+                "--count",
+                type=int,
+                default=32 if measure is inversion else 60,
+                help="images of each measurement",
             )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -42,7 +47,7 @@ def main() -> None:
 
 def training(arguments: argparse.Namespace) -> None:
     """Tables and curves of schedules, weights and objectives."""
-    from diffcore.evaluation.study import picture, rows, study, table
+    from experiments.training import picture, rows, study, table
 
     for row in study(arguments.out, arguments.seeds):
         print(row, flush=True)
@@ -53,8 +58,8 @@ def training(arguments: argparse.Namespace) -> None:
 
 def guidance(arguments: argparse.Namespace) -> None:
     """Tables and pictures of guidance rules over w."""
-    from diffcore.evaluation import guidance_study
-    from diffcore.evaluation.study import rows
+    from experiments import guidance as guidance_study
+    from experiments.training import rows
 
     for row in guidance_study.study(arguments.out, arguments.seeds):
         print(row, flush=True)
@@ -67,22 +72,22 @@ def guidance(arguments: argparse.Namespace) -> None:
 
 def inversion(arguments: argparse.Namespace) -> None:
     """Errors there and back."""
-    from diffcore.evaluation.round_trip import report, trained
+    from experiments.inversion import report, trained
 
     print(report(trained(arguments.steps), arguments.count))
 
 
 def samplers(arguments: argparse.Namespace) -> None:
     """Distance to the exact flow of a network, with and without guidance."""
-    from diffcore.evaluation.on_network import table
-    from diffcore.evaluation.round_trip import trained
+    from benchmarks.network_accuracy import table
+    from experiments.inversion import trained
 
     print(table(trained(arguments.steps), arguments.count))
 
 
 def variance(arguments: argparse.Namespace) -> None:
     """A row a schedule."""
-    from diffcore.evaluation.variance import rows
+    from benchmarks.loss_variance import rows
 
     for row in rows():
         print(row, flush=True)
@@ -90,8 +95,8 @@ def variance(arguments: argparse.Namespace) -> None:
 
 def zero_terminal_snr(arguments: argparse.Namespace) -> None:
     """Table and histograms of mean brightness."""
-    from diffcore.evaluation import brightness_study
-    from diffcore.evaluation.study import rows
+    from experiments import zero_terminal_snr as brightness_study
+    from experiments.training import rows
 
     for row in brightness_study.study(arguments.out, arguments.seeds):
         print(row, flush=True)
@@ -102,7 +107,7 @@ def zero_terminal_snr(arguments: argparse.Namespace) -> None:
 
 def fields(arguments: argparse.Namespace) -> None:
     """The pictures of docs/guidance.md."""
-    from diffcore.evaluation.fields import draw_fields, draw_samples
+    from experiments.guidance_fields import draw_fields, draw_samples
 
     draw_fields(PICTURES)
     draw_samples(PICTURES)

@@ -2,7 +2,7 @@
 
 import sys
 
-from diffcore.cli import main
+from diffcore.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["sample", *sys.argv[1:]]))

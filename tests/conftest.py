@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 
-from diffcore.cli import main
+from diffcore.cli.main import main
 
 TINY = (
     "--network.init_args.block_out_channels=[8,8]",
@@ -56,7 +56,20 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    assert main(["train", "digits", *TINY, f"--folder={folder}", "--steps=4", "--save-every=2", "--log-every=1"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "digits",
+                *TINY,
+                f"--folder={folder}",
+                "--steps=4",
+                "--save-every=2",
+                "--log-every=1",
+            ]
+        )
+        == 0
+    )
     torch.set_num_threads(before)
     forget_accelerate()
     return folder

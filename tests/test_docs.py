@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from diffcore.cli import main
+from diffcore.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -17,7 +17,9 @@ TINY = (
 
 
 def blocks(page, language):
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return re.findall(
+        rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -33,11 +35,17 @@ def test_the_commands_of_the_readme_run_in_their_order(tmp_path, monkeypatch, ca
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("diffcore ")]
     assert [words[0] for words in commands] == ["train", "sample", "plot", "info", "export"]
     for words in commands:
-        assert main([*words, *(shlex.split(TINY) if words[0] == "train" else [])]) == 0, capfd.readouterr().err
-    assert {"grid.png", "schedules.png", "runs", "mine"} <= {path.name for path in tmp_path.iterdir()}
+        assert main([*words, *(shlex.split(TINY) if words[0] == "train" else [])]) == 0, (
+            capfd.readouterr().err
+        )
+    assert {"grid.png", "schedules.png", "runs", "mine"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    targets = [link for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()) if "://" not in link]
+    targets = [
+        link for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()) if "://" not in link
+    ]
     assert [link for link in targets if not (page.parent / link).exists()] == []

@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 
-from diffcore.process import Process
+from diffcore.core.process import Process
+from diffcore.io.safetensors import read_weights, write_weights
 from diffcore.run import Run
-from diffcore.weights import read_weights, write_weights
 
 
 @pytest.fixture
@@ -28,7 +28,9 @@ def test_the_averaged_network_comes_back_ready_to_sample(run):
 
 def test_a_new_network_has_the_runs_architecture_and_new_weights(run):
     new, old = run.network().state_dict(), read_weights(run.weights)
-    assert {name: value.shape for name, value in new.items()} == {name: value.shape for name, value in old.items()}
+    assert {name: value.shape for name, value in new.items()} == {
+        name: value.shape for name, value in old.items()
+    }
     assert not torch.equal(new["conv_in.weight"], old["conv_in.weight"])
 
 
@@ -50,8 +52,12 @@ def test_a_folder_that_does_not_exist_is_refused(tmp_path):
 
 
 def test_weights_of_another_network_are_refused_in_one_sentence(run):
-    write_weights(run.weights, {name: value[:1] for name, value in read_weights(run.weights).items()})
-    with pytest.raises(ValueError, match=r"ema\.safetensors does not fit the network of .*config\.yaml"):
+    write_weights(
+        run.weights, {name: value[:1] for name, value in read_weights(run.weights).items()}
+    )
+    with pytest.raises(
+        ValueError, match=r"ema\.safetensors does not fit the network of .*config\.yaml"
+    ):
         run.denoiser()
 
 

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffcore.denoiser import Denoise
+from diffcore.core.denoiser import Denoise
+from diffcore.core.noise import permutation
 from diffcore.evaluation.metrics import Reader, frechet_distance
 from diffcore.guidance import CFG, Guidance
-from diffcore.noise import permutation
 from diffcore.samplers import DDIM, Sampler
-from diffcore.sampling import sample
+from diffcore.sampling.generation import sample
 from diffcore.schedules import Grid, Trailing
-from diffcore.training.data import Digits
+from diffcore.training.data.source import Digits
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,16 @@ def score(
     train, test = Digits("train"), Digits("test")
     labels = torch.arange(10).repeat_interleave(per_label)
     seeds = range(len(labels))
-    made = sample(denoiser, sampler, grid, steps, seeds=seeds, condition=labels, guidance=guidance, batch_size=100).x
+    made = sample(
+        denoiser,
+        sampler,
+        grid,
+        steps,
+        seeds=seeds,
+        condition=labels,
+        guidance=guidance,
+        batch_size=100,
+    ).x
     reader = Reader(train.x0, train.labels)
     real = train.x0[permutation(0, 0, len(train))[: len(labels)]]
     return Score(

@@ -19,7 +19,9 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     """
     x, y = (value.double().flatten(1).numpy() for value in (a, b))
     if min(len(x), len(y)) < 2 or x.shape[1] != y.shape[1]:
-        raise ValueError(f"sets are {tuple(a.shape)} and {tuple(b.shape)}, expected two samples or more, of equal size")
+        raise ValueError(
+            f"sets are {tuple(a.shape)} and {tuple(b.shape)}, expected two samples or more, of equal size"
+        )
     c_x, c_y = (np.atleast_2d(np.cov(value, rowvar=False)) for value in (x, y))
     eigenvalues = np.linalg.eigvals(c_x @ c_y).real.clip(min=0)
     shift = x.mean(0) - y.mean(0)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from safetensors.torch import load, save
 from torch import Tensor
 
-from diffcore.weights import Corrupt, flush, sync
+from diffcore.io.safetensors import Corrupt, flush, sync
 
 MANIFEST = "manifest.json"
 
@@ -40,7 +40,10 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
         flush(temporary / file, data)
         files[file] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     manifest = {"state": checkpoint.state, "files": files}
-    flush(temporary / MANIFEST, json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1).encode())
+    flush(
+        temporary / MANIFEST,
+        json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1).encode(),
+    )
     sync(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
@@ -55,7 +58,8 @@ def read(folder: Path) -> Checkpoint:
     """
     manifest = _manifest(folder)
     return Checkpoint(
-        {file: _tensors(folder / file, expected) for file, expected in manifest["files"].items()}, manifest["state"]
+        {file: _tensors(folder / file, expected) for file, expected in manifest["files"].items()},
+        manifest["state"],
     )
 
 

@@ -42,9 +42,18 @@ class EMA:
         self.module, self.decay = module, decay
         state = module.state_dict()
         self.shadow = {name: _averaged(value).clone() for name, value in state.items()}
-        named = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
-        self.floating = [(self.shadow[name], named[name]) for name in state if state[name].is_floating_point()]
-        self.counters = [(self.shadow[name], named[name]) for name in state if not state[name].is_floating_point()]
+        named = {
+            **dict(module.named_parameters(remove_duplicate=False)),
+            **dict(module.named_buffers()),
+        }
+        self.floating = [
+            (self.shadow[name], named[name]) for name in state if state[name].is_floating_point()
+        ]
+        self.counters = [
+            (self.shadow[name], named[name])
+            for name in state
+            if not state[name].is_floating_point()
+        ]
 
     @torch.no_grad()
     def update(self, step: int) -> None:

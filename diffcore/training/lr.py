@@ -30,9 +30,13 @@ class LearningRate:
         if not 0 < self.peak < math.inf:
             raise ValueError(f"peak is {self.peak}, expected a positive finite learning rate")
         if self.warmup < 0 or self.hold < 1:
-            raise ValueError(f"warmup and hold are {self.warmup} and {self.hold}, expected warmup ≥ 0 and hold ≥ 1")
+            raise ValueError(
+                f"warmup and hold are {self.warmup} and {self.hold}, expected warmup ≥ 0 and hold ≥ 1"
+            )
         if self.shape not in get_args(Shape):
-            raise ValueError(f"shape is {self.shape!r}, expected one of {', '.join(get_args(Shape))}")
+            raise ValueError(
+                f"shape is {self.shape!r}, expected one of {', '.join(get_args(Shape))}"
+            )
 
     def __call__(self, step: int, steps: int) -> float:
         """The learning rate of optimizer step `step`, counted from 0, of `steps`."""

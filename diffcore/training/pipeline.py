@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from diffcore.denoiser import Denoiser
-from diffcore.weights import replace_folder
+from diffcore.core.denoiser import Denoiser
+from diffcore.io.safetensors import replace_folder
 
 if TYPE_CHECKING:
     from diffcore.training.trainer import Trainer
@@ -37,8 +37,10 @@ def _save_ours(trainer: "Trainer") -> None:
             f"the network is a {type(trainer.bare).__name__}, and a pipeline holds ModelMixins of diffusers"
         )
     if getattr(trainer.data, "texts", ()):
-        raise ValueError("the network is told text: begin with a pipeline's (Pretrained), which knows what encodes it")
-    from diffcore.integrations.pipeline import DiffcorePipeline
+        raise ValueError(
+            "the network is told text: begin with a pipeline's (Pretrained), which knows what encodes it"
+        )
+    from diffcore.integrations.diffusers.pipeline.pipeline import DiffcorePipeline
 
     with trainer.average.applied():
         denoiser = Denoiser(trainer.bare, trainer.process)

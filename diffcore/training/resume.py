@@ -4,11 +4,20 @@ from dataclasses import fields
 
 import yaml
 
-from diffcore.process import Process
+from diffcore.core.process import Process
 from diffcore.run import Run
 
 # Settings that a resumed run may change: they do not enter the weights (steps: through the learning rate alone).
-FREE = {"steps", "patience", "log_every", "save_every", "keep", "sample_steps", "workers", "sample_every"}
+FREE = {
+    "steps",
+    "patience",
+    "log_every",
+    "save_every",
+    "keep",
+    "sample_steps",
+    "workers",
+    "sample_every",
+}
 FREE |= {"accumulation", "folder", "resume", "trackers", "sampler", "grid", "guidance"}
 
 
@@ -21,14 +30,26 @@ def check(run: Run, config: str, process: Process) -> None:
         process: what the network is trained on now.
     """
     if not run.config.exists():
-        raise ValueError(f"{run.folder} holds no run to resume: leave out --resume, or name another folder")
+        raise ValueError(
+            f"{run.folder} holds no run to resume: leave out --resume, or name another folder"
+        )
     if config:
         then, now = yaml.safe_load(run.config.read_text()) or {}, yaml.safe_load(config)
-        _refuse(run, sorted(name for name in {*then, *now} - FREE if then.get(name) != now.get(name)))
+        _refuse(
+            run, sorted(name for name in {*then, *now} - FREE if then.get(name) != now.get(name))
+        )
     before = Process.load(run.process)
-    other = [field.name for field in fields(Process) if getattr(before, field.name) != getattr(process, field.name)]
+    other = [
+        field.name
+        for field in fields(Process)
+        if getattr(before, field.name) != getattr(process, field.name)
+    ]
     _refuse(
-        run, [f"process.{name} (the data's captions?)" if name == "classes" else f"process.{name}" for name in other]
+        run,
+        [
+            f"process.{name} (the data's captions?)" if name == "classes" else f"process.{name}"
+            for name in other
+        ],
     )
 
 

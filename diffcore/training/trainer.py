@@ -13,28 +13,50 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from diffcore import images, sampling
-from diffcore.denoiser import Denoiser
+from diffcore.core.denoiser import Denoiser
+from diffcore.core.noise import Stream, derived
+from diffcore.core.process import Process
 from diffcore.guidance import CFG, Guidance
-from diffcore.noise import Stream, derived
-from diffcore.objective import Objective, Place
-from diffcore.process import Process
+from diffcore.io.safetensors import replace, write_weights
+from diffcore.objectives.objective import Objective, Place
 from diffcore.run import Network, Optimizer, Run
 from diffcore.samplers import Sampler
-from diffcore.sampling import GRID, SAMPLER, sample
+from diffcore.sampling import generation as sampling
+from diffcore.sampling import images
+from diffcore.sampling.generation import GRID, SAMPLER, sample
 from diffcore.schedules import Grid, Level
-from diffcore.training import checkpoint, pipeline, resume, state
-from diffcore.training.adaptation import Adaptation
+from diffcore.training import checkpoint, pipeline, resume
+from diffcore.training import state_dict as state
 from diffcore.training.checkpoint import Checkpoint
-from diffcore.training.data import Batch, Order, asked, batches, check, check_labels, conditioned, hashes, make, size_of
+from diffcore.training.data.source import (
+    Batch,
+    Order,
+    asked,
+    batches,
+    check,
+    check_labels,
+    conditioned,
+    hashes,
+    make,
+    size_of,
+)
+from diffcore.training.distributed import accelerator
 from diffcore.training.ema import EMA, Decay
-from diffcore.training.launch import accelerator
+from diffcore.training.level_sampler import Adaptation
 from diffcore.training.lr import LearningRate
-from diffcore.training.pictures import drawable, picture
-from diffcore.training.report import Metrics, NonFinite, Window, non_finite
-from diffcore.weights import replace, write_weights
+from diffcore.training.previews import drawable, picture
+from diffcore.training.reporting import Metrics, NonFinite, Window, non_finite
 
-COUNTS = ("steps", "batch_size", "accumulation", "patience", "log_every", "save_every", "keep", "sample_steps")
+COUNTS = (
+    "steps",
+    "batch_size",
+    "accumulation",
+    "patience",
+    "log_every",
+    "save_every",
+    "keep",
+    "sample_steps",
+)
 LEAST = {**dict.fromkeys(COUNTS, 1), "workers": 0, "sample_every": 0}
 
 
@@ -116,7 +138,13 @@ class Trainer:
         check(self.data, self.process)
         if self.sample_every:
             sampling.check(
-                self.process, self._knots, [0], [0] if self.process.classes else None, self.guidance, 1, self.sampler
+                self.process,
+                self._knots,
+                [0],
+                [0] if self.process.classes else None,
+                self.guidance,
+                1,
+                self.sampler,
             )
         self.run = Run(Path(self.folder))
         self.step, self.skipped = 0, 0  # steps taken; of the last ones, how many were not finite
@@ -171,7 +199,9 @@ class Trainer:
 
     def _losses(self, batch: Batch) -> Tensor:
         device = self.accelerator.device
-        draw = self.objective.draw(self.process, self._place(batch.place), device, self.adaptation.learned)
+        draw = self.objective.draw(
+            self.process, self._place(batch.place), device, self.adaptation.learned
+        )
         check_labels(batch, self.process)
         label = batch.label.to(device) if self.process.classes else None
         x0 = batch.x0.to(device, non_blocking=True)
@@ -190,14 +220,18 @@ class Trainer:
         return Place(self.seed, self.step, place, self.batch_size)
 
     def _model_seed(self, part: int) -> int:
-        place = (self.step * self.accumulation + part) * self.accelerator.num_processes + self.accelerator.process_index
+        place = (
+            self.step * self.accumulation + part
+        ) * self.accelerator.num_processes + self.accelerator.process_index
         return derived(self.seed, Stream.MODEL, 1 + place)  # 0 is the initial weights'
 
     # Beginning ---------------------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
         """Build what trains, on this rank's device."""
-        self.accelerator = accelerator(self.precision, self.accumulation, self.trackers, self.run.folder)
+        self.accelerator = accelerator(
+            self.precision, self.accumulation, self.trackers, self.run.folder
+        )
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         group = self.objective.coupling.group
         if self.batch_size % (world * self.accumulation * group):
@@ -210,18 +244,29 @@ class Trainer:
         torch.manual_seed(derived(self.seed, Stream.MODEL, 0))
         network = self.network()
         self._probe(network)
-        modules = [network, self.objective.uncertainty.module()] if self.objective.uncertainty else [network]
+        modules = (
+            [network, self.objective.uncertainty.module()]
+            if self.objective.uncertainty
+            else [network]
+        )
         parameters = [value for value in nn.ModuleList(modules).parameters() if value.requires_grad]
         optim = self.optimizer(parameters, self.lr.peak)
         *trained, self.optim = self.accelerator.prepare(*modules, optim)
         self.trained = nn.ModuleList(trained)
-        self.model, self.uncertainty = trained[0], trained[1] if self.objective.uncertainty else None
+        self.model, self.uncertainty = (
+            trained[0],
+            trained[1] if self.objective.uncertainty else None,
+        )
         self.denoiser = self._denoiser(self.model).train()
         self.average = EMA(self.bare, self.ema)
-        self.order = Order(size_of(self.data), self.seed, self.batch_size, self.accumulation, rank, world)
+        self.order = Order(
+            size_of(self.data), self.seed, self.batch_size, self.accumulation, rank, world
+        )
         split = (self.accumulation, self.accelerator.gather)
         self.window = Window(*split)
-        self.adaptation = Adaptation(self.objective, self.process, self.seed, self.batch_size, *split)
+        self.adaptation = Adaptation(
+            self.objective, self.process, self.seed, self.batch_size, *split
+        )
         self.metrics = Metrics(self.run.metrics)
 
     @torch.no_grad()
@@ -245,7 +290,9 @@ class Trainer:
         """All that the optimizer trains: the network, and the objective's own parameters if it has any."""
         if self.uncertainty is None:
             return self.bare
-        return nn.ModuleDict({"network": self.bare, "uncertainty": self.accelerator.unwrap_model(self.uncertainty)})
+        return nn.ModuleDict(
+            {"network": self.bare, "uncertainty": self.accelerator.unwrap_model(self.uncertainty)}
+        )
 
     @cached_property
     def threads(self) -> dict[str, int]:
@@ -293,8 +340,16 @@ class Trainer:
                 "ema.safetensors": self.average.shadow,
                 "training.safetensors": {**optimizer, **adapted, "window": window},
             }
-            facts = {"step": self.step, "skipped": self.skipped, "groups": groups, **self.threads, **self.hashes}
-            checkpoint.write(self.run.checkpoints / checkpoint.name(self.step), Checkpoint(files, facts))
+            facts = {
+                "step": self.step,
+                "skipped": self.skipped,
+                "groups": groups,
+                **self.threads,
+                **self.hashes,
+            }
+            checkpoint.write(
+                self.run.checkpoints / checkpoint.name(self.step), Checkpoint(files, facts)
+            )
             checkpoint.prune(self.run.checkpoints, self.keep)
             write_weights(self.run.weights, self.average.shadow, step=self.step)
             pipeline.save(self, self._say)
@@ -305,7 +360,9 @@ class Trainer:
         resume.check(self.run, self.config, self.process)
         loaded = checkpoint.newest(self.run.checkpoints, self._say)
         if loaded is None and any(self.run.checkpoints.glob("step-*")):
-            raise ValueError(f"{self.run.checkpoints} has no whole checkpoint left: start anew in another folder")
+            raise ValueError(
+                f"{self.run.checkpoints} has no whole checkpoint left: start anew in another folder"
+            )
         if loaded is None:
             self._say("no checkpoint yet: starting at step 0")
             return
@@ -314,36 +371,54 @@ class Trainer:
         training = tensors["training.safetensors"]
         self.window.restore(training.pop("window"))
         self.adaptation.restore(training)
-        state.restore(self._whole, self.optim.optimizer, tensors["model.safetensors"], training, facts["groups"])
+        state.restore(
+            self._whole,
+            self.optim.optimizer,
+            tensors["model.safetensors"],
+            training,
+            facts["groups"],
+        )
         self.average.load(tensors["ema.safetensors"])
         self.step, self.skipped = facts["step"], facts["skipped"]
         self._say(f"resumed at step {self.step}")
 
     def _check_facts(self, facts: dict[str, Any]) -> None:
         if facts["step"] > self.steps:
-            raise ValueError(f"steps is {self.steps}, but the run has taken {facts['step']}: ask for at least as many")
+            raise ValueError(
+                f"steps is {self.steps}, but the run has taken {facts['step']}: ask for at least as many"
+            )
         if changed := [name for name, now in self.hashes.items() if facts.get(name, now) != now]:
             raise ValueError(
                 f"the {' and '.join(changed)} are not those that the run in {self.run.folder} was started with: images, "
                 f"captions, what encodes them, or the weights beside an adapter changed since; put them back, or start a new "
                 f"run in another folder"
             )
-        if other := {name: (facts[name], now) for name, now in self.threads.items() if facts[name] != now}:
-            self._say(f"(then, now) differ in {other}: the run continues equal to rounding, not bit for bit")
+        if other := {
+            name: (facts[name], now) for name, now in self.threads.items() if facts[name] != now
+        }:
+            self._say(
+                f"(then, now) differ in {other}: the run continues equal to rounding, not bit for bit"
+            )
 
     # Reports -----------------------------------------------------------------------------------------------------
 
     def _bar(self) -> Any:
         total, done = self.steps * self.batch_size, self.step * self.batch_size
         hidden = not self.accelerator.is_main_process
-        return tqdm(total=total, initial=done, unit="img", unit_scale=True, disable=hidden, mininterval=0.5)
+        return tqdm(
+            total=total, initial=done, unit="img", unit_scale=True, disable=hidden, mininterval=0.5
+        )
 
     def _report(self, bar: Any) -> None:
         """Write the window's metrics, and stop a run that is not finite any more."""
         table = self.window.gathered()
         self.window.restore(None)
         losses = table[:, 1:].double()
-        values = {"step": self.step, "loss": float(losses.mean()), "grad_norm": float(table[:, 0].double().mean())}
+        values = {
+            "step": self.step,
+            "loss": float(losses.mean()),
+            "grad_norm": float(table[:, 0].double().mean()),
+        }
         values.update(lr=self.lr(self.step - 1, self.steps), skipped=len(non_finite(table, 0)))
         rate = bar.format_dict["rate"] or 0.0
         bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
@@ -382,7 +457,11 @@ class Trainer:
         """Samples of the averaged network, drawn by the first rank alone."""
         if self.accelerator.is_main_process and drawable(self.data, self.process):
             integrate = partial(
-                sample, sampler=self.sampler, grid=self.grid, steps=self.sample_steps, guidance=self.guidance
+                sample,
+                sampler=self.sampler,
+                grid=self.grid,
+                steps=self.sample_steps,
+                guidance=self.guidance,
             )
             with self.average.applied():
                 made = picture(self._denoiser(self.bare), self.data, integrate)

@@ -7,14 +7,14 @@ import pytest
 import torch
 from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
 
-from diffcore.denoiser import Denoiser
+from diffcore.core.denoiser import Denoiser
+from diffcore.core.noise import Noise
+from diffcore.core.prediction import Prediction
 from diffcore.guidance import APG, CFG, Seen, Step
-from diffcore.loop import guided, run, watch
-from diffcore.noise import Noise
-from diffcore.prediction import Prediction
 from diffcore.samplers import DDIM, AlphaBlending
+from diffcore.sampling.loop import guided, run, watch
 from diffcore.schedules import Trailing, UniformLogSNR
-from tests.oracles import KINDS, ExactNetwork, Pair, mixture, process
+from tests.helpers.oracles import KINDS, ExactNetwork, Pair, mixture, process
 
 NOISE = Noise(torch.arange(6), (2,), dtype=torch.float64)
 LABELS = torch.tensor([0, 1, 1, 0, 1, 0])
@@ -51,19 +51,37 @@ def test_d1_apg_is_the_paper_s_algorithm_whatever_the_network_outputs(kind, w, e
     record = process(prediction=kind)
     network = Denoiser(ExactNetwork(mixture(record), record), record)
     x, _ = run(
-        network, DDIM(), 3 * NOISE.start(), KNOTS, NOISE, APG(w, eta=eta, momentum=beta, threshold=radius), LABELS
+        network,
+        DDIM(),
+        3 * NOISE.start(),
+        KNOTS,
+        NOISE,
+        APG(w, eta=eta, momentum=beta, threshold=radius),
+        LABELS,
     )
-    torch.testing.assert_close(x, published(w, eta, beta, radius, 3 * NOISE.start()), rtol=0, atol=1e-8)
+    torch.testing.assert_close(
+        x, published(w, eta, beta, radius, 3 * NOISE.start()), rtol=0, atol=1e-8
+    )
 
 
 @pytest.mark.parametrize(("w", "eta", "beta", "radius"), SETTINGS)
-def test_one_evaluation_is_that_of_diffusers_on_x0_in_its_original_formulation(w, eta, beta, radius):
+def test_one_evaluation_is_that_of_diffusers_on_x0_in_its_original_formulation(
+    w, eta, beta, radius
+):
     level = ORACLE.process.schedule.at(-1.0)
     x = 2 * NOISE.start()
-    answer, _, _ = guided(ORACLE, APG(w, eta=eta, momentum=beta, threshold=radius), x, level, LABELS, None)
+    answer, _, _ = guided(
+        ORACLE, APG(w, eta=eta, momentum=beta, threshold=radius), x, level, LABELS, None
+    )
     cond, uncond = ORACLE(x, level, LABELS).x0, ORACLE(x, level).x0
     theirs = normalized_guidance(
-        cond, uncond, w - 1, MomentumBuffer(beta), eta, radius if math.isfinite(radius) else 0.0, True
+        cond,
+        uncond,
+        w - 1,
+        MomentumBuffer(beta),
+        eta,
+        radius if math.isfinite(radius) else 0.0,
+        True,
     )
     torch.testing.assert_close(answer.x0, theirs, rtol=0, atol=1e-6)
 
@@ -80,7 +98,9 @@ def test_eta_1_without_clip_and_momentum_is_cfg(logsnr):
 
 def test_momentum_differs_from_none_from_the_second_step_on():
     paths = [
-        list(watch(ORACLE, DDIM(), 3 * NOISE.start(), KNOTS, NOISE, APG(4.0, momentum=beta), LABELS))
+        list(
+            watch(ORACLE, DDIM(), 3 * NOISE.start(), KNOTS, NOISE, APG(4.0, momentum=beta), LABELS)
+        )
         for beta in (0.0, -0.5)
     ]
     same = [torch.equal(a.x, b.x) for a, b in zip(*paths, strict=True)]
@@ -89,7 +109,9 @@ def test_momentum_differs_from_none_from_the_second_step_on():
 
 def test_the_radius_bounds_the_update_by_row():
     level, x = ORACLE.process.schedule.at(0.0), 2 * NOISE.start()
-    answer, _, _ = guided(ORACLE, APG(3.0, eta=1.0, momentum=0.0, threshold=0.1), x, level, LABELS, None)
+    answer, _, _ = guided(
+        ORACLE, APG(3.0, eta=1.0, momentum=0.0, threshold=0.1), x, level, LABELS, None
+    )
     cond, uncond = ORACLE(x, level, LABELS).x0, ORACLE(x, level).x0
     expected = 2 * (cond - uncond).norm(dim=1).clamp(max=0.1)
     torch.testing.assert_close((answer.x0 - cond).norm(dim=1), expected, rtol=1e-9, atol=0)
@@ -100,19 +122,30 @@ def test_a_relative_radius_is_the_same_at_each_resolution():
     """Tiling a row k times multiplies its norm by √k; the update stays."""
     record = process(shape=(1, 4, 4))
     level = record.schedule.at(0.0)
-    small = [value[None, None].expand(3, 1, 4, 4) * torch.arange(1, 4)[:, None, None, None] for value in NOISE_PAIR]
+    small = [
+        value[None, None].expand(3, 1, 4, 4) * torch.arange(1, 4)[:, None, None, None]
+        for value in NOISE_PAIR
+    ]
     large = [value.repeat(1, 1, 2, 2) for value in small]
     updates = []
     for cond, ref in (small, large):
         zeros = torch.zeros_like(cond)
-        seen = Seen(zeros, Step(record, level, level, level), Prediction(cond, zeros), (Prediction(ref, zeros),))
+        seen = Seen(
+            zeros,
+            Step(record, level, level, level),
+            Prediction(cond, zeros),
+            (Prediction(ref, zeros),),
+        )
         answer, _ = APG(3.0, momentum=0.0, threshold=0.3, relative=True).guide(seen, None)
         updates.append(answer.x0 - cond)
     torch.testing.assert_close(updates[1], updates[0].repeat(1, 1, 2, 2), rtol=1e-9, atol=1e-12)
     assert updates[0].flatten(1).norm(dim=1).max() <= 2 * 0.3 * 4 + 1e-9
 
 
-NOISE_PAIR = (torch.linspace(-1, 2, 16).double().view(4, 4), torch.linspace(3, -1, 16).double().view(4, 4))
+NOISE_PAIR = (
+    torch.linspace(-1, 2, 16).double().view(4, 4),
+    torch.linspace(3, -1, 16).double().view(4, 4),
+)
 
 
 @pytest.mark.parametrize("eta", (0.0, 0.5, 1.0))
@@ -120,13 +153,22 @@ def test_in_one_dimension_everything_is_parallel(eta):
     """So APG is CFG with w' = 1 + η (w - 1), whose variance is 2^(1-w')."""
     pair, noise = Pair(), Noise(torch.arange(3), (1,), dtype=torch.float64)
     knots, labels = Trailing().knots(pair.process.schedule, 200), torch.zeros(3, dtype=torch.int64)
-    x, _ = run(pair, AlphaBlending(2), noise.start(), knots, noise, APG(3.0, eta=eta, momentum=0.0), labels)
-    torch.testing.assert_close((x / noise.start()) ** 2, torch.full_like(x, 2 ** (-2 * eta)), rtol=2e-4, atol=0)
+    x, _ = run(
+        pair, AlphaBlending(2), noise.start(), knots, noise, APG(3.0, eta=eta, momentum=0.0), labels
+    )
+    torch.testing.assert_close(
+        (x / noise.start()) ** 2, torch.full_like(x, 2 ** (-2 * eta)), rtol=2e-4, atol=0
+    )
 
 
 def test_rows_where_both_predictions_agree_or_are_0_stay_finite():
     level, zero = ORACLE.process.schedule.at(0.0), torch.zeros(2, 2)
-    seen = Seen(zero, Step(ORACLE.process, level, level, level), Prediction(zero, zero), (Prediction(zero, zero),))
+    seen = Seen(
+        zero,
+        Step(ORACLE.process, level, level, level),
+        Prediction(zero, zero),
+        (Prediction(zero, zero),),
+    )
     answer, _ = APG(4.0, threshold=1.0).guide(seen, None)
     assert torch.equal(answer.x0, zero)
     assert torch.equal(answer.eps, zero)
@@ -134,12 +176,17 @@ def test_rows_where_both_predictions_agree_or_are_0_stay_finite():
 
 def test_presets_hold_the_published_radius_and_momentum():
     assert APG.sdxl(9.0) == APG(9.0, eta=0.0, momentum=-0.5, threshold=15.0)
-    rows = Path("docs/guidance.md").read_text().splitlines()  # the others are from memory, and say so
+    rows = (
+        Path("docs/guidance.md").read_text().splitlines()
+    )  # the others are from memory, and say so
     written = {
-        name: (float(r), float(beta)) for _, name, r, beta, *_ in (row.split("|") for row in rows if "`APG." in row)
+        name: (float(r), float(beta))
+        for _, name, r, beta, *_ in (row.split("|") for row in rows if "`APG." in row)
     }
     for name, (r, beta) in written.items():
-        assert getattr(APG, name.strip(" `").removeprefix("APG."))(4.0) == APG(4.0, momentum=beta, threshold=r)
+        assert getattr(APG, name.strip(" `").removeprefix("APG."))(4.0) == APG(
+            4.0, momentum=beta, threshold=r
+        )
     assert len(written) == 5
 
 

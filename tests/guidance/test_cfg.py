@@ -7,14 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from diffcore.denoiser import Denoiser
+from diffcore.core.denoiser import Denoiser
+from diffcore.core.noise import Noise
+from diffcore.core.prediction import Prediction
 from diffcore.guidance import CFG, Seen, Step
-from diffcore.loop import guided, run
-from diffcore.noise import Noise
-from diffcore.prediction import Prediction
 from diffcore.samplers import DDIM, AlphaBlending
+from diffcore.sampling.loop import guided, run
 from diffcore.schedules import Cosine, Explicit, Flow, Trailing
-from tests.oracles import KINDS, SCALINGS, ExactNetwork, Pair, mixture, process
+from tests.helpers.oracles import KINDS, SCALINGS, ExactNetwork, Pair, mixture, process
 
 NOISE = Noise(torch.arange(6), (2,), dtype=torch.float64)
 X, LABELS, NULL = 2 * NOISE.start(), torch.tensor([0, 1, 1, 0, 1, 0]), torch.full((6,), 2)
@@ -30,12 +30,16 @@ def test_guided_is_the_reference_plus_w_times_the_difference_in_x0_and_eps(scali
     for i in range(2):
         expected = reference[i] + w * (conditional[i] - reference[i])
         torch.testing.assert_close(answer[i], expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(level.alpha * answer.x0 + level.sigma * answer.eps, X, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(
+        level.alpha * answer.x0 + level.sigma * answer.eps, X, rtol=1e-11, atol=1e-11
+    )
     assert (memory, evaluations) == ("kept", 2)
 
 
 def test_combine_tells_the_conditional_from_the_reference():
-    one, two = (Prediction(torch.tensor([a]), torch.tensor([b])) for a, b in ((3.0, 5.0), (1.0, 2.0)))
+    one, two = (
+        Prediction(torch.tensor([a]), torch.tensor([b])) for a, b in ((3.0, 5.0), (1.0, 2.0))
+    )
     level = Cosine().at(0.0)
     seen = Seen(torch.zeros(1), Step(process(), level, level, level), one, (two,))
     answer, memory = CFG(2.0).guide(seen, None)
@@ -50,7 +54,9 @@ def test_w_1_is_the_conditional_model_bit_for_bit_at_one_evaluation(condition):
     answer, _, evaluations = guided(denoiser, CFG(1.0), X, level, condition, None)
     assert evaluations == len(network.calls) == 1
     assert len(network.calls[0][0]) == len(X)
-    assert all(torch.equal(a, b) for a, b in zip(answer, denoiser(X, level, condition), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(answer, denoiser(X, level, condition), strict=True)
+    )
 
 
 def test_w_0_is_the_reference_bit_for_bit():
@@ -63,7 +69,14 @@ def test_w_0_is_the_reference_bit_for_bit():
 def test_the_pair_is_one_forward_of_the_conditional_rows_then_the_null_rows():
     oracle = mixture()
     network = ExactNetwork(oracle, oracle.process)
-    guided(Denoiser(network, oracle.process), CFG(3.0), X, oracle.process.schedule.at(0.0), LABELS, None)
+    guided(
+        Denoiser(network, oracle.process),
+        CFG(3.0),
+        X,
+        oracle.process.schedule.at(0.0),
+        LABELS,
+        None,
+    )
     ((x, _, labels),) = network.calls
     assert torch.equal(x, torch.cat((X, X)))
     assert torch.equal(labels, torch.cat((LABELS, NULL)))
@@ -75,7 +88,9 @@ def test_guidance_is_the_same_whatever_the_network_outputs(kind):
     record = process(prediction=kind)
     oracle = mixture(record)
     level = record.schedule.at(-1.0)
-    answer, _, _ = guided(Denoiser(ExactNetwork(oracle, record), record), CFG(3.0), X, level, LABELS, None)
+    answer, _, _ = guided(
+        Denoiser(ExactNetwork(oracle, record), record), CFG(3.0), X, level, LABELS, None
+    )
     expected, _, _ = guided(oracle, CFG(3.0), X, level, LABELS, None)
     torch.testing.assert_close(answer.x0, expected.x0, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(answer.eps, expected.eps, rtol=1e-11, atol=1e-11)
@@ -87,7 +102,9 @@ def test_cfg_on_two_gaussians_has_variance_2_to_the_1_minus_w(w):
     noise = Noise(torch.arange(3), (1,), dtype=torch.float64)
     knots, labels = Trailing().knots(Flow(), 200), torch.zeros(3, dtype=torch.int64)
     x, evaluations = run(Pair(), AlphaBlending(2), noise.start(), knots, noise, CFG(w), labels)
-    torch.testing.assert_close((x / noise.start()) ** 2, torch.full_like(x, 2 ** (1 - w)), rtol=2e-4, atol=0)
+    torch.testing.assert_close(
+        (x / noise.start()) ** 2, torch.full_like(x, 2 ** (1 - w)), rtol=2e-4, atol=0
+    )
     assert evaluations == 400 * (1 if w == 1 else 2)
 
 
@@ -100,7 +117,12 @@ def variance_with_fresh_noise(w, n):
     x, variance = z.flip(0), knots[0].sigma ** 2 + knots[0].alpha ** 2
     for t, s in pairwise(knots):
         prediction, _, _ = guided(Pair(), CFG(w), x, t, labels, None)
-        A, B = DDIM(1.0).advance(DDIM(1.0).start(x, (t, s), unit), prediction, unit).x.flatten().tolist()
+        A, B = (
+            DDIM(1.0)
+            .advance(DDIM(1.0).start(x, (t, s), unit), prediction, unit)
+            .x.flatten()
+            .tolist()
+        )
         variance = A**2 * variance + B**2
     return variance / knots[-1].alpha ** 2
 

@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 
+from diffcore.core.noise import Noise
+from diffcore.core.oracle import GaussianMixture
 from diffcore.guidance import (
     CFG,
     GFCG,
@@ -15,13 +17,20 @@ from diffcore.guidance import (
     minority_levels,
     minority_score,
 )
-from diffcore.loop import guided, run, watch
-from diffcore.noise import Noise
-from diffcore.oracle import GaussianMixture
 from diffcore.samplers import DDIM
-from diffcore.sampling import sample
+from diffcore.sampling.generation import sample
+from diffcore.sampling.loop import guided, run, watch
 from diffcore.schedules import Cosine, Flow, UniformLogSNR
-from tests.oracles import COVARIANCES, MEANS, SCALINGS, WEIGHTS, Pair, gaussian, mixture, process
+from tests.helpers.oracles import (
+    COVARIANCES,
+    MEANS,
+    SCALINGS,
+    WEIGHTS,
+    Pair,
+    gaussian,
+    mixture,
+    process,
+)
 
 ORACLE = mixture()
 LABELS = torch.tensor([0, 1, 1, 0, 1, 0])
@@ -48,7 +57,9 @@ def unconditional(scaling="vp"):
 
 @pytest.mark.parametrize("logsnr", (-4.0, -1.0, 2.0))
 @pytest.mark.parametrize("scaling", SCALINGS)
-def test_an_exact_classifier_at_w_1_makes_the_conditional_prediction_of_the_unconditional_one(scaling, logsnr):
+def test_an_exact_classifier_at_w_1_makes_the_conditional_prediction_of_the_unconditional_one(
+    scaling, logsnr
+):
     """Bayes' rule, and the network need not know classes."""
     oracle = mixture(process(Cosine(scaling=scaling)))
     level = oracle.process.schedule.at(logsnr)
@@ -75,7 +86,9 @@ def test_samples_of_an_unconditional_network_follow_their_labels():
         "condition": LABELS,
         "dtype": torch.float64,
     }
-    by_classifier = sample(unconditional(), guidance=ClassifierGuidance(bayes(ORACLE), 1.0), **arguments)
+    by_classifier = sample(
+        unconditional(), guidance=ClassifierGuidance(bayes(ORACLE), 1.0), **arguments
+    )
     by_network = sample(ORACLE, guidance=CFG(1.0), **arguments)
     torch.testing.assert_close(by_classifier.x, by_network.x, rtol=0, atol=1e-7)
     assert by_classifier.evaluations == 20
@@ -85,8 +98,12 @@ def test_one_label_for_all_and_a_log_probability_are_other_ways_to_say_what_is_w
     level = ORACLE.process.schedule.at(0.0)
     ones = torch.ones(6, dtype=torch.int64)
     wanted, _, _ = guided(ORACLE, ClassifierGuidance(bayes(ORACLE), 2.0), X, level, ones, None)
-    by_label, _, _ = guided(ORACLE, ClassifierGuidance(bayes(ORACLE), 2.0, label=1), X, level, ones, None)
-    log_p = ClassifierGuidance(lambda x, level: bayes(ORACLE)(x, level).log_softmax(1)[:, 1], 2.0, label=0)
+    by_label, _, _ = guided(
+        ORACLE, ClassifierGuidance(bayes(ORACLE), 2.0, label=1), X, level, ones, None
+    )
+    log_p = ClassifierGuidance(
+        lambda x, level: bayes(ORACLE)(x, level).log_softmax(1)[:, 1], 2.0, label=0
+    )
     by_value, _, _ = guided(ORACLE, log_p, X, level, ones, None)
     torch.testing.assert_close(by_label.x0, wanted.x0)
     torch.testing.assert_close(by_value.x0, wanted.x0)
@@ -97,13 +114,19 @@ def test_temperatures_weigh_the_logit_against_the_normalisation(joint, marginal)
     """∇ (τ_1 f_y - logsumexp τ_2 f) = τ_1 ∇f_y - τ_2 Σ_k softmax(τ_2 f)_k ∇f_k, with linear logits f = A x."""
     A = torch.tensor([[1.0, -2.0], [0.5, 3.0], [-1.0, 0.2]], dtype=torch.float64)
     level = ORACLE.process.schedule.at(0.4)
-    rule = ClassifierGuidance(lambda x, level: x @ A.T, 3.0, label=1, joint=joint, marginal=marginal)
+    rule = ClassifierGuidance(
+        lambda x, level: x @ A.T, 3.0, label=1, joint=joint, marginal=marginal
+    )
     answer, _, _ = guided(ORACLE, rule, X, level, LABELS, None)
     p = torch.softmax(marginal * X @ A.T, 1)
     gradient = joint * A[1] - marginal * p @ A
     plain = ORACLE(X, level, LABELS)
-    torch.testing.assert_close(answer.x0, plain.x0 + 3 * level.sigma**2 / level.alpha * gradient, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(answer.eps, plain.eps - 3 * level.sigma * gradient, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        answer.x0, plain.x0 + 3 * level.sigma**2 / level.alpha * gradient, rtol=1e-9, atol=1e-9
+    )
+    torch.testing.assert_close(
+        answer.eps, plain.eps - 3 * level.sigma * gradient, rtol=1e-9, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
@@ -117,7 +140,9 @@ def test_on_the_prediction_of_x0_it_is_exact_for_data_of_the_stated_deviation(sc
         rule = ClassifierGuidance(lambda x0, level: b * x0[:, 0], 1.0, label=0, input="x0")
         answer, _, _ = guided(oracle, rule, x, level, None, None)
         variance = 1 / (1 / 0.25 + (level.alpha / level.sigma) ** 2)  # of x_0 given x
-        torch.testing.assert_close(answer.x0, oracle(x, level).x0 + b * variance, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            answer.x0, oracle(x, level).x0 + b * variance, rtol=1e-9, atol=1e-9
+        )
 
 
 def test_from_pure_noise_a_classifier_of_x_says_nothing_and_one_of_x0_says_the_prior():
@@ -127,7 +152,9 @@ def test_from_pure_noise_a_classifier_of_x_says_nothing_and_one_of_x0_says_the_p
     assert torch.equal(by_x.x0, plain.x0)
     linear = ClassifierGuidance(lambda x0, level: x0.sum(1), 2.0, label=0, input="x0")
     by_x0, _, _ = guided(ORACLE, linear, X, level, LABELS, None)
-    torch.testing.assert_close(by_x0.x0, plain.x0 + 2 * ORACLE.process.sigma_data**2, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        by_x0.x0, plain.x0 + 2 * ORACLE.process.sigma_data**2, rtol=1e-12, atol=1e-12
+    )
 
 
 def test_with_cfg_in_a_sum_both_changes_are_added():
@@ -201,7 +228,15 @@ def test_gfcg_moves_away_from_the_class_last_confused_with_the_wanted_one_by_the
     noise = Noise(torch.arange(3), (2,), dtype=torch.float64)
     knots = UniformLogSNR(-3.0, 3.0).knots(oracle.process.schedule, 4)
     path = list(
-        watch(oracle, DDIM(), 2 * noise.start(), knots, noise, GFCG(lambda x0, level: LOGITS.to(x0), 4.0), labels)
+        watch(
+            oracle,
+            DDIM(),
+            2 * noise.start(),
+            knots,
+            noise,
+            GFCG(lambda x0, level: LOGITS.to(x0), 4.0),
+            labels,
+        )
     )
     assert [len(seen.references) for seen in path] == [0, 1, 1, 1]
     doubt = 1 - LOGITS.softmax(1)[range(3), labels]
@@ -219,7 +254,9 @@ def test_gfcg_needs_no_condition_dropout_and_leaves_sure_rows_alone():
     oracle = GaussianMixture(MEANS, COVARIANCES, WEIGHTS, torch.arange(3), record)
     sure = torch.full((1, 3), -200.0).scatter(1, torch.tensor([[1]]), 200.0)
     arguments = {"steps": 6, "seeds": range(4), "condition": [1] * 4, "dtype": torch.float64}
-    made = sample(oracle, guidance=GFCG(lambda x0, level: sure.expand(len(x0), 3), 5.0), **arguments)
+    made = sample(
+        oracle, guidance=GFCG(lambda x0, level: sure.expand(len(x0), 3), 5.0), **arguments
+    )
     plain = sample(oracle, guidance=CFG(1.0), **arguments)
     torch.testing.assert_close(made.x, plain.x, rtol=0, atol=1e-12)
     assert made.evaluations == made.planned == 11
@@ -233,7 +270,10 @@ def test_gfcg_asks_a_weaker_network_about_the_confused_class():
     knots = UniformLogSNR(-3.0, 3.0).knots(oracle.process.schedule, 3)
     *_, last = watch(oracle, DDIM(), 2 * noise.start(), knots, noise, rule, labels)
     torch.testing.assert_close(
-        last.references[0].x0, weak(last.x, last.step.level, torch.tensor([2, 2, 1])).x0, rtol=1e-9, atol=1e-9
+        last.references[0].x0,
+        weak(last.x, last.step.level, torch.tensor([2, 2, 1])).x0,
+        rtol=1e-9,
+        atol=1e-9,
     )
 
 
@@ -246,8 +286,12 @@ def test_gfcg_refuses_a_classifier_of_other_classes_and_a_network_of_one():
 
 def test_minority_guidance_is_classifier_guidance_towards_a_level_of_the_score():
     level = ORACLE.process.schedule.at(0.0)
-    ours, _, _ = guided(ORACLE, MinorityGuidance(bayes(ORACLE), 2.0, label=1), X, level, LABELS, None)
-    same, _, _ = guided(ORACLE, ClassifierGuidance(bayes(ORACLE), 2.0, label=1), X, level, LABELS, None)
+    ours, _, _ = guided(
+        ORACLE, MinorityGuidance(bayes(ORACLE), 2.0, label=1), X, level, LABELS, None
+    )
+    same, _, _ = guided(
+        ORACLE, ClassifierGuidance(bayes(ORACLE), 2.0, label=1), X, level, LABELS, None
+    )
     assert torch.equal(ours.x0, same.x0)
 
 
@@ -258,7 +302,9 @@ def test_the_minority_score_is_the_error_of_reconstruction_and_its_levels_hold_a
     x0, eps = torch.linspace(-3, 3, 600).double()[:, None], torch.full((600, 1), 0.2).double()
     k = level.alpha / (level.alpha**2 + level.sigma**2)
     scores = minority_score(oracle, x0, eps, level)
-    torch.testing.assert_close(scores, ((1 - k * level.alpha) * x0 - k * level.sigma * eps)[:, 0] ** 2)
+    torch.testing.assert_close(
+        scores, ((1 - k * level.alpha) * x0 - k * level.sigma * eps)[:, 0] ** 2
+    )
     wide = minority_score(ORACLE, 2 * NOISE.start(), NOISE.start(), ORACLE.process.schedule.at(0.0))
     noisy = ORACLE.process.schedule.at(0.0)
     rebuilt = ORACLE((2 * noisy.alpha + noisy.sigma) * NOISE.start(), noisy).x0
@@ -287,11 +333,24 @@ def test_rows_with_the_null_label_are_not_guided():
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        (ClassifierGuidance(lambda x, level: x[:, :1]), r"\(64, 1\), expected \(B,\) or logits of 2 classes"),
-        (ClassifierGuidance(bayes(ORACLE), label=4), r"\(64, 2\), expected \(B,\) or logits of 5 classes"),
+        (
+            ClassifierGuidance(lambda x, level: x[:, :1]),
+            r"\(64, 1\), expected \(B,\) or logits of 2 classes",
+        ),
+        (
+            ClassifierGuidance(bayes(ORACLE), label=4),
+            r"\(64, 2\), expected \(B,\) or logits of 5 classes",
+        ),
         (ClassifierGuidance(lambda x, level: x.sum()), r"answers \(\), expected"),
     ],
 )
 def test_a_classifier_of_too_few_classes_is_refused(rule, message):
     with pytest.raises(ValueError, match=message):
-        sample(ORACLE, grid=UniformLogSNR(), seeds=[1], condition=[1], guidance=rule, dtype=torch.float64)
+        sample(
+            ORACLE,
+            grid=UniformLogSNR(),
+            seeds=[1],
+            condition=[1],
+            guidance=rule,
+            dtype=torch.float64,
+        )

@@ -2,7 +2,14 @@
 
 import pytest
 
-QUICK = ("--sampler=DDIM", "--grid=Trailing", "--steps=4", "--batch-size=2", "--labels=1,2", "--out=x.safetensors")
+QUICK = (
+    "--sampler=DDIM",
+    "--grid=Trailing",
+    "--steps=4",
+    "--batch-size=2",
+    "--labels=1,2",
+    "--out=x.safetensors",
+)
 INTERVAL = ("--guidance", "Interval", "--guidance.rule", "APG", "--guidance.rule.scale", "4")
 RAMP = ("--guidance.scale.noisy=1", "--guidance.scale.clean=3")
 BOUNDS = ("--guidance.low", "0.19", "--guidance.high", "1.61")
@@ -24,11 +31,28 @@ def test_the_line_of_the_issue_samples_and_reports_evaluations_used_and_planned(
             ("CFG", "--guidance.scale=LinearScale", *RAMP),
             7,
         ),
-        (("CFG", "--guidance.scale=2", "--guidance.reference=Label", "--guidance.reference.label=3"), 8),
+        (
+            (
+                "CFG",
+                "--guidance.scale=2",
+                "--guidance.reference=Label",
+                "--guidance.reference.label=3",
+            ),
+            8,
+        ),
         (("CFG", "--guidance.scale=2", "--guidance.reference=PerturbedAttention"), 8),
         (("Rescale", "--guidance.rule=CFG", "--guidance.rule.scale=3", "--guidance.phi=0.5"), 8),
         (("Composed", "--guidance.labels=[3,4]", "--guidance.weights=[1.0,-0.5]"), 16),
-        (("Composed", "--guidance.labels=[3]", "--guidance.weights=[1.0]", "--guidance.scale=CosineScale", *RAMP), 12),
+        (
+            (
+                "Composed",
+                "--guidance.labels=[3]",
+                "--guidance.weights=[1.0]",
+                "--guidance.scale=CosineScale",
+                *RAMP,
+            ),
+            12,
+        ),
         (("CFGPlusPlus", "--guidance.scale=0.5"), 8),
         (("CFGPlusPlus",), 8),  # its own scale, and not the run's
         (("CFG",), 8),  # the run's
@@ -46,16 +70,29 @@ def test_rules_are_named_with_their_options(diffcore, trained, arguments, evalua
 
 def test_a_weaker_network_is_named_by_the_folder_of_its_run(diffcore, trained):
     ended = diffcore(
-        "sample", trained, *QUICK, "--guidance=AutoGuidance", "--guidance.scale=2", f"--guidance.weaker={trained}"
+        "sample",
+        trained,
+        *QUICK,
+        "--guidance=AutoGuidance",
+        "--guidance.scale=2",
+        f"--guidance.weaker={trained}",
     )
     assert ended.status == 0, ended.err
     assert "2 samples of 8 network evaluations" in ended.out
     assert f"Weaker({trained})" in ended.out
 
 
-def test_a_classifier_is_named_by_its_import_path_once_its_module_is_trusted(diffcore, trained, tmp_path):
-    (tmp_path / "here" / "my_classifier.py").write_text("def logits(x, level):\n    return x.flatten(1)[:, :10]\n")
-    line = ("--guidance=ClassifierGuidance", "--guidance.classifier=my_classifier.logits", "--guidance.scale=2")
+def test_a_classifier_is_named_by_its_import_path_once_its_module_is_trusted(
+    diffcore, trained, tmp_path
+):
+    (tmp_path / "here" / "my_classifier.py").write_text(
+        "def logits(x, level):\n    return x.flatten(1)[:, :10]\n"
+    )
+    line = (
+        "--guidance=ClassifierGuidance",
+        "--guidance.classifier=my_classifier.logits",
+        "--guidance.scale=2",
+    )
     ended = diffcore("sample", trained, *QUICK, "--trust=my_classifier", *line)
     assert ended.status == 0, ended.err
     assert "2 samples of 4 network evaluations" in ended.out
@@ -64,16 +101,33 @@ def test_a_classifier_is_named_by_its_import_path_once_its_module_is_trusted(dif
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((*INTERVAL, "--guidance.low=2", "--guidance.high=1"), ("low and high are 2.0 and 1.0", "swap")),
-        (("--guidance=Rescale", "--guidance.rule=CFGPlusPlus"), ("cannot hold CFGPlusPlus", "use CFG")),
-        (("--guidance=AutoGuidance", "--guidance.weaker=nowhere"), ("nowhere", "not a run's folder")),
-        (("--guidance=CFGPlusPlus", "--guidance.scale=0.5", "--sampler=AlphaBlending"), ("first-order", "DDIM")),
+        (
+            (*INTERVAL, "--guidance.low=2", "--guidance.high=1"),
+            ("low and high are 2.0 and 1.0", "swap"),
+        ),
+        (
+            ("--guidance=Rescale", "--guidance.rule=CFGPlusPlus"),
+            ("cannot hold CFGPlusPlus", "use CFG"),
+        ),
+        (
+            ("--guidance=AutoGuidance", "--guidance.weaker=nowhere"),
+            ("nowhere", "not a run's folder"),
+        ),
+        (
+            ("--guidance=CFGPlusPlus", "--guidance.scale=0.5", "--sampler=AlphaBlending"),
+            ("first-order", "DDIM"),
+        ),
         (("--guidance=CFG", "--guidance.scale=.nan"), ("scale is nan",)),
         (("--guidance=CFG", "--guidance.scale=-1"), ("scale is -1",)),
         (("--guidance=CFG", "--guidance.reference=3"), ("reference", "import path")),
         (("--guidance=Interval", "--guidance.rule=3"), ("rule", "import path")),
         (
-            ("--guidance=Rescale", "--guidance.rule=CFG", "--guidance.rule.scale=2", "--guidance.space=epsilon"),
+            (
+                "--guidance=Rescale",
+                "--guidance.rule=CFG",
+                "--guidance.rule.scale=2",
+                "--guidance.space=epsilon",
+            ),
             ("λ = -inf",),
         ),
     ],

@@ -7,12 +7,11 @@ from functools import cache, partial
 import pytest
 import torch
 
-from diffcore.denoiser import Denoiser
+from diffcore.core.denoiser import Denoiser
+from diffcore.core.noise import Noise
+from diffcore.core.prediction import Prediction
+from diffcore.editing.inpainting import RePaint
 from diffcore.guidance import APG, CFG, Interval, Step, Wrapper
-from diffcore.inpainting import RePaint
-from diffcore.loop import run
-from diffcore.noise import Noise
-from diffcore.prediction import Prediction
 from diffcore.samplers import (
     DDIM,
     AdamsBashforth,
@@ -24,9 +23,10 @@ from diffcore.samplers import (
     Restart,
     UniPC,
 )
-from diffcore.sampling import sample, with_levels
+from diffcore.sampling.generation import sample, with_levels
+from diffcore.sampling.loop import run
 from diffcore.schedules import Cosine, Explicit, Karras, Trailing, UniformBlend, UniformLogSNR
-from tests.oracles import ExactNetwork, Pair, flow, mixture, process
+from tests.helpers.oracles import ExactNetwork, Pair, flow, mixture, process
 
 ORACLE, SEEDS, LABELS = mixture(), range(48), [0, 1] * 24
 RULE = Interval(CFG(4.0), sigma=(0.19, 1.61))
@@ -56,7 +56,9 @@ class StepFraction(Wrapper):
         return self.rule.asks(step, memory) if self.inside(step) else ()
 
     def guide(self, seen, memory):
-        return self.rule.guide(seen, memory) if self.inside(seen.step) else (seen.conditional, memory)
+        return (
+            self.rule.guide(seen, memory) if self.inside(seen.step) else (seen.conditional, memory)
+        )
 
     def inside(self, step):
         return self.start <= step.index / step.total < self.stop
@@ -64,7 +66,15 @@ class StepFraction(Wrapper):
 
 def draw(rule, grid, n, sampler=AlphaBlending(2)):
     return sample(
-        ORACLE, sampler, grid, n, seeds=SEEDS, condition=LABELS, guidance=rule, dtype=torch.float64, batch_size=48
+        ORACLE,
+        sampler,
+        grid,
+        n,
+        seeds=SEEDS,
+        condition=LABELS,
+        guidance=rule,
+        dtype=torch.float64,
+        batch_size=48,
     )
 
 
@@ -74,7 +84,9 @@ def exact():
     rows = torch.tensor(LABELS)
     x = Noise(torch.tensor(SEEDS), (2,), dtype=torch.float64).start()
     for w, *ends in ((1.0, -math.inf, 1.61), (4.0, 1.61, 0.19), (1.0, 0.19, math.inf)):
-        start, end = (ORACLE.process.schedule.at(-2 * math.log(e) if 0 < e < math.inf else e) for e in ends)
+        start, end = (
+            ORACLE.process.schedule.at(-2 * math.log(e) if 0 < e < math.inf else e) for e in ends
+        )
         x = flow(partial(cfg, w, rows), x, start, end)
     return x
 
@@ -137,7 +149,9 @@ def test_a_step_within_the_bounds_is_guided_whichever_way_it_goes(rising):
     pairs = list(zip(levels, levels[1:], strict=False))
     record = process()
     modes = [
-        bool(RULE.asks(Step(record, a, *((b, a) if rising else (a, b))), None))  # asked about anywhere in it
+        bool(
+            RULE.asks(Step(record, a, *((b, a) if rising else (a, b))), None)
+        )  # asked about anywhere in it
         for a, b in pairs
     ]
     assert modes == [False, True, True, False]
@@ -147,7 +161,9 @@ def test_the_two_evaluations_of_a_midpoint_step_are_of_one_mode():
     """Of the step from 2 to 1.5 the middle is inside (., 1.8], and the step is not; knots are chosen so by hand."""
     record = process()
     network = ExactNetwork(mixture(record), record)
-    knots = Explicit(tuple(-2 * math.log(r) for r in (4.0, 2.0, 1.5, 0.5))).knots(record.schedule, 3)
+    knots = Explicit(tuple(-2 * math.log(r) for r in (4.0, 2.0, 1.5, 0.5))).knots(
+        record.schedule, 3
+    )
     noise = Noise(torch.arange(3), (2,), dtype=torch.float64)
     rule = Interval(CFG(2.0), sigma=(0.1, 1.8))
     run(
@@ -182,9 +198,9 @@ def test_sigma_is_of_the_process_or_of_data_of_a_stated_deviation(sigma_data):
 def test_bounds_of_sigma_and_of_logsnr_are_one_interval():
     by_sigma = Interval(CFG(4.0), sigma=(math.exp(-1.5), math.exp(0.5)))
     by_logsnr = Interval(CFG(4.0), logsnr=(-1.0, 3.0))
-    assert torch.equal(draw(by_sigma, Karras(), 8).x, draw(by_logsnr, Karras(), 8).x) or torch.allclose(
-        draw(by_sigma, Karras(), 8).x, draw(by_logsnr, Karras(), 8).x, atol=1e-12
-    )
+    assert torch.equal(
+        draw(by_sigma, Karras(), 8).x, draw(by_logsnr, Karras(), 8).x
+    ) or torch.allclose(draw(by_sigma, Karras(), 8).x, draw(by_logsnr, Karras(), 8).x, atol=1e-12)
 
 
 def test_the_ways_to_write_an_interval_are_one_value():
@@ -198,19 +214,26 @@ def test_nested_intervals_are_their_intersection():
     one = Interval(CFG(3.0), sigma=(0.4, 1.0))
     grid = Explicit(tuple(-2 * math.log(r) for r in (9.0, 5.0, 2.0, 1.0, 0.6, 0.4, 0.2, 0.1, 0.02)))
     assert torch.equal(draw(both, grid, 8).x, draw(one, grid, 8).x)
-    assert both.levels(process()) == pytest.approx([-2 * math.log(bound) for bound in (5.0, 0.4, 1.0, 0.1)])
+    assert both.levels(process()) == pytest.approx(
+        [-2 * math.log(bound) for bound in (5.0, 0.4, 1.0, 0.1)]
+    )
 
 
 def test_exact_variance_of_an_interval_on_two_gaussians():
     """The flow of y = x/α multiplies y by √(v+u²) ratios: inside it is CFG's, outside the conditional one."""
     low, high, w = 0.3, 2.0, 3.0
-    noise, labels = Noise(torch.arange(3), (1,), dtype=torch.float64), torch.zeros(3, dtype=torch.int64)
+    noise, labels = (
+        Noise(torch.arange(3), (1,), dtype=torch.float64),
+        torch.zeros(3, dtype=torch.int64),
+    )
     pair = Pair()
     rule = Interval(CFG(w), sigma=(low, high))
     knots = with_levels(Trailing().knots(pair.process.schedule, 200), rule.levels(pair.process))
     x, _ = run(pair, AlphaBlending(2), noise.start(), knots, noise, rule, labels)
     ratio = (1 + low**2) * (2 + high**2) / ((1 + high**2) * (2 + low**2))
-    torch.testing.assert_close((x / noise.start()) ** 2, torch.full_like(x, ratio ** (w - 1)), rtol=2e-4, atol=0)
+    torch.testing.assert_close(
+        (x / noise.start()) ** 2, torch.full_like(x, ratio ** (w - 1)), rtol=2e-4, atol=0
+    )
 
 
 @pytest.mark.parametrize(
@@ -250,7 +273,10 @@ MULTISTEP = (
 @pytest.mark.parametrize("sampler", MULTISTEP, ids=str)
 def test_no_polynomial_goes_through_both_sides_of_a_bound(sampler):
     """Where knots lie close to a bound, at 32 and 64 steps, an extrapolation across it would miss by tenths."""
-    errors = [(draw(RULE, UniformBlend(1.25, 0.5), n, sampler).x - fine()).norm(dim=1).median() for n in (32, 64)]
+    errors = [
+        (draw(RULE, UniformBlend(1.25, 0.5), n, sampler).x - fine()).norm(dim=1).median()
+        for n in (32, 64)
+    ]
     assert errors[1] < errors[0] / 3
     assert errors[1] < 3e-3
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from diffcore.denoiser import Denoiser
+from diffcore.core.denoiser import Denoiser
+from diffcore.core.noise import Noise
 from diffcore.guidance import (
     APG,
     CFG,
@@ -22,12 +23,21 @@ from diffcore.guidance import (
     networks,
 )
 from diffcore.guidance.reference import Query, answers
-from diffcore.loop import guided, run
-from diffcore.noise import Noise
 from diffcore.samplers import AlphaBlending
-from diffcore.sampling import sample
+from diffcore.sampling.generation import sample
+from diffcore.sampling.loop import guided, run
 from diffcore.schedules import Cosine, Flow, Trailing
-from tests.oracles import COVARIANCES, MEANS, WEIGHTS, ExactNetwork, GaussianMixture, Pair, gaussian, mixture, process
+from tests.helpers.oracles import (
+    COVARIANCES,
+    MEANS,
+    WEIGHTS,
+    ExactNetwork,
+    GaussianMixture,
+    Pair,
+    gaussian,
+    mixture,
+    process,
+)
 
 RECORD = process()
 ORACLE = mixture(RECORD)
@@ -55,7 +65,9 @@ def test_a_negative_label_is_the_reference_and_needs_no_dropout(label):
 @pytest.mark.parametrize("schedule", (Cosine(), Flow(), Cosine(scaling="ve")), ids=str)
 def test_autoguidance_moves_away_from_a_weaker_network_whatever_it_was_trained_on(schedule):
     """Levels are matched in λ and x is rescaled, so one distribution on another schedule gives one answer."""
-    answer, _, asked = guided(ORACLE, AutoGuidance(2.1, weak_of(process(schedule))), X, LEVEL, LABELS, None)
+    answer, _, asked = guided(
+        ORACLE, AutoGuidance(2.1, weak_of(process(schedule))), X, LEVEL, LABELS, None
+    )
     c, w = ORACLE(X, LEVEL, LABELS), weak_of(RECORD)(X, LEVEL, LABELS)
     torch.testing.assert_close(answer.x0, w.x0 + 2.1 * (c.x0 - w.x0), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(answer.eps, w.eps + 2.1 * (c.eps - w.eps), rtol=1e-9, atol=1e-9)
@@ -65,21 +77,44 @@ def test_autoguidance_moves_away_from_a_weaker_network_whatever_it_was_trained_o
 def test_autoguidance_at_pure_noise_matches_by_sigma():
     level = Flow().level(1.0)
     answer, _, _ = guided(
-        mixture(process(Flow())), AutoGuidance(2.0, weak_of(process(Cosine()))), X, level, LABELS, None
+        mixture(process(Flow())),
+        AutoGuidance(2.0, weak_of(process(Cosine()))),
+        X,
+        level,
+        LABELS,
+        None,
     )
     assert answer.x0.isfinite().all()
-    same, _, _ = guided(mixture(process(Flow())), AutoGuidance(2.0, weak_of(process(Flow()))), X, level, LABELS, None)
+    same, _, _ = guided(
+        mixture(process(Flow())),
+        AutoGuidance(2.0, weak_of(process(Flow()))),
+        X,
+        level,
+        LABELS,
+        None,
+    )
     torch.testing.assert_close(answer.x0, same.x0)
 
 
 def test_autoguidance_needs_no_condition_and_on_two_gaussians_has_the_variance_of_cfg():
     """2^(1-w), with N(0, 1) against N(0, 2)."""
-    record, noise = process(Flow(), shape=(1,), classes=0), Noise(torch.arange(3), (1,), dtype=torch.float64)
+    record, noise = (
+        process(Flow(), shape=(1,), classes=0),
+        Noise(torch.arange(3), (1,), dtype=torch.float64),
+    )
     good, bad = (gaussian([0.0], torch.tensor([[v]]), record) for v in (1.0, 2.0))
     x, used = run(
-        good, AlphaBlending(2), noise.start(), Trailing().knots(Flow(), 200), noise, AutoGuidance(3.0, bad), None
+        good,
+        AlphaBlending(2),
+        noise.start(),
+        Trailing().knots(Flow(), 200),
+        noise,
+        AutoGuidance(3.0, bad),
+        None,
     )
-    torch.testing.assert_close((x / noise.start()) ** 2, torch.full_like(x, 0.25), rtol=2e-4, atol=0)
+    torch.testing.assert_close(
+        (x / noise.start()) ** 2, torch.full_like(x, 0.25), rtol=2e-4, atol=0
+    )
     assert used == 800
 
 
@@ -113,7 +148,9 @@ def test_answers_come_in_the_order_of_the_queries():
     for rows in (0, 4):
         found = answers(queries, X, LEVEL, rows)
         for query, answer in zip(queries, found, strict=True):
-            torch.testing.assert_close(answer.x0, query.denoiser(X, LEVEL, query.condition).x0, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(
+                answer.x0, query.denoiser(X, LEVEL, query.condition).x0, rtol=1e-12, atol=1e-12
+            )
 
 
 def test_composed_is_the_weighted_sum_of_conditions_and_negation_is_a_negative_weight():
@@ -138,15 +175,22 @@ def test_composed_of_gaussians_is_the_score_of_their_product():
 
     x = torch.linspace(-2, 2, 4).double()[:, None]
     answer, _, _ = guided(
-        Shifted(), Composed((1,), (-0.5,), 1.5), x, Flow().at(0.3), torch.zeros(4, dtype=torch.int64), None
+        Shifted(),
+        Composed((1,), (-0.5,), 1.5),
+        x,
+        Flow().at(0.3),
+        torch.zeros(4, dtype=torch.int64),
+        None,
     )
-    expected = gaussian_prediction(x, Flow().at(0.3), torch.full((4, 1), 1.5 * 1.0 + 0.5 * 2.0).double())
+    expected = gaussian_prediction(
+        x, Flow().at(0.3), torch.full((4, 1), 1.5 * 1.0 + 0.5 * 2.0).double()
+    )
     torch.testing.assert_close(answer.x0, expected.x0, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(answer.eps, expected.eps, rtol=1e-10, atol=1e-10)
 
 
 def gaussian_prediction(x, level, m):
-    from diffcore.prediction import Prediction
+    from diffcore.core.prediction import Prediction
 
     total = level.alpha**2 + level.sigma**2
     y = x - level.alpha * m
@@ -157,17 +201,29 @@ def gaussian_prediction(x, level, m):
     ("fields", "rule", "condition", "message"),
     [
         ({}, CFG(2.0), None, r"CFG\(.*needs a condition.*--labels"),
-        ({"dropout": 0.0}, Interval(APG(2.0)), [0], r"without condition dropout.*CFG\(1\.0\).*Label, Weaker"),
+        (
+            {"dropout": 0.0},
+            Interval(APG(2.0)),
+            [0],
+            r"without condition dropout.*CFG\(1\.0\).*Label, Weaker",
+        ),
         ({}, CFG(2.0, Label(5)), [0], "label 5.*2 classes"),
         ({}, Composed((2,), (1.0,)), [0], "label 2.*2 classes"),
         ({}, AutoGuidance(2.0, "runs/weak"), [0], r"names the run 'runs/weak'.*denoiser\(\)"),
         ({}, AutoGuidance(2.0, Pair()), [0], r"shapes \(2,\) and \(1,\)"),
         ({}, AutoGuidance(2.0, weak_of(process(classes=3))), [0], "2 and 3 classes"),
-        ({}, GFCG(lambda x0, level: x0, 2.0, "runs/weak"), [0], r"names the run 'runs/weak'.*denoiser\(\)"),
+        (
+            {},
+            GFCG(lambda x0, level: x0, 2.0, "runs/weak"),
+            [0],
+            r"names the run 'runs/weak'.*denoiser\(\)",
+        ),
         ({}, GFCG(lambda x0, level: x0, 2.0, Pair()), [0], r"GFCG.*shapes \(2,\) and \(1,\)"),
     ],
 )
-def test_a_reference_that_is_not_possible_is_refused_before_the_first_call(fields, rule, condition, message):
+def test_a_reference_that_is_not_possible_is_refused_before_the_first_call(
+    fields, rule, condition, message
+):
     record = process(**fields)
     network = ExactNetwork(mixture(record), record)
     with pytest.raises(ValueError, match=message) as caught:
@@ -229,21 +285,30 @@ class Dropping(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "rule", (lambda weak: AutoGuidance(2.0, weak), lambda weak: Sum((CFG(2.0), Rescale(CFG(3.0, Weaker(weak))))))
+    "rule",
+    (
+        lambda weak: AutoGuidance(2.0, weak),
+        lambda weak: Sum((CFG(2.0), Rescale(CFG(3.0, Weaker(weak))))),
+    ),
 )
 def test_a_weaker_network_is_asked_without_its_dropout_and_trains_on_afterwards(rule):
     weak = Denoiser(Dropping(), RECORD)
     assert weak.training
     assert list(networks(rule(weak))) == [weak]
     torch.manual_seed(0)
-    made = [sample(ORACLE, steps=3, seeds=[1, 2], condition=[0, 1], guidance=rule(weak)).x for _ in range(2)]
+    made = [
+        sample(ORACLE, steps=3, seeds=[1, 2], condition=[0, 1], guidance=rule(weak)).x
+        for _ in range(2)
+    ]
     assert torch.equal(*made)
     assert weak.training
     assert weak.network.dropout.training
 
 
 def test_runs_named_by_their_folder_are_loaded_wherever_they_are():
-    rule = Interval(Sum((AutoGuidance(2.0, "weak"), APG(3.0, Weaker("other")), CFG(2.0))), sigma=(0.1, 1.0))
+    rule = Interval(
+        Sum((AutoGuidance(2.0, "weak"), APG(3.0, Weaker("other")), CFG(2.0))), sigma=(0.1, 1.0)
+    )
     asked = []
 
     def load(folder):
@@ -251,7 +316,9 @@ def test_runs_named_by_their_folder_are_loaded_wherever_they_are():
         return ORACLE
 
     ready = loaded(rule, load)
-    expected = Interval(Sum((AutoGuidance(2.0, ORACLE), APG(3.0, Weaker(ORACLE)), CFG(2.0))), sigma=(0.1, 1.0))
+    expected = Interval(
+        Sum((AutoGuidance(2.0, ORACLE), APG(3.0, Weaker(ORACLE)), CFG(2.0))), sigma=(0.1, 1.0)
+    )
     assert ready == expected
     assert asked == ["weak", "other"]
     assert loaded(CFG(2.0), load) == CFG(2.0)

@@ -6,15 +6,15 @@ import pytest
 import torch
 from diffusers.guiders.guider_utils import rescale_noise_cfg
 
-from diffcore.denoiser import Denoiser
+from diffcore.core.denoiser import Denoiser
+from diffcore.core.noise import Noise
+from diffcore.core.prediction import Prediction
 from diffcore.guidance import CFG, ClassifierGuidance, Interval, Rescale, Seen, Step
-from diffcore.loop import guided, run
-from diffcore.noise import Noise
-from diffcore.prediction import Prediction
 from diffcore.samplers import AlphaBlending
-from diffcore.sampling import sample, with_levels
+from diffcore.sampling.generation import sample, with_levels
+from diffcore.sampling.loop import guided, run
 from diffcore.schedules import Trailing
-from tests.oracles import KINDS, ExactNetwork, Pair, mixture, process
+from tests.helpers.oracles import KINDS, ExactNetwork, Pair, mixture, process
 
 NOISE = Noise(torch.arange(6), (2,), dtype=torch.float64)
 X, LABELS, NULL = 2 * NOISE.start(), torch.tensor([0, 1, 1, 0, 1, 0]), torch.full((6,), 2)
@@ -48,8 +48,13 @@ def test_a_stated_space_does_not_depend_on_the_network():
     answers = []
     for kind in KINDS:
         record = process(prediction=kind)
-        network, level = Denoiser(ExactNetwork(mixture(record), record), record), record.schedule.at(0.5)
-        answers.append(guided(network, Rescale(CFG(6.0), space="v_prediction"), X, level, LABELS, None)[0].x0)
+        network, level = (
+            Denoiser(ExactNetwork(mixture(record), record), record),
+            record.schedule.at(0.5),
+        )
+        answers.append(
+            guided(network, Rescale(CFG(6.0), space="v_prediction"), X, level, LABELS, None)[0].x0
+        )
     for answer in answers:
         torch.testing.assert_close(answer, answers[0], rtol=0, atol=1e-9)
 
@@ -58,7 +63,9 @@ def test_phi_1_gives_each_row_the_deviation_of_the_conditional_output():
     oracle = mixture(process(prediction="sample"))
     level = oracle.process.schedule.at(-1.0)
     answer, _, _ = guided(oracle, Rescale(CFG(9.0), 1.0), X, level, LABELS, None)
-    torch.testing.assert_close(answer.x0.std(1), oracle(X, level, LABELS).x0.std(1), rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        answer.x0.std(1), oracle(X, level, LABELS).x0.std(1), rtol=1e-9, atol=0
+    )
 
 
 def test_a_constant_row_is_left_as_it_is():
@@ -66,7 +73,9 @@ def test_a_constant_row_is_left_as_it_is():
     level = record.schedule.at(0.0)
     cond, ref = torch.tensor([[1.0, 3.0], [1.0, 2.0]]), torch.tensor([[0.0, 4.0], [0.0, 1.0]])
     zero = torch.zeros_like(cond)
-    seen = Seen(zero, Step(record, level, level, level), Prediction(cond, zero), (Prediction(ref, zero),))
+    seen = Seen(
+        zero, Step(record, level, level, level), Prediction(cond, zero), (Prediction(ref, zero),)
+    )
     answer, _ = Rescale(CFG(2.0), 1.0).guide(seen, None)  # 2 (1, 3) - (0, 4) = (2, 2): no deviation
     torch.testing.assert_close(answer.x0, torch.tensor([[2.0, 2.0], [2.0, 3.0]]))
 
@@ -81,7 +90,10 @@ def test_outside_an_interval_inside_it_nothing_is_rescaled():
 
 def test_phi_1_on_centred_gaussians_of_equal_shape_is_the_conditional_model():
     """There every output is a multiple of x, so the size is all that guidance changes. Two dimensions, variances 1 and 2."""
-    noise, labels = Noise(torch.arange(3), (1,), dtype=torch.float64), torch.zeros(3, dtype=torch.int64)
+    noise, labels = (
+        Noise(torch.arange(3), (1,), dtype=torch.float64),
+        torch.zeros(3, dtype=torch.int64),
+    )
     pair = Pair()
 
     class Twice:
@@ -106,7 +118,9 @@ def test_phi_1_on_centred_gaussians_of_equal_shape_is_the_conditional_model():
     assert agree < (guided_alone - plain).norm() / plain.norm() / 3
 
 
-@pytest.mark.parametrize("rule", (CFG(3.0), ClassifierGuidance(lambda x, level: x, 2.0, input="x0")), ids=("cfg", "x0"))
+@pytest.mark.parametrize(
+    "rule", (CFG(3.0), ClassifierGuidance(lambda x, level: x, 2.0, input="x0")), ids=("cfg", "x0")
+)
 def test_eps_at_pure_noise_and_x0_at_clean_data_cannot_be_rescaled(rule):
     """There x_0 is (x - σ ε)/α with α = 0, and ε is (x - α x_0)/σ with σ = 0."""
     arguments = {"steps": 3, "seeds": [1], "condition": [0], "batch_size": 1}
@@ -116,12 +130,24 @@ def test_eps_at_pure_noise_and_x0_at_clean_data_cannot_be_rescaled(rule):
     assert sample(mixture(), guidance=late, **arguments).x.isfinite().all()
     *_, noisy, clean = Trailing().knots(process().schedule, 3)
     with pytest.raises(ValueError, match="works on sample"):
-        run(mixture(), AlphaBlending(1), X, (clean, noisy), NOISE, Rescale(CFG(3.0), space="sample"), LABELS)
+        run(
+            mixture(),
+            AlphaBlending(1),
+            X,
+            (clean, noisy),
+            NOISE,
+            Rescale(CFG(3.0), space="sample"),
+            LABELS,
+        )
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"phi": -0.1}, "phi is -0.1"), ({"phi": math.nan}, "phi is nan"), ({"space": "score"}, "space is 'score'")],
+    [
+        ({"phi": -0.1}, "phi is -0.1"),
+        ({"phi": math.nan}, "phi is nan"),
+        ({"space": "score"}, "space is 'score'"),
+    ],
     ids=str,
 )
 def test_wrong_settings_are_refused(arguments, message):

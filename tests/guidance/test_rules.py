@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffcore.denoiser import Denoiser
+from diffcore.core.denoiser import Denoiser
+from diffcore.core.noise import Noise
 from diffcore.guidance import (
     APG,
     CFG,
@@ -30,13 +31,20 @@ from diffcore.guidance import (
     Step,
     Sum,
 )
-from diffcore.loop import guided, planned, watch
-from diffcore.noise import Noise
+from diffcore.io.specs import build, spec
 from diffcore.samplers import DDIM, AlphaBlending
-from diffcore.sampling import sample
+from diffcore.sampling.generation import sample
+from diffcore.sampling.loop import guided, planned, watch
 from diffcore.schedules import Cosine, Explicit, Trailing, UniformLogSNR
-from diffcore.spec import build, spec
-from tests.oracles import COVARIANCES, KINDS, MEANS, ExactNetwork, GaussianMixture, mixture, process
+from tests.helpers.oracles import (
+    COVARIANCES,
+    KINDS,
+    MEANS,
+    ExactNetwork,
+    GaussianMixture,
+    mixture,
+    process,
+)
 
 SEEDS, LABELS, STEPS = (3, 1, 4, 15, 9), torch.tensor([0, 1, 1, 0, 1]), 6
 GRID = UniformLogSNR(-5.0, 5.0)
@@ -101,13 +109,17 @@ def test_rows_do_not_depend_on_each_other(rule):
     """AdaptiveGuidance stops each row by its own cosine."""
     together = draw(rule).x
     for i, (seed, label) in enumerate(zip(SEEDS, LABELS, strict=True)):
-        torch.testing.assert_close(draw(rule, seeds=[seed], labels=label[None]).x[0], together[i], rtol=0, atol=1e-11)
+        torch.testing.assert_close(
+            draw(rule, seeds=[seed], labels=label[None]).x[0], together[i], rtol=0, atol=1e-11
+        )
 
 
 def path(rule, seed):
     """What the rule sees in a run of one seed."""
     knots, noise = knots_for(rule), Noise(torch.tensor([seed]), (2,), dtype=torch.float64)
-    return watch(ORACLE, DDIM(), noise.first_sample(knots[0], 0.5), knots, noise, rule, torch.tensor([1]))
+    return watch(
+        ORACLE, DDIM(), noise.first_sample(knots[0], 0.5), knots, noise, rule, torch.tensor([1])
+    )
 
 
 @every_rule
@@ -116,7 +128,9 @@ def test_runs_do_not_leak_into_each_other(rule):
     together = list(zip(path(rule, 7), path(rule, 8), strict=True))
     for own, seed in enumerate((7, 8)):
         alone = list(path(rule, seed))
-        assert all(torch.equal(seen[own].x, other.x) for seen, other in zip(together, alone, strict=True))
+        assert all(
+            torch.equal(seen[own].x, other.x) for seen, other in zip(together, alone, strict=True)
+        )
 
 
 @every_rule
@@ -186,7 +200,16 @@ def test_calls_of_any_number_of_rows_give_the_same_samples(rule, rows):
 
 @every_rule
 def test_a_rule_works_from_pure_noise_in_single_precision(rule):
-    x = sample(ORACLE, DDIM(), Trailing(), STEPS, seeds=SEEDS, condition=LABELS, guidance=rule, batch_size=5).x
+    x = sample(
+        ORACLE,
+        DDIM(),
+        Trailing(),
+        STEPS,
+        seeds=SEEDS,
+        condition=LABELS,
+        guidance=rule,
+        batch_size=5,
+    ).x
     assert x.dtype == torch.float32
     assert x.isfinite().all()
 
@@ -206,7 +229,11 @@ class Holder:
 
 
 ONE = [CFG, APG, partial(CFGZeroStar, zero_init=0), lambda w: Interval(APG(w), sigma=(0.1, 9.0))]
-ONE += [lambda w: Rescale(CFG(w)), lambda w: AdaptiveGuidance(CFG(w)), lambda w: AutoGuidance(w, WEAKER)]
+ONE += [
+    lambda w: Rescale(CFG(w)),
+    lambda w: AdaptiveGuidance(CFG(w)),
+    lambda w: AutoGuidance(w, WEAKER),
+]
 ONE += [lambda w: Sum((CFG(w), APG(w)))]
 ONE += [lambda w: CFG(lambda logsnr: w), lambda w: CFG(w, Label(1)), lambda w: GFCG(classifier, w)]
 
@@ -219,7 +246,14 @@ def test_w_1_is_the_conditional_model_bit_for_bit_at_one_evaluation(make):
     grid = Explicit(tuple(knot.logsnr for knot in made.knots))
     steps = len(made.knots) - 1
     plain = sample(
-        ORACLE, AlphaBlending(2), grid, steps, seeds=SEEDS, condition=LABELS, batch_size=5, dtype=torch.float64
+        ORACLE,
+        AlphaBlending(2),
+        grid,
+        steps,
+        seeds=SEEDS,
+        condition=LABELS,
+        batch_size=5,
+        dtype=torch.float64,
     )
     assert made.evaluations == made.planned == len(network.calls) == 2 * steps
     torch.testing.assert_close(made.x, plain.x, rtol=0, atol=1e-10)
@@ -269,7 +303,12 @@ PAIRS = [(outer, inner) for outer in NEUTRAL for inner in RULES]
 
 def test_the_guide_says_of_every_pair_what_is_true():
     head, _, *rows = (
-        row for row in Path("docs/guidance.md").read_text().split("| inside |")[1].split("\n\n")[0].splitlines()
+        row
+        for row in Path("docs/guidance.md")
+        .read_text()
+        .split("| inside |")[1]
+        .split("\n\n")[0]
+        .splitlines()
     )
     outers = [cell.strip(" `") for cell in head.split("|") if cell.strip()]
     said = {
@@ -278,7 +317,9 @@ def test_the_guide_says_of_every_pair_what_is_true():
         for outer, cell in zip(outers, cells[1:], strict=True)
     }
     names = {type(rule).__name__ for rule in RULES.values()}
-    assert said == {(o, i): "refused" if (o, i) in REFUSED else "yes" for o in NEUTRAL for i in names}
+    assert said == {
+        (o, i): "refused" if (o, i) in REFUSED else "yes" for o in NEUTRAL for i in names
+    }
 
 
 @pytest.mark.parametrize(("outer", "inner"), PAIRS)
@@ -299,7 +340,9 @@ def test_every_pair_composes_or_is_refused_at_construction(outer, inner):
 def test_a_plan_counts_every_reference_of_every_evaluation():
     """Two evaluations a step by the midpoint rule, of which one step in (0.5, 2] asks twice, and so on."""
     knots = UniformLogSNR(-4.0, 4.0).knots(RECORD.schedule, 5)  # σ/α = 7.4, 2.7, 1, 0.37, 0.14, 0
-    assert planned(RECORD, AlphaBlending(2), knots, Interval(CFG(2.0), sigma=(0.3, 3.0))) == 2 * (1 + 2 + 2 + 2 + 1)
+    assert planned(RECORD, AlphaBlending(2), knots, Interval(CFG(2.0), sigma=(0.3, 3.0))) == 2 * (
+        1 + 2 + 2 + 2 + 1
+    )
     assert planned(RECORD, DDIM(), knots, Composed((0, 1), (1.0, 1.0))) == 5 * 4
     assert planned(RECORD, DDIM(), knots, GFCG(classifier)) == 1 + 4 * 2
 

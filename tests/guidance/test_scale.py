@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 
+from diffcore.core.noise import Noise
 from diffcore.guidance import (
     APG,
     CFG,
@@ -20,12 +21,11 @@ from diffcore.guidance import (
     Step,
 )
 from diffcore.guidance.gfcg import Confusion
-from diffcore.loop import guided, run
-from diffcore.noise import Noise
 from diffcore.samplers import AlphaBlending
-from diffcore.sampling import sample
+from diffcore.sampling.generation import sample
+from diffcore.sampling.loop import guided, run
 from diffcore.schedules import Trailing
-from tests.oracles import Pair, mixture
+from tests.helpers.oracles import Pair, mixture
 
 LABELS = torch.tensor([0, 1, 1])
 X = 2 * Noise(torch.arange(3), (2,), dtype=torch.float64).start()
@@ -36,7 +36,10 @@ X = 2 * Noise(torch.arange(3), (2,), dtype=torch.float64).start()
     [
         (ConstantScale(2.5), [2.5] * 7),
         (LinearScale(1.0, 5.0, -4.0, 4.0), [1.0, 1.0, 2.0, 3.0, 4.0, 5.0, 5.0]),
-        (CosineScale(5.0, 1.0, -4.0, 4.0), [5.0, 5.0, 5 - 4 * (1 - math.sqrt(0.5)) / 2, 3.0, None, 1.0, 1.0]),
+        (
+            CosineScale(5.0, 1.0, -4.0, 4.0),
+            [5.0, 5.0, 5 - 4 * (1 - math.sqrt(0.5)) / 2, 3.0, None, 1.0, 1.0],
+        ),
     ],
     ids=str,
 )
@@ -62,9 +65,14 @@ def test_a_schedule_is_its_value_at_the_level(rule, logsnr):
     oracle, scale = mixture(), LinearScale(0.2, 0.6, -4.0, 4.0)
     schedule = oracle.process.schedule
     start, level, end = schedule.at(-3.0), schedule.at(logsnr), schedule.at(3.0)
-    step, memory = Step(oracle.process, level, start, end, 1, 3), Confusion(1 - LABELS, torch.ones(3))
+    step, memory = (
+        Step(oracle.process, level, start, end, 1, 3),
+        Confusion(1 - LABELS, torch.ones(3)),
+    )
     results = [
-        guided(oracle, rule(w), X, level, LABELS, memory if rule is EVERY["GFCG"] else None, step)[0].x0
+        guided(oracle, rule(w), X, level, LABELS, memory if rule is EVERY["GFCG"] else None, step)[
+            0
+        ].x0
         for w in (scale, scale(logsnr), scale(logsnr) + 0.1)
     ]
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
@@ -94,10 +102,15 @@ def test_exact_variance_with_a_scale_over_lambda_on_two_gaussians():
         return (scale(logsnr) - 1) * (v / (1 + v) - v / (2 + v))
 
     expected = math.exp(-quad(rate, -40, 40, points=[-3, 3], limit=200)[0])
-    noise, labels = Noise(torch.arange(3), (1,), dtype=torch.float64), torch.zeros(3, dtype=torch.int64)
+    noise, labels = (
+        Noise(torch.arange(3), (1,), dtype=torch.float64),
+        torch.zeros(3, dtype=torch.int64),
+    )
     knots = Trailing().knots(pair.process.schedule, 200)
     x, _ = run(pair, AlphaBlending(2), noise.start(), knots, noise, CFG(scale), labels)
-    torch.testing.assert_close((x / noise.start()) ** 2, torch.full_like(x, expected), rtol=3e-4, atol=0)
+    torch.testing.assert_close(
+        (x / noise.start()) ** 2, torch.full_like(x, expected), rtol=3e-4, atol=0
+    )
 
 
 @pytest.mark.parametrize("value", (-1.0, math.nan, math.inf))
@@ -119,7 +132,9 @@ def test_wrong_scales_are_refused_at_construction_or_before_the_first_step(value
             make(abs)
 
 
-@pytest.mark.parametrize(("low", "high"), [(1.0, 1.0), (2.0, 1.0), (-math.inf, 0.0), (math.nan, 1.0)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(1.0, 1.0), (2.0, 1.0), (-math.inf, 0.0), (math.nan, 1.0)]
+)
 def test_wrong_ramps_are_refused(low, high):
     with pytest.raises(ValueError, match="low < high"):
         LinearScale(1.0, 2.0, low, high)

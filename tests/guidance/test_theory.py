@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
+from diffcore.core.noise import Noise
+from diffcore.core.oracle import GaussianMixture
+from diffcore.core.prediction import Prediction
 from diffcore.guidance import CFG
-from diffcore.loop import guided, run
-from diffcore.noise import Noise
-from diffcore.oracle import GaussianMixture
-from diffcore.prediction import Prediction
 from diffcore.samplers import AlphaBlending
+from diffcore.sampling.loop import guided, run
 from diffcore.schedules import Cosine, Flow, Trailing
-from tests.oracles import Pair, covariance, process
+from tests.helpers.oracles import Pair, covariance, process
 
 MEANS = torch.tensor([[1.0, 0.3], [-0.4, 0.8]], dtype=torch.float64)
 COVARIANCES = torch.stack([covariance(0.9, 0.3, 0.5), covariance(0.7, 0.5, -0.8)])
@@ -22,12 +22,17 @@ class Linear:
 
     def __init__(self, scaling):
         self.process = process(Cosine(scaling=scaling), classes=1)
-        self.parts = [GaussianMixture(MEANS[i : i + 1], COVARIANCES[i : i + 1], process=self.process) for i in (0, 1)]
+        self.parts = [
+            GaussianMixture(MEANS[i : i + 1], COVARIANCES[i : i + 1], process=self.process)
+            for i in (0, 1)
+        ]
 
     def __call__(self, x, level, condition=None):
         null = (condition == 1)[:, None]
         conditional, reference = (part(x, level) for part in self.parts)
-        return Prediction(*(torch.where(null, r, c) for c, r in zip(conditional, reference, strict=True)))
+        return Prediction(
+            *(torch.where(null, r, c) for c, r in zip(conditional, reference, strict=True))
+        )
 
 
 @pytest.mark.parametrize("w", (0.0, 2.0, 5.0))
@@ -60,8 +65,19 @@ def test_the_mean_shift_and_the_contrastive_components_of_linear_cfg(scaling, u,
 @pytest.mark.parametrize("w", (2.0, 3.0))
 def test_cfg_does_not_sample_the_powered_density(w):
     """p_c = N(0, 1), p = N(0, 2): p^(1-w) p_c^w is N(0, 2/(w+1)), and the flow of CFG ends at 2^(1-w)."""
-    noise, labels = Noise(torch.arange(3), (1,), dtype=torch.float64), torch.zeros(3, dtype=torch.int64)
-    x, _ = run(Pair(), AlphaBlending(2), noise.start(), Trailing().knots(Flow(), 200), noise, CFG(w), labels)
+    noise, labels = (
+        Noise(torch.arange(3), (1,), dtype=torch.float64),
+        torch.zeros(3, dtype=torch.int64),
+    )
+    x, _ = run(
+        Pair(),
+        AlphaBlending(2),
+        noise.start(),
+        Trailing().knots(Flow(), 200),
+        noise,
+        CFG(w),
+        labels,
+    )
     variance = ((x / noise.start()) ** 2).mean().item()
     assert variance == pytest.approx(2 ** (1 - w), rel=1e-3)
     assert abs(variance - 2 / (w + 1)) > 0.1

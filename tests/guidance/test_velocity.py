@@ -6,13 +6,13 @@ import pytest
 import torch
 from diffusers.guiders.classifier_free_zero_star_guidance import cfg_zero_star_scale
 
+from diffcore.core.noise import Noise
 from diffcore.guidance import CFG, CFGPlusPlus, CFGZeroStar, Interval
-from diffcore.loop import guided, run
-from diffcore.noise import Noise
 from diffcore.samplers import DDIM, AlphaBlending
-from diffcore.sampling import sample
+from diffcore.sampling.generation import sample
+from diffcore.sampling.loop import guided, run
 from diffcore.schedules import Cosine, Flow, Trailing, UniformLogSNR
-from tests.oracles import SCALINGS, Pair, mixture, process
+from tests.helpers.oracles import SCALINGS, Pair, mixture, process
 
 LABELS = torch.tensor([0, 1, 1, 0, 1, 0])
 NOISE = Noise(torch.arange(6), (2,), dtype=torch.float64)
@@ -50,12 +50,18 @@ def test_a_step_of_cfg_plus_plus_is_one_of_cfg_with_another_scale(scaling):
     torch.testing.assert_close(ours, cfg, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("rule", (CFGPlusPlus(0.5), Interval(CFGPlusPlus(0.5), sigma=(0.1, 1.0))), ids=str)
+@pytest.mark.parametrize(
+    "rule", (CFGPlusPlus(0.5), Interval(CFGPlusPlus(0.5), sigma=(0.1, 1.0))), ids=str
+)
 def test_cfg_plus_plus_is_for_first_order_samplers(rule):
     with pytest.raises(ValueError, match=r"breaks x = α x_0 \+ σ ε.*DDIM"):
         sample(mixture(), AlphaBlending(2), steps=4, seeds=[1], condition=[0], guidance=rule)
     for sampler in (DDIM(), DDIM(1.0), AlphaBlending(1)):
-        assert sample(mixture(), sampler, steps=4, seeds=[1], condition=[0], guidance=rule).x.isfinite().all()
+        assert (
+            sample(mixture(), sampler, steps=4, seeds=[1], condition=[0], guidance=rule)
+            .x.isfinite()
+            .all()
+        )
 
 
 @pytest.mark.parametrize("w", (-0.1, 1.1, math.nan))
@@ -73,7 +79,9 @@ def test_cfg_zero_star_is_the_published_scale_on_the_velocity(scaling, w):
     answer, _, asked = guided(oracle, CFGZeroStar(w, zero_init=0), X, level, LABELS, None)
     v_c, v_u = c.eps - c.x0, u.eps - u.x0
     s = cfg_zero_star_scale(v_c, v_u)
-    torch.testing.assert_close(answer.eps - answer.x0, v_u * s + w * (v_c - v_u * s), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        answer.eps - answer.x0, v_u * s + w * (v_c - v_u * s), rtol=1e-6, atol=1e-6
+    )
     torch.testing.assert_close(answer.at(level), X, rtol=1e-10, atol=1e-10)
     assert asked == 2
 
@@ -81,15 +89,20 @@ def test_cfg_zero_star_is_the_published_scale_on_the_velocity(scaling, w):
 def test_the_optimised_reference_is_the_best_multiple():
     oracle, level, c, _ = pair_at("vp", 0.3)
     at = {
-        w: (p := guided(oracle, CFGZeroStar(w, zero_init=0), X, level, LABELS, None)[0]).eps - p.x0 for w in (0.0, 1.0)
+        w: (p := guided(oracle, CFGZeroStar(w, zero_init=0), X, level, LABELS, None)[0]).eps - p.x0
+        for w in (0.0, 1.0)
     }
     v_c = c.eps - c.x0
-    torch.testing.assert_close(((v_c - at[0.0]) * at[0.0]).sum(1), torch.zeros(6).double(), atol=1e-9, rtol=0)
+    torch.testing.assert_close(
+        ((v_c - at[0.0]) * at[0.0]).sum(1), torch.zeros(6).double(), atol=1e-9, rtol=0
+    )
 
 
 @pytest.mark.parametrize("schedule", (Flow(), Cosine(), Cosine(scaling="flow")), ids=str)
 @pytest.mark.parametrize(("sampler", "each"), [(DDIM(), 1), (AlphaBlending(2), 2)], ids=str)
-def test_its_first_steps_stand_still_in_the_blending_coordinate_at_one_evaluation(schedule, sampler, each):
+def test_its_first_steps_stand_still_in_the_blending_coordinate_at_one_evaluation(
+    schedule, sampler, each
+):
     oracle = mixture(process(schedule))
     knots = Trailing().knots(schedule, 6)
     x, used = run(oracle, sampler, X, knots[:3], NOISE, CFGZeroStar(3.0, zero_init=2), LABELS)
@@ -104,7 +117,9 @@ def test_on_centred_gaussians_it_is_the_conditional_model():
     """v_c is a multiple of v_ref, so nothing is left to guide: variance 1, where CFG has 2^(1-w)."""
     pair, noise = Pair(), Noise(torch.arange(3), (1,), dtype=torch.float64)
     knots, labels = Trailing().knots(pair.process.schedule, 200), torch.zeros(3, dtype=torch.int64)
-    x, _ = run(pair, AlphaBlending(2), noise.start(), knots, noise, CFGZeroStar(4.0, zero_init=0), labels)
+    x, _ = run(
+        pair, AlphaBlending(2), noise.start(), knots, noise, CFGZeroStar(4.0, zero_init=0), labels
+    )
     torch.testing.assert_close((x / noise.start()) ** 2, torch.ones_like(x), rtol=2e-4, atol=0)
 
 
@@ -115,5 +130,12 @@ def test_a_negative_number_of_steps_is_refused():
 
 def test_the_grid_decides_how_far_standing_still_goes():
     grid = UniformLogSNR(-6.0, 6.0)
-    made = sample(mixture(), grid=grid, steps=8, seeds=[1], condition=[0], guidance=CFGZeroStar(3.0, zero_init=8))
+    made = sample(
+        mixture(),
+        grid=grid,
+        steps=8,
+        seeds=[1],
+        condition=[0],
+        guidance=CFGZeroStar(3.0, zero_init=8),
+    )
     assert made.planned == made.evaluations == 8

@@ -6,6 +6,9 @@ from itertools import groupby, pairwise
 import pytest
 import torch
 
+from diffcore.core.noise import Noise
+from diffcore.core.prediction import Prediction
+from diffcore.editing.inpainting import RePaint
 from diffcore.guidance import (
     APG,
     CFG,
@@ -18,10 +21,6 @@ from diffcore.guidance import (
     Step,
     Sum,
 )
-from diffcore.inpainting import RePaint
-from diffcore.loop import check_guidance, run, watch
-from diffcore.noise import Noise
-from diffcore.prediction import Prediction
 from diffcore.samplers import (
     DDIM,
     DDPM,
@@ -38,10 +37,11 @@ from diffcore.samplers import (
     Restart,
     UniPC,
 )
-from diffcore.sampling import sample, with_levels
+from diffcore.sampling.generation import sample, with_levels
+from diffcore.sampling.loop import check_guidance, run, watch
 from diffcore.schedules import Cosine, Karras, Trailing, UniformLogSNR
 from tests.guidance.test_rules import ORACLE, WEAKER, classifier
-from tests.oracles import mixture, process
+from tests.helpers.oracles import mixture, process
 
 IMAGE, MASK = torch.tensor([0.5, -0.5]), torch.tensor([True, False])
 ADAPTIVE = AdaptiveRungeKutta("BogackiShampine", 0.1, 0.1)
@@ -88,14 +88,24 @@ every_sampler = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLE
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 def test_evaluations_used_are_those_planned_whatever_the_sampler(sampler, rule):
     made = sample(
-        ORACLE, sampler, Karras(), 6, seeds=[1, 2], condition=[0, 1], guidance=rule, batch_size=2, dtype=torch.float64
+        ORACLE,
+        sampler,
+        Karras(),
+        6,
+        seeds=[1, 2],
+        condition=[0, 1],
+        guidance=rule,
+        batch_size=2,
+        dtype=torch.float64,
     )
     assert made.planned == (None if sampler.adaptive else made.evaluations)
     assert made.x.isfinite().all()
 
 
 def visited(sampler, rule, knots):
-    return list(watch(ORACLE, sampler, NOISE.first_sample(knots[0], 0.5), knots, NOISE, rule, LABELS))
+    return list(
+        watch(ORACLE, sampler, NOISE.first_sample(knots[0], 0.5), knots, NOISE, rule, LABELS)
+    )
 
 
 @every_sampler
@@ -124,7 +134,9 @@ def test_momentum_goes_from_evaluation_to_evaluation_within_a_step_and_across_st
         nonlocal average
         conditional, reference = ORACLE(x, level, LABELS), ORACLE(x, level)
         average = conditional.x0 - reference.x0 + beta * average
-        share = (average * conditional.x0).sum(1, keepdim=True) / conditional.x0.square().sum(1, keepdim=True)
+        share = (average * conditional.x0).sum(1, keepdim=True) / conditional.x0.square().sum(
+            1, keepdim=True
+        )
         x0 = conditional.x0 + (w - 1) * (average - share * conditional.x0)
         return Prediction(x0, (x - level.alpha * x0) / level.sigma)
 
@@ -169,11 +181,37 @@ DIRECT = [
     AlphaBlending(1),
     AlphaBlending(1, 1.0),
 ]
-DIRECT += [DPMSolverPP("1"), DPMSolverSDE(1, eta=0.5), AdamsBashforth(1), GradientEstimation(1.0, 0.5), Restart(DDIM())]
-DIRECT += [PredictorCorrector(EulerAncestral(), corrections=0), RePaint(DDIM(1.0), IMAGE, MASK, 2, 2)]
-OTHERS = [Heun(), UniPC(1), AlphaBlending(2), DPMSolverPP("2M"), GradientEstimation(), GradientEstimation(1.5)]
-OTHERS += [PredictorCorrector(), PredictorCorrector(snr=0.1), CORRECTOR, Restart(), Restart(PredictorCorrector())]
-OTHERS += [RePaint(Heun(), IMAGE, MASK, 2, 2), RePaint(GradientEstimation(), IMAGE, MASK, 2, 2), ADAPTIVE]
+DIRECT += [
+    DPMSolverPP("1"),
+    DPMSolverSDE(1, eta=0.5),
+    AdamsBashforth(1),
+    GradientEstimation(1.0, 0.5),
+    Restart(DDIM()),
+]
+DIRECT += [
+    PredictorCorrector(EulerAncestral(), corrections=0),
+    RePaint(DDIM(1.0), IMAGE, MASK, 2, 2),
+]
+OTHERS = [
+    Heun(),
+    UniPC(1),
+    AlphaBlending(2),
+    DPMSolverPP("2M"),
+    GradientEstimation(),
+    GradientEstimation(1.5),
+]
+OTHERS += [
+    PredictorCorrector(),
+    PredictorCorrector(snr=0.1),
+    CORRECTOR,
+    Restart(),
+    Restart(PredictorCorrector()),
+]
+OTHERS += [
+    RePaint(Heun(), IMAGE, MASK, 2, 2),
+    RePaint(GradientEstimation(), IMAGE, MASK, 2, 2),
+    ADAPTIVE,
+]
 KNOTS = Karras(0.01, 20.0).knots(Cosine(), 5)
 
 
@@ -213,16 +251,30 @@ def test_why_a_correction_cannot_take_cfg_plus_plus():
     for rule, still in ((CFG(2.0), True), (CFGPlusPlus(0.6), False)):
         (seen, *_) = visited(DDIM(), rule, KNOTS[1:])
         prediction, _ = rule.guide(seen, None)
-        moved = (PredictorCorrector(snr=1e-6)._corrected(state, prediction, NOISE) - state.x).abs().max()
+        moved = (
+            (PredictorCorrector(snr=1e-6)._corrected(state, prediction, NOISE) - state.x)
+            .abs()
+            .max()
+        )
         assert (moved < 1e-4) == still
 
 
 def test_a_weaker_network_that_cannot_be_asked_at_a_knot_is_refused_before_the_first_step():
     weaker = mixture(process(prediction="epsilon"))
     with pytest.raises(ValueError, match="for the weaker network, a knot is pure noise"):
-        sample(ORACLE, DDIM(), Trailing(), 4, seeds=[1], condition=[0], guidance=AutoGuidance(2.0, weaker))
+        sample(
+            ORACLE,
+            DDIM(),
+            Trailing(),
+            4,
+            seeds=[1],
+            condition=[0],
+            guidance=AutoGuidance(2.0, weaker),
+        )
     confused = GFCG(classifier, 3.0, weaker)
-    (asked,) = confused.asks(Step(ORACLE.process, Cosine().level(1.0), KNOTS[0], KNOTS[1], 1, 4), None)
+    (asked,) = confused.asks(
+        Step(ORACLE.process, Cosine().level(1.0), KNOTS[0], KNOTS[1], 1, 4), None
+    )
     with pytest.raises(ValueError, match="for the weaker network"):
         asked.check_level(Cosine().level(1.0))
     for rule in (Interval(AutoGuidance(2.0, weaker), sigma=BOUNDS), confused):  # not asked there

@@ -8,9 +8,8 @@ from itertools import pairwise, product
 import pytest
 import torch
 
-from diffcore.loop import run
-from diffcore.noise import Noise
-from diffcore.prediction import Prediction
+from diffcore.core.noise import Noise
+from diffcore.core.prediction import Prediction
 from diffcore.samplers import (
     DDIM,
     AdamsBashforth,
@@ -24,8 +23,9 @@ from diffcore.samplers import (
     UniPC,
 )
 from diffcore.samplers.adams import Held, Variable
+from diffcore.sampling.loop import run
 from diffcore.schedules import Cosine, Explicit, Flow, Karras, Trailing, UniformBlend
-from tests.oracles import SCALINGS, flow, mixture, process
+from tests.helpers.oracles import SCALINGS, flow, mixture, process
 from tests.samplers.test_base import SAMPLERS
 from tests.samplers.test_orders import ORDERS
 
@@ -76,8 +76,19 @@ def test_the_order_2_predictor_of_unipc_is_2m():
     def slope(sampler):
         state = sampler.advance(State(NOISE.step(2), t1, (t, s)), Prediction(before, eps), NOISE)
         if isinstance(sampler, UniPC):  # undo what the corrector brings
-            half = s.sigma / t.sigma * t.alpha * (1 - t1.alpha * t.sigma / (t1.sigma * t.alpha)) / 2 * (x0 - before)
-            return sampler.advance(state, Prediction(x0, eps), NOISE).x - Prediction(x0, eps).at(s) - half
+            half = (
+                s.sigma
+                / t.sigma
+                * t.alpha
+                * (1 - t1.alpha * t.sigma / (t1.sigma * t.alpha))
+                / 2
+                * (x0 - before)
+            )
+            return (
+                sampler.advance(state, Prediction(x0, eps), NOISE).x
+                - Prediction(x0, eps).at(s)
+                - half
+            )
         return sampler.advance(state, Prediction(x0, eps), NOISE).x - Prediction(x0, eps).at(s)
 
     torch.testing.assert_close(slope(UniPC(2)), slope(DPMSolverPP("2M")), rtol=1e-11, atol=1e-11)
@@ -118,7 +129,9 @@ def clean_end():
     return flow(mixture(process(Flow())), 0.9 * NOISE.start(), Flow().level(0.9), Flow().level(0.0))
 
 
-@pytest.mark.parametrize("sampler", (AlphaBlending(2), Heun(), AdamsBashforth.lms(2), AdamsBashforth.flow(2)), ids=str)
+@pytest.mark.parametrize(
+    "sampler", (AlphaBlending(2), Heun(), AdamsBashforth.lms(2), AdamsBashforth.flow(2)), ids=str
+)
 def test_order_2_is_kept_to_the_clean_level_on_uniform_a(sampler):
     errors = []
     for n in (128, 256):
@@ -136,12 +149,23 @@ def test_k_predictions_integrate_polynomials_of_degree_below_k(held, variable, k
     sampler = AdamsBashforth(k, held, variable)
     exact = {"u": lambda q: math.exp(-q / 2), "a": lambda q: 1 / (1 + math.exp(q / 2)), "logsnr": lambda q: q,
              "t": lambda q: 2 / math.pi * math.atan(math.exp(-q / 2))}  # fmt: skip
-    measure = {"eps": lambda q: math.exp(-q / 2), "x0": lambda q: math.exp(q / 2), "velocity": exact["a"]}[held]
+    measure = {
+        "eps": lambda q: math.exp(-q / 2),
+        "x0": lambda q: math.exp(q / 2),
+        "velocity": exact["a"],
+    }[held]
     nodes = list(range(6)) if variable == "index" else [exact[variable](q) for q in logsnrs]
-    state, one = State(torch.zeros(1, 1), knots[0], knots[1:]), torch.ones(1, 1, dtype=torch.float64)
+    state, one = (
+        State(torch.zeros(1, 1), knots[0], knots[1:]),
+        torch.ones(1, 1, dtype=torch.float64),
+    )
     for node in nodes[:5]:
         f, zero = one * node ** (k - 1), 0 * one
-        prediction = {"eps": Prediction(zero, f), "x0": Prediction(f, zero), "velocity": Prediction(-f, zero)}[held]
+        prediction = {
+            "eps": Prediction(zero, f),
+            "x0": Prediction(f, zero),
+            "velocity": Prediction(-f, zero),
+        }[held]
         state = sampler.advance(state, prediction, NOISE)
     correction = (state.x - prediction.at(knots[-1])).item()
     t, s = logsnrs[-2:]
@@ -187,9 +211,15 @@ def test_a_map_of_levels_takes_every_row_along_its_own_knots(sampler):
     oracle, x = mixture(), NOISE.start()[:3]
     rows = [(-4.0, -2.5, -1.0, 0.0, 1.5), (-3.0, -2.0, -0.5, 0.2, 2.0), (-6.0, -1.0, 0.0, 3.0, 4.0)]
     alone = torch.cat(
-        [run(oracle, sampler, x[i : i + 1], Explicit(row).knots(Cosine(), 4), NOISE)[0] for i, row in enumerate(rows)]
+        [
+            run(oracle, sampler, x[i : i + 1], Explicit(row).knots(Cosine(), 4), NOISE)[0]
+            for i, row in enumerate(rows)
+        ]
     )
-    knots = tuple(Cosine().at(torch.tensor(column, dtype=torch.float64)[:, None]) for column in zip(*rows, strict=True))
+    knots = tuple(
+        Cosine().at(torch.tensor(column, dtype=torch.float64)[:, None])
+        for column in zip(*rows, strict=True)
+    )
     together = sampler.start(x, knots, NOISE)
     while not together.done:
         together = sampler.advance(together, oracle(together.x, together.level), NOISE)

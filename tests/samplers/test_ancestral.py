@@ -6,21 +6,29 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, EulerAncestralDiscreteScheduler
 
-from diffcore.loop import run
-from diffcore.noise import Noise
-from diffcore.prediction import Prediction, target
+from diffcore.core.noise import Noise
+from diffcore.core.prediction import Prediction, target
 from diffcore.samplers import DDIM, DDPM, EulerAncestral, State
+from diffcore.sampling.loop import run
 from diffcore.schedules import Cosine, Discrete, Explicit, Trailing
-from tests.oracles import mixture, process
+from tests.helpers.oracles import mixture, process
 
 NOISE = Noise(torch.arange(8), (2,), dtype=torch.float64)
-X0, EPS = (torch.linspace(a, b, 16, dtype=torch.float64).sin().view(8, 2) for a, b in ((1, 7), (2, 30)))
+X0, EPS = (
+    torch.linspace(a, b, 16, dtype=torch.float64).sin().view(8, 2) for a, b in ((1, 7), (2, 30))
+)
 PAIRS = ((-9.0, -2.0), (-1.0, 0.5), (2.0, 6.0))
 
 
 def step(sampler, scaling, t, s):
     t, s = (Cosine(scaling=scaling).at(logsnr) for logsnr in (t, s))
-    return t, s, sampler.advance(State(t.alpha * X0 + t.sigma * EPS, t, (s,), step=3), Prediction(X0, EPS), NOISE).x
+    return (
+        t,
+        s,
+        sampler.advance(
+            State(t.alpha * X0 + t.sigma * EPS, t, (s,), step=3), Prediction(X0, EPS), NOISE
+        ).x,
+    )
 
 
 @pytest.mark.parametrize("variance", (0.0, 0.3, 1.0))
@@ -31,9 +39,9 @@ def test_a_step_is_the_posterior_of_ddpm_with_its_variance(t, s, variance):
     bar_t, bar_s = t.alpha**2, s.alpha**2
     beta = 1 - bar_t / bar_s
     small = (1 - bar_s) / (1 - bar_t) * beta
-    mean = math.sqrt(bar_s) * beta / (1 - bar_t) * X0 + math.sqrt(bar_t / bar_s) * (1 - bar_s) / (1 - bar_t) * (
-        t.alpha * X0 + t.sigma * EPS
-    )
+    mean = math.sqrt(bar_s) * beta / (1 - bar_t) * X0 + math.sqrt(bar_t / bar_s) * (1 - bar_s) / (
+        1 - bar_t
+    ) * (t.alpha * X0 + t.sigma * EPS)
     spread = math.exp((variance * math.log(beta) + (1 - variance) * math.log(small)) / 2)
     torch.testing.assert_close(x, mean + spread * NOISE.step(3), rtol=1e-9, atol=1e-9)
 
@@ -57,7 +65,10 @@ def test_from_pure_noise_all_is_renoised_and_to_clean_nothing(variance):
 def test_small_variance_and_euler_ancestral_are_ddim_with_eta_1_bit_for_bit():
     oracle = mixture()
     knots = Trailing().knots(oracle.process.schedule, 7)
-    ends = [run(oracle, sampler, NOISE.start(), knots, NOISE)[0] for sampler in (DDIM(1.0), DDPM(), EulerAncestral())]
+    ends = [
+        run(oracle, sampler, NOISE.start(), knots, NOISE)[0]
+        for sampler in (DDIM(1.0), DDPM(), EulerAncestral())
+    ]
     assert torch.equal(ends[0], ends[1])
     assert torch.equal(ends[0], ends[2])
 
@@ -95,21 +106,32 @@ def along(theirs, sampler, steps, to_theirs):
         x = to_theirs(state.x, state.level)  # their table is float32; steps are compared one by one
 
 
-TABLE = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+TABLE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+}
 
 
 @pytest.mark.parametrize(("name", "variance"), (("fixed_small", 0.0), ("fixed_large", 1.0)))
 def test_steps_equal_diffusers_ddpm_but_for_the_noise_it_leaves_on_the_sample(name, variance):
-    theirs = DDPMScheduler(**TABLE, variance_type=name, clip_sample=False, timestep_spacing="trailing")
+    theirs = DDPMScheduler(
+        **TABLE, variance_type=name, clip_sample=False, timestep_spacing="trailing"
+    )
     *steps, (x, ours) = along(theirs, DDPM(variance), 10, lambda x, level: x)
     for theirs_x, ours_x in steps:
         torch.testing.assert_close(ours_x, theirs_x, rtol=1e-5, atol=1e-5)
-    last = Trailing().knots(Discrete(), 10)[-2]  # from there to clean β = 1 - ᾱ, 0.32² at 10 steps; β̃ = 0
+    last = Trailing().knots(Discrete(), 10)[
+        -2
+    ]  # from there to clean β = 1 - ᾱ, 0.32² at 10 steps; β̃ = 0
     left = variance * last.sigma * Drawn().between(last, None, 9)
     torch.testing.assert_close(x - ours, left, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own use of numpy
+@pytest.mark.filterwarnings(
+    "ignore:__array__ implementation:DeprecationWarning"
+)  # diffusers' own use of numpy
 @pytest.mark.parametrize("steps", (10, 25))
 def test_steps_equal_diffusers_euler_ancestral(steps):
     """Theirs works in y = x/α."""

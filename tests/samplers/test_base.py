@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from diffcore.denoiser import Denoiser
+from diffcore.core.denoiser import Denoiser
+from diffcore.core.noise import Noise
+from diffcore.core.prediction import Prediction
 from diffcore.guidance import CFG
-from diffcore.loop import run
-from diffcore.noise import Noise
-from diffcore.prediction import Prediction
 from diffcore.samplers import (
     DDIM,
     AdamsBashforth,
@@ -26,12 +25,17 @@ from diffcore.samplers import (
     Heun,
     Restart,
 )
+from diffcore.sampling.loop import run
 from diffcore.schedules import Cosine, Discrete, Explicit, Flow, Karras, Trailing
-from tests.oracles import SCALINGS, PointMass, mixture, process
+from tests.helpers.oracles import SCALINGS, PointMass, mixture, process
 from tests.samplers.test_orders import ORDERS
 from tests.samplers.test_weak_orders import WEAK
 
-SAMPLERS = [*(sampler for sampler in ORDERS if getattr(sampler, "k", 3) == 3), AdamsBashforth.ipndm(4), *WEAK]
+SAMPLERS = [
+    *(sampler for sampler in ORDERS if getattr(sampler, "k", 3) == 3),
+    AdamsBashforth.ipndm(4),
+    *WEAK,
+]
 SAMPLERS += [Euler(4.0), Heun(4.0), GradientEstimation(2.0, 0.5)]
 
 
@@ -125,7 +129,15 @@ def test_c6_eight_threads_sharing_sampler_and_denoiser_equal_eight_serial_runs(s
     def one(i):
         noise = noise_of(100 * i)
         with torch.no_grad():  # a flag of each thread
-            return run(denoiser, sampler, noise.start(), Trailing().knots(Cosine(), 20 + i), noise, CFG(2.0), labels)[0]
+            return run(
+                denoiser,
+                sampler,
+                noise.start(),
+                Trailing().knots(Cosine(), 20 + i),
+                noise,
+                CFG(2.0),
+                labels,
+            )[0]
 
     serial = [one(i) for i in range(8)]
     with ThreadPoolExecutor(8) as pool:
@@ -150,7 +162,11 @@ class Peeking(DDIM):
     """Not of the library: decides from the sample."""
 
     def advance(self, state, prediction, noise):
-        return super().advance(state, prediction, noise) if state.x.sum() > 0 else state.reached(state.x)
+        return (
+            super().advance(state, prediction, noise)
+            if state.x.sum() > 0
+            else state.reached(state.x)
+        )
 
 
 READS = {"item", "tolist", "nonzero", "cpu", "numpy", "equal", "allclose", "argwhere", "masked_select", "unique",
@@ -172,7 +188,9 @@ def run_watched(sampler, knots):
     state = sampler.start(NOISE.start().as_subclass(Watched), knots, NOISE)
     while not state.done:
         x0, eps = ORACLE(state.x.as_subclass(torch.Tensor), state.level)
-        state = sampler.advance(state, Prediction(x0.as_subclass(Watched), eps.as_subclass(Watched)), NOISE)
+        state = sampler.advance(
+            state, Prediction(x0.as_subclass(Watched), eps.as_subclass(Watched)), NOISE
+        )
     return state.x
 
 
@@ -180,7 +198,9 @@ def run_watched(sampler, knots):
 def test_c7_no_item_bool_or_nonzero_of_the_sample(sampler):
     x = run_watched(sampler, KNOTS)
     assert isinstance(x, Watched)
-    assert torch.equal(x.as_subclass(torch.Tensor), run(ORACLE, sampler, NOISE.start(), KNOTS, NOISE)[0])
+    assert torch.equal(
+        x.as_subclass(torch.Tensor), run(ORACLE, sampler, NOISE.start(), KNOTS, NOISE)[0]
+    )
 
 
 @pytest.mark.parametrize("sampler", (AdaptiveRungeKutta(), None), ids=str)
@@ -194,7 +214,15 @@ def run_without_data(sampler):
     """On the device `meta`, whose tensors have shapes and no data: reading one, or branching on it, is an error."""
     noise = Noise(torch.arange(4), (2,), torch.device("meta"), torch.float64)
     labels = torch.zeros(4, dtype=torch.int64, device="meta")
-    return run(Denoiser(Network(), ORACLE.process).to("meta"), sampler, noise.start(), KNOTS, noise, CFG(2.0), labels)
+    return run(
+        Denoiser(Network(), ORACLE.process).to("meta"),
+        sampler,
+        noise.start(),
+        KNOTS,
+        noise,
+        CFG(2.0),
+        labels,
+    )
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
@@ -224,7 +252,9 @@ def test_c1_no_noise_is_left_on_a_point_mass(sampler, schedule):
     truth = PointMass(torch.tensor([0.7, -1.3], dtype=torch.float64), process(schedule))
     knots = Karras(sigma_max=80.0).knots(schedule, 10)
     x, _ = run(truth, sampler, knots[0].sigma * NOISE.start(), knots, NOISE)
-    torch.testing.assert_close(x, truth.point.expand(4, 2), rtol=0, atol=1e-13 if in_a(sampler) else 0)
+    torch.testing.assert_close(
+        x, truth.point.expand(4, 2), rtol=0, atol=1e-13 if in_a(sampler) else 0
+    )
 
 
 @pytest.mark.parametrize("sampler", [s for s in SAMPLERS if not isinstance(s, Restart)], ids=str)
@@ -235,10 +265,14 @@ def test_one_step_from_pure_noise_to_data(sampler):
     mean = oracle(x, knots[0]).x0
     half = oracle((x + mean) / 2, Flow().level(0.5))
     expected = x - (half.eps - half.x0) if takes_midpoints(sampler) else mean
-    torch.testing.assert_close(run(oracle, sampler, x, knots, NOISE)[0], expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        run(oracle, sampler, x, knots, NOISE)[0], expected, rtol=1e-12, atol=1e-12
+    )
 
 
-@pytest.mark.parametrize("logsnrs", ((-3.0, 0.0, 2.0), (4.0, 1.0, -3.0)), ids=("to data", "to noise"))
+@pytest.mark.parametrize(
+    "logsnrs", ((-3.0, 0.0, 2.0), (4.0, 1.0, -3.0)), ids=("to data", "to noise")
+)
 @pytest.mark.parametrize("sampler", [sampler for sampler in SAMPLERS if sampler in ORDERS], ids=str)
 def test_runs_may_start_and_end_at_any_level_and_only_heun_asks_at_the_last(sampler, logsnrs):
     knots = Explicit(logsnrs).knots(Cosine(), 2)

@@ -5,23 +5,26 @@ import math
 import pytest
 import torch
 
-from diffcore.loop import run
-from diffcore.noise import Noise
+from diffcore.core.noise import Noise
 from diffcore.samplers import DDIM, AlphaBlending
+from diffcore.sampling.loop import run
 from diffcore.schedules import Cosine, Flow, Karras, Level, Trailing
-from tests.oracles import SCALINGS, TO_NOISE, flow, mixture, process
+from tests.helpers.oracles import SCALINGS, TO_NOISE, flow, mixture, process
 
 NOISE = Noise(torch.arange(32), (2,), dtype=torch.float64)
 
 
 @pytest.mark.parametrize(
-    ("grid", "scaling"), [*((Karras(), scaling) for scaling in SCALINGS), (Trailing(), "vp"), (Trailing(), "flow")]
+    ("grid", "scaling"),
+    [*((Karras(), scaling) for scaling in SCALINGS), (Trailing(), "vp"), (Trailing(), "flow")],
 )
 def test_order_1_is_ddim_bit_for_bit(grid, scaling):
     oracle = mixture(process(Cosine(scaling=scaling)))
     knots = grid.knots(oracle.process.schedule, 12)
     x = knots[0].sigma * NOISE.start()
-    blended, ddim = (run(oracle, sampler, x, knots, NOISE) for sampler in (AlphaBlending(1), DDIM(0.0)))
+    blended, ddim = (
+        run(oracle, sampler, x, knots, NOISE) for sampler in (AlphaBlending(1), DDIM(0.0))
+    )
     assert torch.equal(blended[0], ddim[0])
     assert blended[1] == ddim[1] == 12
 
@@ -47,7 +50,9 @@ def test_order_2_is_the_midpoint_rule_in_a_from_pure_noise_to_data(name):
     knots = Trailing().knots(oracle.process.schedule, 20)
     assert (knots[0].alpha, knots[-1].sigma) == (0, 0)
     x, evaluations = run(oracle, AlphaBlending(2), NOISE.start(), knots, NOISE)
-    expected = iadb(oracle, NOISE.start(), [knot.sigma / (knot.alpha + knot.sigma) for knot in knots])
+    expected = iadb(
+        oracle, NOISE.start(), [knot.sigma / (knot.alpha + knot.sigma) for knot in knots]
+    )
     torch.testing.assert_close(x, expected, rtol=1e-9, atol=1e-9)
     assert evaluations == 40
 

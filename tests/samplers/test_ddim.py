@@ -7,15 +7,17 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from diffcore.loop import run
-from diffcore.noise import Noise
-from diffcore.prediction import Prediction, target
+from diffcore.core.noise import Noise
+from diffcore.core.prediction import Prediction, target
 from diffcore.samplers import DDIM, State
+from diffcore.sampling.loop import run
 from diffcore.schedules import Cosine, Discrete, Explicit, Trailing
-from tests.oracles import flow, mixture, process
+from tests.helpers.oracles import flow, mixture, process
 
 NOISE = Noise(torch.arange(8), (2,), dtype=torch.float64)
-X0, EPS = (torch.linspace(a, b, 16, dtype=torch.float64).sin().view(8, 2) for a, b in ((1, 7), (2, 30)))
+X0, EPS = (
+    torch.linspace(a, b, 16, dtype=torch.float64).sin().view(8, 2) for a, b in ((1, 7), (2, 30))
+)
 PAIRS = ((-math.inf, -3.0), (-9.0, -2.0), (-1.0, 0.5), (2.0, 6.0), (3.0, math.inf))
 
 
@@ -54,15 +56,22 @@ def test_eta_1_samples_the_posterior_of_ddpm(t, s):
     bar_t, bar_s = t.alpha**2, s.alpha**2
     alpha, beta = bar_t / bar_s, 1 - bar_t / bar_s
     x = t.alpha * X0 + t.sigma * EPS
-    mean = math.sqrt(bar_s) * beta / (1 - bar_t) * X0 + math.sqrt(alpha) * (1 - bar_s) / (1 - bar_t) * x
+    mean = (
+        math.sqrt(bar_s) * beta / (1 - bar_t) * X0
+        + math.sqrt(alpha) * (1 - bar_s) / (1 - bar_t) * x
+    )
     variance = (1 - bar_s) / (1 - bar_t) * beta
-    torch.testing.assert_close(state.x, mean + math.sqrt(variance) * NOISE.step(5), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        state.x, mean + math.sqrt(variance) * NOISE.step(5), rtol=1e-9, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("scaling", ("vp", "flow"))
 def test_from_pure_noise_eta_1_renoises_in_full(scaling):
     _, s, state = step(DDIM(1.0), scaling, -math.inf, -2.0)
-    torch.testing.assert_close(state.x, s.alpha * X0 + s.sigma * NOISE.step(5), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        state.x, s.alpha * X0 + s.sigma * NOISE.step(5), rtol=1e-12, atol=1e-12
+    )
 
 
 def test_every_step_has_noise_of_its_own():
@@ -77,7 +86,13 @@ def test_every_step_has_noise_of_its_own():
 def test_steps_equal_diffusers_where_its_previous_timestep_is_right(kind, eta):
     """Trailing with n = 10 of T = 1000: t - T//n is the next knot. Its table is float32: ᾱ to 5e-7 (hence 1e-5)."""
     theirs = DDIMScheduler(
-        1000, 1e-4, 0.02, "linear", clip_sample=False, prediction_type=kind, timestep_spacing="trailing"
+        1000,
+        1e-4,
+        0.02,
+        "linear",
+        clip_sample=False,
+        prediction_type=kind,
+        timestep_spacing="trailing",
     )
     theirs.set_timesteps(10)
     oracle = mixture(process(Discrete()))
@@ -123,21 +138,33 @@ def test_knots_may_be_maps_of_levels(eta, scaling):
     before, after = [-9.0, -1.0, 2.0, 2.0, math.inf], [-2.0, 0.5, 3.0, math.inf, math.inf]
     schedule = Cosine(scaling=scaling)
     t, s = (schedule.at(torch.tensor(v, dtype=torch.float64)) for v in (before, after))
-    x0, eps = (torch.linspace(a, b, 40, dtype=torch.float64).sin().view(8, 5) for a, b in ((1, 7), (2, 30)))
+    x0, eps = (
+        torch.linspace(a, b, 40, dtype=torch.float64).sin().view(8, 5) for a, b in ((1, 7), (2, 30))
+    )
     noise = Noise(torch.arange(8), (5,), dtype=torch.float64)
-    x = DDIM(eta).advance(State(t.alpha * x0 + t.sigma * eps, t, (s,)), Prediction(x0, eps), noise).x
+    x = (
+        DDIM(eta)
+        .advance(State(t.alpha * x0 + t.sigma * eps, t, (s,)), Prediction(x0, eps), noise)
+        .x
+    )
     for column, pair in enumerate(zip(before, after, strict=True)):
         if pair[0] == math.inf:
             torch.testing.assert_close(x[:, column], x0[:, column])
             continue
         a, b = map(schedule.at, pair)
         one = Prediction(x0[:, column], eps[:, column])
-        given = SimpleNamespace(between=lambda t, s, step, column=column: noise.step(step)[:, column])
+        given = SimpleNamespace(
+            between=lambda t, s, step, column=column: noise.step(step)[:, column]
+        )
         expected = DDIM(eta).advance(State(one.at(a), a, (b,)), one, given).x
         torch.testing.assert_close(x[:, column], expected, rtol=1e-12, atol=1e-12)
     half = (
         DDIM(eta)
-        .advance(State(x.float(), t, (s,)), Prediction(x0.float(), eps.float()), Noise(torch.arange(8), (5,)))
+        .advance(
+            State(x.float(), t, (s,)),
+            Prediction(x0.float(), eps.float()),
+            Noise(torch.arange(8), (5,)),
+        )
         .x
     )
     assert half.dtype == torch.float32

@@ -9,12 +9,14 @@ import diffusers
 import pytest
 import torch
 
-from diffcore.noise import Noise
+from diffcore.core.noise import Noise
 from diffcore.samplers import DDIM, AdamsBashforth, AlphaBlending, DPMSolverPP, Euler, Heun, UniPC
 from diffcore.schedules import Cosine, Explicit, Flow
-from tests.oracles import flow, mixture, process
+from tests.helpers.oracles import flow, mixture, process
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # theirs, in set_timesteps
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array:DeprecationWarning"
+)  # theirs, in set_timesteps
 LOGSNRS = (-7.0, -5.2, -4.0, -2.6, -1.5, -0.4, 0.6, 1.8, 3.1, 4.5, 6.0)
 NOISE = Noise(torch.arange(64), (2,), dtype=torch.float64)
 
@@ -44,7 +46,11 @@ def theirs(scheduler, knots):
 
 
 def ours(sampler, knots):
-    state, oracle, states = sampler.start(knots[0].sigma * NOISE.start(), knots, NOISE), mixture(), []
+    state, oracle, states = (
+        sampler.start(knots[0].sigma * NOISE.start(), knots, NOISE),
+        mixture(),
+        [],
+    )
     while not state.done:
         state = sampler.advance(state, oracle(state.x, state.level), NOISE)
         states.append(state.x)
@@ -58,11 +64,15 @@ def dpm(order, kind="midpoint", **config):
 
 
 def unipc(order, kind, **config):
-    return diffusers.UniPCMultistepScheduler(solver_order=order, solver_type=kind, prediction_type="sample", **config)
+    return diffusers.UniPCMultistepScheduler(
+        solver_order=order, solver_type=kind, prediction_type="sample", **config
+    )
 
 
 def deis(order):
-    return diffusers.DEISMultistepScheduler(solver_order=order, prediction_type="sample", lower_order_final=False)
+    return diffusers.DEISMultistepScheduler(
+        solver_order=order, prediction_type="sample", lower_order_final=False
+    )
 
 
 NOISY = {"lower_order_final": False, "final_sigmas_type": "sigma_min"}
@@ -90,7 +100,9 @@ def test_every_state_equals_diffusers(name):
         torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("sampler", (DDIM(), Euler(), AdamsBashforth.flow(1), AlphaBlending(1)), ids=str)
+@pytest.mark.parametrize(
+    "sampler", (DDIM(), Euler(), AdamsBashforth.flow(1), AlphaBlending(1)), ids=str
+)
 def test_flow_euler_equals_diffusers_from_noise_to_data(sampler):
     """Its table of σ is our a; it steps in float32."""
     blends = [1.0, 0.93, 0.8, 0.55, 0.31, 0.1, 0.0]
@@ -117,8 +129,12 @@ def distance(states, levels):
 def test_where_theirs_is_second_order_ours_is_closer():
     """DPM-Solver++ 3M, 60 steps of λ from -6 to 4: 1.4e-4 from the flow as published, 1.9e-5 with the factor of 2."""
     levels = Explicit(tuple(-6 + i / 6 for i in range(61))).knots(Cosine(), 60)
-    published, true = (distance(ours(DPMSolverPP(v), levels), levels) for v in ("3M published", "3M"))
-    assert distance(theirs(dpm(3, "heun", **NOISY), levels), levels) == pytest.approx(published, rel=0.02)
+    published, true = (
+        distance(ours(DPMSolverPP(v), levels), levels) for v in ("3M published", "3M")
+    )
+    assert distance(theirs(dpm(3, "heun", **NOISY), levels), levels) == pytest.approx(
+        published, rel=0.02
+    )
     assert true < published / 3
 
 

@@ -8,12 +8,12 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from scipy.integrate import quad
 
-from diffcore.loop import run
-from diffcore.noise import Noise
-from diffcore.prediction import Prediction, target
+from diffcore.core.noise import Noise
+from diffcore.core.prediction import Prediction, target
 from diffcore.samplers import DDIM, DPMSolverSDE, State
+from diffcore.sampling.loop import run
 from diffcore.schedules import Cosine, Discrete, Explicit, Trailing
-from tests.oracles import flow, mixture, process
+from tests.helpers.oracles import flow, mixture, process
 
 NOISE = Noise(torch.arange(8), (2,), dtype=torch.float64)
 EPS = torch.linspace(2, 30, 16, dtype=torch.float64).sin().view(8, 2)
@@ -22,7 +22,9 @@ LOGSNRS = (-3.0, -2.1, -0.5, 0.6)
 
 def polynomial(logsnr, degree):
     """The x_0 of a made-up network, a polynomial in λ."""
-    return torch.stack([(k + 1) * torch.ones(8, 2, dtype=torch.float64) * logsnr**k for k in range(degree + 1)]).sum(0)
+    return torch.stack(
+        [(k + 1) * torch.ones(8, 2, dtype=torch.float64) * logsnr**k for k in range(degree + 1)]
+    ).sum(0)
 
 
 @pytest.mark.parametrize("eta", (0.0, 0.5, 1.0))
@@ -38,10 +40,18 @@ def test_a_step_is_the_integral_of_the_polynomial_through_the_last_predictions(s
         state = sampler.advance(state, Prediction(x0, (x - t.alpha * x0) / t.sigma), NOISE)
     h = (s.logsnr - t.logsnr) / 2
     weights = [
-        quad(lambda tau, k=k: (1 + eta) * math.exp(-(1 + eta) * (h - tau)) * (t.logsnr + 2 * tau) ** k, 0, h)[0]
+        quad(
+            lambda tau, k=k: (
+                (1 + eta) * math.exp(-(1 + eta) * (h - tau)) * (t.logsnr + 2 * tau) ** k
+            ),
+            0,
+            h,
+        )[0]
         for k in range(steps)
     ]
-    expected = s.sigma / t.sigma * math.exp(-eta * h) * x + s.alpha * np.dot(weights, range(1, steps + 1))
+    expected = s.sigma / t.sigma * math.exp(-eta * h) * x + s.alpha * np.dot(
+        weights, range(1, steps + 1)
+    )
     expected = expected + s.sigma * math.sqrt(-math.expm1(-2 * eta * h)) * NOISE.step(step)
     torch.testing.assert_close(state.x, expected, rtol=1e-10, atol=1e-10)
 
@@ -50,7 +60,10 @@ def test_one_prediction_is_ddim():
     oracle = mixture()
     knots = Trailing().knots(oracle.process.schedule, 6)
     for eta in (0.0, 1.0):
-        ends = [run(oracle, sampler, NOISE.start(), knots, NOISE)[0] for sampler in (DPMSolverSDE(1, eta), DDIM(eta))]
+        ends = [
+            run(oracle, sampler, NOISE.start(), knots, NOISE)[0]
+            for sampler in (DPMSolverSDE(1, eta), DDIM(eta))
+        ]
         torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-12)
 
 
@@ -58,22 +71,34 @@ def test_one_prediction_is_ddim():
 def test_without_noise_it_is_the_multistep_solver_of_the_flow_at_its_full_order(steps):
     oracle, errors = mixture(), []
     schedule = oracle.process.schedule
-    x = schedule.at(-14.0).sigma * NOISE.start()  # so noisy that x_0 does not move: a start-up of order 1 costs nothing
+    x = (
+        schedule.at(-14.0).sigma * NOISE.start()
+    )  # so noisy that x_0 does not move: a start-up of order 1 costs nothing
     exact = flow(oracle, x, schedule.at(-14.0), schedule.at(4.0))
     for n in (256, 512):
         knots = Explicit(tuple(-14 + 18 * i / n for i in range(n + 1))).knots(schedule, n)
-        errors.append((run(oracle, DPMSolverSDE(steps, 0.0), x, knots, NOISE)[0] - exact).norm(dim=1).median())
+        errors.append(
+            (run(oracle, DPMSolverSDE(steps, 0.0), x, knots, NOISE)[0] - exact).norm(dim=1).median()
+        )
     assert DPMSolverSDE(steps, 0.0).order == steps
     assert torch.log2(errors[0] / errors[1]) == pytest.approx(steps, abs=0.15)
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own use of numpy
+@pytest.mark.filterwarnings(
+    "ignore:__array__ implementation:DeprecationWarning"
+)  # diffusers' own use of numpy
 @pytest.mark.parametrize("solver", ("midpoint", "heun"))
 @pytest.mark.parametrize("steps", (10, 25))
 def test_2m_equals_diffusers_sde(solver, steps):
     """On its table in float32, so to 1e-4; both take the last step to the clean level by order 1."""
     theirs = DPMSolverMultistepScheduler(
-        1000, 1e-4, 0.02, "linear", algorithm_type="sde-dpmsolver++", solver_type=solver, timestep_spacing="trailing"
+        1000,
+        1e-4,
+        0.02,
+        "linear",
+        algorithm_type="sde-dpmsolver++",
+        solver_type=solver,
+        timestep_spacing="trailing",
     )
     theirs.set_timesteps(steps)
     oracle = mixture(process(Discrete()))
@@ -106,7 +131,9 @@ def test_steps_may_rise_in_noise_without_noise_only():
     knots = Explicit(tuple(4 - i / 20 for i in range(161))).knots(oracle.process.schedule, 160)
     x = oracle.sample(torch.arange(8))
     exact = flow(oracle, x, knots[0], knots[-1])
-    assert (run(oracle, DPMSolverSDE(2, 0.0), x, knots, NOISE)[0] - exact).norm(dim=1).median() < 1e-3
+    assert (run(oracle, DPMSolverSDE(2, 0.0), x, knots, NOISE)[0] - exact).norm(
+        dim=1
+    ).median() < 1e-3
     with pytest.raises(ValueError, match="fall in noise"):
         run(oracle, DPMSolverSDE(2), x, knots, NOISE)
 

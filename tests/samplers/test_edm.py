@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from diffcore.loop import run
-from diffcore.noise import Noise
+from diffcore.core.noise import Noise
 from diffcore.samplers import Euler, Heun
+from diffcore.sampling.loop import run
 from diffcore.schedules import Cosine, Discrete, Explicit, Flow, Karras, Trailing
-from tests.oracles import SCALINGS, mixture, process
+from tests.helpers.oracles import SCALINGS, mixture, process
 
 NOISE = Noise(torch.arange(16), (2,), dtype=torch.float64)
 KNOTS = Karras(0.01, 40.0).knots(Cosine(scaling="ve"), 9)
@@ -38,12 +38,16 @@ def algorithm_2(x, sigmas, churn, churn_min, churn_max, noise_scale, second_orde
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
-@pytest.mark.parametrize("options", ({}, CHURN, {"churn": 100.0}, {"churn": 0.5, "churn_max": 1.0}), ids=str)
+@pytest.mark.parametrize(
+    "options", ({}, CHURN, {"churn": 100.0}, {"churn": 0.5, "churn_max": 1.0}), ids=str
+)
 @pytest.mark.parametrize("sampler", (Euler, Heun))
 def test_a_run_is_algorithm_2(sampler, options, scaling):
     options = {"churn": 0.0, "churn_min": 0.0, "churn_max": math.inf, "noise_scale": 1.0} | options
     sigmas = [knot.ratio for knot in KNOTS[:-1]] + [0.0]
-    expected, levels = algorithm_2(sigmas[0] * NOISE.start(), sigmas, **options, second_order=sampler is Heun)
+    expected, levels = algorithm_2(
+        sigmas[0] * NOISE.start(), sigmas, **options, second_order=sampler is Heun
+    )
     oracle = mixture(process(Cosine(scaling=scaling)))
     knots = Karras(0.01, 40.0).knots(oracle.process.schedule, 9)
     state, asked = sampler(**options).start(knots[0].sigma * NOISE.start(), knots, NOISE), {}
@@ -71,7 +75,9 @@ def test_churn_stays_within_the_schedules_levels():
     first = Heun(10.0).start(NOISE.start(), knots, NOISE)
     assert first.level.logsnr == table.logsnr(1.0)
     assert torch.equal(first.x, NOISE.start())
-    second = Euler(10.0).advance(Euler(10.0).start(NOISE.start(), knots, NOISE), mixture()(first.x, first.level), NOISE)
+    second = Euler(10.0).advance(
+        Euler(10.0).start(NOISE.start(), knots, NOISE), mixture()(first.x, first.level), NOISE
+    )
     assert second.level.logsnr == pytest.approx(table.logsnr(1.0))
     assert second.level.logsnr < knots[1].logsnr
 

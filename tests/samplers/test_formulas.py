@@ -6,9 +6,8 @@ from itertools import product
 import pytest
 import torch
 
-from diffcore.denoiser import Denoiser
-from diffcore.loop import run
-from diffcore.noise import Noise
+from diffcore.core.denoiser import Denoiser
+from diffcore.core.noise import Noise
 from diffcore.samplers import (
     DDIM,
     AdamsBashforth,
@@ -20,9 +19,10 @@ from diffcore.samplers import (
     Heun,
     UniPC,
 )
+from diffcore.sampling.loop import run
 from diffcore.schedules import Cosine, Explicit, Flow, Karras, Level, Trailing
-from tests.oracles import KINDS, SCALINGS, ExactNetwork, mixture, process
-from tests.samplers import formulas
+from tests.helpers import sampler_formulas as formulas
+from tests.helpers.oracles import KINDS, SCALINGS, ExactNetwork, mixture, process
 from tests.samplers.test_orders import ORDERS
 
 FORMULAS = {
@@ -39,10 +39,16 @@ FORMULAS = {
     **{AdamsBashforth.lms(k): formulas.adams(k, "eps", formulas.u) for k in (2, 3, 4, 5)},
     **{AdamsBashforth.deis(k): formulas.adams(k, "eps", lambda logsnr: logsnr) for k in (2, 3, 4)},
     **{AdamsBashforth.deis(k, "t"): formulas.adams(k, "eps", formulas.cosine_time) for k in (2, 3)},
-    **{AdamsBashforth(k, "x0", "logsnr"): formulas.adams(k, "x0", lambda logsnr: logsnr) for k in (2, 3, 5)},
+    **{
+        AdamsBashforth(k, "x0", "logsnr"): formulas.adams(k, "x0", lambda logsnr: logsnr)
+        for k in (2, 3, 5)
+    },
     **{AdamsBashforth.ipndm(k): formulas.ipndm(k) for k in (2, 4)},
     **{UniPC(p, B): formulas.unipc(p, B) for p in (1, 2, 3) for B in ("bh1", "bh2")},
-    **{AdamsMoulton(2, held, "logsnr"): formulas.moulton(2, held, lambda logsnr: logsnr) for held in formulas.SCALES},
+    **{
+        AdamsMoulton(2, held, "logsnr"): formulas.moulton(2, held, lambda logsnr: logsnr)
+        for held in formulas.SCALES
+    },
     AdamsMoulton(2, "eps", "u"): formulas.moulton(2, "eps", formulas.u),
     AdamsMoulton(3, "x0", "t"): formulas.moulton(3, "x0", formulas.cosine_time),
     AdamsMoulton(3, "eps", "index"): formulas.moulton(3, "eps", None),
@@ -51,7 +57,11 @@ FORMULAS = {
 }
 IN_A = {AdamsBashforth.flow(k): formulas.flow(k) for k in (2, 3, 4, 5)}
 IN_A |= {AdamsMoulton(k): formulas.flow_moulton(k) for k in (1, 2, 3, 4)}
-IN_A |= {AdamsMoulton(3, every=2): lambda v, z, a: formulas.flow_moulton(min(3, 1 + (len(a) - 1) // 2))(v, z, a)}
+IN_A |= {
+    AdamsMoulton(3, every=2): lambda v, z, a: formulas.flow_moulton(min(3, 1 + (len(a) - 1) // 2))(
+        v, z, a
+    )
+}
 GRIDS = [
     *((Trailing(), n) for n in (1, 2, 3, 5)),  # from α = 0
     (Karras(), 3),
@@ -91,18 +101,26 @@ def expected_in_a(formula, knots):
         return eps - x0
 
     z = math.hypot(first.alpha / 2, first.sigma) / (first.alpha + first.sigma) * NOISE.start()
-    return (last.alpha + last.sigma) * formula(velocity, z, [formulas.a(knot.logsnr) for knot in knots])
+    return (last.alpha + last.sigma) * formula(
+        velocity, z, [formulas.a(knot.logsnr) for knot in knots]
+    )
 
 
 def test_every_deterministic_sampler_has_a_formula():
-    assert {*FORMULAS, *IN_A, AlphaBlending(2)} == set(ORDERS)  # the midpoint rule is in test_blending
+    assert {*FORMULAS, *IN_A, AlphaBlending(2)} == set(
+        ORDERS
+    )  # the midpoint rule is in test_blending
 
 
 @pytest.mark.parametrize("sampler", [*FORMULAS, *IN_A], ids=str)
 def test_a_run_is_the_formula_or_refused(sampler):
     for grid, n in GRIDS:
         knots = grid.knots(Cosine(), n)
-        answer = expected_in_a(IN_A[sampler], knots) if sampler in IN_A else expected(FORMULAS[sampler], knots)
+        answer = (
+            expected_in_a(IN_A[sampler], knots)
+            if sampler in IN_A
+            else expected(FORMULAS[sampler], knots)
+        )
         kinds = KINDS if isinstance(grid, Trailing) else ("v_prediction", "epsilon")
         for scaling, kind in product(SCALINGS, kinds):
             check(sampler, grid.knots(Cosine(scaling=scaling), n), kind, answer)
@@ -116,7 +134,11 @@ def check(sampler, knots, kind, answer):
         with pytest.raises(ValueError, match="pure noise"):
             run(denoiser, sampler, NOISE.start(), knots, NOISE)
         return
-    x, evaluations = run(denoiser, sampler, math.hypot(first.alpha / 2, first.sigma) * NOISE.start(), knots, NOISE)
+    x, evaluations = run(
+        denoiser, sampler, math.hypot(first.alpha / 2, first.sigma) * NOISE.start(), knots, NOISE
+    )
     x = x / math.hypot(last.alpha, last.sigma)  # as in vp
-    torch.testing.assert_close(x, answer, rtol=1e-7, atol=1e-8, msg=lambda m: f"{kind}, {knots}: {m}")
+    torch.testing.assert_close(
+        x, answer, rtol=1e-7, atol=1e-8, msg=lambda m: f"{kind}, {knots}: {m}"
+    )
     assert evaluations == sampler.evaluations(knots)

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from diffcore.loop import run
-from diffcore.noise import Noise
+from diffcore.core.noise import Noise
 from diffcore.samplers import DDIM, GradientEstimation
+from diffcore.sampling.loop import run
 from diffcore.schedules import Cosine, Explicit, Flow, Trailing
-from tests.oracles import SCALINGS, mixture, process
+from tests.helpers.oracles import SCALINGS, mixture, process
 
 NOISE = Noise(torch.arange(16), (2,), dtype=torch.float64)
 LOGSNRS = (-6.0, -3.5, -2.0, 0.0, 1.0, 3.0)
@@ -27,7 +27,10 @@ def test_a_run_is_the_authors(gamma, mu, scaling):
         eps = ve(y, knots[i]).eps
         average = eps if last is None else gamma * eps + (1 - gamma) * last
         sigma_p = (after / sigma**mu) ** (1 / (1 - mu))
-        y, last = y - (sigma - sigma_p) * average + math.sqrt(after**2 - sigma_p**2) * NOISE.step(i), eps
+        y, last = (
+            y - (sigma - sigma_p) * average + math.sqrt(after**2 - sigma_p**2) * NOISE.step(i),
+            eps,
+        )
     oracle = mixture(process(Cosine(scaling=scaling)))
     knots = Explicit(LOGSNRS).knots(oracle.process.schedule, 5)
     x, _ = run(oracle, GradientEstimation(gamma, mu), knots[0].sigma * NOISE.start(), knots, NOISE)
@@ -38,10 +41,15 @@ def test_a_run_is_the_authors(gamma, mu, scaling):
 def test_gamma_1_and_mu_half_is_ddpm_from_pure_noise_to_data(schedule):
     """2006.11239: DDIM at η = 1, which renoises in full from α = 0 and adds nothing at the end."""
     oracle, knots = mixture(process(schedule)), Trailing().knots(schedule, 7)
-    one, other = (run(oracle, s, NOISE.start(), knots, NOISE)[0] for s in (GradientEstimation(1.0, 0.5), DDIM(1.0)))
+    one, other = (
+        run(oracle, s, NOISE.start(), knots, NOISE)[0]
+        for s in (GradientEstimation(1.0, 0.5), DDIM(1.0))
+    )
     torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
 
 
 def test_fresh_noise_is_refused_on_the_way_to_noise():
     with pytest.raises(ValueError, match="mu = 0"):
-        GradientEstimation(2.0, 0.5).start(NOISE.start(), Explicit(LOGSNRS[::-1]).knots(Cosine(), 5), NOISE)
+        GradientEstimation(2.0, 0.5).start(
+            NOISE.start(), Explicit(LOGSNRS[::-1]).knots(Cosine(), 5), NOISE
+        )

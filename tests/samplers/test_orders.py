@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import diffcore.samplers
-from diffcore.noise import Noise
+from diffcore.core.noise import Noise
 from diffcore.samplers import (
     DDIM,
     AdamsBashforth,
@@ -26,7 +26,7 @@ from diffcore.samplers import (
     UniPC,
 )
 from diffcore.schedules import Explicit
-from tests.oracles import flow, mixture
+from tests.helpers.oracles import flow, mixture
 from tests.samplers.test_weak_orders import WEAK
 
 ORDERS = {  # deterministic samplers; the stochastic ones are in WEAK
@@ -73,7 +73,11 @@ def concrete(base):
     for module in pkgutil.iter_modules(diffcore.samplers.__path__):
         importlib.import_module(f"diffcore.samplers.{module.name}")
     found = {cls for sub in base.__subclasses__() for cls in {sub, *concrete(sub)}}
-    return {cls for cls in found if cls.__module__.startswith("diffcore.samplers") and not inspect.isabstract(cls)}
+    return {
+        cls
+        for cls in found
+        if cls.__module__.startswith("diffcore.samplers") and not inspect.isabstract(cls)
+    }
 
 
 @cache
@@ -97,7 +101,9 @@ def before(steps):
 def error(sampler, steps):
     """Median over the points: one near a separatrix would spoil the mean."""
     oracle = mixture()
-    grid = Explicit(tuple(LOW + (HIGH - LOW) * i / steps for i in range(steps + 1)))  # no clean knot
+    grid = Explicit(
+        tuple(LOW + (HIGH - LOW) * i / steps for i in range(steps + 1))
+    )  # no clean knot
     levels, states = before(steps)
     x, exact = ends()
     state = sampler.start(states[0], (*levels, *grid.knots(oracle.process.schedule, steps)), NOISE)

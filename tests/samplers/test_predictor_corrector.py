@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from diffcore.core.noise import Noise
+from diffcore.core.prediction import Prediction
 from diffcore.guidance import CFG
-from diffcore.loop import guided, run
-from diffcore.noise import Noise
-from diffcore.prediction import Prediction
 from diffcore.samplers import DDIM, AlphaBlending, DPMSolverSDE, PredictorCorrector
+from diffcore.sampling.loop import guided, run
 from diffcore.schedules import Cosine, Explicit, Flow, Trailing
-from tests.oracles import covariance, gaussian, mixture, process
+from tests.helpers.oracles import covariance, gaussian, mixture, process
 
 NOISE = Noise(torch.arange(4), (2,), dtype=torch.float64)
 EYE = torch.eye(2, dtype=torch.float64)
@@ -27,11 +27,15 @@ def test_a_correction_is_langevins_step_with_its_noise_cut(snr):
     oracle = mixture()
     t, s, _ = knots = Explicit((-2.0, -1.0, 1.0)).knots(oracle.process.schedule, 2)
     sampler = PredictorCorrector(DDIM(), 1, snr)
-    state = sampler.advance(sampler.start(NOISE.start(), knots, NOISE), oracle(NOISE.start(), t), NOISE)
+    state = sampler.advance(
+        sampler.start(NOISE.start(), knots, NOISE), oracle(NOISE.start(), t), NOISE
+    )
     prediction = oracle(state.x, s)
     after = sampler.advance(state, prediction, NOISE)
     tau = 1 - s.sigma / s.alpha * t.alpha / t.sigma if snr is None else 2 * snr**2
-    z = (after.x - state.x - tau * s.sigma**2 * (-prediction.eps / s.sigma)) / (s.sigma * math.sqrt(2 * tau - tau**2))
+    z = (after.x - state.x - tau * s.sigma**2 * (-prediction.eps / s.sigma)) / (
+        s.sigma * math.sqrt(2 * tau - tau**2)
+    )
     torch.testing.assert_close(z, NOISE.branch(1).step(1), rtol=1e-10, atol=1e-10)
     assert (after.level, after.left, after.step) == (state.level, state.left, state.step)
 
@@ -73,7 +77,9 @@ def test_many_corrections_leave_the_marginal_in_the_limit_of_small_steps(logsnr)
     for ratio in (0.9, 0.95):
         found = torch.linalg.eigvalsh(chain(oracle, level, ratio, 20000))
         V = torch.linalg.eigvalsh(exact)
-        torch.testing.assert_close(found, V * (1 + ratio) / (2 - (1 - ratio) * level.sigma**2 / V), rtol=1e-9, atol=0)
+        torch.testing.assert_close(
+            found, V * (1 + ratio) / (2 - (1 - ratio) * level.sigma**2 / V), rtol=1e-9, atol=0
+        )
         assert ((found / V - 1).abs() <= (1 - ratio) / 2).all()
 
 
@@ -83,9 +89,16 @@ def test_a_point_mass_is_kept_exactly_whatever_the_step():
     z = NOISE.start()
     prediction = Prediction(torch.ones(4, 2, dtype=torch.float64), z)
     for snr in (0.16, 0.7):
-        A = corrected(PredictorCorrector(snr=snr), Prediction(prediction.x0, EYE[:1].expand(4, 2)), level, 0 * z)
+        A = corrected(
+            PredictorCorrector(snr=snr),
+            Prediction(prediction.x0, EYE[:1].expand(4, 2)),
+            level,
+            0 * z,
+        )
         rho = 1 - 2 * snr**2
-        torch.testing.assert_close(A, level.alpha * prediction.x0 + level.sigma * rho * EYE[:1].expand(4, 2))
+        torch.testing.assert_close(
+            A, level.alpha * prediction.x0 + level.sigma * rho * EYE[:1].expand(4, 2)
+        )
 
 
 @pytest.mark.parametrize("corrections", (0, 1, 3))
@@ -95,7 +108,11 @@ def test_evaluations_are_counted_exactly(predictor, corrections):
     for steps in (1, 2, 5):
         knots = Trailing().knots(oracle.process.schedule, steps)
         x, evaluations = run(oracle, sampler, NOISE.start(), knots, NOISE)
-        assert evaluations == sampler.evaluations(knots) == predictor.evaluations(knots) + corrections * (steps - 1)
+        assert (
+            evaluations
+            == sampler.evaluations(knots)
+            == predictor.evaluations(knots) + corrections * (steps - 1)
+        )
         if corrections == 0 and predictor == AlphaBlending(2):
             assert torch.equal(x, run(oracle, predictor, NOISE.start(), knots, NOISE)[0])
 
@@ -138,7 +155,9 @@ def propagated(sampler, w, steps):
 def variance(sampler, w, steps):
     """Of the guided samples, extrapolated twice to no step size."""
     return (
-        8 * propagated(sampler, w, steps) - 6 * propagated(sampler, w, steps // 2) + propagated(sampler, w, steps // 4)
+        8 * propagated(sampler, w, steps)
+        - 6 * propagated(sampler, w, steps // 2)
+        + propagated(sampler, w, steps // 4)
     ) / 3
 
 
@@ -147,7 +166,9 @@ def test_pcg_with_one_correction_is_cfg_in_the_limit_of_the_sde(w):
     """Bradley & Nakkiran 2408.09000, theorem 3: CFG(2w-1) on the corrector alone is CFG(w) of the SDE."""
     sde = (2 - 2 ** (2 - 2 * w)) / (2 * w - 1)
     assert variance(DDIM(1.0), w, 160) == pytest.approx(sde, rel=3e-3)
-    assert variance(PredictorCorrector(DDIM(), 1, guides="corrector"), 2 * w - 1, 160) == pytest.approx(sde, rel=3e-3)
+    assert variance(
+        PredictorCorrector(DDIM(), 1, guides="corrector"), 2 * w - 1, 160
+    ) == pytest.approx(sde, rel=3e-3)
 
 
 @pytest.mark.parametrize(("corrections", "expected"), ((1, 0.75), (10, 0.674), (100, 0.667)))

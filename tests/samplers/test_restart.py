@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from diffcore.loop import run
-from diffcore.noise import Noise
+from diffcore.core.noise import Noise
 from diffcore.samplers import DDIM, AlphaBlending, PredictorCorrector, Restart
+from diffcore.sampling.loop import run
 from diffcore.schedules import Cosine, Explicit, Flow, Karras, Trailing
-from tests.oracles import covariance, gaussian, mixture, process
-from tests.samplers.moments import affine, moments
+from tests.helpers.moments import affine, moments
+from tests.helpers.oracles import covariance, gaussian, mixture, process
 
 NOISE = Noise(torch.arange(4), (2,), dtype=torch.float64)
 TWO = ((0.2, 0.8, 2, 2), (1.5, 4.0, 3, 1))
@@ -30,7 +30,11 @@ def test_evaluations_are_counted_exactly(sampler):
     knots = Karras(0.01, 20.0).knots(Cosine(), 9)
     seen, state = asked(sampler, knots)
     inserted = 2  # neither u_min is a knot
-    assert len(seen) == sampler.evaluations(knots) == sampler.inner.order * (9 + inserted + 2 * 2 + 3 * 1)
+    assert (
+        len(seen)
+        == sampler.evaluations(knots)
+        == sampler.inner.order * (9 + inserted + 2 * 2 + 3 * 1)
+    )
     assert state.level == knots[-1]
     assert state.step == 9 + inserted + 2 * 2 + 3 * 1
 
@@ -53,7 +57,9 @@ def test_the_jump_adds_what_the_levels_differ_in(schedule):
     )
     first, again = knots[0], schedule.at(-2 * math.log(3.0))
     seen, _ = asked(sampler, knots, oracle)
-    low = DDIM().advance(DDIM().start(NOISE.start(), knots, NOISE), oracle(NOISE.start(), first), NOISE)
+    low = DDIM().advance(
+        DDIM().start(NOISE.start(), knots, NOISE), oracle(NOISE.start(), first), NOISE
+    )
     z = (seen[1][1] / again.alpha - low.x / low.level.alpha) / math.sqrt(3.0**2 - 0.5**2)
     torch.testing.assert_close(z, NOISE.branch(4).step(1), rtol=1e-10, atol=1e-10)
 
@@ -63,7 +69,9 @@ def test_the_marginal_is_kept_up_to_the_inner_samplers_error(steps):
     """And errors shrink: noise and flow back contract them. DDIM is of order 1, so 4 times the steps err 4 times less."""
     cov = covariance(0.8, 0.2, 0.7)
     oracle = gaussian([1.0, -0.5], cov)
-    knots = Explicit(tuple(-6 + 10 * i / steps for i in range(steps + 1))).knots(oracle.process.schedule, steps)
+    knots = Explicit(tuple(-6 + 10 * i / steps for i in range(steps + 1))).knots(
+        oracle.process.schedule, steps
+    )
     first, last = knots[0], knots[-1]
     eye = torch.eye(2, dtype=torch.float64)
     begin = (first.alpha * oracle.means[0], first.alpha**2 * cov + first.sigma**2 * eye)
@@ -93,7 +101,8 @@ def test_it_nests_with_a_corrector():
 
 
 @pytest.mark.parametrize(
-    "interval", ((0.0, 1.0, 1, 1), (1.0, 0.5, 1, 1), (0.5, math.inf, 1, 1), (0.5, 1.0, 0, 1), (0.5, 1.0, 1, 0))
+    "interval",
+    ((0.0, 1.0, 1, 1), (1.0, 0.5, 1, 1), (0.5, math.inf, 1, 1), (0.5, 1.0, 0, 1), (0.5, 1.0, 1, 0)),
 )
 def test_intervals_that_are_none_are_refused(interval):
     with pytest.raises(ValueError, match="interval is"):

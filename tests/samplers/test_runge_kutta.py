@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from diffcore.loop import run
-from diffcore.noise import Noise
+from diffcore.core.noise import Noise
 from diffcore.samplers import AdaptiveRungeKutta
 from diffcore.samplers.runge_kutta import PAIRS
+from diffcore.sampling.loop import run
 from diffcore.schedules import Cosine, Explicit, Flow, Trailing
-from tests.oracles import PointMass, flow, mixture, process
+from tests.helpers.oracles import PointMass, flow, mixture, process
 
 NOISE = Noise(torch.arange(32), (2,), dtype=torch.float64)
 
@@ -46,7 +46,9 @@ def test_errors_follow_the_tolerance_from_pure_noise_to_data(pair, schedule):
     knots = Trailing().knots(schedule, 1)
     exact, evaluations = flow(oracle, NOISE.start(), *knots), []
     for tolerance in (1e-2, 1e-3, 1e-4, 1e-5):
-        x, asked = run(oracle, AdaptiveRungeKutta(pair, tolerance, tolerance), NOISE.start(), knots, NOISE)
+        x, asked = run(
+            oracle, AdaptiveRungeKutta(pair, tolerance, tolerance), NOISE.start(), knots, NOISE
+        )
         assert (x - exact).norm(dim=1).median() < 3 * tolerance
         evaluations.append(asked)
     assert evaluations == sorted(evaluations)
@@ -56,7 +58,10 @@ def test_errors_follow_the_tolerance_from_pure_noise_to_data(pair, schedule):
 @pytest.mark.parametrize("pair", PAIRS)
 def test_it_lands_on_every_knot_and_asks_within(pair):
     oracle = Counted(mixture(process(Flow())))
-    sampler, knots = AdaptiveRungeKutta(pair), Explicit((-math.inf, -3.0, 0.0, 2.0, math.inf)).knots(Flow(), 4)
+    sampler, knots = (
+        AdaptiveRungeKutta(pair),
+        Explicit((-math.inf, -3.0, 0.0, 2.0, math.inf)).knots(Flow(), 4),
+    )
     state, reached = sampler.start(NOISE.start(), knots, NOISE), [knots[0]]
     while not state.done:
         after = sampler.advance(state, oracle(state.x, state.level), NOISE)
@@ -96,14 +101,22 @@ def test_a_step_is_rejected_where_the_flow_is_sharp():
     x, easy = run(point, AdaptiveRungeKutta(), NOISE.start(), knots, NOISE)
     torch.testing.assert_close(x, point.point.expand_as(x), rtol=0, atol=1e-12)
     oracle = Counted(mixture(process(Flow())))
-    _, hard = run(oracle, AdaptiveRungeKutta("DormandPrince", 1e-5, 1e-5), NOISE.start(), knots, NOISE)
+    _, hard = run(
+        oracle, AdaptiveRungeKutta("DormandPrince", 1e-5, 1e-5), NOISE.start(), knots, NOISE
+    )
     assert hard > easy
     assert (hard - 1) % 6 == (easy - 1) % 6 == 0
-    assert any(a.blend < b.blend - 1e-6 for a, b in zip(oracle.levels, oracle.levels[6:], strict=False))
+    assert any(
+        a.blend < b.blend - 1e-6 for a, b in zip(oracle.levels, oracle.levels[6:], strict=False)
+    )
 
 
 def test_a_row_alone_chooses_steps_of_its_own():
-    oracle, knots, sampler = mixture(process(Flow())), Trailing().knots(Flow(), 1), AdaptiveRungeKutta()
+    oracle, knots, sampler = (
+        mixture(process(Flow())),
+        Trailing().knots(Flow(), 1),
+        AdaptiveRungeKutta(),
+    )
     together, most = run(oracle, sampler, NOISE.start(), knots, NOISE)
     alone = [run(oracle, sampler, row[None], knots, NOISE) for row in NOISE.start()]
     assert any(evaluations < most for _, evaluations in alone)
@@ -143,7 +156,11 @@ def test_options_out_of_range_are_refused(options, match):
 
 
 def test_a_state_saved_in_mid_step_continues_bit_for_bit():
-    oracle, sampler, knots = mixture(process(Flow())), AdaptiveRungeKutta(), Trailing().knots(Flow(), 2)
+    oracle, sampler, knots = (
+        mixture(process(Flow())),
+        AdaptiveRungeKutta(),
+        Trailing().knots(Flow(), 2),
+    )
     state, kept = sampler.start(NOISE.start(), knots, NOISE), []
     while not state.done:
         kept.append(pickle.dumps(state))

@@ -10,13 +10,21 @@ import pytest
 import torch
 from scipy.interpolate import CubicSpline
 
-from diffcore.loop import run
-from diffcore.noise import Noise
-from diffcore.oracle import GaussianMixture
-from diffcore.samplers import DDIM, DDPM, AlphaBlending, DPMSolverSDE, EulerAncestral, PredictorCorrector, Restart
+from diffcore.core.noise import Noise
+from diffcore.core.oracle import GaussianMixture
+from diffcore.samplers import (
+    DDIM,
+    DDPM,
+    AlphaBlending,
+    DPMSolverSDE,
+    EulerAncestral,
+    PredictorCorrector,
+    Restart,
+)
+from diffcore.sampling.loop import run
 from diffcore.schedules import Explicit
-from tests.oracles import covariance, gaussian, process
-from tests.samplers.moments import Probe, moments
+from tests.helpers.moments import Probe, moments
+from tests.helpers.oracles import covariance, gaussian, process
 
 INTERVALS = ((0.2, 0.8, 4, 2), (1.5, 4.0, 4, 1))
 WEAK = {  # what is measured on a Gaussian; it is the declared order, but for the midpoint rule in a, which gains one there
@@ -59,7 +67,9 @@ def marginal(level, cov=COV):
 def errors(sampler, steps):
     """Of mean and covariance at the last knot."""
     if isinstance(sampler, Restart):  # the steps within its intervals grow with the grid's
-        sampler = replace(sampler, intervals=tuple((*ends, steps // 8, k) for *ends, _, k in sampler.intervals))
+        sampler = replace(
+            sampler, intervals=tuple((*ends, steps // 8, k) for *ends, _, k in sampler.intervals)
+        )
     knots = knots_of(steps)
     found, exact = moments(ORACLE, sampler, knots, *marginal(knots[0])), marginal(knots[-1])
     return [(a - b).norm() for a, b in zip(found, exact, strict=True)]
@@ -78,9 +88,16 @@ def test_three_predictions_err_less_than_two_at_the_same_weak_order():
     assert errors(DPMSolverSDE(3), 160)[1] < 0.5 * errors(DPMSolverSDE(2), 160)[1]
 
 
-MEANS, SPREADS, WEIGHTS = np.array([-1.0, 0.4, 1.2]), np.array([0.3, 0.15, 0.4]), np.array([0.4, 0.35, 0.25])
+MEANS, SPREADS, WEIGHTS = (
+    np.array([-1.0, 0.4, 1.2]),
+    np.array([0.3, 0.15, 0.4]),
+    np.array([0.4, 0.35, 0.25]),
+)
 LINE = GaussianMixture(
-    *(torch.tensor(v, dtype=torch.float64) for v in (MEANS[:, None], SPREADS[:, None, None] ** 2, WEIGHTS)),
+    *(
+        torch.tensor(v, dtype=torch.float64)
+        for v in (MEANS[:, None], SPREADS[:, None, None] ** 2, WEIGHTS)
+    ),
     process=process(shape=(1,), classes=0),
 )
 NODES, NODE_WEIGHTS = np.polynomial.hermite_e.hermegauss(30)
@@ -103,7 +120,9 @@ def law(sampler, steps):
     knots, grid = knots_of(steps), np.linspace(-9, 9, 1501)
     x, function = torch.from_numpy(grid)[:, None], observed
     for t, s in reversed(list(pairwise(knots))):
-        m, c = (run(LINE, sampler, x, (t, s), Constant(z, len(x)))[0][:, 0].numpy() for z in (0.0, 1.0))
+        m, c = (
+            run(LINE, sampler, x, (t, s), Constant(z, len(x)))[0][:, 0].numpy() for z in (0.0, 1.0)
+        )
         values = function(np.clip(m[:, None] + (c - m)[:, None] * NODES, -9, 9)) @ NODE_WEIGHTS
         function = CubicSpline(grid, values)
     return expected(function, knots[0])
@@ -119,7 +138,9 @@ class Constant:
         return self.z
 
 
-@pytest.mark.parametrize("sampler", (DDIM(1.0), DDPM(1.0), AlphaBlending(2, 0.5), AlphaBlending(2, 1.0)), ids=str)
+@pytest.mark.parametrize(
+    "sampler", (DDIM(1.0), DDPM(1.0), AlphaBlending(2, 0.5), AlphaBlending(2, 1.0)), ids=str
+)
 def test_the_weak_order_on_a_mixture(sampler):
     exact = expected(observed, knots_of(1)[-1])
     coarse, fine = (abs(law(sampler, n) - exact) for n in (32, 64))

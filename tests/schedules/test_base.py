@@ -68,10 +68,16 @@ SCHEDULES: list[Schedule] = [
     Rescaled(Cosine(), "flow"),
 ]
 FINITE = (LogLinear, Rho, Truncated)  # a finite λ at both ends
-COARSE = (*FINITE, Mixture, Interpolated)  # t near 0 to an absolute 1e-14 only: λ is near a constant there, or a sum
+COARSE = (
+    *FINITE,
+    Mixture,
+    Interpolated,
+)  # t near 0 to an absolute 1e-14 only: λ is near a constant there, or a sum
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
 every_scaling = pytest.mark.parametrize("scaling", ["vp", "flow", "ve"])
-LEVELS = torch.cat((torch.linspace(-80, 80, 161, dtype=torch.float64), torch.tensor([-300.0, 300.0])))
+LEVELS = torch.cat(
+    (torch.linspace(-80, 80, 161, dtype=torch.float64), torch.tensor([-300.0, 300.0]))
+)
 TIMES = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000  # between the entries of a table
 
 
@@ -96,7 +102,9 @@ def test_lambda_is_the_log_of_the_squared_ratio(scaling):
 
 
 def test_A4_alpha_and_sigma_are_root_half_at_lambda_0():
-    assert alpha_sigma(torch.zeros(1), "vp") == pytest.approx((math.sqrt(0.5), math.sqrt(0.5)), rel=1e-7)
+    assert alpha_sigma(torch.zeros(1), "vp") == pytest.approx(
+        (math.sqrt(0.5), math.sqrt(0.5)), rel=1e-7
+    )
     assert alpha_sigma(torch.zeros(1), "flow") == (0.5, 0.5)
     assert alpha_sigma(torch.zeros(1), "ve") == (1, 1)
 
@@ -134,7 +142,13 @@ def test_A4_cdf_of_quantile_is_the_identity(schedule):
 
 @every_schedule
 def test_time_inverts_logsnr_in_both_tails(schedule):
-    t = torch.cat((torch.logspace(-10, -3, 40, dtype=torch.float64), TIMES, 1 - torch.logspace(-3, -9, 40).double()))
+    t = torch.cat(
+        (
+            torch.logspace(-10, -3, 40, dtype=torch.float64),
+            TIMES,
+            1 - torch.logspace(-3, -9, 40).double(),
+        )
+    )
     atol = 1e-14 if isinstance(schedule, COARSE) else 0
     if isinstance(schedule, Interpolated) and schedule.steps:
         atol = 1e-9  # a table snaps t to its entries within that
@@ -199,14 +213,24 @@ def test_A6_default_dtype_does_not_reach_the_tables(schedule, dtype):
 def test_A6_the_smallest_knot_in_float32_still_adds_noise():
     x = torch.ones(1000)
     level = Discrete().level(torch.tensor([1 / 1000], dtype=torch.float64)).to(x)
-    noised = level.alpha * x + level.sigma * torch.randn(1000, generator=torch.Generator().manual_seed(0))
-    assert (noised - x).std().item() == pytest.approx(0.01, rel=0.1)  # σ = √β_0 = 0.01; std of 1000 is known to 2 %
+    noised = level.alpha * x + level.sigma * torch.randn(
+        1000, generator=torch.Generator().manual_seed(0)
+    )
+    assert (noised - x).std().item() == pytest.approx(
+        0.01, rel=0.1
+    )  # σ = √β_0 = 0.01; std of 1000 is known to 2 %
 
 
 @every_schedule
 def test_floats_give_floats_equal_to_tensors(schedule):
     t = torch.tensor([0.123, 0.5, 0.9], dtype=torch.float64)
-    for name, argument in (("logsnr", t), ("time", t * 9 - 4), ("density", t * 9 - 4), ("cdf", t), ("quantile", t)):
+    for name, argument in (
+        ("logsnr", t),
+        ("time", t * 9 - 4),
+        ("density", t * 9 - 4),
+        ("cdf", t),
+        ("quantile", t),
+    ):
         one = getattr(schedule, name)
         floats = [one(value) for value in argument.tolist()]
         assert all(type(value) is float for value in floats)
@@ -215,25 +239,40 @@ def test_floats_give_floats_equal_to_tensors(schedule):
 
 @every_schedule
 def test_any_shape_stride_and_kind_of_number_is_read(schedule):
-    maps = torch.rand(2, 3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).transpose(1, 3)
+    maps = torch.rand(
+        2, 3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    ).transpose(1, 3)
     for one in (schedule.logsnr, schedule.time, schedule.density, schedule.cdf, schedule.quantile):
-        torch.testing.assert_close(one(maps), one(maps.flatten()).view(2, 5, 4, 3), rtol=1e-14, atol=1e-300)
+        torch.testing.assert_close(
+            one(maps), one(maps.flatten()).view(2, 5, 4, 3), rtol=1e-14, atol=1e-300
+        )
         assert one(torch.empty(0, 3)).shape == (0, 3)
         assert one(torch.tensor(0.5)).shape == ()
         assert one(torch.tensor(1)).item() == one(1)
-    assert schedule.level(torch.tensor(0.5)).logsnr.item() == pytest.approx(schedule.level(0.5).logsnr, rel=1e-14)
+    assert schedule.level(torch.tensor(0.5)).logsnr.item() == pytest.approx(
+        schedule.level(0.5).logsnr, rel=1e-14
+    )
 
 
 @every_schedule
 def test_level_at_a_time_and_at_its_lambda_are_one_level(schedule):
     for t in (0.007, 0.3, 0.77):
         level = schedule.level(t)
-        alpha, sigma = alpha_sigma(torch.tensor(schedule.logsnr(t), dtype=torch.float64), schedule.scaling)
-        assert (level.t, level.alpha, level.sigma, level.schedule) == (t, alpha.item(), sigma.item(), schedule)
+        alpha, sigma = alpha_sigma(
+            torch.tensor(schedule.logsnr(t), dtype=torch.float64), schedule.scaling
+        )
+        assert (level.t, level.alpha, level.sigma, level.schedule) == (
+            t,
+            alpha.item(),
+            sigma.item(),
+            schedule,
+        )
         again, blended = schedule.at(level.logsnr), schedule.at_blend(level.blend)
         for other in (again, blended):
             values = (other.logsnr, other.t, other.alpha, other.sigma)
-            assert values == pytest.approx((level.logsnr, level.t, level.alpha, level.sigma), rel=1e-10)
+            assert values == pytest.approx(
+                (level.logsnr, level.t, level.alpha, level.sigma), rel=1e-10
+            )
 
 
 @every_scaling
@@ -243,8 +282,12 @@ def test_blend_and_ratio_are_those_of_lambda(scaling):
     torch.testing.assert_close(level.ratio, level.sigma / level.alpha, rtol=1e-14, atol=0)
     torch.testing.assert_close(level.blend, 1 / (1 + (logsnr / 2).exp()), rtol=1e-14, atol=0)
     for i, value in enumerate(logsnr.tolist()):
-        assert Cosine(scaling=scaling).at(value).ratio == pytest.approx(math.exp(-value / 2), rel=1e-14)
-        assert Cosine(scaling=scaling).at(value).blend == pytest.approx(level.blend[i].item(), rel=1e-14)
+        assert Cosine(scaling=scaling).at(value).ratio == pytest.approx(
+            math.exp(-value / 2), rel=1e-14
+        )
+        assert Cosine(scaling=scaling).at(value).blend == pytest.approx(
+            level.blend[i].item(), rel=1e-14
+        )
 
 
 @pytest.mark.parametrize("scaling", ["vp", "flow"])
@@ -263,7 +306,11 @@ def test_level_casts_to_the_dtype_of_x_and_keeps_floats():
     for name in ("logsnr", "t", "alpha", "sigma"):
         assert torch.equal(getattr(cast, name), getattr(level, name).bfloat16())
     assert cast.schedule == level.schedule
-    assert Flow().level(0.25).to(x) == Flow().level(0.25) == Level(2 * math.log(3), 0.25, 0.75, 0.25, Flow())
+    assert (
+        Flow().level(0.25).to(x)
+        == Flow().level(0.25)
+        == Level(2 * math.log(3), 0.25, 0.75, 0.25, Flow())
+    )
 
 
 @pytest.mark.parametrize("t", [-1e-9, 1.0001, math.nan])
@@ -280,13 +327,19 @@ def test_a_continuous_schedule_draws_the_time_itself():
     assert torch.equal(Cosine().drawn(u), u)
 
 
-@pytest.mark.parametrize("schedule", [Discrete(steps=50), Shifted(ZeroTerminalSNR(Discrete(steps=50)), 1.0)], ids=repr)
+@pytest.mark.parametrize(
+    "schedule", [Discrete(steps=50), Shifted(ZeroTerminalSNR(Discrete(steps=50)), 1.0)], ids=repr
+)
 def test_a_table_draws_each_of_its_entries_equally_often_and_nothing_else(schedule):
     u = (torch.arange(200, dtype=torch.float64) + 0.5) / 200
     entries = (schedule.drawn(u) * 50).round() - 1
     assert torch.equal(entries, torch.arange(50).repeat_interleave(4).double())
     assert torch.equal(schedule.drawn(u), (entries + 1) / 50)
-    assert schedule.drawn(torch.tensor([0.0, 1e-300, 1.0], dtype=torch.float64)).tolist() == [1 / 50, 1 / 50, 1]
+    assert schedule.drawn(torch.tensor([0.0, 1e-300, 1.0], dtype=torch.float64)).tolist() == [
+        1 / 50,
+        1 / 50,
+        1,
+    ]
 
 
 @every_schedule
@@ -308,4 +361,6 @@ def test_A5_draws_follow_the_density(schedule):
     fine = np.linspace(edges[:-1], edges[1:], 2001)
     density = schedule.density(torch.from_numpy(fine)).numpy()
     integral = np.trapezoid(density, fine, axis=0)
-    np.testing.assert_allclose(share, integral, rtol=0, atol=2e-5)  # a draw in 200 000 at either edge, and kinks
+    np.testing.assert_allclose(
+        share, integral, rtol=0, atol=2e-5
+    )  # a draw in 200 000 at either edge, and kinks

@@ -8,6 +8,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diffcore.io.specs import build, spec
 from diffcore.schedules import (
     Beta,
     Cauchy,
@@ -29,7 +30,6 @@ from diffcore.schedules import (
     Truncated,
     ZeroTerminalSNR,
 )
-from diffcore.spec import build, spec
 
 SCALING = st.sampled_from(["vp", "flow", "ve"])
 MEAN, WIDTH = st.floats(-3, 3), st.floats(0.3, 4)
@@ -45,7 +45,9 @@ BASES = st.one_of(
     st.builds(PowerCosine, st.floats(0, 0.3), st.floats(0.6, 1), st.floats(0.5, 2)),
     st.builds(Mode, st.floats(-0.9, 1.5)),
     st.builds(Beta, st.floats(0.7, 3), st.floats(0.7, 3)),
-    st.builds(Discrete, st.sampled_from(["linear", "scaled_linear", "cosine"]), st.integers(10, 60)),
+    st.builds(
+        Discrete, st.sampled_from(["linear", "scaled_linear", "cosine"]), st.integers(10, 60)
+    ),
 )
 
 
@@ -56,7 +58,9 @@ def transformed(inner: st.SearchStrategy[Schedule]) -> st.SearchStrategy[Schedul
         st.builds(Mixture, inner, share=st.floats(0.05, 0.9)),
         st.builds(Interpolated, inner, st.floats(0, 3), st.floats(-3, 0)),
         st.builds(ZeroTerminalSNR, inner),
-        inner.filter(lambda s: s.cdf(5.0) - s.cdf(-5.0) > 0.05).map(lambda s: Truncated(s, -5.0, 5.0)),
+        inner.filter(lambda s: s.cdf(5.0) - s.cdf(-5.0) > 0.05).map(
+            lambda s: Truncated(s, -5.0, 5.0)
+        ),
     )
 
 

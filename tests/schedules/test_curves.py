@@ -28,10 +28,14 @@ def chen_cosine(start, end, tau):
     return (high - np.cos((t * (end - start) + start) * math.pi / 2) ** (2 * tau)) / (high - low)
 
 
-@pytest.mark.parametrize("options", [(-3, 3, 1.0), (-3, 3, 0.9), (0, 3, 0.3), (-1, 4, 0.5), (-3, 3, 0.1)])
+@pytest.mark.parametrize(
+    "options", [(-3, 3, 1.0), (-3, 3, 0.9), (0, 3, 0.3), (-1, 4, 0.5), (-3, 3, 0.1)]
+)
 def test_sigmoid_is_chens_curve(options):
     gamma = chen_sigmoid(*options)
-    np.testing.assert_allclose(Sigmoid(*options).level(times).alpha ** 2, gamma, rtol=1e-9, atol=1e-15)
+    np.testing.assert_allclose(
+        Sigmoid(*options).level(times).alpha ** 2, gamma, rtol=1e-9, atol=1e-15
+    )
 
 
 @pytest.mark.parametrize(
@@ -39,7 +43,9 @@ def test_sigmoid_is_chens_curve(options):
 )
 def test_power_cosine_is_chens_curve(options):
     gamma = chen_cosine(*options)
-    np.testing.assert_allclose(PowerCosine(*options).level(times).alpha ** 2, gamma, rtol=1e-9, atol=1e-15)
+    np.testing.assert_allclose(
+        PowerCosine(*options).level(times).alpha ** 2, gamma, rtol=1e-9, atol=1e-15
+    )
 
 
 def test_the_plain_power_cosine_is_cosine():
@@ -68,7 +74,11 @@ EXTREME = [
 @pytest.mark.parametrize("schedule", EXTREME, ids=repr)
 def test_extreme_parameters_still_make_a_schedule(schedule):
     every = torch.cat(
-        (torch.tensor([0.0, 1e-140, 1e-12], dtype=torch.float64), times, torch.tensor([1.0], dtype=torch.float64))
+        (
+            torch.tensor([0.0, 1e-140, 1e-12], dtype=torch.float64),
+            times,
+            torch.tensor([1.0], dtype=torch.float64),
+        )
     )
     logsnr = schedule.logsnr(every)
     assert (logsnr[0].item(), logsnr[-1].item()) == (math.inf, -math.inf)
@@ -85,7 +95,9 @@ def test_extreme_parameters_still_make_a_schedule(schedule):
 def test_a_steep_sigmoid_keeps_both_tails(tau):
     """1 - γ of the plain formula has lost its digits here; the product of hyperbolic sines has not."""
     schedule, tail = Sigmoid(-3, 3, tau), torch.logspace(-12, -2, 21, dtype=torch.float64)
-    torch.testing.assert_close(schedule.logsnr(tail), -schedule.logsnr(1 - tail), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        schedule.logsnr(tail), -schedule.logsnr(1 - tail), rtol=1e-4, atol=1e-3
+    )
     torch.testing.assert_close(schedule.time(schedule.logsnr(tail)), tail, rtol=1e-9, atol=0)
 
 
@@ -97,7 +109,9 @@ def test_mode_is_sd3s_map_of_uniform_times(scale):
 
 
 def test_mode_0_is_flow_and_mode_minus_1_is_the_squared_sine():
-    torch.testing.assert_close(Mode(0.0).logsnr(times), Flow().logsnr(times), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(
+        Mode(0.0).logsnr(times), Flow().logsnr(times), rtol=1e-13, atol=1e-13
+    )
     blend = (math.pi / 2 * times).sin() ** 2
     torch.testing.assert_close(Mode(-1.0).level(times).blend, blend, rtol=1e-12, atol=0)
 
@@ -115,19 +129,28 @@ def test_beta_draws_the_blending_coordinate_from_a_beta_distribution(p, q):
     u = torch.rand(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     assert stats.kstest(schedule.level(u).blend.numpy(), law.cdf).pvalue > 0.01
     a = schedule.level(times).blend.numpy()  # p(λ) = p(a) |da/dλ|, da/dλ = -a(1-a)/2
-    np.testing.assert_allclose(schedule.density(schedule.logsnr(times)), law.pdf(a) * a * (1 - a) / 2, rtol=1e-9)
+    np.testing.assert_allclose(
+        schedule.density(schedule.logsnr(times)), law.pdf(a) * a * (1 - a) / 2, rtol=1e-9
+    )
 
 
 def test_beta_1_1_is_flow():
-    torch.testing.assert_close(Beta(1.0, 1.0).logsnr(times), Flow().logsnr(times), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        Beta(1.0, 1.0).logsnr(times), Flow().logsnr(times), rtol=1e-12, atol=1e-12
+    )
 
 
-@pytest.mark.parametrize("schedule", [Sigmoid(), PowerCosine(0.2, 1.0, 1.5), Mode(), Mode(-0.5)], ids=repr)
+@pytest.mark.parametrize(
+    "schedule", [Sigmoid(), PowerCosine(0.2, 1.0, 1.5), Mode(), Mode(-0.5)], ids=repr
+)
 def test_A4_drawn_levels_pass_a_kolmogorov_smirnov_test(schedule):
     """Against the distribution function found by bisection of the published λ(t), one level at a time."""
     u = torch.rand(2000, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     drawn = schedule.logsnr(schedule.drawn(u)).numpy()
-    cdf = [1 - optimize.brentq(lambda t, v=v: schedule.logsnr(t) - v, 1e-12, 1 - 1e-12) for v in np.sort(drawn)]
+    cdf = [
+        1 - optimize.brentq(lambda t, v=v: schedule.logsnr(t) - v, 1e-12, 1 - 1e-12)
+        for v in np.sort(drawn)
+    ]
     assert stats.kstest(cdf, "uniform").pvalue > 0.01
 
 
@@ -135,7 +158,10 @@ def test_A4_drawn_levels_pass_a_kolmogorov_smirnov_test(schedule):
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"start": 0.5, "end": 0.5}, "start and end are 0.5 and 0.5, expected finite numbers with start < end"),
+        (
+            {"start": 0.5, "end": 0.5},
+            "start and end are 0.5 and 0.5, expected finite numbers with start < end",
+        ),
         ({"tau": 0.0}, "tau is 0.0, expected a positive finite number"),
         ({"end": math.nan}, "start < end"),
     ],
@@ -146,11 +172,15 @@ def test_curves_of_no_length_are_refused(make, options, complaint):
 
 
 def test_curves_beyond_their_range_are_refused():
-    with pytest.raises(ValueError, match=r"start and end are -0.1 and 1.0, expected within \[0, 1\]"):
+    with pytest.raises(
+        ValueError, match=r"start and end are -0.1 and 1.0, expected within \[0, 1\]"
+    ):
         PowerCosine(-0.1)
     with pytest.raises(ValueError, match="expected at most 600: a step is no schedule"):
         Sigmoid(tau=0.009)
-    with pytest.raises(ValueError, match=r"p and q are 0\.0 and 1\.0, expected positive finite exponents"):
+    with pytest.raises(
+        ValueError, match=r"p and q are 0\.0 and 1\.0, expected positive finite exponents"
+    ):
         Beta(0.0)
 
 
@@ -158,17 +188,24 @@ def test_roots_are_found_to_the_last_bits():
     y = torch.tensor([-3.0, 0.0, 1e-9, 7.0], dtype=torch.float64)
     root = inverse(lambda x: x**3, y, torch.full_like(y, -10), torch.full_like(y, 10))
     torch.testing.assert_close(root**3, y, rtol=1e-14, atol=1e-40)
-    far = torch.tensor([-200.0, -40.0, 0.0, 60.0, 1000.0], dtype=torch.float64)  # the last beyond what t can say
+    far = torch.tensor(
+        [-200.0, -40.0, 0.0, 60.0, 1000.0], dtype=torch.float64
+    )  # the last beyond what t can say
     found = logit_time(lambda t, rest: 2 * (rest / t).log(), far)
     torch.testing.assert_close(found[:-1], (-far[:-1] / 2).sigmoid(), rtol=1e-13, atol=0)
     assert 0 < found[-1] < 1e-140
-    ends = logit_time(lambda t, rest: 2 * (rest / t).log(), torch.tensor([math.inf, -math.inf], dtype=torch.float64))
+    ends = logit_time(
+        lambda t, rest: 2 * (rest / t).log(),
+        torch.tensor([math.inf, -math.inf], dtype=torch.float64),
+    )
     assert ends.tolist() == [0, 1]
 
 
 def test_newton_closes_a_bracket_around_a_jump_of_the_slope_a_gap_and_a_tail():
     def f(x):  # falls to 0.5 at 0, is flat to 1, and falls on as exp
-        return torch.where(x < 0, 0.5 - x, torch.where(x < 1, 0.5, 0.5 * (1 - x.clamp(min=1)).exp()))
+        return torch.where(
+            x < 0, 0.5 - x, torch.where(x < 1, 0.5, 0.5 * (1 - x.clamp(min=1)).exp())
+        )
 
     def rate(x):
         return torch.where(x < 0, 1.0, torch.where(x < 1, 0.0, f(x)))
@@ -188,4 +225,6 @@ def test_a_power_cosine_that_ends_next_to_1_is_next_to_the_one_that_ends_there(e
     schedule = PowerCosine(0.1, end, 1.5)
     torch.testing.assert_close(schedule.time(schedule.logsnr(times)), times, rtol=1e-12, atol=1e-13)
     assert (schedule.logsnr(times).diff() < 0).all()
-    torch.testing.assert_close(schedule.logsnr(times), PowerCosine(0.1, 1.0, 1.5).logsnr(times), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(
+        schedule.logsnr(times), PowerCosine(0.1, 1.0, 1.5).logsnr(times), rtol=1e-2, atol=1e-2
+    )

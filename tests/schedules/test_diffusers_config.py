@@ -28,7 +28,9 @@ from diffcore.schedules import (
 )
 from diffcore.schedules.diffusers_config import ANGLES, FLOWS, REFUSED, SIGMAS, TABLES
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # numpy's, of how diffusers uses it
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array_:DeprecationWarning"
+)  # numpy's, of how diffusers uses it
 
 
 def scheduler_classes() -> dict[str, type]:
@@ -40,7 +42,9 @@ def scheduler_classes() -> dict[str, type]:
             found |= {
                 name: cls
                 for name, cls in members
-                if inspect.isclass(cls) and issubclass(cls, ConfigMixin) and cls.__module__ == entry.name
+                if inspect.isclass(cls)
+                and issubclass(cls, ConfigMixin)
+                and cls.__module__ == entry.name
             }
     return found
 
@@ -58,9 +62,14 @@ CONFIGS = {
     "defaults": {},
     "steps": {"num_train_timesteps": 50, "beta_start": 0.002, "beta_end": 0.4},
     "sd15": SD | {"clip_sample": False, "skip_prk_steps": True, "set_alpha_to_one": False},
-    "sdxl": SD | {"timestep_spacing": "leading", "use_karras_sigmas": False, "interpolation_type": "linear"},
+    "sdxl": SD
+    | {"timestep_spacing": "leading", "use_karras_sigmas": False, "interpolation_type": "linear"},
     "sd21-zsnr": SD
-    | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+    | {
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "timestep_spacing": "trailing",
+    },
     "zsnr": {"rescale_betas_zero_snr": True},
     "trained": {"trained_betas": np.linspace(0.01, 0.3, 20) ** 1.5, "num_train_timesteps": 20},
 }
@@ -76,9 +85,14 @@ def table_cases() -> list[tuple[str, dict]]:
     for name in TABLES:
         known = inspect.signature(CLASSES[name]).parameters
         forms = FORMS + MORE.get(name, ()) if "beta_start" in known else ()
-        for label, wanted in [*CONFIGS.items(), *((form, {"beta_schedule": form}) for form in forms)]:
+        for label, wanted in [
+            *CONFIGS.items(),
+            *((form, {"beta_schedule": form}) for form in forms),
+        ]:
             kept = arguments(name, wanted)
-            if len(kept) == len(wanted) or (label.startswith("sd") and "beta_schedule" in kept and forms):
+            if len(kept) == len(wanted) or (
+                label.startswith("sd") and "beta_schedule" in kept and forms
+            ):
                 cases.setdefault(f"{name}-{sorted(kept.items(), key=str)}", (name, kept))
     return list(cases.values())
 
@@ -97,9 +111,15 @@ def table(scheduler) -> torch.Tensor:
 
 def recomputed(config: dict) -> np.ndarray:
     """ᾱ in extended precision from the definitions, and Algorithm 1 of Lin et al. on it."""
-    T, form = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "squaredcos_cap_v2")
+    T, form = (
+        config.get("num_train_timesteps", 1000),
+        config.get("beta_schedule", "squaredcos_cap_v2"),
+    )
     share = np.arange(T, dtype=np.longdouble) / (T - 1)
-    start, end = np.longdouble(config.get("beta_start", 0)), np.longdouble(config.get("beta_end", 0))
+    start, end = (
+        np.longdouble(config.get("beta_start", 0)),
+        np.longdouble(config.get("beta_end", 0)),
+    )
     if config.get("trained_betas") is not None:
         betas = np.array(config["trained_betas"], dtype=np.longdouble)
     elif form == "squaredcos_cap_v2":
@@ -153,7 +173,9 @@ def test_what_a_config_leaves_out_is_the_default_of_its_class(name):
 
 
 def test_the_consistency_decoder_has_a_table_of_1024():
-    assert from_diffusers({"_class_name": "ConsistencyDecoderScheduler"}) == Discrete("cosine", 1024)
+    assert from_diffusers({"_class_name": "ConsistencyDecoderScheduler"}) == Discrete(
+        "cosine", 1024
+    )
 
 
 def test_every_class_of_the_package_is_read_or_refused_and_no_other():
@@ -164,16 +186,24 @@ def test_the_published_configs_read_as_their_papers_schedules():
     stable = Discrete("scaled_linear", 1000, 0.00085, 0.012)
     assert from_diffusers({"_class_name": "PNDMScheduler"} | CONFIGS["sd15"]) == stable
     assert from_diffusers({"_class_name": "EulerDiscreteScheduler"} | CONFIGS["sdxl"]) == stable
-    assert from_diffusers({"_class_name": "DDIMScheduler"} | CONFIGS["sd21-zsnr"]) == ZeroTerminalSNR(stable)
-    assert from_diffusers({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}) == Shifted(
-        Flow(), -2 * math.log(3)
-    )
-    assert from_diffusers({"_class_name": "CogVideoXDPMScheduler", "rescale_betas_zero_snr": True}) == ZeroTerminalSNR(
-        Shifted(stable, -math.log(3))
-    )
+    assert from_diffusers(
+        {"_class_name": "DDIMScheduler"} | CONFIGS["sd21-zsnr"]
+    ) == ZeroTerminalSNR(stable)
+    assert from_diffusers(
+        {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+    ) == Shifted(Flow(), -2 * math.log(3))
+    assert from_diffusers(
+        {"_class_name": "CogVideoXDPMScheduler", "rescale_betas_zero_snr": True}
+    ) == ZeroTerminalSNR(Shifted(stable, -math.log(3)))
 
 
-FLUX = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "max_image_seq_len": 4096}
+FLUX = {
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "max_image_seq_len": 4096,
+}
 SHIFTS = [1.0, 3.0, 12.0, 0.4]  # 3: SD3
 
 
@@ -197,15 +227,20 @@ def check_flow(schedule: Schedule, s: float, a: np.ndarray, theirs) -> None:
 
 @pytest.mark.parametrize("s", SHIFTS)
 @pytest.mark.parametrize(
-    "name", ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"]
+    "name",
+    ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"],
 )
 def test_flow_tables_are_the_shifted_flow_at_their_indices(name, s):
     scheduler = CLASSES[name](shift=s)
-    check_flow(from_diffusers(config(scheduler)), s, np.arange(1000, 0, -1) / 1000, scheduler.sigmas)
+    check_flow(
+        from_diffusers(config(scheduler)), s, np.arange(1000, 0, -1) / 1000, scheduler.sigmas
+    )
 
 
 @pytest.mark.parametrize("s", SHIFTS)
-@pytest.mark.parametrize("name", ["FlowMapEulerDiscreteScheduler", "MiniMaxH3Scheduler", "PiflowScheduler"])
+@pytest.mark.parametrize(
+    "name", ["FlowMapEulerDiscreteScheduler", "MiniMaxH3Scheduler", "PiflowScheduler"]
+)
 def test_flow_schedulers_that_only_sample_visit_levels_of_the_shifted_flow(name, s):
     scheduler = CLASSES[name](shift=s)
     scheduler.set_timesteps(9)
@@ -231,19 +266,29 @@ def test_helios_is_a_shifted_flow_at_one_resolution_and_refused_as_a_pyramid(nam
     assert scheduler.config.time_shift_type == ("linear" if s == 2 else "exponential")
 
 
-SOLVERS = ["DPMSolverMultistep", "DPMSolverMultistepInverse", "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep"]
+SOLVERS = [
+    "DPMSolverMultistep",
+    "DPMSolverMultistepInverse",
+    "DPMSolverSinglestep",
+    "UniPCMultistep",
+    "DEISMultistep",
+]
 
 
 @pytest.mark.parametrize("s", [1.0, 3.0, 5.0])
 @pytest.mark.parametrize("name", [*SOLVERS, "SASolver"])
 def test_use_flow_sigmas_is_the_shifted_flow_whatever_the_beta_table(name, s):
-    scheduler = CLASSES[f"{name}Scheduler"](use_flow_sigmas=True, flow_shift=s, prediction_type="flow_prediction")
+    scheduler = CLASSES[f"{name}Scheduler"](
+        use_flow_sigmas=True, flow_shift=s, prediction_type="flow_prediction"
+    )
     scheduler.set_timesteps(8)
     if name == "UniPCMultistep":
         a, off = np.linspace(1, 1 / 1000, 9)[:-1], np.array([1e-6, *[0] * 7])
     else:  # begins at a = 1 - 1/T, not at pure noise
         a, off = (1 - np.linspace(1, 1 / 1000, 9))[:0:-1], 0
-    check_flow(from_diffusers(config(scheduler)), s, a, np.asarray(scheduler.sigmas[:8], dtype=float) + off)
+    check_flow(
+        from_diffusers(config(scheduler)), s, a, np.asarray(scheduler.sigmas[:8], dtype=float) + off
+    )
 
 
 @pytest.mark.parametrize("mu", [0.5, 1.15])
@@ -257,18 +302,24 @@ def test_dynamic_shifting_takes_the_mu_of_the_picture(kind, s, mu):
         from_diffusers(config(scheduler))
 
 
-@pytest.mark.parametrize("name", ["UniPCMultistep", "DPMSolverMultistep", "DEISMultistep", "DPMSolverSinglestep"])
+@pytest.mark.parametrize(
+    "name", ["UniPCMultistep", "DPMSolverMultistep", "DEISMultistep", "DPMSolverSinglestep"]
+)
 def test_dynamic_shifting_of_the_solvers_is_exponential(name):
     scheduler = CLASSES[f"{name}Scheduler"](use_flow_sigmas=True, use_dynamic_shifting=True)
     scheduler.set_timesteps(8, mu=0.9)
     noisiest = 1 - 1e-6 if name == "UniPCMultistep" else 1 - 1 / 1000
-    check_flow(from_diffusers(config(scheduler), mu=0.9), math.exp(0.9), [noisiest], scheduler.sigmas[:1])
+    check_flow(
+        from_diffusers(config(scheduler), mu=0.9), math.exp(0.9), [noisiest], scheduler.sigmas[:1]
+    )
 
 
 def test_ltx_and_proteina_are_flows():
     scheduler = CLASSES["LTXEulerAncestralRFScheduler"]()
     scheduler.set_timesteps(10)
-    check_flow(from_diffusers(config(scheduler)), 1.0, np.linspace(1, 1 / 1000, 10), scheduler.sigmas[:-1])
+    check_flow(
+        from_diffusers(config(scheduler)), 1.0, np.linspace(1, 1 / 1000, 10), scheduler.sigmas[:-1]
+    )
     protein = CLASSES["RFD4ProteinaScheduler"]("log", "tan", 1.0, 1.0)
     ones, zeros = torch.ones(1, 2, 3), torch.zeros(1, 2, 3)
     sigma = protein.add_noise(zeros, ones, 0.7).mean()  # their 0.7 is 0.7 of data
@@ -279,10 +330,14 @@ def test_angles_are_cosine_at_the_time_that_the_network_is_told():
     danced = CLASSES["IPNDMScheduler"]()
     danced.set_timesteps(50)
     schedule = from_diffusers(config(danced))
-    torch.testing.assert_close(schedule.level(danced.timesteps).sigma.float(), danced.betas[:-1], rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        schedule.level(danced.timesteps).sigma.float(), danced.betas[:-1], rtol=0, atol=1e-6
+    )
     audio = CLASSES["CosineDPMSolverMultistepScheduler"]()
     level = from_diffusers(config(audio)).level(audio.timesteps)
-    torch.testing.assert_close(level.ratio.float(), audio.sigmas[:-1], rtol=3e-4, atol=0)  # their float32 near t = 1
+    torch.testing.assert_close(
+        level.ratio.float(), audio.sigmas[:-1], rtol=3e-4, atol=0
+    )  # their float32 near t = 1
     assert level.schedule == Cosine(scaling="ve")
     trig = CLASSES["SCMScheduler"]()
     trig.set_timesteps(3, intermediate_timesteps=None, max_timesteps=1.5)
@@ -306,14 +361,19 @@ def test_other_schedulers_of_bounded_sigma():
     torch.testing.assert_close(level.ratio, consistency.sigmas.double(), rtol=1e-5, atol=1e-6)
     assert from_diffusers(config(CLASSES["ScoreSdeVeScheduler"]())) == LogLinear.ve(0.01, 1348.0)
     assert from_diffusers({"_class_name": "KarrasVeScheduler"}) == LogLinear.ve(0.02, 100.0)
-    video = {"timestep_type": "continuous", "prediction_type": "v_prediction", "sigma_min": 0.002, "sigma_max": 700.0}
+    video = {
+        "timestep_type": "continuous",
+        "prediction_type": "v_prediction",
+        "sigma_min": 0.002,
+        "sigma_max": 700.0,
+    }
     euler = CLASSES["EulerDiscreteScheduler"](**video, use_karras_sigmas=True)
     euler.set_timesteps(25)
     level = from_diffusers(config(euler)).level(torch.linspace(1, 0, 25, dtype=torch.float64))
     torch.testing.assert_close(level.ratio, euler.sigmas[:-1].double(), rtol=1e-5, atol=1e-6)
-    assert from_diffusers(config(CLASSES["EulerDiscreteScheduler"](**video, use_exponential_sigmas=True))) == (
-        LogLinear.ve(0.002, 700.0)
-    )
+    assert from_diffusers(
+        config(CLASSES["EulerDiscreteScheduler"](**video, use_exponential_sigmas=True))
+    ) == (LogLinear.ve(0.002, 700.0))
     assert from_diffusers({"_class_name": "EDMEulerScheduler"}) == Rho()
 
 
@@ -330,10 +390,14 @@ def test_A4_laplace_is_the_papers_and_not_their_square_root():
     assert schedule.logsnr(0.5) == 0
     assert schedule.cdf(0.5) - schedule.cdf(-0.5) == pytest.approx(1 - math.exp(-1), abs=1e-12)
     as_trained = Discrete(tuple(scheduler.betas.tolist()))
-    torch.testing.assert_close(as_trained.logsnr(index_times(as_trained)), theirs, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        as_trained.logsnr(index_times(as_trained)), theirs, rtol=0, atol=1e-4
+    )
 
 
-@pytest.mark.parametrize("name", ["EulerDiscrete", "EulerAncestralDiscrete", "DPMSolverMultistep", "UniPCMultistep"])
+@pytest.mark.parametrize(
+    "name", ["EulerDiscrete", "EulerAncestralDiscrete", "DPMSolverMultistep", "UniPCMultistep"]
+)
 def test_A1_zero_terminal_snr_is_zero_and_not_2_to_the_minus_24(name):
     scheduler = CLASSES[f"{name}Scheduler"](rescale_betas_zero_snr=True)
     assert scheduler.alphas_cumprod[-1] == 2**-24
@@ -344,7 +408,9 @@ def test_A1_zero_terminal_snr_is_zero_and_not_2_to_the_minus_24(name):
     assert schedule.level(1.0).alpha == 0
 
 
-@pytest.mark.parametrize("name", ["FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete", "FlowMatchLCM"])
+@pytest.mark.parametrize(
+    "name", ["FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete", "FlowMatchLCM"]
+)
 def test_the_cleanest_flow_level_is_shifted_once_and_not_twice(name):
     scheduler = CLASSES[f"{name}Scheduler"](shift=3.0)
     ours = from_diffusers(config(scheduler)).level(1 / 1000).sigma
@@ -382,12 +448,36 @@ def test_classes_without_a_schedule_here_are_refused_in_one_line(name):
     ("given", "mu", "message"),
     [
         ({}, None, "_class_name is None: expected a scheduler of diffusers"),
-        ({"_class_name": "KarrasScheduler"}, None, "_class_name is 'KarrasScheduler': expected a scheduler"),
-        ({"_class_name": "DDPMScheduler", "beta_schedule": "sqrt"}, None, "beta_schedule is 'sqrt', expected linear"),
-        ({"_class_name": "DDPMScheduler"}, 1.0, "mu is 1.0, but this DDPMScheduler does not shift dynamically"),
+        (
+            {"_class_name": "KarrasScheduler"},
+            None,
+            "_class_name is 'KarrasScheduler': expected a scheduler",
+        ),
+        (
+            {"_class_name": "DDPMScheduler", "beta_schedule": "sqrt"},
+            None,
+            "beta_schedule is 'sqrt', expected linear",
+        ),
+        (
+            {"_class_name": "DDPMScheduler"},
+            1.0,
+            "mu is 1.0, but this DDPMScheduler does not shift dynamically",
+        ),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, 0.5, "mu is 0.5, but this FlowMatch"),
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 0.0}, None, "the time shift is 0.0, expected"),
-        ({"_class_name": "DDPMScheduler", "trained_betas": [0.1, 0.2], "num_train_timesteps": 1000}, None, "steps is"),
+        (
+            {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 0.0},
+            None,
+            "the time shift is 0.0, expected",
+        ),
+        (
+            {
+                "_class_name": "DDPMScheduler",
+                "trained_betas": [0.1, 0.2],
+                "num_train_timesteps": 1000,
+            },
+            None,
+            "steps is",
+        ),
         ({"_class_name": "DDPMScheduler", "trained_betas": [0.1, 1.2]}, None, r"betas\[1\] is 1.2"),
         (
             {

@@ -9,8 +9,8 @@ import torch
 from diffusers import DDPMScheduler
 from scipy.integrate import quad
 
+from diffcore.io.specs import build, spec
 from diffcore.schedules import Discrete, ZeroTerminalSNR
-from diffcore.spec import build, spec
 
 TABLES = [
     Discrete(),
@@ -23,7 +23,11 @@ TABLES = [
     Discrete("sigmoid", 49, 0.01, 0.3),
     Discrete((0.001, 0.2, 0.03, 0.5, 1e-6, 0.9, 0.7)),
 ]
-TO_ZERO = [Discrete((0.1, 0.02, 0.5, 1.0)), Discrete((1e-4, 1.0), scaling="flow"), Discrete((*[0.01] * 99, 1.0))]
+TO_ZERO = [
+    Discrete((0.1, 0.02, 0.5, 1.0)),
+    Discrete((1e-4, 1.0), scaling="flow"),
+    Discrete((*[0.01] * 99, 1.0)),
+]
 to_zero = pytest.mark.parametrize("schedule", TO_ZERO, ids=["4", "2", "100"])
 every_table = pytest.mark.parametrize("schedule", TABLES, ids=repr)
 DIFFUSERS = {"cosine": "squaredcos_cap_v2"}
@@ -82,7 +86,9 @@ def test_A6_a_time_that_is_an_index_up_to_rounding_is_that_index_bit_for_bit(sch
     i = torch.arange(schedule.steps, dtype=torch.float64)
     rounded = i / schedule.steps + 1 / schedule.steps
     assert not torch.equal(rounded, index_times(schedule))
-    assert torch.equal(schedule.logsnr(rounded.clamp(max=1)), schedule.logsnr(index_times(schedule)))
+    assert torch.equal(
+        schedule.logsnr(rounded.clamp(max=1)), schedule.logsnr(index_times(schedule))
+    )
 
 
 @every_table
@@ -90,14 +96,18 @@ def test_lambda_is_linear_between_indices(schedule):
     knots = schedule.logsnr(index_times(schedule))
     for share in (0.25, 0.5):
         between = schedule.logsnr(index_times(schedule)[:-1] + share / schedule.steps)
-        torch.testing.assert_close(between, (1 - share) * knots[:-1] + share * knots[1:], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            between, (1 - share) * knots[:-1] + share * knots[1:], rtol=1e-9, atol=1e-9
+        )
 
 
 @every_table
 def test_sigma_over_alpha_is_linear_from_clean_to_index_0(schedule):
     first = schedule.level(1 / schedule.steps)
     for share in (0.01, 0.3, 0.9):
-        assert schedule.level(share / schedule.steps).ratio == pytest.approx(share * first.ratio, rel=1e-12)
+        assert schedule.level(share / schedule.steps).ratio == pytest.approx(
+            share * first.ratio, rel=1e-12
+        )
 
 
 @every_table
@@ -119,7 +129,9 @@ def test_the_published_tables_end_where_their_users_know():
     stable = Discrete("scaled_linear", 1000, 0.00085, 0.012)
     assert stable.level(1.0).alpha ** 2 == pytest.approx(0.00466, rel=0.01)
     assert stable.logsnr(1 / 1000) == pytest.approx(7.07, abs=0.005)
-    assert (stable.level(1 / 1000).ratio, stable.level(1.0).ratio) == pytest.approx((0.0292, 14.61), rel=0.01)
+    assert (stable.level(1 / 1000).ratio, stable.level(1.0).ratio) == pytest.approx(
+        (0.0292, 14.61), rel=0.01
+    )
 
 
 @every_table
@@ -127,10 +139,16 @@ def test_a_table_equals_its_betas_given_one_by_one_and_its_alphas_cumprod(schedu
     bar = alpha_bar(schedule)
     given = Discrete.from_alphas_cumprod(bar, scaling="flow")
     assert (given.steps, given.scaling) == (schedule.steps, "flow")
-    np.testing.assert_allclose(given.logsnr(index_times(given)), np.log(bar) - np.log1p(-bar), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(
+        given.logsnr(index_times(given)), np.log(bar) - np.log1p(-bar), rtol=0, atol=1e-12
+    )
     again = Discrete(given.betas)
     assert torch.equal(again.logsnr(index_times(again)), given.logsnr(index_times(again)))
-    assert Discrete.from_alphas_cumprod(bar.tolist()) == again == Discrete.from_alphas_cumprod(torch.from_numpy(bar))
+    assert (
+        Discrete.from_alphas_cumprod(bar.tolist())
+        == again
+        == Discrete.from_alphas_cumprod(torch.from_numpy(bar))
+    )
 
 
 def test_float32_betas_keep_the_clean_end_that_float32_alphas_cumprod_lose():
@@ -140,7 +158,9 @@ def test_float32_betas_keep_the_clean_end_that_float32_alphas_cumprod_lose():
     by_product = Discrete.from_alphas_cumprod(theirs.alphas_cumprod).logsnr(t) - exact.logsnr(t)
     assert by_betas.abs().max() < 3e-7
     assert by_product.abs().argmax() == 0
-    assert by_product.abs().max() == pytest.approx(1.66e-4, rel=0.01)  # within 3e-8 / (1 - ᾱ) = 3e-4
+    assert by_product.abs().max() == pytest.approx(
+        1.66e-4, rel=0.01
+    )  # within 3e-8 / (1 - ᾱ) = 3e-4
 
 
 @to_zero
@@ -178,13 +198,19 @@ def test_a_rescaled_table_given_by_its_alphas_cumprod_is_that_table():
     table = Discrete.from_alphas_cumprod(rescaled.logsnr(t).sigmoid())
     assert table.logsnr(1.0) == -math.inf
     torch.testing.assert_close(table.logsnr(t), rescaled.logsnr(t), rtol=0, atol=1e-9)
-    torch.testing.assert_close(ZeroTerminalSNR(table).logsnr(t), table.logsnr(t), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        ZeroTerminalSNR(table).logsnr(t), table.logsnr(t), rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("schedule", [*TABLES, *TO_ZERO[:2]], ids=repr)
 def test_a_table_reads_back_from_plain_json(schedule):
     assert build(Discrete, json.loads(json.dumps(spec(schedule)))["init_args"]) == schedule
-    assert hash(Discrete(schedule.betas, schedule.steps, schedule.start, schedule.end, scaling=schedule.scaling))
+    assert hash(
+        Discrete(
+            schedule.betas, schedule.steps, schedule.start, schedule.end, scaling=schedule.scaling
+        )
+    )
 
 
 def test_a_table_is_computed_once(monkeypatch):
@@ -194,14 +220,21 @@ def test_a_table_is_computed_once(monkeypatch):
 
 
 def test_steps_are_1000_or_those_of_the_betas():
-    assert (Discrete().steps, Discrete([0.1, 0.2]).steps, Discrete((0.1, 0.2), 2)) == (1000, 2, Discrete((0.1, 0.2)))
+    assert (Discrete().steps, Discrete([0.1, 0.2]).steps, Discrete((0.1, 0.2), 2)) == (
+        1000,
+        2,
+        Discrete((0.1, 0.2)),
+    )
     assert Discrete() == Discrete(steps=1000)
 
 
 @pytest.mark.parametrize(
     ("bar", "message"),
     [
-        ([1.0, 0.5], r"alphas_cumprod\[0\] is 1.0 after 1.0, expected ᾱ strictly falling from 1 to 0"),
+        (
+            [1.0, 0.5],
+            r"alphas_cumprod\[0\] is 1.0 after 1.0, expected ᾱ strictly falling from 1 to 0",
+        ),
         ([0.9, 0.5, 0.5, 0.2], r"alphas_cumprod\[2\] is 0.5 after 0.5"),
         ([0.9, 0.5, 0.6], r"alphas_cumprod\[2\] is 0.6 after 0.5"),
         ([0.9, 0.0, 0.0], r"alphas_cumprod\[2\] is 0.0 after 0.0"),
@@ -224,9 +257,15 @@ def test_alphas_cumprod_that_do_not_fall_are_refused_with_their_place(bar, messa
         ({"start": 0.0}, r"start and end are 0.0 and 0.02, expected 0 < start ≤ end < 1"),
         ({"start": 0.1}, r"start and end are 0.1 and 0.02"),
         ({"end": 1.0}, r"start and end are 0.0001 and 1.0"),
-        ({"betas": "sqrt"}, "betas is 'sqrt', expected one of linear, scaled_linear, cosine, sigmoid, or the"),
+        (
+            {"betas": "sqrt"},
+            "betas is 'sqrt', expected one of linear, scaled_linear, cosine, sigmoid, or the",
+        ),
         ({"betas": "sigmoid", "start": 0.0}, "start and end are 0.0"),
-        ({"betas": (0.1, 0.2), "steps": 1000}, "steps is 1000, but betas has 2 entries: leave steps out"),
+        (
+            {"betas": (0.1, 0.2), "steps": 1000},
+            "steps is 1000, but betas has 2 entries: leave steps out",
+        ),
         ({"betas": (0.1,)}, "steps is 1, expected a table of at least 2 levels"),
         ({"betas": ()}, "steps is 0, expected a table of at least 2 levels"),
         ({"betas": (0.1, 0.0, 0.2)}, r"betas\[1\] is 0.0, expected 0 < β < 1; .* .ZeroTerminalSNR"),

@@ -12,6 +12,7 @@ from diffusers import DDIMScheduler
 from diffusers.schedulers import AysSchedules
 from scipy.stats import beta
 
+from diffcore.io.specs import Parser, spec
 from diffcore.schedules import (
     AlignYourSteps,
     BetaSpacing,
@@ -33,7 +34,6 @@ from diffcore.schedules import (
     Within,
     ZeroTerminalSNR,
 )
-from diffcore.spec import Parser, spec
 
 T = 1000
 ALL = range(1, 1001)
@@ -54,7 +54,9 @@ class Quick(Flow):
     """A continuous schedule in plain floats, for the same reason."""
 
     def level(self, t: float) -> Level:
-        return Level(2 * math.log((1 - t) / t) if 0 < t < 1 else math.inf * (1 - 2 * t), t, 1 - t, t, self)
+        return Level(
+            2 * math.log((1 - t) / t) if 0 < t < 1 else math.inf * (1 - 2 * t), t, 1 - t, t, self
+        )
 
     at_blend = level
 
@@ -93,7 +95,9 @@ def test_A3_linspace_on_a_table_runs_from_the_last_index_to_the_first_for_every_
     for n in ALL:
         knots = Linspace().knots(schedule, n)
         check_contract(knots, schedule, n)
-        assert indices(knots) == [rounded((T - 1) * (n - 1 - i), n - 1) if n > 1 else T - 1 for i in range(n)]
+        assert indices(knots) == [
+            rounded((T - 1) * (n - 1 - i), n - 1) if n > 1 else T - 1 for i in range(n)
+        ]
 
 
 @pytest.mark.parametrize("grid", [Trailing(), Linspace()], ids=repr)
@@ -103,7 +107,9 @@ def test_A3_continuous_knots_run_from_noise_to_clean_for_every_number_of_steps(g
 
 
 @pytest.mark.parametrize("grid", [Trailing(), Linspace()], ids=repr)
-@pytest.mark.parametrize("schedule", [Cosine(), Shifted(Normal(), -2.0), STABLE, ZeroTerminalSNR(STABLE)], ids=repr)
+@pytest.mark.parametrize(
+    "schedule", [Cosine(), Shifted(Normal(), -2.0), STABLE, ZeroTerminalSNR(STABLE)], ids=repr
+)
 def test_A3_first_knot_is_the_terminal_level_of_any_schedule(grid, schedule):
     for n in (1, 2, 7, 61, 103, 998):
         check_contract(grid.knots(schedule, n), schedule, n)
@@ -141,20 +147,28 @@ def test_karras_gives_edm2s_32_levels():
 def test_karras_names_sigma_over_alpha_in_every_scaling(schedule):
     knots = Karras(0.1, 10.0, 3.0).knots(schedule, 3)
     middle = ((10 ** (1 / 3) + 0.1 ** (1 / 3)) / 2) ** 3
-    assert [level.sigma / level.alpha for level in knots] == pytest.approx([10, middle, 0.1, 0], rel=1e-12)
+    assert [level.sigma / level.alpha for level in knots] == pytest.approx(
+        [10, middle, 0.1, 0], rel=1e-12
+    )
 
 
 def test_uniform_logsnr_is_even_in_lambda():
     knots = UniformLogSNR(-6.0, 4.0).knots(Cosine(), 5)
-    assert [level.logsnr for level in knots] == pytest.approx([-6, -3.5, -1, 1.5, 4, math.inf], rel=1e-14)
+    assert [level.logsnr for level in knots] == pytest.approx(
+        [-6, -3.5, -1, 1.5, 4, math.inf], rel=1e-14
+    )
     assert knots[1] == Cosine().at(-3.5)
 
 
 @pytest.mark.parametrize(
-    ("grid", "first"), [(Karras(0.1, 10.0), -2 * math.log(10)), (UniformLogSNR(-6.0, 4.0), -6)], ids=str
+    ("grid", "first"),
+    [(Karras(0.1, 10.0), -2 * math.log(10)), (UniformLogSNR(-6.0, 4.0), -6)],
+    ids=str,
 )
 def test_one_step_is_from_the_noisy_bound_to_clean(grid, first):
-    assert [level.logsnr for level in grid.knots(Cosine(), 1)] == pytest.approx([first, math.inf], rel=1e-12)
+    assert [level.logsnr for level in grid.knots(Cosine(), 1)] == pytest.approx(
+        [first, math.inf], rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("grid", [Karras(), UniformLogSNR()], ids=repr)
@@ -166,7 +180,9 @@ def test_finite_grids_are_strictly_monotone_for_many_numbers_of_steps(grid):
 
 
 @pytest.mark.parametrize(
-    "logsnrs", [(-math.inf, 0.0, math.inf), (7.07, 0.0, -5.0), (-3.0, -2.0), (math.inf, -math.inf)], ids=str
+    "logsnrs",
+    [(-math.inf, 0.0, math.inf), (7.07, 0.0, -5.0), (-3.0, -2.0), (math.inf, -math.inf)],
+    ids=str,
 )
 def test_explicit_gives_its_own_knots_in_either_direction_with_any_ends(logsnrs):
     knots = Explicit(list(logsnrs)).knots(Cosine(), len(logsnrs) - 1)
@@ -174,9 +190,13 @@ def test_explicit_gives_its_own_knots_in_either_direction_with_any_ends(logsnrs)
     assert Explicit(list(logsnrs)) == Explicit(logsnrs)
 
 
-@pytest.mark.parametrize("logsnrs", [(0.0, 0.0), (-3.0, 2.0, 1.0), (-1.0, math.nan), (math.inf, math.inf)], ids=str)
+@pytest.mark.parametrize(
+    "logsnrs", [(0.0, 0.0), (-3.0, 2.0, 1.0), (-1.0, math.nan), (math.inf, math.inf)], ids=str
+)
 def test_explicit_knots_that_are_not_monotone_are_refused(logsnrs):
-    with pytest.raises(ValueError, match=r"expected strictly monotone levels|has a knot at λ = nan"):
+    with pytest.raises(
+        ValueError, match=r"expected strictly monotone levels|has a knot at λ = nan"
+    ):
         Explicit(logsnrs).knots(Cosine(), len(logsnrs) - 1)
 
 
@@ -197,14 +217,21 @@ def test_fewer_than_one_step_is_refused(grid, steps):
 @pytest.mark.parametrize("grid", [Trailing(), Linspace()], ids=repr)
 def test_more_steps_than_the_table_has_levels_are_refused(grid):
     assert len(grid.knots(Discrete(steps=20), 20)) == 21
-    with pytest.raises(ValueError, match="cannot take 21 steps: the schedule is a table of 20 levels"):
+    with pytest.raises(
+        ValueError, match="cannot take 21 steps: the schedule is a table of 20 levels"
+    ):
         grid.knots(Discrete(steps=20), 21)
 
 
 def test_levels_noisier_than_the_schedule_has_are_refused_with_its_bound():
-    with pytest.raises(ValueError, match=r"knot at λ = -8.76.*ends at λ = -5.36.*σ/α = 14.6.*choose bounds within it"):
+    with pytest.raises(
+        ValueError,
+        match=r"knot at λ = -8.76.*ends at λ = -5.36.*σ/α = 14.6.*choose bounds within it",
+    ):
         Karras().knots(STABLE, 10)
-    with pytest.raises(ValueError, match=r"UniformLogSNR.*knot at λ = -10,.*choose bounds within it"):
+    with pytest.raises(
+        ValueError, match=r"UniformLogSNR.*knot at λ = -10,.*choose bounds within it"
+    ):
         UniformLogSNR().knots(STABLE, 10)
     with pytest.raises(ValueError, match=r"knot at λ = -inf"):
         Explicit((-math.inf, 0.0)).knots(STABLE, 1)
@@ -214,12 +241,20 @@ def test_levels_noisier_than_the_schedule_has_are_refused_with_its_bound():
 @pytest.mark.parametrize(
     ("grid", "change", "message"),
     [
-        (Karras(), {"sigma_min": 0.0}, "sigma_min and sigma_max are 0.0 and 80.0, expected 0 < min < max < inf"),
+        (
+            Karras(),
+            {"sigma_min": 0.0},
+            "sigma_min and sigma_max are 0.0 and 80.0, expected 0 < min < max < inf",
+        ),
         (Karras(), {"sigma_max": math.inf}, "sigma_min and sigma_max are 0.002 and inf"),
         (Karras(), {"sigma_min": 90.0}, "sigma_min and sigma_max are 90.0 and 80.0"),
         (Karras(), {"rho": 0.0}, "rho is 0.0, expected a positive finite number"),
         (Karras(), {"rho": math.nan}, "rho is nan"),
-        (UniformLogSNR(), {"low": -math.inf}, "low and high are -inf and 10.0, expected finite λ with low < high"),
+        (
+            UniformLogSNR(),
+            {"low": -math.inf},
+            "low and high are -inf and 10.0, expected finite λ with low < high",
+        ),
         (UniformLogSNR(), {"high": math.inf}, "low and high are -10.0 and inf"),
         (UniformLogSNR(), {"low": 10.0}, "low and high are 10.0 and 10.0"),
         (Linspace(), {"last": 0.0}, r"last is 0.0, expected a time in \(0, 1\)"),
@@ -237,7 +272,9 @@ def test_bounds_that_make_no_grid_are_refused_when_built(grid, change, message):
 
 ON_TABLES = {  # the indices of the papers, written out
     Leading(): lambda n: [(n - 1 - i) * (T // n) for i in range(n)],
-    Quadratic(): lambda n: [round((T - 1) * ((n - 1 - i) / (n - 1)) ** 2) for i in range(n)] if n > 1 else [T - 1],
+    Quadratic(): lambda n: (
+        [round((T - 1) * ((n - 1 - i) / (n - 1)) ** 2) for i in range(n)] if n > 1 else [T - 1]
+    ),
     BetaSpacing(): lambda n: [round(T * t) - 1 for t in beta.ppf(1 - np.arange(n) / n, 0.6, 0.6)],
 }
 
@@ -274,7 +311,9 @@ def test_continuous_even_grids_run_from_noise_to_clean_for_every_number_of_steps
         check_contract(grid.knots(Quick(), n), Quick(), n)
 
 
-@pytest.mark.parametrize("schedule", [Cosine(), Shifted(Normal(), -2.0), STABLE, ZeroTerminalSNR(STABLE)], ids=repr)
+@pytest.mark.parametrize(
+    "schedule", [Cosine(), Shifted(Normal(), -2.0), STABLE, ZeroTerminalSNR(STABLE)], ids=repr
+)
 def test_uniform_blend_is_even_in_a_from_the_terminal_level_of_any_schedule(schedule):
     knots = UniformBlend().knots(schedule, 10)
     check_contract(knots, schedule, 10)
@@ -285,11 +324,15 @@ def test_uniform_blend_is_even_in_a_from_the_terminal_level_of_any_schedule(sche
 
 def test_uniform_blend_is_trailing_on_the_flow_schedule():
     even, trailing = UniformBlend().knots(Flow(), 40), Trailing().knots(Flow(), 40)
-    assert [level.logsnr for level in even] == pytest.approx([level.logsnr for level in trailing], rel=1e-11)
+    assert [level.logsnr for level in even] == pytest.approx(
+        [level.logsnr for level in trailing], rel=1e-11
+    )
 
 
 def test_quadratic_times_are_squares():
-    assert [level.t for level in Quadratic().knots(Cosine(), 4)] == pytest.approx([1, 9 / 16, 1 / 4, 1 / 16, 0])
+    assert [level.t for level in Quadratic().knots(Cosine(), 4)] == pytest.approx(
+        [1, 9 / 16, 1 / 4, 1 / 16, 0]
+    )
 
 
 @pytest.mark.parametrize(("a", "b"), [(0.6, 0.6), (1.0, 1.0), (2.0, 0.5)])
@@ -297,7 +340,9 @@ def test_beta_times_are_quantiles(a, b):
     times = [level.t for level in BetaSpacing(a, b).knots(Cosine(), 12)]
     assert times == pytest.approx(beta.ppf(1 - np.arange(13) / 12, a, b), rel=1e-12)
     if a == b == 1:
-        assert times == pytest.approx([level.t for level in Trailing().knots(Cosine(), 12)], rel=1e-12)
+        assert times == pytest.approx(
+            [level.t for level in Trailing().knots(Cosine(), 12)], rel=1e-12
+        )
 
 
 def test_beta_on_a_table_is_of_both_its_parameters():
@@ -326,11 +371,17 @@ def test_leading_on_a_continuous_schedule_is_the_table_s_limit():
 
 def test_leading_beyond_the_table_is_refused():
     """diffusers#10003: steps_offset 1 at 1000 steps is index 1000 of 1000."""
-    with pytest.raises(ValueError, match="begins 1000 steps at index 1000 of a table of 1000 levels"):
+    with pytest.raises(
+        ValueError, match="begins 1000 steps at index 1000 of a table of 1000 levels"
+    ):
         Leading(1).knots(Kept(), 1000)
 
 
-PUBLISHED = {"sd15": "StableDiffusionSigmas", "sdxl": "StableDiffusionXLSigmas", "svd": "StableDiffusionVideoSigmas"}
+PUBLISHED = {
+    "sd15": "StableDiffusionSigmas",
+    "sdxl": "StableDiffusionXLSigmas",
+    "svd": "StableDiffusionVideoSigmas",
+}
 
 
 @pytest.mark.parametrize("table", PUBLISHED)
@@ -355,7 +406,9 @@ def test_align_your_steps_interpolates_log_linearly_with_the_last_entry_replaced
 def test_align_your_steps_starts_at_stable_diffusions_terminal_level_which_its_table_rounds_up():
     knots = AlignYourSteps().knots(STABLE, 10)
     assert knots[0] == STABLE.level(1.0)
-    assert [level.ratio for level in knots[1:]] == pytest.approx(AysSchedules["StableDiffusionSigmas"][1:], rel=1e-9)
+    assert [level.ratio for level in knots[1:]] == pytest.approx(
+        AysSchedules["StableDiffusionSigmas"][1:], rel=1e-9
+    )
     with pytest.raises(ValueError, match="choose bounds within it"):
         AlignYourSteps("svd").knots(STABLE, 10)
 
@@ -386,7 +439,9 @@ COORDINATES = {  # what each class is even in, written out
 
 @pytest.mark.parametrize("schedule", [Cosine(), Flow(), STABLE], ids=repr)
 @pytest.mark.parametrize("grid", EVEN, ids=repr)
-@pytest.mark.parametrize(("low", "high"), [(-2.0, math.inf), (-math.inf, 1.5), (-1.0, 3.0), (-4.5, math.inf)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(-2.0, math.inf), (-math.inf, 1.5), (-1.0, 3.0), (-4.5, math.inf)]
+)
 def test_within_gives_its_ends_exactly_as_knots_and_so_many_steps(grid, schedule, low, high):
     for n in (1, 2, 3, 40):
         knots = Within(grid, low, high).knots(schedule, n)
@@ -399,7 +454,9 @@ def test_within_gives_its_ends_exactly_as_knots_and_so_many_steps(grid, schedule
 @pytest.mark.parametrize("kind", COORDINATES, ids=lambda kind: kind.__name__)
 def test_within_is_even_in_the_grids_own_coordinate(kind):
     grid = next(grid for grid in EVEN if type(grid) is kind)
-    found = np.array([COORDINATES[kind](level) for level in Within(grid, -2.0, 3.0).knots(Cosine(), 9)])
+    found = np.array(
+        [COORDINATES[kind](level) for level in Within(grid, -2.0, 3.0).knots(Cosine(), 9)]
+    )
     np.testing.assert_allclose(found, np.linspace(found[0], found[-1], 10), rtol=1e-10)
 
 
@@ -407,7 +464,9 @@ def test_a_clean_knot_follows_the_last_noisy_one_within_grids_that_end_so():
     whole, part = Karras(0.01, 10.0), Karras(0.01, 3.0)
     within = Within(whole, low=-2 * math.log(3.0)).knots(Cosine(), 8)
     expected = part.knots(Cosine(), 8)
-    assert [level.logsnr for level in within] == pytest.approx([level.logsnr for level in expected], rel=1e-10)
+    assert [level.logsnr for level in within] == pytest.approx(
+        [level.logsnr for level in expected], rel=1e-10
+    )
 
 
 @pytest.mark.parametrize("grid", EVEN, ids=repr)
@@ -419,24 +478,36 @@ def test_within_nothing_is_the_grid_itself(grid):
 def test_within_composes():
     both = Within(Within(BetaSpacing(), low=-3.0), high=2.0)
     assert both.knots(Cosine(), 7) == Within(BetaSpacing(), -3.0, 2.0).knots(Cosine(), 7)
-    assert Within(Within(BetaSpacing(), low=-3.0), low=-1.0).knots(Cosine(), 7) == Within(BetaSpacing(), -1.0).knots(
-        Cosine(), 7
-    )
+    assert Within(Within(BetaSpacing(), low=-3.0), low=-1.0).knots(Cosine(), 7) == Within(
+        BetaSpacing(), -1.0
+    ).knots(Cosine(), 7)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Within(Explicit((0.0, 1.0))), "grid is Explicit.*expected one that is even in some coordinate"),
-        (lambda: Within(Trailing(), 2.0, 2.0), "low and high are 2.0 and 2.0, expected λ with low < high"),
+        (
+            lambda: Within(Explicit((0.0, 1.0))),
+            "grid is Explicit.*expected one that is even in some coordinate",
+        ),
+        (
+            lambda: Within(Trailing(), 2.0, 2.0),
+            "low and high are 2.0 and 2.0, expected λ with low < high",
+        ),
         (lambda: Within(Trailing(), math.nan), "low and high are nan and inf"),
-        (lambda: Within(Karras(), 14.0).knots(Cosine(), 5), "first knot at λ = 14 and its last noisy one at λ = 12.4"),
+        (
+            lambda: Within(Karras(), 14.0).knots(Cosine(), 5),
+            "first knot at λ = 14 and its last noisy one at λ = 12.4",
+        ),
         (lambda: Within(Trailing(), -8.0).knots(STABLE, 5), "knot at λ = -8.*ends at λ = -5.36"),
         (lambda: Leading(-1), "offset is -1, expected an index of at least 0"),
         (lambda: Leading(last=0.0), r"last is 0.0, expected a time in \(0, 1\)"),
         (lambda: BetaSpacing(0.0), "a and b are 0.0 and 0.6, expected positive finite numbers"),
         (lambda: BetaSpacing(b=math.inf), "a and b are 0.6 and inf"),
-        (lambda: AlignYourSteps("sd3"), "table is 'sd3', expected sd15, sdxl, svd, or the falling values"),
+        (
+            lambda: AlignYourSteps("sd3"),
+            "table is 'sd3', expected sd15, sdxl, svd, or the falling values",
+        ),
         (lambda: AlignYourSteps((1.0,)), "expected at least 2 values"),
         (lambda: AlignYourSteps((1.0, 2.0)), "that fall and stay above 0"),
         (lambda: AlignYourSteps((1.0, 0.0)), "that fall and stay above 0"),
@@ -449,9 +520,16 @@ def test_grids_that_cannot_be_are_refused(make, message):
 
 
 @pytest.mark.parametrize(
-    "grid", [*EVEN, Explicit((-3.0, 0.0, math.inf)), Within(Within(BetaSpacing(2.0, 0.5), -3.0), high=2.0)], ids=repr
+    "grid",
+    [*EVEN, Explicit((-3.0, 0.0, math.inf)), Within(Within(BetaSpacing(2.0, 0.5), -3.0), high=2.0)],
+    ids=repr,
 )
 def test_every_grid_reads_back_from_yaml(grid):
     parser = Parser(exit_on_error=False)
     parser.add_argument("--grid", type=Grid)
-    assert parser.instantiate(parser.parse_object(yaml.safe_load(yaml.safe_dump({"grid": spec(grid)})))).grid == grid
+    assert (
+        parser.instantiate(
+            parser.parse_object(yaml.safe_load(yaml.safe_dump({"grid": spec(grid)})))
+        ).grid
+        == grid
+    )

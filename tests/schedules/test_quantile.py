@@ -14,7 +14,11 @@ FORMULAS = [  # λ(t) as published, and the distribution of λ
     (Cosine(), 2 * np.log(1 / np.tan(np.pi * t / 2)), stats.hypsecant(scale=2)),
     (Flow(), 2 * np.log((1 - t) / t), stats.logistic(scale=2)),
     (Laplace(), -0.5 * np.sign(0.5 - t) * np.log(1 - 2 * abs(t - 0.5)), stats.laplace(0, 0.5)),
-    (Laplace(1.5, 2.5), 1.5 - 2.5 * np.sign(0.5 - t) * np.log(1 - 2 * abs(t - 0.5)), stats.laplace(1.5, 2.5)),
+    (
+        Laplace(1.5, 2.5),
+        1.5 - 2.5 * np.sign(0.5 - t) * np.log(1 - 2 * abs(t - 0.5)),
+        stats.laplace(1.5, 2.5),
+    ),
     (Normal(), 2 * stats.norm.ppf(1 - t), stats.norm(0, 2)),
     (Cosine(0.5, 2.0), 0.5 + 2 / 2 * np.log(1 / np.tan(np.pi * t / 2)), stats.hypsecant(0.5, 1)),
     (Cosine(-1.0, 0.5), -1 + 2 / 0.5 * np.log(1 / np.tan(np.pi * t / 2)), stats.hypsecant(-1, 4)),
@@ -22,8 +26,12 @@ FORMULAS = [  # λ(t) as published, and the distribution of λ
     (LogLinear(-5.0, 13.3), 13.3 + t * (-5 - 13.3), stats.uniform(-5, 18.3)),
     (Normal(2.4, 1.2), 2.4 + 1.2 * stats.norm.ppf(1 - t), stats.norm(2.4, 1.2)),
 ]
-every_formula = pytest.mark.parametrize(("schedule", "logsnr", "law"), FORMULAS, ids=lambda v: repr(v)[:24])
-SYMMETRIC = pytest.mark.parametrize("schedule", [Cosine(), Flow(), Laplace(), Normal(), Cauchy()], ids=repr)
+every_formula = pytest.mark.parametrize(
+    ("schedule", "logsnr", "law"), FORMULAS, ids=lambda v: repr(v)[:24]
+)
+SYMMETRIC = pytest.mark.parametrize(
+    "schedule", [Cosine(), Flow(), Laplace(), Normal(), Cauchy()], ids=repr
+)
 
 
 @every_formula
@@ -35,9 +43,15 @@ def test_lambda_is_the_published_formula(schedule, logsnr, law):
 def test_density_cdf_and_quantile_are_those_of_the_law(schedule, logsnr, law):
     grid = np.linspace(-15, 15, 301)
     np.testing.assert_allclose(schedule.density(torch.from_numpy(grid)), law.pdf(grid), rtol=1e-11)
-    np.testing.assert_allclose(schedule.cdf(torch.from_numpy(grid)), law.cdf(grid), rtol=0, atol=1e-14)
-    np.testing.assert_allclose(schedule.time(torch.from_numpy(grid)), law.sf(grid), rtol=1e-10, atol=1e-300)
-    np.testing.assert_allclose(schedule.quantile(torch.from_numpy(t)), law.ppf(t), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(
+        schedule.cdf(torch.from_numpy(grid)), law.cdf(grid), rtol=0, atol=1e-14
+    )
+    np.testing.assert_allclose(
+        schedule.time(torch.from_numpy(grid)), law.sf(grid), rtol=1e-10, atol=1e-300
+    )
+    np.testing.assert_allclose(
+        schedule.quantile(torch.from_numpy(t)), law.ppf(t), rtol=1e-9, atol=1e-12
+    )
 
 
 @every_formula
@@ -52,14 +66,18 @@ def test_A4_laplace_has_the_papers_median_and_mass():
     assert schedule.logsnr(0.5) == 0
     assert schedule.cdf(0.5) - schedule.cdf(-0.5) == pytest.approx(1 - math.exp(-1), abs=1e-15)
     drawn = schedule.logsnr(torch.rand(100_000, generator=torch.Generator().manual_seed(0)))
-    assert (drawn.abs() < 0.5).double().mean().item() == pytest.approx(0.632, abs=0.006)  # 4 standard errors
+    assert (drawn.abs() < 0.5).double().mean().item() == pytest.approx(
+        0.632, abs=0.006
+    )  # 4 standard errors
     assert drawn.median().item() == pytest.approx(0, abs=0.0064)  # 4 standard errors: 4 b / √n
 
 
 @SYMMETRIC
 def test_both_tails_keep_their_digits(schedule):
     tail = 2.0 ** -torch.arange(2, 50, dtype=torch.float64)  # 1 - tail is exact
-    torch.testing.assert_close(schedule.logsnr(1 - tail), -schedule.logsnr(tail), rtol=1e-14, atol=0)
+    torch.testing.assert_close(
+        schedule.logsnr(1 - tail), -schedule.logsnr(tail), rtol=1e-14, atol=0
+    )
 
 
 @pytest.mark.parametrize(
@@ -94,25 +112,33 @@ def test_flow_is_the_straight_line_in_its_own_scaling():
 def test_A5_edm_draws_log_sigma_from_n_of_minus_1_2_and_1_2():
     assert Normal.edm() == Normal(2.4, 2.4, scaling="ve")
     level = Normal.edm(-1.2, 1.2).level(torch.from_numpy(t))
-    np.testing.assert_allclose(level.sigma.log(), stats.norm(-1.2, 1.2).ppf(t), rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(
+        level.sigma.log(), stats.norm(-1.2, 1.2).ppf(t), rtol=1e-10, atol=1e-12
+    )
 
 
 def test_A5_sd3_draws_the_logit_of_time_from_a_normal():
     m, s = 0.3, 0.8
     assert Normal.logit_normal() == Normal(0.0, 2.0, scaling="flow")
     level = Normal.logit_normal(m, s).level(torch.from_numpy(t))
-    np.testing.assert_allclose((level.sigma / level.alpha).log(), stats.norm(m, s).ppf(t), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(
+        (level.sigma / level.alpha).log(), stats.norm(m, s).ppf(t), rtol=1e-9, atol=1e-12
+    )
 
 
 def test_rho_visits_edms_grid():
     n, low, high = 18, 0.002, 80.0
     i = np.arange(n)
-    grid = (high ** (1 / 7) + i / (n - 1) * (low ** (1 / 7) - high ** (1 / 7))) ** 7  # Karras et al., eq. 5
+    grid = (
+        high ** (1 / 7) + i / (n - 1) * (low ** (1 / 7) - high ** (1 / 7))
+    ) ** 7  # Karras et al., eq. 5
     level = Rho().level(torch.from_numpy(1 - i / (n - 1)))
     np.testing.assert_allclose(level.sigma, grid, rtol=1e-13)
     np.testing.assert_allclose(Rho().time(level.logsnr), 1 - i / (n - 1), rtol=0, atol=1e-14)
     steep = Rho(rho=1e5, scaling="vp").logsnr(torch.from_numpy(t))
-    np.testing.assert_allclose(steep, LogLinear.ve(0.002, 80.0).logsnr(torch.from_numpy(t)), rtol=0, atol=1e-3)
+    np.testing.assert_allclose(
+        steep, LogLinear.ve(0.002, 80.0).logsnr(torch.from_numpy(t)), rtol=0, atol=1e-3
+    )
 
 
 def test_ve_is_geometric_in_sigma():
@@ -122,7 +148,9 @@ def test_ve_is_geometric_in_sigma():
 
 
 @pytest.mark.parametrize("make", [Rho, LogLinear.ve])
-@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (2.0, 1.0), (1.0, math.inf), (math.nan, 1.0)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.0, 1.0), (2.0, 1.0), (1.0, math.inf), (math.nan, 1.0)]
+)
 def test_sigmas_out_of_order_are_refused(make, low, high):
     with pytest.raises(ValueError, match="expected 0 < min < max < inf"):
         make(low, high)

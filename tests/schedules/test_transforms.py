@@ -27,7 +27,12 @@ from diffcore.schedules import (
 )
 from diffcore.schedules.quantile import Quantile
 
-TABLES = [Discrete(), Discrete("scaled_linear", 1000, 0.00085, 0.012), Discrete("cosine", 50), Discrete(scaling="flow")]
+TABLES = [
+    Discrete(),
+    Discrete("scaled_linear", 1000, 0.00085, 0.012),
+    Discrete("cosine", 50),
+    Discrete(scaling="flow"),
+]
 every_table = pytest.mark.parametrize("table", TABLES, ids=repr)
 t = torch.linspace(0.001, 0.999, 999, dtype=torch.float64)
 
@@ -57,7 +62,9 @@ class Straight(Quantile):
         return torch.where((logsnr <= 9) & (logsnr >= -4), 1 / 13, 0.0)
 
 
-@pytest.mark.parametrize("schedule", [Cosine(), Laplace(scaling="flow"), Discrete("cosine", 50)], ids=repr)
+@pytest.mark.parametrize(
+    "schedule", [Cosine(), Laplace(scaling="flow"), Discrete("cosine", 50)], ids=repr
+)
 def test_shifted_adds_to_lambda_and_moves_the_density_with_it(schedule):
     shifted = Shifted(schedule, -1.7)
     torch.testing.assert_close(shifted.logsnr(t), schedule.logsnr(t) - 1.7, rtol=0, atol=1e-14)
@@ -75,7 +82,9 @@ def test_A4_chens_input_scale_b_is_the_shift_2_ln_b():
     b = 0.4
     gamma = torch.cos(math.pi * t / 2) ** 2
     scaled = b * gamma.sqrt() / (b**2 * gamma + 1 - gamma).sqrt()  # b √γ x_0 + √(1-γ) ε, normalised
-    torch.testing.assert_close(Shifted(Cosine(), 2 * math.log(b)).level(t).alpha, scaled, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        Shifted(Cosine(), 2 * math.log(b)).level(t).alpha, scaled, rtol=1e-12, atol=0
+    )
 
 
 def test_A4_sd3s_time_shift_s_is_the_shift_minus_2_ln_s():
@@ -88,7 +97,9 @@ def test_A4_simple_diffusions_resolution_shift_keeps_the_snr_of_pooled_pixels():
     """Averaging (d/d₀)² pixels divides the noise's variance by (d/d₀)²: at d, λ - 2 ln(d/d₀) looks like λ at d₀."""
     d0, d = 64, 256
     shifted = Shifted(Cosine(), 2 * math.log(d0 / d)).level(t)
-    torch.testing.assert_close(shifted.ratio / (d / d0), Cosine().level(t).ratio, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        shifted.ratio / (d / d0), Cosine().level(t).ratio, rtol=1e-12, atol=0
+    )
 
 
 def test_A4_one_shift_has_four_constructors():
@@ -122,7 +133,9 @@ def test_interpolation_folds_over_from_e_to_the_pi():
     Interpolated.by_resolution(Cosine(), 64, 1.0, 23.14)
     with pytest.raises(ValueError, match="levels would fold over: bring clean and noise closer"):
         Interpolated.by_resolution(Cosine(), 64, 1.0, 23.15)
-    with pytest.raises(ValueError, match=r"clean and noise are inf and 0\.0, expected finite shifts"):
+    with pytest.raises(
+        ValueError, match=r"clean and noise are inf and 0\.0, expected finite shifts"
+    ):
         Interpolated(Cosine(), math.inf, 0.0)
     with pytest.raises(ValueError, match="high is 0, expected a positive finite number"):
         Interpolated.by_resolution(Cosine(), 64, 32, 0)
@@ -134,7 +147,9 @@ def test_equal_shifts_interpolate_to_shifted():
     )
 
 
-@pytest.mark.parametrize("schedule", [Mixture(Laplace()), Mixture(Normal(), Cauchy(), 0.6)], ids=repr)
+@pytest.mark.parametrize(
+    "schedule", [Mixture(Laplace()), Mixture(Normal(), Cauchy(), 0.6)], ids=repr
+)
 def test_mixture_mixes_the_densities(schedule):
     levels, f = torch.linspace(-12, 12, 97, dtype=torch.float64), schedule.share
     for name in ("density", "time"):
@@ -168,8 +183,12 @@ def test_a_mixture_finds_a_batch_in_few_evaluations(monkeypatch):
     schedule, asked = Mixture(Laplace()), []
     schedule.logsnr(0.5)  # its knots
     density = Laplace._density
-    monkeypatch.setattr(Laplace, "_density", lambda self, logsnr: asked.append(1) or density(self, logsnr))
-    schedule.logsnr(torch.rand(4096, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    monkeypatch.setattr(
+        Laplace, "_density", lambda self, logsnr: asked.append(1) or density(self, logsnr)
+    )
+    schedule.logsnr(
+        torch.rand(4096, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    )
     assert 1 <= len(asked) <= 10
 
 
@@ -213,10 +232,14 @@ def test_zero_terminal_snr_is_algorithm_1(table):
     logsnr = ZeroTerminalSNR(table).logsnr(times).numpy()
     assert logsnr[-1] == -math.inf
     np.testing.assert_allclose(np.sqrt(1 / (1 + np.exp(-logsnr[:-1]))), root[:-1], rtol=1e-11)
-    np.testing.assert_allclose(logsnr[:-1], np.log(root[:-1] ** 2 / (1 - root[:-1] ** 2)), rtol=0, atol=1e-9)
+    np.testing.assert_allclose(
+        logsnr[:-1], np.log(root[:-1] ** 2 / (1 - root[:-1] ** 2)), rtol=0, atol=1e-9
+    )
 
 
-@pytest.mark.parametrize(("table", "name"), [(Discrete(), "linear"), (Discrete(start=1e-3), "linear")], ids=str)
+@pytest.mark.parametrize(
+    ("table", "name"), [(Discrete(), "linear"), (Discrete(start=1e-3), "linear")], ids=str
+)
 def test_zero_terminal_snr_is_that_of_diffusers(table, name):
     betas = torch.linspace(table.start, table.end, table.steps, dtype=torch.float64)
     theirs = torch.cumprod(1 - rescale_zero_terminal_snr(betas), 0)
@@ -252,7 +275,9 @@ def test_zero_terminal_snr_treats_a_continuous_schedule_in_the_same_way():
 def test_zero_terminal_snr_does_not_change_a_schedule_that_ends_in_noise(schedule):
     zero = ZeroTerminalSNR(schedule)
     torch.testing.assert_close(zero.logsnr(t), schedule.logsnr(t), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(zero.density(zero.logsnr(t)), schedule.density(schedule.logsnr(t)), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        zero.density(zero.logsnr(t)), schedule.density(schedule.logsnr(t)), rtol=1e-12, atol=0
+    )
 
 
 @pytest.mark.parametrize("shift", [-2.0, 1.0])
@@ -265,15 +290,23 @@ def test_B2_the_order_of_transforms_is_the_order_of_the_arithmetic(shift):
 
     shift_last = Shifted(ZeroTerminalSNR(Discrete()), shift)
     shift_first = ZeroTerminalSNR(Shifted(Discrete(), shift))
-    np.testing.assert_allclose(shift_last.logsnr(times), logsnr(algorithm_1(table)) + shift, rtol=0, atol=1e-9)
-    np.testing.assert_allclose(shift_first.logsnr(times), logsnr(algorithm_1(table + shift)), rtol=0, atol=1e-9)
+    np.testing.assert_allclose(
+        shift_last.logsnr(times), logsnr(algorithm_1(table)) + shift, rtol=0, atol=1e-9
+    )
+    np.testing.assert_allclose(
+        shift_first.logsnr(times), logsnr(algorithm_1(table + shift)), rtol=0, atol=1e-9
+    )
     for schedule in (shift_last, shift_first):
         assert schedule.logsnr(1.0) == -math.inf
 
 
 def test_B2_a_transform_of_another_table_is_another_value():
     """Nothing derived is cached beyond the value that it derives from."""
-    schedules: list[Schedule] = [ZeroTerminalSNR(Discrete()), ZeroTerminalSNR(Discrete(end=0.01)), Discrete(end=0.01)]
+    schedules: list[Schedule] = [
+        ZeroTerminalSNR(Discrete()),
+        ZeroTerminalSNR(Discrete(end=0.01)),
+        Discrete(end=0.01),
+    ]
     assert len({schedule.logsnr(0.5) for schedule in schedules}) == 3
     assert schedules[0] != schedules[1]
 
@@ -290,10 +323,14 @@ def test_truncated_is_the_inner_density_given_that_the_level_lies_within(schedul
     t = torch.linspace(0, 1, 2001, dtype=torch.float64)
     logsnr = schedule.logsnr(t)
     inner = schedule.schedule
-    given = (inner.cdf(logsnr) - inner.cdf(schedule.low)) / (inner.cdf(schedule.high) - inner.cdf(schedule.low))
+    given = (inner.cdf(logsnr) - inner.cdf(schedule.low)) / (
+        inner.cdf(schedule.high) - inner.cdf(schedule.low)
+    )
     torch.testing.assert_close(given, 1 - t, rtol=0, atol=1e-13)
     torch.testing.assert_close(schedule.time(logsnr), t, rtol=0, atol=1e-13)
-    assert (logsnr[0].item(), logsnr[-1].item()) == pytest.approx((schedule.high, schedule.low), rel=1e-9)
+    assert (logsnr[0].item(), logsnr[-1].item()) == pytest.approx(
+        (schedule.high, schedule.low), rel=1e-9
+    )
     assert logsnr.diff().max() < 0
     grid = torch.linspace(schedule.low - 1, schedule.high + 1, 200_001, dtype=torch.float64)
     assert torch.trapezoid(schedule.density(grid), grid).item() == pytest.approx(1, abs=1e-4)
@@ -310,7 +347,8 @@ def test_truncated_levels_end_clean_on_a_grid_and_are_drawn_at_every_time(schedu
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "remedy"), [(1.0, 1.0, "low < high"), (2.0, 1.0, "low < high"), (-30, -20, "no levels")]
+    ("low", "high", "remedy"),
+    [(1.0, 1.0, "low < high"), (2.0, 1.0, "low < high"), (-30, -20, "no levels")],
 )
 def test_truncation_to_nothing_is_refused(low, high, remedy):
     with pytest.raises(ValueError, match=remedy):
@@ -318,7 +356,10 @@ def test_truncation_to_nothing_is_refused(low, high, remedy):
 
 
 def test_truncation_to_levels_that_times_cannot_tell_apart_is_refused():
-    with pytest.raises(ValueError, match="has next to no levels between λ = -70 and -60: widen the bounds, or shift"):
+    with pytest.raises(
+        ValueError,
+        match="has next to no levels between λ = -70 and -60: widen the bounds, or shift",
+    ):
         Truncated(Cosine(), -70, -60)
     narrow = Truncated(Cosine(), 60, 70)  # of the same mass, where t has all its digits
     torch.testing.assert_close(narrow.time(narrow.logsnr(t)), t, rtol=1e-10, atol=1e-12)

@@ -8,17 +8,25 @@ import shutil
 import pytest
 import torch
 
+from diffcore.io.safetensors import Corrupt
 from diffcore.training.checkpoint import Checkpoint, newest, prune, read, write
-from diffcore.weights import Corrupt
 
 FILES = ("model.safetensors", "training.safetensors", "manifest.json")
 
 
 def made(step=4):
     torch.manual_seed(step)
-    model = {"a.weight": torch.randn(3, 4).T, "a.seen": torch.tensor(step), "half": torch.randn(5).bfloat16()}
+    model = {
+        "a.weight": torch.randn(3, 4).T,
+        "a.seen": torch.tensor(step),
+        "half": torch.randn(5).bfloat16(),
+    }
     training = {"a.weight.exp_avg": torch.randn(4, 3), "empty": torch.zeros(0)}
-    state = {"step": step, "groups": [{"lr": 1e-3, "betas": [0.9, 0.99], "fused": None, "name": "λ"}], "threads": 2}
+    state = {
+        "step": step,
+        "groups": [{"lr": 1e-3, "betas": [0.9, 0.99], "fused": None, "name": "λ"}],
+        "threads": 2,
+    }
     return Checkpoint({"model.safetensors": model, "training.safetensors": training}, state)
 
 
@@ -116,7 +124,9 @@ def test_E11_any_flipped_bit_of_the_manifest_is_named_or_changes_nothing(folder)
 
 
 # "[]" and "[1]" were not named: `[].pop("sha256")` is a TypeError, which `_manifest` does not catch.
-@pytest.mark.parametrize("text", ["", "[]", "null", "3", '"x"', "{}", '{"sha256": 3}', "[1]", '{"a": NaN}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "null", "3", '"x"', "{}", '{"sha256": 3}', "[1]", '{"a": NaN}']
+)
 def test_a_manifest_that_is_other_json_is_named(folder, text):
     path = folder / "step-00000004" / "manifest.json"
     path.write_text(text)
@@ -164,7 +174,9 @@ def test_a_crash_while_writing_leaves_no_checkpoint(folder, monkeypatch):
     assert said == []
     write(folder / "step-00000008", made(8))
     prune(folder, 10)
-    assert sorted(path.name for path in folder.iterdir()) == [f"step-{step:08d}" for step in (2, 4, 6, 8)]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        f"step-{step:08d}" for step in (2, 4, 6, 8)
+    ]
 
 
 def test_a_crash_while_replacing_does_not_harm_the_checkpoint_of_that_name(folder, monkeypatch):
@@ -184,7 +196,11 @@ class Bomb:
 
 def test_E12_no_pickle_is_opened(folder):
     step = folder / "step-00000006"
-    for name in ("optimizer.pt", "model.bin", "random_states_0.pkl"):  # beside the files: not looked at
+    for name in (
+        "optimizer.pt",
+        "model.bin",
+        "random_states_0.pkl",
+    ):  # beside the files: not looked at
         (step / name).write_bytes(pickle.dumps(Bomb()))
     assert same(newest(folder, print), made(6))
     with pytest.raises(SystemExit):
@@ -200,7 +216,9 @@ def test_E12_no_pickle_is_opened(folder):
 def test_a_manifest_cannot_name_a_file_outside_the_folder_that_was_not_hashed(folder):
     path = folder / "step-00000006" / "manifest.json"
     manifest = json.loads(path.read_text())
-    manifest["files"]["../step-00000004/model.safetensors"] = manifest["files"].pop("model.safetensors")
+    manifest["files"]["../step-00000004/model.safetensors"] = manifest["files"].pop(
+        "model.safetensors"
+    )
     path.write_text(json.dumps(manifest))
     with pytest.raises(Corrupt, match="manifest"):
         read(path.parent)
@@ -211,4 +229,7 @@ def test_pruning_keeps_the_newest_and_drops_what_a_crash_left(folder, keep, left
     (folder / ".step-00000008.123").mkdir()
     (folder / "notes.txt").write_text("mine")
     prune(folder, keep)
-    assert sorted(path.name for path in folder.iterdir()) == ["notes.txt", *(f"step-{step:08d}" for step in left)]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "notes.txt",
+        *(f"step-{step:08d}" for step in left),
+    ]

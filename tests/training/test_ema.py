@@ -30,7 +30,9 @@ def test_E4_on_a_ramp_the_average_is_its_closed_form(decay):
         average.update(step)
     # sum over k of (1-β) β^(n-k) k = n - β (1 - β^n) / (1 - β)
     expected = slope * (30 - decay * (1 - decay**30) / (1 - decay))
-    torch.testing.assert_close(average.shadow["weight"], torch.full((3,), expected), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        average.shadow["weight"], torch.full((3,), expected), rtol=1e-5, atol=0
+    )
 
 
 def test_the_decay_warms_up_to_its_limit():
@@ -61,7 +63,9 @@ def test_M9_the_average_of_a_half_precision_module_is_float32_and_moves(dtype):
     for step in range(5000):
         average.update(step)
     assert average.shadow["weight"].dtype == torch.float32
-    assert average.shadow["weight"][0].item() == pytest.approx(2 - 0.9999**5000, abs=1e-3)  # 1.39; in bfloat16 1.0
+    assert average.shadow["weight"][0].item() == pytest.approx(
+        2 - 0.9999**5000, abs=1e-3
+    )  # 1.39; in bfloat16 1.0
 
 
 def test_counters_are_copied_not_averaged():
@@ -107,7 +111,9 @@ def test_E4_the_weights_come_back_bit_for_bit(dtype, fails):
             assert not torch.equal(module[0].weight, before["0.weight"])
     for name, value in module.state_dict().items():
         assert torch.equal(value, before[name]), name
-    assert [parameter.data_ptr() for parameter in module.parameters()] == pointers  # the optimizer's own tensors
+    assert [
+        parameter.data_ptr() for parameter in module.parameters()
+    ] == pointers  # the optimizer's own tensors
 
 
 def test_what_happens_to_the_weights_inside_does_not_reach_the_average():

@@ -12,31 +12,37 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffcore.cli import main
-from diffcore.commands.finetune import completed
-from diffcore.denoiser import Denoiser
+from diffcore.cli.finetune import completed
+from diffcore.cli.main import main
+from diffcore.core.denoiser import Denoiser
+from diffcore.core.noise import Noise
+from diffcore.core.process import Process
 from diffcore.guidance import CFG
-from diffcore.integrations import DiffcorePipeline, Latents, Prompted
-from diffcore.integrations.configs import config_of, describe
-from diffcore.integrations.folder import network_of
-from diffcore.integrations.index import Index
-from diffcore.integrations.pretrained import ADAPTER
-from diffcore.noise import Noise
-from diffcore.process import Process
+from diffcore.integrations.diffusers import DiffcorePipeline, Latents, Prompted
+from diffcore.integrations.diffusers.loading.folder import network_of
+from diffcore.integrations.diffusers.loading.index import Index
+from diffcore.integrations.diffusers.pipeline.base_network import ADAPTER
+from diffcore.integrations.diffusers.scheduler.scheduler_config import config_of, describe
+from diffcore.io.safetensors import read_weights
+from diffcore.io.specs import build
 from diffcore.run import Run
 from diffcore.samplers import DDIM
-from diffcore.sampling import sample
+from diffcore.sampling.generation import sample
 from diffcore.schedules import Cosine, Discrete, Flow, Shifted, Trailing, ZeroTerminalSNR
-from diffcore.spec import build
 from diffcore.training import checkpoint
-from diffcore.training.encoded import Encoded
+from diffcore.training.data.latents import Encoded
 from diffcore.training.lr import LearningRate
 from diffcore.training.trainer import Trainer
-from diffcore.weights import read_weights
 from tests.conftest import forget_accelerate
-from tests.integrations import told
-from tests.integrations.tiny import quiet, unet, vae
-from tests.training.captioned import OLD, change_json, write_image, write_images, write_pipeline
+from tests.helpers import text_networks as told
+from tests.helpers.captioned_images import (
+    OLD,
+    change_json,
+    write_image,
+    write_images,
+    write_pipeline,
+)
+from tests.helpers.tiny_pipelines import quiet, unet, vae
 
 DISTINCT = ["", "a blue cat", "a dog", "a red cat"]
 SHORT = (
@@ -79,7 +85,10 @@ def command(folder, *options):
 
 def hashes(folder):
     files = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
 
 
 def called(*arguments):
@@ -94,7 +103,12 @@ def test_the_process_is_the_pipelines_with_zero_terminal_snr_and_a_class_for_eac
     process = Process.load(place / "runs/full/process.json")
     schedule = ZeroTerminalSNR(Discrete("scaled_linear", 1000, 0.00085, 0.012))
     assert (process.schedule, process.prediction) == (schedule, "v_prediction")
-    assert (process.shape, process.sigma_data, process.classes, process.dropout) == ((4, 8, 8), 1.0, 4, 0.1)
+    assert (process.shape, process.sigma_data, process.classes, process.dropout) == (
+        (4, 8, 8),
+        1.0,
+        4,
+        0.1,
+    )
 
 
 def test_a_run_holds_the_pipeline_and_pictures_of_the_captions(place):
@@ -102,7 +116,10 @@ def test_a_run_holds_the_pipeline_and_pictures_of_the_captions(place):
     assert {path.name for path in run.iterdir()} == {
         "config.yaml", "process.json", "ema.safetensors", "metrics.jsonl", "checkpoints", "samples", "pipeline",
     }  # fmt: skip
-    assert {path.name for path in (run / "samples").iterdir()} == {"step-00000002.png", "step-00000004.png"}
+    assert {path.name for path in (run / "samples").iterdir()} == {
+        "step-00000002.png",
+        "step-00000004.png",
+    }
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 4
     assert all(0 < loss < 10 for loss in losses)
@@ -130,7 +147,9 @@ def test_a_resumed_run_is_the_same_run_to_the_bit_and_encodes_nothing(place, opt
     different = {file for file in straight if straight[file] != stopped[file]}
     assert different - {ADAPTER} == {"config.yaml"}  # which names the folder
     if options == LORA:  # of its file diffusers' metadata are in no fixed order
-        own, other = (load_file(place / f"runs/{run}" / ADAPTER) for run in ("lora", "stopped-lora"))
+        own, other = (
+            load_file(place / f"runs/{run}" / ADAPTER) for run in ("lora", "stopped-lora")
+        )
         assert own.keys() == other.keys()
         assert all(torch.equal(own[key], other[key]) for key in own)
 
@@ -157,7 +176,9 @@ def test_another_set_of_captions_is_another_run(place, capsys):
 
 def nudge(path):
     """Change the weights that the adapter is beside."""
-    save_file({name: 1.5 * value for name, value in load_file(path).items()}, path, {"format": "pt"})
+    save_file(
+        {name: 1.5 * value for name, value in load_file(path).items()}, path, {"format": "pt"}
+    )
 
 
 @pytest.mark.parametrize(
@@ -171,7 +192,9 @@ def nudge(path):
     ],
     ids=["caption", "label", "image", "VAE", "weights"],
 )
-def test_data_that_changed_where_they_lie_are_other_data(place, tmp_path, monkeypatch, capsys, change):
+def test_data_that_changed_where_they_lie_are_other_data(
+    place, tmp_path, monkeypatch, capsys, change
+):
     """A blue cat is now a bird: as many captions as before."""
     for name in ("images", "pipeline", "cache"):
         shutil.copytree(place / name, tmp_path / name)
@@ -201,7 +224,12 @@ def ours(run, label):
 
 
 def theirs(pipe, prompt, noise):
-    call = {"num_inference_steps": 4, "guidance_scale": 3.0, "latents": noise, "output_type": "latent"}
+    call = {
+        "num_inference_steps": 4,
+        "guidance_scale": 3.0,
+        "latents": noise,
+        "output_type": "latent",
+    }
     return quiet(pipe)(prompt, **call).images
 
 
@@ -214,7 +242,9 @@ def test_diffusers_loads_the_pipeline_and_gives_our_samples(place, monkeypatch):
     assert config.timestep_spacing == "trailing"
     for label, prompt in enumerate(DISTINCT):
         x, noise = ours(place / "runs/full", label)
-        torch.testing.assert_close(theirs(pipe, prompt, noise), x, rtol=0, atol=5e-6 * x.abs().max().item())
+        torch.testing.assert_close(
+            theirs(pipe, prompt, noise), x, rtol=0, atol=5e-6 * x.abs().max().item()
+        )
     average = read_weights(place / "runs/full/ema.safetensors")
     for name, value in pipe.unet.state_dict().items():
         assert torch.equal(value, average[f"network.{name}"]), name
@@ -243,7 +273,9 @@ def test_a_run_of_an_adapter_keeps_the_adapter_alone(place):
     assert all(".lora_" in name for name in group["params"])
     for file in ("model.safetensors", "ema.safetensors"):
         assert all(".lora_" in name for name in tensors[file])
-        assert len(tensors[file]) == 2 * 4 * 2 * 4  # A and B of four layers, self and cross attention, four blocks
+        assert (
+            len(tensors[file]) == 2 * 4 * 2 * 4
+        )  # A and B of four layers, self and cross attention, four blocks
     assert all(".lora_" in name for name in tensors["training.safetensors"] if name != "window")
     assert not (run / "pipeline").exists()
     assert (run / ADAPTER).is_file()
@@ -254,10 +286,18 @@ def test_classes_of_latents_leave_a_pipeline_with_the_vae(place, monkeypatch):
     forget_accelerate()
     for label, name in enumerate("ab"):
         write_image(place / f"classes/{name}/1.png", label)
-    process = Process(shape=(4, 8, 8), low=-math.inf, high=math.inf, sigma_data=1.0, classes=2, dropout=0.1)
+    process = Process(
+        shape=(4, 8, 8), low=-math.inf, high=math.inf, sigma_data=1.0, classes=2, dropout=0.1
+    )
     network = partial(unet, in_channels=4, out_channels=4, num_class_embeds=3)
     data = Encoded("classes", "pipeline")
-    options = {"lr": LearningRate(1e-3), "batch_size": 4, "trackers": [], "sample_every": 1, "sample_steps": 2}
+    options = {
+        "lr": LearningRate(1e-3),
+        "batch_size": 4,
+        "trackers": [],
+        "sample_every": 1,
+        "sample_steps": 2,
+    }
     Trainer(network, data, process, torch.optim.AdamW, place / "runs/classes", 1, **options).train()
     pipe = quiet(DiffcorePipeline.from_pretrained(place / "runs/classes/pipeline"))
     assert (place / "runs/classes/samples/step-00000001.png").is_file()
@@ -285,7 +325,14 @@ def test_a_run_is_sampled_by_prompt(place, monkeypatch, name):
     """Prompts need not be captions; the pictures are those of diffusers' pipeline with the run's weights or adapter."""
     monkeypatch.chdir(place)
     out = f"--out={name}.safetensors"
-    asked = ("--sampler=DDIM", "--grid=Trailing", "--steps=4", "--guidance.scale=3", "--prompt=a horse", "--seeds=5")
+    asked = (
+        "--sampler=DDIM",
+        "--grid=Trailing",
+        "--steps=4",
+        "--guidance.scale=3",
+        "--prompt=a horse",
+        "--seeds=5",
+    )
     assert called("sample", f"runs/{name}", *asked, out) == 0
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(
         place / ("runs/full/pipeline" if name == "full" else "pipeline")
@@ -301,8 +348,8 @@ def test_a_run_is_sampled_by_prompt(place, monkeypatch, name):
 
 
 OF_ITS_OWN = """
-network: {class_path: diffcore.integrations.Pretrained}
-data: {class_path: diffcore.training.encoded.Encoded, init_args: {folder: images}}
+network: {class_path: diffcore.integrations.diffusers.Pretrained}
+data: {class_path: diffcore.training.data.latents.Encoded, init_args: {folder: images}}
 process: {dropout: 0.1}
 optimizer: torch.optim.SGD
 """
@@ -312,7 +359,12 @@ SD3 = Shifted.by_time_shift(Flow(), 3.0)
 @pytest.mark.parametrize(
     ("family", "scheduler", "schedule", "options"),
     [
-        ("sdxl", diffusers.EulerDiscreteScheduler(**OLD), Discrete("scaled_linear", 1000, 0.00085, 0.012), ()),
+        (
+            "sdxl",
+            diffusers.EulerDiscreteScheduler(**OLD),
+            Discrete("scaled_linear", 1000, 0.00085, 0.012),
+            (),
+        ),
         ("sd3", diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), SD3, ()),
         ("pixart", diffusers.DDIMScheduler(clip_sample=False), Discrete(), ()),
         (
@@ -340,12 +392,15 @@ def test_other_families_train_on_their_own_process_where_the_file_says_no_other(
     for name, value in network_of(loaded).state_dict().items():
         assert torch.equal(value, average[f"network.{name}"]), name
     changed = [
-        not torch.equal(value, average[f"network.{name}"]) for name, value in network_of(pipe).state_dict().items()
+        not torch.equal(value, average[f"network.{name}"])
+        for name, value in network_of(pipe).state_dict().items()
     ]
     assert sum(changed) > len(changed) / 2
 
 
-def test_what_a_file_says_is_kept_and_a_schedule_around_none_is_around_the_pipelines(place, monkeypatch):
+def test_what_a_file_says_is_kept_and_a_schedule_around_none_is_around_the_pipelines(
+    place, monkeypatch
+):
     monkeypatch.chdir(place)
 
     def schedule(said):
@@ -355,13 +410,19 @@ def test_what_a_file_says_is_kept_and_a_schedule_around_none_is_around_the_pipel
     own = Discrete("scaled_linear", 1000, 0.00085, 0.012)
     assert schedule("Cosine") == Cosine()
     assert schedule({"class_path": "Shifted", "init_args": {"shift": -1.0}}) == Shifted(own, -1.0)
-    assert schedule({"class_path": "ZeroTerminalSNR", "init_args": {"schedule": "Cosine"}}) == ZeroTerminalSNR(Cosine())
+    assert schedule(
+        {"class_path": "ZeroTerminalSNR", "init_args": {"schedule": "Cosine"}}
+    ) == ZeroTerminalSNR(Cosine())
     shutil.copytree("pipeline", "zero")
     change_json(place / "zero/scheduler/scheduler_config.json", rescale_betas_zero_snr=True)
     own = completed({"process": {"schedule": "ZeroTerminalSNR"}}, "zero")["process"]["schedule"]
     assert own["init_args"]["schedule"]["class_path"] == "Discrete"
     parts = completed(
-        {"data": {"class_path": "Encoded", "init_args": {"pipeline": "other"}}, "network": "mine.Net"}, "pipeline"
+        {
+            "data": {"class_path": "Encoded", "init_args": {"pipeline": "other"}},
+            "network": "mine.Net",
+        },
+        "pipeline",
     )
     assert (parts["data"]["init_args"], parts["network"]) == ({"pipeline": "other"}, "mine.Net")
 
@@ -376,17 +437,26 @@ def test_what_a_file_says_is_kept_and_a_schedule_around_none_is_around_the_pipel
             ["train", "finetune-text-to-image"],
             "starts from a pipeline: name the folder of one of diffusers, --pipeline FOLDER",
         ),
-        (["train", "finetune-text-to-image", "--pipeline=nowhere"], "nowhere/model_index.json is missing"),
+        (
+            ["train", "finetune-text-to-image", "--pipeline=nowhere"],
+            "nowhere/model_index.json is missing",
+        ),
         (command("runs/no", "--data.folder=nowhere"), "nowhere is not a folder"),
         (command("runs/no", "--data.captions=false"), "the data has no captions and classes is 0"),
-        (command("runs/no", "--data.size=8"), "expected a float tensor of the process's shape (4, 8, 8)"),
+        (
+            command("runs/no", "--data.size=8"),
+            "expected a float tensor of the process's shape (4, 8, 8)",
+        ),
         (
             ["train", "runs/full/config.yaml", "--pipeline=other", "--folder=runs/no"],
             "pipeline is other, but runs/full/config.yaml reads pipeline",
         ),
         (["export", "runs/lora", "--out=no"], "pipe.load_lora_weights('runs/lora')"),
         (command("runs/no", "--process.classes=7"), "classes is 7, but the data has 4 captions"),
-        (command("runs/no", "--network.lora.rank=2", "--network.lora.targets=[to_w]"), "ends in to_w"),
+        (
+            command("runs/no", "--network.lora.rank=2", "--network.lora.targets=[to_w]"),
+            "ends in to_w",
+        ),
         (["sample", "runs/full", "--labels=1", "--out=x.safetensors"], "is told text, not labels"),
     ],
 )
@@ -409,9 +479,14 @@ def test_settings_that_are_no_table_are_refused_in_a_line(place, monkeypatch):
 def test_a_part_that_could_not_be_copied_is_missed_before_training(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     shutil.copytree("pipeline", "partial")
-    change_json(place / "partial/model_index.json", feature_extractor=["transformers", "CLIPImageProcessor"])
+    change_json(
+        place / "partial/model_index.json", feature_extractor=["transformers", "CLIPImageProcessor"]
+    )
     arguments = [word.replace("=pipeline", "=partial") for word in command("runs/partial")]
     assert called(*arguments) == 1
     assert "partial names feature_extractor in model_index.json" in capsys.readouterr().err
     assert not (place / "runs/partial").exists()
-    assert called(*[word.replace("runs/partial", "runs/partial-lora") for word in arguments], *LORA) == 0
+    assert (
+        called(*[word.replace("runs/partial", "runs/partial-lora") for word in arguments], *LORA)
+        == 0
+    )

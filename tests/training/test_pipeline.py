@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from diffcore.guidance import CFG
-from diffcore.integrations import DiffcorePipeline
+from diffcore.integrations.diffusers import DiffcorePipeline
+from diffcore.io.safetensors import replace_folder
 from diffcore.run import Run
 from diffcore.samplers import AdaptiveRungeKutta
-from diffcore.sampling import GRID, SAMPLER, sample
-from diffcore.weights import replace_folder
-from tests.integrations.tiny import unet
+from diffcore.sampling.generation import GRID, SAMPLER, sample
+from tests.helpers.tiny_pipelines import unet
 from tests.training.test_trainer import trained as train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -23,7 +23,10 @@ def test_a_run_leaves_a_pipeline_that_gives_its_samples(trained):
     assert pipe.process == denoiser.process
     made = pipe(class_labels=[0, 7], seeds=[0, 1], output_type="latent").images
     ways = {"steps": 25, "guidance": CFG(1.5)}  # the recipe's
-    assert torch.equal(made, sample(denoiser, SAMPLER, GRID, seeds=[0, 1], condition=[0, 7], batch_size=2, **ways).x)
+    assert torch.equal(
+        made,
+        sample(denoiser, SAMPLER, GRID, seeds=[0, 1], condition=[0, 7], batch_size=2, **ways).x,
+    )
     assert sorted(path.name for path in trained.glob(".pipeline*")) == []
 
 

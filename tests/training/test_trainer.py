@@ -10,14 +10,14 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from diffcore.core.process import Process
 from diffcore.guidance import CFG
-from diffcore.process import Process
+from diffcore.io.safetensors import read_weights
 from diffcore.training import checkpoint
-from diffcore.training.data import Digits
+from diffcore.training.data.source import Digits
 from diffcore.training.ema import Decay
 from diffcore.training.lr import LearningRate
 from diffcore.training.trainer import Trainer
-from diffcore.weights import read_weights
 
 STEPS = 6
 
@@ -29,7 +29,9 @@ class Network(nn.Module):
         super().__init__()
         self.time = nn.Linear(1, 32)
         self.labels = nn.Embedding(classes + 1, 32)
-        self.layers = nn.Sequential(nn.SiLU(), nn.Linear(32, 64), nn.Dropout(dropout), nn.SiLU(), nn.Linear(64, 64))
+        self.layers = nn.Sequential(
+            nn.SiLU(), nn.Linear(32, 64), nn.Dropout(dropout), nn.SiLU(), nn.Linear(64, 64)
+        )
         self.image = nn.Linear(64, 32)
         self.register_buffer("calls", torch.tensor(0))
         self.given = []
@@ -95,14 +97,19 @@ def weights(folder, step=STEPS):
 
 def hashes(folder):
     files = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
 
 
 # A run ---------------------------------------------------------------------------------------------------------------
 
 
 def test_a_runs_folder_holds_what_sampling_and_resuming_need(tmp_path):
-    made = trained(tmp_path / "run", steps=5, save_every=2, keep=2, sample_every=3, config="network: {}\n")
+    made = trained(
+        tmp_path / "run", steps=5, save_every=2, keep=2, sample_every=3, config="network: {}\n"
+    )
     files = {
         "config.yaml",
         "process.json",
@@ -112,7 +119,12 @@ def test_a_runs_folder_holds_what_sampling_and_resuming_need(tmp_path):
         *(
             f"checkpoints/step-0000000{step}/{name}"
             for step in (4, 5)
-            for name in ("model.safetensors", "ema.safetensors", "training.safetensors", "manifest.json")
+            for name in (
+                "model.safetensors",
+                "ema.safetensors",
+                "training.safetensors",
+                "manifest.json",
+            )
         ),
     }
     assert hashes(tmp_path / "run").keys() == files
@@ -137,7 +149,11 @@ def test_pictures_along_the_way_change_nothing(tmp_path):
     trained(tmp_path / "with", sample_every=1, network=partial(Network, dropout=0.2))
     trained(tmp_path / "without", network=partial(Network, dropout=0.2))
     assert len(list((tmp_path / "with/samples").iterdir())) == STEPS
-    others = {name: digest for name, digest in hashes(tmp_path / "with").items() if not name.startswith("samples/")}
+    others = {
+        name: digest
+        for name, digest in hashes(tmp_path / "with").items()
+        if not name.startswith("samples/")
+    }
     assert others == hashes(tmp_path / "without")
 
 
@@ -162,7 +178,9 @@ def test_E2_the_learning_rate_is_the_curve_at_each_optimizer_step(tmp_path):
 
 
 def test_D5_the_condition_is_dropped_sample_by_sample_at_the_stated_rate(tmp_path):
-    made = trained(tmp_path, process=Process(shape=(1, 8, 8), classes=10, dropout=0.3), steps=20, batch_size=64)
+    made = trained(
+        tmp_path, process=Process(shape=(1, 8, 8), classes=10, dropout=0.3), steps=20, batch_size=64
+    )
     given = torch.stack(made.bare.given[1:])  # the first is the probe before training
     share = (given == 10).double().mean().item()
     assert share == pytest.approx(0.3, abs=4 * (0.3 * 0.7 / 1280) ** 0.5)
@@ -174,7 +192,11 @@ def test_D5_the_null_embedding_is_trained_only_by_dropped_samples(tmp_path):
     for dropout, moves in ((0.5, True), (0.0, False)):
         folder = tmp_path / str(dropout)
         optimizer = torch.optim.SGD
-        made = trained(folder, process=Process(shape=(1, 8, 8), classes=10, dropout=dropout), optimizer=optimizer)
+        made = trained(
+            folder,
+            process=Process(shape=(1, 8, 8), classes=10, dropout=dropout),
+            optimizer=optimizer,
+        )
         torch.manual_seed(0)
         first = trainer(tmp_path / "other", process=made.process)
         first.prepare()
@@ -201,7 +223,9 @@ def test_E6_accumulation_equals_one_batch(tmp_path, accumulation):
             torch.testing.assert_close(other[key], own[key], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("options", [{"workers": 2}, {"log_every": 1, "save_every": 2}, {"keep": 1}], ids=repr)
+@pytest.mark.parametrize(
+    "options", [{"workers": 2}, {"log_every": 1, "save_every": 2}, {"keep": 1}], ids=repr
+)
 def test_E1_what_does_not_enter_the_weights_changes_no_bit(tmp_path, options):
     trained(tmp_path / "first")
     trained(tmp_path / "second", **options)
@@ -225,7 +249,12 @@ def test_the_global_random_state_is_not_used(tmp_path):
 @pytest.mark.parametrize("stop", [2, 3, 4])
 @pytest.mark.parametrize("log_every", [1, 4])
 def test_E1_a_resumed_run_is_the_same_run(tmp_path, stop, log_every):
-    options = {"network": partial(Network, dropout=0.2), "save_every": 1, "keep": 2, "log_every": log_every}
+    options = {
+        "network": partial(Network, dropout=0.2),
+        "save_every": 1,
+        "keep": 2,
+        "log_every": log_every,
+    }
     trained(tmp_path / "straight", **options)
     stopped = trainer(tmp_path / "resumed", **options)
     save = stopped._save
@@ -306,7 +335,10 @@ def test_a_finished_run_resumed_is_left_as_it_is(tmp_path):
 def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
     trained(tmp_path)
     whole = hashes(tmp_path)
-    with pytest.raises(ValueError, match="holds a run already: continue it with --resume true, or name another folder"):
+    with pytest.raises(
+        ValueError,
+        match="holds a run already: continue it with --resume true, or name another folder",
+    ):
         trainer(tmp_path, seed=5).train()
     assert hashes(tmp_path) == whole
 
@@ -315,7 +347,10 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
     ("options", "message"),
     [
         ({"precision": "fp16"}, "precision is fp16, which a CPU does not do: use bf16 or no"),
-        ({"batch_size": 16, "accumulation": 3}, "batch_size is 16, expected a multiple of 1 processes x 3 parts"),
+        (
+            {"batch_size": 16, "accumulation": 3},
+            "batch_size is 16, expected a multiple of 1 processes x 3 parts",
+        ),
         ({"resume": True}, "holds no run to resume: leave out --resume, or name another folder"),
     ],
 )
@@ -344,12 +379,21 @@ def test_what_cannot_be_trained_is_refused_and_nothing_written(tmp_path, options
         ({"clip": math.nan}, "clip is nan, expected a positive norm"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**63}, "seed is 9223372036854775808"),
-        ({"process": Process(shape=(1, 8, 8), dropout=0.1)}, "dropout is 0.1, .* there is no condition to drop"),
+        (
+            {"process": Process(shape=(1, 8, 8), dropout=0.1)},
+            "dropout is 0.1, .* there is no condition to drop",
+        ),
         ({"data": Items()}, "Items is empty"),
-        ({"data": Items((torch.zeros(1, 8, 9), 0))}, r"\(1, 8, 9\), expected a float tensor .* \(1, 8, 8\)"),
+        (
+            {"data": Items((torch.zeros(1, 8, 9), 0))},
+            r"\(1, 8, 9\), expected a float tensor .* \(1, 8, 8\)",
+        ),
         ({"data": Items((GREY.byte(), 0))}, "torch.uint8 .*, expected a float tensor"),
         ({"data": Items(("an image", 0))}, "is str, expected a float tensor"),
-        ({"data": Items((GREY + 1.01, 0))}, r"lies in \[1.01, 1.01\], expected within the process's range \[-1, 1\]"),
+        (
+            {"data": Items((GREY + 1.01, 0))},
+            r"lies in \[1.01, 1.01\], expected within the process's range \[-1, 1\]",
+        ),
         ({"data": Items((GREY - 1.01, 0))}, r"lies in \[-1.01, -1.01\], expected within"),
         ({"data": Items((GREY, 10))}, r"label 10, expected 0 .. 9"),
         ({"data": Items((GREY, -2))}, r"label -2, expected 0 .. 9"),
@@ -393,7 +437,9 @@ def test_E7_the_level_named_is_the_one_that_the_sample_was_trained_at(tmp_path):
             asked.extend(time[x.flatten(1).isnan().any(1)].tolist())
             return super().forward(x, time, class_labels)
 
-    made = trainer(tmp_path, network=Recording, data=Items((GREY, 0), (NAN, 1)), batch_size=2, patience=1)
+    made = trainer(
+        tmp_path, network=Recording, data=Items((GREY, 0), (NAN, 1)), batch_size=2, patience=1
+    )
     with pytest.raises(ValueError, match="not finite") as caught:
         made.train()
     named = float(str(caught.value).split("λ = ")[1].split(",")[0])
@@ -416,7 +462,9 @@ def test_E7_a_gradient_that_is_not_finite_is_dropped_as_a_whole(tmp_path, broken
         def forward(self, x, time, class_labels=None):
             out = super().forward(x, time, class_labels)
             if out.requires_grad:
-                out.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([0]), broken))
+                out.register_hook(
+                    lambda gradient: gradient.index_fill(0, torch.tensor([0]), broken)
+                )
             return out
 
     made = trainer(tmp_path, network=Broken, patience=2, optimizer=torch.optim.SGD)
@@ -464,7 +512,9 @@ def test_a_network_whose_answer_has_another_shape_is_refused_before_the_run_begi
     ],
     ids=["epsilon from pure noise", "guidance without dropout"],
 )
-def test_pictures_that_could_not_be_sampled_are_refused_before_the_first_step(tmp_path, process, guidance, remedy):
+def test_pictures_that_could_not_be_sampled_are_refused_before_the_first_step(
+    tmp_path, process, guidance, remedy
+):
     with pytest.raises(ValueError, match=remedy):
         trainer(tmp_path, process=process, guidance=guidance, sample_every=2)
     trainer(tmp_path, process=process, guidance=guidance, sample_every=0)

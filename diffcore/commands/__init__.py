@@ -1,1 +1,0 @@
-"""The sub-commands of `diffcore`, one module each, imported when named."""

@@ -1,0 +1,1 @@
+"""The core: predictions, keyed noise, the process record, denoisers and exact oracles."""

@@ -1,0 +1,206 @@
+"""Exact denoisers: distributions whose E[x_0 | x] and E[ε | x] at x = α x_0 + σ ε are known in closed form.
+
+Tests, benchmarks and pictures compare samplers and guidance with them. Each answers as a network's Denoiser does, given
+labels or none, so conditional and unconditional fields, and exact guided ones, come from one object.
+"""
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from diffcore.core.noise import Stream, normal, uniform
+from diffcore.core.prediction import Prediction
+from diffcore.core.process import Process
+from diffcore.schedules import Level, Real
+
+
+class Oracle(ABC):
+    """A mixture of known components, each with a class label; a condition keeps the components of its class.
+
+    The label `process.classes` means no condition.
+    """
+
+    def __init__(self, weights: Tensor, labels: Tensor | None, process: Process) -> None:
+        self.log_weights = weights.log()
+        self.labels = torch.zeros_like(weights, dtype=torch.int64) if labels is None else labels
+        self.process = process
+
+    @abstractmethod
+    def __call__(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Prediction:
+        """E[x_0 | x] and E[ε | x] for x of shape (B, *shape)."""
+
+    @abstractmethod
+    def score(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Tensor:
+        """∇ ln p(x) at a level, of the shape of x."""
+
+    @abstractmethod
+    def log_density(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Tensor:
+        """Ln p(x) at a level, (B,)."""
+
+    @abstractmethod
+    def sample(self, seeds: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Exact samples of x_0, one a seed, each a function of its own seed."""
+
+    def _log_prior(self, rows: int, condition: Tensor | None) -> Tensor:
+        """(B, K) log weights of the components given the condition, normalised."""
+        if condition is None:
+            return self.log_weights.log_softmax(0).expand(rows, -1)
+        other = (condition[:, None] != self.labels) & (condition[:, None] != self.process.classes)
+        return self.log_weights.masked_fill(other, -math.inf).log_softmax(1)
+
+    def _component(self, seeds: Tensor, condition: Tensor | None) -> Tensor:
+        """(B,) a component for each seed, drawn by the prior."""
+        u = uniform(seeds, Stream.ORACLE, 0)
+        return (
+            (u > self._log_prior(len(seeds), condition).exp().cumsum(1))
+            .sum(1)
+            .clamp(max=len(self.log_weights) - 1)
+        )
+
+
+class GaussianMixture(Oracle):
+    """p(x_0) = Σ_k π_k N(m_k, C_k), so that x has components N(α m_k, α² C_k + σ² I).
+
+    E[x_0 | x, k] = m_k + α C_k (α² C_k + σ² I)⁻¹ (x - α m_k), in the eigenbasis of C_k: exact from λ = -inf to +inf.
+
+    Args:
+        means: (K, *shape).
+        covariances: (K, D, D), positive definite, D the size of one x_0.
+        weights: (K,), normalised here; equal by default.
+        labels: (K,) class of each component; all 0 by default.
+        process: the schedule and the labels' meaning; a cosine schedule with as many classes as there are labels by default.
+    """
+
+    def __init__(
+        self,
+        means: Tensor,
+        covariances: Tensor,
+        weights: Tensor | None = None,
+        labels: Tensor | None = None,
+        process: Process | None = None,
+    ) -> None:
+        weights = torch.ones(len(means)) if weights is None else weights
+        super().__init__(weights.double(), labels, process or _process(means, labels))
+        self.means, self.dtype = means.double().flatten(1), means.dtype
+        self.eigenvalues, self.axes = torch.linalg.eigh(covariances.double())
+        if not (self.eigenvalues > 0).all():
+            raise ValueError(
+                f"covariances have eigenvalues {self.eigenvalues.tolist()}, expected positive ones"
+            )
+
+    def __call__(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Prediction:
+        alpha, sigma = (_column(value, x) for value in (level.alpha, level.sigma))
+        z, variance = self._whiten(x, level)
+        r = self._log_joint(z, variance, condition).softmax(1)
+        x0 = self.means + self._rotate(alpha * self.eigenvalues / variance * z)
+        eps = self._rotate(sigma / variance * z)
+        return Prediction(
+            *(torch.einsum("bk,bkd->bd", r, value).view_as(x).to(x.dtype) for value in (x0, eps))
+        )
+
+    def score(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Tensor:
+        z, variance = self._whiten(x, level)
+        r = self._log_joint(z, variance, condition).softmax(1)
+        return torch.einsum("bk,bkd->bd", r, self._rotate(-z / variance)).view_as(x).to(x.dtype)
+
+    def log_density(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Tensor:
+        return self._log_joint(*self._whiten(x, level), condition).logsumexp(1).to(x.dtype)
+
+    def sample(self, seeds: Tensor, condition: Tensor | None = None) -> Tensor:
+        k = self._component(seeds, condition)
+        z = normal(seeds, Stream.ORACLE, 1, self.means.shape[1:], dtype=torch.float64)
+        x0 = self.means[k] + torch.einsum(
+            "bij,bj->bi", self.axes[k], self.eigenvalues[k].sqrt() * z
+        )
+        return x0.unflatten(1, self.process.shape).to(self.dtype)
+
+    def _whiten(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        """Coordinates (B, K, D) of x - α m_k along the axes of component k, and the variances there."""
+        alpha, sigma = (_column(value, x) for value in (level.alpha, level.sigma))
+        z = torch.einsum(
+            "bkd,kde->bke", x.double().flatten(1)[:, None] - alpha * self.means, self.axes
+        )
+        return z, alpha**2 * self.eigenvalues + sigma**2
+
+    def _rotate(self, z: Tensor) -> Tensor:
+        return torch.einsum("bke,kde->bkd", z, self.axes)
+
+    def _log_joint(self, z: Tensor, variance: Tensor, condition: Tensor | None) -> Tensor:
+        log_normal = -(z**2 / variance + (2 * math.pi * variance).log()).sum(2) / 2
+        return log_normal + self._log_prior(len(z), condition)
+
+
+class Empirical(Oracle):
+    """p(x_0) = (1/N) Σ_i δ(x_0 - d_i): the closed-form denoiser of a data set, a softmax over its points.
+
+    E[x_0 | x] = Σ_i r_i d_i with ln r_i = (α x·d_i - α² |d_i|² / 2) / σ² + const, taken about the data's mean in float64:
+    no difference of large squares, so it is stable far from the data. There is nothing to denoise at σ = 0.
+
+    Args:
+        points: (N, *shape), the data.
+        labels: (N,) class of each point; all 0 by default.
+        process: as for GaussianMixture.
+    """
+
+    def __init__(
+        self, points: Tensor, labels: Tensor | None = None, process: Process | None = None
+    ) -> None:
+        points = points.double()
+        super().__init__(points.new_ones(len(points)), labels, process or _process(points, labels))
+        self.center = points.flatten(1).mean(0)
+        self.points = points.flatten(1) - self.center
+        self.half_norms = (self.points**2).sum(1) / 2
+
+    def __call__(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Prediction:
+        alpha, sigma = _level_columns(x, level)
+        r = self._logits(x, level, condition).softmax(1)
+        x0 = r @ self.points
+        eps = (x.double().flatten(1) - alpha * (self.center + x0)) / sigma
+        return Prediction(*(value.view_as(x).to(x.dtype) for value in (self.center + x0, eps)))
+
+    def score(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Tensor:
+        eps = self(x.double(), level, condition).eps.flatten(1)
+        return (-eps / _level_columns(x, level)[1]).view_as(x).to(x.dtype)
+
+    def log_density(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Tensor:
+        alpha, sigma = _level_columns(x, level)
+        y = x.double().flatten(1) - alpha * self.center
+        log_normal = (
+            -(y**2).sum(1) / (2 * sigma[:, 0] ** 2)
+            - y.shape[1] * (2 * math.pi * sigma[:, 0] ** 2).log() / 2
+        )
+        return (self._logits(x, level, condition).logsumexp(1) + log_normal).to(x.dtype)
+
+    def sample(self, seeds: Tensor, condition: Tensor | None = None) -> Tensor:
+        return (self.center + self.points[self._component(seeds, condition)]).unflatten(
+            1, self.process.shape
+        )
+
+    def _logits(self, x: Tensor, level: Level, condition: Tensor | None) -> Tensor:
+        """(B, N) ln r_i up to what is common to all points."""
+        alpha, sigma = _level_columns(x, level)
+        y = x.double().flatten(1) - alpha * self.center
+        log_likelihood = alpha / sigma**2 * (y @ self.points.T - alpha * self.half_norms)
+        return log_likelihood + self._log_prior(len(x), condition)
+
+
+def _process(data: Tensor, labels: Tensor | None) -> Process:
+    classes = 1 if labels is None else int(labels.max()) + 1
+    return Process(shape=tuple(data.shape[1:]), classes=classes, dropout=0.5)
+
+
+def _column(value: Real, x: Tensor) -> Tensor:
+    """α or σ as float64 (B or 1, 1, 1)."""
+    return torch.as_tensor(value, dtype=torch.float64, device=x.device).reshape(-1, 1, 1)
+
+
+def _level_columns(x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+    """α and σ as float64 (B or 1, 1); at σ = 0 x says nothing that x_0 does not."""
+    alpha, sigma = (_column(value, x)[:, 0] for value in (level.alpha, level.sigma))
+    if not (sigma > 0).all():
+        raise ValueError(
+            "the closed-form denoiser of a data set was asked at σ = 0, where it is not defined"
+        )
+    return alpha, sigma

@@ -1,0 +1,222 @@
+"""The process record: everything about a trained network that its weights do not say. It travels with them as JSON."""
+
+import json
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from diffcore.core.prediction import PredictionType
+from diffcore.io.safetensors import replace
+from diffcore.io.specs import build, spec
+from diffcore.schedules import Cosine, Level, Real, Schedule
+
+TimeVariable = Literal["index", "t", "blend", "logsnr", "sigma"]
+
+
+@dataclass(frozen=True)
+class TimeConditioning:
+    """How the network is told its noise level.
+
+    index: scale·t - 1, which is the index into a table of `scale` levels (diffusers: 0 .. 999).
+    t: scale·t.  blend: scale·a of a = σ/(α+σ), whatever the schedule (diffusers' flow networks: 0 .. 1000).
+    logsnr: scale·λ (EDM's c_noise = ln(σ/α)/4 is scale = -1/8).  sigma: scale·σ/α.
+
+    Args:
+        variable: index, t, blend, logsnr or sigma.
+        scale: the factor.
+        clamp: |λ| is clamped to this for logsnr and sigma; without it those cannot be asked at λ = ±inf.
+    """
+
+    variable: TimeVariable = "index"
+    scale: float = 1000.0
+    clamp: float = math.inf
+
+    def __post_init__(self) -> None:
+        if self.variable not in get_args(TimeVariable):
+            raise ValueError(
+                f"variable is {self.variable!r}, expected one of {', '.join(get_args(TimeVariable))}"
+            )
+        if not math.isfinite(self.scale) or self.scale == 0:
+            raise ValueError(f"scale is {self.scale}, expected a finite factor other than 0")
+        if not self.clamp > 0:
+            raise ValueError(f"clamp is {self.clamp}, expected a positive bound on |λ|")
+
+    @property
+    def reaches_noise(self) -> bool:
+        """Whether the network can be told λ = -inf."""
+        return self.variable in ("index", "t", "blend") or self.clamp < math.inf
+
+    def __call__(self, level: Level) -> Real:
+        """The number that the network is given."""
+        match self.variable:
+            case "index":
+                return self.scale * level.t - 1
+            case "t":
+                return self.scale * level.t
+            case "blend":
+                return self.scale * level.blend
+            case "logsnr":
+                return self.scale * self._clamped(level.logsnr)
+            case "sigma":
+                return self.scale * _exp(self._clamped(level.logsnr) / -2)
+
+    def level(self, schedule: Schedule, number: Real) -> Level:
+        """The level of `schedule` that the network is told by `number`, within the clamp: the inverse."""
+        number = number.to("cpu", torch.float64) if isinstance(number, Tensor) else number
+        value = number / self.scale
+        match self.variable:
+            case "index":
+                return schedule.level((number + 1) / self.scale)
+            case "t":
+                return schedule.level(value)
+            case "blend":
+                return schedule.at_blend(value)
+            case "logsnr":
+                return schedule.at(value)
+            case "sigma":
+                return schedule.at(_log(value) * -2)
+
+    def _clamped(self, logsnr: Real) -> Real:
+        if isinstance(logsnr, Tensor):
+            return logsnr.clamp(-self.clamp, self.clamp)
+        return min(max(logsnr, -self.clamp), self.clamp)
+
+
+@dataclass(frozen=True)
+class Process:
+    """What a network was trained on: x = α x_0 + σ ε of a schedule, what it outputs, and how it is asked.
+
+    Args:
+        schedule: the noise levels of training.
+        prediction: epsilon, sample, v_prediction, flow_prediction or edm.
+        time: how the network is told the level.
+        shape: of one x_0, channels first.
+        low: lower end of the data's range.
+        high: upper end of the data's range.
+        sigma_data: standard deviation of the data, for edm and for the first sample's scale.
+        classes: number of class labels, 0 for none; the label `classes` itself is the null label.
+        dropout: share of training samples whose label was replaced by the null label.
+
+    Raises:
+        ValueError: fields that contradict each other.
+    """
+
+    schedule: Schedule = field(default_factory=Cosine)
+    prediction: PredictionType = "v_prediction"
+    time: TimeConditioning = field(default_factory=TimeConditioning)
+    shape: tuple[int, ...] = (1, 8, 8)
+    low: float = -1.0
+    high: float = 1.0
+    sigma_data: float = 0.5
+    classes: int = 0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(self.shape))
+        self._check_fields()
+        if self.schedule.steps is not None:  # its last entry is drawn in training
+            self.check_level(self.schedule.level(1.0), "the table's last level")
+
+    def _check_fields(self) -> None:
+        if self.prediction not in get_args(PredictionType):
+            raise ValueError(
+                f"prediction is {self.prediction!r}, expected one of {', '.join(get_args(PredictionType))}"
+            )
+        if not self.shape or min(self.shape) < 1:
+            raise ValueError(
+                f"shape is {self.shape}, expected the positive sizes of one x_0, such as (1, 8, 8)"
+            )
+        if not self.low < self.high:
+            raise ValueError(f"low and high are {self.low} and {self.high}, expected low < high")
+        if not 0 < self.sigma_data < math.inf:
+            raise ValueError(
+                f"sigma_data is {self.sigma_data}, expected a positive standard deviation"
+            )
+        if self.classes < 0:
+            raise ValueError(
+                f"classes is {self.classes}, expected 0 for none or the number of labels"
+            )
+        if not 0 <= self.dropout <= 1:
+            raise ValueError(f"dropout is {self.dropout}, expected a probability within [0, 1]")
+
+    def check_level(self, level: Level, what: str = "the first knot") -> None:
+        """Raise where a network of this process cannot be asked: at λ = -inf three things must be finite."""
+        noisiest, cleanest = level.ends
+        if cleanest == math.inf:
+            self._check_clean(what)
+        if noisiest != -math.inf:
+            return
+        remedy = "train on Truncated levels, or start from a grid whose first level is finite (Karras, UniformLogSNR)"
+        if self.prediction == "epsilon":
+            raise ValueError(
+                f"{what} is pure noise (α = 0), where a network that predicts epsilon knows nothing of x_0: "
+                f"use v_prediction, sample, flow_prediction or edm, or {remedy}"
+            )
+        if not self.time.reaches_noise:
+            raise ValueError(
+                f"{what} is pure noise (λ = -inf), which time conditioning by {self.time.variable} cannot express: "
+                f"condition on index, t or blend, declare a clamp, or {remedy}"
+            )
+        if self.schedule.scaling == "ve":
+            raise ValueError(
+                f"{what} is pure noise (λ = -inf), where the ve scaling has σ = inf: use the scaling vp or flow, or {remedy}"
+            )
+
+    def _check_clean(self, what: str) -> None:
+        unknown = self.time.variable == "logsnr" and self.time.clamp == math.inf
+        if self.prediction == "sample" or unknown:
+            why = (
+                f"time conditioning by {self.time.variable}"
+                if unknown
+                else "a network that predicts sample"
+            )
+            raise ValueError(
+                f"{what} is clean (λ = inf), which {why} cannot say anything of: start from a finite λ"
+            )
+
+    def save(self, path: Path) -> None:
+        """Write the record as JSON."""
+        replace(path, (json.dumps(spec(self), indent=2) + "\n").encode())
+
+    @classmethod
+    def load(cls, path: Path) -> "Process":
+        """The record saved at `path`.
+
+        Raises:
+            ValueError: it is missing, is not JSON, or does not describe a process.
+        """
+        if not path.is_file():
+            raise ValueError(
+                f"{path} is missing: weights without their process record cannot be sampled"
+            )
+        try:
+            data = json.loads(path.read_text())
+            process = build(cls, data)
+            missing = [f.name for f in fields(cls) if f.name not in data]
+            if missing:
+                raise ValueError(
+                    f"it lacks {', '.join(missing)}, and a guess would sample another process"
+                )
+            return process
+        except ValueError as error:
+            raise ValueError(f"{path} is not a process record: {error}") from None
+
+
+def _exp(value: Real) -> Real:
+    return (
+        value.exp()
+        if isinstance(value, Tensor)
+        else torch.tensor(value, dtype=torch.float64).exp().item()
+    )
+
+
+def _log(value: Real) -> Real:
+    return (
+        value.log()
+        if isinstance(value, Tensor)
+        else torch.tensor(value, dtype=torch.float64).log().item()
+    )

@@ -1,0 +1,1 @@
+"""Editing: inversion, edit-friendly noise maps, inpainting and interpolation."""

@@ -1,0 +1,152 @@
+"""The edit-friendly noise space of DDPM: the noise with which a stochastic sampler makes a given image."""
+
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+from diffcore.core.denoiser import Denoise
+from diffcore.core.noise import Noise
+from diffcore.core.prediction import Prediction
+from diffcore.guidance import CFG, Guidance, networks
+from diffcore.samplers import DDIM, State
+from diffcore.sampling.generation import evaluating, noised
+from diffcore.sampling.loop import check_guidance, check_levels, guided, run, step_of
+from diffcore.schedules import Level, check_falling
+
+
+@dataclass(frozen=True, eq=False)
+class Given(Noise):
+    """Noise whose draws are given.
+
+    Args:
+        maps: (steps, B, *shape), z of each step.
+    """
+
+    maps: Tensor = field(kw_only=True)
+
+    @classmethod
+    def of(cls, noise: Noise, maps: Tensor) -> "Given":
+        """The same run's noise, with these draws."""
+        return cls(*(getattr(noise, f.name) for f in fields(Noise)), maps=maps)
+
+    def step(self, index: int) -> Tensor:
+        return self.maps[index]
+
+    def between(self, t: Level, s: Level, step: int) -> Tensor:
+        return self.maps[step]
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseMaps:
+    """An image as DDIM(eta)'s own draws; `replay` makes it again, or another image with its layout.
+
+    Args:
+        knots: the levels visited.
+        eta: η of the sampler.
+        x: at the first knot, (B, *shape).
+        noise: z of each step.
+        rest: the image less what the sampler makes of these. The clean step draws no noise, so what it misses is kept here, of
+            the size of the last noisy knot's σ/α: a grid that ends low (Karras, Linspace) leaves the rest to the maps.
+    """
+
+    knots: tuple[Level, ...]
+    eta: float
+    x: Tensor
+    noise: Given
+    rest: Tensor
+
+
+@torch.no_grad()
+def extract(
+    denoiser: Denoise,
+    x0: Tensor,
+    knots: tuple[Level, ...],
+    noise: Noise,
+    eta: float = 1.0,
+    guidance: Guidance = CFG(1.0),
+    condition: Tensor | None = None,
+) -> NoiseMaps:
+    """z_i = (x_{i+1} - μ(x_i)) / std_i of noisy copies x_i = α_i x_0 + σ_i ε̃_i, each with noise ε̃_i of its own.
+
+    Huberman-Spiegelglas et al. 2023 (2304.06140, Algorithm 1), with μ and std those of DDIM(eta)'s step. Because the copies are
+    independent, z varies more than noise does and holds the image's layout, which another condition then keeps. Knots that
+    begin later (Within) keep more of the image.
+
+    Args:
+        denoiser: a network with its process, or an oracle.
+        x0: the image, (B, *shape).
+        knots: as in sampling: falling in noise, the last one clean.
+        noise: ε̃ of each knot.
+        eta: η of DDIM, above 0.
+        guidance: how the condition is strengthened.
+        condition: labels (B,) of the image, or nothing.
+
+    Raises:
+        ValueError: before the first step, where the network cannot be asked so or the steps draw no noise.
+    """
+    sampler = _stochastic(eta)
+    _check(denoiser, knots, guidance, condition)
+    x = noised(x0, knots[0], noise)
+    x0, state, step, memory, maps = x0.to(x), sampler.start(x, knots, noise), None, None, []
+    with evaluating(denoiser, *networks(guidance)):
+        while not state.done:
+            step = step_of(denoiser.process, knots, state, step)
+            prediction, memory, _ = guided(
+                denoiser, guidance, state.x, state.level, condition, memory, step
+            )
+            maps.append(_map(sampler, state, prediction, x0, noise))
+            state = sampler.advance(
+                state, prediction, Given.of(noise, torch.stack(maps))
+            )  # what the replay does
+    return NoiseMaps(knots, eta, x, Given.of(noise, torch.stack(maps)), x0 - state.x)
+
+
+@torch.no_grad()
+def replay(
+    denoiser: Denoise,
+    maps: NoiseMaps,
+    guidance: Guidance = CFG(1.0),
+    condition: Tensor | None = None,
+) -> Tensor:
+    """The image that the maps were extracted from, to rounding, under the same condition; under another, an edited one."""
+    with evaluating(denoiser, *networks(guidance)):
+        x, _ = run(
+            denoiser, _stochastic(maps.eta), maps.x, maps.knots, maps.noise, guidance, condition
+        )
+    return x + maps.rest
+
+
+def _map(sampler: DDIM, state: State, prediction: Prediction, x0: Tensor, noise: Noise) -> Tensor:
+    """The z that takes the state to the noisy copy of x_0 at the next knot; 0 where that is clean, for none is drawn."""
+    knot, zero = state.left[0], torch.zeros_like(x0)
+    if knot.sigma == 0:
+        return zero
+
+    def step(prediction: Prediction, z: Tensor) -> Tensor:
+        return sampler.advance(
+            state, prediction, Given.of(noise, z.expand(state.step + 1, *z.shape))
+        ).x
+
+    mean, std = step(prediction, zero), step(Prediction(zero, zero), torch.ones_like(zero))
+    return (knot.alpha * x0 + knot.sigma * noise.step(state.step) - mean) / std
+
+
+def _stochastic(eta: float) -> DDIM:
+    if eta == 0:
+        raise ValueError(
+            "eta is 0, where DDIM draws no noise: give eta up to 1, or use diffcore.editing.inversion"
+        )
+    return DDIM(eta)
+
+
+def _check(
+    denoiser: Denoise, knots: tuple[Level, ...], guidance: Guidance, condition: Tensor | None
+) -> None:
+    check_falling(knots)
+    if knots[-1].sigma != 0:
+        raise ValueError(
+            f"the last knot is at λ = {knots[-1].logsnr}, expected a clean one: the image is x_0"
+        )
+    check_levels(denoiser.process, knots)
+    check_guidance(denoiser.process, knots, condition, guidance, None)

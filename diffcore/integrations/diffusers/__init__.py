@@ -1,0 +1,25 @@
+"""diffusers, both ways: its networks in our loop, our samplers and guidance in its pipelines."""
+
+from diffcore.integrations.diffusers.guidance.attach import attach
+from diffcore.integrations.diffusers.guidance.guider import DiffcoreGuider
+from diffcore.integrations.diffusers.loading.network import from_diffusers
+from diffcore.integrations.diffusers.loading.prompts import Prompted, Prompts
+from diffcore.integrations.diffusers.loading.text_encoding import encode
+from diffcore.integrations.diffusers.loading.vae import Latents
+from diffcore.integrations.diffusers.pipeline.base_network import LoRA, Pretrained
+from diffcore.integrations.diffusers.pipeline.pipeline import DiffcorePipeline
+from diffcore.integrations.diffusers.scheduler.scheduler import DiffcoreScheduler
+
+__all__ = [
+    "DiffcoreGuider",
+    "DiffcorePipeline",
+    "DiffcoreScheduler",
+    "Latents",
+    "LoRA",
+    "Pretrained",
+    "Prompted",
+    "Prompts",
+    "attach",
+    "encode",
+    "from_diffusers",
+]

@@ -1,0 +1,1 @@
+"""Guidance rules inside diffusers pipelines: `attach` and the guider of Modular Diffusers."""

@@ -1,0 +1,1 @@
+"""DiffcorePipeline, and export to pipelines that diffusers loads without diffcore."""

@@ -1,0 +1,221 @@
+"""The network of a diffusers pipeline, to train on: all of its weights W, or W + (alpha / rank) B A with A and B alone.
+
+What is trained is saved as diffusers loads it: a pipeline's folder, or a LoRA file for `pipe.load_lora_weights`.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import diffusers
+from torch import Tensor, nn
+
+from diffcore.core.denoiser import tensor_of
+from diffcore.core.process import Process
+from diffcore.integrations.diffusers.families import Packed, takes_text
+from diffcore.integrations.diffusers.loading.folder import Parts, read_folder, read_json
+from diffcore.integrations.diffusers.loading.index import Index
+from diffcore.integrations.diffusers.pipeline import export as stock
+from diffcore.integrations.diffusers.scheduler.scheduler import DiffcoreScheduler
+from diffcore.integrations.diffusers.scheduler.scheduler_config import describe
+from diffcore.integrations.diffusers.scheduler.settings import Settings
+from diffcore.io.safetensors import hashed, replace_folder
+from diffcore.samplers import DDIM
+from diffcore.schedules import Trailing
+
+ADAPTER = "pytorch_lora_weights.safetensors"
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+UNREAD = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl", "*.msgpack", "*.onnx*", "*.py")
+"""Pickles and code, which do not come along."""
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """(alpha / rank) B A beside the weights of some layers: B is 0 at first (Hu et al. 2021, 2106.09685). By peft.
+
+    Args:
+        rank: of B A; 0 trains all weights of the network instead.
+        alpha: its strength over the rank; 0 for the rank, a factor of 1.
+        targets: ends of the layers' names.
+    """
+
+    rank: int = 0
+    alpha: int = 0
+    targets: list[str] = field(default_factory=lambda: list(ATTENTION))
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise ValueError(f"rank is {self.rank}, expected 1 or more, or 0 to train all weights")
+        if self.alpha < 0 or not self.targets:
+            raise ValueError(
+                f"alpha is {self.alpha} and targets are {self.targets}, expected a strength (0: rank), and ends of names"
+            )
+
+    def add(self, network: Any) -> None:
+        """Freeze a network, and put the adapter beside its layers."""
+        if find_spec("peft") is None:
+            raise ValueError(
+                "LoRA needs peft: pip install 'diffcore[lora]', or leave lora out to train all weights"
+            )
+        from peft import LoraConfig
+
+        names = [name for name, _ in network.named_modules()]
+        if lost := [
+            target for target in self.targets if not any(name.endswith(target) for name in names)
+        ]:
+            raise ValueError(
+                f"no layer of {type(network).__name__} ends in {', '.join(lost)}: see targets of LoRA"
+            )
+        network.requires_grad_(False)
+        alpha = self.alpha or self.rank
+        network.add_adapter(
+            LoraConfig(
+                r=self.rank,
+                lora_alpha=alpha,
+                init_lora_weights="gaussian",
+                target_modules=list(self.targets),
+            )
+        )
+
+
+class Pretrained(nn.Module):
+    """The network of a pipeline's folder. With LoRA its state is the adapter: the rest is the folder's.
+
+    Args:
+        pipeline: the folder, as save_pretrained leaves it; safetensors, and no code of its own.
+        lora: trains an adapter in place of the weights.
+
+    Raises:
+        ValueError: the folder is not a pipeline's, or LoRA finds none of its targets.
+    """
+
+    def __init__(self, pipeline: str, lora: LoRA = LoRA()) -> None:
+        super().__init__()
+        self.index, self.lora = Index(Path(pipeline)), lora
+        self.network: Any = self.index.read(self.index.network)
+        self.config = self.network.config
+        if lora.rank:
+            if not hasattr(self.index.pipeline, "save_lora_weights"):
+                raise ValueError(
+                    f"diffusers loads no LoRA into a {self.index.pipeline.__name__}: train all weights"
+                )
+            lora.add(self.network)
+            self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
+            self.register_load_state_dict_post_hook(_forgive_frozen)  # type: ignore[no-untyped-call]
+        elif lost := sorted(
+            name for name in self.index.parts if not (self.index.folder / name).is_dir()
+        ):
+            raise ValueError(
+                f"{pipeline} names {', '.join(lost)} in model_index.json, and holds no such folder to copy into the run's "
+                f"pipeline: download it, or write [null, null] there"
+            )
+
+    def forward(self, x: Tensor, timestep: Tensor, **condition: Any) -> Tensor:
+        """The network's answer to x, without the variance that some networks also give."""
+        if takes_text(self.network) and "encoder_hidden_states" not in condition:
+            raise ValueError(
+                "the network is told text, not labels: sample its pipeline/ with --prompt, or ask Prompted(network, prompts)"
+            )
+        network: nn.Module = self.network
+        asked = (
+            Packed(network) if isinstance(network, diffusers.FluxTransformer2DModel) else network
+        )
+        return tensor_of(asked(x, timestep=timestep, **condition))[:, : x.shape[1]]
+
+    @cached_property
+    def content(self) -> str:
+        """A hash of the weights that an adapter is beside, by which a resumed run knows them; without LoRA there are none."""
+        files = (
+            sorted((self.index.folder / self.index.network).glob("*.safetensors"))
+            if self.lora.rank
+            else []
+        )
+        return " ".join(map(hashed, files))
+
+    def adapted(self, run: Path) -> Parts:
+        """The pipeline's parts with this network, and the scheduler that `save` left in a run's folder."""
+        scheduler = read_json(run / "scheduler" / "scheduler_config.json")
+        return read_folder(self.index.folder)._replace(network=self.network, scheduler=scheduler)
+
+    def save(self, run: Path, process: Process) -> None:
+        """Write pipeline/ into a run's folder, or with LoRA pytorch_lora_weights.safetensors and scheduler/."""
+        scheduler = scheduler_of(self.index.scheduler, process)
+        if self.lora.rank:
+            self._save_adapter(run)
+            replace_folder(run / "scheduler", scheduler.save_pretrained)
+        else:
+            replace_folder(run / "pipeline", lambda folder: self._save_pipeline(folder, scheduler))
+
+    def _save_adapter(self, run: Path) -> None:
+        from peft.utils import get_peft_model_state_dict
+
+        own, name = self.network, self.index.network
+        layers = {f"{name}_lora_layers": get_peft_model_state_dict(own)}
+        told = {
+            f"{name}_lora_adapter_metadata": own.peft_config["default"].to_dict()
+        }  # without it alpha is the rank
+        with TemporaryDirectory(dir=run) as folder:
+            self.index.pipeline.save_lora_weights(folder, **layers, **told)
+            Path(folder, ADAPTER).rename(run / ADAPTER)
+
+    def _save_pipeline(self, folder: Path, scheduler: Any) -> None:
+        """The pipeline's folder with this network and scheduler; all else is copied as it is."""
+        self.network.save_pretrained(folder / self.index.network)
+        scheduler.save_pretrained(folder / "scheduler")
+        for name in self.index.parts - {self.index.network, "scheduler"}:
+            shutil.copytree(
+                self.index.folder / name, folder / name, ignore=shutil.ignore_patterns(*UNREAD)
+            )
+        kind = type(scheduler)
+        library = "diffusers" if kind.__module__.startswith("diffusers.") else kind.__module__
+        index = self.index.content | {"scheduler": [library, kind.__name__]}
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def scheduler_of(config: Mapping[str, Any], process: Process) -> Any:
+    """A scheduler that describes a process: the given one of a flow that is still right, a stock one, or a DiffcoreScheduler.
+
+    A stock DDIM begins at the last level (trailing) and ends clean, as zero terminal SNR needs it to.
+    """
+    if process.prediction == "flow_prediction" and _describes(config, process):
+        return getattr(diffusers, config["_class_name"]).from_config(dict(config))
+    said = (process.schedule, process.prediction, process.time, process.sigma_data)
+    try:
+        made = stock.scheduler_of(process, Settings(DDIM(), Trailing(), *said), 1)
+    except ValueError:
+        return DiffcoreScheduler(DDIM(), Trailing(), *said)
+    if hasattr(
+        made.config, "steps_offset"
+    ):  # trailing spacing does not read it, but StableDiffusion insists on 1
+        made.register_to_config(steps_offset=1)
+    return made
+
+
+def _describes(config: Mapping[str, Any], process: Process) -> bool:
+    try:
+        return describe(config)[:3] == (process.schedule, process.prediction, process.time)
+    except ValueError:  # it needs more than itself: a shift's μ
+        return False
+
+
+def _drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, _local: Any) -> None:
+    for name in _frozen(module):
+        state.pop(prefix + name, None)
+
+
+def _forgive_frozen(module: nn.Module, keys: Any) -> None:
+    """No weight of the pipeline is missing from the state of an adapter."""
+    frozen = tuple(_frozen(module))
+    keys.missing_keys[:] = [name for name in keys.missing_keys if not name.endswith(frozen)]
+
+
+def _frozen(module: nn.Module) -> list[str]:
+    """The parameters that are not trained, and all buffers."""
+    parameters = [name for name, value in module.named_parameters() if not value.requires_grad]
+    return parameters + [name for name, _ in module.named_buffers()]

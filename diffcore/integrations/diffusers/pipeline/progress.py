@@ -1,0 +1,41 @@
+"""A sampler whose steps are told of as they end: progress bars and callbacks of pipelines."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from diffcore.core.noise import Noise
+from diffcore.core.prediction import Prediction
+from diffcore.samplers import Around, Sampler, State
+from diffcore.schedules import Level
+
+
+@dataclass(frozen=True)
+class Followed(Around):
+    """The inner sampler, step for step.
+
+    Args:
+        inner: the integrator.
+        tell: called at the end of each step with the states before its last evaluation and after it; the run goes on with the
+            state that it returns.
+    """
+
+    inner: Sampler
+    tell: Callable[[State, State], State]
+
+    def start(self, x: Tensor, knots: tuple[Level, ...], noise: Noise) -> State:
+        return self.inner.start(x, knots, noise)
+
+    def forget(self, state: State) -> State:
+        return self.inner.forget(state)
+
+    def advance(self, state: State, prediction: Prediction, noise: Noise) -> State:
+        after = self.inner.advance(state, prediction, noise)
+        return after if after.step == state.step else self.tell(state, after)
+
+    def guided(self, state: State) -> bool:
+        return self.inner.guided(state)
+
+    def evaluations(self, knots: tuple[Level, ...]) -> int:
+        return self.inner.evaluations(knots)

@@ -1,0 +1,1 @@
+"""DiffcoreScheduler: our samplers, grids and schedules as a diffusers scheduler."""

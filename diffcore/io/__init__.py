@@ -1,0 +1,1 @@
+"""Files: weights with a hash, atomic writes, and specs (plain data to components and back)."""

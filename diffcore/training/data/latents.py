@@ -1,0 +1,213 @@
+"""Images as a diffusers VAE encodes them, and their captions as the text encoders do: made once, read by every later run.
+
+z = mean + std ξ,   ξ ~ N(0, I) anew at each visit of an image
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from diffcore.core.noise import Stream, normal
+from diffcore.io.safetensors import hashed
+from diffcore.training.data.cache import Cache, digest
+from diffcore.training.data.captions import captions as captions_of
+from diffcore.training.data.source import Fit, ImageFolder, Unreadable, mirrored
+
+if TYPE_CHECKING:
+    from diffcore.integrations.diffusers.loading.prompts import Prompts
+    from diffcore.integrations.diffusers.loading.vae import Latents
+
+NULL = "\0"
+"""Stands for the empty prompt as the null condition, which some pipelines encode in another way than as a caption."""
+
+LARGE = 2**30
+"""Bytes of embeddings that stay on the host; a network's call then waits for its labels."""
+
+GLANCE = 2.0
+"""Seconds between two looks at what the first process has made."""
+
+Entries = Iterator[dict[str, Tensor]]
+
+
+class Encoded(Dataset[tuple[Tensor, int]]):
+    """The latents of a folder's images; an image's label is the place of its caption in `texts`, or else its sub-folder's.
+
+    Latents are cached under the content of the image, its size and fit, and the VAE's config and weights; embeddings under the
+    caption and the files of the text encoders. What changes is made again, what does not is read, and no encoder is
+    loaded for it. Each is made by itself, so that it does not depend on what is beside it, and of several processes
+    the first makes all.
+
+    Args:
+        folder: of the images, as ImageFolder reads it, with captions in metadata.jsonl, metadata.csv or a .txt beside each.
+        pipeline: folder of the diffusers pipeline whose VAE and text encoders encode.
+        size: height and width of the images in pixels; 0 for what the pipeline's network was made for.
+        fit: crop, pad or exact, as of ImageFolder.
+        flip: whether to mirror left and right half of the time; both are encoded.
+        captions: whether to read captions, where there are any.
+        unreadable: refuse images that cannot be read, or skip them.
+        cache: folder for what is made, on a disk that all processes share.
+
+    Raises:
+        ValueError: no images, unreadable ones, some without a caption, or no VAE.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        pipeline: str,
+        size: int = 0,
+        fit: Fit = "crop",
+        flip: bool = False,
+        captions: bool = True,
+        unreadable: Unreadable = "refuse",
+        cache: str = "cache",
+    ) -> None:
+        from diffcore.integrations.diffusers.loading.index import Index
+
+        self.pipeline, self.flip = Index(Path(pipeline)), flip
+        self.files = ImageFolder(
+            folder, size or self.pipeline.size, "RGB", fit, unreadable=unreadable
+        )
+        said = captions_of(Path(folder), self.files.paths) if captions else []
+        self.texts = tuple(sorted(set(said)))
+        places = {text: place for place, text in enumerate(self.texts)}
+        self.labels = [places[text] for text in said] or self.files.labels
+        self.keys = [digest(hashed(path), fit, str(self.files.size)) for path in self.files.paths]
+        self.rows = (
+            [digest(text, str(self.files.size)) for text in (*self.texts, NULL)] if said else []
+        )
+        self.latents = Cache(Path(cache) / "latents" / digest(*self.pipeline.paths("vae")))
+        text = self.pipeline.paths("text_encoder", "tokenizer") if said else []
+        told = (
+            self.pipeline.content,
+            self.pipeline.config(self.pipeline.network),
+        )  # which decide what is told
+        self.embeddings = Cache(Path(cache) / "embeddings" / digest(*map(str, told), *text))
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """The mean of the latents, and the label."""
+        return self.latents.read(self.keys[index])["mean"], self.labels[index]
+
+    def at(self, index: int, seed: int, position: int) -> tuple[Tensor, int]:
+        """The latents as the visit at a position of the run draws them, and the label."""
+        key = self.keys[index]
+        entry = self.latents.read(_mirrored(key) if self.flip and mirrored(seed, position) else key)
+        mean, std = entry["mean"], entry["std"]
+        return mean + std * normal(seed, Stream.LATENT, position, mean.shape)[0], self.labels[index]
+
+    @property
+    def content(self) -> str:
+        """A hash of all that items and the bank are made of, by which a resumed run knows its data."""
+        made = (self.latents.folder.name, self.embeddings.folder.name if self.rows else "")
+        return digest(*made, *self.keys, *map(str, self.labels), *self.rows)
+
+    def prompts(self) -> "Prompts":
+        """The bank that labels are places in, with the empty prompt as the null condition."""
+        from diffcore.integrations.diffusers.loading.prompts import Prompts
+
+        rows = [self.embeddings.read(key) for key in self.rows]
+        return Prompts(
+            {name: torch.stack([row[name] for row in rows]) for name in rows[0]}, self.texts
+        )
+
+    def asked(self, device: torch.device) -> Callable[[nn.Module], nn.Module]:
+        """Makes of a network that is told text one that is asked by label; the bank is on the device unless it is large."""
+        from diffcore.integrations.diffusers.loading.prompts import Prompted
+
+        if not self.texts:
+            return lambda network: network
+        bank = self.prompts()
+        small = sum(value.nbytes for value in bank.tensors.values()) < LARGE
+        return partial(
+            Prompted,
+            prompts=bank.map(lambda value: value.to(device)) if small else bank,
+            follow=False,
+        )
+
+    @property
+    def vae(self) -> nn.Module:
+        """What makes images of latents, for the pipeline that a run leaves."""
+        return self.pipeline.read("vae")
+
+    @torch.no_grad()
+    def pictures(self, z: Tensor) -> Tensor:
+        """The images (N, 3, H, W) of latents, as the VAE decodes them."""
+        vae = self._vae(z.device)
+        return torch.cat([vae.decode(one) for one in z.split(1)])
+
+    # Making ------------------------------------------------------------------------------------------------------
+
+    @property
+    def made(self) -> bool:
+        """Whether all is there to be read."""
+        return not (self.latents.missing(self._images()) or self.embeddings.missing(self.rows))
+
+    def make(self, device: torch.device, first: bool) -> None:
+        """Make what is missing; every process but the first waits until it is there."""
+        if first:
+            self._make_latents(device)
+            self._make_embeddings(device)
+        while not self.made:
+            time.sleep(GLANCE)
+            self.latents.look()
+            self.embeddings.look()
+
+    def _images(self) -> dict[str, tuple[int, bool]]:
+        """Each key of the latents, with its image's index and whether that is mirrored."""
+        keys = {key: (index, False) for index, key in enumerate(self.keys)}
+        return keys | (
+            {_mirrored(key): (index, True) for key, (index, _) in keys.items()} if self.flip else {}
+        )
+
+    @torch.no_grad()
+    def _make_latents(self, device: torch.device) -> None:
+        images = self._images()
+        if missing := self.latents.missing(images):
+            vae = self._vae(device)
+
+            def entries(keys: Sequence[str]) -> Entries:
+                for index, mirror in (images[key] for key in keys):
+                    image = self.files[index][0].to(device)[None]
+                    mean, std = vae.posterior(image.flip(-1) if mirror else image)
+                    yield {"mean": mean[0], "std": std[0]}
+
+            self.latents.make(missing, entries, "latents")
+
+    def _make_embeddings(self, device: torch.device) -> None:
+        from diffcore.integrations.diffusers import encode
+
+        if missing := self.embeddings.missing(self.rows):
+            pipeline = self.pipeline.encoding().to(device)
+            texts, size = (
+                dict(zip(self.rows, self.texts, strict=False)),
+                (self.files.size, self.files.size),
+            )
+
+            def entries(
+                keys: Sequence[str],
+            ) -> Entries:  # the null row, which encode puts last, is the last of all
+                bank = encode(pipeline, [texts[key] for key in keys if key in texts], size=size)
+                return (
+                    {name: value[place] for name, value in bank.tensors.items()}
+                    for place in range(len(keys))
+                )
+
+            self.embeddings.make(missing, entries, "captions")
+
+    def _vae(self, device: torch.device) -> "Latents":
+        from diffcore.integrations.diffusers.loading.vae import Latents
+
+        return Latents(self.vae.to(device).eval())
+
+
+def _mirrored(key: str) -> str:
+    return digest(key, "mirrored")

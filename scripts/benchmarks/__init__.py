@@ -1,0 +1,1 @@
+"""Measurements of speed and accuracy; `python scripts/benchmark.py` prints their tables."""

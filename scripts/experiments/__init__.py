@@ -1,0 +1,1 @@
+"""One-off studies; `python scripts/experiment.py NAME` repeats each."""

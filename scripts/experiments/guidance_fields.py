@@ -1,0 +1,180 @@
+"""Pictures of guidance rules on a mixture in two dimensions, where every prediction is exact: the guided field, and samples.
+
+Class 0, which is wanted, has a common component and a rare one, each beside a component of class 1.
+"""
+
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffcore.cli.figures import figure, save
+from diffcore.core.oracle import GaussianMixture
+from diffcore.core.process import Process
+from diffcore.guidance import (
+    APG,
+    CFG,
+    GFCG,
+    AdaptiveGuidance,
+    AutoGuidance,
+    CFGPlusPlus,
+    CFGZeroStar,
+    ClassifierGuidance,
+    Composed,
+    Guidance,
+    Interval,
+    Label,
+    MinorityGuidance,
+    Rescale,
+    Step,
+)
+from diffcore.samplers import DDIM, PredictorCorrector, Sampler
+from diffcore.sampling.generation import sample
+from diffcore.sampling.loop import guided
+from diffcore.schedules import Cosine, Level, Trailing
+
+PROCESS = Process(Cosine(), shape=(2,), sigma_data=1.0, classes=2, dropout=0.1)
+MEANS = torch.tensor([[-0.2, 1.1], [1.2, -0.3], [-1.1, 0.2], [0.2, -1.0]])
+SPREAD = 0.07 * torch.eye(2).expand(4, 2, 2)
+WEIGHTS, LABELS = torch.tensor([0.35, 0.15, 0.25, 0.25]), torch.tensor([0, 0, 1, 1])
+MIXTURE = GaussianMixture(MEANS, SPREAD, WEIGHTS, LABELS, PROCESS)
+WEAKER = GaussianMixture(MEANS, 4 * SPREAD, WEIGHTS, LABELS, PROCESS)
+COMPONENTS = GaussianMixture(
+    MEANS[:2], SPREAD[:2], WEIGHTS[:2], torch.arange(2), PROCESS
+)  # of class 0: common 0, rare 1
+CLEAN = PROCESS.schedule.at(math.inf)
+SPAN = 2.4
+COUNT, STEPS = 400, 40
+
+
+def class_of(x: Tensor, level: Level) -> Tensor:
+    """Logits of the classes of noisy x."""
+    return _logits(MIXTURE, x, level)
+
+
+def class_of_x0(x0: Tensor, level: Level) -> Tensor:
+    """Logits of the classes of clean data, as a classifier off the shelf gives them."""
+    return _logits(MIXTURE, x0, CLEAN)
+
+
+def rarity_of(x: Tensor, level: Level) -> Tensor:
+    """Logits of the component of class 0, the rare one last: the exact classifier for MinorityGuidance."""
+    return _logits(COMPONENTS, x, level)
+
+
+class Panel(NamedTuple):
+    """A rule, and what samples by it."""
+
+    rule: Guidance
+    sampler: Sampler = DDIM()
+
+
+PANELS = {
+    "conditional, w = 1": Panel(CFG(1.0)),
+    "CFG, w = 3": Panel(CFG(3.0)),
+    "Rescale(CFG), φ = 0.7": Panel(Rescale(CFG(3.0))),
+    "APG, w = 3": Panel(APG(3.0)),
+    "Interval(CFG), (0.3, 1.6]": Panel(Interval(CFG(3.0), sigma=(0.3, 1.6))),
+    "AdaptiveGuidance(CFG), 0.97": Panel(AdaptiveGuidance(CFG(3.0), 0.97)),
+    "AutoGuidance, w = 2": Panel(AutoGuidance(2.0, WEAKER)),
+    "CFG from label 1, w = 1.5": Panel(CFG(1.5, Label(1))),
+    "Composed: less of label 1": Panel(Composed((1,), (-0.25,), 2.0)),
+    "CFGPlusPlus, w = 0.6": Panel(CFGPlusPlus(0.6)),
+    "CFGZeroStar, w = 3": Panel(CFGZeroStar(3.0)),
+    "CFG(3), 5 corrections": Panel(CFG(3.0), PredictorCorrector(corrections=5, guides="corrector")),
+    "classifier of x_0, w = 2": Panel(ClassifierGuidance(class_of_x0, 2.0, input="x0")),
+    "GFCG, w = 3": Panel(GFCG(class_of_x0, 3.0)),
+    "MinorityGuidance, w = 1": Panel(MinorityGuidance(rarity_of, 1.0, label=1)),
+}
+
+
+def draw_fields(folder: Path, logsnr: float = 0.0) -> None:
+    """Write guidance-fields.png: where a step to half of the noise leads, from points x/α at one level."""
+    here, there = (PROCESS.schedule.at(value) for value in (logsnr, logsnr + 2 * math.log(2)))
+    y = _lattice(13)
+    made, axes = _panels()
+    for axis, (title, panel) in zip(axes, PANELS.items(), strict=True):
+        change = _next(panel.rule, y, here, there) - y
+        _contours(axis, here)
+        axis.quiver(
+            *y.T, *change.T, angles="xy", scale_units="xy", scale=2.5, width=0.004, color="black"
+        )
+        axis.set_title(title, fontsize=9)
+    save(made, folder / "guidance-fields.png", dpi=80)
+
+
+def draw_samples(folder: Path) -> None:
+    """Write guidance-samples.png: samples of class 0 by each rule, all from the same seeds."""
+    made, axes = _panels()
+    for axis, (title, panel) in zip(axes, PANELS.items(), strict=True):
+        x = samples(panel)
+        _contours(axis, CLEAN)
+        axis.plot(*x.T, ".", color="black", markersize=2.5)
+        axis.set_title(f"{title}: {float((x[:, 0] > 0.5).float().mean()):.0%} rare", fontsize=9)
+    save(made, folder / "guidance-samples.png", dpi=80)
+
+
+def samples(panel: Panel) -> Tensor:
+    """Samples of class 0, (COUNT, 2)."""
+    labels = torch.zeros(COUNT, dtype=torch.int64)
+    return sample(
+        MIXTURE,
+        panel.sampler,
+        Trailing(),
+        STEPS,
+        seeds=range(COUNT),
+        condition=labels,
+        guidance=panel.rule,
+        batch_size=COUNT,
+    ).x
+
+
+def _next(rule: Guidance, y: Tensor, here: Level, there: Level) -> Tensor:
+    """The first-order step in y = x/α, by a rule that is asked for the second time."""
+    x, labels, memory = here.alpha * y, torch.zeros(len(y), dtype=torch.int64), None
+    for index in (0, 1):
+        step = Step(PROCESS, here, here, there, index, 2)
+        prediction, memory, _ = guided(MIXTURE, rule, x, here, labels, memory, step)
+    return prediction.at(there) / there.alpha
+
+
+def _panels() -> tuple[Any, Any]:
+    made, axes = figure(5, math.ceil(len(PANELS) / 5), width=3.1, height=3.2)
+    axes = axes[: len(PANELS)]
+    for axis in axes:
+        axis.set(xlim=(-SPAN, SPAN), ylim=(-SPAN, SPAN), aspect="equal")
+    return made, axes
+
+
+def _contours(axis: Any, level: Level) -> None:
+    """Densities of y = x/α: class 0 filled, class 1 dashed."""
+    y = _lattice(81)
+    for label, draw, style in (
+        (0, axis.contourf, {"cmap": "Greys", "alpha": 0.6}),
+        (1, axis.contour, {"colors": "0.4"}),
+    ):
+        density = (
+            MIXTURE.log_density(level.alpha * y, level, torch.full((len(y),), label))
+            .exp()
+            .view(81, 81)
+        )
+        levels = float(density.max()) * torch.tensor([0.05, 0.3, 0.7, 1.0])
+        draw(*(c.view(81, 81) for c in y.T), density, levels=levels, **style)
+    if level.sigma:
+        axis.collections[-1].set_linestyle("dashed")
+
+
+def _lattice(count: int) -> Tensor:
+    """(count², 2) points of the square."""
+    line = torch.linspace(-SPAN, SPAN, count)
+    return torch.cartesian_prod(line, line)
+
+
+def _logits(oracle: GaussianMixture, x: Tensor, level: Level) -> Tensor:
+    prior = torch.stack(
+        [oracle.log_weights[oracle.labels == label].logsumexp(0) for label in (0, 1)]
+    )
+    each = [oracle.log_density(x, level, torch.full((len(x),), label)) for label in (0, 1)]
+    return torch.stack(each, 1) + prior

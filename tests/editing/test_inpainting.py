@@ -1,0 +1,209 @@
+"""RePaint: known pixels at each knot's level and exactly in the result, the paper's jumps, the conditional in the limit."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from diffcore.core.noise import Noise
+from diffcore.core.prediction import Prediction
+from diffcore.editing.inpainting import RePaint
+from diffcore.samplers import DDIM, AlphaBlending
+from diffcore.samplers.base import noisier
+from diffcore.sampling.generation import sample
+from diffcore.sampling.loop import run
+from diffcore.schedules import Cosine, Explicit, Karras, Trailing, UniformLogSNR, Within
+from tests.helpers.oracles import SCALINGS, covariance, gaussian, mixture, process
+from tests.samplers.test_orders import ORDERS
+
+INNER = [*ORDERS, DDIM(0.5), DDIM(1.0)]
+ORACLE = mixture()
+IMAGE, MASK = torch.tensor([0.7, 9.0], dtype=torch.float64), torch.tensor([True, False])
+SEEDS = range(64)
+NOISE = Noise(torch.arange(64), (2,), dtype=torch.float64)
+
+
+def paint(inner=DDIM(1.0), jump=2, resamplings=3):
+    return RePaint(inner, IMAGE, MASK, jump, resamplings)
+
+
+def published(n, jump, resamplings):
+    """Indices of the knots on the authors' way; their t is n-1 at the first knot, 0 at the last noisy one, -1 at clean."""
+    left = dict.fromkeys(range(0, n - jump, jump), resamplings - 1)
+    t, way = n, []
+    while t >= 1:
+        t -= 1
+        way.append(t)
+        if left.get(t, 0) > 0:
+            left[t] -= 1
+            way.extend(range(t + 1, t + jump + 1))
+            t += jump
+    return [n - 1 - t for t in (*way, -1)]
+
+
+@pytest.mark.parametrize("n", (1, 2, 5, 10, 11, 23))
+@pytest.mark.parametrize(("jump", "resamplings"), ((1, 1), (1, 4), (3, 2), (10, 10), (4, 3)))
+def test_the_way_is_the_papers(n, jump, resamplings):
+    """Jumps up are taken at once, which has the law of `jump` single ones."""
+    knots = UniformLogSNR(-5.0, 5.0).knots(Cosine(), n)
+    sampler = paint(DDIM(), jump, resamplings)
+    asked = []
+    run(
+        ORACLE,
+        sampler,
+        NOISE.start(),
+        knots,
+        NOISE,
+        callback=lambda *call: asked.append(call[1].level),
+    )
+    way = published(n, jump, resamplings)
+    falls = [
+        i for i, after in zip(way, way[1:], strict=False) if after > i
+    ]  # from there the network is asked
+    assert [knots.index(level) for level in asked] == falls
+    assert sampler.evaluations(knots) == len(falls)
+
+
+@pytest.mark.parametrize("grid", (Trailing(), Karras(0.05, 20.0)), ids=str)
+@pytest.mark.parametrize("inner", INNER, ids=str)
+def test_known_pixels_are_exact_in_the_result_whatever_integrates(inner, grid):
+    result = sample(ORACLE, paint(inner), grid, 8, seeds=SEEDS, batch_size=32, dtype=torch.float64)
+    assert (result.x[:, 0] == IMAGE[0]).all()
+    assert result.x[:, 1].isfinite().all()
+    assert result.x[:, 1].std() > 0.1
+    assert result.evaluations == paint(inner).evaluations(result.knots)
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_known_pixels_have_fresh_noise_of_its_own_level_at_every_knot(scaling):
+    """400 rows: means below 5/√400, correlations too. The knots are close, so that a way back keeps much of its noise."""
+    oracle, seen = mixture(process(Cosine(scaling=scaling))), []
+    noise = Noise(torch.arange(400), (2,), dtype=torch.float64)
+    knots = Explicit((-1.0, -0.6, -0.2, 0.2, 0.6, math.inf)).knots(oracle.process.schedule, 5)
+    run(
+        oracle,
+        paint(),
+        noise.start(),
+        knots,
+        noise,
+        callback=lambda _, state, __: seen.append(state),
+    )
+    visits = [
+        state for state in seen if state.level != knots[0]
+    ]  # elsewhere x was just replaced, or comes from above
+    z = torch.stack(
+        [(state.x[:, 0] - state.level.alpha * IMAGE[0]) / state.level.sigma for state in visits]
+    )
+    assert len(visits) > 6
+    assert (z.mean(1).abs() < 0.25).all()
+    assert z.std(1) == pytest.approx(torch.ones(len(visits)), abs=0.2)
+    fresh = torch.cat(
+        (z, noise.start()[:, 0][None], torch.stack([noise.step(i)[:, 0] for i in range(8)]))
+    )
+    correlated = (fresh.corrcoef() - torch.eye(len(fresh))).abs() > 0.25
+    above = [(i, j) for i, j in correlated.triu().nonzero().tolist()]
+    assert all(
+        visits[i].level.logsnr > visits[j].level.logsnr for i, j in above
+    )  # only a way back keeps noise
+
+
+@pytest.mark.parametrize(("low", "high"), ((3.0, 0.5), (0.5, -4.0), (2.0, -math.inf)))
+@pytest.mark.parametrize("scaling", SCALINGS[::2])
+def test_the_way_back_makes_the_noisier_marginal_exactly(low, high, scaling):
+    t, s = (Cosine(scaling=scaling).at(logsnr) for logsnr in (low, high))
+    unit, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    image, old, new = (
+        noisier(x, t, s, z)
+        for x, z in ((t.alpha * unit, zero), (t.sigma * unit, zero), (zero, unit))
+    )
+    assert image == pytest.approx(s.alpha, abs=1e-12)
+    assert (old**2 + new**2).sqrt() == pytest.approx(s.sigma, rel=1e-12)
+
+
+def test_resampling_brings_the_unknown_part_to_its_conditional():
+    """On a Gaussian it is known: mean 0.204, standard deviation 0.380. Replacement alone ends at 0.03."""
+    cov = covariance(1.0, 0.3, 0.7)
+    oracle = gaussian([0.5, -0.3], cov)
+    mean = -0.3 + cov[1, 0] / cov[0, 0] * (1.2 - 0.5)
+    errors = []
+    for resamplings in (1, 10):
+        sampler = RePaint(
+            DDIM(1.0), torch.tensor([1.2, 0.0], dtype=torch.float64), MASK, 1, resamplings
+        )
+        x = sample(
+            oracle, sampler, UniformLogSNR(-8.0, 8.0), 50, seeds=range(1500), batch_size=1500
+        ).x
+        errors.append((x[:, 1].mean() - mean).abs())
+        assert x[:, 1].std() == pytest.approx(
+            (cov[1, 1] - cov[1, 0] ** 2 / cov[0, 0]).sqrt().item(), rel=0.15
+        )
+    assert errors[0] > 0.13
+    assert errors[1] < 0.05
+
+
+def test_a_state_can_be_kept_copied_and_continued_bit_for_bit():
+    sampler, knots = paint(), Trailing().knots(Cosine(), 6)
+    state = sampler.start(NOISE.start(), knots, NOISE)
+    kept = [state]
+    while not state.done:
+        state = sampler.advance(state, ORACLE(state.x, state.level), NOISE)
+        kept.append(state)
+    for begin in (copy.deepcopy(kept[4]), kept[9]):
+        state = begin
+        while not state.done:
+            state = sampler.advance(state, ORACLE(state.x, state.level), NOISE)
+        assert torch.equal(state.x, kept[-1].x)
+    assert [state.step for state in kept] == list(range(len(kept)))
+
+
+def test_it_starts_and_stops_anywhere():
+    knots = Within(Trailing(), -2.0, 3.0).knots(Cosine(), 5)
+    seen = []
+    start = torch.zeros(64, 2, dtype=torch.float64)
+    x, _ = run(
+        ORACLE, paint(), start, knots, NOISE, callback=lambda _, state, __: seen.append(state.x)
+    )
+    for at, knot in ((seen[0], knots[0]), (x, knots[-1])):
+        z = (at[:, 0] - knot.alpha * IMAGE[0]) / knot.sigma
+        assert z.std() == pytest.approx(1, abs=0.3)
+    assert (seen[0][:, 1] == 0).all()
+
+
+def test_the_loop_never_reads_the_sample():
+    noise = Noise(torch.arange(4), (2,), torch.device("meta"), torch.float64)
+    sampler = RePaint(DDIM(1.0), IMAGE.to("meta"), MASK.to("meta"), 2, 3)
+    state = sampler.start(noise.start(), Trailing().knots(Cosine(), 5), noise)
+    while not state.done:
+        state = sampler.advance(state, Prediction(state.x, state.x), noise)
+    assert state.x.is_meta
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: RePaint(DDIM(), IMAGE, torch.ones(2)),
+            "mask holds torch.float32, expected booleans",
+        ),
+        (
+            lambda: RePaint(DDIM(), IMAGE, torch.ones(3, 2, dtype=torch.bool)),
+            r"mask has shape \(3, 2\), expected to fit",
+        ),
+        (lambda: paint(jump=0), "jump and resamplings are 0 and 3"),
+        (lambda: paint(resamplings=0), "jump and resamplings are 2 and 0"),
+        (
+            lambda: run(
+                ORACLE, paint(), NOISE.start(), Explicit((3.0, 0.0)).knots(Cosine(), 1), NOISE
+            ),
+            "expected two or more that fall in noise",
+        ),
+    ],
+)
+def test_what_cannot_be_painted_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_alpha_blending_is_asked_at_its_midpoints():
+    assert paint(AlphaBlending(2), 1, 1).evaluations(Trailing().knots(Cosine(), 6)) == 12

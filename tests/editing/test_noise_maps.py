@@ -1,0 +1,142 @@
+"""The edit-friendly noise space: an image is its own noise maps, which another condition edits."""
+
+import math
+
+import pytest
+import torch
+
+from diffcore.core.denoiser import Denoiser
+from diffcore.core.noise import Noise
+from diffcore.editing.noise_maps import extract, replay
+from diffcore.guidance import CFG
+from diffcore.samplers import DDIM
+from diffcore.sampling.loop import run
+from diffcore.schedules import Cosine, Discrete, Explicit, Karras, Trailing, Within
+from tests.helpers.oracles import SCALINGS, mixture, process, unet
+
+SEEDS = torch.arange(32)
+NOISE = Noise(SEEDS + 1000, (2,), dtype=torch.float64)
+GRIDS = (Trailing(), Karras(0.02, 50.0), Within(Trailing(), low=0.0))
+
+
+@pytest.mark.parametrize("eta", (0.3, 1.0))
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_the_image_is_reproduced_to_1e_12_in_float64(grid, scaling, eta):
+    oracle = mixture(process(Cosine(scaling=scaling)))
+    if scaling == "ve" and isinstance(grid, Trailing):
+        grid = Karras()
+    x0, labels = oracle.sample(SEEDS), SEEDS % 2
+    maps = extract(
+        oracle, x0, grid.knots(oracle.process.schedule, 12), NOISE, eta, CFG(1.5), labels
+    )
+    torch.testing.assert_close(replay(oracle, maps, CFG(1.5), labels), x0, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("steps", (1, 2, 20))
+def test_the_image_of_a_network_is_reproduced_to_1e_5_in_float32(steps):
+    denoiser = Denoiser(unet(), process(Discrete(), shape=(1, 8, 8))).train()
+    x0 = Noise(torch.arange(4), (1, 8, 8)).start() / 2
+    maps = extract(
+        denoiser, x0, Trailing().knots(Discrete(), steps), Noise(torch.arange(4) + 9, (1, 8, 8))
+    )
+    assert maps.noise.maps.dtype == torch.float32
+    assert not maps.x.requires_grad
+    torch.testing.assert_close(replay(denoiser, maps), x0, rtol=0, atol=1e-5)
+    assert denoiser.training
+
+
+@pytest.mark.parametrize("eta", (0.5, 1.0))
+def test_the_maps_are_the_posteriors_of_independent_noisy_copies(eta):
+    """2304.06140, Algorithm 1 with 2010.02502, eq. 12 and 16 in the vp scaling."""
+    oracle = mixture()
+    x0, knots = oracle.sample(SEEDS), Explicit((-4.0, -1.0, 0.5, 3.0, math.inf)).knots(Cosine(), 4)
+    maps = extract(oracle, x0, knots, NOISE, eta)
+    copies = [
+        knot.alpha * x0 + knot.sigma * z
+        for knot, z in zip(knots, [NOISE.start(), *map(NOISE.step, range(4))], strict=True)
+    ]
+    assert torch.equal(maps.x, copies[0])
+    for i, (t, s) in enumerate(zip(knots[:-2], knots[1:-1], strict=True)):
+        predicted, eps = oracle(copies[i], t)
+        std = (
+            eta
+            * math.sqrt((1 - s.alpha**2) / (1 - t.alpha**2))
+            * math.sqrt(1 - t.alpha**2 / s.alpha**2)
+        )
+        mean = s.alpha * predicted + math.sqrt(s.sigma**2 - std**2) * eps
+        torch.testing.assert_close(
+            maps.noise.step(i), (copies[i + 1] - mean) / std, rtol=1e-9, atol=1e-9
+        )
+    assert torch.equal(maps.noise.step(3), torch.zeros_like(x0))
+    torch.testing.assert_close(maps.rest, x0 - oracle(copies[3], knots[3]).x0, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("grid", "last"), [(Trailing(), 0.158), (Karras(0.02, 50.0), 0.02)], ids=str
+)
+def test_the_maps_make_the_image_in_the_sampler_itself_but_for_what_the_clean_step_misses(
+    grid, last
+):
+    """Of the size of the last noisy knot's σ/α: by root mean square of 2-D data below √2 of it."""
+    oracle = mixture()
+    x0, knots = oracle.sample(SEEDS), grid.knots(Cosine(), 10)
+    maps = extract(oracle, x0, knots, NOISE)
+    x, evaluations = run(oracle, DDIM(1.0), maps.x, knots, maps.noise)
+    assert evaluations == 10
+    torch.testing.assert_close(x, x0 - maps.rest, rtol=0, atol=1e-12)
+    assert 0.3 * last < maps.rest.square().sum(1).mean().sqrt() < 1.8 * last
+
+
+def test_the_maps_vary_more_than_noise():
+    """Copies with independent noise differ by more than a run does: the property the space has its use from."""
+    oracle = mixture()
+    maps = extract(oracle, oracle.sample(SEEDS), Trailing().knots(Cosine(), 100), NOISE).noise.maps
+    assert maps[10:90].std() > 1.5
+
+
+@pytest.mark.parametrize("start", (-math.inf, -3.0))
+def test_another_condition_moves_the_class(start):
+    """Class 0 is one Gaussian, class 1 two others: replayed under 1, images of class 0 are likelier in 1."""
+    oracle, clean = mixture(), Cosine().at(30.0)
+    zero, one = (torch.full((32,), label) for label in (0, 1))
+    x0 = oracle.sample(SEEDS, zero)
+    knots = Within(Trailing(), low=start).knots(Cosine(), 50)
+    maps = extract(oracle, x0, knots, NOISE, condition=zero)
+
+    def share(x):
+        """Of images likelier in class 1."""
+        return (
+            (oracle.log_density(x, clean, one) > oracle.log_density(x, clean, zero)).double().mean()
+        )
+
+    edited = replay(oracle, maps, condition=one)
+    assert share(x0) < 0.1
+    assert share(edited) > 0.9
+    assert share(replay(oracle, maps, condition=zero)) == share(x0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eta": 0.0}, "eta is 0, where DDIM draws no noise"),
+        (
+            {"knots": Explicit((-2.0, 0.0)).knots(Cosine(), 1)},
+            "last knot is at λ = 0.0, expected a clean one",
+        ),
+        (
+            {"knots": Explicit((math.inf, 0.0)).knots(Cosine(), 1)},
+            "expected two or more that fall in noise",
+        ),
+        ({"guidance": CFG(2.0)}, "needs a condition"),
+    ],
+    ids=str,
+)
+def test_what_has_no_maps_is_refused(changes, message):
+    arguments = {
+        "x0": torch.zeros(32, 2),
+        "knots": Trailing().knots(Cosine(), 3),
+        "noise": NOISE,
+    } | changes
+    with pytest.raises(ValueError, match=message):
+        extract(mixture(), **arguments)

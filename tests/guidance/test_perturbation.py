@@ -1,0 +1,226 @@
+"""The same network with attention or layers altered: exactly that, restored whatever happens, and never silently CFG."""
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+from diffusers.models.attention import JointTransformerBlock
+from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
+from torch import nn
+from torch.nn import functional
+
+from diffcore.core.denoiser import Denoiser
+from diffcore.guidance import APG, CFG, PerturbedAttention, SkippedLayers, Sum
+from diffcore.sampling.generation import sample
+from diffcore.sampling.loop import guided
+from tests.helpers.oracles import mixture, process, unet
+
+RECORD = process(shape=(1, 8, 8), dropout=0.0)
+X, LABELS = (
+    torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)),
+    torch.tensor([0, 1, 1]),
+)
+LEVEL = RECORD.schedule.at(0.0)
+
+
+class Transformer(nn.Module):
+    """DiT, whose forward wants the time and the label by their names."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.dit = DiTTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=8,
+            in_channels=1,
+            out_channels=1,
+            num_layers=3,
+            sample_size=8,
+            patch_size=2,
+            num_embeds_ada_norm=3,
+            norm_num_groups=1,
+        )
+        for parameter in self.dit.parameters():  # it begins as the identity, with gates of 0
+            nn.init.normal_(parameter, std=0.2)
+
+    def forward(self, x, time, class_labels):
+        return self.dit(x, timestep=time.long(), class_labels=class_labels)
+
+
+NETWORKS = {
+    "unet": (unet, "mid_block.*"),
+    "dit": (lambda: Transformer().eval(), "dit.transformer_blocks.1.*"),
+}
+each_network = pytest.mark.parametrize(("make", "layers"), NETWORKS.values(), ids=NETWORKS.keys())
+
+
+def asked(denoiser, x=X):
+    with torch.no_grad():
+        return denoiser(x, LEVEL, LABELS)
+
+
+@each_network
+def test_perturbed_attention_is_self_attention_with_the_identity_as_its_map(
+    make, layers, monkeypatch
+):
+    """Diffusers' own layers around a scaled_dot_product_attention that returns its values."""
+    denoiser, rule = Denoiser(make(), RECORD), CFG(3.0, PerturbedAttention((layers,)))
+    plain = asked(denoiser)
+    with torch.no_grad():
+        answer, _, cost = guided(denoiser, rule, X, LEVEL, LABELS, None)
+    inside = {
+        module
+        for name, module in denoiser.network.named_modules()
+        if name.startswith(layers.rstrip("*"))
+    }
+    attentions = [module for module in inside if isinstance(module, Attention)]
+    assert len(attentions) == 1
+    forward, product = attentions[0].forward, functional.scaled_dot_product_attention
+
+    def only_here(*args, **kwargs):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                functional, "scaled_dot_product_attention", lambda query, key, value, **rest: value
+            )
+            return forward(*args, **kwargs)
+
+    attentions[0].forward = only_here
+    perturbed = asked(denoiser)
+    assert functional.scaled_dot_product_attention is product
+    assert (perturbed.x0 - plain.x0).abs().max() > 1e-4
+    torch.testing.assert_close(
+        answer.x0, perturbed.x0 + 3 * (plain.x0 - perturbed.x0), rtol=1e-4, atol=1e-5
+    )
+    assert cost == 2
+
+
+def test_skipped_layers_answer_with_their_input():
+    denoiser = Denoiser(Transformer().eval(), RECORD)
+    with torch.no_grad():
+        answer, _, _ = guided(
+            denoiser, CFG(0.0, SkippedLayers(("dit.transformer_blocks.1",))), X, LEVEL, LABELS, None
+        )
+    del denoiser.network.dit.transformer_blocks[1]
+    torch.testing.assert_close(answer.x0, asked(denoiser).x0, rtol=1e-6, atol=1e-6)
+
+
+class Attentions(nn.Module):
+    """Self-attention with everything that a layer of diffusers may have around it, and cross-attention."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        around = {"norm_num_groups": 2, "residual_connection": True, "rescale_output_factor": 1.7}
+        self.own = Attention(8, heads=2, dim_head=4, bias=True, **around)
+        self.cross = Attention(8, cross_attention_dim=6, heads=2, dim_head=4)
+        for parameter in self.own.group_norm.parameters():
+            nn.init.normal_(parameter)
+
+
+@pytest.mark.parametrize("shape", ((2, 8, 3, 3), (2, 9, 8)), ids=("images", "tokens"))
+@torch.no_grad()
+def test_around_the_identity_norm_residual_and_scale_stay(shape, monkeypatch):
+    network, x = Attentions(), torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    with PerturbedAttention(("*",)).applied(network):
+        ours = network.own(x)
+    assert not torch.allclose(ours, network.own(x), atol=1e-3)
+    monkeypatch.setattr(
+        functional, "scaled_dot_product_attention", lambda query, key, value, **rest: value
+    )
+    torch.testing.assert_close(ours, network.own(x))
+
+
+def test_cross_attention_is_left_alone():
+    network = Attentions()
+    before = network.own.processor, network.cross.processor
+    with PerturbedAttention(("*",)).applied(network):
+        assert network.own.processor is not before[0]
+        assert network.cross.processor is before[1]
+    with (
+        pytest.raises(ValueError, match="finds no such layer"),
+        PerturbedAttention(("cross",)).applied(network),
+    ):
+        pass
+
+
+@torch.no_grad()
+def test_a_skipped_joint_block_answers_with_both_inputs_in_its_own_order():
+    """Stable Diffusion 3's answers (text, image), CogVideoX's (image, text)."""
+    sd3 = JointTransformerBlock(dim=8, num_attention_heads=2, attention_head_dim=4)
+    cog = CogVideoXBlock(dim=8, num_attention_heads=2, attention_head_dim=4, time_embed_dim=8)
+    image, text, temb = torch.randn(1, 9, 8), torch.randn(1, 5, 8), torch.randn(1, 8)
+    for block, expected in ((sd3, (text, image)), (cog, (image, text))):
+        network = nn.ModuleDict({"block": block})
+        with SkippedLayers(("block",)).applied(network):
+            answer = block(hidden_states=image, encoder_hidden_states=text, temb=temb)
+        assert all(torch.equal(a, b) for a, b in zip(answer, expected, strict=True))
+        assert not torch.equal(
+            block(hidden_states=image, encoder_hidden_states=text, temb=temb)[0], expected[0]
+        )
+
+
+@each_network
+@pytest.mark.parametrize("kind", (PerturbedAttention, SkippedLayers))
+@pytest.mark.parametrize("fail", (False, True))
+def test_the_network_is_restored_also_when_it_fails(make, layers, kind, fail):
+    network = make()
+    denoiser, before = Denoiser(network, RECORD), None
+    before = asked(denoiser)
+    pattern = (
+        layers
+        if kind is PerturbedAttention
+        else layers.replace(".*", ".attn*1*" if "dit" in layers else ".attentions.0")
+    )
+    processors = [m.processor for m in network.modules() if isinstance(m, Attention)]
+    if fail:
+        last = list(network.modules())[-1]
+        hook = last.register_forward_hook(
+            lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory"))
+        )
+        with pytest.raises(RuntimeError, match="out of memory"), kind((pattern,)).applied(network):
+            asked(denoiser)
+        hook.remove()
+    else:
+        with kind((pattern,)).applied(network):
+            assert not torch.equal(asked(denoiser).x0, before.x0)
+    assert [m.processor for m in network.modules() if isinstance(m, Attention)] == processors
+    assert not any(m._forward_hooks for m in network.modules())
+    assert torch.equal(asked(denoiser).x0, before.x0)
+
+
+def test_it_samples_without_condition_and_without_dropout_and_beside_cfg():
+    """Diffusers' guider without CFG silently becomes CFG; here the unconditional network guides itself."""
+    arguments = {"steps": 2, "seeds": [1, 2], "batch_size": 2}
+    alone = Denoiser(unet(), RECORD)
+    made = sample(alone, guidance=CFG(4.0, PerturbedAttention()), **arguments)
+    assert made.evaluations == made.planned == 4
+    assert not torch.equal(made.x, sample(alone, guidance=CFG(1.0), **arguments).x)
+    beside = Denoiser(unet(), process(shape=(1, 8, 8)))
+    rule = Sum((CFG(2.0), APG(2.0, PerturbedAttention())))
+    assert sample(beside, condition=[0, 1], guidance=rule, **arguments).evaluations == 6
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        (
+            PerturbedAttention(("transformer_blocks.*",)),
+            r"finds no such layer in UNet2DModel; it could alter .*attentions",
+        ),
+        (SkippedLayers(("nothing",)), "finds no such layer"),
+        (SkippedLayers(("conv_in",)), r"Conv2d makes .* cannot be skipped"),
+    ],
+)
+def test_layers_that_are_not_there_or_change_the_shape_are_refused(reference, message):
+    with pytest.raises(ValueError, match=message):
+        sample(Denoiser(unet(), RECORD), steps=2, seeds=[1], guidance=CFG(2.0, reference))
+
+
+def test_an_oracle_has_no_layers():
+    with pytest.raises(ValueError, match="needs a network with layers: use Unconditional"):
+        sample(mixture(), steps=2, seeds=[1], guidance=CFG(2.0, PerturbedAttention()))
+
+
+def test_no_layers_are_refused():
+    with pytest.raises(ValueError, match="layers is empty"):
+        SkippedLayers(())

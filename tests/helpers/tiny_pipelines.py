@@ -1,0 +1,229 @@
+"""Tiny networks of diffusers with random weights, and diffusers' own loop around them."""
+
+from contextlib import contextmanager
+from dataclasses import replace
+
+import diffusers
+import torch
+
+from diffcore.core.noise import Noise
+from diffcore.core.prediction import predict
+from diffcore.sampling.generation import with_levels
+from diffcore.sampling.loop import run
+from diffcore.schedules import Trailing
+
+
+def seeded(make, seed=0):
+    """The module with weights of its own seed, ready to ask; biases and zero-initialised layers are random too."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        module = make()
+        for parameter in module.parameters():
+            if not parameter.any() or (parameter == 1).all():
+                parameter.data += 0.3 * torch.randn_like(parameter)
+    return module.eval()
+
+
+def aligned(module):
+    """Weights at addresses like those of a new module: a file's lie anywhere, and some processors then round otherwise."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.clone()
+
+
+def unet(**config):
+    small = {
+        "sample_size": 8, "in_channels": 3, "out_channels": 3, "block_out_channels": (8, 16), "norm_num_groups": 4,
+        "layers_per_block": 1, "attention_head_dim": 8,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    }  # fmt: skip
+    return seeded(lambda: diffusers.UNet2DModel(**small | config))
+
+
+def dit(**config):
+    small = {
+        "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 8, "num_layers": 2,
+        "sample_size": 8, "patch_size": 2, "num_embeds_ada_norm": 1000,
+    }  # fmt: skip
+    return seeded(lambda: diffusers.DiTTransformer2DModel(**small | config))
+
+
+def vae(**config):
+    small = {
+        "block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 4, "scaling_factor": 0.3,
+        "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }  # fmt: skip
+    return seeded(lambda: diffusers.AutoencoderKL(**small | config), 1)
+
+
+TEXT = torch.Generator().manual_seed(3)
+PROMPT, NEGATIVE = (torch.randn(1, 5, 8, generator=TEXT) for _ in range(2))
+
+
+NO_TEXT = {f"{part}{i}": None for part in ("text_encoder", "tokenizer") for i in ("", "_2", "_3")}
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def unet_2d_condition(**config):
+    small = {
+        "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (8, 16), "norm_num_groups": 4,
+        "layers_per_block": 1, "attention_head_dim": 2, "cross_attention_dim": 8,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    }  # fmt: skip
+    return seeded(lambda: diffusers.UNet2DConditionModel(**small | config))
+
+
+def stable_diffusion(scheduler, kind=diffusers.StableDiffusionPipeline, **config):
+    """Without text encoder: called with the embeddings of prompts."""
+    others = {
+        "text_encoder": None,
+        "tokenizer": None,
+        "safety_checker": None,
+        "feature_extractor": None,
+    }
+    network = unet_2d_condition(**config)
+    return quiet(
+        kind(unet=network, vae=vae(), scheduler=scheduler, requires_safety_checker=False, **others)
+    )
+
+
+def xl_unet(**config):
+    """With SDXL's pooled embedding (8 wide) and six numbers of size (2 wide each)."""
+    embedded = {"addition_embed_type": "text_time", "addition_time_embed_dim": 2}
+    return unet_2d_condition(**embedded, projection_class_embeddings_input_dim=8 + 6 * 2, **config)
+
+
+def sdxl(scheduler, kind=diffusers.StableDiffusionXLPipeline):
+    text = {name: value for name, value in NO_TEXT.items() if name[-1] != "3"}
+    return quiet(
+        kind(unet=xl_unet(), vae=vae(), scheduler=scheduler, add_watermarker=False, **text)
+    )
+
+
+def controlnet(scheduler):
+    network = seeded(lambda: diffusers.ControlNetModel(
+        in_channels=4, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1, attention_head_dim=2,
+        cross_attention_dim=8, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        conditioning_embedding_out_channels=(4, 8),
+    ), 2)  # fmt: skip
+    others = {
+        "text_encoder": None,
+        "tokenizer": None,
+        "safety_checker": None,
+        "feature_extractor": None,
+    }
+    return quiet(diffusers.StableDiffusionControlNetPipeline(
+        unet=unet_2d_condition(), vae=vae(), controlnet=network, scheduler=scheduler, requires_safety_checker=False, **others
+    ))  # fmt: skip
+
+
+def with_ip_adapter(unet, width=8):
+    """The network, whose cross-attention reads four tokens of an image too."""
+    tokens = 4 * width
+    shapes = {
+        "proj.weight": (tokens, width),
+        "proj.bias": (tokens,),
+        "norm.weight": (width,),
+        "norm.bias": (width,),
+    }
+    drawn, attention = seed(7), {}
+    names = list(unet.attn_processors)
+    for place, name in enumerate(names):
+        if "attn2" in name:
+            inner = unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
+            for kind in ("to_k_ip", "to_v_ip"):
+                attention[f"{place}.{kind}.weight"] = torch.randn(inner, width, generator=drawn)
+    projection = {name: torch.randn(shape, generator=drawn) for name, shape in shapes.items()}
+    unet._load_ip_adapter_weights(
+        [{"image_proj": projection, "ip_adapter": attention}], low_cpu_mem_usage=False
+    )
+    return unet
+
+
+def dit_pipeline(scheduler):
+    return quiet(diffusers.DiTPipeline(transformer=dit(), vae=vae(), scheduler=scheduler))
+
+
+def sd3(scheduler, kind=diffusers.StableDiffusion3Pipeline):
+    network = seeded(lambda: diffusers.SD3Transformer2DModel(
+        sample_size=8, patch_size=1, in_channels=4, out_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=8, caption_projection_dim=16, pooled_projection_dim=8, pos_embed_max_size=8,
+    ))  # fmt: skip
+    return quiet(
+        kind(transformer=network, vae=vae(shift_factor=0.1), scheduler=scheduler, **NO_TEXT)
+    )
+
+
+def flux(scheduler, kind=diffusers.FluxPipeline):
+    network = seeded(lambda: diffusers.FluxTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(4, 4, 8),
+    ))  # fmt: skip
+    text = {name: value for name, value in NO_TEXT.items() if name[-1] != "3"}
+    return quiet(kind(transformer=network, vae=vae(shift_factor=0.1), scheduler=scheduler, **text))
+
+
+class Halves:
+    """Independent of what is tested: a network as a denoiser of a prompt (label 0) or the negative one (null label 1).
+
+    `ask(network, x, t, label)` is its output for one row.
+    """
+
+    def __init__(self, network, ask, process, shape):
+        self.network, self.ask, self.process = (
+            network,
+            ask,
+            replace(process, classes=1, dropout=0.1, shape=shape),
+        )
+
+    def __call__(self, x, level, condition=None):
+        t = torch.full((1,), self.process.time(level))
+        rows = zip(x.split(1), condition.tolist(), strict=True)
+        output = torch.cat([self.ask(self.network, row, t, label) for row, label in rows])
+        return predict(self.process.prediction, output, x, level, 1.0)
+
+
+@torch.no_grad()
+def own(network, ask, process, rule, sampler, steps, x):
+    """What our own loop makes of x over Trailing knots, and the rows that it asks about."""
+    denoise = Halves(network, ask, process, tuple(x.shape[1:]))
+    knots = with_levels(Trailing().knots(process.schedule, steps), rule.levels(process))
+    noise, labels = (
+        Noise(torch.arange(len(x)), tuple(x.shape[1:])),
+        torch.zeros(len(x), dtype=torch.int64),
+    )
+    made, evaluations = run(denoise, sampler, x, knots, noise, rule, labels)
+    return made, len(x) * evaluations
+
+
+def seed(number=0):
+    return torch.Generator().manual_seed(number)
+
+
+def scaled(a, b):
+    """The greatest difference over the greatest value."""
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+@contextmanager
+def rows_of(network):
+    """The number of rows of each forward within."""
+    asked = []
+    first = next(m for m in network.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear)))
+    handle = first.register_forward_hook(lambda module, inputs, output: asked.append(len(output)))
+    yield asked
+    handle.remove()
+
+
+@torch.no_grad()
+def theirs(network, scheduler, steps, x, **set_timesteps):
+    """The loop of DDPMPipeline, with scale_model_input as the latent pipelines have it."""
+    scheduler.set_timesteps(**({"num_inference_steps": steps} | set_timesteps))
+    x = x * scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else x
+    for t in scheduler.timesteps:
+        asked = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        x = scheduler.step(network(asked, t.expand(len(x)), return_dict=False)[0], t, x).prev_sample
+    return x

@@ -1,0 +1,309 @@
+"""Networks of diffusers in our loop: the process that the configs describe, and the same samples as their own schedulers."""
+
+import json
+import logging
+import math
+
+import diffusers
+import pytest
+import torch
+from torch import nn
+
+from diffcore.core.noise import Noise
+from diffcore.core.process import TimeConditioning
+from diffcore.guidance import CFG
+from diffcore.integrations.diffusers import Latents, from_diffusers
+from diffcore.samplers import DDIM, Euler
+from diffcore.sampling.generation import sample
+from diffcore.sampling.loop import run
+from diffcore.schedules import Discrete, Flow, Karras, Leading, Linspace, Shifted, Trailing
+from tests.helpers.tiny_pipelines import dit, theirs, unet, vae
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array:DeprecationWarning"
+)  # theirs, in set_timesteps
+C_NOISE = TimeConditioning("logsnr", -1 / 8)
+
+
+@torch.no_grad()
+def ours(denoiser, sampler, knots, x, condition=None, guidance=CFG(1.0)):
+    return run(
+        denoiser, sampler, x, knots, Noise(torch.arange(len(x)), x.shape[1:]), guidance, condition
+    )[0]
+
+
+def start(rows=2, shape=(3, 8, 8)):
+    return torch.randn(rows, *shape, generator=torch.Generator().manual_seed(7))
+
+
+TABLES = [
+    ({}, Discrete(), "epsilon"),
+    ({"prediction_type": "v_prediction"}, Discrete(), "v_prediction"),
+    (
+        {"prediction_type": "sample", "beta_schedule": "squaredcos_cap_v2"},
+        Discrete("cosine"),
+        "sample",
+    ),
+    ({"num_train_timesteps": 400}, Discrete(steps=400), "epsilon"),
+]
+
+
+@pytest.mark.parametrize(("config", "schedule", "prediction"), TABLES, ids=str)
+def test_a_tables_network_gives_the_samples_of_ddim(config, schedule, prediction):
+    scheduler = diffusers.DDIMScheduler(clip_sample=False, timestep_spacing="trailing", **config)
+    network, x = unet(), start()
+    denoiser = from_diffusers(network, scheduler)
+    process = denoiser.process
+    assert (process.schedule, process.prediction, process.shape) == (
+        schedule,
+        prediction,
+        (3, 8, 8),
+    )
+    assert process.time == TimeConditioning("index", config.get("num_train_timesteps", 1000))
+    mine = ours(denoiser, DDIM(), Trailing().knots(schedule, 5), x)
+    torch.testing.assert_close(mine, theirs(network, scheduler, 5, x), rtol=1e-5, atol=1e-4)
+
+
+def test_a_network_under_a_scheduler_of_y_is_asked_about_x_of_the_vp_process():
+    scheduler = diffusers.EulerDiscreteScheduler(
+        timestep_spacing="linspace", interpolation_type="linear"
+    )
+    network, x = unet(), start()
+    denoiser = from_diffusers(network, scheduler)
+    knots = Linspace().knots(denoiser.process.schedule, 4)  # indices 999, 666, 333, 0
+    mine = ours(denoiser, DDIM(), knots, knots[0].alpha * x * scheduler.init_noise_sigma)
+    torch.testing.assert_close(mine, theirs(network, scheduler, 4, x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_flow_network_is_told_T_sigma():
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    network, x, blends = unet(), start(), [1.0, 0.9, 0.6, 0.2]
+    denoiser = from_diffusers(network, scheduler)
+    assert denoiser.process.schedule == Shifted(Flow(), -2 * math.log(3))
+    assert (denoiser.process.prediction, denoiser.process.time) == (
+        "flow_prediction",
+        TimeConditioning("blend"),
+    )
+    knots = tuple(
+        denoiser.process.schedule.level(t) for t in (*blends, 0.0)
+    )  # theirs are shifted after they are given
+    other = theirs(network, scheduler, None, x, sigmas=blends)
+    torch.testing.assert_close(ours(denoiser, DDIM(), knots, x), other, rtol=1e-4, atol=1e-4)
+
+
+def test_an_edm_network_is_preconditioned():
+    scheduler = diffusers.EDMEulerScheduler(sigma_data=0.6)
+    network, x = unet(), start()
+    denoiser = from_diffusers(network, scheduler)
+    assert (denoiser.process.prediction, denoiser.process.time) == ("edm", C_NOISE)
+    assert denoiser.process.sigma_data == 0.6
+    knots = Karras().knots(denoiser.process.schedule, 4)
+    mine = ours(denoiser, Euler(), knots, x * scheduler.init_noise_sigma)
+    torch.testing.assert_close(mine, theirs(network, scheduler, 4, x), rtol=1e-4, atol=1e-3)
+
+
+def test_a_continuous_euler_network_is_asked_in_the_vp_scaling():
+    bounds = {"sigma_min": 0.01, "sigma_max": 80.0}
+    scheduler = diffusers.EulerDiscreteScheduler(
+        timestep_type="continuous", prediction_type="v_prediction", use_karras_sigmas=True, **bounds
+    )
+    network, x = unet(), start()
+    denoiser = from_diffusers(network, scheduler)
+    assert (denoiser.process.prediction, denoiser.process.time) == ("v_prediction", C_NOISE)
+    knots = Karras(**bounds).knots(denoiser.process.schedule, 4)
+    other = theirs(network, scheduler, 4, x)  # its init_noise_sigma is right from now on
+    mine = ours(denoiser, DDIM(), knots, x * scheduler.init_noise_sigma * knots[0].alpha)
+    torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+
+
+def test_the_config_may_be_given_for_the_scheduler():
+    network, scheduler = (
+        unet(),
+        diffusers.DDIMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction"),
+    )
+    expected = from_diffusers(network, scheduler).process
+    for config in (scheduler.config, json.loads(scheduler.to_json_string())):
+        assert from_diffusers(network, config).process == expected
+    flow = diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0)
+    assert from_diffusers(network, flow.config).process == from_diffusers(network, flow).process
+
+
+@pytest.fixture(scope="module")
+def dit_pipe():
+    scheduler = diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=True)
+    pipe = diffusers.DiTPipeline(transformer=dit(), vae=vae(), scheduler=scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_dit_with_a_vae_gives_the_images_of_its_pipeline(dit_pipe):
+    """Class-conditional with CFG; the mean half of its output; null label 1000; latents of scaling_factor 0.3."""
+    denoiser = from_diffusers(dit_pipe)
+    process = denoiser.process
+    assert (process.classes, process.dropout, process.shape, process.sigma_data) == (
+        1000,
+        0.1,
+        (4, 8, 8),
+        1.0,
+    )
+    assert (process.low, process.high) == (-math.inf, math.inf)
+    generator = torch.Generator().manual_seed(7)
+    images = dit_pipe(
+        [3, 5], guidance_scale=4.0, num_inference_steps=4, generator=generator, output_type="np"
+    ).images
+    knots = Leading().knots(process.schedule, 4)
+    z = ours(denoiser, DDIM(), knots, start(2, (4, 8, 8)), torch.tensor([3, 5]), CFG(4.0))
+    mine = (Latents(dit_pipe.vae).decode(z).detach() / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(
+        mine.permute(0, 2, 3, 1), torch.from_numpy(images), rtol=0, atol=1e-4
+    )
+
+
+def test_a_class_conditional_unet_is_asked_for_its_null_label():
+    network, scheduler = unet(num_class_embeds=5), diffusers.DDPMScheduler()
+    with pytest.raises(ValueError, match=r"embeds 5 labels, .* pass classes=4 and the dropout"):
+        from_diffusers(network, scheduler)
+    denoiser = from_diffusers(network, scheduler, classes=4, dropout=0.1)
+    arguments = {"seeds": [0, 1], "condition": [0, 3], "batch_size": 2}
+    low, high = (sample(denoiser, steps=2, guidance=CFG(w), **arguments).x for w in (1.0, 3.0))
+    assert not torch.equal(low, high)
+    undropped = from_diffusers(network, scheduler, classes=4, dropout=0.0)
+    with pytest.raises(ValueError, match="trained without condition dropout"):
+        sample(undropped, steps=2, guidance=CFG(3.0), **arguments)
+
+
+def test_fields_are_overridden_aloud(caplog):
+    with caplog.at_level(logging.WARNING):
+        process = from_diffusers(
+            unet(), diffusers.DDPMScheduler(), prediction="sample", sigma_data=0.7
+        ).process
+    assert (process.prediction, process.sigma_data) == ("sample", 0.7)
+    assert [record.message for record in caplog.records] == [
+        "prediction is sample, in place of epsilon of the configs"
+    ]
+
+
+LATENTS = {
+    "scale": {},
+    "shift": {"shift_factor": 0.2},
+    "channels": {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.0, 2.0, 3.0, 4.0]},
+}
+
+
+@pytest.mark.parametrize("config", LATENTS.values(), ids=LATENTS)
+def test_latents_are_scaled_and_shifted(config):
+    model, image = vae(**config), torch.rand(2, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        raw = model.encode(image).latent_dist.mode()
+        mean = torch.tensor(config.get("latents_mean", [config.get("shift_factor", 0.0)])).view(
+            1, -1, 1, 1
+        )
+        std = torch.tensor(config.get("latents_std", [1.0])).view(1, -1, 1, 1)
+        z = Latents(model).encode(image)
+        torch.testing.assert_close(z, (raw - mean) * 0.3 / std)
+        torch.testing.assert_close(
+            Latents(model).decode(z), model.decode(raw).sample, rtol=1e-4, atol=1e-4
+        )
+        drawn = [
+            Latents(model).encode(image, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
+        ]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+def test_a_saved_pipeline_is_read_by_its_folder(tmp_path, dit_pipe):
+    dit_pipe.save_pretrained(tmp_path)
+    denoiser, other = from_diffusers(tmp_path), from_diffusers(dit_pipe)
+    assert denoiser.process == other.process
+    x, level = start(2, (4, 8, 8)), denoiser.process.schedule.level(0.5)
+    with torch.no_grad():
+        assert torch.equal(
+            denoiser(x, level, torch.tensor([1, 2])).x0, other(x, level, torch.tensor([1, 2])).x0
+        )
+
+
+class Bomb:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('the pickle was opened')",)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    diffusers.DDPMPipeline(unet(), diffusers.DDPMScheduler()).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def pickled(folder):
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(Bomb(), folder / "unet" / "diffusion_pytorch_model.bin")
+
+
+def remote(folder):
+    (folder / "unet" / "mine.py").write_text("raise SystemExit('the code was run')")
+    edit(folder / "model_index.json", unet=["mine", "Net"])
+
+
+BROKEN = [
+    (lambda f: (f / "model_index.json").unlink(), "model_index.json is missing: expected the folder of a diffusers pipeline"),
+    (lambda f: (f / "scheduler" / "scheduler_config.json").unlink(), "scheduler_config.json is missing"),
+    (lambda f: (f / "model_index.json").write_text("{"), "is not JSON"),
+    (lambda f: edit(f / "model_index.json", unet=[None, None]), "expected one of unet or transformer, and a scheduler"),
+    (pickled, "pickled weights are not opened, convert them first"),
+    (remote, "names mine.Net as unet, which is no model of diffusers or transformers: code that comes with weights is not run"),
+    (lambda f: edit(f / "model_index.json", unet=["diffusers", "loaders"]), "is no model of diffusers"),
+    (lambda f: edit(f / "scheduler" / "scheduler_config.json", _class_name="Mine"), "_class_name is 'Mine'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "message"), BROKEN, ids=[message[:30] for _, message in BROKEN])
+def test_a_folder_that_is_not_whole_or_not_data_is_refused(folder, damage, message):
+    damage(folder)
+    with pytest.raises(ValueError, match=message):
+        from_diffusers(folder)
+
+
+REFUSED = [
+    (diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True), "use_flow_sigmas, but prediction_type 'epsilon'"),
+    (diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction"), "a table of betas: set use_flow_sigmas"),
+    (diffusers.EDMEulerScheduler(prediction_type="v_prediction"), "prediction_type is 'v_prediction': an EDM"),
+    (diffusers.DDPMScheduler().config | {"prediction_type": "eps"}, "prediction_type is 'eps', expected epsilon, sample"),
+    (diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "give mu"),
+    (diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "is told 1 - σ"),
+    (diffusers.DDIMScheduler(rescale_betas_zero_snr=True), "pure noise"),
+    (diffusers.IPNDMScheduler(), "does not say what the network outputs"),
+    ({"timesteps": 3}, "names no scheduler: pass the scheduler itself"),
+    (None, "a network alone does not say its schedule, prediction, time"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"), REFUSED, ids=[message[:30] for _, message in REFUSED]
+)
+def test_what_contradicts_itself_or_says_too_little_is_refused(scheduler, message):
+    with pytest.raises(ValueError, match=message):
+        from_diffusers(nn.Identity(), scheduler, shape=(3, 8, 8))
+
+
+def test_a_network_without_a_config_takes_a_shape():
+    with pytest.raises(ValueError, match="pass shape"):
+        from_diffusers(nn.Identity(), diffusers.DDPMScheduler())
+    assert from_diffusers(nn.Identity(), diffusers.DDPMScheduler(), shape=(2,)).process.shape == (
+        2,
+    )
+    with pytest.raises(ValueError, match="is told text, which a network alone cannot encode"):
+        from_diffusers(unet_2d_condition(), diffusers.DDPMScheduler())
+
+
+def unet_2d_condition():
+    blocks = {
+        "down_block_types": ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",),
+        "block_out_channels": (8,),
+    }
+    return diffusers.UNet2DConditionModel(
+        sample_size=8, norm_num_groups=4, cross_attention_dim=8, **blocks
+    )

@@ -1,0 +1,176 @@
+"""A pipeline's network to train on: its weights, or an adapter beside them, and the scheduler that is saved with it."""
+
+import shutil
+from importlib import util
+
+import diffusers
+import pytest
+import torch
+
+from diffcore.core.process import Process, TimeConditioning
+from diffcore.integrations.diffusers import DiffcoreScheduler, LoRA, Pretrained
+from diffcore.integrations.diffusers.loading.index import Index
+from diffcore.integrations.diffusers.pipeline.base_network import scheduler_of
+from diffcore.integrations.diffusers.scheduler.scheduler_config import config_of, describe
+from diffcore.schedules import Cosine, Discrete, Flow, Shifted, ZeroTerminalSNR
+from tests.helpers.captioned_images import OLD, change_json, write_pipeline
+from tests.helpers.tiny_pipelines import dit_pipeline
+
+X, TIME, STATES = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 700.0]), torch.randn(2, 12, 8)
+INDEX = TimeConditioning("index", 1000.0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_pipeline(tmp_path_factory.mktemp("pretrained") / "pipeline")
+
+
+@torch.no_grad()
+def answer(network):
+    return network(X, TIME, encoder_hidden_states=STATES)
+
+
+def test_it_answers_as_the_pipelines_network_and_trains_all_of_it(folder):
+    made = Pretrained(str(folder))
+    assert torch.equal(answer(made), Index(folder).read("unet")(X, TIME, STATES).sample)
+    assert all(value.requires_grad for value in made.parameters())
+    assert set(made.state_dict()) == {f"network.{name}" for name in made.network.state_dict()}
+
+
+def test_the_mean_of_a_network_that_also_outputs_a_variance(tmp_path):
+    dit_pipeline(diffusers.DDIMScheduler()).save_pretrained(tmp_path)
+    made, labels = Pretrained(str(tmp_path)), torch.tensor([1, 2])
+    expected = made.network(X, TIME, class_labels=labels).sample[:, :4]
+    assert torch.equal(made(X, TIME, class_labels=labels), expected)
+
+
+def test_the_state_of_an_adapter_is_the_adapter_alone(folder):
+    torch.manual_seed(0)
+    made, base = Pretrained(str(folder), LoRA(rank=2, alpha=6)), Pretrained(str(folder))
+    trained = {name for name, value in made.named_parameters() if value.requires_grad}
+    assert set(made.state_dict()) == trained
+    assert all(".lora_A." in name or ".lora_B." in name for name in trained)
+    assert torch.equal(answer(made), answer(base))  # B is 0
+    state = {name: torch.randn_like(value) for name, value in made.state_dict().items()}
+    made.load_state_dict(state)
+    assert not torch.allclose(answer(made), answer(base))
+    with pytest.raises(RuntimeError, match="Missing key"):
+        made.load_state_dict(dict(list(state.items())[1:]))
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        made.load_state_dict(state | {"network.other": X})
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    down, up = (state[f"network.{name}.lora_{part}.default.weight"] for part in "AB")
+    layer, plain = made.network.get_submodule(name), base.network.get_submodule(name)
+    features = torch.randn(3, plain.in_features)
+    torch.testing.assert_close(layer(features), plain(features) + 6 / 2 * features @ down.T @ up.T)
+
+
+def test_the_first_adapter_is_a_function_of_the_seed(folder):
+    states = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        states.append(
+            torch.cat([v.flatten() for v in Pretrained(str(folder), LoRA(2)).state_dict().values()])
+        )
+    assert torch.equal(states[0], states[1])
+    assert not torch.equal(states[0], states[2])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": -1}, "rank is -1, expected 1 or more, or 0 to train all weights"),
+        ({"rank": 2, "alpha": -1}, "alpha is -1 and targets are"),
+        ({"rank": 2, "targets": []}, r"targets are \[\], expected"),
+        ({"rank": 2, "targets": ["to_w"]}, r"no layer of UNet2DConditionModel ends in to_w"),
+    ],
+)
+def test_an_adapter_that_cannot_be_is_refused(folder, options, message):
+    with pytest.raises(ValueError, match=message):
+        Pretrained(str(folder), LoRA(**options))
+
+
+def test_without_peft_an_adapter_is_refused_with_the_remedy(folder, monkeypatch):
+    monkeypatch.setattr(
+        "diffcore.integrations.diffusers.pipeline.base_network.find_spec", lambda name: None
+    )
+    with pytest.raises(ValueError, match=r"LoRA needs peft: pip install 'diffcore\[lora\]'"):
+        Pretrained(str(folder), LoRA(2))
+    assert util.find_spec("peft")
+
+
+def test_an_adapter_that_diffusers_would_not_load_is_refused_before_it_is_trained(folder, tmp_path):
+    dit_pipeline(diffusers.DDIMScheduler()).save_pretrained(tmp_path / "dit")
+    with pytest.raises(
+        ValueError, match="diffusers loads no LoRA into a DiTPipeline: train all weights"
+    ):
+        Pretrained(str(tmp_path / "dit"), LoRA(2))
+    shutil.copytree(folder, tmp_path / "other")
+    change_json(tmp_path / "other/model_index.json", _class_name="logging")
+    with pytest.raises(ValueError, match="is of a logging, expected a pipeline of diffusers"):
+        Pretrained(str(tmp_path / "other"), LoRA(2))
+
+
+def test_what_is_no_pipeline_or_is_told_text_by_label_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="is missing: expected the folder of a diffusers pipeline"):
+        Pretrained(str(tmp_path))
+    with pytest.raises(
+        ValueError, match="is told text, not labels: sample its pipeline/ with --prompt"
+    ):
+        Pretrained(str(folder))(X, TIME, class_labels=torch.tensor([0, 1]))
+
+
+# The scheduler that is saved ------------------------------------------------------------------------------------------
+
+
+LINEAR = Discrete("scaled_linear", 1000, 0.00085, 0.012)
+BLEND = TimeConditioning("blend", 1000.0)
+SD3 = Shifted.by_time_shift(Flow(), 3.0)
+
+
+@pytest.mark.parametrize(
+    ("config", "said", "kind"),
+    [
+        (diffusers.PNDMScheduler(**OLD), (LINEAR, "epsilon", INDEX), diffusers.DDIMScheduler),
+        (
+            diffusers.PNDMScheduler(**OLD),
+            (ZeroTerminalSNR(LINEAR), "v_prediction", INDEX),
+            diffusers.DDIMScheduler,
+        ),
+        (
+            diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0),
+            (SD3, "flow_prediction", BLEND),
+            diffusers.FlowMatchHeunDiscreteScheduler,
+        ),
+        (
+            diffusers.PNDMScheduler(**OLD),
+            (SD3, "flow_prediction", BLEND),
+            diffusers.FlowMatchEulerDiscreteScheduler,
+        ),
+        (diffusers.PNDMScheduler(**OLD), (SD3, "v_prediction", BLEND), DiffcoreScheduler),
+    ],
+    ids=["table", "zero SNR", "flow", "another flow", "flow that predicts v"],
+)
+def test_the_saved_scheduler_describes_the_process(tmp_path, config, said, kind):
+    process = Process(*said, shape=(4, 8, 8), sigma_data=1.0)
+    scheduler_of(config_of(config), process).save_pretrained(tmp_path)
+    found = kind.from_pretrained(tmp_path)
+    assert type(found) is kind
+    schedule, *others = describe(config_of(found))[:3]
+    assert others == [process.prediction, process.time]
+    t = torch.linspace(0.001, 1, 1000, dtype=torch.float64)
+    torch.testing.assert_close(
+        schedule.logsnr(t), process.schedule.logsnr(t), rtol=1e-12, atol=1e-12
+    )
+    if kind is diffusers.DDIMScheduler:
+        assert (found.config.timestep_spacing, found.config.set_alpha_to_one) == ("trailing", True)
+        assert found.config.rescale_betas_zero_snr == (said[1] == "v_prediction")
+
+
+def test_a_schedule_that_is_no_table_is_saved_as_one(tmp_path):
+    process = Process(Cosine(), "v_prediction", INDEX, shape=(4, 8, 8), sigma_data=1.0)
+    scheduler_of(config_of(diffusers.PNDMScheduler(**OLD)), process).save_pretrained(tmp_path)
+    found = describe(config_of(diffusers.DDIMScheduler.from_pretrained(tmp_path)))
+    t = torch.arange(1, 1001, dtype=torch.float64) / 1000
+    torch.testing.assert_close(found.schedule.logsnr(t), Cosine().logsnr(t), rtol=0, atol=1e-9)
+    assert found[1:3] == ("v_prediction", INDEX)

@@ -1,0 +1,426 @@
+"""DiffcorePipeline: the samples of our own loop, in a pipeline that is saved, loaded and called as those of diffusers."""
+
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from diffcore.core.denoiser import Denoiser
+from diffcore.core.process import Process
+from diffcore.guidance import APG, CFG, Interval
+from diffcore.integrations.diffusers import (
+    DiffcorePipeline,
+    DiffcoreScheduler,
+    Latents,
+    from_diffusers,
+)
+from diffcore.samplers import DDIM, DDPM, AdaptiveRungeKutta, DPMSolverPP, Heun
+from diffcore.sampling import images
+from diffcore.sampling.generation import GRID, sample
+from diffcore.schedules import Cosine, Discrete, Karras, Trailing, UniformLogSNR
+from tests.helpers.tiny_pipelines import dit, quiet, unet, vae
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+PROCESS = Process(Cosine(), shape=(3, 8, 8), classes=4, dropout=0.1, sigma_data=0.7)
+PLAIN = Process(Cosine(), shape=(3, 8, 8))
+
+
+@pytest.fixture(scope="module")
+def denoiser():
+    return Denoiser(unet(num_class_embeds=5), PROCESS)
+
+
+@pytest.fixture(scope="module")
+def folder(denoiser, tmp_path_factory):
+    """With a sampler, grid, number of steps and guidance of its own; not to be changed, copy it."""
+    place = tmp_path_factory.mktemp("pipeline")
+    quiet(DiffcorePipeline.of(denoiser, Heun(), Trailing(), 3, CFG(2.0))).save_pretrained(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def pipe(folder):
+    return quiet(DiffcorePipeline.from_pretrained(folder))
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return quiet(DiffcorePipeline.of(Denoiser(unet(), PLAIN), num_inference_steps=3))
+
+
+def test_a_loaded_pipeline_is_what_was_saved(pipe, denoiser):
+    assert pipe.process == PROCESS
+    settings = pipe.scheduler.settings
+    assert (settings.sampler, settings.grid, pipe.guidance) == (Heun(), Trailing(), CFG(2.0))
+    assert pipe.config.num_inference_steps == 3
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(pipe.unet.parameters(), denoiser.network.parameters(), strict=True)
+    )
+
+
+CALLS = {
+    "its own": ({}, (Heun(), Trailing(), 3, CFG(2.0))),
+    "others": (
+        {
+            "sampler": DPMSolverPP("2M"),
+            "grid": UniformLogSNR(),
+            "num_inference_steps": 4,
+            "guidance": APG(3.0),
+        },
+        (DPMSolverPP("2M"), UniformLogSNR(), 4, APG(3.0)),
+    ),
+    "bounds become knots": (
+        {"guidance": Interval(CFG(3.0), sigma=(0.3, 3.0))},
+        (Heun(), Trailing(), 3, Interval(CFG(3.0), sigma=(0.3, 3.0))),
+    ),
+    "stochastic": ({"sampler": DDPM()}, (DDPM(), Trailing(), 3, CFG(2.0))),
+}
+
+
+@pytest.mark.parametrize(("options", "expected"), CALLS.values(), ids=CALLS)
+def test_with_seeds_it_gives_bitwise_the_samples_of_sample(pipe, denoiser, options, expected):
+    seeds, labels = [3, -5, 2**60], [0, 3, 1]
+    made = pipe(class_labels=labels, seeds=seeds, output_type="latent", **options).images
+    *ways, guidance = expected
+    ours = sample(denoiser, *ways, seeds=seeds, condition=labels, guidance=guidance, batch_size=3).x
+    assert torch.equal(made, ours)
+
+
+def test_the_denoiser_of_a_pipeline_is_sampled_as_any(pipe, denoiser):
+    asked = {"steps": 2, "seeds": [1], "condition": [2]}
+    assert torch.equal(sample(pipe.denoiser, **asked).x, sample(denoiser, **asked).x)
+
+
+@pytest.mark.parametrize("sampler", [DDIM(), DDPM()], ids=repr)
+def test_with_generators_it_draws_as_pipelines_of_diffusers_draw(sampler):
+    """DDPMPipeline with our scheduler draws the first x and each step's noise from the generator; unit variance of data."""
+    network, process = unet(), Process(Discrete(), "epsilon", shape=(3, 8, 8), sigma_data=1.0)
+    mine = quiet(DiffcorePipeline.of(Denoiser(network, process), sampler, Trailing()))
+    other = quiet(diffusers.DDPMPipeline(network, mine.scheduler))
+    options = {"batch_size": 2, "num_inference_steps": 4, "output_type": "np"}
+    one, two = (
+        p(generator=torch.Generator().manual_seed(5), **options).images for p in (mine, other)
+    )
+    np.testing.assert_allclose(one, two, rtol=0, atol=1e-5)
+
+
+def test_a_list_of_generators_makes_each_image_its_own(plain):
+    def drawn(*seeds):
+        return plain(
+            generator=[torch.Generator().manual_seed(s) for s in seeds],
+            sampler=DDPM(),
+            output_type="latent",
+        ).images
+
+    torch.testing.assert_close(drawn(1, 2)[1:], drawn(2), rtol=1e-5, atol=1e-5)
+
+
+def test_without_a_generator_it_draws_from_torchs_own(plain):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        first, second = (plain(output_type="latent").images for _ in range(2))
+        torch.manual_seed(0)
+        assert torch.equal(plain(output_type="latent").images, first)
+    assert not torch.equal(first, second)
+
+
+def test_images_come_in_every_type(plain):
+    made = {
+        kind: plain(seeds=[0, 1], output_type=kind).images for kind in ("latent", "pt", "np", "pil")
+    }
+    assert torch.equal(made["pt"], images.unit(made["latent"], PLAIN))
+    assert made["np"].shape == (2, 8, 8, 3)
+    assert np.array_equal(made["np"], made["pt"].permute(0, 2, 3, 1).numpy())
+    assert [picture.size for picture in made["pil"]] == [(8, 8)] * 2
+    assert np.array_equal(
+        np.stack([np.asarray(p) for p in made["pil"]]), images.pixels(made["latent"], PLAIN)
+    )
+    assert torch.equal(plain(seeds=[0, 1], output_type="pt", return_dict=False)[0], made["pt"])
+
+
+def test_a_range_other_than_of_diffusers_is_shown_right():
+    process = Process(Cosine(), shape=(3, 8, 8), low=0.0, high=4.0)
+    made = quiet(DiffcorePipeline.of(Denoiser(unet(), process), num_inference_steps=2))
+    x, shown = (made(seeds=[0], output_type=kind).images for kind in ("latent", "pt"))
+    assert torch.equal(shown, (x / 4).clamp(0, 1))
+
+
+def test_latents_are_decoded(tmp_path):
+    scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    source = diffusers.DiTPipeline(transformer=dit(), vae=vae(), scheduler=scheduler)
+    denoiser = from_diffusers(source)
+    DiffcorePipeline.of(
+        denoiser, num_inference_steps=2, guidance=CFG(4.0), vae=source.vae
+    ).save_pretrained(tmp_path)
+    pipe = quiet(DiffcorePipeline.from_pretrained(tmp_path))
+    assert pipe.process == denoiser.process  # unbounded latents of 4 channels
+    asked = {"class_labels": [7, 8], "seeds": [0, 1]}
+    z, shown = (pipe(**asked, output_type=kind).images for kind in ("latent", "pt"))
+    assert torch.equal(
+        z,
+        sample(
+            denoiser, steps=2, seeds=[0, 1], condition=[7, 8], guidance=CFG(4.0), batch_size=2
+        ).x,
+    )
+    with torch.no_grad():
+        assert torch.equal(shown, (Latents(source.vae).decode(z) / 2 + 0.5).clamp(0, 1))
+
+
+def test_each_step_is_told_of_and_may_change_x(plain):
+    calls, told = [], Denoiser(plain.unet, PLAIN).process.time
+
+    def halve(pipe, step, timestep, values):
+        calls.append((step, timestep, values["latents"]))
+        return {"latents": values["latents"] / 2}
+
+    made = plain(seeds=[0], output_type="latent", sampler=Heun(), callback_on_step_end=halve).images
+    knots = GRID.knots(PLAIN.schedule, 3)
+    assert [step for step, _, _ in calls] == [0, 1, 2]
+    assert [calls[0][1], calls[-1][1]] == [
+        told(knots[0]),
+        told(knots[2]),
+    ]  # its first and last step are of the first order
+    assert torch.equal(made, calls[-1][2] / 2)
+    assert not torch.equal(
+        calls[-1][2], plain(seeds=[0], output_type="latent", sampler=Heun()).images
+    )
+
+
+def test_a_callback_may_end_the_run(plain):
+    seen = []
+
+    def stop(pipe, step, timestep, values):
+        seen.append(values["latents"])
+        pipe._interrupt = step == 1
+        return values
+
+    made = plain(seeds=[0], output_type="latent", callback_on_step_end=stop).images
+    assert len(seen) == 2
+    assert torch.equal(made, seen[1])
+    assert len(plain(seeds=[0], output_type="latent").images) == 1  # the next call runs to its end
+
+
+def test_the_bar_counts_steps(folder, capsys):
+    pipe = DiffcorePipeline.from_pretrained(folder)
+    capsys.readouterr()
+    pipe(class_labels=0, seeds=[0])
+    assert "3/3" in capsys.readouterr().err
+
+
+def test_an_adaptive_sampler_is_for_a_call(plain):
+    expected = sample(
+        Denoiser(plain.unet, PLAIN), AdaptiveRungeKutta(), Karras(), 3, seeds=[0], batch_size=1
+    ).x
+    assert torch.equal(
+        plain(seeds=[0], sampler=AdaptiveRungeKutta(), grid=Karras(), output_type="latent").images,
+        expected,
+    )
+    with pytest.raises(ValueError, match="decides as it goes where to ask"):
+        DiffcorePipeline.of(Denoiser(unet(), PLAIN), AdaptiveRungeKutta())
+
+
+def test_a_network_of_half_precision_is_asked_in_it_and_x_is_not(folder, pipe):
+    half = quiet(DiffcorePipeline.from_pretrained(folder, dtype=torch.bfloat16))
+    asked = {"class_labels": [1, 2], "seeds": [0, 1], "output_type": "latent"}
+    made, exact = half(**asked).images, pipe(**asked).images
+    assert {p.dtype for p in half.unet.parameters()} == {torch.bfloat16}
+    assert made.dtype == torch.float32
+    torch.testing.assert_close(made, exact, rtol=0, atol=0.05 * float(exact.abs().max()))
+    assert not torch.equal(made, exact)
+    assert torch.equal(half.to(torch.float32)(**asked).images, half(**asked).images)
+
+
+def test_models_are_offloaded_between_their_turns():
+    """To the same processor here: each model has its hook, and the device of a call is the hooks'."""
+    source = diffusers.DiTPipeline(
+        transformer=dit(), vae=vae(), scheduler=diffusers.DDIMScheduler(clip_sample=False)
+    )
+    made = quiet(DiffcorePipeline.of(from_diffusers(source), num_inference_steps=2, vae=source.vae))
+    asked = {"class_labels": [1, 2], "seeds": [0, 1], "output_type": "pt"}
+    expected = made(**asked).images
+    made.enable_model_cpu_offload(device="cpu")
+    assert [hook.model for hook in made._all_hooks] == [made.transformer, made.vae]
+    assert made._execution_device == torch.device("cpu:0")
+    assert torch.equal(made(**asked).images, expected)
+
+
+def test_threads_share_a_pipeline(pipe):
+    def one(seed):
+        return pipe(class_labels=seed % 4, seeds=[seed], output_type="latent").images
+
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(one, range(8)))
+    assert all(torch.equal(made, one(seed)) for seed, made in enumerate(together))
+
+
+def test_one_label_is_for_all(pipe):
+    made = pipe(class_labels=2, seeds=[0, 1], output_type="latent").images
+    assert torch.equal(
+        made, pipe(class_labels=torch.tensor([2, 2]), seeds=[0, 1], output_type="latent").images
+    )
+
+
+CALLED_WRONG = [
+    ({"seeds": [0, 1], "class_labels": [1]}, "asks for 1 by class_labels, 2 by seeds: pass as many of each"),
+    ({"seeds": [0], "generator": torch.Generator()}, "seeds and generator were given: pass one"),
+    ({"seeds": [0]}, "needs a condition to strengthen"),
+    ({"seeds": [0], "class_labels": 9}, r"labels \[9\] are out of range"),
+    ({"seeds": [2**64], "class_labels": 0}, "beyond 64 bits"),
+    ({"class_labels": 0, "output_type": "jpg"}, "output_type is 'jpg', expected one of pil, np, pt, latent"),
+    ({"class_labels": 0, "num_inference_steps": 0}, "steps"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), CALLED_WRONG, ids=[message[:30] for _, message in CALLED_WRONG]
+)
+def test_what_cannot_be_sampled_is_refused_before_the_first_step(pipe, options, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(**options)
+
+
+def test_what_is_no_picture_is_given_as_latents():
+    made = DiffcorePipeline.of(
+        Denoiser(unet(in_channels=2, out_channels=2), Process(Cosine(), shape=(2, 8, 8)))
+    )
+    with pytest.raises(
+        ValueError, match="not images of 1 or 3 channels: pass output_type='latent'"
+    ):
+        made()
+    assert quiet(made)(num_inference_steps=1, output_type="latent").images.shape == (1, 2, 8, 8)
+
+
+def test_parts_that_contradict_each_other_are_refused(plain):
+    scheduler = plain.scheduler
+    with pytest.raises(ValueError, match="pass either unet or transformer"):
+        DiffcorePipeline(scheduler)
+    with pytest.raises(
+        ValueError, match=r"is a DDIMScheduler, expected a DiffcoreScheduler: .*from_config"
+    ):
+        DiffcorePipeline(diffusers.DDIMScheduler(), unet())
+    clipping = DiffcoreScheduler.from_config(diffusers.DDIMScheduler().config)
+    with pytest.raises(ValueError, match=r"clips x_0 to ±1, .* clip=None"):
+        DiffcorePipeline(clipping, unet(), shape=(3, 8, 8))
+    with pytest.raises(ValueError, match="dropout is 2"):
+        DiffcorePipeline(scheduler, unet(), shape=(3, 8, 8), classes=1, dropout=2.0)
+    with pytest.raises(ValueError, match="is a Linear, and a pipeline holds ModelMixins"):
+        DiffcorePipeline.of(Denoiser(nn.Linear(1, 1), PLAIN))
+
+
+# Folders -------------------------------------------------------------------------------------------------------------
+
+
+class Bomb:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('the pickle was opened')",)
+
+
+@pytest.fixture
+def copy(plain, tmp_path):
+    plain.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def edit(path, **changes):
+    data = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in data.items() if value != "gone"}))
+
+
+def index(**changes):
+    return lambda folder: edit(folder / "model_index.json", **changes)
+
+
+def said(**changes):
+    return lambda folder: edit(folder / "scheduler" / "scheduler_config.json", **changes)
+
+
+def pickled(folder):
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(Bomb(), folder / "unet" / "diffusion_pytorch_model.bin")
+
+
+def remote(folder):
+    for place in (folder, folder / "unet"):
+        (place / "mine.py").write_text("raise SystemExit('the code was run')")
+    edit(folder / "model_index.json", unet=["mine", "Net"])
+
+
+def remote_pipeline(folder):
+    (folder / "mine.py").write_text("raise SystemExit('the code was run')")
+    edit(folder / "model_index.json", _class_name=["mine", "Pipe"])
+
+
+BROKEN = [
+    (lambda f: (f / "model_index.json").unlink(), "model_index.json is missing"),
+    (lambda f: (f / "model_index.json").write_text("{"), "is not JSON"),
+    (index(_class_name="DDPMPipeline"), r"holds a DDPMPipeline, expected .* by diffcore.integrations.diffusers.from_diffusers"),
+    (index(shape="gone", dropout="gone"), "lacks shape, dropout, and a guess would sample another model"),
+    (index(scheduler=["diffusers", "DDIMScheduler"]), "as scheduler, expected a DiffcoreScheduler"),
+    (index(unet=[None, None]), "pass either unet or transformer"),
+    (index(guidance={"class_path": "CGF"}), "did you mean"),
+    (index(guidance={"class_path": "os.system", "init_args": {"command": "false"}}), "guidance"),
+    (index(classes=-1), "classes is -1"),
+    (index(unet=["diffusers", "loaders"]), "is no model of diffusers"),
+    (remote, "names mine.Net as unet, which is no model of diffusers: code that comes with weights is not run"),
+    (remote_pipeline, "expected a DiffcorePipeline"),
+    (pickled, "pickled weights are not opened, convert them first"),
+    (lambda f: (f / "unet" / "config.json").unlink(), "each part needs its config and safetensors"),
+    (lambda f: (f / "scheduler" / "scheduler_config.json").unlink(), "each part needs its config"),
+    (said(prediction_type="velocity"), "prediction_type"),
+    (said(prediction_type="epsilon", schedule={"class_path": "ZeroTerminalSNR", "init_args": {"schedule": {
+        "class_path": "Discrete"}}}), "pure noise"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "message"), BROKEN, ids=[message[:30] for _, message in BROKEN])
+def test_a_folder_that_is_not_whole_or_not_data_is_refused(copy, damage, message):
+    damage(copy)
+    with pytest.raises(ValueError, match=message):
+        DiffcorePipeline.from_pretrained(copy)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"trust_remote_code": True}, {"custom_pipeline": "x"}, {"use_safetensors": False}],
+    ids=str,
+)
+def test_options_that_run_code_or_open_pickles_are_refused(folder, option):
+    with pytest.raises(
+        ValueError, match=r"code that comes with weights is not run|pickled weights are not opened"
+    ):
+        DiffcorePipeline.from_pretrained(folder, **option)
+
+
+class Net(diffusers.UNet2DModel):
+    """A network of the user's own."""
+
+
+def test_a_network_of_ones_own_is_imported_and_given(monkeypatch, tmp_path):
+    monkeypatch.setitem(
+        sys.modules, "own.nets", SimpleNamespace(Net=Net, ModelMixin=diffusers.ModelMixin)
+    )
+    monkeypatch.setattr(Net, "__module__", "own.nets")
+    network = Net.from_config(unet().config)
+    DiffcorePipeline.of(Denoiser(network, PLAIN)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="import it, load it yourself and pass unet="):
+        DiffcorePipeline.from_pretrained(tmp_path)
+    given = Net.from_pretrained(tmp_path / "unet")
+    assert DiffcorePipeline.from_pretrained(tmp_path, unet=given).unet is given
+
+
+def test_a_pipeline_of_a_hub_is_loaded_from_where_it_is_downloaded_to(folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        DiffcorePipeline,
+        "download",
+        classmethod(lambda cls, name, **options: asked.append((name, options)) or str(folder)),
+    )
+    assert DiffcorePipeline.from_pretrained("someone/digits").process == PROCESS
+    assert asked == [("someone/digits", {"use_safetensors": True})]

@@ -1,0 +1,193 @@
+"""Specs: plain data that names a component, reads back to an equal one, and can name nothing that is not trusted."""
+
+import json
+import math
+import sys
+
+import pytest
+
+from diffcore.core.process import Process, TimeConditioning
+from diffcore.io.specs import Parser, build, spec, trust
+from diffcore.objectives.coupling import OptimalTransport
+from diffcore.objectives.level_sampling import LearnedSchedule, SecondMoment
+from diffcore.objectives.losses import Huber, PseudoHuber
+from diffcore.objectives.objective import Objective
+from diffcore.objectives.uncertainty import Uncertainty
+from diffcore.objectives.weighting import (
+    EDM,
+    ELBO,
+    MSE,
+    P2,
+    Debiased,
+    MinSNR,
+    SigmoidWeight,
+    SoftMinSNR,
+    TruncatedSNR,
+)
+from diffcore.samplers import DDPM, DPMSolverSDE, PredictorCorrector, Restart
+from diffcore.schedules import Discrete, Explicit, Shifted, ZeroTerminalSNR
+
+NESTED = Shifted(ZeroTerminalSNR(Discrete(end=0.01)), -1.5)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        NESTED,
+        Objective(MinSNR(3.0), "independent"),
+        Objective(MSE("edm")),
+        Objective(
+            P2(2.0, 0.5), corrected=True, resampler=SecondMoment(50), loss=Huber(0.3), offset=0.1
+        ),
+        Objective(SigmoidWeight(-1.0), resampler=LearnedSchedule(rate=0.2), loss=PseudoHuber()),
+        Objective(
+            Debiased(), coupling=OptimalTransport(32), perturbation=0.1, uncertainty=Uncertainty(16)
+        ),
+        *(Objective(kind()) for kind in (EDM, ELBO, SoftMinSNR, TruncatedSNR)),
+        TimeConditioning("sigma", -0.125, 20.0),
+        TimeConditioning("t", 1.0, math.inf),
+        Explicit((-math.inf, 0.0, math.inf)),
+        DPMSolverSDE(3, 0.5),
+        Restart(
+            PredictorCorrector(DDPM(0.5), 2, 0.16, "corrector"),
+            ((0.2, 0.8, 4, 2), (1.5, 4.0, 3, 1)),
+        ),
+        Process(schedule=NESTED),
+    ],
+    ids=repr,
+)
+def test_a_spec_of_plain_json_reads_back_to_an_equal_value(value):
+    data = json.loads(json.dumps(spec(value), allow_nan=False))
+    assert build(type(value), data.get("init_args", data)) == value
+
+
+def test_a_spec_names_each_component_and_all_of_its_fields():
+    assert spec(NESTED)["class_path"] == "Shifted"
+    assert spec(NESTED)["init_args"]["shift"] == -1.5
+    assert spec(NESTED)["init_args"]["schedule"] == {
+        "class_path": "ZeroTerminalSNR",
+        "init_args": {
+            "schedule": {
+                "class_path": "Discrete",
+                "init_args": {
+                    "betas": "linear",
+                    "steps": 1000,
+                    "start": 1e-4,
+                    "end": 0.01,
+                    "scaling": "vp",
+                },
+            }
+        },
+    }
+
+
+def test_numbers_that_json_lacks_are_spelled_as_yaml_does():
+    assert spec([math.inf, -math.inf, 1.5]) == [".inf", "-.inf", 1.5]
+    assert spec(math.nan) == ".nan"
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "message"),
+    [
+        (Process, {"predicton": "edm"}, "option 'predicton' .*did you mean 'prediction'"),
+        (Process, {"sigmadata": 1.0}, "option 'sigmadata' .*did you mean 'sigma_data'"),
+        (
+            Process,
+            {"time": {"variabel": "t"}},
+            r"'time.variabel' .did you mean '[\w.]*time.variable'",
+        ),
+        (Process, {"schedule": {"class_path": "Cosin"}}, "Cosin .did you mean 'Cosine'"),
+        (
+            Process,
+            {"schedule": {"class_path": "ZeroTerminal"}},
+            "ZeroTerminal .did you mean 'ZeroTerminalSNR'",
+        ),
+        (
+            Process,
+            {"schedule": {"class_path": "Normal", "init_args": {"meen": 1.0}}},
+            "'meen' .*did you mean 'mean'",
+        ),
+        (Objective, {"weight": {"class_path": "MinSRN"}}, "MinSRN .did you mean 'MinSNR'"),
+        (Objective, {"weigth": {"class_path": "MinSNR"}}, r"'weigth.*did you mean '[\w.]*weight"),
+    ],
+    ids=str,
+)
+def test_misspelled_keys_and_names_are_refused_with_the_nearest(kind, data, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        build(kind, data)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "message"),
+    [
+        (Process, {"classes": "many"}, "classes.*Got value: many"),
+        (
+            Process,
+            {"schedule": {"class_path": "MinSNR"}},
+            "schedule",
+        ),  # a component, but no schedule
+        (Process, {"schedule": 3}, "schedule.*3"),
+        (
+            Process,
+            {"schedule": {"class_path": "Laplace", "init_args": {"scale": -1.0}}},
+            "scale is -1.0, expected",
+        ),
+        (MinSNR, {"gamma": -1.0}, "gamma is -1.0, expected a positive finite number"),
+        (Shifted, {"shift": 1.0}, "schedule"),
+    ],
+    ids=str,
+)
+def test_values_that_do_not_fit_are_refused(kind, data, message):
+    with pytest.raises(ValueError, match=message):
+        build(kind, data)
+
+
+@pytest.mark.parametrize(
+    "path", ["os.system", "subprocess.Popen", "builtins.eval", "pathlib.Path", "intruder.Schedule"]
+)
+def test_E12_a_spec_cannot_name_a_class_outside_the_trusted_modules(path, tmp_path, monkeypatch):
+    (tmp_path / "intruder.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="is not allowed"):
+        build(Process, {"schedule": {"class_path": path, "init_args": {}}})
+    assert "intruder" not in sys.modules
+
+
+@pytest.fixture
+def two_modules(tmp_path, monkeypatch):
+    """Schedules of a user, of which only those in my_schedules will be trusted."""
+    for module in ("my_schedules", "other_schedules"):
+        text = "from diffcore.schedules import Cosine\nclass Mine(Cosine):\n    '''A user's.'''\n"
+        (tmp_path / f"{module}.py").write_text(text)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    yield
+    sys.modules.pop("my_schedules", None)
+
+
+def test_a_module_trusted_by_name_can_be_used_and_no_other(two_modules):
+    mine, other = (
+        {"schedule": {"class_path": f"{name}_schedules.Mine"}} for name in ("my", "other")
+    )
+    with pytest.raises(ValueError, match="is not allowed"):
+        build(Process, mine)
+    trust("my_schedules")
+    process = build(Process, mine)
+    assert type(process.schedule).__module__ == "my_schedules"
+    with pytest.raises(ValueError, match="is not allowed"):
+        build(Process, other)
+    # Would be a bug: spec writes the bare class name, which a new process cannot resolve even if it trusts the module.
+    assert spec(process)["schedule"]["class_path"] == "my_schedules.Mine"
+
+
+def test_the_command_line_fails_in_one_line_with_the_nearest_option(capsys):
+    parser = Parser(prog="diffcore")
+    parser.add_class_arguments(Objective, "objective")
+    with pytest.raises(SystemExit) as caught:
+        parser.parse_args(["--objective.levls", "independent"])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("diffcore: error: ")
+    assert error.count("\n") == 1
+    assert "did you mean 'objective.levels'" in error

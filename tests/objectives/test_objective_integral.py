@@ -1,0 +1,210 @@
+"""What the objective estimates: the integral of weight, density and error, whatever draws the levels; and its variance."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import integrate, stats
+from torch import Tensor, nn
+
+from diffcore.core.denoiser import Denoiser
+from diffcore.core.noise import Stream, normal
+from diffcore.core.prediction import target
+from diffcore.core.process import Process
+from diffcore.objectives.level_sampling import LearnedSchedule, SecondMoment
+from diffcore.objectives.objective import Objective, Place
+from diffcore.objectives.weighting import ELBO, MSE, MinSNR
+from diffcore.schedules import (
+    Beta,
+    Cauchy,
+    Cosine,
+    Flow,
+    Laplace,
+    Level,
+    LogLinear,
+    Mode,
+    Normal,
+    PowerCosine,
+    Rho,
+    Sigmoid,
+    Truncated,
+)
+from diffcore.schedules.quantile import Quantile
+from tests.helpers import oracles
+
+BOUND = 8.0
+WIDE = [  # every quantile schedule, in each scaling somewhere
+    Cosine(),
+    Cosine(1.0, 0.7, scaling="flow"),
+    Flow(),
+    Laplace(0.0, 1.0),
+    Normal(0.0, 2.5, scaling="ve"),
+    Cauchy(),
+    LogLinear(-9.0, 9.5),
+    Rho(),
+    Sigmoid(),
+    PowerCosine(0.0, 0.9, 1.5),
+    Mode(),
+    Beta(),
+]
+every_schedule = pytest.mark.parametrize(
+    "schedule", [Truncated(wide, -BOUND, BOUND) for wide in WIDE], ids=repr
+)
+
+
+def test_every_quantile_schedule_is_integrated():
+    assert {type(schedule) for schedule in WIDE} == {
+        kind for kind in Quantile.__subclasses__() if kind.__module__.startswith("diffcore")
+    }
+
+
+class Biased(nn.Module):
+    """The posterior mean of x_0 and an error g(λ) beside it: E|x̂_0 - x_0|² = s²/(1 + s² SNR) + g²."""
+
+    mean, std = 0.3, 0.8
+
+    def __init__(self, process: Process, level: Level) -> None:
+        super().__init__()
+        self.process, self.level = process, level
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        alpha, sigma = self.level.alpha, self.level.sigma
+        if self.process.prediction == "edm":
+            x = x * (sigma**2 + alpha**2 * self.process.sigma_data**2).sqrt()
+        posterior = self.mean + alpha * self.std**2 * (x - alpha * self.mean) / (
+            alpha**2 * self.std**2 + sigma**2
+        )
+        x0 = posterior + 0.6 * (-self.level.logsnr / 2).sigmoid()
+        return target(
+            self.process.prediction,
+            x0,
+            (x - alpha * x0) / sigma,
+            self.level,
+            self.process.sigma_data,
+        )
+
+
+def expected_error(logsnr):
+    s2 = Biased.std**2
+    return s2 / (1 + s2 * np.exp(logsnr)) + (0.6 / (1 + np.exp(logsnr / 2))) ** 2
+
+
+def estimates(objective, process, steps, learned=None):
+    """The mean loss of each step's batch of 64."""
+    means = []
+    for step in range(steps):
+        place = Place(11, step, torch.arange(64), 64)
+        x0 = Biased.mean + Biased.std * normal(
+            5, Stream.ORACLE, place.position, process.shape, dtype=torch.float64
+        )
+        draw = objective.draw(process, place, learned=learned)
+        means.append(
+            objective(Denoiser(Biased(process, draw.level), process), x0, None, draw).mean().item()
+        )
+    return np.array(means)
+
+
+@every_schedule
+@pytest.mark.parametrize("levels", ["stratified", "independent"])
+def test_A5_the_corrected_objective_is_the_same_integral_under_every_schedule(schedule, levels):
+    """∫ w(λ) E|x̂_0 - x_0|² dλ over the common range, within 4 standard errors of the steps' means."""
+    kind = {"vp": "v_prediction", "flow": "flow_prediction", "ve": "edm"}[schedule.scaling]
+    process = Process(schedule, kind, shape=(1, 2, 2))
+    means = estimates(Objective(MinSNR(), levels, corrected=True), process, 60)
+    exact = integrate.quad(
+        lambda v: min(math.exp(v), 5) * expected_error(v), -BOUND, BOUND, points=[math.log(5)]
+    )[0]
+    assert means.mean() == pytest.approx(exact, abs=4 * means.std(ddof=1) / math.sqrt(60))
+    assert means.std() / math.sqrt(60) < 0.1 * exact  # so that the test can fail
+
+
+@pytest.mark.parametrize(
+    "resampler",
+    [SecondMoment(bins=12, history=2, floor=0.1), LearnedSchedule(bins=12, floor=0.1)],
+    ids=repr,
+)
+@pytest.mark.parametrize("corrected", [True, False])
+def test_A5_a_resampler_changes_no_integral(resampler, corrected):
+    process = Process(Truncated(Cosine(), -BOUND, BOUND), "v_prediction", shape=(1, 2, 2))
+    z = torch.linspace(-1.5, 1.5, 12, dtype=torch.float64).sin()
+    learned = {"logits": z, "losses": z.exp()[:, None].expand(-1, 2)}
+    objective = Objective(MinSNR(), corrected=corrected, resampler=resampler)
+    means = estimates(objective, process, 60, {name: learned[name] for name in resampler.start()})
+    mass = process.schedule.schedule.cdf(BOUND) - process.schedule.schedule.cdf(-BOUND)
+    law = stats.hypsecant(scale=2)
+
+    def integrand(v):
+        return min(math.exp(v), 5) * expected_error(v) * (1 if corrected else law.pdf(v) / mass)
+
+    exact = integrate.quad(integrand, -BOUND, BOUND, points=[math.log(5)])[0]
+    assert means.mean() == pytest.approx(exact, abs=4 * means.std(ddof=1) / math.sqrt(60))
+
+
+@pytest.mark.parametrize("schedule", [Cosine(), Flow(), Laplace(), Normal()], ids=repr)
+def test_A5_stratified_levels_lower_the_variance_of_the_loss(schedule):
+    """Plain ε error, a batch of 64 with 64 dimensions: 3 (Laplace) to 16 (Rho) over 400 steps; what is left is the noise's."""
+    process, kind = Process(schedule, "epsilon", shape=(1, 8, 8)), "epsilon"
+    one, other = (
+        estimates(Objective(MSE(kind), levels), process, 40).var()
+        for levels in ("independent", "stratified")
+    )
+    assert one / other > (2 if schedule == Laplace() else 4)
+
+
+class Fixed(Objective):
+    """An objective whose times are given, to integrate by a rule of quadrature."""
+
+    def times(self, place, learned=None):
+        return place.index.double()
+
+
+def nodes(count):
+    """Gauss-Legendre on both halves of [0, 1] in x, t = x²(3 - 2x), smooth where λ(t) is steep: times and weights."""
+    x, w = np.polynomial.legendre.leggauss(count)
+    x, w = np.concatenate((x + 1, x + 3)) / 4, np.concatenate((w, w)) / 4
+    return torch.from_numpy(x**2 * (3 - 2 * x)), torch.from_numpy(w * 6 * x * (1 - x))
+
+
+@every_schedule
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_the_bound_of_an_exact_denoiser_is_the_same_under_every_schedule(schedule, kind):
+    """VDM's invariance: ½ ∫ |ε - ε̂|² dλ of three pairs (x_0, ε), a mixture's posterior mean, by quadrature in t and in λ."""
+    pairs = 3
+    t, w = nodes(120)
+    record = oracles.process(schedule, prediction=kind)
+    oracle = oracles.mixture(record)
+    x0, eps = (
+        normal(2, Stream.ORACLE, torch.arange(pairs) + shift, (2,), dtype=torch.float64)
+        for shift in (0, 9)
+    )
+
+    rows = Place(0, 0, t.repeat(pairs), pairs * len(t))
+    draw = Fixed(ELBO(), corrected=True).draw(record, rows)
+    many, noise = x0.repeat_interleave(len(t), 0), eps.repeat_interleave(len(t), 0)
+    never = torch.zeros(len(many), dtype=torch.bool)
+
+    class Network(nn.Module):
+        def forward(self, x: Tensor, time: Tensor, class_labels: Tensor) -> Tensor:
+            found = oracle(x, draw.level)
+            return target(kind, found.x0, found.eps, draw.level, 0.5)
+
+    losses = Fixed(ELBO())(
+        Denoiser(Network(), record),
+        many,
+        torch.zeros(len(many), dtype=torch.int64),
+        draw._replace(noise=noise, dropped=never),
+    )
+    found = (losses.unflatten(0, (pairs, -1)) * w).sum(1)
+
+    def integrand(v, pair):
+        level = Cosine().at(float(v))
+        x = level.alpha * x0[pair] + level.sigma * eps[pair]
+        return (oracle(x[None], level).eps[0] - eps[pair]).square().mean().item() / 2
+
+    v, dv = np.polynomial.legendre.leggauss(160)
+    expected = [
+        sum(BOUND * b * integrand(BOUND * a, pair) for a, b in zip(v, dv, strict=True))
+        for pair in range(pairs)
+    ]
+    assert found.tolist() == pytest.approx(expected, rel=1e-8)

@@ -1,0 +1,312 @@
+"""The objective's options: perturbed and offset noise, half precision, maps of levels, and what is refused."""
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+from diffcore.core.denoiser import Denoiser
+from diffcore.core.noise import Stream, normal
+from diffcore.core.process import Process
+from diffcore.objectives.coupling import OptimalTransport
+from diffcore.objectives.level_sampling import LearnedSchedule, SecondMoment
+from diffcore.objectives.objective import Draw, Objective, Place
+from diffcore.objectives.uncertainty import Uncertainty
+from diffcore.objectives.weighting import EDM, ELBO, MSE, MinSNR
+from diffcore.schedules import (
+    Beta,
+    Cauchy,
+    Cosine,
+    Discrete,
+    Flow,
+    Laplace,
+    LogLinear,
+    Mode,
+    Normal,
+    Rho,
+    Sigmoid,
+    Truncated,
+)
+from tests.helpers.oracles import KINDS
+
+SEED, STEP, BATCH = 7, 3, 24
+PLACE = Place(SEED, STEP, torch.arange(BATCH), BATCH)
+
+
+def at(place: Place, rows: Tensor) -> Place:
+    """The samples of a rank or of a micro-batch."""
+    return replace(place, index=rows)
+
+
+class Affine(nn.Module):
+    """A network in closed form: cos(x) + time / 1000 + 0.1."""
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        return x.cos() + time.view(-1, 1, 1, 1) / 1000 + 0.1
+
+
+# The noise ------------------------------------------------------------------------------------------------------------
+
+
+class Zero(nn.Module):
+    """Answers 0, so that the loss is the mean square of the target, and keeps what it was asked."""
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        self.x, self.time = x, time
+        return torch.zeros_like(x)
+
+
+def noised(objective, record, x0, place):
+    """(x - α x_0) / σ as the network saw it, the draw, and the losses."""
+    network, draw = Zero(), objective.draw(record, place)
+    losses = objective(Denoiser(network, record), x0, None, draw)
+    level = draw.level.to(x0)
+    return (network.x - level.alpha * x0) / level.sigma, draw, losses
+
+
+@pytest.mark.parametrize("gamma", [0.1, 0.5])
+def test_ddpm_ip_perturbs_x_and_keeps_the_target(gamma):
+    record = Process(LogLinear(-2.0, 2.0), "epsilon", shape=(2, 5, 5))
+    x0 = torch.rand(400, 2, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    place = Place(0, 4, torch.arange(400), 400)
+    seen, draw, losses = noised(Objective(MSE("epsilon"), perturbation=gamma), record, x0, place)
+    plain, other, expected = noised(Objective(MSE("epsilon")), record, x0, place)
+    assert torch.equal(draw.noise, other.noise)
+    assert torch.equal(draw.level.t, other.level.t)
+    assert torch.equal(losses, expected)  # the target is ε
+    extra = (seen - plain) / gamma
+    torch.testing.assert_close(
+        extra.float(), normal(0, Stream.PERTURBATION, place.position, (2, 5, 5)), rtol=0, atol=1e-5
+    )
+    assert abs(np.corrcoef(extra.flatten(), plain.flatten())[0, 1]) < 4 / math.sqrt(20_000)
+    assert seen.var().item() == pytest.approx(
+        1 + gamma**2, abs=4 * (1 + gamma**2) * math.sqrt(2 / 20_000)
+    )
+
+
+def test_offset_noise_is_shared_within_a_channel_and_is_in_the_target():
+    """Cov[n_i, n_j] = 1[i = j] + s² within a channel, 1[i = j] between channels and samples."""
+    s, n = 0.7, 4000
+    record = Process(LogLinear(-2.0, 2.0), "epsilon", shape=(2, 2, 2))
+    x0 = torch.rand(n, 2, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    place = Place(0, 4, torch.arange(n), n)
+    seen, draw, losses = noised(Objective(MSE("epsilon"), offset=s), record, x0, place)
+    torch.testing.assert_close(seen.float(), draw.noise, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        losses, draw.noise.double().square().mean((1, 2, 3)), rtol=1e-6, atol=0
+    )
+    plain = Objective().draw(record, place).noise
+    offset = (draw.noise - plain) / s
+    assert (offset - offset[:, :, :1, :1]).abs().max() < 1e-5
+    key = normal(0, Stream.OFFSET, place.position, (2, 1, 1))
+    torch.testing.assert_close(offset[:, :, :1, :1], key, rtol=0, atol=1e-5)
+    found = np.cov(draw.noise.flatten(1).double().numpy().T)
+    expected = np.eye(8) + s**2 * np.kron(np.eye(2), np.ones((4, 4)))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=5 * (1 + s**2) / math.sqrt(n))
+
+
+def test_offset_and_perturbation_add_up():
+    record = Process(LogLinear(-2.0, 2.0), "epsilon", shape=(1, 2, 2))
+    both = Objective(perturbation=0.3, offset=0.2).draw(record, PLACE)
+    assert torch.equal(both.noise, Objective(offset=0.2).draw(record, PLACE).noise)
+    assert torch.equal(
+        both.perturbation, Objective(perturbation=0.3).draw(record, PLACE).perturbation
+    )
+    assert Objective(offset=0.2).draw(record, PLACE).perturbation is None
+
+
+@pytest.mark.parametrize("parts", [2, 8])
+def test_E3_any_split_of_the_batch_draws_the_same_extras(parts):
+    objective, record = (
+        Objective(perturbation=0.3, offset=0.2, corrected=True),
+        Process(shape=(2, 2, 3)),
+    )
+    whole = objective.draw(record, PLACE)
+    for rows in torch.randperm(BATCH, generator=torch.Generator().manual_seed(0)).split(
+        BATCH // parts
+    ):
+        part = objective.draw(record, at(PLACE, rows))
+        assert torch.equal(part.noise, whole.noise[rows])
+        assert torch.equal(part.perturbation, whole.perturbation[rows])
+        torch.testing.assert_close(part.importance, whole.importance[rows], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", ["perturbation", "offset"])
+@pytest.mark.parametrize("value", [-0.1, math.inf, math.nan])
+def test_strengths_that_cannot_be_are_refused(name, value):
+    with pytest.raises(
+        ValueError, match=f"{name} is {value}, expected a finite strength of at least 0"
+    ):
+        Objective(**{name: value})
+
+
+def test_neither_a_draw_nor_a_loss_uses_or_moves_the_global_generator():
+    objective = Objective(
+        corrected=True,
+        perturbation=0.1,
+        offset=0.1,
+        coupling=OptimalTransport(4),
+        resampler=LearnedSchedule(),
+    )
+    record = Process(shape=(1, 2, 2))
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        x0 = torch.linspace(-1, 1, BATCH * 4).view(BATCH, 1, 2, 2)
+        draw = objective.draw(record, PLACE, learned=LearnedSchedule().start())
+        found.append(objective(Denoiser(Zero(), record), x0, None, draw))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_A6_half_precision_data_is_noised_weighed_and_compared_in_float32(kind, dtype):
+    """As if the data had been float32 from the start: nothing of α, σ, w and the importance is rounded to half."""
+    objective, record = (
+        Objective(MinSNR(), corrected=True),
+        Process(Laplace(), kind, shape=(1, 2, 2)),
+    )
+    x0 = torch.linspace(-1, 1, BATCH * 4).view(BATCH, 1, 2, 2).to(dtype)
+    draw = objective.draw(record, PLACE)
+    for value in (
+        draw.level.logsnr,
+        draw.level.t,
+        draw.level.alpha,
+        draw.level.sigma,
+        draw.importance,
+    ):
+        assert value.dtype == torch.float64
+    losses = objective(Denoiser(Affine(), record), x0, None, draw)
+    assert losses.dtype == torch.float32
+    assert torch.equal(losses, objective(Denoiser(Affine(), record), x0.float(), None, draw))
+    exact = objective(Denoiser(Affine(), record), x0.double(), None, draw)
+    torch.testing.assert_close(losses.double(), exact, rtol=1e-3, atol=0)
+
+
+# A map of levels ------------------------------------------------------------------------------------------------------
+
+
+class Map(nn.Module):
+    """A network that is told a map of times: cos(x) + time / 1000 + 0.1."""
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        assert time.shape == x.shape
+        return x.cos() + time / 1000 + 0.1
+
+
+def guess(kind, F, x, alpha, sigma, s):
+    """x̂_0 in numpy."""
+    norm, scale = np.sqrt(alpha**2 + sigma**2), np.sqrt(sigma**2 + alpha**2 * s**2)
+    return {
+        "epsilon": (x - sigma * F) / alpha,
+        "sample": F,
+        "v_prediction": (alpha * x / norm - sigma * F) / norm,
+        "flow_prediction": (x - sigma * F) / (alpha + sigma),
+        "edm": alpha * s**2 / scale**2 * x + sigma * s / scale * F,
+    }[kind]
+
+
+@pytest.mark.parametrize("scaling", ["vp", "ve", "flow"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_map_of_levels_goes_through_schedule_network_loss_and_prediction(kind, scaling):
+    """SVNR: every pixel has its own λ; the loss is the mean of each pixel's own weighted error."""
+    shape = (4, 2, 3, 3)
+    record = Process(Normal(scaling=scaling), kind, shape=shape[1:], sigma_data=0.6)
+    t = torch.linspace(0.02, 0.98, math.prod(shape), dtype=torch.float64).view(shape)
+    x0 = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = normal(1, Stream.NOISE, torch.arange(4), shape[1:], dtype=torch.float64)
+    level = record.schedule.level(t)
+    draw = Draw(
+        level, noise, torch.zeros(4, dtype=torch.bool), torch.tensor([1.0, 2.0, 0.5, 3.0]).double()
+    )
+    denoiser = Denoiser(Map(), record)
+    losses = Objective(MinSNR())(denoiser, x0, None, draw)
+
+    snr = np.exp(2 * stats.norm.ppf(1 - t.numpy()))
+    alpha, sigma = {
+        "vp": (np.sqrt(snr / (1 + snr)), np.sqrt(1 / (1 + snr))),
+        "flow": (np.sqrt(snr) / (1 + np.sqrt(snr)), 1 / (1 + np.sqrt(snr))),
+        "ve": (np.ones(shape), 1 / np.sqrt(snr)),
+    }[scaling]
+    x = alpha * x0.numpy() + sigma * noise.numpy()
+    asked = x / np.sqrt(sigma**2 + alpha**2 * 0.36) if kind == "edm" else x
+    F = np.cos(asked) + (1000 * t.numpy() - 1) / 1000 + 0.1
+    predicted = guess(kind, F, x, alpha, sigma, 0.6)
+    expected = (np.minimum(snr, 5) * (predicted - x0.numpy()) ** 2).mean((1, 2, 3)) * np.array(
+        [1, 2, 0.5, 3]
+    )
+    np.testing.assert_allclose(losses.numpy(), expected, rtol=1e-8)
+
+    prediction = denoiser(torch.from_numpy(x), level)
+    np.testing.assert_allclose(prediction.x0, predicted, rtol=1e-8, atol=1e-9)
+    np.testing.assert_allclose(prediction.at(level), x, rtol=1e-8, atol=1e-9)
+
+
+# Refused --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("objective", "record", "message"),
+    [
+        (
+            Objective(MSE("v_prediction")),
+            Process(Cauchy(), "epsilon"),
+            "MSE.* is infinite at λ = -.* for epsilon, and Cauchy",
+        ),
+        (Objective(EDM()), Process(Beta(0.2), "sample"), "EDM.* is infinite at λ = 2.* for sample"),
+        (
+            Objective(),
+            Process(Cauchy(scaling="ve")),
+            r"Cauchy.* draws levels where the ve scaling has σ = inf: use Trunc",
+        ),
+        (
+            Objective(corrected=True),
+            Process(Discrete()),
+            "corrected divides by the density of λ, which .* Truncated",
+        ),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_trained_is_refused_with_its_remedy(objective, record, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        objective.check(record)
+    assert "\n" not in str(caught.value)
+    bounded = Truncated(record.schedule, -9.0, 9.0)
+    objective.check(replace(record, schedule=bounded))
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [Cosine(), Flow(), Laplace(), Normal(), Cauchy(), Rho(), Sigmoid(), Mode(), Beta()],
+    ids=repr,
+)
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "edm"])
+def test_weights_that_are_finite_wherever_it_matters_are_accepted(schedule, kind):
+    Objective(MinSNR(), corrected=True).check(Process(schedule, kind))
+
+
+def test_a_tables_cleanest_level_counts_too():
+    @dataclass(frozen=True)
+    class Clean(Discrete):
+        """Its first entry is clean data."""
+
+        def _logsnr(self, t: Tensor) -> Tensor:
+            return super()._logsnr(t).masked_fill(t <= 1 / self.steps, math.inf)
+
+    record = Process(Clean(), "v_prediction")
+    with pytest.raises(ValueError, match=r"ELBO.* is infinite at λ = inf for sample"):
+        Objective(ELBO()).check(replace(record, prediction="sample"))
+    Objective(ELBO()).check(record)
+
+
+def test_two_ways_to_even_out_the_levels_are_refused_together():
+    with pytest.raises(
+        ValueError, match=r"resampler and uncertainty both even out the losses .* choose one"
+    ):
+        Objective(resampler=SecondMoment(), uncertainty=Uncertainty())

@@ -1,0 +1,23 @@
+"""Both sides of the comparison of pipelines do the same work. Nothing is timed."""
+
+import pytest
+import torch
+from benchmarks.pipeline_overhead import CASES, pipelines, sides
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array:DeprecationWarning"
+)  # theirs, in set_timesteps
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_both_sides_make_the_same_latents(name):
+    ours, theirs = sides(CASES[name], 4)
+    made = theirs()
+    assert ours().shape == (1, 4, 16, 16)
+    assert ((ours() - made).abs().max() / made.abs().max()).item() < 1e-5
+    assert torch.equal(theirs(), made)
+
+
+def test_few_pairs_are_refused():
+    with pytest.raises(ValueError, match="pairs is 29"):
+        pipelines(29)

@@ -1,0 +1,118 @@
+"""What a run says of itself: losses by place whatever the ranks, what is not finite, and metrics that a resume rewinds."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from diffcore.training.reporting import Metrics, NonFinite, Window, non_finite
+
+STEPS, BATCH = 3, 8
+
+
+def table(steps=STEPS):
+    """(steps, 1 + B): the norm 100·step, then 10·step + place."""
+    step = torch.arange(steps)[:, None]
+    return torch.cat((100.0 * step, 10.0 * step + torch.arange(BATCH)), 1)
+
+
+def windows(world, parts, past=None):
+    """A window a rank, filled as the trainer fills it; `gather` stacks what all of them hold."""
+    made = []
+
+    def gather(_):
+        return torch.stack([torch.stack(window.rows) for window in made])
+
+    micro = BATCH // world // parts
+    for rank in range(world):
+        window = Window(parts, gather)
+        window.restore(past)
+        made.append(window)
+        for row in table():
+            places = [
+                (part * world + rank) * micro + j for part in range(parts) for j in range(micro)
+            ]
+            window.add(row[1:][places], row[0])
+    return made
+
+
+@pytest.mark.parametrize(
+    ("world", "parts"), [(1, 1), (1, 4), (4, 1), (2, 2), (2, 4), (1, 8), (8, 1)]
+)
+def test_E6_columns_are_places_in_the_global_batch_whatever_the_split(world, parts):
+    for window in windows(world, parts):
+        assert torch.equal(window.gathered(), table())
+
+
+def test_a_window_continues_what_an_earlier_process_gathered():
+    past = table(2) + 0.5
+    (window,) = windows(1, 2, past)
+    assert torch.equal(window.gathered(), torch.cat((past, table())))
+    window.restore(None)
+    assert len(window.gathered()) == 0
+    window.restore(past)
+    assert torch.equal(window.gathered(), past)
+
+
+@pytest.mark.parametrize("empty", [None, torch.zeros(0), torch.zeros(0, 9)])
+def test_an_empty_past_is_no_past(empty):
+    (window,) = windows(1, 1, empty)
+    assert torch.equal(window.gathered(), table())
+
+
+def test_E7_a_step_that_is_not_finite_is_found_with_its_sample():
+    broken = table()
+    broken[1, 1 + 5] = math.nan
+    broken[2, 1 + 3] = math.inf
+    broken[2, 1 + 6] = math.nan
+    found = non_finite(broken, first=40)
+    assert [(item.step, item.place) for item in found] == [(41, 5), (42, 3)]
+    assert math.isnan(found[0].loss)
+    assert found[1].loss == math.inf
+    assert non_finite(table(), 40) == []
+
+
+def test_E7_a_norm_that_is_not_finite_points_at_the_largest_loss():
+    broken = table()
+    broken[1, 0] = math.inf
+    broken[1, 1 + 2] = 999.0
+    assert non_finite(broken, 0) == [NonFinite(1, 2, 999.0)]
+
+
+@pytest.fixture
+def metrics(tmp_path):
+    made = Metrics(tmp_path / "metrics.jsonl")
+    for step in (5, 10, 15):
+        made.write({"step": step, "loss": 1 / step})
+    return made
+
+
+def steps(metrics):
+    return [json.loads(line)["step"] for line in metrics.path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("step", "left"),
+    [(0, []), (5, [5]), (9, [5]), (10, [5, 10]), (15, [5, 10, 15]), (99, [5, 10, 15])],
+)
+def test_E1_a_rewind_drops_what_was_reported_later(metrics, step, left):
+    before = metrics.path.read_text()
+    metrics.rewind(step)
+    assert steps(metrics) == left
+    assert before.startswith(metrics.path.read_text())
+
+
+@pytest.mark.parametrize("torn", ['{"step": 7, "lo', "", "{}", "[]", "nonsense"])
+def test_a_line_torn_by_a_crash_is_dropped(metrics, torn):
+    whole = metrics.path.read_text()
+    metrics.path.write_text(whole + torn)
+    metrics.rewind(20)
+    assert metrics.path.read_text() == whole
+    metrics.write({"step": 20})
+    assert steps(metrics) == [5, 10, 15, 20]
+
+
+def test_a_rewind_of_no_file_makes_none(tmp_path):
+    Metrics(tmp_path / "metrics.jsonl").rewind(3)
+    assert list(tmp_path.iterdir()) == []
