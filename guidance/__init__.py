@@ -2,7 +2,7 @@
 
 from diffcore.guidance.adaptive_guidance import AdaptiveGuidance
 from diffcore.guidance.apg import APG
-from diffcore.guidance.base import Contrast, Guidance, Seen, Step, Wrapper
+from diffcore.guidance.base import Contrast, Guidance, GuidanceInput, GuidanceWrapper, Step
 from diffcore.guidance.cfg import CFG, AutoGuidance
 from diffcore.guidance.cfg_plus_plus import CFGPlusPlus
 from diffcore.guidance.cfg_zero_star import CFGZeroStar
@@ -22,7 +22,7 @@ from diffcore.guidance.reference import (
     Reference,
     Unconditional,
     Weaker,
-    answers,
+    evaluate_queries,
     loaded,
     networks,
 )
@@ -44,6 +44,8 @@ __all__ = [
     "Contrast",
     "CosineScale",
     "Guidance",
+    "GuidanceInput",
+    "GuidanceWrapper",
     "Interval",
     "Label",
     "LinearAG",
@@ -54,14 +56,12 @@ __all__ = [
     "Rescale",
     "Scale",
     "ScaleLike",
-    "Seen",
     "SkippedLayers",
     "Step",
     "Sum",
     "Unconditional",
     "Weaker",
-    "Wrapper",
-    "answers",
+    "evaluate_queries",
     "loaded",
     "minority_levels",
     "minority_score",

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from diffcore.core.prediction import Prediction, target
-from diffcore.guidance.base import Seen, Step, Wrapper, per_row
+from diffcore.guidance.base import GuidanceInput, GuidanceWrapper, Step, per_row
 from diffcore.guidance.reference import Reference
 
 
@@ -25,7 +25,7 @@ class Agreement(NamedTuple):
 
 
 @dataclass(frozen=True)
-class AdaptiveGuidance(Wrapper):
+class AdaptiveGuidance(GuidanceWrapper):
     """The rule inside until cos(F_c, F_ref) ≥ threshold; from the next evaluation on the conditional model.
 
     Castillo et al. 2023 (2312.12487). Each row stops by its own cosine, so a sample does not depend on the others; the
@@ -39,7 +39,7 @@ class AdaptiveGuidance(Wrapper):
     It decides from data: each evaluation asks the device for one boolean, until it has stopped.
 
     Args:
-        rule: the rule inside, of one reference.
+        inner: the rule inside, of one reference.
         threshold: of the cosine, within (-1, 1].
         space: the quantity F that is measured.
     """
@@ -63,15 +63,17 @@ class AdaptiveGuidance(Wrapper):
         if self.space not in get_args(Literal["v_prediction", "sample"]):
             raise ValueError(f"space is {self.space!r}, expected v_prediction or sample")
 
-    def asks(self, step: Step, memory: Agreement | None) -> tuple[Reference, ...]:
-        wanted = self.rule.asks(step, None if memory is None else memory.inside)
+    def required_references(self, step: Step, memory: Agreement | None) -> tuple[Reference, ...]:
+        wanted = self.inner.required_references(step, None if memory is None else memory.inside)
         if memory is None or not wanted:
             return wanted
         return () if bool(memory.rows.all()) else wanted
 
-    def guide(self, seen: Seen, memory: Agreement | None) -> tuple[Prediction, Agreement]:
+    def combine(
+        self, seen: GuidanceInput, memory: Agreement | None
+    ) -> tuple[Prediction, Agreement]:
         before = Agreement(self._none(seen.x), None) if memory is None else memory
-        guided, inside = self.rule.guide(seen, before.inside)
+        guided, inside = self.inner.combine(seen, before.inside)
         stopped = per_row(before.rows, seen.x)
         answer = Prediction(
             *(torch.where(stopped, c, g) for c, g in zip(seen.conditional, guided, strict=True))
@@ -81,12 +83,14 @@ class AdaptiveGuidance(Wrapper):
         )
         return answer, Agreement(rows, inside)
 
-    def cosine(self, seen: Seen) -> Tensor:
+    def cosine(self, seen: GuidanceInput) -> Tensor:
         """cos(F_c, F_ref) of each row, (B,); 0 where either is 0."""
         return self.cosine_in(self.space, seen)
 
     @staticmethod
-    def cosine_in(space: Literal["epsilon", "v_prediction", "sample"], seen: Seen) -> Tensor:
+    def cosine_in(
+        space: Literal["epsilon", "v_prediction", "sample"], seen: GuidanceInput
+    ) -> Tensor:
         """cos(F_c, F_ref) in any space."""
         pairs = (seen.conditional, seen.references[0])
         F_c, F_ref = (

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffcore.core.prediction import Prediction
-from diffcore.guidance.base import Contrast, Seen, inner, moved
+from diffcore.guidance.base import Contrast, GuidanceInput, dot, moved
 
 
 @dataclass(frozen=True)
@@ -73,16 +73,16 @@ class APG(Contrast):
         """SDXL: r = 15, β = -0.5 (Table 10, quoted in diffusers#9626)."""
         return cls(scale, momentum=-0.5, threshold=15.0)
 
-    def combine(
-        self, seen: Seen, reference: Prediction, scale: float, memory: Any
+    def extrapolate(
+        self, seen: GuidanceInput, reference: Prediction, scale: float, memory: Any
     ) -> tuple[Prediction, Any]:
         conditional = seen.conditional.x0
         average = conditional - reference.x0
         if memory is not None and self.momentum:
             average = average + self.momentum * memory
-        norm = inner(average, average).sqrt()
+        norm = dot(average, average).sqrt()
         update = average * (self._radius(average[0].numel()) / norm).clamp(max=1.0).nan_to_num(1.0)
-        along = inner(update, conditional) / inner(conditional, conditional)
+        along = dot(update, conditional) / dot(conditional, conditional)
         parallel = along.nan_to_num(0.0, 0.0, 0.0) * conditional
         change = (scale - 1) * (update - parallel + self.eta * parallel)
         return moved(seen.conditional, change, seen.step.level), average

@@ -45,7 +45,7 @@ class Step(NamedTuple):
         return self.start if self.start.logsnr <= self.end.logsnr else self.end
 
 
-class Seen(NamedTuple):
+class GuidanceInput(NamedTuple):
     """What a rule sees at one level.
 
     Args:
@@ -76,11 +76,11 @@ class Guidance(ABC):
     """Whether the rule counts on one evaluation a step."""
 
     @abstractmethod
-    def asks(self, step: Step, memory: Any) -> tuple[Reference, ...]:
+    def required_references(self, step: Step, memory: Any) -> tuple[Reference, ...]:
         """The references needed at this step, decided on the host; with none the step costs one evaluation."""
 
     @abstractmethod
-    def guide(self, seen: Seen, memory: Any) -> tuple[Prediction, Any]:
+    def combine(self, seen: GuidanceInput, memory: Any) -> tuple[Prediction, Any]:
         """The x_0 to step towards and the ε to renoise with, and the rule's memory; None is the memory of a new run."""
 
     def levels(self, process: Process) -> tuple[float, ...]:
@@ -112,37 +112,39 @@ class Contrast(Guidance):
         check_scale(self.scale)
         check_reference(self.reference)
 
-    def asks(self, step: Step, memory: Any) -> tuple[Reference, ...]:
+    def required_references(self, step: Step, memory: Any) -> tuple[Reference, ...]:
         return () if scale_at(self.scale, step.level) == 1 else (self.reference,)
 
-    def guide(self, seen: Seen, memory: Any) -> tuple[Prediction, Any]:
+    def combine(self, seen: GuidanceInput, memory: Any) -> tuple[Prediction, Any]:
         if not seen.references:
             return seen.conditional, memory
-        return self.combine(seen, seen.references[0], scale_at(self.scale, seen.step.level), memory)
+        return self.extrapolate(
+            seen, seen.references[0], scale_at(self.scale, seen.step.level), memory
+        )
 
     @abstractmethod
-    def combine(
-        self, seen: Seen, reference: Prediction, scale: float, memory: Any
+    def extrapolate(
+        self, seen: GuidanceInput, reference: Prediction, scale: float, memory: Any
     ) -> tuple[Prediction, Any]:
         """The guided prediction where w is not 1."""
 
 
 @dataclass(frozen=True)
-class Wrapper(Guidance):
+class GuidanceWrapper(Guidance):
     """A rule that holds a rule.
 
     Args:
-        rule: the rule inside.
+        inner: the rule inside.
     """
 
-    rule: Guidance
+    inner: Guidance
 
     refuses: ClassVar[dict[str, str]] = {}
     """Names of rules that may not be anywhere inside, and the remedy for each."""
 
     def __post_init__(self) -> None:
-        check_rule(self.rule)
-        for part in self.rule.parts():
+        check_rule(self.inner)
+        for part in self.inner.parts():
             for name in (kind.__name__ for kind in type(part).__mro__):
                 if name in self.refuses:
                     raise ValueError(
@@ -151,28 +153,28 @@ class Wrapper(Guidance):
 
     @property
     def consistent(self) -> bool:  # type: ignore[override]
-        return self.rule.consistent
+        return self.inner.consistent
 
     @property
     def reads_condition(self) -> bool:  # type: ignore[override]
-        return self.rule.reads_condition
+        return self.inner.reads_condition
 
     @property
     def once_a_step(self) -> bool:  # type: ignore[override]
-        return self.rule.once_a_step
+        return self.inner.once_a_step
 
-    def asks(self, step: Step, memory: Any) -> tuple[Reference, ...]:
-        return self.rule.asks(step, memory)
+    def required_references(self, step: Step, memory: Any) -> tuple[Reference, ...]:
+        return self.inner.required_references(step, memory)
 
     def levels(self, process: Process) -> tuple[float, ...]:
-        return self.rule.levels(process)
+        return self.inner.levels(process)
 
     def check(self, process: Process, condition: Condition) -> None:
-        self.rule.check(process, condition)
+        self.inner.check(process, condition)
 
     def parts(self) -> Iterator[Guidance]:
         yield self
-        yield from self.rule.parts()
+        yield from self.inner.parts()
 
 
 def check_rule(rule: Any) -> None:
@@ -205,7 +207,7 @@ def moved(prediction: Prediction, change: Tensor, level: Level) -> Prediction:
     return Prediction(prediction.x0 + change, prediction.eps - (level.alpha / level.sigma) * change)
 
 
-def inner(a: Tensor, b: Tensor) -> Tensor:
+def dot(a: Tensor, b: Tensor) -> Tensor:
     """⟨a, b⟩ of each row, (B, 1, ...)."""
     return (a * b).sum(tuple(range(1, a.ndim)), keepdim=True)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from diffcore.core.denoiser import Denoise
 from diffcore.core.prediction import Prediction
-from diffcore.guidance.base import Contrast, Seen, extrapolated
+from diffcore.guidance.base import Contrast, GuidanceInput, extrapolated
 from diffcore.guidance.reference import RUN, Reference, Unconditional, Weaker
 
 
@@ -24,8 +24,8 @@ class CFG(Contrast):
         reference: what to move away from.
     """
 
-    def combine(
-        self, seen: Seen, reference: Prediction, scale: float, memory: Any
+    def extrapolate(
+        self, seen: GuidanceInput, reference: Prediction, scale: float, memory: Any
     ) -> tuple[Prediction, Any]:
         return extrapolated(reference, seen.conditional, scale), memory
 

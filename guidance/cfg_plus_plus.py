@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffcore.core.prediction import Prediction
-from diffcore.guidance.base import Guidance, Seen, Step, extrapolated
+from diffcore.guidance.base import Guidance, GuidanceInput, Step, extrapolated
 from diffcore.guidance.reference import Reference, Unconditional, check_reference
 from diffcore.guidance.scale import ScaleLike, check_scale, scale_at
 
@@ -33,11 +33,11 @@ class CFGPlusPlus(Guidance):
         else:
             check_scale(self.scale)
 
-    def asks(self, step: Step, memory: Any) -> tuple[Reference, ...]:
+    def required_references(self, step: Step, memory: Any) -> tuple[Reference, ...]:
         _check(scale_at(self.scale, step.level))
         return (self.reference,)
 
-    def guide(self, seen: Seen, memory: Any) -> tuple[Prediction, Any]:
+    def combine(self, seen: GuidanceInput, memory: Any) -> tuple[Prediction, Any]:
         if not seen.references:  # a rule around this one switched it off
             return seen.conditional, memory
         (reference,) = seen.references

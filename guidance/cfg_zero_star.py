@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from diffcore.core.prediction import Prediction, predict, target
-from diffcore.guidance.base import Contrast, Seen, Step, inner
+from diffcore.guidance.base import Contrast, GuidanceInput, Step, dot
 from diffcore.guidance.reference import Reference
 
 
@@ -34,22 +34,22 @@ class CFGZeroStar(Contrast):
                 f"zero_init is {self.zero_init}, expected a number of first steps, 0 for none"
             )
 
-    def asks(self, step: Step, memory: Any) -> tuple[Reference, ...]:
-        return () if step.index < self.zero_init else super().asks(step, memory)
+    def required_references(self, step: Step, memory: Any) -> tuple[Reference, ...]:
+        return () if step.index < self.zero_init else super().required_references(step, memory)
 
-    def guide(self, seen: Seen, memory: Any) -> tuple[Prediction, Any]:
+    def combine(self, seen: GuidanceInput, memory: Any) -> tuple[Prediction, Any]:
         if seen.step.index < self.zero_init:
             return predict(
                 "flow_prediction", torch.zeros_like(seen.x), seen.x, seen.step.level, 1.0
             ), memory
-        return super().guide(seen, memory)
+        return super().combine(seen, memory)
 
-    def combine(
-        self, seen: Seen, reference: Prediction, scale: float, memory: Any
+    def extrapolate(
+        self, seen: GuidanceInput, reference: Prediction, scale: float, memory: Any
     ) -> tuple[Prediction, Any]:
         level = seen.step.level
         v, v_ref = (
             target("flow_prediction", *pair, level, 1.0) for pair in (seen.conditional, reference)
         )
-        fit = (inner(v, v_ref) / inner(v_ref, v_ref)).nan_to_num(0.0, 0.0, 0.0) * v_ref
+        fit = (dot(v, v_ref) / dot(v_ref, v_ref)).nan_to_num(0.0, 0.0, 0.0) * v_ref
         return predict("flow_prediction", fit + scale * (v - fit), seen.x, level, 1.0), memory

@@ -12,7 +12,7 @@ from torch.nn.functional import mse_loss
 from diffcore.core.denoiser import Denoise
 from diffcore.core.prediction import Prediction
 from diffcore.core.process import Process
-from diffcore.guidance.base import Guidance, Seen, Step, moved
+from diffcore.guidance.base import Guidance, GuidanceInput, Step, moved
 from diffcore.guidance.reference import Condition, Reference
 from diffcore.guidance.scale import ScaleLike, check_scale, scale_at
 from diffcore.schedules import Level
@@ -75,7 +75,7 @@ class ClassifierGuidance(Guidance):
     def reads_condition(self) -> bool:  # type: ignore[override]
         return self.label is None
 
-    def asks(self, step: Step, memory: Any) -> tuple[Reference, ...]:
+    def required_references(self, step: Step, memory: Any) -> tuple[Reference, ...]:
         return ()
 
     def check(self, process: Process, condition: Condition) -> None:
@@ -84,7 +84,7 @@ class ClassifierGuidance(Guidance):
                 f"{type(self).__name__} needs a class to move towards: pass one label a sample (--labels), or set label"
             )
 
-    def guide(self, seen: Seen, memory: Any) -> tuple[Prediction, Any]:
+    def combine(self, seen: GuidanceInput, memory: Any) -> tuple[Prediction, Any]:
         level = seen.step.level
         w = scale_at(self.scale, level)
         if w == 0 or level.sigma == 0:

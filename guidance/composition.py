@@ -7,7 +7,7 @@ from typing import Any
 
 from diffcore.core.prediction import Prediction
 from diffcore.core.process import Process
-from diffcore.guidance.base import Guidance, Seen, Step, check_rule, extrapolated
+from diffcore.guidance.base import Guidance, GuidanceInput, Step, check_rule, extrapolated
 from diffcore.guidance.cfg_zero_star import CFGZeroStar
 from diffcore.guidance.reference import Condition, Label, Reference, Unconditional, check_reference
 from diffcore.guidance.scale import ScaleLike, check_scale, scale_at
@@ -47,10 +47,10 @@ class Composed(Guidance):
         check_scale(self.scale)
         check_reference(self.reference)
 
-    def asks(self, step: Step, memory: Any) -> tuple[Reference, ...]:
+    def required_references(self, step: Step, memory: Any) -> tuple[Reference, ...]:
         return (self.reference, *map(Label, self.labels))
 
-    def guide(self, seen: Seen, memory: Any) -> tuple[Prediction, Any]:
+    def combine(self, seen: GuidanceInput, memory: Any) -> tuple[Prediction, Any]:
         if not seen.references:  # a rule around this one switched it off
             return seen.conditional, memory
         reference, *others = seen.references
@@ -97,11 +97,11 @@ class Sum(Guidance):
     def once_a_step(self) -> bool:  # type: ignore[override]
         return any(rule.once_a_step for rule in self.rules)
 
-    def asks(self, step: Step, memory: Any) -> tuple[Reference, ...]:
+    def required_references(self, step: Step, memory: Any) -> tuple[Reference, ...]:
         asked = (reference for wanted in self._wanted(step, memory) for reference in wanted)
         return tuple(dict.fromkeys(asked))
 
-    def guide(self, seen: Seen, memory: Any) -> tuple[Prediction, Any]:
+    def combine(self, seen: GuidanceInput, memory: Any) -> tuple[Prediction, Any]:
         wanted = self._wanted(seen.step, memory)
         asked = tuple(dict.fromkeys(reference for references in wanted for reference in references))
         known = dict(zip(asked, seen.references, strict=bool(seen.references)))
@@ -111,7 +111,7 @@ class Sum(Guidance):
             self.rules, wanted, self._memories(memory), strict=True
         ):
             own = tuple(known[reference] for reference in references if reference in known)
-            guided, remembered = rule.guide(seen._replace(references=own), before)
+            guided, remembered = rule.combine(seen._replace(references=own), before)
             x0, eps = (
                 x0 + (guided.x0 - seen.conditional.x0),
                 eps + (guided.eps - seen.conditional.eps),
@@ -136,6 +136,6 @@ class Sum(Guidance):
 
     def _wanted(self, step: Step, memory: Any) -> list[tuple[Reference, ...]]:
         return [
-            rule.asks(step, own)
+            rule.required_references(step, own)
             for rule, own in zip(self.rules, self._memories(memory), strict=True)
         ]

@@ -9,7 +9,7 @@ from torch import Tensor
 from diffcore.core.denoiser import Denoise
 from diffcore.core.prediction import Prediction
 from diffcore.core.process import Process
-from diffcore.guidance.base import Guidance, Seen, Step, extrapolated, per_row
+from diffcore.guidance.base import Guidance, GuidanceInput, Step, extrapolated, per_row
 from diffcore.guidance.classifier import Classifier
 from diffcore.guidance.reference import RUN, Condition, Labels, Reference, Weaker
 from diffcore.guidance.scale import ScaleLike, check_scale, scale_at
@@ -56,7 +56,7 @@ class GFCG(Guidance):
                 f"classifier is {self.classifier!r}, expected a function (x_0, level) -> logits"
             )
 
-    def asks(self, step: Step, memory: Confusion | None) -> tuple[Reference, ...]:
+    def required_references(self, step: Step, memory: Confusion | None) -> tuple[Reference, ...]:
         if step.index == 0 or scale_at(self.scale, step.level) == 1:
             return ()
         return (
@@ -72,14 +72,16 @@ class GFCG(Guidance):
                 "GFCG needs a class to move towards: pass one label a sample (--labels)"
             )
 
-    def guide(self, seen: Seen, memory: Confusion | None) -> tuple[Prediction, Confusion]:
+    def combine(
+        self, seen: GuidanceInput, memory: Confusion | None
+    ) -> tuple[Prediction, Confusion]:
         answer = seen.conditional
         if seen.references and memory is not None:
             scale = 1 + (scale_at(self.scale, seen.step.level) - 1) * memory.doubt
             answer = extrapolated(seen.references[0], answer, per_row(scale.to(seen.x), seen.x))
         return answer, self._confusion(seen)
 
-    def _confusion(self, seen: Seen) -> Confusion:
+    def _confusion(self, seen: GuidanceInput) -> Confusion:
         logits = self.classifier(seen.conditional.x0, seen.step.level)
         classes = seen.step.process.classes
         if logits.shape != (len(seen.x), classes):

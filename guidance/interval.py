@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from diffcore.core.prediction import Prediction
 from diffcore.core.process import Process
-from diffcore.guidance.base import Seen, Step, Wrapper
+from diffcore.guidance.base import GuidanceInput, GuidanceWrapper, Step
 from diffcore.guidance.reference import Reference
 
 TOLERANCE = 1e-9
@@ -14,7 +14,7 @@ TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True)
-class Interval(Wrapper):
+class Interval(GuidanceWrapper):
     """The rule inside where low < σ/α ≤ high at the noisier end of a step; elsewhere the conditional model, one evaluation.
 
     Kynkäänniemi et al. 2024 (2404.07724), half-open as published. The step decides, not the level asked about, so both
@@ -26,7 +26,7 @@ class Interval(Wrapper):
         Interval(CFG(2.0), logsnr=(-1, 3))        is    Interval(CFG(2.0), low=-1, high=3, variable="logsnr")
 
     Args:
-        rule: the rule inside.
+        inner: the rule inside.
         low: lower bound of σ/α, outside; for λ the noisier bound, inside.
         high: upper bound of σ/α, inside; for λ the cleaner bound, outside.
         variable: what the bounds are of: sigma is σ/α, logsnr is λ.
@@ -88,18 +88,20 @@ class Interval(Wrapper):
                 f"sigma_data is {self.sigma_data}, expected a positive standard deviation, and bounds of sigma: leave it out"
             )
 
-    def asks(self, step: Step, memory: Any) -> tuple[Reference, ...]:
-        return self.rule.asks(step, memory) if self._inside(step) else ()
+    def required_references(self, step: Step, memory: Any) -> tuple[Reference, ...]:
+        return self.inner.required_references(step, memory) if self._inside(step) else ()
 
-    def guide(self, seen: Seen, memory: Any) -> tuple[Prediction, Any]:
+    def combine(self, seen: GuidanceInput, memory: Any) -> tuple[Prediction, Any]:
         return (
-            self.rule.guide(seen, memory) if self._inside(seen.step) else (seen.conditional, memory)
+            self.inner.combine(seen, memory)
+            if self._inside(seen.step)
+            else (seen.conditional, memory)
         )
 
     def levels(self, process: Process) -> tuple[float, ...]:
         return (
             *(bound for bound in self._bounds(process) if math.isfinite(bound)),
-            *self.rule.levels(process),
+            *self.inner.levels(process),
         )
 
     def _inside(self, step: Step) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffcore.core.prediction import Prediction, PredictionType, predict, target
-from diffcore.guidance.base import Guidance, Seen, Step, Wrapper, check_space
+from diffcore.guidance.base import Guidance, GuidanceInput, GuidanceWrapper, Step, check_space
 from diffcore.guidance.reference import Reference
 
 Pair = tuple[Tensor, Tensor]
@@ -28,7 +28,7 @@ class History(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LinearAG(Wrapper):
+class LinearAG(GuidanceWrapper):
     """F_ref,i ≈ b + a_0 F_c,i + Σ_j (a_j F_c,i-j + b_j F_ref,i-j): at chosen steps i the reference is an affine map.
 
     Castillo et al. 2023 (2312.12487, section 5): coefficients are scalars for each step, fitted by least squares on some
@@ -38,7 +38,7 @@ class LinearAG(Wrapper):
     The paper regresses ε; here F is v by default, which can be converted at every level.
 
     Args:
-        rule: the rule inside, of one reference.
+        inner: the rule inside, of one reference.
         coefficients: for each step (b, a_0, a_1, b_1, a_2, b_2, ...), or nothing where the reference is asked.
         space: the quantity F.
     """
@@ -81,7 +81,7 @@ class LinearAG(Wrapper):
                     f"coefficients of step {i} are {len(row)}, expected at most {2 * (i + 1)}: {i} steps are past"
                 )
 
-    def asks(self, step: Step, memory: History | None) -> tuple[Reference, ...]:
+    def required_references(self, step: Step, memory: History | None) -> tuple[Reference, ...]:
         if step.total != len(self.coefficients):
             raise ValueError(
                 f"LinearAG was fitted for {len(self.coefficients)} steps and this run has {step.total}: fit it again for these"
@@ -92,13 +92,13 @@ class LinearAG(Wrapper):
         check_space(self, self.space, step.level)
         return ()
 
-    def guide(self, seen: Seen, memory: History | None) -> tuple[Prediction, History]:
+    def combine(self, seen: GuidanceInput, memory: History | None) -> tuple[Prediction, History]:
         past = memory or History((), None)
         row = self.coefficients[seen.step.index]
         wanted = self._inside(seen.step, memory)
         if row and wanted:
             seen = seen._replace(references=(self._predicted(row, seen, past.pairs),))
-        guided, inside = self.rule.guide(seen, past.inside)
+        guided, inside = self.inner.combine(seen, past.inside)
         if not wanted:  # a gap: what is before it is no longer the last steps
             return guided, History((), inside)
         if not seen.references:  # a rule around this one has stopped, as both agree
@@ -114,7 +114,7 @@ class LinearAG(Wrapper):
     def fit(
         cls,
         rule: Guidance,
-        path: Iterable[Seen],
+        path: Iterable[GuidanceInput],
         skip: Sequence[int] | None = None,
         depth: int = 2,
         space: PredictionType = "v_prediction",
@@ -137,9 +137,11 @@ class LinearAG(Wrapper):
         return cls(rule, tuple(rows), space)
 
     def _inside(self, step: Step, memory: History | None) -> tuple[Reference, ...]:
-        return self.rule.asks(step, None if memory is None else memory.inside)
+        return self.inner.required_references(step, None if memory is None else memory.inside)
 
-    def _predicted(self, row: tuple[float, ...], seen: Seen, past: tuple[Pair, ...]) -> Prediction:
+    def _predicted(
+        self, row: tuple[float, ...], seen: GuidanceInput, past: tuple[Pair, ...]
+    ) -> Prediction:
         if len(row) > 2 * (len(past) + 1):
             raise ValueError(
                 f"LinearAG reads {len(row) // 2 - 1} past steps at step {seen.step.index}, and its rule asked for a reference "
@@ -154,7 +156,7 @@ class LinearAG(Wrapper):
         )
 
 
-def _pair(space: PredictionType, seen: Seen) -> Pair:
+def _pair(space: PredictionType, seen: GuidanceInput) -> Pair:
     if len(seen.references) != 1:
         raise ValueError(
             "LinearAG needs the one reference at every step: use a rule that always asks, such as CFG(4.0)"

@@ -190,7 +190,9 @@ class _Matched:
         return self.denoiser(ratio * x, own, condition)
 
 
-def answers(queries: Sequence[Query], x: Tensor, level: Level, rows: int = 0) -> list[Prediction]:
+def evaluate_queries(
+    queries: Sequence[Query], x: Tensor, level: Level, rows: int = 0
+) -> list[Prediction]:
     """The prediction for each query: one forward for all that ask the same network, or calls of `rows` rows each."""
     if len(queries) == 1:
         return [_ask(queries[0].denoiser, x, level, queries[0].condition, rows)]

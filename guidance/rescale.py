@@ -6,13 +6,13 @@ from typing import Any, ClassVar, get_args
 from torch import Tensor
 
 from diffcore.core.prediction import Prediction, PredictionType, predict, target
-from diffcore.guidance.base import Guidance, Seen, Step, Wrapper, check_space
+from diffcore.guidance.base import Guidance, GuidanceInput, GuidanceWrapper, Step, check_space
 from diffcore.guidance.cfg_zero_star import CFGZeroStar
 from diffcore.guidance.reference import Reference
 
 
 @dataclass(frozen=True)
-class Rescale(Wrapper):
+class Rescale(GuidanceWrapper):
     """F = φ F_g std(F_c)/std(F_g) + (1 - φ) F_g, std over a row: the guided output F_g shrunk to the conditional's size.
 
     Lin et al. 2023 (2305.08891, section 3.4; φ = 0.7 recommended). F is the network's own output, as published, so the
@@ -20,7 +20,7 @@ class Rescale(Wrapper):
     and so is what the rule inside did not change.
 
     Args:
-        rule: the rule whose answer is rescaled.
+        inner: the rule whose answer is rescaled.
         phi: φ within [0, 1].
         space: the quantity F; None is what the network outputs.
     """
@@ -41,20 +41,20 @@ class Rescale(Wrapper):
             raise ValueError(
                 f"space is {self.space!r}, expected one of {', '.join(get_args(PredictionType))}"
             )
-        if any(_stops(part) for part in self.rule.parts()):
+        if any(_stops(part) for part in self.inner.parts()):
             raise ValueError(
                 "Rescale cannot hold CFGZeroStar with zero_init above 0: its first steps have no velocity to rescale; "
                 "use zero_init=0"
             )
 
-    def asks(self, step: Step, memory: Any) -> tuple[Reference, ...]:
-        wanted = super().asks(step, memory)
+    def required_references(self, step: Step, memory: Any) -> tuple[Reference, ...]:
+        wanted = super().required_references(step, memory)
         if wanted:
             check_space(self, self.space or step.process.prediction, step.level)
         return wanted
 
-    def guide(self, seen: Seen, memory: Any) -> tuple[Prediction, Any]:
-        guided, memory = self.rule.guide(seen, memory)
+    def combine(self, seen: GuidanceInput, memory: Any) -> tuple[Prediction, Any]:
+        guided, memory = self.inner.combine(seen, memory)
         if guided is seen.conditional:
             return guided, memory
         process, level = seen.step.process, seen.step.level

@@ -2,7 +2,7 @@
 
 from diffcore.samplers.adams import AdamsBashforth
 from diffcore.samplers.ancestral import DDPM, EulerAncestral
-from diffcore.samplers.base import Around, Sampler, State
+from diffcore.samplers.base import Sampler, SamplerWrapper, State
 from diffcore.samplers.blending import AlphaBlending
 from diffcore.samplers.ddim import DDIM
 from diffcore.samplers.dpm_sde import DPMSolverSDE
@@ -22,7 +22,6 @@ __all__ = [
     "AdamsMoulton",
     "AdaptiveRungeKutta",
     "AlphaBlending",
-    "Around",
     "DPMSolverPP",
     "DPMSolverSDE",
     "Euler",
@@ -32,6 +31,7 @@ __all__ = [
     "PredictorCorrector",
     "Restart",
     "Sampler",
+    "SamplerWrapper",
     "State",
     "UniPC",
 ]

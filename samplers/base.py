@@ -85,7 +85,7 @@ class Sampler(ABC):
         """
         return self.order == 1
 
-    def guided(self, state: State) -> bool:
+    def uses_guidance(self, state: State) -> bool:
         """Whether guidance acts on the prediction at this state; False asks for the conditional model's own."""
         return True
 
@@ -94,7 +94,7 @@ class Sampler(ABC):
         """How many predictions a run over these knots asks for."""
 
 
-class Around(Sampler):
+class SamplerWrapper(Sampler):
     """A sampler around another, `inner`, which makes its steps: what it promises of itself is what that one does."""
 
     inner: Sampler

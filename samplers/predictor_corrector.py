@@ -111,11 +111,13 @@ class PredictorCorrector(Sampler):
         share = fresh(t, s) if self.snr is None else 1 - (1 - 2 * self.snr**2) ** 2
         return renoised(prediction, share, noise.between(t, s, state.step)).at(s)
 
-    def guided(self, state: State) -> bool:
+    def uses_guidance(self, state: State) -> bool:
         predictor, _, corrections = state.memory
         if corrections:
             return True
-        return self.guides == "both" and self.predictor.guided(replace(state, memory=predictor))
+        return self.guides == "both" and self.predictor.uses_guidance(
+            replace(state, memory=predictor)
+        )
 
     def evaluations(self, knots: tuple[Level, ...]) -> int:
         return self.predictor.evaluations(knots) + self.corrections * (len(knots) - 2)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
-from diffcore.samplers.base import Around, Sampler, State, noisier
+from diffcore.samplers.base import Sampler, SamplerWrapper, State, noisier
 from diffcore.samplers.blending import AlphaBlending
 from diffcore.schedules import Level
 
@@ -24,7 +24,7 @@ class Memory(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Restart(Around):
+class Restart(SamplerWrapper):
     """At u_min: K times y + √(u_max² - u_min²) z, then `inner` from u_max down to u_min again; y = x/α, u = σ/α.
 
     Xu et al. 2023 (2306.14878, Algorithms 1 and 2). The noise makes the marginal at u_max from the one at u_min exactly, and
@@ -74,8 +74,8 @@ class Restart(Around):
             state, memory=state.memory._replace(inner=self.inner.forget(state.memory.inner))
         )
 
-    def guided(self, state: State) -> bool:
-        return self.inner.guided(state.memory.inner)
+    def uses_guidance(self, state: State) -> bool:
+        return self.inner.uses_guidance(state.memory.inner)
 
     def evaluations(self, knots: Run) -> int:
         return sum(self.inner.evaluations(run) for run in self._runs(knots))

@@ -15,26 +15,26 @@ FARTHEST = 1e300  # a bracket's ends are finite
 
 
 @dataclass(frozen=True)
-class Transform(Schedule):
+class ScheduleWrapper(Schedule):
     """A schedule made from another; its scaling and its number of levels are the inner one's."""
 
-    schedule: Schedule
+    inner: Schedule
 
     @property
     def scaling(self) -> Scaling:  # type: ignore[override]  # a field elsewhere
-        return self.schedule.scaling
+        return self.inner.scaling
 
     @property
     def steps(self) -> int | None:  # type: ignore[override]
-        return self.schedule.steps
+        return self.inner.steps
 
 
 @dataclass(frozen=True)
-class Shifted(Transform):
+class Shifted(ScheduleWrapper):
     """λ'(t) = λ(t) + shift: at once an input scale, a resolution shift and a time shift, which have constructors.
 
     Args:
-        schedule: the schedule to shift.
+        inner: the schedule to shift.
         shift: in λ; negative is noisier.
     """
 
@@ -62,24 +62,24 @@ class Shifted(Transform):
         return cls(schedule, -2 * _log("s", s))
 
     def _logsnr(self, t: Tensor) -> Tensor:
-        return self.schedule.logsnr(t) + self.shift
+        return self.inner.logsnr(t) + self.shift
 
     def _time(self, logsnr: Tensor) -> Tensor:
-        return self.schedule.time(logsnr - self.shift)
+        return self.inner.time(logsnr - self.shift)
 
     def _density(self, logsnr: Tensor) -> Tensor:
-        return self.schedule.density(logsnr - self.shift)
+        return self.inner.density(logsnr - self.shift)
 
 
 @dataclass(frozen=True)
-class Interpolated(Transform):
+class Interpolated(ScheduleWrapper):
     """λ'(t) = λ(t) + (1-t) clean + t noise: a shift that changes from the clean end to the noisy one.
 
     Simple diffusion's interpolated resolution shift, which has a constructor: fine detail is noised as at a low resolution,
     layout as at a high one. Hoogeboom et al. 2023 (2301.11093).
 
     Args:
-        schedule: the schedule to shift, steeper everywhere than the change (for Cosine, noise - clean < 2π).
+        inner: the schedule to shift, steeper everywhere than the change (for Cosine, noise - clean < 2π).
         clean: the shift at t = 0.
         noise: the shift at t = 1.
     """
@@ -94,7 +94,7 @@ class Interpolated(Transform):
             )
         if not self._gentle:
             raise ValueError(
-                f"the shift rises by {self.noise - self.clean:g} from t = 0 to 1, faster than λ(t) of {self.schedule} falls "
+                f"the shift rises by {self.noise - self.clean:g} from t = 0 to 1, faster than λ(t) of {self.inner} falls "
                 f"somewhere, so levels would fold over: bring clean and noise closer"
             )
 
@@ -110,22 +110,22 @@ class Interpolated(Transform):
     def _gentle(self) -> bool:
         """Whether λ' falls wherever it is sampled: -dλ/dt = 1/p is least where the density is largest."""
         t = (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096
-        densest = self.schedule.density(self.schedule.logsnr(t)).max()
+        densest = self.inner.density(self.inner.logsnr(t)).max()
         return bool((self.noise - self.clean) * densest < 1)
 
     def _logsnr(self, t: Tensor) -> Tensor:
-        return self.schedule.logsnr(t) + torch.lerp(
+        return self.inner.logsnr(t) + torch.lerp(
             t.new_tensor(self.clean), t.new_tensor(self.noise), t
         )
 
     def _time(self, logsnr: Tensor) -> Tensor:
         return logit_time(
-            lambda t, rest: self.schedule.logsnr(t) + rest * self.clean + t * self.noise, logsnr
+            lambda t, rest: self.inner.logsnr(t) + rest * self.clean + t * self.noise, logsnr
         )
 
     def _density(self, logsnr: Tensor) -> Tensor:
-        inner = self.schedule.density(self.schedule.logsnr(self._time(logsnr)))
-        beyond = logsnr < self.schedule.logsnr(1.0) + self.noise
+        inner = self.inner.density(self.inner.logsnr(self._time(logsnr)))
+        beyond = logsnr < self.inner.logsnr(1.0) + self.noise
         return (inner / (1 - (self.noise - self.clean) * inner)).masked_fill(beyond, 0.0)
 
 
@@ -137,12 +137,12 @@ class Mixture(Schedule):
     the floor's levels.
 
     Args:
-        schedule: the distribution to keep most of; its scaling is kept.
+        inner: the distribution to keep most of; its scaling is kept.
         floor: of which a share is mixed in; uniform in λ by default.
         share: f within (0, 1).
     """
 
-    schedule: Schedule
+    inner: Schedule
     floor: Schedule = field(default_factory=lambda: LogLinear(-10.0, 10.0))
     share: float = 0.1
 
@@ -152,7 +152,7 @@ class Mixture(Schedule):
 
     @property
     def scaling(self) -> Scaling:  # type: ignore[override]
-        return self.schedule.scaling
+        return self.inner.scaling
 
     def _mixed(self, of_schedule: Tensor, of_floor: Tensor) -> Tensor:
         return (1 - self.share) * of_schedule + self.share * of_floor
@@ -162,13 +162,13 @@ class Mixture(Schedule):
         """Falling levels of both parts, close together wherever either has mass, between -inf and inf; their times."""
         t = torch.linspace(-35, 35, 1001, dtype=torch.float64).sigmoid()
         logsnr = (
-            torch.cat((self.schedule.logsnr(t), self.floor.logsnr(t))).sort(descending=True).values
+            torch.cat((self.inner.logsnr(t), self.floor.logsnr(t))).sort(descending=True).values
         )
         ends = logsnr.new_tensor([torch.inf])
         return torch.cat((ends, logsnr, -ends)), self._time(logsnr)
 
     def _logsnr(self, t: Tensor) -> Tensor:
-        one, other = self.schedule.logsnr(t), self.floor.logsnr(t)
+        one, other = self.inner.logsnr(t), self.floor.logsnr(t)
         noisy, clean = torch.minimum(one, other), torch.maximum(one, other)
         knots, times = self._knots
         i = torch.searchsorted(times, t.contiguous())
@@ -178,10 +178,10 @@ class Mixture(Schedule):
         return torch.where(t == 0, clean, torch.where(t == 1, noisy, inside))
 
     def _time(self, logsnr: Tensor) -> Tensor:
-        return self._mixed(self.schedule.time(logsnr), self.floor.time(logsnr))
+        return self._mixed(self.inner.time(logsnr), self.floor.time(logsnr))
 
     def _density(self, logsnr: Tensor) -> Tensor:
-        return self._mixed(self.schedule.density(logsnr), self.floor.density(logsnr))
+        return self._mixed(self.inner.density(logsnr), self.floor.density(logsnr))
 
 
 @dataclass(frozen=True)
@@ -189,11 +189,11 @@ class Rescaled(Schedule):
     """The same λ(t) carried by another scaling.
 
     Args:
-        schedule: gives λ(t).
+        inner: gives λ(t).
         scaling: vp, ve or flow.
     """
 
-    schedule: Schedule
+    inner: Schedule
     scaling: Scaling
 
     def __post_init__(self) -> None:
@@ -201,26 +201,26 @@ class Rescaled(Schedule):
 
     @property
     def steps(self) -> int | None:  # type: ignore[override]
-        return self.schedule.steps
+        return self.inner.steps
 
     def _logsnr(self, t: Tensor) -> Tensor:
-        return self.schedule.logsnr(t)
+        return self.inner.logsnr(t)
 
     def _time(self, logsnr: Tensor) -> Tensor:
-        return self.schedule.time(logsnr)
+        return self.inner.time(logsnr)
 
     def _density(self, logsnr: Tensor) -> Tensor:
-        return self.schedule.density(logsnr)
+        return self.inner.density(logsnr)
 
 
 @dataclass(frozen=True)
-class Truncated(Transform):
+class Truncated(ScheduleWrapper):
     """λ restricted to [low, high]: p'(λ) = p(λ) / (t(low) - t(high)) there, t' = (t - t(high)) / (t(low) - t(high)).
 
     Every t in (0, 1) is drawn, also of a table.
 
     Args:
-        schedule: the schedule to restrict.
+        inner: the schedule to restrict.
         low: the noisiest level, λ'(1).
         high: the cleanest level, λ'(0).
     """
@@ -235,7 +235,7 @@ class Truncated(Transform):
             )
         if not self._end - self._start > 1e-9 * self._end:  # t near 1 is known to 1e-16
             raise ValueError(
-                f"{self.schedule} has next to no levels between λ = {self.low} and {self.high}: "
+                f"{self.inner} has next to no levels between λ = {self.low} and {self.high}: "
                 "widen the bounds, or shift the schedule between them"
             )
 
@@ -245,44 +245,44 @@ class Truncated(Transform):
 
     @cached_property
     def _start(self) -> float:
-        return self.schedule.time(self.high)
+        return self.inner.time(self.high)
 
     @cached_property
     def _end(self) -> float:
-        return self.schedule.time(self.low)
+        return self.inner.time(self.low)
 
     def _logsnr(self, t: Tensor) -> Tensor:
-        inside = self.schedule.logsnr(
+        inside = self.inner.logsnr(
             torch.lerp(t.new_tensor(self._start), t.new_tensor(self._end), t)
         )
         return inside.clamp(self.low, self.high)
 
     def _time(self, logsnr: Tensor) -> Tensor:
-        return ((self.schedule.time(logsnr) - self._start) / (self._end - self._start)).clamp(0, 1)
+        return ((self.inner.time(logsnr) - self._start) / (self._end - self._start)).clamp(0, 1)
 
     def _density(self, logsnr: Tensor) -> Tensor:
         inside = (logsnr >= self.low) & (logsnr <= self.high)
-        return self.schedule.density(logsnr).masked_fill(~inside, 0.0) / (self._end - self._start)
+        return self.inner.density(logsnr).masked_fill(~inside, 0.0) / (self._end - self._start)
 
 
 @dataclass(frozen=True)
-class ZeroTerminalSNR(Transform):
+class ZeroTerminalSNR(ScheduleWrapper):
     """α' = (α - α_T) α_0 / (α_0 - α_T) in the vp scaling, so that λ'(1) = -inf and the cleanest level is kept.
 
     Lin et al. 2023 (2305.08891, Algorithm 1). α_0 is the first entry of a table (levels cleaner than it are left as they
     are), or α(0) of a continuous schedule, which this transforms in the same way.
 
     Args:
-        schedule: any schedule; one that ends at λ = -inf already is unchanged.
+        inner: any schedule; one that ends at λ = -inf already is unchanged.
     """
 
-    schedule: Schedule
+    inner: Schedule
 
     @cached_property
     def _ends(self) -> tuple[Level, Level]:
         """The levels that the algorithm keeps (α_0) and sends to zero (α_T), in vp terms."""
         first = 0.0 if self.steps is None else 1 / self.steps
-        return self.schedule.level(first), self.schedule.level(1.0)
+        return self.inner.level(first), self.inner.level(1.0)
 
     @cached_property
     def _constants(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -292,19 +292,19 @@ class ZeroTerminalSNR(Transform):
         return alpha_0, rest_0, alpha_t, (alpha_0 - alpha_t) / alpha_0
 
     def _logsnr(self, t: Tensor) -> Tensor:
-        logsnr = self.schedule.logsnr(t)
+        logsnr = self.inner.logsnr(t)
         alpha_0, rest_0, alpha_t, c = self._constants
         alpha, rest = _alpha(logsnr)
         scaled = _from_alpha((alpha - alpha_t) / c, (rest - rest_0 * alpha_t / alpha_0) / c)
         return torch.where(self._cleaner(logsnr), logsnr, torch.where(t == 1, -torch.inf, scaled))
 
     def _time(self, logsnr: Tensor) -> Tensor:
-        return torch.where(logsnr == -torch.inf, 1.0, self.schedule.time(self._inner(logsnr)))
+        return torch.where(logsnr == -torch.inf, 1.0, self.inner.time(self._inner(logsnr)))
 
     def _density(self, logsnr: Tensor) -> Tensor:
         inner, c = self._inner(logsnr), self._constants[-1]
         slope = c * _alpha_rate(logsnr) / _alpha_rate(inner)  # dλ/dλ'
-        density = self.schedule.density(inner) * torch.where(self._cleaner(logsnr), 1.0, slope)
+        density = self.inner.density(inner) * torch.where(self._cleaner(logsnr), 1.0, slope)
         return density.masked_fill(logsnr == -torch.inf, 0.0)
 
     def _inner(self, logsnr: Tensor) -> Tensor:

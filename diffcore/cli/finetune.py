@@ -89,13 +89,11 @@ def _around(schedule: Any, own: dict[str, Any]) -> dict[str, Any]:
     if isinstance(schedule, str):
         schedule = {"class_path": schedule}
     kind = getattr(schedules, _named(schedule), None)
-    if kind is None or "schedule" not in signature(kind).parameters:
+    if kind is None or "inner" not in signature(kind).parameters:
         return schedule
-    inner = (
-        own["init_args"]["schedule"] if _named(own) == kind.__name__ == "ZeroTerminalSNR" else own
-    )
+    inner = own["init_args"]["inner"] if _named(own) == kind.__name__ == "ZeroTerminalSNR" else own
     return schedule | {
-        "init_args": {"schedule": inner} | _options(schedule.get("init_args"), "init_args")
+        "init_args": {"inner": inner} | _options(schedule.get("init_args"), "init_args")
     }
 
 

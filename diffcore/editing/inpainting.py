@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
-from diffcore.samplers import Around, Sampler, State
+from diffcore.samplers import Sampler, SamplerWrapper, State
 from diffcore.samplers.base import noisier
 from diffcore.schedules import Level, check_falling
 
@@ -24,7 +24,7 @@ class Memory(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class RePaint(Around):
+class RePaint(SamplerWrapper):
     """x ← mask (α x_known + σ z) + (1 - mask) x at each knot; and back: x ← (α'/α) x + √(σ'² - (α'/α)² σ²) z to a noisier knot.
 
     Lugmayr et al. 2022 (2201.09865, Algorithm 1 and its jumps): from each knot `jump` steps apart the run goes back by `jump`
@@ -88,8 +88,8 @@ class RePaint(Around):
             state, memory=state.memory._replace(inner=self.inner.forget(state.memory.inner))
         )
 
-    def guided(self, state: State) -> bool:
-        return self.inner.guided(state.memory.inner)
+    def uses_guidance(self, state: State) -> bool:
+        return self.inner.uses_guidance(state.memory.inner)
 
     def evaluations(self, knots: Run) -> int:
         return sum(self.inner.evaluations(run) for run in self._runs(knots))

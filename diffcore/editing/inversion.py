@@ -15,7 +15,7 @@ from diffcore.core.denoiser import Denoise
 from diffcore.core.prediction import hypot
 from diffcore.guidance import CFG, Guidance, Step, networks
 from diffcore.sampling.generation import evaluating
-from diffcore.sampling.loop import check_guidance, check_levels, guided
+from diffcore.sampling.loop import check_guidance, check_levels, guided_prediction
 from diffcore.schedules import Level, check_falling
 
 
@@ -82,7 +82,9 @@ def invert(
             )
             residual = torch.full_like(gain, math.inf)
             for _ in range(iterations):
-                prediction, _, asked = guided(denoiser, guidance, x, t, condition, None, step)
+                prediction, _, asked = guided_prediction(
+                    denoiser, guidance, x, t, condition, None, step
+                )
                 missing, before = goal - prediction.at(s), residual
                 residual = _size(missing)
                 gain = torch.where(residual < before, gain, gain / 2)

@@ -11,7 +11,13 @@ from diffcore.core.prediction import Prediction
 from diffcore.guidance import CFG, Guidance, networks
 from diffcore.samplers import DDIM, State
 from diffcore.sampling.generation import evaluating, noised
-from diffcore.sampling.loop import check_guidance, check_levels, guided, run, step_of
+from diffcore.sampling.loop import (
+    check_guidance,
+    check_levels,
+    guided_prediction,
+    integrate,
+    step_of,
+)
 from diffcore.schedules import Level, check_falling
 
 
@@ -92,7 +98,7 @@ def extract(
     with evaluating(denoiser, *networks(guidance)):
         while not state.done:
             step = step_of(denoiser.process, knots, state, step)
-            prediction, memory, _ = guided(
+            prediction, memory, _ = guided_prediction(
                 denoiser, guidance, state.x, state.level, condition, memory, step
             )
             maps.append(_map(sampler, state, prediction, x0, noise))
@@ -111,7 +117,7 @@ def replay(
 ) -> Tensor:
     """The image that the maps were extracted from, to rounding, under the same condition; under another, an edited one."""
     with evaluating(denoiser, *networks(guidance)):
-        x, _ = run(
+        x, _ = integrate(
             denoiser, _stochastic(maps.eta), maps.x, maps.knots, maps.noise, guidance, condition
         )
     return x + maps.rest

@@ -28,7 +28,7 @@ Levels = Literal["stratified", "independent"]
 
 
 @dataclass(frozen=True)
-class Place:
+class SampleKey:
     """Where samples stand in a run: the key of everything random about them.
 
     Args:
@@ -137,7 +137,7 @@ class Objective:
                 f"{self.resampler} has more bins than {schedule} has levels: use at most {steps}"
             )
 
-    def times(self, place: Place, learned: Learned | None = None) -> Tensor:
+    def times(self, place: SampleKey, learned: Learned | None = None) -> Tensor:
         """(B,) float64 times in (0, 1] for the samples at `place`, given what the resampler has learned."""
         if self.levels == "stratified":
             u = (
@@ -155,7 +155,7 @@ class Objective:
     def draw(
         self,
         process: Process,
-        place: Place,
+        place: SampleKey,
         device: torch.device | None = None,
         learned: Learned | None = None,
     ) -> Draw:

@@ -14,7 +14,7 @@ from diffcore.core.process import Process
 from diffcore.guidance import CFG, Guidance, networks
 from diffcore.guidance.reference import Condition
 from diffcore.samplers import AdamsMoulton, Sampler
-from diffcore.sampling.loop import SAME, Callback, check_guidance, check_levels, planned, run
+from diffcore.sampling.loop import SAME, Callback, check_guidance, check_levels, integrate, planned
 from diffcore.schedules import Grid, Level, UniformBlend
 
 SAMPLER: Sampler = AdamsMoulton(3, every=10)
@@ -103,7 +103,9 @@ def sample(
                 else noised(image[chunk], first, noise)
             )
             chosen = None if labels is None else labels[chunk].to(device)
-            x, asked = run(denoiser, sampler, x, knots, noise, guidance, chosen, rows, callback)
+            x, asked = integrate(
+                denoiser, sampler, x, knots, noise, guidance, chosen, rows, callback
+            )
             chunks.append(x.cpu())
             real = min(batch_size, len(seeds) - int(chunk[0]))
             evaluations += asked * real

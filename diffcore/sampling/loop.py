@@ -19,7 +19,7 @@ from diffcore.core.denoiser import Denoise
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
 from diffcore.core.process import Process
-from diffcore.guidance import CFG, Guidance, Seen, Step, answers
+from diffcore.guidance import CFG, Guidance, GuidanceInput, Step, evaluate_queries
 from diffcore.guidance.reference import Condition, Query
 from diffcore.samplers import Sampler, State
 from diffcore.schedules import Level
@@ -34,7 +34,7 @@ SAME = 1e-9
 """In λ: a level nearer than this to a knot is that knot."""
 
 
-def run(
+def integrate(
     denoiser: Denoise,
     sampler: Sampler,
     x: Tensor,
@@ -51,9 +51,9 @@ def run(
     bends = corners(knots, guidance.levels(denoiser.process))
     state, step, memory, evaluations = sampler.start(x, knots, noise), None, None, 0
     while not state.done:
-        rule = guidance if sampler.guided(state) else CFG(1.0)
+        rule = guidance if sampler.uses_guidance(state) else CFG(1.0)
         step = step_of(denoiser.process, knots, state, step)
-        prediction, memory, asked = guided(
+        prediction, memory, asked = guided_prediction(
             denoiser, rule, state.x, state.level, condition, memory, step, rows
         )
         evaluations += asked
@@ -71,7 +71,7 @@ def watch(
     noise: Noise,
     guidance: Guidance,
     condition: Tensor | None = None,
-) -> Iterator[Seen]:
+) -> Iterator[GuidanceInput]:
     """What the guidance sees at each evaluation of a run: to fit LinearAG, or a threshold of AdaptiveGuidance.
 
     Where the sampler wants no guidance (see `Sampler.guided`), that is no reference.
@@ -82,10 +82,10 @@ def watch(
     state, step, memory = sampler.start(x, knots, noise), None, None
     while not state.done:
         with torch.no_grad():
-            rule = guidance if sampler.guided(state) else CFG(1.0)
+            rule = guidance if sampler.uses_guidance(state) else CFG(1.0)
             step = step_of(denoiser.process, knots, state, step)
-            seen = look(denoiser, rule, state.x, condition, memory, step)
-            prediction, memory = rule.guide(seen, memory)
+            seen = evaluate_references(denoiser, rule, state.x, condition, memory, step)
+            prediction, memory = rule.combine(seen, memory)
             state = settled(sampler, sampler.advance(state, prediction, noise), bends)
         yield seen
 
@@ -112,7 +112,7 @@ def settled(sampler: Sampler, state: State, corners: frozenset[float]) -> State:
     return sampler.forget(state)
 
 
-def guided(
+def guided_prediction(
     denoiser: Denoise,
     guidance: Guidance,
     x: Tensor,
@@ -126,7 +126,7 @@ def guided(
 
     Without a step it is one from the level to itself.
     """
-    seen = look(
+    seen = evaluate_references(
         denoiser,
         guidance,
         x,
@@ -135,10 +135,10 @@ def guided(
         step or Step(denoiser.process, level, level, level),
         rows,
     )
-    return *guidance.guide(seen, memory), 1 + len(seen.references)
+    return *guidance.combine(seen, memory), 1 + len(seen.references)
 
 
-def look(
+def evaluate_references(
     denoiser: Denoise,
     guidance: Guidance,
     x: Tensor,
@@ -146,16 +146,16 @@ def look(
     memory: Any,
     step: Step,
     rows: int = 0,
-) -> Seen:
+) -> GuidanceInput:
     """What the guidance is to see: the conditional prediction, and those references that it asks for."""
-    references = guidance.asks(step, memory)
+    references = guidance.required_references(step, memory)
     told = condition if denoiser.process.classes else None  # labels may be for the rule alone
     queries = [
         Query(denoiser, told),
         *(reference.query(denoiser, told, x) for reference in references),
     ]
-    conditional, *others = answers(queries, x, step.level, rows)
-    return Seen(x, step, conditional, tuple(others), condition)
+    conditional, *others = evaluate_queries(queries, x, step.level, rows)
+    return GuidanceInput(x, step, conditional, tuple(others), condition)
 
 
 def step_of(
@@ -187,7 +187,9 @@ def planned(
     state, step, total = sampler.start(noise.start(), knots, noise), None, 0
     while not state.done:
         step = step_of(process, knots, state, step)
-        total += 1 + (len(guidance.asks(step, None)) if sampler.guided(state) else 0)
+        total += 1 + (
+            len(guidance.required_references(step, None)) if sampler.uses_guidance(state) else 0
+        )
         state = sampler.advance(state, Prediction(state.x, state.x), noise)
     return total
 
@@ -218,7 +220,7 @@ def check_guidance(
     asked = [
         (reference, step.level)
         for step in _steps(process, knots)
-        for reference in guidance.asks(step, None)
+        for reference in guidance.required_references(step, None)
     ]
     for reference in dict.fromkeys(reference for reference, _ in asked):
         reference.check(process, condition, str(guidance))

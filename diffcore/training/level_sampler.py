@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diffcore.core.process import Process
 from diffcore.objectives.level_sampling import Learned
-from diffcore.objectives.objective import Objective, Place
+from diffcore.objectives.objective import Objective, SampleKey
 from diffcore.training.reporting import Window
 
 PREFIX = "resampler."
@@ -51,7 +51,7 @@ class Adaptation:
         table = self.window.gathered()[:, 1:].double()
         index = torch.arange(self.batch)
         places = [
-            Place(self.seed, past, index, self.batch) for past in range(step - len(table), step)
+            SampleKey(self.seed, past, index, self.batch) for past in range(step - len(table), step)
         ]
         times = torch.cat([self.objective.times(place, self.learned) for place in places])
         drawn = self.process.schedule.drawn(times)
@@ -61,7 +61,7 @@ class Adaptation:
         self.learned = self.objective.resampler.update(self.learned, drawn, losses)
         self.window.restore(None)
 
-    def describe(self, place: Place, step: int) -> str:
+    def describe(self, place: SampleKey, step: int) -> str:
         """λ of the one sample at `place`, as far as it is known after `step` steps: what drew it may have learned since."""
         resampler = self.objective.resampler
         if resampler and place.step < step - step % resampler.every:

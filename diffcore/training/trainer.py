@@ -18,7 +18,7 @@ from diffcore.core.noise import Stream, derived
 from diffcore.core.process import Process
 from diffcore.guidance import CFG, Guidance
 from diffcore.io.safetensors import replace, write_weights
-from diffcore.objectives.objective import Objective, Place
+from diffcore.objectives.objective import Objective, SampleKey
 from diffcore.run import Network, Optimizer, Run
 from diffcore.samplers import Sampler
 from diffcore.sampling import generation as sampling
@@ -216,8 +216,8 @@ class Trainer:
             if parameter.grad is not None:
                 parameter.grad.nan_to_num_(0.0, 0.0, 0.0)
 
-    def _place(self, place: Tensor) -> Place:
-        return Place(self.seed, self.step, place, self.batch_size)
+    def _place(self, place: Tensor) -> SampleKey:
+        return SampleKey(self.seed, self.step, place, self.batch_size)
 
     def _model_seed(self, part: int) -> int:
         place = (
@@ -448,7 +448,7 @@ class Trainer:
             )
 
     def _describe(self, found: NonFinite) -> str:
-        place = Place(self.seed, found.step, torch.tensor([found.place]), self.batch_size)
+        place = SampleKey(self.seed, found.step, torch.tensor([found.place]), self.batch_size)
         level = self.adaptation.describe(place, self.step)
         index = self.order.index(int(place.position))
         return f"step {found.step}, sample {index} of the data at λ = {level}, loss {found.loss}"

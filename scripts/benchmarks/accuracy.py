@@ -30,7 +30,7 @@ from diffcore.samplers import (
     Sampler,
     UniPC,
 )
-from diffcore.sampling.loop import run
+from diffcore.sampling.loop import integrate
 from diffcore.schedules import (
     AlignYourSteps,
     BetaSpacing,
@@ -292,7 +292,7 @@ def ours(
             for count in counts:
                 knots = knots_for(sampler, grid, schedule, count)
                 if knots is not None:
-                    x, evaluations = run(
+                    x, evaluations = integrate(
                         problem.oracle, sampler, problem.at(knots[0]), knots, problem.noise
                     )
                     yield str(sampler), name, count, evaluations, problem.score(x)

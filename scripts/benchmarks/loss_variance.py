@@ -9,7 +9,7 @@ from diffcore.core.denoiser import Denoiser
 from diffcore.core.noise import Stream, normal
 from diffcore.core.prediction import target
 from diffcore.core.process import Process
-from diffcore.objectives.objective import Objective, Place
+from diffcore.objectives.objective import Objective, SampleKey
 from diffcore.objectives.weighting import MSE, MinSNR, Weight
 from diffcore.schedules import (
     Beta,
@@ -77,11 +77,11 @@ def rows(steps: int = 100, schedules: Iterable[Schedule] = SCHEDULES) -> Iterato
 def _losses(process: Process, objective: Objective, steps: int) -> Tensor:
     index = torch.arange(BATCH)
     return torch.stack(
-        [_loss(process, objective, Place(0, step, index, BATCH)) for step in range(steps)]
+        [_loss(process, objective, SampleKey(0, step, index, BATCH)) for step in range(steps)]
     )
 
 
-def _loss(process: Process, objective: Objective, place: Place) -> Tensor:
+def _loss(process: Process, objective: Objective, place: SampleKey) -> Tensor:
     x0 = STD * normal(1, Stream.ORACLE, place.position, process.shape, dtype=torch.float64)
     draw = objective.draw(process, place)
     return objective(Denoiser(Posterior(draw.level), process), x0, None, draw).mean()

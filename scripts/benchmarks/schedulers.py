@@ -5,9 +5,10 @@ EDM's schedulers begin at the same σ, and one that ends at a noisy level (DEIS,
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import diffusers
@@ -130,8 +131,12 @@ def _cosine(scheduler: Any, i: int, t: Tensor) -> float:
 
 
 def _of(
-    method: str, name: str, grids: dict[str, Any], given: dict[str, Any] = {}, **fields: Any
-) -> list[Scheduler]:  # noqa: B006
+    method: str,
+    name: str,
+    grids: dict[str, Any],
+    given: Mapping[str, Any] = MappingProxyType({}),
+    **fields: Any,
+) -> list[Scheduler]:
     make = getattr(diffusers, name)
     return [Scheduler(method, grid, partial(make, **BETAS, **given, **options), **fields)
             for grid, options in grids.items()]  # fmt: skip

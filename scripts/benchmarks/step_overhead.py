@@ -17,7 +17,7 @@ from diffcore.core.noise import Noise
 from diffcore.core.prediction import PredictionType
 from diffcore.core.process import Process
 from diffcore.samplers import DDIM, Sampler
-from diffcore.sampling.loop import run
+from diffcore.sampling.loop import integrate
 from diffcore.schedules import Discrete, Trailing
 
 STEPS = 50
@@ -66,7 +66,7 @@ def ours(
 
     @torch.no_grad()
     def loop() -> Tensor:
-        return run(denoiser, sampler, x, knots, noise)[0]
+        return integrate(denoiser, sampler, x, knots, noise)[0]
 
     return loop
 

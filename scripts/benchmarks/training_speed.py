@@ -26,10 +26,10 @@ from diffcore.core.denoiser import Denoiser
 from diffcore.core.noise import Noise
 from diffcore.guidance import CFG, Guidance, Interval
 from diffcore.io.specs import Parser
-from diffcore.objectives.objective import Place
+from diffcore.objectives.objective import SampleKey
 from diffcore.samplers import DDIM
 from diffcore.sampling.generation import sample, with_levels
-from diffcore.sampling.loop import run
+from diffcore.sampling.loop import integrate
 from diffcore.schedules import Trailing, UniformLogSNR
 from diffcore.training.data.source import Batch, Digits, batches
 from diffcore.training.trainer import Trainer
@@ -171,7 +171,7 @@ def draws(trainer: Trainer, pairs: int, warmup: int = WARMUP_PAIRS) -> Compariso
     index, steps = torch.arange(trainer.batch_size), count()
 
     def drawn() -> None:
-        place = Place(trainer.seed, next(steps), index, trainer.batch_size)
+        place = SampleKey(trainer.seed, next(steps), index, trainer.batch_size)
         level = objective.draw(
             process, place, trainer.accelerator.device, trainer.adaptation.learned
         ).level
@@ -244,7 +244,7 @@ def _interval(denoiser: Denoiser, bounds: tuple[float, float], pairs: int, rows:
         noise = Noise(torch.arange(rows), denoiser.process.shape, denoiser.device)
         with torch.no_grad():
             x = noise.first_sample(knots[0], denoiser.process.sigma_data)
-            _, used[guidance] = run(
+            _, used[guidance] = integrate(
                 denoiser, DDIM(), x, knots, noise, guidance, labels.to(denoiser.device)
             )
         _synchronize()

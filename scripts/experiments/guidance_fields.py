@@ -32,7 +32,7 @@ from diffcore.guidance import (
 )
 from diffcore.samplers import DDIM, PredictorCorrector, Sampler
 from diffcore.sampling.generation import sample
-from diffcore.sampling.loop import guided
+from diffcore.sampling.loop import guided_prediction
 from diffcore.schedules import Cosine, Level, Trailing
 
 PROCESS = Process(Cosine(), shape=(2,), sigma_data=1.0, classes=2, dropout=0.1)
@@ -136,7 +136,7 @@ def _next(rule: Guidance, y: Tensor, here: Level, there: Level) -> Tensor:
     x, labels, memory = here.alpha * y, torch.zeros(len(y), dtype=torch.int64), None
     for index in (0, 1):
         step = Step(PROCESS, here, here, there, index, 2)
-        prediction, memory, _ = guided(MIXTURE, rule, x, here, labels, memory, step)
+        prediction, memory, _ = guided_prediction(MIXTURE, rule, x, here, labels, memory, step)
     return prediction.at(there) / there.alpha
 
 

@@ -17,7 +17,7 @@ from diffcore.core.noise import Noise
 from diffcore.editing.inversion import invert
 from diffcore.editing.noise_maps import extract, replay
 from diffcore.samplers import DDIM
-from diffcore.sampling.loop import run
+from diffcore.sampling.loop import integrate
 from diffcore.schedules import Grid, Trailing
 from diffcore.training.data.source import Digits
 from experiments.training import ARMS, averaged, trainer
@@ -117,7 +117,7 @@ def report(denoiser: Denoiser, images: int = 32) -> str:
 @torch.no_grad()
 def _sampled(denoiser: Denoise, x: Tensor, steps: int, labels: Tensor | None, grid: Grid) -> Tensor:
     knots = grid.knots(denoiser.process.schedule, steps)
-    return run(denoiser, DDIM(), x, knots, _noise(x), condition=labels)[0]
+    return integrate(denoiser, DDIM(), x, knots, _noise(x), condition=labels)[0]
 
 
 def _noise(x: Tensor) -> Noise:

@@ -123,7 +123,7 @@ CASES = {
         (
             *NEW,
             "--process.schedule=ZeroTerminalSNR",
-            "--process.schedule.schedule=Discrete",
+            "--process.schedule.inner=Discrete",
             "--process.prediction=epsilon",
         ),
         ("epsilon", "use v_prediction"),

@@ -87,8 +87,8 @@ CHOSEN = (
     "--objective.weight=MinSNR",
     "--objective.weight.gamma=7",
     "--process.schedule=Shifted",
-    "--process.schedule.schedule=Laplace",
-    "--process.schedule.schedule.scale=0.75",
+    "--process.schedule.inner=Laplace",
+    "--process.schedule.inner.scale=0.75",
     "--process.schedule.shift=-1",
     "--sampler=AlphaBlending",
     "--sampler.order=2",
@@ -106,7 +106,7 @@ def test_components_are_chosen_by_class_name_with_their_own_options(diffcore):
     schedule = made["process"]["schedule"]
     assert schedule["class_path"].endswith("Shifted")
     assert schedule["init_args"]["shift"] == -1
-    assert schedule["init_args"]["schedule"]["init_args"]["scale"] == 0.75
+    assert schedule["init_args"]["inner"]["init_args"]["scale"] == 0.75
     assert made["sampler"]["init_args"]["order"] == 2
     assert (made["lr"]["peak"], made["lr"]["warmup"]) == (
         0.5,
@@ -594,7 +594,7 @@ def test_the_scripts_call_the_same_commands(monkeypatch):
     monkeypatch.setattr("diffcore.cli.main.main", lambda argv: called.append(argv) or 0)
     for name in ("train", "sample"):
         monkeypatch.setattr(sys, "argv", [f"{name}.py", "a", "--b"])
-        code = (Path(__file__).parents[1] / "scripts" / f"{name}.py").read_text()
+        code = (Path(__file__).parents[2] / "scripts" / f"{name}.py").read_text()
         with pytest.raises(SystemExit, match="0"):
             exec(compile(code, name, "exec"), {"__name__": "__main__"})
     assert called == [["train", "a", "--b"], ["sample", "a", "--b"]]

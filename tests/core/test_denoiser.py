@@ -11,7 +11,7 @@ from diffcore.core.denoiser import Denoiser, null_condition
 from diffcore.core.noise import Noise
 from diffcore.core.process import TimeConditioning
 from diffcore.samplers import DDIM, AlphaBlending
-from diffcore.sampling.loop import run
+from diffcore.sampling.loop import integrate
 from diffcore.schedules import Cosine, Discrete, Explicit
 from tests.helpers.oracles import KINDS, SCALINGS, ExactNetwork, mixture, process, told_by, unet
 
@@ -61,8 +61,8 @@ def test_c3_every_prediction_type_in_every_scaling_takes_the_same_trajectory(
     denoiser, truth = exact(kind, scaling), mixture()
     knots, vp = (KNOTS.knots(p.schedule, 7) for p in (denoiser.process, truth.process))
     scale = (knots[0].alpha ** 2 + knots[0].sigma ** 2) ** 0.5
-    x, evaluations = run(denoiser, sampler, scale * NOISE.start(), knots, NOISE)
-    expected, _ = run(truth, sampler, NOISE.start(), vp, NOISE)
+    x, evaluations = integrate(denoiser, sampler, scale * NOISE.start(), knots, NOISE)
+    expected, _ = integrate(truth, sampler, NOISE.start(), vp, NOISE)
     torch.testing.assert_close(x, expected, rtol=1e-9, atol=1e-9)
     assert evaluations == len(denoiser.network.calls)
 

@@ -13,7 +13,7 @@ from diffcore.core.process import Process
 from diffcore.objectives.objective import Draw, Objective
 from diffcore.objectives.weighting import MinSNR
 from diffcore.samplers import DDIM, AlphaBlending, DPMSolverPP, Heun
-from diffcore.sampling.loop import run
+from diffcore.sampling.loop import integrate
 from diffcore.schedules import Cosine, Flow, Level, Normal
 from tests.helpers.oracles import ExactNetwork
 
@@ -58,10 +58,10 @@ def test_each_pixel_of_a_map_is_sampled_as_it_would_be_alone(sampler, schedule):
     """At a last knot of λ = 8 for all: pixels are independent, so pixel k follows the knots of its own offset."""
     denoiser, levels = Pixels(Process(schedule, shape=SHAPE)), knots(schedule, 9, last=8.0)
     x = levels[0].sigma * NOISE.start()
-    found, _ = run(denoiser, sampler, x, levels, NOISE)
+    found, _ = integrate(denoiser, sampler, x, levels, NOISE)
     for k, offset in enumerate(OFFSETS.flatten().tolist()):
         alone = (*(schedule.at(-6 + 12 * i / 8 + offset) for i in range(9)), schedule.at(8.0))
-        expected, _ = run(denoiser, sampler, x, alone, NOISE)
+        expected, _ = integrate(denoiser, sampler, x, alone, NOISE)
         torch.testing.assert_close(
             found.flatten(1)[:, k], expected.flatten(1)[:, k], rtol=1e-10, atol=1e-12
         )

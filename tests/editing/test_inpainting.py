@@ -12,7 +12,7 @@ from diffcore.editing.inpainting import RePaint
 from diffcore.samplers import DDIM, AlphaBlending
 from diffcore.samplers.base import noisier
 from diffcore.sampling.generation import sample
-from diffcore.sampling.loop import run
+from diffcore.sampling.loop import integrate
 from diffcore.schedules import Cosine, Explicit, Karras, Trailing, UniformLogSNR, Within
 from tests.helpers.oracles import SCALINGS, covariance, gaussian, mixture, process
 from tests.samplers.test_orders import ORDERS
@@ -49,7 +49,7 @@ def test_the_way_is_the_papers(n, jump, resamplings):
     knots = UniformLogSNR(-5.0, 5.0).knots(Cosine(), n)
     sampler = paint(DDIM(), jump, resamplings)
     asked = []
-    run(
+    integrate(
         ORACLE,
         sampler,
         NOISE.start(),
@@ -81,7 +81,7 @@ def test_known_pixels_have_fresh_noise_of_its_own_level_at_every_knot(scaling):
     oracle, seen = mixture(process(Cosine(scaling=scaling))), []
     noise = Noise(torch.arange(400), (2,), dtype=torch.float64)
     knots = Explicit((-1.0, -0.6, -0.2, 0.2, 0.6, math.inf)).knots(oracle.process.schedule, 5)
-    run(
+    integrate(
         oracle,
         paint(),
         noise.start(),
@@ -161,7 +161,7 @@ def test_it_starts_and_stops_anywhere():
     knots = Within(Trailing(), -2.0, 3.0).knots(Cosine(), 5)
     seen = []
     start = torch.zeros(64, 2, dtype=torch.float64)
-    x, _ = run(
+    x, _ = integrate(
         ORACLE, paint(), start, knots, NOISE, callback=lambda _, state, __: seen.append(state.x)
     )
     for at, knot in ((seen[0], knots[0]), (x, knots[-1])):
@@ -193,7 +193,7 @@ def test_the_loop_never_reads_the_sample():
         (lambda: paint(jump=0), "jump and resamplings are 0 and 3"),
         (lambda: paint(resamplings=0), "jump and resamplings are 2 and 0"),
         (
-            lambda: run(
+            lambda: integrate(
                 ORACLE, paint(), NOISE.start(), Explicit((3.0, 0.0)).knots(Cosine(), 1), NOISE
             ),
             "expected two or more that fall in noise",

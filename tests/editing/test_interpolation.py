@@ -10,7 +10,7 @@ from diffcore.core.noise import Noise
 from diffcore.editing.interpolation import Blend, noise_diffusion, slerp
 from diffcore.editing.inversion import invert
 from diffcore.samplers import DDIM
-from diffcore.sampling.loop import run
+from diffcore.sampling.loop import integrate
 from diffcore.schedules import Cosine, Karras
 from tests.helpers.oracles import SCALINGS, mixture
 
@@ -43,7 +43,7 @@ def test_a_blend_drives_a_stochastic_sampler_from_one_seeds_sample_to_the_others
     oracle, knots = mixture(), Karras(0.05, 20.0).knots(Cosine(), 10)
 
     def made(noise):
-        return run(oracle, DDIM(1.0), noise.first_sample(knots[0], 0.5), knots, noise)[0]
+        return integrate(oracle, DDIM(1.0), noise.first_sample(knots[0], 0.5), knots, noise)[0]
 
     ends = [made(Noise(seeds, (2,), **DOUBLE)) for seeds in (A, B)]
     weights = torch.linspace(0, 1, ROWS, **DOUBLE)
@@ -108,7 +108,7 @@ def test_two_inverted_images_are_the_ends_of_what_is_sampled_between():
     a, b = (oracle.sample(seeds) for seeds in (torch.arange(8), torch.arange(8) + 50))
     ends = [invert(oracle, x0, knots, 15).x for x0 in (a, b)]
     for weight, image in ((0.0, a), (1.0, b)):
-        x, _ = run(oracle, DDIM(), slerp(*ends, weight), knots, Noise(torch.arange(8), (2,)))
+        x, _ = integrate(oracle, DDIM(), slerp(*ends, weight), knots, Noise(torch.arange(8), (2,)))
         torch.testing.assert_close(x, image, rtol=0, atol=1e-6)
 
 

@@ -12,7 +12,7 @@ from diffcore.core.oracle import Empirical
 from diffcore.editing.inversion import invert
 from diffcore.guidance import CFG
 from diffcore.samplers import DDIM, AlphaBlending
-from diffcore.sampling.loop import run
+from diffcore.sampling.loop import integrate
 from diffcore.schedules import Cosine, Explicit, Flow, Karras, Trailing, UniformLogSNR, Within
 from tests.helpers.oracles import (
     SCALINGS,
@@ -37,7 +37,7 @@ def round_trip(name, steps, iterations, grid=Trailing()):
     oracle = ORACLES[name]
     x0, knots = oracle.sample(SEEDS), grid.knots(oracle.process.schedule, steps)
     found = invert(oracle, x0, knots, iterations)
-    again, _ = run(oracle, DDIM(), found.x, knots, NOISE)
+    again, _ = integrate(oracle, DDIM(), found.x, knots, NOISE)
     assert found.evaluations == steps * iterations
     assert found.residual.shape == (steps, 64)
     return ((again - x0).norm(dim=1) / x0.norm(dim=1)).mean().item(), found.residual.max().item()
@@ -95,7 +95,7 @@ def test_on_gaussian_data_of_sigma_data_one_iteration_solves_the_step():
     x0, knots = oracle.sample(SEEDS), Trailing().knots(Cosine(), 5)
     found = invert(oracle, x0, knots)
     torch.testing.assert_close(
-        run(oracle, DDIM(), found.x, knots, NOISE)[0], x0, rtol=1e-12, atol=1e-12
+        integrate(oracle, DDIM(), found.x, knots, NOISE)[0], x0, rtol=1e-12, atol=1e-12
     )
 
 
@@ -127,7 +127,7 @@ def test_a_guided_step_is_inverted_as_it_is_sampled(w):
     oracle, labels = mixture(), (SEEDS % 2)
     x0, knots = oracle.sample(SEEDS, labels), Trailing().knots(Cosine(), 50)
     found = invert(oracle, x0, knots, 20, CFG(w), labels)
-    again, _ = run(oracle, DDIM(), found.x, knots, NOISE, CFG(w), labels)
+    again, _ = integrate(oracle, DDIM(), found.x, knots, NOISE, CFG(w), labels)
     assert found.evaluations == 2 * 20 * 50
     solved = found.residual.max(0).values < 1e-6
     assert solved.double().mean() > 0.9
@@ -140,7 +140,7 @@ def test_alpha_blending_of_order_1_makes_the_image_again():
     x0, knots = oracle.sample(SEEDS), Trailing().knots(Flow(), 40)
     found = invert(oracle, x0, knots, 15)
     torch.testing.assert_close(
-        run(oracle, AlphaBlending(1), found.x, knots, NOISE)[0], x0, rtol=0, atol=1e-8
+        integrate(oracle, AlphaBlending(1), found.x, knots, NOISE)[0], x0, rtol=0, atol=1e-8
     )
 
 
@@ -163,7 +163,7 @@ def test_a_network_in_float32_is_inverted_without_its_dropout_and_gradients():
     assert denoiser.training
     assert not found.x.requires_grad
     assert found.x.dtype == torch.float32
-    again, _ = run(denoiser.eval(), DDIM(), found.x, knots, Noise(torch.arange(2), (1, 8, 8)))
+    again, _ = integrate(denoiser.eval(), DDIM(), found.x, knots, Noise(torch.arange(2), (1, 8, 8)))
     assert found.residual.max() < 1e-4
     torch.testing.assert_close(again, x0, rtol=0, atol=1e-3)
 

@@ -10,7 +10,7 @@ from diffcore.core.noise import Noise
 from diffcore.editing.noise_maps import extract, replay
 from diffcore.guidance import CFG
 from diffcore.samplers import DDIM
-from diffcore.sampling.loop import run
+from diffcore.sampling.loop import integrate
 from diffcore.schedules import Cosine, Discrete, Explicit, Karras, Trailing, Within
 from tests.helpers.oracles import SCALINGS, mixture, process, unet
 
@@ -82,7 +82,7 @@ def test_the_maps_make_the_image_in_the_sampler_itself_but_for_what_the_clean_st
     oracle = mixture()
     x0, knots = oracle.sample(SEEDS), grid.knots(Cosine(), 10)
     maps = extract(oracle, x0, knots, NOISE)
-    x, evaluations = run(oracle, DDIM(1.0), maps.x, knots, maps.noise)
+    x, evaluations = integrate(oracle, DDIM(1.0), maps.x, knots, maps.noise)
     assert evaluations == 10
     torch.testing.assert_close(x, x0 - maps.rest, rtol=0, atol=1e-12)
     assert 0.3 * last < maps.rest.square().sum(1).mean().sqrt() < 1.8 * last

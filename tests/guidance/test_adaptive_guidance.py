@@ -12,7 +12,7 @@ from diffcore.core.prediction import PredictionType
 from diffcore.guidance import APG, CFG, AdaptiveGuidance, LinearAG
 from diffcore.samplers import DDIM, AlphaBlending
 from diffcore.sampling.generation import sample
-from diffcore.sampling.loop import run, watch
+from diffcore.sampling.loop import integrate, watch
 from diffcore.schedules import Trailing, UniformLogSNR
 from tests.helpers.oracles import ExactNetwork, Pair, mixture, process
 
@@ -43,7 +43,9 @@ def by_hand(w, threshold, rows=slice(None)):
 
 @pytest.mark.parametrize("threshold", (0.9, 0.99, 0.999))
 def test_each_row_is_guided_until_its_own_predictions_agree(threshold):
-    x, _ = run(ORACLE, DDIM(), START, KNOTS, NOISE, AdaptiveGuidance(CFG(3.0), threshold), LABELS)
+    x, _ = integrate(
+        ORACLE, DDIM(), START, KNOTS, NOISE, AdaptiveGuidance(CFG(3.0), threshold), LABELS
+    )
     expected, stops = by_hand(3.0, threshold)
     torch.testing.assert_close(x, expected, rtol=0, atol=1e-9)
     assert len(set(stops)) > 1 or threshold == 0.9  # rows stop at different steps
@@ -53,7 +55,7 @@ def test_the_reference_is_asked_until_the_last_row_agrees():
     rule = AdaptiveGuidance(CFG(3.0), 0.9)
     _, stops = by_hand(3.0, 0.9)
     network = ExactNetwork(mixture(RECORD), RECORD)
-    _, evaluations = run(Denoiser(network, RECORD), DDIM(), START, KNOTS, NOISE, rule, LABELS)
+    _, evaluations = integrate(Denoiser(network, RECORD), DDIM(), START, KNOTS, NOISE, rule, LABELS)
     assert evaluations == 24 + max(stops) + 1
     assert evaluations < 48
     assert sum(len(x) for x, _, _ in network.calls) == 6 * evaluations
@@ -97,7 +99,7 @@ def test_the_cosine_is_that_of_its_space(space):
 
 def test_around_apg_its_memory_goes_on():
     made = [
-        run(ORACLE, DDIM(), START, KNOTS, NOISE, rule, LABELS)[0]
+        integrate(ORACLE, DDIM(), START, KNOTS, NOISE, rule, LABELS)[0]
         for rule in (AdaptiveGuidance(APG(3.0, momentum=-0.5), 1.0), APG(3.0, momentum=-0.5))
     ]
     assert torch.equal(*made)
@@ -132,8 +134,8 @@ def test_linear_ag_is_exact_where_predictions_are_linear(space):
     fitted = LinearAG.fit(CFG(3.0), watch(*gaussian_run(CFG(3.0), [1, 2, 3, 4])), space=space)
     assert fitted.space == space
     assert [bool(row) for row in fitted.coefficients] == [i in (1, 3, 5) for i in range(12)]
-    ours, used = run(*gaussian_run(fitted, [7, 8, 9]))
-    full, all_ = run(*gaussian_run(CFG(3.0), [7, 8, 9]))
+    ours, used = integrate(*gaussian_run(fitted, [7, 8, 9]))
+    full, all_ = integrate(*gaussian_run(CFG(3.0), [7, 8, 9]))
     torch.testing.assert_close(ours, full, rtol=1e-7, atol=1e-9)
     assert (used, all_) == (24 - 3, 24)
 
@@ -157,7 +159,7 @@ def test_linear_ag_predicts_what_was_not_fitted_and_later_predictions_read_it():
         CFG(3.0), tuple((0.0, 1.0) if row else () for row in fitted.coefficients)
     )
     results = [
-        run(ORACLE, DDIM(), x, KNOTS, noise, rule, labels)
+        integrate(ORACLE, DDIM(), x, KNOTS, noise, rule, labels)
         for rule in (fitted, as_conditional, CFG(3.0))
     ]
     error, naive = ((result[0] - results[2][0]).norm(dim=1).mean() for result in results[:2])
@@ -216,20 +218,22 @@ def test_a_gap_in_the_history_is_refused_and_not_read():
         with pytest.raises(
             ValueError, match=r"reads 1 past steps at step 3.* at 0 of them: use a rule that asks"
         ) as caught:
-            run(ORACLE, DDIM(), START, KNOTS, NOISE, rule, LABELS)
+            integrate(ORACLE, DDIM(), START, KNOTS, NOISE, rule, LABELS)
         assert "\n" not in str(caught.value)
     rule = LinearAG(
         CFG(lambda logsnr: 1.0 if logsnr < last else 3.0),
         (*((),) * 4, (0.0, 0.9, 0.1, 0.1), *((),) * 19),
     )
-    assert run(ORACLE, DDIM(), START, KNOTS, NOISE, rule, LABELS)[1] == 24 + 20
+    assert integrate(ORACLE, DDIM(), START, KNOTS, NOISE, rule, LABELS)[1] == 24 + 20
 
 
 def test_around_linear_ag_all_rows_stop_before_its_history_is_whole():
     """At threshold -0.99 all agree at once; what would be predicted afterwards is not used."""
     rule = LinearAG(CFG(3.0), (*((),) * 4, (0.0, 0.9, 0.1, 0.1, 0.2, 0.2), *((),) * 19))
-    x, used = run(ORACLE, DDIM(), START, KNOTS, NOISE, AdaptiveGuidance(rule, -0.99), LABELS)
-    plain, _ = run(ORACLE, DDIM(), START, KNOTS, NOISE, AdaptiveGuidance(CFG(3.0), -0.99), LABELS)
+    x, used = integrate(ORACLE, DDIM(), START, KNOTS, NOISE, AdaptiveGuidance(rule, -0.99), LABELS)
+    plain, _ = integrate(
+        ORACLE, DDIM(), START, KNOTS, NOISE, AdaptiveGuidance(CFG(3.0), -0.99), LABELS
+    )
     assert torch.equal(x, plain)
     assert used == 25
 

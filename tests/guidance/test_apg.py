@@ -10,9 +10,9 @@ from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normal
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
-from diffcore.guidance import APG, CFG, Seen, Step
+from diffcore.guidance import APG, CFG, GuidanceInput, Step
 from diffcore.samplers import DDIM, AlphaBlending
-from diffcore.sampling.loop import guided, run, watch
+from diffcore.sampling.loop import guided_prediction, integrate, watch
 from diffcore.schedules import Trailing, UniformLogSNR
 from tests.helpers.oracles import KINDS, ExactNetwork, Pair, mixture, process
 
@@ -50,7 +50,7 @@ def published(w, eta, beta, radius, x):
 def test_d1_apg_is_the_paper_s_algorithm_whatever_the_network_outputs(kind, w, eta, beta, radius):
     record = process(prediction=kind)
     network = Denoiser(ExactNetwork(mixture(record), record), record)
-    x, _ = run(
+    x, _ = integrate(
         network,
         DDIM(),
         3 * NOISE.start(),
@@ -70,7 +70,7 @@ def test_one_evaluation_is_that_of_diffusers_on_x0_in_its_original_formulation(
 ):
     level = ORACLE.process.schedule.at(-1.0)
     x = 2 * NOISE.start()
-    answer, _, _ = guided(
+    answer, _, _ = guided_prediction(
         ORACLE, APG(w, eta=eta, momentum=beta, threshold=radius), x, level, LABELS, None
     )
     cond, uncond = ORACLE(x, level, LABELS).x0, ORACLE(x, level).x0
@@ -90,8 +90,8 @@ def test_one_evaluation_is_that_of_diffusers_on_x0_in_its_original_formulation(
 def test_eta_1_without_clip_and_momentum_is_cfg(logsnr):
     level = ORACLE.process.schedule.at(logsnr)
     x = 2 * NOISE.start()
-    ours, _, _ = guided(ORACLE, APG(5.0, eta=1.0, momentum=0.0), x, level, LABELS, None)
-    cfg, _, _ = guided(ORACLE, CFG(5.0), x, level, LABELS, None)
+    ours, _, _ = guided_prediction(ORACLE, APG(5.0, eta=1.0, momentum=0.0), x, level, LABELS, None)
+    cfg, _, _ = guided_prediction(ORACLE, CFG(5.0), x, level, LABELS, None)
     torch.testing.assert_close(ours.x0, cfg.x0, rtol=0, atol=1e-11)
     torch.testing.assert_close(ours.eps, cfg.eps, rtol=0, atol=1e-10)
 
@@ -109,7 +109,7 @@ def test_momentum_differs_from_none_from_the_second_step_on():
 
 def test_the_radius_bounds_the_update_by_row():
     level, x = ORACLE.process.schedule.at(0.0), 2 * NOISE.start()
-    answer, _, _ = guided(
+    answer, _, _ = guided_prediction(
         ORACLE, APG(3.0, eta=1.0, momentum=0.0, threshold=0.1), x, level, LABELS, None
     )
     cond, uncond = ORACLE(x, level, LABELS).x0, ORACLE(x, level).x0
@@ -130,13 +130,13 @@ def test_a_relative_radius_is_the_same_at_each_resolution():
     updates = []
     for cond, ref in (small, large):
         zeros = torch.zeros_like(cond)
-        seen = Seen(
+        seen = GuidanceInput(
             zeros,
             Step(record, level, level, level),
             Prediction(cond, zeros),
             (Prediction(ref, zeros),),
         )
-        answer, _ = APG(3.0, momentum=0.0, threshold=0.3, relative=True).guide(seen, None)
+        answer, _ = APG(3.0, momentum=0.0, threshold=0.3, relative=True).combine(seen, None)
         updates.append(answer.x0 - cond)
     torch.testing.assert_close(updates[1], updates[0].repeat(1, 1, 2, 2), rtol=1e-9, atol=1e-12)
     assert updates[0].flatten(1).norm(dim=1).max() <= 2 * 0.3 * 4 + 1e-9
@@ -153,7 +153,7 @@ def test_in_one_dimension_everything_is_parallel(eta):
     """So APG is CFG with w' = 1 + η (w - 1), whose variance is 2^(1-w')."""
     pair, noise = Pair(), Noise(torch.arange(3), (1,), dtype=torch.float64)
     knots, labels = Trailing().knots(pair.process.schedule, 200), torch.zeros(3, dtype=torch.int64)
-    x, _ = run(
+    x, _ = integrate(
         pair, AlphaBlending(2), noise.start(), knots, noise, APG(3.0, eta=eta, momentum=0.0), labels
     )
     torch.testing.assert_close(
@@ -163,13 +163,13 @@ def test_in_one_dimension_everything_is_parallel(eta):
 
 def test_rows_where_both_predictions_agree_or_are_0_stay_finite():
     level, zero = ORACLE.process.schedule.at(0.0), torch.zeros(2, 2)
-    seen = Seen(
+    seen = GuidanceInput(
         zero,
         Step(ORACLE.process, level, level, level),
         Prediction(zero, zero),
         (Prediction(zero, zero),),
     )
-    answer, _ = APG(4.0, threshold=1.0).guide(seen, None)
+    answer, _ = APG(4.0, threshold=1.0).combine(seen, None)
     assert torch.equal(answer.x0, zero)
     assert torch.equal(answer.eps, zero)
 

@@ -10,9 +10,9 @@ import torch
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
-from diffcore.guidance import CFG, Seen, Step
+from diffcore.guidance import CFG, GuidanceInput, Step
 from diffcore.samplers import DDIM, AlphaBlending
-from diffcore.sampling.loop import guided, run
+from diffcore.sampling.loop import guided_prediction, integrate
 from diffcore.schedules import Cosine, Explicit, Flow, Trailing
 from tests.helpers.oracles import KINDS, SCALINGS, ExactNetwork, Pair, mixture, process
 
@@ -25,7 +25,7 @@ X, LABELS, NULL = 2 * NOISE.start(), torch.tensor([0, 1, 1, 0, 1, 0]), torch.ful
 def test_guided_is_the_reference_plus_w_times_the_difference_in_x0_and_eps(scaling, w):
     oracle = mixture(process(Cosine(scaling=scaling)))
     level = oracle.process.schedule.at(-0.5)
-    answer, memory, evaluations = guided(oracle, CFG(w), X, level, LABELS, "kept")
+    answer, memory, evaluations = guided_prediction(oracle, CFG(w), X, level, LABELS, "kept")
     conditional, reference = oracle(X, level, LABELS), oracle(X, level)
     for i in range(2):
         expected = reference[i] + w * (conditional[i] - reference[i])
@@ -41,8 +41,8 @@ def test_combine_tells_the_conditional_from_the_reference():
         Prediction(torch.tensor([a]), torch.tensor([b])) for a, b in ((3.0, 5.0), (1.0, 2.0))
     )
     level = Cosine().at(0.0)
-    seen = Seen(torch.zeros(1), Step(process(), level, level, level), one, (two,))
-    answer, memory = CFG(2.0).guide(seen, None)
+    seen = GuidanceInput(torch.zeros(1), Step(process(), level, level, level), one, (two,))
+    answer, memory = CFG(2.0).combine(seen, None)
     assert (answer.x0.item(), answer.eps.item(), memory) == (5.0, 8.0, None)
 
 
@@ -51,7 +51,7 @@ def test_w_1_is_the_conditional_model_bit_for_bit_at_one_evaluation(condition):
     oracle = mixture()
     network = ExactNetwork(oracle, oracle.process)
     denoiser, level = Denoiser(network, oracle.process), oracle.process.schedule.at(0.3)
-    answer, _, evaluations = guided(denoiser, CFG(1.0), X, level, condition, None)
+    answer, _, evaluations = guided_prediction(denoiser, CFG(1.0), X, level, condition, None)
     assert evaluations == len(network.calls) == 1
     assert len(network.calls[0][0]) == len(X)
     assert all(
@@ -62,14 +62,14 @@ def test_w_1_is_the_conditional_model_bit_for_bit_at_one_evaluation(condition):
 def test_w_0_is_the_reference_bit_for_bit():
     oracle = mixture()
     level = oracle.process.schedule.at(0.3)
-    answer, _, _ = guided(oracle, CFG(0.0), X, level, LABELS, None)
+    answer, _, _ = guided_prediction(oracle, CFG(0.0), X, level, LABELS, None)
     assert all(torch.equal(a, b) for a, b in zip(answer, oracle(X, level, NULL), strict=True))
 
 
 def test_the_pair_is_one_forward_of_the_conditional_rows_then_the_null_rows():
     oracle = mixture()
     network = ExactNetwork(oracle, oracle.process)
-    guided(
+    guided_prediction(
         Denoiser(network, oracle.process),
         CFG(3.0),
         X,
@@ -88,10 +88,10 @@ def test_guidance_is_the_same_whatever_the_network_outputs(kind):
     record = process(prediction=kind)
     oracle = mixture(record)
     level = record.schedule.at(-1.0)
-    answer, _, _ = guided(
+    answer, _, _ = guided_prediction(
         Denoiser(ExactNetwork(oracle, record), record), CFG(3.0), X, level, LABELS, None
     )
-    expected, _, _ = guided(oracle, CFG(3.0), X, level, LABELS, None)
+    expected, _, _ = guided_prediction(oracle, CFG(3.0), X, level, LABELS, None)
     torch.testing.assert_close(answer.x0, expected.x0, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(answer.eps, expected.eps, rtol=1e-11, atol=1e-11)
 
@@ -101,7 +101,9 @@ def test_cfg_on_two_gaussians_has_variance_2_to_the_1_minus_w(w):
     """The guided flow is linear: it multiplies pure noise by √(2^(1-w)). Second order in 1/200: 1e-4."""
     noise = Noise(torch.arange(3), (1,), dtype=torch.float64)
     knots, labels = Trailing().knots(Flow(), 200), torch.zeros(3, dtype=torch.int64)
-    x, evaluations = run(Pair(), AlphaBlending(2), noise.start(), knots, noise, CFG(w), labels)
+    x, evaluations = integrate(
+        Pair(), AlphaBlending(2), noise.start(), knots, noise, CFG(w), labels
+    )
     torch.testing.assert_close(
         (x / noise.start()) ** 2, torch.full_like(x, 2 ** (1 - w)), rtol=2e-4, atol=0
     )
@@ -116,7 +118,7 @@ def variance_with_fresh_noise(w, n):
     unit = SimpleNamespace(between=lambda t, s, step: z)
     x, variance = z.flip(0), knots[0].sigma ** 2 + knots[0].alpha ** 2
     for t, s in pairwise(knots):
-        prediction, _, _ = guided(Pair(), CFG(w), x, t, labels, None)
+        prediction, _, _ = guided_prediction(Pair(), CFG(w), x, t, labels, None)
         A, B = (
             DDIM(1.0)
             .advance(DDIM(1.0).start(x, (t, s), unit), prediction, unit)

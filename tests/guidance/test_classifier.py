@@ -19,7 +19,7 @@ from diffcore.guidance import (
 )
 from diffcore.samplers import DDIM
 from diffcore.sampling.generation import sample
-from diffcore.sampling.loop import guided, run, watch
+from diffcore.sampling.loop import guided_prediction, integrate, watch
 from diffcore.schedules import Cosine, Flow, UniformLogSNR
 from tests.helpers.oracles import (
     COVARIANCES,
@@ -64,7 +64,7 @@ def test_an_exact_classifier_at_w_1_makes_the_conditional_prediction_of_the_unco
     oracle = mixture(process(Cosine(scaling=scaling)))
     level = oracle.process.schedule.at(logsnr)
     rule = ClassifierGuidance(bayes(oracle), 1.0)
-    answer, _, asked = guided(unconditional(scaling), rule, X, level, LABELS, None)
+    answer, _, asked = guided_prediction(unconditional(scaling), rule, X, level, LABELS, None)
     expected = oracle(X, level, LABELS)
     torch.testing.assert_close(answer.x0, expected.x0, rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(answer.eps, expected.eps, rtol=1e-8, atol=1e-8)
@@ -73,8 +73,10 @@ def test_an_exact_classifier_at_w_1_makes_the_conditional_prediction_of_the_unco
 
 def test_on_the_conditional_prediction_it_is_cfg_with_w_plus_1():
     level = ORACLE.process.schedule.at(-1.0)
-    ours, _, _ = guided(ORACLE, ClassifierGuidance(bayes(ORACLE), 2.0), X, level, LABELS, None)
-    cfg, _, _ = guided(ORACLE, CFG(3.0), X, level, LABELS, None)
+    ours, _, _ = guided_prediction(
+        ORACLE, ClassifierGuidance(bayes(ORACLE), 2.0), X, level, LABELS, None
+    )
+    cfg, _, _ = guided_prediction(ORACLE, CFG(3.0), X, level, LABELS, None)
     torch.testing.assert_close(ours.x0, cfg.x0, rtol=1e-8, atol=1e-8)
 
 
@@ -97,14 +99,16 @@ def test_samples_of_an_unconditional_network_follow_their_labels():
 def test_one_label_for_all_and_a_log_probability_are_other_ways_to_say_what_is_wanted():
     level = ORACLE.process.schedule.at(0.0)
     ones = torch.ones(6, dtype=torch.int64)
-    wanted, _, _ = guided(ORACLE, ClassifierGuidance(bayes(ORACLE), 2.0), X, level, ones, None)
-    by_label, _, _ = guided(
+    wanted, _, _ = guided_prediction(
+        ORACLE, ClassifierGuidance(bayes(ORACLE), 2.0), X, level, ones, None
+    )
+    by_label, _, _ = guided_prediction(
         ORACLE, ClassifierGuidance(bayes(ORACLE), 2.0, label=1), X, level, ones, None
     )
     log_p = ClassifierGuidance(
         lambda x, level: bayes(ORACLE)(x, level).log_softmax(1)[:, 1], 2.0, label=0
     )
-    by_value, _, _ = guided(ORACLE, log_p, X, level, ones, None)
+    by_value, _, _ = guided_prediction(ORACLE, log_p, X, level, ones, None)
     torch.testing.assert_close(by_label.x0, wanted.x0)
     torch.testing.assert_close(by_value.x0, wanted.x0)
 
@@ -117,7 +121,7 @@ def test_temperatures_weigh_the_logit_against_the_normalisation(joint, marginal)
     rule = ClassifierGuidance(
         lambda x, level: x @ A.T, 3.0, label=1, joint=joint, marginal=marginal
     )
-    answer, _, _ = guided(ORACLE, rule, X, level, LABELS, None)
+    answer, _, _ = guided_prediction(ORACLE, rule, X, level, LABELS, None)
     p = torch.softmax(marginal * X @ A.T, 1)
     gradient = joint * A[1] - marginal * p @ A
     plain = ORACLE(X, level, LABELS)
@@ -138,7 +142,7 @@ def test_on_the_prediction_of_x0_it_is_exact_for_data_of_the_stated_deviation(sc
     for logsnr in (-3.0, 0.0, 3.0):
         level = record.schedule.at(logsnr)
         rule = ClassifierGuidance(lambda x0, level: b * x0[:, 0], 1.0, label=0, input="x0")
-        answer, _, _ = guided(oracle, rule, x, level, None, None)
+        answer, _, _ = guided_prediction(oracle, rule, x, level, None, None)
         variance = 1 / (1 / 0.25 + (level.alpha / level.sigma) ** 2)  # of x_0 given x
         torch.testing.assert_close(
             answer.x0, oracle(x, level).x0 + b * variance, rtol=1e-9, atol=1e-9
@@ -148,10 +152,12 @@ def test_on_the_prediction_of_x0_it_is_exact_for_data_of_the_stated_deviation(sc
 def test_from_pure_noise_a_classifier_of_x_says_nothing_and_one_of_x0_says_the_prior():
     level = ORACLE.process.schedule.level(1.0)
     plain = ORACLE(X, level, LABELS)
-    by_x, _, _ = guided(ORACLE, ClassifierGuidance(bayes(ORACLE), 2.0), X, level, LABELS, None)
+    by_x, _, _ = guided_prediction(
+        ORACLE, ClassifierGuidance(bayes(ORACLE), 2.0), X, level, LABELS, None
+    )
     assert torch.equal(by_x.x0, plain.x0)
     linear = ClassifierGuidance(lambda x0, level: x0.sum(1), 2.0, label=0, input="x0")
-    by_x0, _, _ = guided(ORACLE, linear, X, level, LABELS, None)
+    by_x0, _, _ = guided_prediction(ORACLE, linear, X, level, LABELS, None)
     torch.testing.assert_close(
         by_x0.x0, plain.x0 + 2 * ORACLE.process.sigma_data**2, rtol=1e-12, atol=1e-12
     )
@@ -160,8 +166,8 @@ def test_from_pure_noise_a_classifier_of_x_says_nothing_and_one_of_x0_says_the_p
 def test_with_cfg_in_a_sum_both_changes_are_added():
     level = ORACLE.process.schedule.at(0.0)
     rules = CFG(3.0), ClassifierGuidance(bayes(ORACLE), 2.0)
-    both, _, _ = guided(ORACLE, Sum(rules), X, level, LABELS, None)
-    cfg, _, _ = guided(ORACLE, CFG(5.0), X, level, LABELS, None)
+    both, _, _ = guided_prediction(ORACLE, Sum(rules), X, level, LABELS, None)
+    cfg, _, _ = guided_prediction(ORACLE, CFG(5.0), X, level, LABELS, None)
     torch.testing.assert_close(both.x0, cfg.x0, rtol=1e-8, atol=1e-8)
 
 
@@ -286,10 +292,10 @@ def test_gfcg_refuses_a_classifier_of_other_classes_and_a_network_of_one():
 
 def test_minority_guidance_is_classifier_guidance_towards_a_level_of_the_score():
     level = ORACLE.process.schedule.at(0.0)
-    ours, _, _ = guided(
+    ours, _, _ = guided_prediction(
         ORACLE, MinorityGuidance(bayes(ORACLE), 2.0, label=1), X, level, LABELS, None
     )
-    same, _, _ = guided(
+    same, _, _ = guided_prediction(
         ORACLE, ClassifierGuidance(bayes(ORACLE), 2.0, label=1), X, level, LABELS, None
     )
     assert torch.equal(ours.x0, same.x0)
@@ -317,15 +323,19 @@ def test_the_minority_score_is_the_error_of_reconstruction_and_its_levels_hold_a
 def test_weaker_and_classifier_run_together():
     knots = UniformLogSNR(-3.0, 3.0).knots(ORACLE.process.schedule, 3)
     rule = Sum((CFG(2.0, Weaker(ORACLE)), ClassifierGuidance(bayes(ORACLE), 1.0)))
-    alone, _ = run(ORACLE, DDIM(), X, knots, NOISE, ClassifierGuidance(bayes(ORACLE), 1.0), LABELS)
-    both, used = run(ORACLE, DDIM(), X, knots, NOISE, rule, LABELS)
+    alone, _ = integrate(
+        ORACLE, DDIM(), X, knots, NOISE, ClassifierGuidance(bayes(ORACLE), 1.0), LABELS
+    )
+    both, used = integrate(ORACLE, DDIM(), X, knots, NOISE, rule, LABELS)
     torch.testing.assert_close(both, alone, rtol=0, atol=1e-10)  # the weaker one is the same one
     assert used == 6
 
 
 def test_rows_with_the_null_label_are_not_guided():
     level, labels = ORACLE.process.schedule.at(-1.0), torch.tensor([0, 2, 1, 2, 1, 0])
-    answer, _, _ = guided(ORACLE, ClassifierGuidance(bayes(ORACLE), 2.0), X, level, labels, None)
+    answer, _, _ = guided_prediction(
+        ORACLE, ClassifierGuidance(bayes(ORACLE), 2.0), X, level, labels, None
+    )
     told = ORACLE(X, level, labels)
     assert (answer.x0 != told.x0).any(1).tolist() == (labels < 2).tolist()
 

@@ -10,7 +10,7 @@ QUICK = (
     "--labels=1,2",
     "--out=x.safetensors",
 )
-INTERVAL = ("--guidance", "Interval", "--guidance.rule", "APG", "--guidance.rule.scale", "4")
+INTERVAL = ("--guidance", "Interval", "--guidance.inner", "APG", "--guidance.inner.scale", "4")
 RAMP = ("--guidance.scale.noisy=1", "--guidance.scale.clean=3")
 BOUNDS = ("--guidance.low", "0.19", "--guidance.high", "1.61")
 
@@ -21,7 +21,7 @@ def test_the_line_of_the_issue_samples_and_reports_evaluations_used_and_planned(
     assert ended.status == 0, ended.err
     assert "7 knots" in ended.out
     assert "2 samples of 9 network evaluations each, 9 planned" in ended.out
-    assert "6 steps, Interval(rule=APG(scale=4.0" in ended.out
+    assert "6 steps, Interval(inner=APG(scale=4.0" in ended.out
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_the_line_of_the_issue_samples_and_reports_evaluations_used_and_planned(
             8,
         ),
         (("CFG", "--guidance.scale=2", "--guidance.reference=PerturbedAttention"), 8),
-        (("Rescale", "--guidance.rule=CFG", "--guidance.rule.scale=3", "--guidance.phi=0.5"), 8),
+        (("Rescale", "--guidance.inner=CFG", "--guidance.inner.scale=3", "--guidance.phi=0.5"), 8),
         (("Composed", "--guidance.labels=[3,4]", "--guidance.weights=[1.0,-0.5]"), 16),
         (
             (
@@ -106,7 +106,7 @@ def test_a_classifier_is_named_by_its_import_path_once_its_module_is_trusted(
             ("low and high are 2.0 and 1.0", "swap"),
         ),
         (
-            ("--guidance=Rescale", "--guidance.rule=CFGPlusPlus"),
+            ("--guidance=Rescale", "--guidance.inner=CFGPlusPlus"),
             ("cannot hold CFGPlusPlus", "use CFG"),
         ),
         (
@@ -120,12 +120,12 @@ def test_a_classifier_is_named_by_its_import_path_once_its_module_is_trusted(
         (("--guidance=CFG", "--guidance.scale=.nan"), ("scale is nan",)),
         (("--guidance=CFG", "--guidance.scale=-1"), ("scale is -1",)),
         (("--guidance=CFG", "--guidance.reference=3"), ("reference", "import path")),
-        (("--guidance=Interval", "--guidance.rule=3"), ("rule", "import path")),
+        (("--guidance=Interval", "--guidance.inner=3"), ("inner", "import path")),
         (
             (
                 "--guidance=Rescale",
-                "--guidance.rule=CFG",
-                "--guidance.rule.scale=2",
+                "--guidance.inner=CFG",
+                "--guidance.inner.scale=2",
                 "--guidance.space=epsilon",
             ),
             ("λ = -inf",),

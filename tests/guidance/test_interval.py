@@ -11,7 +11,7 @@ from diffcore.core.denoiser import Denoiser
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
 from diffcore.editing.inpainting import RePaint
-from diffcore.guidance import APG, CFG, Interval, Step, Wrapper
+from diffcore.guidance import APG, CFG, GuidanceWrapper, Interval, Step
 from diffcore.samplers import (
     DDIM,
     AdamsBashforth,
@@ -24,7 +24,7 @@ from diffcore.samplers import (
     UniPC,
 )
 from diffcore.sampling.generation import sample, with_levels
-from diffcore.sampling.loop import run
+from diffcore.sampling.loop import integrate
 from diffcore.schedules import Cosine, Explicit, Karras, Trailing, UniformBlend, UniformLogSNR
 from tests.helpers.oracles import ExactNetwork, Pair, flow, mixture, process
 
@@ -46,18 +46,20 @@ class WithoutKnots(Interval):
 
 
 @dataclass(frozen=True)
-class StepFraction(Wrapper):
+class StepFraction(GuidanceWrapper):
     """By share of the steps, as in diffusers' guiders."""
 
     start: float = 0.25
     stop: float = 0.6
 
-    def asks(self, step, memory):
-        return self.rule.asks(step, memory) if self.inside(step) else ()
+    def required_references(self, step, memory):
+        return self.inner.required_references(step, memory) if self.inside(step) else ()
 
-    def guide(self, seen, memory):
+    def combine(self, seen, memory):
         return (
-            self.rule.guide(seen, memory) if self.inside(seen.step) else (seen.conditional, memory)
+            self.inner.combine(seen, memory)
+            if self.inside(seen.step)
+            else (seen.conditional, memory)
         )
 
     def inside(self, step):
@@ -150,7 +152,7 @@ def test_a_step_within_the_bounds_is_guided_whichever_way_it_goes(rising):
     record = process()
     modes = [
         bool(
-            RULE.asks(Step(record, a, *((b, a) if rising else (a, b))), None)
+            RULE.required_references(Step(record, a, *((b, a) if rising else (a, b))), None)
         )  # asked about anywhere in it
         for a, b in pairs
     ]
@@ -166,7 +168,7 @@ def test_the_two_evaluations_of_a_midpoint_step_are_of_one_mode():
     )
     noise = Noise(torch.arange(3), (2,), dtype=torch.float64)
     rule = Interval(CFG(2.0), sigma=(0.1, 1.8))
-    run(
+    integrate(
         Denoiser(network, record),
         AlphaBlending(2),
         noise.start(),
@@ -229,7 +231,7 @@ def test_exact_variance_of_an_interval_on_two_gaussians():
     pair = Pair()
     rule = Interval(CFG(w), sigma=(low, high))
     knots = with_levels(Trailing().knots(pair.process.schedule, 200), rule.levels(pair.process))
-    x, _ = run(pair, AlphaBlending(2), noise.start(), knots, noise, rule, labels)
+    x, _ = integrate(pair, AlphaBlending(2), noise.start(), knots, noise, rule, labels)
     ratio = (1 + low**2) * (2 + high**2) / ((1 + high**2) * (2 + low**2))
     torch.testing.assert_close(
         (x / noise.start()) ** 2, torch.full_like(x, ratio ** (w - 1)), rtol=2e-4, atol=0

@@ -12,7 +12,7 @@ from torch.nn import functional
 from diffcore.core.denoiser import Denoiser
 from diffcore.guidance import APG, CFG, PerturbedAttention, SkippedLayers, Sum
 from diffcore.sampling.generation import sample
-from diffcore.sampling.loop import guided
+from diffcore.sampling.loop import guided_prediction
 from tests.helpers.oracles import mixture, process, unet
 
 RECORD = process(shape=(1, 8, 8), dropout=0.0)
@@ -67,7 +67,7 @@ def test_perturbed_attention_is_self_attention_with_the_identity_as_its_map(
     denoiser, rule = Denoiser(make(), RECORD), CFG(3.0, PerturbedAttention((layers,)))
     plain = asked(denoiser)
     with torch.no_grad():
-        answer, _, cost = guided(denoiser, rule, X, LEVEL, LABELS, None)
+        answer, _, cost = guided_prediction(denoiser, rule, X, LEVEL, LABELS, None)
     inside = {
         module
         for name, module in denoiser.network.named_modules()
@@ -97,7 +97,7 @@ def test_perturbed_attention_is_self_attention_with_the_identity_as_its_map(
 def test_skipped_layers_answer_with_their_input():
     denoiser = Denoiser(Transformer().eval(), RECORD)
     with torch.no_grad():
-        answer, _, _ = guided(
+        answer, _, _ = guided_prediction(
             denoiser, CFG(0.0, SkippedLayers(("dit.transformer_blocks.1",))), X, LEVEL, LABELS, None
         )
     del denoiser.network.dit.transformer_blocks[1]

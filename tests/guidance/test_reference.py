@@ -22,10 +22,10 @@ from diffcore.guidance import (
     loaded,
     networks,
 )
-from diffcore.guidance.reference import Query, answers
+from diffcore.guidance.reference import Query, evaluate_queries
 from diffcore.samplers import AlphaBlending
 from diffcore.sampling.generation import sample
-from diffcore.sampling.loop import guided, run
+from diffcore.sampling.loop import guided_prediction, integrate
 from diffcore.schedules import Cosine, Flow, Trailing
 from tests.helpers.oracles import (
     COVARIANCES,
@@ -55,7 +55,7 @@ def weak_of(record):
 @pytest.mark.parametrize("label", (0, 1))
 def test_a_negative_label_is_the_reference_and_needs_no_dropout(label):
     oracle = mixture(process(dropout=0.0))
-    answer, _, _ = guided(oracle, CFG(3.0, Label(label)), X, LEVEL, LABELS, None)
+    answer, _, _ = guided_prediction(oracle, CFG(3.0, Label(label)), X, LEVEL, LABELS, None)
     c, n = oracle(X, LEVEL, LABELS), oracle(X, LEVEL, torch.full((6,), label))
     torch.testing.assert_close(answer.x0, n.x0 + 3 * (c.x0 - n.x0), rtol=1e-10, atol=1e-10)
     same = label == LABELS
@@ -65,7 +65,7 @@ def test_a_negative_label_is_the_reference_and_needs_no_dropout(label):
 @pytest.mark.parametrize("schedule", (Cosine(), Flow(), Cosine(scaling="ve")), ids=str)
 def test_autoguidance_moves_away_from_a_weaker_network_whatever_it_was_trained_on(schedule):
     """Levels are matched in λ and x is rescaled, so one distribution on another schedule gives one answer."""
-    answer, _, asked = guided(
+    answer, _, asked = guided_prediction(
         ORACLE, AutoGuidance(2.1, weak_of(process(schedule))), X, LEVEL, LABELS, None
     )
     c, w = ORACLE(X, LEVEL, LABELS), weak_of(RECORD)(X, LEVEL, LABELS)
@@ -76,7 +76,7 @@ def test_autoguidance_moves_away_from_a_weaker_network_whatever_it_was_trained_o
 
 def test_autoguidance_at_pure_noise_matches_by_sigma():
     level = Flow().level(1.0)
-    answer, _, _ = guided(
+    answer, _, _ = guided_prediction(
         mixture(process(Flow())),
         AutoGuidance(2.0, weak_of(process(Cosine()))),
         X,
@@ -85,7 +85,7 @@ def test_autoguidance_at_pure_noise_matches_by_sigma():
         None,
     )
     assert answer.x0.isfinite().all()
-    same, _, _ = guided(
+    same, _, _ = guided_prediction(
         mixture(process(Flow())),
         AutoGuidance(2.0, weak_of(process(Flow()))),
         X,
@@ -103,7 +103,7 @@ def test_autoguidance_needs_no_condition_and_on_two_gaussians_has_the_variance_o
         Noise(torch.arange(3), (1,), dtype=torch.float64),
     )
     good, bad = (gaussian([0.0], torch.tensor([[v]]), record) for v in (1.0, 2.0))
-    x, used = run(
+    x, used = integrate(
         good,
         AlphaBlending(2),
         noise.start(),
@@ -121,7 +121,7 @@ def test_autoguidance_needs_no_condition_and_on_two_gaussians_has_the_variance_o
 def test_every_rule_takes_every_reference():
     for rule in (CFG, APG, lambda w, reference: Rescale(CFG(w, reference))):
         results = [
-            guided(ORACLE, rule(3.0, reference), X, LEVEL, LABELS, None)[0].x0
+            guided_prediction(ORACLE, rule(3.0, reference), X, LEVEL, LABELS, None)[0].x0
             for reference in (Unconditional(), Label(1), Weaker(weak_of(RECORD)))
         ]
         assert len({round(result.sum().item(), 9) for result in results}) == 3
@@ -138,7 +138,7 @@ def test_every_rule_takes_every_reference():
 )
 def test_what_asks_one_network_is_one_forward_and_asked_once(rule, rows):
     network = ExactNetwork(mixture(RECORD), RECORD)
-    guided(Denoiser(network, RECORD), rule, X, LEVEL, LABELS, None)
+    guided_prediction(Denoiser(network, RECORD), rule, X, LEVEL, LABELS, None)
     assert [len(x) for x, _, _ in network.calls] == rows
 
 
@@ -146,7 +146,7 @@ def test_answers_come_in_the_order_of_the_queries():
     weak = weak_of(RECORD)
     queries = [Query(ORACLE, LABELS), Query(weak, LABELS), Query(ORACLE, None), Query(weak, None)]
     for rows in (0, 4):
-        found = answers(queries, X, LEVEL, rows)
+        found = evaluate_queries(queries, X, LEVEL, rows)
         for query, answer in zip(queries, found, strict=True):
             torch.testing.assert_close(
                 answer.x0, query.denoiser(X, LEVEL, query.condition).x0, rtol=1e-12, atol=1e-12
@@ -154,7 +154,9 @@ def test_answers_come_in_the_order_of_the_queries():
 
 
 def test_composed_is_the_weighted_sum_of_conditions_and_negation_is_a_negative_weight():
-    answer, _, asked = guided(ORACLE, Composed((0, 1), (0.7, -0.4), 2.0), X, LEVEL, LABELS, None)
+    answer, _, asked = guided_prediction(
+        ORACLE, Composed((0, 1), (0.7, -0.4), 2.0), X, LEVEL, LABELS, None
+    )
     c, u, one, two = (ORACLE(X, LEVEL, y) for y in (LABELS, None, torch.zeros(6), torch.ones(6)))
     for i in range(2):
         expected = u[i] + 2 * (c[i] - u[i]) + 0.7 * (one[i] - u[i]) - 0.4 * (two[i] - u[i])
@@ -174,7 +176,7 @@ def test_composed_of_gaussians_is_the_score_of_their_product():
             return gaussian_prediction(x, level, m)
 
     x = torch.linspace(-2, 2, 4).double()[:, None]
-    answer, _, _ = guided(
+    answer, _, _ = guided_prediction(
         Shifted(),
         Composed((1,), (-0.5,), 1.5),
         x,
@@ -236,7 +238,7 @@ def test_an_interval_that_no_step_reaches_needs_no_reference():
     record = process(dropout=0.0)
     rule = Interval(CFG(3.0), sigma=(1e-9, 1e-8))
     knots = Trailing().knots(record.schedule, 4)
-    _, used = run(mixture(record), AlphaBlending(1), X, knots, NOISE, rule, LABELS)
+    _, used = integrate(mixture(record), AlphaBlending(1), X, knots, NOISE, rule, LABELS)
     assert used == 4
 
 

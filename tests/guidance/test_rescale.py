@@ -9,10 +9,10 @@ from diffusers.guiders.guider_utils import rescale_noise_cfg
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
-from diffcore.guidance import CFG, ClassifierGuidance, Interval, Rescale, Seen, Step
+from diffcore.guidance import CFG, ClassifierGuidance, GuidanceInput, Interval, Rescale, Step
 from diffcore.samplers import AlphaBlending
 from diffcore.sampling.generation import sample, with_levels
-from diffcore.sampling.loop import guided, run
+from diffcore.sampling.loop import guided_prediction, integrate
 from diffcore.schedules import Trailing
 from tests.helpers.oracles import KINDS, ExactNetwork, Pair, mixture, process
 
@@ -26,7 +26,9 @@ def test_d3_it_is_lin_et_al_on_what_the_network_outputs(kind, phi):
     """Their code on the raw outputs, then converted to x_0 here by hand."""
     record = process(prediction=kind)
     network, level = ExactNetwork(mixture(record), record), record.schedule.at(-0.7)
-    answer, _, _ = guided(Denoiser(network, record), Rescale(CFG(6.0), phi), X, level, LABELS, None)
+    answer, _, _ = guided_prediction(
+        Denoiser(network, record), Rescale(CFG(6.0), phi), X, level, LABELS, None
+    )
     time, scaled = torch.full((6,), 1000 * level.t - 1, dtype=torch.float64), X
     s, norm = record.sigma_data, math.hypot(level.sigma, level.alpha * record.sigma_data)
     if kind == "edm":
@@ -53,7 +55,9 @@ def test_a_stated_space_does_not_depend_on_the_network():
             record.schedule.at(0.5),
         )
         answers.append(
-            guided(network, Rescale(CFG(6.0), space="v_prediction"), X, level, LABELS, None)[0].x0
+            guided_prediction(
+                network, Rescale(CFG(6.0), space="v_prediction"), X, level, LABELS, None
+            )[0].x0
         )
     for answer in answers:
         torch.testing.assert_close(answer, answers[0], rtol=0, atol=1e-9)
@@ -62,7 +66,7 @@ def test_a_stated_space_does_not_depend_on_the_network():
 def test_phi_1_gives_each_row_the_deviation_of_the_conditional_output():
     oracle = mixture(process(prediction="sample"))
     level = oracle.process.schedule.at(-1.0)
-    answer, _, _ = guided(oracle, Rescale(CFG(9.0), 1.0), X, level, LABELS, None)
+    answer, _, _ = guided_prediction(oracle, Rescale(CFG(9.0), 1.0), X, level, LABELS, None)
     torch.testing.assert_close(
         answer.x0.std(1), oracle(X, level, LABELS).x0.std(1), rtol=1e-9, atol=0
     )
@@ -73,17 +77,19 @@ def test_a_constant_row_is_left_as_it_is():
     level = record.schedule.at(0.0)
     cond, ref = torch.tensor([[1.0, 3.0], [1.0, 2.0]]), torch.tensor([[0.0, 4.0], [0.0, 1.0]])
     zero = torch.zeros_like(cond)
-    seen = Seen(
+    seen = GuidanceInput(
         zero, Step(record, level, level, level), Prediction(cond, zero), (Prediction(ref, zero),)
     )
-    answer, _ = Rescale(CFG(2.0), 1.0).guide(seen, None)  # 2 (1, 3) - (0, 4) = (2, 2): no deviation
+    answer, _ = Rescale(CFG(2.0), 1.0).combine(
+        seen, None
+    )  # 2 (1, 3) - (0, 4) = (2, 2): no deviation
     torch.testing.assert_close(answer.x0, torch.tensor([[2.0, 2.0], [2.0, 3.0]]))
 
 
 def test_outside_an_interval_inside_it_nothing_is_rescaled():
     oracle, level = mixture(), process().schedule.at(0.0)
     rule = Rescale(Interval(CFG(5.0), sigma=(2.0, 3.0)), 1.0)
-    answer, _, asked = guided(oracle, rule, X, level, LABELS, None)
+    answer, _, asked = guided_prediction(oracle, rule, X, level, LABELS, None)
     assert asked == 1
     assert torch.equal(answer.x0, oracle(X, level, LABELS).x0)
 
@@ -111,9 +117,11 @@ def test_phi_1_on_centred_gaussians_of_equal_shape_is_the_conditional_model():
     noise = Noise(torch.arange(3), (2,), dtype=torch.float64)
     rule = Rescale(CFG(4.0), 1.0)
     knots = with_levels(Trailing().knots(pair.process.schedule, 200), ())
-    x, _ = run(Twice(), AlphaBlending(2), noise.start(), knots, noise, rule, labels)
-    plain, _ = run(Twice(), AlphaBlending(2), noise.start(), knots, noise, CFG(1.0), labels)
-    guided_alone, _ = run(Twice(), AlphaBlending(2), noise.start(), knots, noise, CFG(4.0), labels)
+    x, _ = integrate(Twice(), AlphaBlending(2), noise.start(), knots, noise, rule, labels)
+    plain, _ = integrate(Twice(), AlphaBlending(2), noise.start(), knots, noise, CFG(1.0), labels)
+    guided_alone, _ = integrate(
+        Twice(), AlphaBlending(2), noise.start(), knots, noise, CFG(4.0), labels
+    )
     agree = (x - plain).norm() / plain.norm()
     assert agree < (guided_alone - plain).norm() / plain.norm() / 3
 
@@ -130,7 +138,7 @@ def test_eps_at_pure_noise_and_x0_at_clean_data_cannot_be_rescaled(rule):
     assert sample(mixture(), guidance=late, **arguments).x.isfinite().all()
     *_, noisy, clean = Trailing().knots(process().schedule, 3)
     with pytest.raises(ValueError, match="works on sample"):
-        run(
+        integrate(
             mixture(),
             AlphaBlending(1),
             X,

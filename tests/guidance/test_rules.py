@@ -22,19 +22,19 @@ from diffcore.guidance import (
     Composed,
     CosineScale,
     Guidance,
+    GuidanceInput,
     Interval,
     Label,
     LinearAG,
     MinorityGuidance,
     Rescale,
-    Seen,
     Step,
     Sum,
 )
 from diffcore.io.specs import build, spec
 from diffcore.samplers import DDIM, AlphaBlending
 from diffcore.sampling.generation import sample
-from diffcore.sampling.loop import guided, planned, watch
+from diffcore.sampling.loop import guided_prediction, planned, watch
 from diffcore.schedules import Cosine, Explicit, Trailing, UniformLogSNR
 from tests.helpers.oracles import (
     COVARIANCES,
@@ -142,7 +142,7 @@ def test_a_consistent_rule_keeps_x_in_x0_and_eps(rule, scaling):
     path = watch(oracle, DDIM(), 3 * noise.start(), knots, noise, rule, LABELS)
     memory, broken = None, 0.0
     for seen in path:
-        answer, memory = rule.guide(seen, memory)
+        answer, memory = rule.combine(seen, memory)
         broken = max(broken, (answer.at(seen.step.level) - seen.x).abs().max().item())
     assert (broken < 1e-9) == rule.consistent
 
@@ -184,8 +184,8 @@ def test_c7_a_rule_asks_no_tensor_for_its_value(rule):
     with NoSync(), torch.no_grad():
         for seen in seen_before:
             if not isinstance(rule, AdaptiveGuidance):
-                rule.asks(seen.step, memory)
-            _, memory = rule.guide(seen, memory)
+                rule.required_references(seen.step, memory)
+            _, memory = rule.combine(seen, memory)
 
 
 @every_rule
@@ -264,8 +264,10 @@ def test_w_1_answers_with_the_conditional_prediction_itself(make):
     level = RECORD.schedule.at(0.2)
     step = Step(RECORD, level, level, level, 2, STEPS)
     conditional = ORACLE(torch.ones(5, 2), level, LABELS)
-    answer, _ = make(1.0).guide(Seen(torch.ones(5, 2), step, conditional, (), LABELS), None)
-    assert make(1.0).asks(step, None) == ()
+    answer, _ = make(1.0).combine(
+        GuidanceInput(torch.ones(5, 2), step, conditional, (), LABELS), None
+    )
+    assert make(1.0).required_references(step, None) == ()
     assert torch.equal(answer.x0, conditional.x0)
     assert torch.equal(answer.eps, conditional.eps)
 
@@ -324,7 +326,7 @@ def test_the_guide_says_of_every_pair_what_is_true():
 
 @pytest.mark.parametrize(("outer", "inner"), PAIRS)
 def test_every_pair_composes_or_is_refused_at_construction(outer, inner):
-    """Around any rule, a wrapper with neutral settings is that rule; what has no meaning says so, with the remedy."""
+    """SamplerWrapper any rule, a wrapper with neutral settings is that rule; what has no meaning says so, with the remedy."""
     if (outer, inner) in REFUSED:
         with pytest.raises(ValueError, match=r"cannot hold .*use") as caught:
             NEUTRAL[outer](RULES[inner])
@@ -349,7 +351,9 @@ def test_a_plan_counts_every_reference_of_every_evaluation():
 
 def test_guided_needs_no_step_and_forgets_nothing_it_is_given():
     level, x = RECORD.schedule.at(0.0), torch.ones(5, 2, dtype=torch.float64)
-    first, memory, asked = guided(ORACLE, APG(3.0, momentum=-0.5), x, level, LABELS, None)
-    second, _, _ = guided(ORACLE, APG(3.0, momentum=-0.5), x, level, LABELS, memory)
+    first, memory, asked = guided_prediction(
+        ORACLE, APG(3.0, momentum=-0.5), x, level, LABELS, None
+    )
+    second, _, _ = guided_prediction(ORACLE, APG(3.0, momentum=-0.5), x, level, LABELS, memory)
     assert asked == 2
     assert not torch.equal(first.x0, second.x0)

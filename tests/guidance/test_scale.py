@@ -23,7 +23,7 @@ from diffcore.guidance import (
 from diffcore.guidance.gfcg import Confusion
 from diffcore.samplers import AlphaBlending
 from diffcore.sampling.generation import sample
-from diffcore.sampling.loop import guided, run
+from diffcore.sampling.loop import guided_prediction, integrate
 from diffcore.schedules import Trailing
 from tests.helpers.oracles import Pair, mixture
 
@@ -70,9 +70,9 @@ def test_a_schedule_is_its_value_at_the_level(rule, logsnr):
         Confusion(1 - LABELS, torch.ones(3)),
     )
     results = [
-        guided(oracle, rule(w), X, level, LABELS, memory if rule is EVERY["GFCG"] else None, step)[
-            0
-        ].x0
+        guided_prediction(
+            oracle, rule(w), X, level, LABELS, memory if rule is EVERY["GFCG"] else None, step
+        )[0].x0
         for w in (scale, scale(logsnr), scale(logsnr) + 0.1)
     ]
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
@@ -107,7 +107,7 @@ def test_exact_variance_with_a_scale_over_lambda_on_two_gaussians():
         torch.zeros(3, dtype=torch.int64),
     )
     knots = Trailing().knots(pair.process.schedule, 200)
-    x, _ = run(pair, AlphaBlending(2), noise.start(), knots, noise, CFG(scale), labels)
+    x, _ = integrate(pair, AlphaBlending(2), noise.start(), knots, noise, CFG(scale), labels)
     torch.testing.assert_close(
         (x / noise.start()) ** 2, torch.full_like(x, expected), rtol=3e-4, atol=0
     )

@@ -9,7 +9,7 @@ from diffcore.core.oracle import GaussianMixture
 from diffcore.core.prediction import Prediction
 from diffcore.guidance import CFG
 from diffcore.samplers import AlphaBlending
-from diffcore.sampling.loop import guided, run
+from diffcore.sampling.loop import guided_prediction, integrate
 from diffcore.schedules import Cosine, Flow, Trailing
 from tests.helpers.oracles import Pair, covariance, process
 
@@ -50,7 +50,7 @@ def test_the_mean_shift_and_the_contrastive_components_of_linear_cfg(scaling, u,
     level = model.process.schedule.at(-2 * np.log(u))
     y = MEANS[0] + torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
     labels = torch.zeros(3, dtype=torch.int64)
-    change = guided(model, CFG(w), level.alpha * y, level, labels, None)[0].x0
+    change = guided_prediction(model, CFG(w), level.alpha * y, level, labels, None)[0].x0
     change = (change - model(level.alpha * y, level, labels).x0).numpy()
     C_c, C_ref = COVARIANCES.numpy()
     S_c, S_ref = (C @ np.linalg.inv(C + u**2 * np.eye(2)) for C in (C_c, C_ref))
@@ -69,7 +69,7 @@ def test_cfg_does_not_sample_the_powered_density(w):
         Noise(torch.arange(3), (1,), dtype=torch.float64),
         torch.zeros(3, dtype=torch.int64),
     )
-    x, _ = run(
+    x, _ = integrate(
         Pair(),
         AlphaBlending(2),
         noise.start(),

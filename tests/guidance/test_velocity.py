@@ -10,7 +10,7 @@ from diffcore.core.noise import Noise
 from diffcore.guidance import CFG, CFGPlusPlus, CFGZeroStar, Interval
 from diffcore.samplers import DDIM, AlphaBlending
 from diffcore.sampling.generation import sample
-from diffcore.sampling.loop import guided, run
+from diffcore.sampling.loop import guided_prediction, integrate
 from diffcore.schedules import Cosine, Flow, Trailing, UniformLogSNR
 from tests.helpers.oracles import SCALINGS, Pair, mixture, process
 
@@ -31,11 +31,11 @@ def test_d4_cfg_plus_plus_steps_to_the_guided_x0_and_renoises_with_the_reference
     """w = 0: unconditional DDIM; w = 1: the conditional x_0 with the unconditional ε."""
     oracle, level, c, u = pair_at(scaling, -0.4)
     target = oracle.process.schedule.at(1.5)
-    x, _ = run(oracle, DDIM(), X, (level, target), NOISE, CFGPlusPlus(w), LABELS)
+    x, _ = integrate(oracle, DDIM(), X, (level, target), NOISE, CFGPlusPlus(w), LABELS)
     expected = target.alpha * ((1 - w) * u.x0 + w * c.x0) + target.sigma * u.eps
     torch.testing.assert_close(x, expected, rtol=1e-12, atol=1e-12)
     if w == 0:
-        plain, _ = run(oracle, DDIM(), X, (level, target), NOISE, CFG(0.0), LABELS)
+        plain, _ = integrate(oracle, DDIM(), X, (level, target), NOISE, CFG(0.0), LABELS)
         torch.testing.assert_close(x, plain, rtol=1e-12, atol=1e-12)
 
 
@@ -45,8 +45,8 @@ def test_a_step_of_cfg_plus_plus_is_one_of_cfg_with_another_scale(scaling):
     oracle, level, _, _ = pair_at(scaling, -0.4)
     target = oracle.process.schedule.at(1.5)
     w = 0.6 * level.ratio / (level.ratio - target.ratio)
-    ours, _ = run(oracle, DDIM(), X, (level, target), NOISE, CFGPlusPlus(0.6), LABELS)
-    cfg, _ = run(oracle, DDIM(), X, (level, target), NOISE, CFG(w), LABELS)
+    ours, _ = integrate(oracle, DDIM(), X, (level, target), NOISE, CFGPlusPlus(0.6), LABELS)
+    cfg, _ = integrate(oracle, DDIM(), X, (level, target), NOISE, CFG(w), LABELS)
     torch.testing.assert_close(ours, cfg, rtol=1e-12, atol=1e-12)
 
 
@@ -76,7 +76,9 @@ def test_a_scale_that_does_not_interpolate_is_refused(w):
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_cfg_zero_star_is_the_published_scale_on_the_velocity(scaling, w):
     oracle, level, c, u = pair_at(scaling, 0.3)
-    answer, _, asked = guided(oracle, CFGZeroStar(w, zero_init=0), X, level, LABELS, None)
+    answer, _, asked = guided_prediction(
+        oracle, CFGZeroStar(w, zero_init=0), X, level, LABELS, None
+    )
     v_c, v_u = c.eps - c.x0, u.eps - u.x0
     s = cfg_zero_star_scale(v_c, v_u)
     torch.testing.assert_close(
@@ -89,7 +91,10 @@ def test_cfg_zero_star_is_the_published_scale_on_the_velocity(scaling, w):
 def test_the_optimised_reference_is_the_best_multiple():
     oracle, level, c, _ = pair_at("vp", 0.3)
     at = {
-        w: (p := guided(oracle, CFGZeroStar(w, zero_init=0), X, level, LABELS, None)[0]).eps - p.x0
+        w: (
+            p := guided_prediction(oracle, CFGZeroStar(w, zero_init=0), X, level, LABELS, None)[0]
+        ).eps
+        - p.x0
         for w in (0.0, 1.0)
     }
     v_c = c.eps - c.x0
@@ -105,11 +110,11 @@ def test_its_first_steps_stand_still_in_the_blending_coordinate_at_one_evaluatio
 ):
     oracle = mixture(process(schedule))
     knots = Trailing().knots(schedule, 6)
-    x, used = run(oracle, sampler, X, knots[:3], NOISE, CFGZeroStar(3.0, zero_init=2), LABELS)
+    x, used = integrate(oracle, sampler, X, knots[:3], NOISE, CFGZeroStar(3.0, zero_init=2), LABELS)
     z, start = (value / (k.alpha + k.sigma) for value, k in ((x, knots[2]), (X, knots[0])))
     torch.testing.assert_close(z, start, rtol=1e-12, atol=1e-12)
     assert used == 2 * each
-    _, used = run(oracle, sampler, X, knots, NOISE, CFGZeroStar(3.0, zero_init=2), LABELS)
+    _, used = integrate(oracle, sampler, X, knots, NOISE, CFGZeroStar(3.0, zero_init=2), LABELS)
     assert used == each * (2 + 2 * 4)
 
 
@@ -117,7 +122,7 @@ def test_on_centred_gaussians_it_is_the_conditional_model():
     """v_c is a multiple of v_ref, so nothing is left to guide: variance 1, where CFG has 2^(1-w)."""
     pair, noise = Pair(), Noise(torch.arange(3), (1,), dtype=torch.float64)
     knots, labels = Trailing().knots(pair.process.schedule, 200), torch.zeros(3, dtype=torch.int64)
-    x, _ = run(
+    x, _ = integrate(
         pair, AlphaBlending(2), noise.start(), knots, noise, CFGZeroStar(4.0, zero_init=0), labels
     )
     torch.testing.assert_close((x / noise.start()) ** 2, torch.ones_like(x), rtol=2e-4, atol=0)

@@ -38,7 +38,7 @@ from diffcore.samplers import (
     UniPC,
 )
 from diffcore.sampling.generation import sample, with_levels
-from diffcore.sampling.loop import check_guidance, run, watch
+from diffcore.sampling.loop import check_guidance, integrate, watch
 from diffcore.schedules import Cosine, Karras, Trailing, UniformLogSNR
 from tests.guidance.test_rules import ORACLE, WEAKER, classifier
 from tests.helpers.oracles import mixture, process
@@ -148,7 +148,7 @@ def test_momentum_goes_from_evaluation_to_evaluation_within_a_step_and_across_st
             continue
         second = asked(first.at(s), s)
         x = s.alpha * (x / t.alpha + (s.ratio - t.ratio) * (first.eps + second.eps) / 2)
-    ours, _ = run(ORACLE, Heun(), start, knots, NOISE, APG(w, momentum=beta), LABELS)
+    ours, _ = integrate(ORACLE, Heun(), start, knots, NOISE, APG(w, momentum=beta), LABELS)
     torch.testing.assert_close(ours, x, rtol=0, atol=1e-9)
 
 
@@ -158,7 +158,7 @@ def test_what_is_watched_is_what_a_run_sees():
     seen = visited(CORRECTOR, rule, knots)
     assert [len(at.references) for at in seen] == [0, *[1, 0] * 4]
     places = []
-    run(
+    integrate(
         ORACLE,
         CORRECTOR,
         NOISE.first_sample(knots[0], 0.5),
@@ -250,7 +250,7 @@ def test_why_a_correction_cannot_take_cfg_plus_plus():
     state = PredictorCorrector(snr=1e-6).start(NOISE.first_sample(KNOTS[1], 0.5), KNOTS[1:], NOISE)
     for rule, still in ((CFG(2.0), True), (CFGPlusPlus(0.6), False)):
         (seen, *_) = visited(DDIM(), rule, KNOTS[1:])
-        prediction, _ = rule.guide(seen, None)
+        prediction, _ = rule.combine(seen, None)
         moved = (
             (PredictorCorrector(snr=1e-6)._corrected(state, prediction, NOISE) - state.x)
             .abs()
@@ -272,7 +272,7 @@ def test_a_weaker_network_that_cannot_be_asked_at_a_knot_is_refused_before_the_f
             guidance=AutoGuidance(2.0, weaker),
         )
     confused = GFCG(classifier, 3.0, weaker)
-    (asked,) = confused.asks(
+    (asked,) = confused.required_references(
         Step(ORACLE.process, Cosine().level(1.0), KNOTS[0], KNOTS[1], 1, 4), None
     )
     with pytest.raises(ValueError, match="for the weaker network"):
@@ -287,7 +287,7 @@ def test_gfcg_begins_with_the_conditional_model_where_it_comes_in_late():
     knots = with_levels(Karras().knots(ORACLE.process.schedule, 8), rule.levels(ORACLE.process))
     memory, changed = None, []
     for seen in visited(DDIM(), rule, knots):
-        answer, memory = rule.guide(seen, memory)
+        answer, memory = rule.combine(seen, memory)
         changed.append(not torch.equal(answer.x0, seen.conditional.x0))
     inside = [BOUNDS[0] * (1 + 1e-9) < knot.ratio <= BOUNDS[1] * (1 + 1e-9) for knot in knots[:-1]]
     first = inside.index(True)

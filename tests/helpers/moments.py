@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from diffcore.guidance import CFG
-from diffcore.sampling.loop import run
+from diffcore.sampling.loop import integrate
 
 
 @dataclass
@@ -42,7 +42,7 @@ def affine(denoiser, sampler, knots, guidance=CFG(1.0), condition=None):
         x[1 : 1 + size] = torch.eye(size, dtype=torch.float64)
         probe = Probe(rows, size)
         labels = None if condition is None else torch.full((rows,), condition)
-        return run(denoiser, sampler, x, knots, probe, guidance, labels)[0], probe.keys
+        return integrate(denoiser, sampler, x, knots, probe, guidance, labels)[0], probe.keys
 
     _, keys = result(0)
     assert len(set(keys)) == len(keys)  # no two draws share a key

@@ -9,7 +9,7 @@ import torch
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import predict
 from diffcore.sampling.generation import with_levels
-from diffcore.sampling.loop import run
+from diffcore.sampling.loop import integrate
 from diffcore.schedules import Trailing
 
 
@@ -195,7 +195,7 @@ def own(network, ask, process, rule, sampler, steps, x):
         Noise(torch.arange(len(x)), tuple(x.shape[1:])),
         torch.zeros(len(x), dtype=torch.int64),
     )
-    made, evaluations = run(denoise, sampler, x, knots, noise, rule, labels)
+    made, evaluations = integrate(denoise, sampler, x, knots, noise, rule, labels)
     return made, len(x) * evaluations
 
 

@@ -64,10 +64,10 @@ def test_a_spec_of_plain_json_reads_back_to_an_equal_value(value):
 def test_a_spec_names_each_component_and_all_of_its_fields():
     assert spec(NESTED)["class_path"] == "Shifted"
     assert spec(NESTED)["init_args"]["shift"] == -1.5
-    assert spec(NESTED)["init_args"]["schedule"] == {
+    assert spec(NESTED)["init_args"]["inner"] == {
         "class_path": "ZeroTerminalSNR",
         "init_args": {
-            "schedule": {
+            "inner": {
                 "class_path": "Discrete",
                 "init_args": {
                     "betas": "linear",
@@ -134,7 +134,7 @@ def test_misspelled_keys_and_names_are_refused_with_the_nearest(kind, data, mess
             "scale is -1.0, expected",
         ),
         (MinSNR, {"gamma": -1.0}, "gamma is -1.0, expected a positive finite number"),
-        (Shifted, {"shift": 1.0}, "schedule"),
+        (Shifted, {"shift": 1.0}, "inner"),
     ],
     ids=str,
 )

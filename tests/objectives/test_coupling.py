@@ -12,7 +12,7 @@ from diffcore.core.denoiser import Denoiser
 from diffcore.core.noise import Stream, normal
 from diffcore.core.process import Process
 from diffcore.objectives.coupling import Independent, OptimalTransport
-from diffcore.objectives.objective import Objective, Place
+from diffcore.objectives.objective import Objective, SampleKey
 from diffcore.objectives.weighting import MSE
 
 
@@ -145,7 +145,7 @@ def test_E3_a_split_of_the_batch_that_keeps_groups_whole_changes_no_pair(parts):
     x0, labels = normals(0, 32, 2).float(), torch.arange(32) % 2
 
     def losses(rows):
-        place = Place(3, 5, rows, 32)
+        place = SampleKey(3, 5, rows, 32)
         network = Remember()
         denoiser, draw = Denoiser(network, process), objective.draw(process, place)
         found = objective(denoiser, x0[rows], labels[rows], draw)
@@ -181,6 +181,6 @@ def test_pairs_are_made_before_the_condition_is_dropped():
         Denoiser(Remember(), process),
         x0,
         labels,
-        objective.draw(process, Place(0, 0, torch.arange(16), 16)),
+        objective.draw(process, SampleKey(0, 0, torch.arange(16), 16)),
     )
     assert torch.equal(seen[0], labels)

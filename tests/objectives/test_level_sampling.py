@@ -10,7 +10,7 @@ from scipy import stats
 
 from diffcore.core.process import Process, TimeConditioning
 from diffcore.objectives.level_sampling import LearnedSchedule, Resampler, SecondMoment
-from diffcore.objectives.objective import Objective, Place
+from diffcore.objectives.objective import Objective, SampleKey
 from diffcore.schedules import Cosine, Discrete
 
 KINDS = [SecondMoment, LearnedSchedule]
@@ -116,15 +116,15 @@ def test_A5_any_learned_state_leaves_the_expectation_as_it_is(kind, schedule, le
 
     means = []
     for step in range(300):
-        draw = objective.draw(process, Place(2, step, torch.arange(32), 32), learned=state)
+        draw = objective.draw(process, SampleKey(2, step, torch.arange(32), 32), learned=state)
         means.append((loss(draw.level.t.flatten()) * draw.importance).mean().item())
     entries = torch.arange(1, 31, dtype=torch.float64) / 30
     exact = math.log(1.05 / 0.05) + 0.9 if schedule.steps is None else loss(entries).mean().item()
     assert np.mean(means) == pytest.approx(exact, abs=4 * np.std(means) / math.sqrt(300))
-    plain = Objective(levels=levels).draw(process, Place(2, 0, torch.arange(32), 32))
+    plain = Objective(levels=levels).draw(process, SampleKey(2, 0, torch.arange(32), 32))
     assert (plain.importance == 1).all()
     unlearned = objective.draw(
-        process, Place(2, 0, torch.arange(32), 32)
+        process, SampleKey(2, 0, torch.arange(32), 32)
     )  # without a state: as without a resampler
     assert torch.equal(unlearned.level.t, plain.level.t)
     assert (unlearned.importance == 1).all()

@@ -11,7 +11,7 @@ from torch import nn
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.process import Process
 from diffcore.objectives.losses import Huber, PseudoHuber, Squared
-from diffcore.objectives.objective import Objective, Place
+from diffcore.objectives.objective import Objective, SampleKey
 from diffcore.objectives.weighting import MSE, MinSNR
 
 ERRORS = np.concatenate((-np.logspace(-6, 4, 41)[::-1], [0.0], np.logspace(-6, 4, 41)))
@@ -69,7 +69,7 @@ def test_the_objective_weighs_what_each_element_of_the_error_costs(loss):
     process = Process(shape=(1, 3, 3), prediction="epsilon")
     x0 = torch.randn(6, 1, 3, 3, generator=torch.Generator().manual_seed(0))
     objective = Objective(MinSNR(), loss=loss)
-    draw = objective.draw(process, Place(0, 0, torch.arange(6), 6))
+    draw = objective.draw(process, SampleKey(0, 0, torch.arange(6), 6))
     x = draw.level.alpha * x0 + draw.level.sigma * draw.noise
     cost = loss(x.cos() - draw.noise).mean((1, 2, 3))
     expected = (5 / draw.level.logsnr.exp()).clamp(max=1).flatten() * cost

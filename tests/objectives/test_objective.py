@@ -14,18 +14,18 @@ from diffcore.core.denoiser import Denoiser
 from diffcore.core.noise import Stream, normal
 from diffcore.core.prediction import predict, target
 from diffcore.core.process import Process, TimeConditioning
-from diffcore.objectives.objective import Objective, Place
+from diffcore.objectives.objective import Objective, SampleKey
 from diffcore.objectives.weighting import MSE, MinSNR, Weight
 from diffcore.schedules import Cosine, Discrete, Flow, Laplace, Normal, ZeroTerminalSNR
 
 KINDS = ["epsilon", "sample", "v_prediction", "flow_prediction", "edm"]
 SEED, STEP, BATCH = 7, 3, 24
-PLACE = Place(SEED, STEP, torch.arange(BATCH), BATCH)
+PLACE = SampleKey(SEED, STEP, torch.arange(BATCH), BATCH)
 
 
-def at(place: Place, rows) -> Place:
+def at(place: SampleKey, rows) -> SampleKey:
     """The samples of a rank or of a micro-batch."""
-    return Place(place.seed, place.step, torch.as_tensor(rows), place.batch)
+    return SampleKey(place.seed, place.step, torch.as_tensor(rows), place.batch)
 
 
 @pytest.mark.parametrize("step", [0, 1, 1000])
@@ -34,7 +34,7 @@ def test_A5_stratified_times_are_even_over_the_global_batch(step):
 
     Would be a bug: place / batch is computed in the default dtype, so the comb is uneven by 3e-8, and by 2e-3 in bfloat16.
     """
-    times = Objective().times(Place(SEED, step, torch.arange(BATCH), BATCH)).sort().values
+    times = Objective().times(SampleKey(SEED, step, torch.arange(BATCH), BATCH)).sort().values
     comb = times[0] + torch.arange(BATCH, dtype=torch.float64) / BATCH
     torch.testing.assert_close(times, comb, rtol=0, atol=1e-15)
     assert 0 < times[0] <= 1 / BATCH
@@ -44,7 +44,7 @@ def test_A5_stratified_times_are_even_over_the_global_batch(step):
 def test_A5_the_time_of_one_sample_is_uniform_over_steps(levels):
     objective = Objective(levels=levels)
     both = torch.stack(
-        [objective.times(Place(SEED, step, torch.tensor([0, 5]), 8)) for step in range(1500)]
+        [objective.times(SampleKey(SEED, step, torch.tensor([0, 5]), 8)) for step in range(1500)]
     )
     for times in both.T.numpy():
         assert stats.kstest(times, "uniform").pvalue > 0.01
@@ -52,7 +52,9 @@ def test_A5_the_time_of_one_sample_is_uniform_over_steps(levels):
 
 
 def test_independent_times_are_uniform_and_uncorrelated_within_the_batch():
-    times = Objective(levels="independent").times(Place(SEED, 0, torch.arange(5000), 5000)).numpy()
+    times = (
+        Objective(levels="independent").times(SampleKey(SEED, 0, torch.arange(5000), 5000)).numpy()
+    )
     assert stats.kstest(times, "uniform").pvalue > 0.01
     assert abs(np.corrcoef(times[1:], times[:-1])[0, 1]) < 4 / math.sqrt(5000)
 
@@ -84,8 +86,8 @@ def test_a_draw_has_the_documented_key_and_other_steps_and_seeds_draw_others():
     )
     assert draw.level.alpha.shape == (BATCH, 1, 1, 1)
     for other in (
-        Place(SEED + 2**32, STEP, torch.arange(BATCH), BATCH),
-        Place(SEED, STEP + 1, torch.arange(BATCH), BATCH),
+        SampleKey(SEED + 2**32, STEP, torch.arange(BATCH), BATCH),
+        SampleKey(SEED, STEP + 1, torch.arange(BATCH), BATCH),
     ):
         another = Objective().draw(process, other)
         assert not torch.isin(another.noise, draw.noise).any()
@@ -164,7 +166,7 @@ def test_B2_weights_follow_the_schedule_after_its_transform():
 def test_D5_dropout_is_per_sample_at_its_rate_and_independent(levels):
     n, p = 20_000, 0.15
     process = Process(classes=10, dropout=p, shape=(1,))
-    places = [Place(SEED, step, torch.arange(200), 200) for step in range(n // 200)]
+    places = [SampleKey(SEED, step, torch.arange(200), 200) for step in range(n // 200)]
     steps = [Objective(levels=levels).draw(process, place) for place in places]
     dropped = torch.cat([draw.dropped for draw in steps]).double().numpy()
     assert dropped.mean() == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / n))
@@ -178,7 +180,7 @@ def test_D5_dropout_is_per_sample_at_its_rate_and_independent(levels):
 def test_D5_dropout_of_none_and_of_all_is_exact(p):
     process = Process(classes=10, dropout=p, shape=(1,))
     assert (
-        Objective().draw(process, Place(SEED, 0, torch.arange(2000), 2000)).dropped == bool(p)
+        Objective().draw(process, SampleKey(SEED, 0, torch.arange(2000), 2000)).dropped == bool(p)
     ).all()
 
 
@@ -316,7 +318,7 @@ def test_A5_the_expected_loss_is_the_integral_of_weight_times_density(
     n, s = 2000, Posterior.std
     process = Process(schedule=schedule, prediction=kind, shape=(1, 4, 4))
     objective = Objective(weight, levels)
-    draw = objective.draw(process, Place(1, 0, torch.arange(n), n))
+    draw = objective.draw(process, SampleKey(1, 0, torch.arange(n), n))
     x0 = Posterior.mean + s * torch.randn(
         n, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )

@@ -13,7 +13,7 @@ from diffcore.core.noise import Stream, normal
 from diffcore.core.prediction import target
 from diffcore.core.process import Process
 from diffcore.objectives.level_sampling import LearnedSchedule, SecondMoment
-from diffcore.objectives.objective import Objective, Place
+from diffcore.objectives.objective import Objective, SampleKey
 from diffcore.objectives.weighting import ELBO, MSE, MinSNR
 from diffcore.schedules import (
     Beta,
@@ -94,7 +94,7 @@ def estimates(objective, process, steps, learned=None):
     """The mean loss of each step's batch of 64."""
     means = []
     for step in range(steps):
-        place = Place(11, step, torch.arange(64), 64)
+        place = SampleKey(11, step, torch.arange(64), 64)
         x0 = Biased.mean + Biased.std * normal(
             5, Stream.ORACLE, place.position, process.shape, dtype=torch.float64
         )
@@ -131,7 +131,7 @@ def test_A5_a_resampler_changes_no_integral(resampler, corrected):
     learned = {"logits": z, "losses": z.exp()[:, None].expand(-1, 2)}
     objective = Objective(MinSNR(), corrected=corrected, resampler=resampler)
     means = estimates(objective, process, 60, {name: learned[name] for name in resampler.start()})
-    mass = process.schedule.schedule.cdf(BOUND) - process.schedule.schedule.cdf(-BOUND)
+    mass = process.schedule.inner.cdf(BOUND) - process.schedule.inner.cdf(-BOUND)
     law = stats.hypsecant(scale=2)
 
     def integrand(v):
@@ -179,7 +179,7 @@ def test_the_bound_of_an_exact_denoiser_is_the_same_under_every_schedule(schedul
         for shift in (0, 9)
     )
 
-    rows = Place(0, 0, t.repeat(pairs), pairs * len(t))
+    rows = SampleKey(0, 0, t.repeat(pairs), pairs * len(t))
     draw = Fixed(ELBO(), corrected=True).draw(record, rows)
     many, noise = x0.repeat_interleave(len(t), 0), eps.repeat_interleave(len(t), 0)
     never = torch.zeros(len(many), dtype=torch.bool)

@@ -14,7 +14,7 @@ from diffcore.core.noise import Stream, normal
 from diffcore.core.process import Process
 from diffcore.objectives.coupling import OptimalTransport
 from diffcore.objectives.level_sampling import LearnedSchedule, SecondMoment
-from diffcore.objectives.objective import Draw, Objective, Place
+from diffcore.objectives.objective import Draw, Objective, SampleKey
 from diffcore.objectives.uncertainty import Uncertainty
 from diffcore.objectives.weighting import EDM, ELBO, MSE, MinSNR
 from diffcore.schedules import (
@@ -34,10 +34,10 @@ from diffcore.schedules import (
 from tests.helpers.oracles import KINDS
 
 SEED, STEP, BATCH = 7, 3, 24
-PLACE = Place(SEED, STEP, torch.arange(BATCH), BATCH)
+PLACE = SampleKey(SEED, STEP, torch.arange(BATCH), BATCH)
 
 
-def at(place: Place, rows: Tensor) -> Place:
+def at(place: SampleKey, rows: Tensor) -> SampleKey:
     """The samples of a rank or of a micro-batch."""
     return replace(place, index=rows)
 
@@ -72,7 +72,7 @@ def noised(objective, record, x0, place):
 def test_ddpm_ip_perturbs_x_and_keeps_the_target(gamma):
     record = Process(LogLinear(-2.0, 2.0), "epsilon", shape=(2, 5, 5))
     x0 = torch.rand(400, 2, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    place = Place(0, 4, torch.arange(400), 400)
+    place = SampleKey(0, 4, torch.arange(400), 400)
     seen, draw, losses = noised(Objective(MSE("epsilon"), perturbation=gamma), record, x0, place)
     plain, other, expected = noised(Objective(MSE("epsilon")), record, x0, place)
     assert torch.equal(draw.noise, other.noise)
@@ -93,7 +93,7 @@ def test_offset_noise_is_shared_within_a_channel_and_is_in_the_target():
     s, n = 0.7, 4000
     record = Process(LogLinear(-2.0, 2.0), "epsilon", shape=(2, 2, 2))
     x0 = torch.rand(n, 2, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    place = Place(0, 4, torch.arange(n), n)
+    place = SampleKey(0, 4, torch.arange(n), n)
     seen, draw, losses = noised(Objective(MSE("epsilon"), offset=s), record, x0, place)
     torch.testing.assert_close(seen.float(), draw.noise, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(

@@ -10,11 +10,11 @@ from torch import nn
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.noise import Stream, normal, uniform
 from diffcore.core.process import Process
-from diffcore.objectives.objective import Objective, Place
+from diffcore.objectives.objective import Objective, SampleKey
 from diffcore.objectives.uncertainty import LogVariance, Uncertainty
 from diffcore.objectives.weighting import MinSNR
 
-PLACE = Place(3, 1, torch.arange(12), 12)
+PLACE = SampleKey(3, 1, torch.arange(12), 12)
 PROCESS = Process(shape=(1, 2, 2))
 
 
@@ -130,7 +130,7 @@ def test_a_map_of_levels_has_the_uncertainty_of_its_mean():
 
     objective, u = Objective(MinSNR(), uncertainty=Uncertainty(16)), tilted()
     level = PROCESS.schedule.level(torch.linspace(0.1, 0.9, 12).view(3, 1, 2, 2))
-    draw = objective.draw(PROCESS, Place(0, 0, torch.arange(3), 3))._replace(level=level)
+    draw = objective.draw(PROCESS, SampleKey(0, 0, torch.arange(3), 3))._replace(level=level)
     x0 = torch.zeros(3, 1, 2, 2)
     plain = objective(Denoiser(Ones(), PROCESS), x0, None, draw)
     value = u(level.logsnr.mean((1, 2, 3)).float())

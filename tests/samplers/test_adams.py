@@ -23,7 +23,7 @@ from diffcore.samplers import (
     UniPC,
 )
 from diffcore.samplers.adams import Held, Variable
-from diffcore.sampling.loop import run
+from diffcore.sampling.loop import integrate
 from diffcore.schedules import Cosine, Explicit, Flow, Karras, Trailing, UniformBlend
 from tests.helpers.oracles import SCALINGS, flow, mixture, process
 from tests.samplers.test_base import SAMPLERS
@@ -35,7 +35,7 @@ EVERY_PAIR = list(product(Held.__args__, Variable.__args__))
 
 def final(sampler, knots, oracle=None):
     oracle = oracle or mixture(process(knots[0].schedule))
-    return run(oracle, sampler, knots[0].sigma * NOISE.start(), knots, NOISE)[0]
+    return integrate(oracle, sampler, knots[0].sigma * NOISE.start(), knots, NOISE)[0]
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
@@ -119,8 +119,8 @@ def test_unipc_is_adams_moulton_for_x0_over_logsnr_but_for_its_secants():
 @pytest.mark.parametrize(("steps", "k"), [(1, 1), (9, 1), (10, 2), (19, 2), (20, 3), (40, 3)])
 def test_with_every_a_run_of_few_steps_uses_fewer_values(steps, k):
     knots = UniformBlend(1.25, 0.5).knots(Cosine(), steps)
-    x, _ = run(mixture(), AdamsMoulton(3, every=10), NOISE.start(), knots, NOISE)
-    assert torch.equal(x, run(mixture(), AdamsMoulton(k), NOISE.start(), knots, NOISE)[0])
+    x, _ = integrate(mixture(), AdamsMoulton(3, every=10), NOISE.start(), knots, NOISE)
+    assert torch.equal(x, integrate(mixture(), AdamsMoulton(k), NOISE.start(), knots, NOISE)[0])
 
 
 @cache
@@ -212,7 +212,7 @@ def test_a_map_of_levels_takes_every_row_along_its_own_knots(sampler):
     rows = [(-4.0, -2.5, -1.0, 0.0, 1.5), (-3.0, -2.0, -0.5, 0.2, 2.0), (-6.0, -1.0, 0.0, 3.0, 4.0)]
     alone = torch.cat(
         [
-            run(oracle, sampler, x[i : i + 1], Explicit(row).knots(Cosine(), 4), NOISE)[0]
+            integrate(oracle, sampler, x[i : i + 1], Explicit(row).knots(Cosine(), 4), NOISE)[0]
             for i, row in enumerate(rows)
         ]
     )

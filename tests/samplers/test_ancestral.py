@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler, EulerAncestralDiscreteScheduler
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction, target
 from diffcore.samplers import DDIM, DDPM, EulerAncestral, State
-from diffcore.sampling.loop import run
+from diffcore.sampling.loop import integrate
 from diffcore.schedules import Cosine, Discrete, Explicit, Trailing
 from tests.helpers.oracles import mixture, process
 
@@ -66,7 +66,7 @@ def test_small_variance_and_euler_ancestral_are_ddim_with_eta_1_bit_for_bit():
     oracle = mixture()
     knots = Trailing().knots(oracle.process.schedule, 7)
     ends = [
-        run(oracle, sampler, NOISE.start(), knots, NOISE)[0]
+        integrate(oracle, sampler, NOISE.start(), knots, NOISE)[0]
         for sampler in (DDIM(1.0), DDPM(), EulerAncestral())
     ]
     assert torch.equal(ends[0], ends[1])
@@ -150,4 +150,4 @@ def test_variances_outside_0_to_1_are_refused(variance):
 def test_knots_that_rise_in_noise_are_refused(sampler):
     knots = Explicit((1.0, -1.0)).knots(Cosine(), 1)
     with pytest.raises(ValueError, match="fall in noise"):
-        run(mixture(), sampler, NOISE.start(), knots, NOISE)
+        integrate(mixture(), sampler, NOISE.start(), knots, NOISE)

@@ -25,7 +25,7 @@ from diffcore.samplers import (
     Heun,
     Restart,
 )
-from diffcore.sampling.loop import run
+from diffcore.sampling.loop import integrate
 from diffcore.schedules import Cosine, Discrete, Explicit, Flow, Karras, Trailing
 from tests.helpers.oracles import SCALINGS, PointMass, mixture, process
 from tests.samplers.test_orders import ORDERS
@@ -129,7 +129,7 @@ def test_c6_eight_threads_sharing_sampler_and_denoiser_equal_eight_serial_runs(s
     def one(i):
         noise = noise_of(100 * i)
         with torch.no_grad():  # a flag of each thread
-            return run(
+            return integrate(
                 denoiser,
                 sampler,
                 noise.start(),
@@ -199,7 +199,7 @@ def test_c7_no_item_bool_or_nonzero_of_the_sample(sampler):
     x = run_watched(sampler, KNOTS)
     assert isinstance(x, Watched)
     assert torch.equal(
-        x.as_subclass(torch.Tensor), run(ORACLE, sampler, NOISE.start(), KNOTS, NOISE)[0]
+        x.as_subclass(torch.Tensor), integrate(ORACLE, sampler, NOISE.start(), KNOTS, NOISE)[0]
     )
 
 
@@ -214,7 +214,7 @@ def run_without_data(sampler):
     """On the device `meta`, whose tensors have shapes and no data: reading one, or branching on it, is an error."""
     noise = Noise(torch.arange(4), (2,), torch.device("meta"), torch.float64)
     labels = torch.zeros(4, dtype=torch.int64, device="meta")
-    return run(
+    return integrate(
         Denoiser(Network(), ORACLE.process).to("meta"),
         sampler,
         noise.start(),
@@ -251,7 +251,7 @@ def test_c1_no_noise_is_left_on_a_point_mass(sampler, schedule):
     """x_0 itself; in a, terms of size |x| ≤ 300 cancel to rounding."""
     truth = PointMass(torch.tensor([0.7, -1.3], dtype=torch.float64), process(schedule))
     knots = Karras(sigma_max=80.0).knots(schedule, 10)
-    x, _ = run(truth, sampler, knots[0].sigma * NOISE.start(), knots, NOISE)
+    x, _ = integrate(truth, sampler, knots[0].sigma * NOISE.start(), knots, NOISE)
     torch.testing.assert_close(
         x, truth.point.expand(4, 2), rtol=0, atol=1e-13 if in_a(sampler) else 0
     )
@@ -266,7 +266,7 @@ def test_one_step_from_pure_noise_to_data(sampler):
     half = oracle((x + mean) / 2, Flow().level(0.5))
     expected = x - (half.eps - half.x0) if takes_midpoints(sampler) else mean
     torch.testing.assert_close(
-        run(oracle, sampler, x, knots, NOISE)[0], expected, rtol=1e-12, atol=1e-12
+        integrate(oracle, sampler, x, knots, NOISE)[0], expected, rtol=1e-12, atol=1e-12
     )
 
 

@@ -7,7 +7,7 @@ import torch
 
 from diffcore.core.noise import Noise
 from diffcore.samplers import DDIM, AlphaBlending
-from diffcore.sampling.loop import run
+from diffcore.sampling.loop import integrate
 from diffcore.schedules import Cosine, Flow, Karras, Level, Trailing
 from tests.helpers.oracles import SCALINGS, TO_NOISE, flow, mixture, process
 
@@ -23,7 +23,7 @@ def test_order_1_is_ddim_bit_for_bit(grid, scaling):
     knots = grid.knots(oracle.process.schedule, 12)
     x = knots[0].sigma * NOISE.start()
     blended, ddim = (
-        run(oracle, sampler, x, knots, NOISE) for sampler in (AlphaBlending(1), DDIM(0.0))
+        integrate(oracle, sampler, x, knots, NOISE) for sampler in (AlphaBlending(1), DDIM(0.0))
     )
     assert torch.equal(blended[0], ddim[0])
     assert blended[1] == ddim[1] == 12
@@ -49,7 +49,7 @@ def test_order_2_is_the_midpoint_rule_in_a_from_pure_noise_to_data(name):
     oracle = mixture(process(TO_NOISE[name]))
     knots = Trailing().knots(oracle.process.schedule, 20)
     assert (knots[0].alpha, knots[-1].sigma) == (0, 0)
-    x, evaluations = run(oracle, AlphaBlending(2), NOISE.start(), knots, NOISE)
+    x, evaluations = integrate(oracle, AlphaBlending(2), NOISE.start(), knots, NOISE)
     expected = iadb(
         oracle, NOISE.start(), [knot.sigma / (knot.alpha + knot.sigma) for knot in knots]
     )
@@ -64,7 +64,9 @@ def test_order_2_is_kept_down_to_sigma_0_on_uniform_a(schedule):
     exact = flow(oracle, NOISE.start(), schedule.level(1.0), schedule.level(0.0))
     errors = []
     for n in (128, 256):
-        x, _ = run(oracle, AlphaBlending(2), NOISE.start(), Trailing().knots(schedule, n), NOISE)
+        x, _ = integrate(
+            oracle, AlphaBlending(2), NOISE.start(), Trailing().knots(schedule, n), NOISE
+        )
         errors.append((x - exact).norm(dim=1).median())
     assert torch.log2(errors[0] / errors[1]) == pytest.approx(2, abs=0.15)
 
@@ -75,7 +77,7 @@ def test_order_2_runs_towards_noise_as_well():
     down = [schedule.at(-5 + i / 20) for i in range(201)]
     x = oracle.sample(torch.arange(32))
     exact = flow(oracle, x, down[-1], down[0])
-    result, _ = run(oracle, AlphaBlending(2), x, tuple(reversed(down)), NOISE)
+    result, _ = integrate(oracle, AlphaBlending(2), x, tuple(reversed(down)), NOISE)
     assert (result - exact).norm(dim=1).median() < 2e-5  # 6e-6; the first-order step errs by 7e-3
 
 

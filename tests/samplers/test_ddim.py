@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction, target
 from diffcore.samplers import DDIM, State
-from diffcore.sampling.loop import run
+from diffcore.sampling.loop import integrate
 from diffcore.schedules import Cosine, Discrete, Explicit, Trailing
 from tests.helpers.oracles import flow, mixture, process
 
@@ -114,7 +114,7 @@ def test_eta_0_follows_the_flow_from_data_to_noise():
     errors = []
     for n in (500, 1000):
         knots = Explicit(tuple(6 - 12 * i / n for i in range(n + 1))).knots(schedule, n)
-        errors.append((run(oracle, DDIM(), x, knots, NOISE)[0] - exact).norm(dim=1).median())
+        errors.append((integrate(oracle, DDIM(), x, knots, NOISE)[0] - exact).norm(dim=1).median())
     assert errors[0] < 0.01
     assert errors[0] / errors[1] == pytest.approx(2, abs=0.2)
 

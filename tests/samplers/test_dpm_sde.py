@@ -11,7 +11,7 @@ from scipy.integrate import quad
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction, target
 from diffcore.samplers import DDIM, DPMSolverSDE, State
-from diffcore.sampling.loop import run
+from diffcore.sampling.loop import integrate
 from diffcore.schedules import Cosine, Discrete, Explicit, Trailing
 from tests.helpers.oracles import flow, mixture, process
 
@@ -61,7 +61,7 @@ def test_one_prediction_is_ddim():
     knots = Trailing().knots(oracle.process.schedule, 6)
     for eta in (0.0, 1.0):
         ends = [
-            run(oracle, sampler, NOISE.start(), knots, NOISE)[0]
+            integrate(oracle, sampler, NOISE.start(), knots, NOISE)[0]
             for sampler in (DPMSolverSDE(1, eta), DDIM(eta))
         ]
         torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-12)
@@ -78,7 +78,9 @@ def test_without_noise_it_is_the_multistep_solver_of_the_flow_at_its_full_order(
     for n in (256, 512):
         knots = Explicit(tuple(-14 + 18 * i / n for i in range(n + 1))).knots(schedule, n)
         errors.append(
-            (run(oracle, DPMSolverSDE(steps, 0.0), x, knots, NOISE)[0] - exact).norm(dim=1).median()
+            (integrate(oracle, DPMSolverSDE(steps, 0.0), x, knots, NOISE)[0] - exact)
+            .norm(dim=1)
+            .median()
         )
     assert DPMSolverSDE(steps, 0.0).order == steps
     assert torch.log2(errors[0] / errors[1]) == pytest.approx(steps, abs=0.15)
@@ -131,11 +133,11 @@ def test_steps_may_rise_in_noise_without_noise_only():
     knots = Explicit(tuple(4 - i / 20 for i in range(161))).knots(oracle.process.schedule, 160)
     x = oracle.sample(torch.arange(8))
     exact = flow(oracle, x, knots[0], knots[-1])
-    assert (run(oracle, DPMSolverSDE(2, 0.0), x, knots, NOISE)[0] - exact).norm(
+    assert (integrate(oracle, DPMSolverSDE(2, 0.0), x, knots, NOISE)[0] - exact).norm(
         dim=1
     ).median() < 1e-3
     with pytest.raises(ValueError, match="fall in noise"):
-        run(oracle, DPMSolverSDE(2), x, knots, NOISE)
+        integrate(oracle, DPMSolverSDE(2), x, knots, NOISE)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 
 from diffcore.core.noise import Noise
 from diffcore.samplers import Euler, Heun
-from diffcore.sampling.loop import run
+from diffcore.sampling.loop import integrate
 from diffcore.schedules import Cosine, Discrete, Explicit, Flow, Karras, Trailing
 from tests.helpers.oracles import SCALINGS, mixture, process
 
@@ -88,7 +88,7 @@ def test_nothing_is_churned_into_pure_noise(sampler):
     knots = Trailing().knots(Flow(), 4)
     state = sampler.start(NOISE.start(), knots, NOISE)
     assert (state.level, state.x is not None) == (knots[0], True)
-    assert run(oracle, sampler, NOISE.start(), knots, NOISE)[0].isfinite().all()
+    assert integrate(oracle, sampler, NOISE.start(), knots, NOISE)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("sampler", (Euler, Heun))

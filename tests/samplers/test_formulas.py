@@ -19,7 +19,7 @@ from diffcore.samplers import (
     Heun,
     UniPC,
 )
-from diffcore.sampling.loop import run
+from diffcore.sampling.loop import integrate
 from diffcore.schedules import Cosine, Explicit, Flow, Karras, Level, Trailing
 from tests.helpers import sampler_formulas as formulas
 from tests.helpers.oracles import KINDS, SCALINGS, ExactNetwork, mixture, process
@@ -132,9 +132,9 @@ def check(sampler, knots, kind, answer):
     denoiser = Denoiser(ExactNetwork(mixture(record), record), record)
     if first.logsnr == -math.inf and (kind == "epsilon" or record.schedule.scaling == "ve"):
         with pytest.raises(ValueError, match="pure noise"):
-            run(denoiser, sampler, NOISE.start(), knots, NOISE)
+            integrate(denoiser, sampler, NOISE.start(), knots, NOISE)
         return
-    x, evaluations = run(
+    x, evaluations = integrate(
         denoiser, sampler, math.hypot(first.alpha / 2, first.sigma) * NOISE.start(), knots, NOISE
     )
     x = x / math.hypot(last.alpha, last.sigma)  # as in vp

@@ -7,7 +7,7 @@ import torch
 
 from diffcore.core.noise import Noise
 from diffcore.samplers import DDIM, GradientEstimation
-from diffcore.sampling.loop import run
+from diffcore.sampling.loop import integrate
 from diffcore.schedules import Cosine, Explicit, Flow, Trailing
 from tests.helpers.oracles import SCALINGS, mixture, process
 
@@ -33,7 +33,9 @@ def test_a_run_is_the_authors(gamma, mu, scaling):
         )
     oracle = mixture(process(Cosine(scaling=scaling)))
     knots = Explicit(LOGSNRS).knots(oracle.process.schedule, 5)
-    x, _ = run(oracle, GradientEstimation(gamma, mu), knots[0].sigma * NOISE.start(), knots, NOISE)
+    x, _ = integrate(
+        oracle, GradientEstimation(gamma, mu), knots[0].sigma * NOISE.start(), knots, NOISE
+    )
     torch.testing.assert_close(x / knots[-1].alpha, y, rtol=1e-10, atol=1e-10)
 
 
@@ -42,7 +44,7 @@ def test_gamma_1_and_mu_half_is_ddpm_from_pure_noise_to_data(schedule):
     """2006.11239: DDIM at η = 1, which renoises in full from α = 0 and adds nothing at the end."""
     oracle, knots = mixture(process(schedule)), Trailing().knots(schedule, 7)
     one, other = (
-        run(oracle, s, NOISE.start(), knots, NOISE)[0]
+        integrate(oracle, s, NOISE.start(), knots, NOISE)[0]
         for s in (GradientEstimation(1.0, 0.5), DDIM(1.0))
     )
     torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)

@@ -12,7 +12,7 @@ from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
 from diffcore.guidance import CFG
 from diffcore.samplers import DDIM, AlphaBlending, DPMSolverSDE, PredictorCorrector
-from diffcore.sampling.loop import guided, run
+from diffcore.sampling.loop import guided_prediction, integrate
 from diffcore.schedules import Cosine, Explicit, Flow, Trailing
 from tests.helpers.oracles import covariance, gaussian, mixture, process
 
@@ -107,14 +107,14 @@ def test_evaluations_are_counted_exactly(predictor, corrections):
     oracle, sampler = mixture(), PredictorCorrector(predictor, corrections)
     for steps in (1, 2, 5):
         knots = Trailing().knots(oracle.process.schedule, steps)
-        x, evaluations = run(oracle, sampler, NOISE.start(), knots, NOISE)
+        x, evaluations = integrate(oracle, sampler, NOISE.start(), knots, NOISE)
         assert (
             evaluations
             == sampler.evaluations(knots)
             == predictor.evaluations(knots) + corrections * (steps - 1)
         )
         if corrections == 0 and predictor == AlphaBlending(2):
-            assert torch.equal(x, run(oracle, predictor, NOISE.start(), knots, NOISE)[0])
+            assert torch.equal(x, integrate(oracle, predictor, NOISE.start(), knots, NOISE)[0])
 
 
 class Pair:
@@ -136,7 +136,7 @@ UNIT = SimpleNamespace(between=lambda t, s, step: ROWS.flip(0), branch=lambda in
 
 @cache  # the same for all corrections at a knot
 def predicted(w, level):
-    return guided(Pair(), CFG(w), ROWS, level, LABELS, None)[0]
+    return guided_prediction(Pair(), CFG(w), ROWS, level, LABELS, None)[0]
 
 
 def propagated(sampler, w, steps):
@@ -145,7 +145,7 @@ def propagated(sampler, w, steps):
     state, variance = sampler.start(ROWS, knots, UNIT), knots[0].alpha ** 2 + knots[0].sigma ** 2
     while not state.done:
         state = replace(state, x=ROWS)
-        prediction = predicted(w if sampler.guided(state) else 1.0, state.level)
+        prediction = predicted(w if sampler.uses_guidance(state) else 1.0, state.level)
         state = sampler.advance(state, prediction, UNIT)
         A, B = state.x.flatten().tolist()
         variance = A**2 * variance + B**2
@@ -183,7 +183,9 @@ def test_guidance_of_the_corrector_alone_costs_the_reference_there_alone():
     noise = Noise(torch.arange(4), (1,), dtype=torch.float64)
     for guides, expected in (("both", 2 * (6 + 2 * 5)), ("corrector", 6 + 2 * 2 * 5)):
         sampler = PredictorCorrector(DDIM(), 2, guides=guides)
-        assert run(Pair(), sampler, noise.start(), knots, noise, CFG(3.0), labels)[1] == expected
+        assert (
+            integrate(Pair(), sampler, noise.start(), knots, noise, CFG(3.0), labels)[1] == expected
+        )
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 
 from diffcore.core.noise import Noise
 from diffcore.samplers import DDIM, AlphaBlending, PredictorCorrector, Restart
-from diffcore.sampling.loop import run
+from diffcore.sampling.loop import integrate
 from diffcore.schedules import Cosine, Explicit, Flow, Karras, Trailing
 from tests.helpers.moments import affine, moments
 from tests.helpers.oracles import covariance, gaussian, mixture, process
@@ -96,7 +96,7 @@ def test_it_nests_with_a_corrector():
     knots = Karras(0.01, 20.0).knots(mixture().process.schedule, 9)
     seen, _ = asked(sampler, knots)
     assert len(seen) == sampler.evaluations(knots)
-    ends = [run(mixture(), sampler, NOISE.start(), knots, NOISE)[0] for _ in range(2)]
+    ends = [integrate(mixture(), sampler, NOISE.start(), knots, NOISE)[0] for _ in range(2)]
     assert torch.equal(*ends)
 
 
@@ -120,6 +120,8 @@ def test_intervals_outside_of_the_run_are_refused(logsnrs):
 
 def test_one_step_from_pure_noise_restarts_within_it():
     knots = Trailing().knots(Flow(), 1)
-    x, evaluations = run(mixture(process(Flow())), Restart(DDIM()), NOISE.start(), knots, NOISE)
+    x, evaluations = integrate(
+        mixture(process(Flow())), Restart(DDIM()), NOISE.start(), knots, NOISE
+    )
     assert x.isfinite().all()
     assert evaluations == 2 + 2 * 2

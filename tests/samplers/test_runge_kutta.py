@@ -10,7 +10,7 @@ import torch
 from diffcore.core.noise import Noise
 from diffcore.samplers import AdaptiveRungeKutta
 from diffcore.samplers.runge_kutta import PAIRS
-from diffcore.sampling.loop import run
+from diffcore.sampling.loop import integrate
 from diffcore.schedules import Cosine, Explicit, Flow, Trailing
 from tests.helpers.oracles import PointMass, flow, mixture, process
 
@@ -46,7 +46,7 @@ def test_errors_follow_the_tolerance_from_pure_noise_to_data(pair, schedule):
     knots = Trailing().knots(schedule, 1)
     exact, evaluations = flow(oracle, NOISE.start(), *knots), []
     for tolerance in (1e-2, 1e-3, 1e-4, 1e-5):
-        x, asked = run(
+        x, asked = integrate(
             oracle, AdaptiveRungeKutta(pair, tolerance, tolerance), NOISE.start(), knots, NOISE
         )
         assert (x - exact).norm(dim=1).median() < 3 * tolerance
@@ -77,9 +77,9 @@ def test_it_lands_on_every_knot_and_asks_within(pair):
 def test_an_end_nearer_than_atol_is_the_first_order_step():
     oracle = Counted(mixture(process(Flow())))
     knots = Explicit((0.0, 20.0, math.inf)).knots(Flow(), 2)
-    x, _ = run(oracle, AdaptiveRungeKutta(), NOISE.start(), knots, NOISE)
+    x, _ = integrate(oracle, AdaptiveRungeKutta(), NOISE.start(), knots, NOISE)
     assert oracle.levels[-1] == knots[1]
-    before, _ = run(oracle.oracle, AdaptiveRungeKutta(), NOISE.start(), knots[:2], NOISE)
+    before, _ = integrate(oracle.oracle, AdaptiveRungeKutta(), NOISE.start(), knots[:2], NOISE)
     assert torch.equal(x, oracle.oracle(before, knots[1]).x0)
 
 
@@ -88,9 +88,9 @@ def test_there_and_back(pair):
     oracle, schedule = mixture(process(Flow())), Flow()
     x, ends = oracle.sample(torch.arange(32)), (schedule.at(8.0), schedule.at(-math.inf))
     sampler = AdaptiveRungeKutta(pair, 1e-6, 1e-6)
-    noise, _ = run(oracle, sampler, x, ends, NOISE)
+    noise, _ = integrate(oracle, sampler, x, ends, NOISE)
     torch.testing.assert_close(noise, flow(oracle, x, *ends), rtol=0, atol=2e-4)
-    back, _ = run(oracle, sampler, noise, ends[::-1], NOISE)
+    back, _ = integrate(oracle, sampler, noise, ends[::-1], NOISE)
     assert (back - x).norm(dim=1).median() < 1e-4
 
 
@@ -98,10 +98,10 @@ def test_a_step_is_rejected_where_the_flow_is_sharp():
     """A point mass, whose velocity is constant, takes the fewest evaluations; a mixture asks for levels a second time."""
     point = PointMass(torch.tensor([0.7, -1.3], dtype=torch.float64), process(Flow()))
     knots = Trailing().knots(Flow(), 1)
-    x, easy = run(point, AdaptiveRungeKutta(), NOISE.start(), knots, NOISE)
+    x, easy = integrate(point, AdaptiveRungeKutta(), NOISE.start(), knots, NOISE)
     torch.testing.assert_close(x, point.point.expand_as(x), rtol=0, atol=1e-12)
     oracle = Counted(mixture(process(Flow())))
-    _, hard = run(
+    _, hard = integrate(
         oracle, AdaptiveRungeKutta("DormandPrince", 1e-5, 1e-5), NOISE.start(), knots, NOISE
     )
     assert hard > easy
@@ -117,8 +117,8 @@ def test_a_row_alone_chooses_steps_of_its_own():
         Trailing().knots(Flow(), 1),
         AdaptiveRungeKutta(),
     )
-    together, most = run(oracle, sampler, NOISE.start(), knots, NOISE)
-    alone = [run(oracle, sampler, row[None], knots, NOISE) for row in NOISE.start()]
+    together, most = integrate(oracle, sampler, NOISE.start(), knots, NOISE)
+    alone = [integrate(oracle, sampler, row[None], knots, NOISE) for row in NOISE.start()]
     assert any(evaluations < most for _, evaluations in alone)
     assert (torch.cat([x for x, _ in alone]) - together).norm(dim=1).median() < 3e-3
 
@@ -133,7 +133,7 @@ def test_a_tolerance_below_rounding_is_refused():
 def test_a_network_that_is_not_finite_ends_the_run():
     point = PointMass(torch.tensor([math.nan, 0.0], dtype=torch.float64), process(Flow()))
     with pytest.raises(ValueError, match="cannot meet its tolerance"):
-        run(point, AdaptiveRungeKutta(), NOISE.start(), Trailing().knots(Flow(), 1), NOISE)
+        integrate(point, AdaptiveRungeKutta(), NOISE.start(), Trailing().knots(Flow(), 1), NOISE)
 
 
 def test_evaluations_cannot_be_told_beforehand():

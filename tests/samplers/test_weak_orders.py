@@ -21,7 +21,7 @@ from diffcore.samplers import (
     PredictorCorrector,
     Restart,
 )
-from diffcore.sampling.loop import run
+from diffcore.sampling.loop import integrate
 from diffcore.schedules import Explicit
 from tests.helpers.moments import Probe, moments
 from tests.helpers.oracles import covariance, gaussian, process
@@ -121,7 +121,8 @@ def law(sampler, steps):
     x, function = torch.from_numpy(grid)[:, None], observed
     for t, s in reversed(list(pairwise(knots))):
         m, c = (
-            run(LINE, sampler, x, (t, s), Constant(z, len(x)))[0][:, 0].numpy() for z in (0.0, 1.0)
+            integrate(LINE, sampler, x, (t, s), Constant(z, len(x)))[0][:, 0].numpy()
+            for z in (0.0, 1.0)
         )
         values = function(np.clip(m[:, None] + (c - m)[:, None] * NODES, -9, 9)) @ NODE_WEIGHTS
         function = CubicSpline(grid, values)
@@ -151,7 +152,7 @@ def test_the_weak_order_on_a_mixture(sampler):
 def test_no_two_draws_of_a_run_have_one_key(sampler):
     """Neither by step nor, with a path, by interval."""
     probe = Probe(1, 2)
-    run(ORACLE, sampler, torch.zeros(1, 2, dtype=torch.float64), knots_of(8), probe)
+    integrate(ORACLE, sampler, torch.zeros(1, 2, dtype=torch.float64), knots_of(8), probe)
     assert len(set(probe.keys)) == len(set(probe.intervals)) == len(probe.keys) > 0
 
 
@@ -170,7 +171,7 @@ def change(sampler, noise, steps):
     """Root mean square distance between a seed's samples at these many steps and at twice as many."""
     level = ORACLE.process.schedule.at(-6.0)
     x = level.alpha * ORACLE.means + level.sigma * noise.start()
-    ends = [run(ORACLE, sampler, x, knots_of(n), noise)[0] for n in (steps, 2 * steps)]
+    ends = [integrate(ORACLE, sampler, x, knots_of(n), noise)[0] for n in (steps, 2 * steps)]
     return (ends[0] - ends[1]).square().mean().sqrt()
 
 

@@ -9,7 +9,7 @@ from diffcore.core.denoiser import Denoiser
 from diffcore.core.noise import Noise
 from diffcore.core.process import Process
 from diffcore.samplers import DDIM, AdamsBashforth, AdamsMoulton, DPMSolverPP, UniPC
-from diffcore.sampling.loop import run
+from diffcore.sampling.loop import integrate
 from diffcore.schedules import Cosine, Trailing
 from tests.helpers.oracles import KINDS
 
@@ -44,8 +44,8 @@ def test_c7_the_whole_denoiser_compiles_once_and_once_more_when_the_level_change
     for steps in (20, 13):
         knots = Trailing().knots(Cosine(), steps)
         with torch.no_grad():
-            x, evaluations = run(compiled, DDIM(), NOISE.start(), knots, NOISE)
-            assert torch.equal(x, run(plain, DDIM(), NOISE.start(), knots, NOISE)[0])
+            x, evaluations = integrate(compiled, DDIM(), NOISE.start(), knots, NOISE)
+            assert torch.equal(x, integrate(plain, DDIM(), NOISE.start(), knots, NOISE)[0])
         assert evaluations == steps
     assert counter.frame_count <= 2
 
@@ -58,7 +58,7 @@ def test_c7_a_compiled_network_alone_is_compiled_once():
         torch.compile(plain.network, fullgraph=True, backend=counter), plain.process
     )
     with torch.no_grad():
-        run(compiled, DDIM(), NOISE.start(), Trailing().knots(Cosine(), 20), NOISE)
+        integrate(compiled, DDIM(), NOISE.start(), Trailing().knots(Cosine(), 20), NOISE)
     assert counter.frame_count == 1
 
 
@@ -71,7 +71,7 @@ def test_c7_the_loop_does_not_synchronise_with_the_gpu(sampler):
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.no_grad():
-            run(model, sampler, x, knots, noise)
+            integrate(model, sampler, x, knots, noise)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -84,7 +84,7 @@ def test_c7_the_loop_is_captured_in_a_graph(sampler):
 
     def loop():
         with torch.no_grad():
-            return run(model, sampler, x, knots, noise)[0]
+            return integrate(model, sampler, x, knots, noise)[0]
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

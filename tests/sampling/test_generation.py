@@ -13,7 +13,7 @@ from diffcore.core.process import TimeConditioning
 from diffcore.guidance import CFG
 from diffcore.samplers import DDIM, AlphaBlending
 from diffcore.sampling.generation import sample
-from diffcore.sampling.loop import run
+from diffcore.sampling.loop import integrate
 from diffcore.schedules import (
     BetaSpacing,
     Cosine,
@@ -512,7 +512,7 @@ def test_a_callback_that_says_true_stops_the_run_with_x_at_its_level(stop):
     assert kept[-1].level == result.knots[stop]
     assert torch.equal(result.x, kept[-1].x)
     knots, noise = kept[-1].left, Noise(torch.tensor(SEEDS[:4]), (2,))
-    rest, _ = run(denoiser, DDIM(), result.x, (kept[-1].level, *knots), noise)
+    rest, _ = integrate(denoiser, DDIM(), result.x, (kept[-1].level, *knots), noise)
     assert torch.equal(rest, sample(denoiser, DDIM(), steps=5, seeds=SEEDS[:4], batch_size=4).x)
 
 

@@ -153,7 +153,7 @@ def test_equal_shifts_interpolate_to_shifted():
 def test_mixture_mixes_the_densities(schedule):
     levels, f = torch.linspace(-12, 12, 97, dtype=torch.float64), schedule.share
     for name in ("density", "time"):
-        parts = [getattr(part, name)(levels) for part in (schedule.schedule, schedule.floor)]
+        parts = [getattr(part, name)(levels) for part in (schedule.inner, schedule.floor)]
         torch.testing.assert_close(
             getattr(schedule, name)(levels), (1 - f) * parts[0] + f * parts[1], rtol=1e-15, atol=0
         )
@@ -322,7 +322,7 @@ TRUNCATED = [
 def test_truncated_is_the_inner_density_given_that_the_level_lies_within(schedule):
     t = torch.linspace(0, 1, 2001, dtype=torch.float64)
     logsnr = schedule.logsnr(t)
-    inner = schedule.schedule
+    inner = schedule.inner
     given = (inner.cdf(logsnr) - inner.cdf(schedule.low)) / (
         inner.cdf(schedule.high) - inner.cdf(schedule.low)
     )
@@ -343,7 +343,7 @@ def test_truncated_levels_end_clean_on_a_grid_and_are_drawn_at_every_time(schedu
     assert knots[-1].logsnr == math.inf
     u = torch.tensor([0.3, 0.7], dtype=torch.float64)
     assert torch.equal(schedule.drawn(u), u)
-    assert schedule.scaling == schedule.schedule.scaling
+    assert schedule.scaling == schedule.inner.scaling
 
 
 @pytest.mark.parametrize(

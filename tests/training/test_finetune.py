@@ -411,12 +411,12 @@ def test_what_a_file_says_is_kept_and_a_schedule_around_none_is_around_the_pipel
     assert schedule("Cosine") == Cosine()
     assert schedule({"class_path": "Shifted", "init_args": {"shift": -1.0}}) == Shifted(own, -1.0)
     assert schedule(
-        {"class_path": "ZeroTerminalSNR", "init_args": {"schedule": "Cosine"}}
+        {"class_path": "ZeroTerminalSNR", "init_args": {"inner": "Cosine"}}
     ) == ZeroTerminalSNR(Cosine())
     shutil.copytree("pipeline", "zero")
     change_json(place / "zero/scheduler/scheduler_config.json", rescale_betas_zero_snr=True)
     own = completed({"process": {"schedule": "ZeroTerminalSNR"}}, "zero")["process"]["schedule"]
-    assert own["init_args"]["schedule"]["class_path"] == "Discrete"
+    assert own["init_args"]["inner"]["class_path"] == "Discrete"
     parts = completed(
         {
             "data": {"class_path": "Encoded", "init_args": {"pipeline": "other"}},

@@ -15,7 +15,7 @@ from diffcore.core.process import Process, TimeConditioning
 from diffcore.io.safetensors import read_weights
 from diffcore.objectives.coupling import OptimalTransport
 from diffcore.objectives.level_sampling import LearnedSchedule, SecondMoment
-from diffcore.objectives.objective import Objective, Place
+from diffcore.objectives.objective import Objective, SampleKey
 from diffcore.objectives.uncertainty import Uncertainty
 from diffcore.schedules import Cosine, Discrete
 from diffcore.training import checkpoint
@@ -109,7 +109,7 @@ def test_it_learns_from_each_loss_at_its_own_time_and_without_the_importance(
     trained = []
     for step in range(12):
         draw = made.objective.draw(
-            process, Place(5, step, torch.arange(8), 8), learned=made.learned
+            process, SampleKey(5, step, torch.arange(8), 8), learned=made.learned
         )
         times = draw.level.t.flatten()
         trained.append(times)
@@ -158,12 +158,12 @@ def test_without_a_resampler_nothing_is_kept():
 
 def test_the_level_of_a_sample_is_told_as_long_as_it_is_known():
     made = adaptation(SecondMoment(bins=2, history=1, every=4))
-    named = made.describe(Place(5, 2, torch.tensor([3]), 8), 3)
-    times = made.objective.times(Place(5, 2, torch.tensor([3]), 8))
+    named = made.describe(SampleKey(5, 2, torch.tensor([3]), 8), 3)
+    times = made.objective.times(SampleKey(5, 2, torch.tensor([3]), 8))
     assert float(named) == pytest.approx(float(Cosine().logsnr(times)), abs=1e-3)
-    assert made.describe(Place(5, 2, torch.tensor([3]), 8), 4) == "one forgotten since"
-    assert made.describe(Place(5, 4, torch.tensor([3]), 8), 5) != "one forgotten since"
-    assert adaptation(None).describe(Place(5, 2, torch.tensor([3]), 8), 400) == named
+    assert made.describe(SampleKey(5, 2, torch.tensor([3]), 8), 4) == "one forgotten since"
+    assert made.describe(SampleKey(5, 4, torch.tensor([3]), 8), 5) != "one forgotten since"
+    assert adaptation(None).describe(SampleKey(5, 2, torch.tensor([3]), 8), 400) == named
 
 
 # A run ---------------------------------------------------------------------------------------------------------------

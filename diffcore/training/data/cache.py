@@ -34,9 +34,9 @@ class Cache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.places: dict[str, dict[str, Path]] = {}
-        self.look()
+        self.rescan()
 
-    def look(self) -> None:
+    def rescan(self) -> None:
         """Find the entries that were written since."""
         known = {path for place in self.places.values() for path in place.values()}
         for path in sorted(set(self.folder.glob("*.safetensors")) - known):

@@ -158,8 +158,8 @@ class Encoded(Dataset[tuple[Tensor, int]]):
             self._make_embeddings(device)
         while not self.made:
             time.sleep(GLANCE)
-            self.latents.look()
-            self.embeddings.look()
+            self.latents.rescan()
+            self.embeddings.rescan()
 
     def _images(self) -> dict[str, tuple[int, bool]]:
         """Each key of the latents, with its image's index and whether that is mirrored."""

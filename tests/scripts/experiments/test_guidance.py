@@ -44,8 +44,14 @@ def denoiser():
 @pytest.mark.parametrize("name", RULES)
 def test_at_w_1_every_rule_is_the_conditional_model(name, denoiser):
     level = PROCESS.schedule.at(0.0)
-    assert RULES[name](1.0, denoiser).asks(Step(PROCESS, level, level, level), None) == ()
-    assert RULES[name](2.0, denoiser).asks(Step(PROCESS, level, level, level), None) != ()
+    assert (
+        RULES[name](1.0, denoiser).required_references(Step(PROCESS, level, level, level), None)
+        == ()
+    )
+    assert (
+        RULES[name](2.0, denoiser).required_references(Step(PROCESS, level, level, level), None)
+        != ()
+    )
 
 
 def test_real_scans_are_at_no_distance_and_are_recognised():

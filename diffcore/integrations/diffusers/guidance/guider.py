@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from diffcore.core.prediction import Prediction, edm_norm, predict, target
 from diffcore.core.process import Process
-from diffcore.guidance import Altered, Guidance, Reference, Seen, Step, Unconditional
+from diffcore.guidance import Altered, Guidance, GuidanceInput, Reference, Step, Unconditional
 from diffcore.integrations.diffusers.guidance.joint_forward import asked_about, check_rule
 from diffcore.integrations.diffusers.scheduler.scheduler import DiffcoreScheduler
 from diffcore.integrations.diffusers.scheduler.scheduler_config import config_of
@@ -53,7 +53,7 @@ class Known:
         Raises:
             ValueError: a pipeline has no such reference.
         """
-        references = self.rule.asks(step, memory)
+        references = self.rule.required_references(step, memory)
         for reference in references:
             if not isinstance(reference, (Unconditional, Altered)):
                 raise ValueError(
@@ -238,8 +238,8 @@ class DiffcoreGuider(BaseGuidance):
         found: list[Prediction] = [
             predict(kind, o[:, :channels].to(x.dtype), x, level, sigma_data) for o in outputs
         ]
-        seen = Seen(x, now.step, found[0], tuple(found[1:]))
+        seen = GuidanceInput(x, now.step, found[0], tuple(found[1:]))
         prediction, self._memory = (
-            self.known.rule.guide(seen, self._memory) if self._enabled else (found[0], None)
+            self.known.rule.combine(seen, self._memory) if self._enabled else (found[0], None)
         )
         return target(kind, *prediction, level, sigma_data)

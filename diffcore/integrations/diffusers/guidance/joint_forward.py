@@ -16,11 +16,19 @@ from torch.utils._pytree import tree_map
 from diffcore.core.denoiser import tensor_of
 from diffcore.core.prediction import Prediction, edm_norm, predict, target
 from diffcore.core.process import Process
-from diffcore.guidance import CFG, GFCG, ClassifierGuidance, Guidance, Seen, Step, Unconditional
+from diffcore.guidance import (
+    CFG,
+    GFCG,
+    ClassifierGuidance,
+    Guidance,
+    GuidanceInput,
+    Step,
+    Unconditional,
+)
 from diffcore.integrations.diffusers.families import DIT_NULL, time_factor
 from diffcore.integrations.diffusers.scheduler.plan import Call
 from diffcore.integrations.diffusers.scheduler.scheduler import DiffcoreScheduler
-from diffcore.sampling.loop import check_guidance, look, step_of
+from diffcore.sampling.loop import check_guidance, evaluate_references, step_of
 from diffcore.schedules import Level
 
 INPUTS = ("sample", "hidden_states")
@@ -177,7 +185,7 @@ class Guided:
         )
         if progress.asked is None:
             progress.step = step_of(progress.process, call.knots, state, progress.step)
-        rule = self.guidance if call.plan.sampler.guided(state) else CFG(1.0)
+        rule = self.guidance if call.plan.sampler.uses_guidance(state) else CFG(1.0)
         return self._answer(rule, asked, progress)
 
     def _answer(self, rule: Guidance, asked: Asked, progress: Progress) -> Any:
@@ -194,7 +202,11 @@ class Guided:
             else None
         )
         return asked.answered(
-            guide(rule, look(asked, rule, x, condition, progress.memory, step), progress)
+            guide(
+                rule,
+                evaluate_references(asked, rule, x, condition, progress.memory, step),
+                progress,
+            )
         )
 
     def _time(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -212,7 +224,9 @@ class Guided:
         doubled = self._doubled(x, labels)
         steps = (step_of(call.plan.process, call.knots, state) for state in call.plan.states)
         if not doubled and any(
-            isinstance(r, Unconditional) for s in steps for r in self.guidance.asks(s, None)
+            isinstance(r, Unconditional)
+            for s in steps
+            for r in self.guidance.required_references(s, None)
         ):
             raise ValueError(unmet(self.guidance))
         guessed = doubled and labels is None and self.doubles() is None
@@ -246,9 +260,9 @@ def unmet(rule: Guidance) -> str:
     )
 
 
-def guide(rule: Guidance, seen: Seen, progress: Progress) -> Tensor:
+def guide(rule: Guidance, seen: GuidanceInput, progress: Progress) -> Tensor:
     """The network's output that means the guided prediction."""
-    prediction, progress.memory = rule.guide(seen, progress.memory)
+    prediction, progress.memory = rule.combine(seen, progress.memory)
     pair = prediction if rule.consistent else same_step(prediction, seen.x, seen.step)
     return target(
         seen.step.process.prediction, *pair, seen.step.level, seen.step.process.sigma_data

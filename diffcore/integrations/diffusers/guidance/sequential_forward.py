@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffcore.core.denoiser import tensor_of
 from diffcore.core.prediction import Prediction
-from diffcore.guidance import Guidance, Seen, Unconditional, answers
+from diffcore.guidance import Guidance, GuidanceInput, Unconditional, evaluate_queries
 from diffcore.guidance.reference import Query
 from diffcore.integrations.diffusers.guidance.joint_forward import Asked, Guided, Progress, guide
 from diffcore.integrations.diffusers.scheduler.plan import Call
@@ -47,16 +47,16 @@ class InTurn(Guided):
     def _first(self, rule: Guidance, asked: Asked, progress: Progress) -> Any:
         step = progress.step
         assert step is not None
-        x, references = asked.sample(step.level), rule.asks(step, progress.memory)
+        x, references = asked.sample(step.level), rule.required_references(step, progress.memory)
         there = [
             i for i, reference in enumerate(references) if not isinstance(reference, Unconditional)
         ]
         queries = [Query(asked, None), *(references[i].query(asked, None, x) for i in there)]
-        conditional, *others = answers(queries, x, step.level)
+        conditional, *others = evaluate_queries(queries, x, step.level)
         found = First(None, conditional, dict(zip(there, others, strict=True)))
         if len(there) == len(references):
             found.answer = asked.answered(
-                guide(rule, Seen(x, step, conditional, tuple(others)), progress)
+                guide(rule, GuidanceInput(x, step, conditional, tuple(others)), progress)
             )
         else:
             found.answer, progress.waits = asked.answered(torch.full_like(x, torch.nan)), rule
@@ -70,8 +70,8 @@ class InTurn(Guided):
         assert step is not None
         x = asked.sample(step.level)
         negative = asked(x, step.level)
-        places = range(len(rule.asks(step, progress.memory)))
-        seen = Seen(
+        places = range(len(rule.required_references(step, progress.memory)))
+        seen = GuidanceInput(
             x, step, first.conditional, tuple(first.others.get(i, negative) for i in places)
         )
         tensor_of(first.answer).copy_(guide(rule, seen, progress))

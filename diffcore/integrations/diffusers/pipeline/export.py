@@ -27,7 +27,7 @@ from diffcore.integrations.diffusers.scheduler.scheduler_config import C_NOISE
 from diffcore.integrations.diffusers.scheduler.settings import Settings
 from diffcore.samplers import DDIM, DDPM, EulerAncestral, Sampler
 from diffcore.sampling.generation import evaluating
-from diffcore.sampling.loop import run
+from diffcore.sampling.loop import integrate
 from diffcore.schedules import (
     Discrete,
     Flow,
@@ -164,7 +164,7 @@ def _table(process: Process, sampler: Sampler, grid: Grid) -> Any:
 
 def _betas(schedule: Schedule, entries: int) -> dict[str, Any]:
     """A table of a form that has a name, or β_i = 1 - ᾱ_i/ᾱ_{i-1} at the entries t = (i+1)/T of any schedule."""
-    inner = schedule.schedule if isinstance(schedule, ZeroTerminalSNR) else schedule
+    inner = schedule.inner if isinstance(schedule, ZeroTerminalSNR) else schedule
     if isinstance(inner, Discrete) and inner.betas in FORMS:
         named = {
             "beta_schedule": FORMS[str(inner.betas)],
@@ -192,7 +192,7 @@ def _flow(process: Process) -> Any:
             f"FlowMatchEulerDiscreteScheduler begins at pure noise, and {schedule} ends at λ = {schedule.logsnr(1.0):.4g}: "
             f"{OTHERWISE}"
         )
-    shifted = isinstance(schedule, Shifted) and schedule.schedule == Flow()
+    shifted = isinstance(schedule, Shifted) and schedule.inner == Flow()
     shift = math.exp(-schedule.shift / 2) if isinstance(schedule, Shifted) and shifted else 1.0
     kind: Any = diffusers.FlowMatchEulerDiscreteScheduler
     return kind(num_train_timesteps=entries, shift=shift)
@@ -319,9 +319,9 @@ def _ours(denoiser: Denoiser, scheduler: Any, x: Tensor, labels: Tensor | None) 
     labels = None if labels is None else labels.to(x.device)
     knots = (*levels, process.schedule.at(math.inf))
     with torch.no_grad(), evaluating(denoiser):
-        return run(Denoiser(denoiser.network, process), sampler, x, knots, noise, condition=labels)[
-            0
-        ]
+        return integrate(
+            Denoiser(denoiser.network, process), sampler, x, knots, noise, condition=labels
+        )[0]
 
 
 def _kept(process: Process) -> Process:

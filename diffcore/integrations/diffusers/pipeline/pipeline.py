@@ -33,7 +33,7 @@ from diffcore.run import Run
 from diffcore.samplers import Sampler, State
 from diffcore.sampling import images
 from diffcore.sampling.generation import GRID, SAMPLER, check, evaluating, with_levels
-from diffcore.sampling.loop import run
+from diffcore.sampling.loop import integrate
 from diffcore.schedules import Grid, Level
 
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -259,7 +259,7 @@ class DiffcorePipeline(DiffusionPipeline):
         labels, x = _on(labels, noise.device), noise.first_sample(knots[0], process.sigma_data)
         with evaluating(denoiser, *networks(rule)), self.progress_bar(total=len(knots) - 1) as bar:
             followed = Followed(sampler, self._told(process, bar.update, callback_on_step_end))
-            x, _ = run(denoiser, followed, x, knots, noise, rule, labels)
+            x, _ = integrate(denoiser, followed, x, knots, noise, rule, labels)
         answer: Any = (x if output_type == "latent" else self._pictures(x, output_type),)
         self.maybe_free_model_hooks()  # type: ignore[no-untyped-call]
         return ImagePipelineOutput(*answer) if return_dict else answer

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
-from diffcore.samplers import Around, Sampler, State
+from diffcore.samplers import Sampler, SamplerWrapper, State
 from diffcore.schedules import Level
 
 
 @dataclass(frozen=True)
-class Followed(Around):
+class Followed(SamplerWrapper):
     """The inner sampler, step for step.
 
     Args:
@@ -34,8 +34,8 @@ class Followed(Around):
         after = self.inner.advance(state, prediction, noise)
         return after if after.step == state.step else self.tell(state, after)
 
-    def guided(self, state: State) -> bool:
-        return self.inner.guided(state)
+    def uses_guidance(self, state: State) -> bool:
+        return self.inner.uses_guidance(state)
 
     def evaluations(self, knots: tuple[Level, ...]) -> int:
         return self.inner.evaluations(knots)

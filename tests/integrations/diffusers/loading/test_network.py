@@ -15,7 +15,7 @@ from diffcore.guidance import CFG
 from diffcore.integrations.diffusers import Latents, from_diffusers
 from diffcore.samplers import DDIM, Euler
 from diffcore.sampling.generation import sample
-from diffcore.sampling.loop import run
+from diffcore.sampling.loop import integrate
 from diffcore.schedules import Discrete, Flow, Karras, Leading, Linspace, Shifted, Trailing
 from tests.helpers.tiny_pipelines import dit, theirs, unet, vae
 
@@ -27,7 +27,7 @@ C_NOISE = TimeConditioning("logsnr", -1 / 8)
 
 @torch.no_grad()
 def ours(denoiser, sampler, knots, x, condition=None, guidance=CFG(1.0)):
-    return run(
+    return integrate(
         denoiser, sampler, x, knots, Noise(torch.arange(len(x)), x.shape[1:]), guidance, condition
     )[0]
 

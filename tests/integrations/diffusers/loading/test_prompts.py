@@ -19,7 +19,7 @@ from diffcore.integrations.diffusers import (
 )
 from diffcore.samplers import DDIM
 from diffcore.sampling.generation import sample
-from diffcore.sampling.loop import run
+from diffcore.sampling.loop import integrate
 from diffcore.schedules import Flow, Trailing
 from tests.helpers import text_networks as told
 from tests.helpers.tiny_pipelines import unet, unet_2d_condition
@@ -51,7 +51,7 @@ def start(shape=SHAPE):
 def ours(denoiser, x, scale, labels=(0, 1), knots=None):
     knots = knots or Trailing().knots(denoiser.process.schedule, 4)
     noise = Noise(torch.arange(len(x)), x.shape[1:])
-    return run(denoiser, DDIM(), x, knots, noise, CFG(scale), torch.tensor(labels))[0]
+    return integrate(denoiser, DDIM(), x, knots, noise, CFG(scale), torch.tensor(labels))[0]
 
 
 def assert_near(mine, other):
@@ -113,7 +113,7 @@ def test_flux_is_packed_told_its_strength_and_shifted_by_its_size(dynamic):
     )
     denoiser, x = from_diffusers(pipe, prompts=TEXTS, shape=shape), start(shape)
     mu = 0.5 + (24 - 256) * 0.65 / 3840 if dynamic else math.log(2)  # of 4 x 6 tokens
-    assert denoiser.process.schedule.schedule == Flow()
+    assert denoiser.process.schedule.inner == Flow()
     assert denoiser.process.schedule.shift == pytest.approx(-2 * mu)
     told_by_ours = DiffcoreScheduler.from_config(pipe.scheduler.config)
     again = from_diffusers(

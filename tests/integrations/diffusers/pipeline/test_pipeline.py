@@ -374,7 +374,7 @@ BROKEN = [
     (lambda f: (f / "unet" / "config.json").unlink(), "each part needs its config and safetensors"),
     (lambda f: (f / "scheduler" / "scheduler_config.json").unlink(), "each part needs its config"),
     (said(prediction_type="velocity"), "prediction_type"),
-    (said(prediction_type="epsilon", schedule={"class_path": "ZeroTerminalSNR", "init_args": {"schedule": {
+    (said(prediction_type="epsilon", schedule={"class_path": "ZeroTerminalSNR", "init_args": {"inner": {
         "class_path": "Discrete"}}}), "pure noise"),
 ]  # fmt: skip
 

@@ -25,7 +25,7 @@ from diffcore.samplers import (
     Restart,
     UniPC,
 )
-from diffcore.sampling.loop import run
+from diffcore.sampling.loop import integrate
 from diffcore.schedules import (
     BetaSpacing,
     Cosine,
@@ -82,7 +82,7 @@ def test_an_outside_loop_gives_the_samples_of_our_own(sampler, steps, schedule):
     network, x = unet(), torch.randn(2, 3, 8, 8, generator=seed())
     knots = Trailing().knots(schedule, steps)
     with torch.no_grad():
-        mine, asked = run(
+        mine, asked = integrate(
             from_diffusers(network, scheduler), sampler, x, knots, Noise(torch.arange(2), (3, 8, 8))
         )
     assert scaled(theirs(network, scheduler, steps, x), mine) < 1e-5
@@ -147,7 +147,7 @@ def test_a_call_may_begin_at_any_evaluation(sampler):
         if not plan.aligned(begin):
             expected, knots = denoiser(x, knots[0]).at(knots[1]), knots[1:]
         if len(knots) > 1:
-            expected, _ = run(denoiser, sampler, expected, knots, noise)
+            expected, _ = integrate(denoiser, sampler, expected, knots, noise)
         assert scaled(begun(scheduler, network, begin, x, announced=True), expected) < 1e-5
         if plan.aligned(begin):  # told t alone, a call begins at the beginning of a step
             assert scaled(begun(scheduler, network, begin, x, announced=False), expected) < 1e-5
