@@ -1,0 +1,125 @@
+"""The language of the code: docstrings that state arguments, shapes and results, in plain technical English."""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import diffcore
+
+ROOT = Path(__file__).parents[1]
+PREPOSITIONS = (
+    "of|for|from|in|on|with|to|by|at|as|under|over|between|within|beside|likewise|that|which"
+)
+SAYING = re.compile(r"\b(asks?|asked|told|says?|said)\b", re.IGNORECASE)
+SHAPE = re.compile(r"\([A-Z][\w, *.+]*,?\)|\bscalar\b|\bshape\b|\bnumber\b|\bTrue\b|\bWhether\b")
+
+
+class Documented(NamedTuple):
+    """A public function, method or class with its own or inherited docstring."""
+
+    name: str
+    value: Callable
+    parameters: list[str]
+    doc: str
+
+
+def modules() -> Iterator[str]:
+    """The public modules of the package."""
+    for found in pkgutil.walk_packages(diffcore.__path__, "diffcore."):
+        if not any(part.startswith("_") for part in found.name.split(".")):
+            yield found.name
+
+
+def public() -> Iterator[Documented]:
+    """Every public callable of every public module, once, where it is defined."""
+    for name in modules():
+        module = importlib.import_module(name)
+        for attribute, value in vars(module).items():
+            if attribute.startswith("_") or getattr(value, "__module__", None) != name:
+                continue
+            if inspect.isclass(value):
+                yield documented(f"{name}.{attribute}", value)
+                for method, function in vars(value).items():
+                    function = getattr(function, "__func__", function)
+                    if not method.startswith("_") and inspect.isfunction(function):
+                        yield documented(
+                            f"{name}.{attribute}.{method}",
+                            function,
+                            inspect.getdoc(getattr(value, method)),
+                        )
+            elif inspect.isfunction(value):
+                yield documented(f"{name}.{attribute}", value)
+
+
+def documented(name: str, value: Callable, doc: str | None = None) -> Documented:
+    try:
+        parameters = [p for p in inspect.signature(value).parameters if p not in ("self", "cls")]
+    except ValueError:
+        parameters = []
+    return Documented(name, value, parameters, doc or inspect.getdoc(value) or "")
+
+
+def without_arguments() -> list[str]:
+    return [d.name for d in public() if len(d.parameters) >= 3 and "Args:" not in d.doc]
+
+
+def without_result() -> list[str]:
+    return [d.name for d in public() if returns(d) and not states_result(d.doc)]
+
+
+def returns(found: Documented) -> bool:
+    """Whether it is a function that returns a value."""
+    if inspect.isclass(found.value):
+        return False
+    annotation = found.value.__annotations__.get("return", "None")
+    return annotation not in (None, "None", "NoReturn")
+
+
+def states_result(doc: str) -> bool:
+    return bool(
+        re.search(r"^(Returns|Yields):", doc, re.MULTILINE) or SHAPE.search(doc.split("\n\n")[0])
+    )
+
+
+def entries() -> Iterator[str]:
+    """The first line of every entry of every `Args:` section of the sources, as file:line name: text."""
+    for path in sources("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                doc = ast.get_docstring(node) or ""
+                section = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)*)", doc, re.MULTILINE)
+                for entry in re.findall(
+                    r"^ {4}(\*{0,2}\w+: .*)", section[1] if section else "", re.MULTILINE
+                ):
+                    yield f"{path.relative_to(ROOT)}: {entry}"
+
+
+def sources(pattern: str) -> list[Path]:
+    listed = subprocess.run(
+        ["git", "ls-files", pattern], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    return [
+        path
+        for name in listed.splitlines()
+        if (path := ROOT / name).is_file() and not path.is_symlink()
+    ]
+
+
+def prepositions() -> list[str]:
+    return [entry for entry in entries() if re.search(rf": \w+: ({PREPOSITIONS})\b", entry)]
+
+
+def sayings() -> list[str]:
+    return [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in sources("*.py")
+        if path != Path(__file__)
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if SAYING.search(line)
+    ]
