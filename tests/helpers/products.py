@@ -1,0 +1,59 @@
+"""Cross products of test parameters, of which a fixed sample runs by default.
+
+The remaining combinations carry the marker `thorough` and run with `make test-thorough`.
+"""
+
+import random
+from collections.abc import Iterable, Sequence
+from itertools import product
+from typing import Any
+
+import pytest
+
+
+def sampled(*axes: Sequence[Any], count: int, names: Iterable[str] = ()) -> list[Any]:
+    """The cross product of the axes, of which about `count` combinations are not `thorough`.
+
+    The sample depends only on the lengths of the axes, and every value of every axis is in it.
+
+    Args:
+        axes: values of each parameter, in the order of the parameters.
+        count: number of combinations that run by default; more if an axis needs more to be covered.
+        names: test identifiers of the combinations, in the order of the product; default: pytest's.
+
+    Returns:
+        One `pytest.param` per combination, in the order of `itertools.product`.
+
+    Example:
+        >>> [bool(parameter.marks) for parameter in sampled("ab", [1, 2], count=2)].count(False)
+        2
+    """
+    indices = list(product(*(range(len(axis)) for axis in axes)))
+    kept = _sample(indices, count)
+    identifiers = list(names) or [None] * len(indices)
+    return [
+        pytest.param(
+            *(axis[i] for axis, i in zip(axes, index, strict=True)),
+            marks=() if index in kept else pytest.mark.thorough,
+            id=identifier,
+        )
+        for index, identifier in zip(indices, identifiers, strict=True)
+    ]
+
+
+def _sample(indices: list[tuple[int, ...]], count: int) -> set[tuple[int, ...]]:
+    """A fixed choice of `count` combinations in which every value of every axis occurs."""
+    shuffled = list(indices)
+    random.Random(0).shuffle(shuffled)
+    kept: set[tuple[int, ...]] = set()
+    covered: set[tuple[int, int]] = set()
+    for index in shuffled:
+        values = set(enumerate(index))
+        if values - covered:
+            kept.add(index)
+            covered |= values
+    for index in shuffled:
+        if len(kept) >= count:
+            break
+        kept.add(index)
+    return kept
