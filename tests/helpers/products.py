@@ -23,10 +23,6 @@ def sampled(*axes: Sequence[Any], count: int, names: Iterable[str] = ()) -> list
 
     Returns:
         One `pytest.param` per combination, in the order of `itertools.product`.
-
-    Example:
-        >>> [bool(parameter.marks) for parameter in sampled("ab", [1, 2], count=2)].count(False)
-        2
     """
     indices = list(product(*(range(len(axis)) for axis in axes)))
     kept = _sample(indices, count)
