@@ -4,8 +4,14 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 RUN ?= runs/digits
 STEPS ?= 450
+# Test workers: one for each core that is visible, each with one thread.
+WORKERS ?= auto
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) $(PYTEST_OPTIONS)
 
-.PHONY: demo test test-slow lint typecheck format clean
+.PHONY: help demo test test-slow test-thorough coverage lint typecheck format docs clean
+
+help:                            ## list the commands
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -13,28 +19,38 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
-demo: $(VENV)/installed          ## train on real digits, sample a labelled grid, say how good it is
+demo: $(VENV)/installed          ## train on real digits, sample a labelled grid, score it
 	$(BIN)/diffcore train digits --steps $(STEPS) --folder $(RUN) --resume $(if $(wildcard $(RUN)/config.yaml),true,false)
 	$(BIN)/diffcore sample $(RUN) --labels 0-9 --per-label 8 --seeds 0-79 --out $(RUN)/samples.png
 	$(BIN)/python scripts/evaluate.py $(RUN) $(BOUNDS)
 
-test: $(VENV)/installed          ## prove the numbers
-	$(BIN)/pytest -q
+test: $(VENV)/installed          ## run the tests (at most 6 minutes on two cores)
+	$(PYTEST)
 
-test-slow: $(VENV)/installed     ## what takes minutes
-	$(BIN)/pytest -q -m slow
+test-slow: $(VENV)/installed     ## run the tests that take minutes each
+	$(PYTEST) -m slow
 
-lint: $(VENV)/installed
+test-thorough: $(VENV)/installed ## run every combination of the tests of which `make test` runs a sample
+	$(PYTEST) -m thorough
+
+coverage: $(VENV)/installed      ## run tests and slow tests, print the branch coverage of the package; fail below 95 %
+	$(PYTEST) -m "not thorough" --cov --cov-report=term:skip-covered
+
+lint: $(VENV)/installed          ## check style, format and import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
-typecheck: $(VENV)/installed
+typecheck: $(VENV)/installed     ## check types
 	$(BIN)/mypy
 
-format: $(VENV)/installed
+format: $(VENV)/installed        ## repair style and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+docs: $(VENV)/installed          ## build the documentation in build/site
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	$(BIN)/mkdocs build --strict
+
+clean:                           ## remove what was built; the environment stays
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .coverage

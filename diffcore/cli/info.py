@@ -50,15 +50,17 @@ def _of_run(run: Run) -> dict[str, object]:
 
 def _of_machine() -> dict[str, object]:
     import platform
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
     import torch
 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    packages = {
-        name: version(name)
-        for name in ("torch", "diffusers", "accelerate", "safetensors", "jsonargparse")
-    }
+    packages = {}
+    for name in ("torch", "accelerate", "safetensors", "jsonargparse", "diffusers", "transformers"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = "not installed"
     return {
         "diffcore": __version__,
         "python": platform.python_version(),

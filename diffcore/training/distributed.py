@@ -7,6 +7,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
+from diffcore.io.extras import EXTRAS, has_extra, missing
+
 
 def accelerator(
     precision: str, accumulation: int, trackers: list[str], folder: Path
@@ -15,6 +17,9 @@ def accelerator(
     on_cpu = not torch.accelerator.is_available()
     if on_cpu and precision == "fp16":
         raise ValueError("precision is fp16, which a CPU does not do: use bf16 or no")
+    for package in trackers:
+        if package in EXTRAS and not has_extra(package):
+            raise missing(package, f"The tracker {package} (--trackers=[] trains without one)")
     made = Accelerator(
         cpu=on_cpu,
         mixed_precision=precision,

@@ -1,5 +1,10 @@
 """diffusers, both ways: its networks in our loop, our samplers and guidance in its pipelines."""
 
+from diffcore.io.extras import import_extra
+
+for _package in ("diffusers", "transformers"):
+    import_extra(_package, "diffcore.integrations.diffusers")
+
 from diffcore.integrations.diffusers.guidance.attach import attach
 from diffcore.integrations.diffusers.guidance.guider import DiffcoreGuider
 from diffcore.integrations.diffusers.loading.network import from_diffusers

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from diffcore.core.noise import Stream, permutation, uniform
 from diffcore.core.process import Process
+from diffcore.io.extras import import_extra
 
 HELD_OUT = 297
 Fit = Literal["crop", "pad", "exact"]
@@ -39,11 +40,10 @@ class Digits(Dataset[tuple[Tensor, int]]):
     """
 
     def __init__(self, split: Literal["train", "test"] = "train") -> None:
-        from sklearn.datasets import load_digits
-
         if split not in ("train", "test"):
             raise ValueError(f"split is {split!r}, expected train or test")
-        pixels, labels = load_digits(return_X_y=True)
+        bundled = import_extra("sklearn.datasets", "The digits data set")
+        pixels, labels = bundled.load_digits(return_X_y=True)
         rows = slice(None, -HELD_OUT) if split == "train" else slice(-HELD_OUT, None)
         self.x0 = torch.tensor(pixels[rows] / 8 - 1, dtype=torch.float32).unflatten(1, (1, 8, 8))
         self.labels = torch.tensor(labels[rows])
@@ -304,8 +304,7 @@ def check_labels(batch: Batch, process: Process) -> None:
 
 
 def _load(folder: Path) -> Any:
-    import datasets
-
+    datasets = import_extra("datasets", "A folder of images as a data set")
     if not folder.is_dir():
         raise ValueError(
             f"{folder} is not a folder: expected one with images, in sub-folders by class if they have one"

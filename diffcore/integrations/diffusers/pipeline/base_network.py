@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,6 +24,7 @@ from diffcore.integrations.diffusers.pipeline import export as stock
 from diffcore.integrations.diffusers.scheduler.scheduler import DiffcoreScheduler
 from diffcore.integrations.diffusers.scheduler.scheduler_config import describe
 from diffcore.integrations.diffusers.scheduler.settings import Settings
+from diffcore.io.extras import has_extra, missing
 from diffcore.io.safetensors import hashed, replace_folder
 from diffcore.samplers import DDIM
 from diffcore.schedules import Trailing
@@ -59,10 +59,8 @@ class LoRA:
 
     def add(self, network: Any) -> None:
         """Freeze a network, and put the adapter beside its layers."""
-        if find_spec("peft") is None:
-            raise ValueError(
-                "LoRA needs peft: pip install 'diffcore[lora]', or leave lora out to train all weights"
-            )
+        if not has_extra("peft"):
+            raise missing("peft", "LoRA (leave lora out to train all weights)")
         from peft import LoraConfig
 
         names = [name for name, _ in network.named_modules()]
