@@ -1,4 +1,4 @@
-"""A run folder or a config cannot run code: a spec names classes, never a function that is called (E12)."""
+"""A run folder or a config cannot run code: a spec names classes, never a function that is called."""
 
 import pickle
 
@@ -35,7 +35,7 @@ class Evil:
     ],
     ids=str,
 )
-def test_E12_a_function_in_a_runs_config_is_refused_and_not_called(tmp_path, monkeypatch, network):
+def test_a_function_in_a_runs_config_is_refused_and_not_called(tmp_path, monkeypatch, network):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "evil.pt").write_bytes(pickle.dumps(Evil(str(tmp_path / "evil"))))
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"network": network}))
