@@ -23,9 +23,12 @@ from jsonargparse import (
     set_parsing_settings,
 )
 
+from diffcore.io.extras import EXTRAS, missing
+
 T = TypeVar("T")
 TRUSTED = ["diffcore", "torch", "diffusers"]
 NONE_OF_UNION = r"Does not validate against.*?- (.*?)\n\s*- Expected a <class 'NoneType'>.*"
+NOT_IMPORTED = r"import of (\w+)[\w.]* halted|No module named '(\w+)"
 COMPLAINTS = [
     r"(?<=ption ')[\w.]+",
     r"(?<=arguments: --)[\w.]+",
@@ -152,6 +155,9 @@ class Parser(ArgumentParser):
             raise ValueError(re.sub(NONE_OF_UNION, r"\1", str(error), flags=re.DOTALL)) from None
 
     def _one_line(self, message: str) -> str:
+        absent = re.search(NOT_IMPORTED, message)
+        if absent and (package := absent[1] or absent[2]) in EXTRAS:
+            return str(missing(package, "A class that is named in the settings"))
         message = re.sub(NONE_OF_UNION, r"\1", message, flags=re.DOTALL)
         return " ".join(message.split()) + self._hint(message)
 
