@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from diffusers import UNet2DModel
 from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 
@@ -165,8 +164,10 @@ def told_by(variable: str) -> TimeConditioning:
     )
 
 
-def unet() -> UNet2DModel:
-    """A small class-conditional network on images of 8x8: convolutions, attention, group norms, class embeddings."""
+def unet() -> nn.Module:
+    """A small class-conditional UNet2DModel on images of 8x8: convolutions, attention, group norms, class embeddings."""
+    from diffusers import UNet2DModel
+
     torch.manual_seed(0)
     return UNet2DModel(
         sample_size=8,
