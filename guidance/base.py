@@ -185,7 +185,7 @@ def check_rule(rule: Any) -> None:
 
 def check_space(rule: Guidance, kind: PredictionType, level: Level) -> None:
     """Raise where F of this kind and x do not give x_0 and ε: ε at pure noise, x_0 at clean data."""
-    noisiest, cleanest = level.ends
+    noisiest, cleanest = level.logsnr_range
     if (kind == "epsilon" and noisiest == -math.inf) or (kind == "sample" and cleanest == math.inf):
         raise ValueError(
             f"{type(rule).__name__} works on {kind}, which does not give x_0 and ε at λ = {float(level.logsnr):g}: "

@@ -1,13 +1,13 @@
 """Noise schedules, their transforms, and the grids of knots that samplers visit."""
 
 from diffcore.schedules.base import Level, Real, Scaling, Schedule, alpha_sigma
+from diffcore.schedules.beta_tables import Discrete
 from diffcore.schedules.curves import Beta, Mode, PowerCosine, Sigmoid
-from diffcore.schedules.diffusers_config import from_diffusers
-from diffcore.schedules.discrete import Discrete
-from diffcore.schedules.grids import Even, Explicit, Grid, Within, check_falling
-from diffcore.schedules.grids_in_level import AlignYourSteps, Karras, UniformBlend, UniformLogSNR
-from diffcore.schedules.grids_in_time import BetaSpacing, Leading, Linspace, Quadratic, Trailing
-from diffcore.schedules.quantile import Cauchy, Cosine, Flow, Laplace, LogLinear, Normal, Rho
+from diffcore.schedules.diffusers_config import schedule_from_diffusers
+from diffcore.schedules.distributions import Cauchy, Cosine, Flow, Laplace, LogLinear, Normal, Rho
+from diffcore.schedules.grids import CoordinateGrid, Explicit, Grid, Within, check_falling
+from diffcore.schedules.level_grids import AlignYourSteps, Karras, UniformBlend, UniformLogSNR
+from diffcore.schedules.time_grids import BetaSpacing, Leading, Linspace, Quadratic, Trailing
 from diffcore.schedules.transforms import (
     Interpolated,
     Mixture,
@@ -22,9 +22,9 @@ __all__ = [
     "Beta",
     "BetaSpacing",
     "Cauchy",
+    "CoordinateGrid",
     "Cosine",
     "Discrete",
-    "Even",
     "Explicit",
     "Flow",
     "Grid",
@@ -55,5 +55,5 @@ __all__ = [
     "ZeroTerminalSNR",
     "alpha_sigma",
     "check_falling",
-    "from_diffusers",
+    "schedule_from_diffusers",
 ]

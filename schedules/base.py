@@ -75,7 +75,7 @@ class Level:
         return math.exp(-self.logsnr / 2) if self.logsnr > -math.inf else math.inf
 
     @property
-    def ends(self) -> tuple[float, float]:
+    def logsnr_range(self) -> tuple[float, float]:
         """The noisiest and the cleanest λ of a map of levels, on the host; of one level, λ twice."""
         if isinstance(self.logsnr, Tensor):
             return float(self.logsnr.min()), float(self.logsnr.max())
@@ -131,7 +131,7 @@ class Schedule(ABC):
         """The level with cdf u: λ(1 - u)."""
         return _on_host(lambda u: self._logsnr_checked(1 - u), u)
 
-    def drawn(self, u: Tensor) -> Tensor:
+    def training_times(self, u: Tensor) -> Tensor:
         """The times in training of u ~ U(0, 1): u itself, or with a table the next of its entries."""
         return u if self.steps is None else (u * self.steps).ceil().clamp(min=1) / self.steps
 

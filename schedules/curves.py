@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from diffcore.schedules.base import Scaling
-from diffcore.schedules.quantile import Quantile
+from diffcore.schedules.distributions import Distribution
 from diffcore.schedules.roots import logit_time
 
 HALF_PI = math.pi / 2
 
 
 @dataclass(frozen=True)
-class Sigmoid(Quantile):
+class Sigmoid(Distribution):
     """γ(t) = (S(e/τ) - S(x/τ)) / (S(e/τ) - S(s/τ)), x = s + t(e-s), S the logistic function.
 
     With w = (e-s)/2τ and c = ln cosh(s/2τ) - ln cosh(e/2τ), λ(t) = ln sinh((1-t)w) - ln sinh(tw) + c and
@@ -63,7 +63,7 @@ class Sigmoid(Quantile):
 
 
 @dataclass(frozen=True)
-class PowerCosine(Quantile):
+class PowerCosine(Distribution):
     """γ(t) = (y(x) - y(e)) / (y(s) - y(e)), y(x) = cos(πx/2)^2τ, x = s + t(e-s); p(λ) = γ(1-γ) / |dγ/dt|.
 
     Chen 2023 (2301.10972, Algorithm 1), whose clipping at 1e-9 is left out; s = 0, e = 1, τ = 1 is Cosine.
@@ -152,7 +152,7 @@ class PowerCosine(Quantile):
 
 
 @dataclass(frozen=True)
-class Mode(Quantile):
+class Mode(Distribution):
     """σ/(α+σ) = a(t) = t - s(sin²(πt/2) - t): uniform at s = 0, heavier in the middle for s > 0, at the ends for s < 0.
 
     λ(t) = 2 ln((1-a)/a), p(λ) = a(1-a) / 2a'(t). SD3's mode sampling: Esser et al. 2024 (2403.03206, eq. 20, with 1 - u = t).
@@ -191,7 +191,7 @@ class Mode(Quantile):
 
 
 @dataclass(frozen=True)
-class Beta(Quantile):
+class Beta(Distribution):
     """σ/(α+σ) = a ~ Beta(p, q): t is its distribution function, λ = 2 ln((1-a)/a), p(λ) = a^p (1-a)^q / 2B(p, q).
 
     p = q = 1 is Flow. Beta(1.5, 1) dwells on noise as π0 does (Black et al. 2024, 2410.24164, appendix B, without its cut-off).

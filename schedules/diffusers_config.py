@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffcore.schedules.base import Scaling, Schedule
-from diffcore.schedules.discrete import Discrete
-from diffcore.schedules.quantile import Cosine, Flow, Laplace, LogLinear, Rho
+from diffcore.schedules.beta_tables import Discrete
+from diffcore.schedules.distributions import Cosine, Flow, Laplace, LogLinear, Rho
 from diffcore.schedules.transforms import Shifted, ZeroTerminalSNR
 
 Config = Mapping[str, Any]
@@ -94,7 +94,7 @@ REFUSED = {
 )
 
 
-def from_diffusers(config: Config, mu: float | None = None) -> Schedule:
+def schedule_from_diffusers(config: Config, mu: float | None = None) -> Schedule:
     """The noise levels of a diffusers scheduler (0.42.1), from the content of its scheduler_config.json.
 
     Tables, `Discrete` in the vp scaling (DDPM, DDIM, PNDM, Euler, DPM-Solver, UniPC, DEIS, LCM, TCD ...): linear,

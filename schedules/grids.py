@@ -38,7 +38,7 @@ class Grid(ABC):
         return knots
 
 
-class Span(NamedTuple):
+class GridSpan(NamedTuple):
     """What an even grid covers.
 
     Args:
@@ -52,7 +52,7 @@ class Span(NamedTuple):
     clean: bool
 
 
-class Even(Grid):
+class CoordinateGrid(Grid):
     """Knots that are even in a coordinate c of the level, which a subclass gives with its inverse and its ends."""
 
     @abstractmethod
@@ -64,7 +64,7 @@ class Even(Grid):
         """The level that has this coordinate."""
 
     @abstractmethod
-    def _span(self, schedule: Schedule) -> Span: ...
+    def _span(self, schedule: Schedule) -> GridSpan: ...
 
     def _levels(self, schedule: Schedule, steps: int) -> list[Level]:
         first, last, clean = self._span(schedule)
@@ -81,7 +81,7 @@ class Even(Grid):
 
 
 @dataclass(frozen=True)
-class Within(Even):
+class Within(CoordinateGrid):
     """The same coordinate between two levels of one's choice, each exactly a knot: start and stop anywhere.
 
     Image-to-image starts at low = λ of the noise put on the image; stopping early is a finite `high`. An end that is left
@@ -94,12 +94,12 @@ class Within(Even):
         high: λ of the last knot; inf is the grid's own.
     """
 
-    grid: Even
+    grid: CoordinateGrid
     low: float = -math.inf
     high: float = math.inf
 
     def __post_init__(self) -> None:
-        if not isinstance(self.grid, Even):
+        if not isinstance(self.grid, CoordinateGrid):
             raise ValueError(
                 f"grid is {self.grid}, expected one that is even in some coordinate, not knots one by one"
             )
@@ -114,7 +114,7 @@ class Within(Even):
     def _at(self, schedule: Schedule, coordinate: float) -> Level:
         return self.grid._at(schedule, coordinate)
 
-    def _span(self, schedule: Schedule) -> Span:
+    def _span(self, schedule: Schedule) -> GridSpan:
         first, last, clean = self.grid._span(schedule)
         if self.low > -math.inf:
             first = schedule.at(self.low)
@@ -125,7 +125,7 @@ class Within(Even):
                 f"{self} has its first knot at λ = {first.logsnr:g} and its last noisy one at λ = {last.logsnr:g}: "
                 f"give a lower `low`, a higher `high`, or a grid with other bounds"
             )
-        return Span(first, last, clean)
+        return GridSpan(first, last, clean)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffcore.schedules.base import Level, Scaling, Schedule, check_scaling
-from diffcore.schedules.quantile import LogLinear
+from diffcore.schedules.distributions import LogLinear
 from diffcore.schedules.roots import logit_time, newton
 
 FARTHEST = 1e300  # a bracket's ends are finite

@@ -19,7 +19,7 @@ from diffcore.io.specs import Parser
 from diffcore.samplers import Sampler
 from diffcore.sampling import images
 from diffcore.sampling.generation import GRID, SAMPLER, sample
-from diffcore.schedules import Even, Grid, Level, Within
+from diffcore.schedules import CoordinateGrid, Grid, Level, Within
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Request:
             raise ValueError(
                 f"start is {self.start}, but there is no image to start from: pass --image"
             )
-        if self.start and not isinstance(self.grid, Even):
+        if self.start and not isinstance(self.grid, CoordinateGrid):
             raise ValueError(
                 f"start is {self.start}, but {self.grid} names its first knot itself: leave start out"
             )
@@ -106,7 +106,7 @@ class Request:
     @property
     def visited(self) -> Grid:
         """The grid from the start level on."""
-        if not self.start or not isinstance(self.grid, Even):
+        if not self.start or not isinstance(self.grid, CoordinateGrid):
             return self.grid
         return Within(self.grid, low=-2 * math.log(self.start))
 

@@ -145,7 +145,7 @@ class Process:
 
     def check_level(self, level: Level, what: str = "the first knot") -> None:
         """Raise where a network of this process cannot be asked: at λ = -inf three things must be finite."""
-        noisiest, cleanest = level.ends
+        noisiest, cleanest = level.logsnr_range
         if cleanest == math.inf:
             self._check_clean(what)
         if noisiest != -math.inf:

@@ -161,7 +161,7 @@ class Objective:
     ) -> Draw:
         """Levels, noise and condition dropout of the samples at `place`: a function of the place, and of what was learned."""
         schedule = process.schedule
-        times = schedule.drawn(self.times(place, learned))
+        times = schedule.training_times(self.times(place, learned))
         level = schedule.level(times.view(-1, *[1] * len(process.shape)))
         importance = 1 / self.oversampling(process, times, learned)
         if self.corrected:

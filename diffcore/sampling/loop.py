@@ -203,7 +203,7 @@ def check_levels(process: Process, knots: tuple[Level, ...]) -> None:
     """Raise where a network of this process cannot be asked at a knot; the last one is reached and not asked about."""
     for place, knot in enumerate(knots[:-1]):
         process.check_level(knot, f"knot {place}" if place else "the first knot")
-    if knots[-1].schedule.scaling == "ve" and knots[-1].ends[0] == -math.inf:
+    if knots[-1].schedule.scaling == "ve" and knots[-1].logsnr_range[0] == -math.inf:
         raise ValueError(
             "the last knot is pure noise (λ = -inf), where the ve scaling has σ = inf: end at a finite λ"
         )

@@ -54,7 +54,7 @@ class Adaptation:
             SampleKey(self.seed, past, index, self.batch) for past in range(step - len(table), step)
         ]
         times = torch.cat([self.objective.times(place, self.learned) for place in places])
-        drawn = self.process.schedule.drawn(times)
+        drawn = self.process.schedule.training_times(times)
         losses = table.flatten() * self.objective.oversampling(self.process, drawn, self.learned)
         assert self.objective.resampler is not None
         assert self.learned is not None
@@ -66,7 +66,7 @@ class Adaptation:
         resampler = self.objective.resampler
         if resampler and place.step < step - step % resampler.every:
             return "one forgotten since"
-        times = self.process.schedule.drawn(self.objective.times(place, self.learned))
+        times = self.process.schedule.training_times(self.objective.times(place, self.learned))
         return f"{float(self.process.schedule.logsnr(times)):.3f}"
 
     def tensors(self) -> dict[str, Tensor]:

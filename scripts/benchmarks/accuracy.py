@@ -34,9 +34,9 @@ from diffcore.sampling.loop import integrate
 from diffcore.schedules import (
     AlignYourSteps,
     BetaSpacing,
+    CoordinateGrid,
     Cosine,
     Discrete,
-    Even,
     Karras,
     Level,
     Quadratic,
@@ -256,7 +256,7 @@ SAMPLERS: tuple[Sampler, ...] = (
     AdamsMoulton(2, "x0", "logsnr"),
 )
 WIDEST = math.exp(-START / 2)
-GRIDS: dict[str, tuple[Even, Schedule]] = {
+GRIDS: dict[str, tuple[CoordinateGrid, Schedule]] = {
     "Trailing, Cosine": (Trailing(), Cosine()),
     "Trailing, linear table": (Trailing(), Discrete()),
     "UniformBlend()": (UniformBlend(), Cosine()),
@@ -272,7 +272,7 @@ GRIDS: dict[str, tuple[Even, Schedule]] = {
 
 
 def knots_for(
-    sampler: Sampler, grid: Even, schedule: Schedule, count: int
+    sampler: Sampler, grid: CoordinateGrid, schedule: Schedule, count: int
 ) -> tuple[Level, ...] | None:
     """From START to clean, as many as `count` evaluations allow; nothing where not even one step is."""
     grid = grid if isinstance(schedule, Discrete) else Within(grid, low=START)

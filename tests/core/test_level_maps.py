@@ -125,4 +125,4 @@ def test_a_map_that_touches_pure_noise_is_refused_where_one_level_would_be():
     clean = schedule.at(torch.where(OFFSETS > 0, math.inf, OFFSETS))
     with pytest.raises(ValueError, match="is clean"):
         Process(schedule, "sample", shape=SHAPE).check_level(clean)
-    assert (level.ends, clean.ends) == ((-math.inf, 1.5), (-1.5, math.inf))
+    assert (level.logsnr_range, clean.logsnr_range) == ((-math.inf, 1.5), (-1.5, math.inf))

@@ -93,7 +93,7 @@ def test_a_tables_density_is_the_probability_of_its_cells(kind, bins, steps):
     t = torch.arange(1, steps + 1, dtype=torch.float64) / steps
     density = resampler.density(state, t, steps)
     count = 400_000
-    drawn = schedule.drawn(resampler.times(state, uniform(count)))
+    drawn = schedule.training_times(resampler.times(state, uniform(count)))
     share = (drawn * steps).round().long().bincount(minlength=steps + 1)[1:].double() / count
     torch.testing.assert_close(density / steps, share, rtol=0, atol=2.1 / count)
     assert density.mean().item() == pytest.approx(1, abs=1e-13)

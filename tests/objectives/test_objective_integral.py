@@ -30,7 +30,7 @@ from diffcore.schedules import (
     Sigmoid,
     Truncated,
 )
-from diffcore.schedules.quantile import Quantile
+from diffcore.schedules.distributions import Distribution
 from tests.helpers import oracles
 
 BOUND = 8.0
@@ -55,7 +55,7 @@ every_schedule = pytest.mark.parametrize(
 
 def test_every_quantile_schedule_is_integrated():
     assert {type(schedule) for schedule in WIDE} == {
-        kind for kind in Quantile.__subclasses__() if kind.__module__.startswith("diffcore")
+        kind for kind in Distribution.__subclasses__() if kind.__module__.startswith("diffcore")
     }
 
 

@@ -324,7 +324,7 @@ def test_times_outside_0_and_1_are_refused(t):
 
 def test_a_continuous_schedule_draws_the_time_itself():
     u = torch.rand(100, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(Cosine().drawn(u), u)
+    assert torch.equal(Cosine().training_times(u), u)
 
 
 @pytest.mark.parametrize(
@@ -332,10 +332,12 @@ def test_a_continuous_schedule_draws_the_time_itself():
 )
 def test_a_table_draws_each_of_its_entries_equally_often_and_nothing_else(schedule):
     u = (torch.arange(200, dtype=torch.float64) + 0.5) / 200
-    entries = (schedule.drawn(u) * 50).round() - 1
+    entries = (schedule.training_times(u) * 50).round() - 1
     assert torch.equal(entries, torch.arange(50).repeat_interleave(4).double())
-    assert torch.equal(schedule.drawn(u), (entries + 1) / 50)
-    assert schedule.drawn(torch.tensor([0.0, 1e-300, 1.0], dtype=torch.float64)).tolist() == [
+    assert torch.equal(schedule.training_times(u), (entries + 1) / 50)
+    assert schedule.training_times(
+        torch.tensor([0.0, 1e-300, 1.0], dtype=torch.float64)
+    ).tolist() == [
         1 / 50,
         1 / 50,
         1,

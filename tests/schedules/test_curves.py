@@ -146,7 +146,7 @@ def test_beta_1_1_is_flow():
 def test_A4_drawn_levels_pass_a_kolmogorov_smirnov_test(schedule):
     """Against the distribution function found by bisection of the published λ(t), one level at a time."""
     u = torch.rand(2000, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    drawn = schedule.logsnr(schedule.drawn(u)).numpy()
+    drawn = schedule.logsnr(schedule.training_times(u)).numpy()
     cdf = [
         1 - optimize.brentq(lambda t, v=v: schedule.logsnr(t) - v, 1e-12, 1 - 1e-12)
         for v in np.sort(drawn)

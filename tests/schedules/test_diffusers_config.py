@@ -24,7 +24,7 @@ from diffcore.schedules import (
     Schedule,
     Shifted,
     ZeroTerminalSNR,
-    from_diffusers,
+    schedule_from_diffusers,
 )
 from diffcore.schedules.diffusers_config import ANGLES, FLOWS, REFUSED, SIGMAS, TABLES
 
@@ -149,7 +149,7 @@ def index_times(schedule: Schedule) -> torch.Tensor:
 @pytest.mark.parametrize(("name", "kept"), table_cases(), ids=lambda value: str(value)[:60])
 def test_every_table_is_theirs_in_alpha_bar_and_exact_in_lambda(name, kept):
     scheduler = CLASSES[name](**kept)
-    schedule = from_diffusers(config(scheduler))
+    schedule = schedule_from_diffusers(config(scheduler))
     logsnr = schedule.logsnr(index_times(schedule))
     torch.testing.assert_close(logsnr.sigmoid(), table(scheduler), rtol=0, atol=1e-6)
     with np.errstate(divide="ignore"):
@@ -169,11 +169,13 @@ PLAIN = {*TABLES, *FLOWS} - {
 
 @pytest.mark.parametrize("name", sorted(PLAIN))
 def test_what_a_config_leaves_out_is_the_default_of_its_class(name):
-    assert from_diffusers({"_class_name": name}) == from_diffusers(config(CLASSES[name]()))
+    assert schedule_from_diffusers({"_class_name": name}) == schedule_from_diffusers(
+        config(CLASSES[name]())
+    )
 
 
 def test_the_consistency_decoder_has_a_table_of_1024():
-    assert from_diffusers({"_class_name": "ConsistencyDecoderScheduler"}) == Discrete(
+    assert schedule_from_diffusers({"_class_name": "ConsistencyDecoderScheduler"}) == Discrete(
         "cosine", 1024
     )
 
@@ -184,15 +186,18 @@ def test_every_class_of_the_package_is_read_or_refused_and_no_other():
 
 def test_the_published_configs_read_as_their_papers_schedules():
     stable = Discrete("scaled_linear", 1000, 0.00085, 0.012)
-    assert from_diffusers({"_class_name": "PNDMScheduler"} | CONFIGS["sd15"]) == stable
-    assert from_diffusers({"_class_name": "EulerDiscreteScheduler"} | CONFIGS["sdxl"]) == stable
-    assert from_diffusers(
+    assert schedule_from_diffusers({"_class_name": "PNDMScheduler"} | CONFIGS["sd15"]) == stable
+    assert (
+        schedule_from_diffusers({"_class_name": "EulerDiscreteScheduler"} | CONFIGS["sdxl"])
+        == stable
+    )
+    assert schedule_from_diffusers(
         {"_class_name": "DDIMScheduler"} | CONFIGS["sd21-zsnr"]
     ) == ZeroTerminalSNR(stable)
-    assert from_diffusers(
+    assert schedule_from_diffusers(
         {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
     ) == Shifted(Flow(), -2 * math.log(3))
-    assert from_diffusers(
+    assert schedule_from_diffusers(
         {"_class_name": "CogVideoXDPMScheduler", "rescale_betas_zero_snr": True}
     ) == ZeroTerminalSNR(Shifted(stable, -math.log(3)))
 
@@ -233,7 +238,10 @@ def check_flow(schedule: Schedule, s: float, a: np.ndarray, theirs) -> None:
 def test_flow_tables_are_the_shifted_flow_at_their_indices(name, s):
     scheduler = CLASSES[name](shift=s)
     check_flow(
-        from_diffusers(config(scheduler)), s, np.arange(1000, 0, -1) / 1000, scheduler.sigmas
+        schedule_from_diffusers(config(scheduler)),
+        s,
+        np.arange(1000, 0, -1) / 1000,
+        scheduler.sigmas,
     )
 
 
@@ -249,20 +257,20 @@ def test_flow_schedulers_that_only_sample_visit_levels_of_the_shifted_flow(name,
         "MiniMaxH3Scheduler": np.linspace(1, 0, 9),
         "PiflowScheduler": np.append(1 - np.arange(9) / 8.5, 0),
     }[name]
-    check_flow(from_diffusers(config(scheduler)), s, a[:-1], scheduler.sigmas[:-1])
-    assert scheduler.sigmas[-1] == 0 == from_diffusers(config(scheduler)).level(0.0).sigma
+    check_flow(schedule_from_diffusers(config(scheduler)), s, a[:-1], scheduler.sigmas[:-1])
+    assert scheduler.sigmas[-1] == 0 == schedule_from_diffusers(config(scheduler)).level(0.0).sigma
 
 
 @pytest.mark.parametrize("name", ["HeliosScheduler", "HeliosDMDScheduler"])
 def test_helios_is_a_shifted_flow_at_one_resolution_and_refused_as_a_pyramid(name):
     scheduler = CLASSES[name](stages=1, stage_range=[0, 1], shift=5.0)
     a = (1 - np.linspace(1, 1 / 1000, 1001))[:0:-1]
-    check_flow(from_diffusers(config(scheduler)), 5.0, a, scheduler.sigmas)
+    check_flow(schedule_from_diffusers(config(scheduler)), 5.0, a, scheduler.sigmas)
     with pytest.raises(ValueError, match="stages is 3, expected 1"):
-        from_diffusers(config(CLASSES[name]()))
+        schedule_from_diffusers(config(CLASSES[name]()))
     s = 2.0 if name == "HeliosDMDScheduler" else math.exp(2.0)
     dynamic = {"_class_name": name, "stages": 1, "use_dynamic_shifting": True}
-    assert from_diffusers(dynamic, mu=2.0) == Shifted(Flow(), -2 * math.log(s))
+    assert schedule_from_diffusers(dynamic, mu=2.0) == Shifted(Flow(), -2 * math.log(s))
     assert scheduler.config.time_shift_type == ("linear" if s == 2 else "exponential")
 
 
@@ -287,7 +295,10 @@ def test_use_flow_sigmas_is_the_shifted_flow_whatever_the_beta_table(name, s):
     else:  # begins at a = 1 - 1/T, not at pure noise
         a, off = (1 - np.linspace(1, 1 / 1000, 9))[:0:-1], 0
     check_flow(
-        from_diffusers(config(scheduler)), s, a, np.asarray(scheduler.sigmas[:8], dtype=float) + off
+        schedule_from_diffusers(config(scheduler)),
+        s,
+        a,
+        np.asarray(scheduler.sigmas[:8], dtype=float) + off,
     )
 
 
@@ -296,10 +307,10 @@ def test_use_flow_sigmas_is_the_shifted_flow_whatever_the_beta_table(name, s):
 def test_dynamic_shifting_takes_the_mu_of_the_picture(kind, s, mu):
     scheduler = CLASSES["FlowMatchEulerDiscreteScheduler"](**FLUX, time_shift_type=kind)
     scheduler.set_timesteps(28, mu=mu)
-    schedule = from_diffusers(config(scheduler), mu=mu)
+    schedule = schedule_from_diffusers(config(scheduler), mu=mu)
     check_flow(schedule, s(mu), np.linspace(1, 1 / 1000, 28), scheduler.sigmas[:-1])
     with pytest.raises(ValueError, match="use_dynamic_shifting is set: give mu"):
-        from_diffusers(config(scheduler))
+        schedule_from_diffusers(config(scheduler))
 
 
 @pytest.mark.parametrize(
@@ -310,7 +321,10 @@ def test_dynamic_shifting_of_the_solvers_is_exponential(name):
     scheduler.set_timesteps(8, mu=0.9)
     noisiest = 1 - 1e-6 if name == "UniPCMultistep" else 1 - 1 / 1000
     check_flow(
-        from_diffusers(config(scheduler), mu=0.9), math.exp(0.9), [noisiest], scheduler.sigmas[:1]
+        schedule_from_diffusers(config(scheduler), mu=0.9),
+        math.exp(0.9),
+        [noisiest],
+        scheduler.sigmas[:1],
     )
 
 
@@ -318,30 +332,33 @@ def test_ltx_and_proteina_are_flows():
     scheduler = CLASSES["LTXEulerAncestralRFScheduler"]()
     scheduler.set_timesteps(10)
     check_flow(
-        from_diffusers(config(scheduler)), 1.0, np.linspace(1, 1 / 1000, 10), scheduler.sigmas[:-1]
+        schedule_from_diffusers(config(scheduler)),
+        1.0,
+        np.linspace(1, 1 / 1000, 10),
+        scheduler.sigmas[:-1],
     )
     protein = CLASSES["RFD4ProteinaScheduler"]("log", "tan", 1.0, 1.0)
     ones, zeros = torch.ones(1, 2, 3), torch.zeros(1, 2, 3)
     sigma = protein.add_noise(zeros, ones, 0.7).mean()  # their 0.7 is 0.7 of data
-    check_flow(from_diffusers(config(protein)), 1.0, [0.3], [sigma])
+    check_flow(schedule_from_diffusers(config(protein)), 1.0, [0.3], [sigma])
 
 
 def test_angles_are_cosine_at_the_time_that_the_network_is_told():
     danced = CLASSES["IPNDMScheduler"]()
     danced.set_timesteps(50)
-    schedule = from_diffusers(config(danced))
+    schedule = schedule_from_diffusers(config(danced))
     torch.testing.assert_close(
         schedule.level(danced.timesteps).sigma.float(), danced.betas[:-1], rtol=0, atol=1e-6
     )
     audio = CLASSES["CosineDPMSolverMultistepScheduler"]()
-    level = from_diffusers(config(audio)).level(audio.timesteps)
+    level = schedule_from_diffusers(config(audio)).level(audio.timesteps)
     torch.testing.assert_close(
         level.ratio.float(), audio.sigmas[:-1], rtol=3e-4, atol=0
     )  # their float32 near t = 1
     assert level.schedule == Cosine(scaling="ve")
     trig = CLASSES["SCMScheduler"]()
     trig.set_timesteps(3, intermediate_timesteps=None, max_timesteps=1.5)
-    level = from_diffusers(config(trig)).level(trig.timesteps[0].item() * 2 / math.pi)
+    level = schedule_from_diffusers(config(trig)).level(trig.timesteps[0].item() * 2 / math.pi)
     assert (level.alpha, level.sigma) == pytest.approx((math.cos(1.5), math.sin(1.5)), abs=1e-6)
 
 
@@ -349,7 +366,7 @@ def test_angles_are_cosine_at_the_time_that_the_network_is_told():
 @pytest.mark.parametrize("name", ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"])
 def test_edm_is_its_range_of_sigma_in_the_spacing_of_its_grid(name, spacing):
     scheduler = CLASSES[name](sigma_schedule=spacing, sigma_max=120.0)
-    schedule = from_diffusers(config(scheduler))
+    schedule = schedule_from_diffusers(config(scheduler))
     level = schedule.level(torch.linspace(1, 0, len(scheduler.sigmas) - 1, dtype=torch.float64))
     torch.testing.assert_close(level.ratio, scheduler.sigmas[:-1].double(), rtol=1e-5, atol=1e-6)
     assert schedule.scaling == "ve"
@@ -357,10 +374,16 @@ def test_edm_is_its_range_of_sigma_in_the_spacing_of_its_grid(name, spacing):
 
 def test_other_schedulers_of_bounded_sigma():
     consistency = CLASSES["CMStochasticIterativeScheduler"]()
-    level = from_diffusers(config(consistency)).level(torch.linspace(1, 0, 40, dtype=torch.float64))
+    level = schedule_from_diffusers(config(consistency)).level(
+        torch.linspace(1, 0, 40, dtype=torch.float64)
+    )
     torch.testing.assert_close(level.ratio, consistency.sigmas.double(), rtol=1e-5, atol=1e-6)
-    assert from_diffusers(config(CLASSES["ScoreSdeVeScheduler"]())) == LogLinear.ve(0.01, 1348.0)
-    assert from_diffusers({"_class_name": "KarrasVeScheduler"}) == LogLinear.ve(0.02, 100.0)
+    assert schedule_from_diffusers(config(CLASSES["ScoreSdeVeScheduler"]())) == LogLinear.ve(
+        0.01, 1348.0
+    )
+    assert schedule_from_diffusers({"_class_name": "KarrasVeScheduler"}) == LogLinear.ve(
+        0.02, 100.0
+    )
     video = {
         "timestep_type": "continuous",
         "prediction_type": "v_prediction",
@@ -369,12 +392,14 @@ def test_other_schedulers_of_bounded_sigma():
     }
     euler = CLASSES["EulerDiscreteScheduler"](**video, use_karras_sigmas=True)
     euler.set_timesteps(25)
-    level = from_diffusers(config(euler)).level(torch.linspace(1, 0, 25, dtype=torch.float64))
+    level = schedule_from_diffusers(config(euler)).level(
+        torch.linspace(1, 0, 25, dtype=torch.float64)
+    )
     torch.testing.assert_close(level.ratio, euler.sigmas[:-1].double(), rtol=1e-5, atol=1e-6)
-    assert from_diffusers(
+    assert schedule_from_diffusers(
         config(CLASSES["EulerDiscreteScheduler"](**video, use_exponential_sigmas=True))
     ) == (LogLinear.ve(0.002, 700.0))
-    assert from_diffusers({"_class_name": "EDMEulerScheduler"}) == Rho()
+    assert schedule_from_diffusers({"_class_name": "EDMEulerScheduler"}) == Rho()
 
 
 # Where diffusers is not what it means to be.
@@ -385,7 +410,7 @@ def test_A4_laplace_is_the_papers_and_not_their_square_root():
     theirs = scheduler.alphas_cumprod.double().logit()
     assert theirs.median().item() == pytest.approx(0.882, abs=0.001)
     assert (theirs.abs() < 0.5).double().mean().item() == pytest.approx(0.186, abs=0.001)
-    schedule = from_diffusers(config(scheduler))
+    schedule = schedule_from_diffusers(config(scheduler))
     assert schedule == Laplace(0.0, 0.5)
     assert schedule.logsnr(0.5) == 0
     assert schedule.cdf(0.5) - schedule.cdf(-0.5) == pytest.approx(1 - math.exp(-1), abs=1e-12)
@@ -403,7 +428,7 @@ def test_A1_zero_terminal_snr_is_zero_and_not_2_to_the_minus_24(name):
     assert scheduler.alphas_cumprod[-1] == 2**-24
     assert scheduler.betas[-1] == 1
     assert math.log(2**-24) == pytest.approx(-16.64, abs=0.01)
-    schedule = from_diffusers(config(scheduler))
+    schedule = schedule_from_diffusers(config(scheduler))
     assert schedule.logsnr(1.0) == -math.inf
     assert schedule.level(1.0).alpha == 0
 
@@ -413,7 +438,7 @@ def test_A1_zero_terminal_snr_is_zero_and_not_2_to_the_minus_24(name):
 )
 def test_the_cleanest_flow_level_is_shifted_once_and_not_twice(name):
     scheduler = CLASSES[f"{name}Scheduler"](shift=3.0)
-    ours = from_diffusers(config(scheduler)).level(1 / 1000).sigma
+    ours = schedule_from_diffusers(config(scheduler)).level(1 / 1000).sigma
     assert ours == pytest.approx(3 / 1002, rel=1e-12)
     assert scheduler.sigma_min == pytest.approx(ours, rel=1e-6)
     scheduler.set_timesteps(28)
@@ -431,7 +456,7 @@ def test_the_cleanest_flow_level_is_shifted_once_and_not_twice(name):
 )
 def test_their_float32_tables_lose_lambda_at_the_clean_end(kept, error):
     scheduler = CLASSES["DDPMScheduler"](**kept)
-    schedule = from_diffusers(config(scheduler))
+    schedule = schedule_from_diffusers(config(scheduler))
     off = (table(scheduler).logit() - schedule.logsnr(index_times(schedule))).abs()[:-1]
     assert off.argmax() == 0
     assert off.max().item() == pytest.approx(error, rel=0.2)
@@ -440,7 +465,7 @@ def test_their_float32_tables_lose_lambda_at_the_clean_end(kept, error):
 @pytest.mark.parametrize("name", REFUSED)
 def test_classes_without_a_schedule_here_are_refused_in_one_line(name):
     with pytest.raises(ValueError, match=name) as caught:
-        from_diffusers({"_class_name": name})
+        schedule_from_diffusers({"_class_name": name})
     assert "\n" not in str(caught.value)
 
 
@@ -493,4 +518,4 @@ def test_classes_without_a_schedule_here_are_refused_in_one_line(name):
 )
 def test_configs_that_say_no_schedule_are_refused(given, mu, message):
     with pytest.raises(ValueError, match=message):
-        from_diffusers(given, mu)
+        schedule_from_diffusers(given, mu)

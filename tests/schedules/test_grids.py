@@ -267,7 +267,7 @@ def test_bounds_that_make_no_grid_are_refused_when_built(grid, change, message):
         replace(grid, **change)
 
 
-# Even grids, and parts of them -----------------------------------------------------------------------------------------
+# Grids that are even in a coordinate, and parts of them
 
 
 ON_TABLES = {  # the indices of the papers, written out

@@ -25,7 +25,7 @@ from diffcore.schedules import (
     Truncated,
     ZeroTerminalSNR,
 )
-from diffcore.schedules.quantile import Quantile
+from diffcore.schedules.distributions import Distribution
 
 TABLES = [
     Discrete(),
@@ -49,7 +49,7 @@ def algorithm_1(logsnr: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Straight(Quantile):
+class Straight(Distribution):
     """λ from 9 at t = 0 to -4 at t = 1, uniformly: a continuous schedule with finite ends."""
 
     def _logsnr(self, t: torch.Tensor) -> torch.Tensor:
@@ -342,7 +342,7 @@ def test_truncated_levels_end_clean_on_a_grid_and_are_drawn_at_every_time(schedu
     assert knots[0].logsnr == pytest.approx(schedule.low, rel=1e-9)
     assert knots[-1].logsnr == math.inf
     u = torch.tensor([0.3, 0.7], dtype=torch.float64)
-    assert torch.equal(schedule.drawn(u), u)
+    assert torch.equal(schedule.training_times(u), u)
     assert schedule.scaling == schedule.inner.scaling
 
 

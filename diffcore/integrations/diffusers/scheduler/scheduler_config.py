@@ -28,7 +28,7 @@ from diffcore.schedules import (
     Schedule,
     Trailing,
     UniformLogSNR,
-    from_diffusers,
+    schedule_from_diffusers,
 )
 from diffcore.schedules.diffusers_config import FLOWS, TABLES
 
@@ -79,7 +79,7 @@ def describe(config: Config, mu: float | None = None) -> Described:
         if config.get("use_dynamic_shifting"):
             own = _shifted(own, config, mu)
         return Described(own.schedule, own.prediction_type, own.time, own.sigma_data)
-    name, schedule = str(config.get("_class_name")), from_diffusers(config, mu)
+    name, schedule = str(config.get("_class_name")), schedule_from_diffusers(config, mu)
     if name in FLOWS or config.get("use_flow_sigmas"):
         _check_flow(config, name)
         return Described(schedule, "flow_prediction", TimeConditioning("blend", _entries(config)))

@@ -37,7 +37,7 @@ from diffcore.schedules import (
     Truncated,
     UniformLogSNR,
     ZeroTerminalSNR,
-    from_diffusers,
+    schedule_from_diffusers,
 )
 from tests.helpers.tiny_pipelines import dit, quiet, unet, vae
 
@@ -142,7 +142,7 @@ SCHEDULES = [Discrete(), LDM, Discrete("cosine"), Discrete("sigmoid"), Cosine(),
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: repr(s)[:40])
 def test_its_config_is_read_as_the_schedule_that_was_written(schedule):
     scheduler = stock_of(made(process(schedule, "v_prediction"))).scheduler
-    read = from_diffusers(json.loads(scheduler.to_json_string()))
+    read = schedule_from_diffusers(json.loads(scheduler.to_json_string()))
     t = torch.arange(1, 1001, dtype=torch.float64) / 1000
     torch.testing.assert_close(read.logsnr(t), schedule.logsnr(t), rtol=1e-9, atol=1e-9)
 

@@ -14,7 +14,7 @@ from diffcore.schedules.base import Scaling, Schedule, check_scaling
 
 
 @dataclass(frozen=True)
-class Quantile(Schedule):
+class Distribution(Schedule):
     """A schedule given by the quantile function of its density, in any of the three scalings."""
 
     scaling: Scaling = field(default="vp", kw_only=True)
@@ -24,7 +24,7 @@ class Quantile(Schedule):
 
 
 @dataclass(frozen=True)
-class Cosine(Quantile):
+class Cosine(Distribution):
     """λ(t) = μ + (2/s) ln cot(πt/2), by default α = cos(πt/2), σ = sin(πt/2); p(λ) = s sech(s(λ-μ)/2) / 2π.
 
     Nichol & Dhariwal 2021 (2102.09672) without its offset; the hyperbolic secant density is Kingma & Gao 2023. Shifted and
@@ -57,7 +57,7 @@ class Cosine(Quantile):
 
 
 @dataclass(frozen=True)
-class Flow(Quantile):
+class Flow(Distribution):
     """λ(t) = 2 ln((1-t)/t), that is σ/(α+σ) = t: rectified flow and IADB; p(λ) is logistic of scale 2.
 
     Its own scaling is `flow`: x_t = (1-t) x_0 + t ε. Liu et al. 2022 (2209.03003), Heitz et al. 2023 (2305.03486).
@@ -76,7 +76,7 @@ class Flow(Quantile):
 
 
 @dataclass(frozen=True)
-class Laplace(Quantile):
+class Laplace(Distribution):
     """λ(t) = μ - b sgn(½-t) ln(1 - 2|t-½|); p(λ) = exp(-|λ-μ|/b) / 2b.
 
     Hang & Gu 2024 (2407.03297): importance sampling of logSNR, μ = 0 and b = 0.5 at 256², b = 0.75 at 512².
@@ -108,7 +108,7 @@ class Laplace(Quantile):
 
 
 @dataclass(frozen=True)
-class Normal(Quantile):
+class Normal(Distribution):
     """λ(t) = μ + s Φ⁻¹(1-t); p(λ) = N(μ, s²).
 
     A log-normal σ/α and a logit-normal σ/(α+σ) are both a normal λ: `edm` and `logit_normal` take those parameters.
@@ -152,7 +152,7 @@ class Normal(Quantile):
 
 
 @dataclass(frozen=True)
-class Cauchy(Quantile):
+class Cauchy(Distribution):
     """λ(t) = μ + γ tan(π(½-t)); p(λ) = γ / π((λ-μ)² + γ²). Hang & Gu 2024 (2407.03297).
 
     Args:
@@ -183,7 +183,7 @@ class Cauchy(Quantile):
 
 
 @dataclass(frozen=True)
-class LogLinear(Quantile):
+class LogLinear(Distribution):
     """λ(t) = λ_max + t (λ_min - λ_max): ln(σ/α) is linear in t; p(λ) is uniform on [λ_min, λ_max].
 
     VDM's fixed schedule (Kingma et al. 2021, 2107.00630: -γ from 13.3 to -5), and `ve` of Song et al. 2021.
@@ -221,7 +221,7 @@ class LogLinear(Quantile):
 
 
 @dataclass(frozen=True)
-class Rho(Quantile):
+class Rho(Distribution):
     """u(t)^(1/ρ) = u_min^(1/ρ) + t (u_max^(1/ρ) - u_min^(1/ρ)), u = σ/α = e^(-λ/2): EDM's grid made continuous.
 
     p(λ) = u^(1/ρ) / 2ρ(u_max^(1/ρ) - u_min^(1/ρ)) between the bounds. Karras et al. 2022 (2206.00364, eq. 5).

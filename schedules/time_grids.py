@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from scipy.special import betainc, betaincinv
 
 from diffcore.schedules.base import Level, Schedule
-from diffcore.schedules.grids import CLEAN, Even, Span
+from diffcore.schedules.grids import CLEAN, CoordinateGrid, GridSpan
 
 
-class InTime(Even):
+class TimeGrid(CoordinateGrid):
     """Times of a continuous schedule, indices of a table: entry i of T stands at t = (i+1)/T."""
 
     @abstractmethod
@@ -40,12 +40,12 @@ class InTime(Even):
     def _at(self, schedule: Schedule, coordinate: float) -> Level:
         return schedule.level(coordinate)
 
-    def _span(self, schedule: Schedule) -> Span:
-        return Span(schedule.level(1.0), schedule.at(CLEAN), clean=False)
+    def _span(self, schedule: Schedule) -> GridSpan:
+        return GridSpan(schedule.level(1.0), schedule.at(CLEAN), clean=False)
 
 
 @dataclass(frozen=True)
-class Trailing(InTime):
+class Trailing(TimeGrid):
     """t_i = (n-i)/n; on a table of T the indices round(T (n-i)/n) - 1, in integers, then clean.
 
     Lin et al. 2023 (2305.08891, Table 2). The first knot is the terminal level, whatever n.
@@ -55,8 +55,8 @@ class Trailing(InTime):
         return (round(total * (steps - i) / steps) - 1 for i in range(steps))
 
 
-class ToLast(InTime):
-    """Even down to a last noisy knot at time `last`, then clean; on a table the last noisy knot is an entry."""
+class BoundedTimeGrid(TimeGrid):
+    """CoordinateGrid down to a last noisy knot at time `last`, then clean; on a table the last noisy knot is an entry."""
 
     last: float
 
@@ -64,12 +64,12 @@ class ToLast(InTime):
         if not 0 < self.last < 1:
             raise ValueError(f"last is {self.last}, expected a time in (0, 1)")
 
-    def _span(self, schedule: Schedule) -> Span:
-        return Span(schedule.level(1.0), schedule.level(self.last), clean=True)
+    def _span(self, schedule: Schedule) -> GridSpan:
+        return GridSpan(schedule.level(1.0), schedule.level(self.last), clean=True)
 
 
 @dataclass(frozen=True)
-class Linspace(ToLast):
+class Linspace(BoundedTimeGrid):
     """n times evenly from t = 1 to the cleanest level, then clean: on a table the indices T-1 .. 0, rounded.
 
     iDDPM (2102.09672). A continuous schedule has no cleanest level, so `last` names the time of the last one before clean.
@@ -89,7 +89,7 @@ class Linspace(ToLast):
 
 
 @dataclass(frozen=True)
-class Leading(ToLast):
+class Leading(BoundedTimeGrid):
     """t_i = last + (1 - last) (n-1-i)/n, then clean; on a table of T the indices (n-1-i) ⌊T/n⌋ + offset.
 
     DDIM's and Stable Diffusion's (2305.08891, Table 2). The first knot is about one step short of the terminal level, so
@@ -122,7 +122,7 @@ class Leading(ToLast):
 
 
 @dataclass(frozen=True)
-class Quadratic(InTime):
+class Quadratic(TimeGrid):
     """√t evenly: t_i = ((n-i)/n)²; on a table of T the indices round((T-1) ((n-1-i)/(n-1))²), then clean.
 
     DDIM (2010.02502, appendix D: τ_i = ⌊c i²⌋, c such that the last is close to T; here it is T-1). Indices that round
@@ -143,7 +143,7 @@ class Quadratic(InTime):
 
 
 @dataclass(frozen=True)
-class BetaSpacing(InTime):
+class BetaSpacing(TimeGrid):
     """t_i = I⁻¹((n-i)/n; a, b), the quantiles of a Beta distribution: knots gather at both ends of t.
 
     Lee et al. 2024, "Beta Sampling is All You Need" (2407.12173): a = b = 0.6. On a table the indices round(T t_i) - 1, those

@@ -9,7 +9,7 @@ import numpy as np
 from scipy import special
 
 from diffcore.schedules.base import Level, Schedule
-from diffcore.schedules.grids import CLEAN, Even, Span
+from diffcore.schedules.grids import CLEAN, CoordinateGrid, GridSpan
 
 Table = Literal["sd15", "sdxl", "svd"]
 PUBLISHED: dict[str, tuple[float, ...]] = {
@@ -22,7 +22,7 @@ ROUNDED = 1e-3
 
 
 @dataclass(frozen=True)
-class Karras(Even):
+class Karras(CoordinateGrid):
     """u_i = (u_max^(1/ρ) + i/(n-1) (u_min^(1/ρ) - u_max^(1/ρ)))^ρ of u = σ/α, then clean.
 
     Karras et al. 2022 (2206.00364, eq. 5). The bounds are for data of standard deviation 0.5; multiply them by the data's
@@ -52,14 +52,14 @@ class Karras(Even):
     def _at(self, schedule: Schedule, coordinate: float) -> Level:
         return _at_ratio(schedule, coordinate**self.rho)
 
-    def _span(self, schedule: Schedule) -> Span:
-        return Span(
+    def _span(self, schedule: Schedule) -> GridSpan:
+        return GridSpan(
             _at_ratio(schedule, self.sigma_max), _at_ratio(schedule, self.sigma_min), clean=True
         )
 
 
 @dataclass(frozen=True)
-class UniformLogSNR(Even):
+class UniformLogSNR(CoordinateGrid):
     """λ_i evenly from `low` to `high`, then clean. Lu et al. 2022 (2206.00927). One step is [low, clean].
 
     Args:
@@ -82,12 +82,12 @@ class UniformLogSNR(Even):
     def _at(self, schedule: Schedule, coordinate: float) -> Level:
         return schedule.at(coordinate)
 
-    def _span(self, schedule: Schedule) -> Span:
-        return Span(schedule.at(self.low), schedule.at(self.high), clean=True)
+    def _span(self, schedule: Schedule) -> GridSpan:
+        return GridSpan(schedule.at(self.low), schedule.at(self.high), clean=True)
 
 
 @dataclass(frozen=True)
-class UniformBlend(Even):
+class UniformBlend(CoordinateGrid):
     """A_i = a_0 (n-i)/n of a = v/(1+v), v = (u/center)^(1/ρ), u = σ/α, from the schedule's terminal level to clean.
 
     With ρ = 1 and center 1, a is σ/(α+σ), and this is the grid of iterative α-(de)blending (2305.03486; its α is 1 - a),
@@ -120,12 +120,12 @@ class UniformBlend(Even):
             -2 * self.rho * float(special.logit(coordinate)) - 2 * math.log(self.center)
         )
 
-    def _span(self, schedule: Schedule) -> Span:
-        return Span(schedule.level(1.0), schedule.at(CLEAN), clean=False)
+    def _span(self, schedule: Schedule) -> GridSpan:
+        return GridSpan(schedule.level(1.0), schedule.at(CLEAN), clean=False)
 
 
 @dataclass(frozen=True)
-class AlignYourSteps(Even):
+class AlignYourSteps(CoordinateGrid):
     """ln u_i interpolated in i/n from a table of 10 steps that was optimised for a model, u = σ/α; the last one clean.
 
     Sabour et al. 2024 (2404.14507): the tables of its project page, and its log-linear interpolation to other numbers of
@@ -165,10 +165,10 @@ class AlignYourSteps(Even):
         logsnrs = _logsnrs(self._sigmas)
         return schedule.at(float(np.interp(coordinate, np.arange(len(logsnrs)), logsnrs)))
 
-    def _span(self, schedule: Schedule) -> Span:
+    def _span(self, schedule: Schedule) -> GridSpan:
         first, terminal = _at_ratio(schedule, self._sigmas[0]), schedule.level(1.0)
         nearly = abs(float(first.logsnr) - float(terminal.logsnr)) < ROUNDED
-        return Span(terminal if nearly else first, schedule.at(CLEAN), clean=False)
+        return GridSpan(terminal if nearly else first, schedule.at(CLEAN), clean=False)
 
 
 def _at_ratio(schedule: Schedule, ratio: float) -> Level:
