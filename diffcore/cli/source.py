@@ -138,7 +138,7 @@ def _read(folder: Path) -> "Parts":
 
 def _of_pipeline(parts: "Parts", wanted: Wanted, device: torch.device) -> Source:
     from diffcore.integrations.diffusers import Latents, from_diffusers
-    from diffcore.integrations.diffusers.families import takes_text
+    from diffcore.integrations.diffusers.families import family_of
     from diffcore.integrations.diffusers.loading.folder import sized
 
     size: dict[str, Any] = (
@@ -148,4 +148,8 @@ def _of_pipeline(parts: "Parts", wanted: Wanted, device: torch.device) -> Source
     )
     denoiser = from_diffusers(parts, prompts=wanted.prompt, negative=wanted.negative, **size)
     latents = None if parts.vae is None else Latents(parts.vae.to(device).eval())
-    return Source(denoiser.to(device).eval(), latents, takes_text(parts.network))
+    return Source(
+        denoiser.to(device).eval(),
+        latents,
+        family_of(parts.network).is_text_conditioned(parts.network),
+    )

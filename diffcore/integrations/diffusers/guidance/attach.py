@@ -5,12 +5,12 @@ rule (about the rows that it needs), and answers the guided output F in both hal
 scheduler is ours, so x, λ, the step's two knots and the prediction type are known, and rules act on exact x_0 and ε.
 """
 
-import re
 from typing import Any, Self
 
 from diffusers import DiffusionPipeline
 
 from diffcore.guidance import CFG, Guidance
+from diffcore.integrations.diffusers.families import ModelFamily, family_of_pipeline
 from diffcore.integrations.diffusers.guidance.joint_forward import Guided, check_rule
 from diffcore.integrations.diffusers.guidance.sequential_forward import InTurn
 from diffcore.integrations.diffusers.loading.folder import parts_of
@@ -19,13 +19,6 @@ from diffcore.integrations.diffusers.scheduler.scheduler_config import config_of
 from diffcore.samplers import DDIM, AlphaBlending, DPMSolverPP, Euler, Sampler
 from diffcore.schedules import Grid
 
-FAMILIES = {
-    r"StableDiffusion(XL|3)?(ControlNet(Union)?|Adapter)?(Img2Img|Inpaint(ing)?)?Pipeline": "negative first",
-    r"PixArt(Alpha|Sigma)Pipeline|Sana(ControlNet)?Pipeline": "negative first",
-    r"DiTPipeline": "condition first",
-    r"Flux(ControlNet|Img2Img|Inpaint)?Pipeline": "in turn",
-}
-"""How a pipeline asks about its two halves: in one call of 2B rows, or one after the other."""
 FIRST_ORDER = (DDIM(), Euler(), AlphaBlending(1), DPMSolverPP("1"))
 """Samplers whose step is x_s = α_s x_0 + σ_s ε."""
 
@@ -59,20 +52,14 @@ def attach(
     return Attachment(pipe, guidance, sampler, grid)
 
 
-def _order(pipe: Any, guidance: Guidance) -> str:
-    """How it asks about its two halves."""
-    names = [kind.__name__ for kind in type(pipe).__mro__]
-    for pattern, order in FAMILIES.items():
-        if any(re.fullmatch(pattern, name) for name in names):
-            return order
-    if "ModularPipeline" in names:
+def _family(pipe: Any, guidance: Guidance) -> ModelFamily:
+    """The record of the pipeline's family."""
+    if any(cls.__name__ == "ModularPipeline" for cls in type(pipe).__mro__):
         raise ValueError(
-            f"{names[0]} takes a guider: pipe.update_components(guider=DiffcoreGuider.of({guidance}, pipe.scheduler))"
+            f"{type(pipe).__name__} accepts a guider: "
+            f"pipe.update_components(guider=DiffcoreGuider.of({guidance}, pipe.scheduler))"
         )
-    raise ValueError(
-        f"{names[0]} is not known here, expected StableDiffusion, XL or 3 (image-to-image, inpainting, ControlNet), PixArt, "
-        f"Sana, DiT or Flux: give it a DiffcoreScheduler, which any pipeline takes, and guide by its own scale"
-    )
+    return family_of_pipeline(pipe)
 
 
 class Attachment:
@@ -82,20 +69,20 @@ class Attachment:
         self, pipe: Any, guidance: Guidance, sampler: Sampler | None, grid: Grid | None
     ) -> None:
         self.pipe = pipe
-        order = _order(pipe, guidance)
+        family = _family(pipe, guidance)
         self.network: Any = parts_of(pipe).network
         self._scheduler = self.pipe.scheduler
         self._before = vars(self.network).get("forward")
         if isinstance(self._before, Guided):
             raise ValueError("this pipeline has guidance of ours already: detach it first")
         scheduler = _scheduler(self._scheduler, guidance, sampler, grid)
-        kind = InTurn if order == "in turn" else Guided
+        kind = InTurn if family.guidance_batching == "separate calls" else Guided
         self.network.forward = kind(
             self.network,
             self.network.forward,
             scheduler,
             guidance,
-            order == "condition first",
+            family,
             lambda: getattr(pipe, "do_classifier_free_guidance", None),
         )
         self.pipe.scheduler = scheduler

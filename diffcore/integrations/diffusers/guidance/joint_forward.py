@@ -25,7 +25,7 @@ from diffcore.guidance import (
     Step,
     Unconditional,
 )
-from diffcore.integrations.diffusers.families import DIT_NULL, time_factor
+from diffcore.integrations.diffusers.families import ModelFamily
 from diffcore.integrations.diffusers.scheduler.plan import Call
 from diffcore.integrations.diffusers.scheduler.scheduler import DiffcoreScheduler
 from diffcore.sampling.loop import check_guidance, evaluate_references, step_of
@@ -152,7 +152,7 @@ class Guided:
         forward: its own.
         scheduler: ours, which knows the level.
         guidance: the rule.
-        conditional_first: whether the condition's half comes first.
+        family: the record of the pipeline's family.
         doubles: whether the pipeline says that it prepares both halves; None where it says nothing.
     """
 
@@ -162,7 +162,7 @@ class Guided:
         forward: Callable[..., Any],
         scheduler: DiffcoreScheduler,
         guidance: Guidance,
-        conditional_first: bool,
+        family: ModelFamily,
         doubles: Callable[[], bool | None],
     ) -> None:
         self.network, self.forward, self.scheduler, self.guidance = (
@@ -171,7 +171,7 @@ class Guided:
             scheduler,
             guidance,
         )
-        self.conditional_first, self.doubles = conditional_first, doubles
+        self.family, self.doubles = family, doubles
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         x, args, kwargs = asked_about(args, kwargs)
@@ -181,7 +181,13 @@ class Guided:
             call.guided = self._begun(call, x, kwargs.get("class_labels"))
         progress: Progress = call.guided
         asked = Asked(
-            self.network, self.forward, progress.process, x, args, kwargs, self.conditional_first
+            self.network,
+            self.forward,
+            progress.process,
+            x,
+            args,
+            kwargs,
+            self.family.guidance_batching == "condition first",
         )
         if progress.asked is None:
             progress.step = step_of(progress.process, call.knots, state, progress.step)
@@ -213,7 +219,7 @@ class Guided:
         """What the scheduler says of the level that the network is told."""
         t = args[0] if args else kwargs["timestep"]
         t = t.flatten()[0] if isinstance(t, Tensor) else t
-        return t / time_factor(self.network)
+        return t / self.family.time_scale(self.network)
 
     def _begun(self, call: Call, x: Tensor, labels: Tensor | None) -> Progress:
         """What is known before the first evaluation; of DiT its labels too.
@@ -246,7 +252,8 @@ class Guided:
         said = self.doubles()
         if said is not None:
             return said
-        if labels is not None and not bool((labels[len(x) // 2 :] == DIT_NULL).all()):
+        null = self.family.null_label
+        if labels is not None and null is not None and bool(labels[len(x) // 2 :].ne(null).any()):
             return False
         first, *second = x.chunk(2)
         return bool(second) and len(x) % 2 == 0 and torch.equal(first, second[0])

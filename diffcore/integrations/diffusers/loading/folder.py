@@ -18,7 +18,7 @@ from torch import nn
 
 from diffcore.core.process import Process
 from diffcore.guidance import CFG
-from diffcore.integrations.diffusers.families import shape_of
+from diffcore.integrations.diffusers.families import GENERIC, family_of, family_of_class
 from diffcore.integrations.diffusers.loading.vae import factor_of
 from diffcore.io.specs import build, spec
 
@@ -26,8 +26,6 @@ NETWORKS = ("unet", "transformer")
 MODELS = (diffusers.ModelMixin,)
 TEXT_MODELS = (transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase)
 TEXT = ("text_encoder", "tokenizer")
-SCALES = ("true_cfg_scale", "guidance_scale")
-"""Which of a pipeline's arguments is CFG's: where it has both, guidance_scale is what a distilled network is told."""
 
 
 class Parts(NamedTuple):
@@ -112,7 +110,7 @@ def network_in(folder: Path, index: dict[str, Any]) -> str:
 
 def sized(parts: Parts, height: int, width: int) -> tuple[int, ...]:
     """The shape of x for images of height and width in pixels; 0 is the network's own."""
-    own = shape_of(parts.network)
+    own = family_of(parts.network).shape(parts.network)
     if own is None or len(own) != 3:
         raise ValueError(
             f"the size of {type(parts.network).__name__}'s images is not known: leave height and width out"
@@ -132,7 +130,8 @@ def defaults_of(folder: Path) -> dict[str, Any]:
     config = read_json(folder / "scheduler" / "scheduler_config.json")
     cls: Any = getattr(diffusers, str(index.get("_class_name")), None)
     taken = inspect.signature(cls.__call__).parameters if callable(cls) else {}
-    scale = next((taken[name].default for name in SCALES if name in taken), 1.0)
+    family = family_of_class(str(index[network_in(folder, index)][1])) or GENERIC
+    scale = taken[name].default if (name := family.guidance_argument) in taken else 1.0
     own = {"guidance": spec(CFG(float(scale)))} | {
         name: config[name] for name in ("sampler", "grid") if name in config
     }

@@ -9,7 +9,7 @@ import diffusers
 import torch
 from torch import nn
 
-from diffcore.integrations.diffusers.families import shape_of
+from diffcore.integrations.diffusers.families import family_of
 from diffcore.integrations.diffusers.loading.folder import (
     Parts,
     is_present,
@@ -101,7 +101,8 @@ class Index:
     @property
     def size(self) -> int:
         """Height and width in pixels that the network was made for."""
-        shape = shape_of(self.bare(self.network))
+        network = self.bare(self.network)
+        shape = family_of(network).shape(network)
         if shape is None or shape[1] != shape[2]:
             raise ValueError(
                 f"the network of {self.folder} does not say what size it was made for: give the size in pixels"

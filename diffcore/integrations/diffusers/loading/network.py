@@ -7,27 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, DiTTransformer2DModel, FluxTransformer2DModel, UNet2DModel
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from diffcore.core.denoiser import Denoiser, tensor_of
 from diffcore.core.process import Process
-from diffcore.integrations.diffusers.families import (
-    OF_A_FLOW,
-    Packed,
-    shape_of,
-    takes_text,
-    time_factor,
-    tokens,
-)
+from diffcore.integrations.diffusers.families import ClassCondition, family_of, network_config
 from diffcore.integrations.diffusers.loading.folder import Parts, parts_of, read_folder
 from diffcore.integrations.diffusers.loading.prompts import Prompted, Prompts
 from diffcore.integrations.diffusers.loading.text_encoding import encode
-from diffcore.integrations.diffusers.scheduler.scheduler_config import config_of, describe, shift_of
+from diffcore.integrations.diffusers.scheduler.scheduler_config import (
+    config_of as config_of,
+)
+from diffcore.integrations.diffusers.scheduler.scheduler_config import describe, shift_of
 
 log = logging.getLogger(__name__)
-DROPOUT = 0.1
-"""DiT's own, of LabelEmbedding, and about what networks told text were trained with: configs cannot say another."""
 
 
 def from_diffusers(
@@ -102,16 +96,19 @@ def process_fields(parts: Parts, fields: dict[str, Any], mu: float | None) -> di
         config, _mu(config, parts.network, (read | fields)["shape"]) if mu is None else mu
     )
     read |= {name: value for name, value in said._asdict().items() if value is not None}
-    if isinstance(parts.network, OF_A_FLOW) and said.prediction != "flow_prediction":
+    family = family_of(parts.network)
+    if family.prediction not in (None, said.prediction):
         raise ValueError(
             f"{type(parts.network).__name__} is a flow's, but its {config['_class_name']} says {said.prediction}: give it the "
             f"scheduler that it was trained with, such as FlowMatchEulerDiscreteScheduler"
         )
-    return read | {"time": replace(said.time, scale=said.time.scale * time_factor(parts.network))}
+    return read | {
+        "time": replace(said.time, scale=said.time.scale * family.time_scale(parts.network))
+    }
 
 
 def _shape(network: nn.Module, fields: dict[str, Any]) -> dict[str, Any]:
-    shape = shape_of(network)
+    shape = family_of(network).shape(network)
     if shape is None and "shape" not in fields:
         raise ValueError(
             "the network's config has no sample_size: pass shape, such as shape=(3, 32, 32)"
@@ -120,7 +117,8 @@ def _shape(network: nn.Module, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mu(config: dict[str, Any], network: nn.Module, shape: tuple[int, ...]) -> float | None:
-    count = tokens(network, shape) if config.get("use_dynamic_shifting") else None
+    dynamic = config.get("use_dynamic_shifting")
+    count = family_of(network).token_count(network, shape) if dynamic else None
     return None if count is None else shift_of(config, count)
 
 
@@ -133,7 +131,8 @@ def _told(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The network as it is asked by label, and what is known of the labels."""
     network = parts.network
-    if not takes_text(network):
+    family = family_of(network)
+    if not family.is_text_conditioned(network):
         if prompts or negative:
             raise ValueError(
                 f"{type(network).__name__} is told no text: leave prompts and negative out"
@@ -145,11 +144,9 @@ def _told(
         raise ValueError(
             "negative was given beside Prompts, which have their own null condition: leave it out"
         )
-    distilled = isinstance(network, FluxTransformer2DModel)
-    network = Prompted(Packed(network) if distilled else network, prompts)
-    return network, {
+    return Prompted(family.wrap(network), prompts), {
         "classes": len(prompts),
-        "dropout": DROPOUT if len(prompts) and not distilled else 0.0,
+        "dropout": family.dropout if len(prompts) else 0.0,
     }
 
 
@@ -167,23 +164,11 @@ def _encoded(
 
 
 def _labels(network: nn.Module, fields: dict[str, Any]) -> dict[str, Any]:
-    config = getattr(network, "config", {})
-    if isinstance(network, DiTTransformer2DModel):
-        return {"classes": config["num_embeds_ada_norm"], "dropout": DROPOUT}
-    if not isinstance(network, UNet2DModel):
+    family = family_of(network)
+    if not isinstance(family.condition, ClassCondition):
         return {}
-    if (kind := config.get("class_embed_type")) is not None:
-        raise ValueError(
-            f"class_embed_type is {kind!r}, expected labels in a table (num_class_embeds)"
-        )
-    count = config.get("num_class_embeds")
-    if count is not None and not {"classes", "dropout"} <= fields.keys():
-        raise ValueError(
-            f"the network embeds {count} labels, and its config does not say whether the last is the null label: pass "
-            f"classes={count - 1} and the dropout that it was trained with, or dropout=0.0 where it knows no null label "
-            f"(label {count - 1} can then be asked for, and CFG is refused)"
-        )
-    return {}
+    count = family.condition.class_count(network_config(network), fields)
+    return {} if count is None else {"classes": count, "dropout": family.dropout}
 
 
 class Mean(nn.Module):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from diffcore.core.denoiser import tensor_of
 from diffcore.core.process import Process
-from diffcore.integrations.diffusers.families import Packed, takes_text
+from diffcore.integrations.diffusers.families import family_of
 from diffcore.integrations.diffusers.loading.folder import Parts, read_folder, read_json
 from diffcore.integrations.diffusers.loading.index import Index
 from diffcore.integrations.diffusers.pipeline import export as stock
@@ -116,15 +116,13 @@ class Pretrained(nn.Module):
 
     def forward(self, x: Tensor, timestep: Tensor, **condition: Any) -> Tensor:
         """The network's answer to x, without the variance that some networks also give."""
-        if takes_text(self.network) and "encoder_hidden_states" not in condition:
+        network: nn.Module = self.network
+        family = family_of(network)
+        if family.is_text_conditioned(network) and "encoder_hidden_states" not in condition:
             raise ValueError(
                 "the network is told text, not labels: sample its pipeline/ with --prompt, or ask Prompted(network, prompts)"
             )
-        network: nn.Module = self.network
-        asked = (
-            Packed(network) if isinstance(network, diffusers.FluxTransformer2DModel) else network
-        )
-        return tensor_of(asked(x, timestep=timestep, **condition))[:, : x.shape[1]]
+        return tensor_of(family.wrap(network)(x, timestep=timestep, **condition))[:, : x.shape[1]]
 
     @cached_property
     def content(self) -> str:

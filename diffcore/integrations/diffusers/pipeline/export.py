@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.process import Process, TimeConditioning
-from diffcore.integrations.diffusers.families import DIT_NULL
+from diffcore.integrations.diffusers.families import family_of
+from diffcore.integrations.diffusers.families.export_targets import ALTERNATIVE
 from diffcore.integrations.diffusers.pipeline.pipeline import DiffcorePipeline
 from diffcore.integrations.diffusers.scheduler.generator_noise import Drawn
 from diffcore.integrations.diffusers.scheduler.scheduler_config import C_NOISE
@@ -47,7 +48,6 @@ ANCESTRAL = (DDPM(0.0), DDIM(1.0), EulerAncestral(1.0))
 TOLERANCE = 1e-4
 """Of the greatest difference of samples, relative to the greatest value."""
 FORMS = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
-OTHERWISE = "export a DiffcorePipeline (--format diffcore)"
 
 
 def stock_of(pipe: DiffcorePipeline) -> Any:
@@ -80,58 +80,12 @@ def pipeline_of(network: nn.Module, process: Process, scheduler: Any, vae: nn.Mo
     Raises:
         ValueError: none does; the message has the reason.
     """
-    if isinstance(network, diffusers.DiTTransformer2DModel):
-        return _dit(network, process, scheduler, vae)
-    if not isinstance(network, diffusers.UNet2DModel):
+    target = family_of(network).export_target
+    if target is None:
         raise ValueError(
-            f"no pipeline of diffusers is known here that asks a {type(network).__name__} alone: {OTHERWISE}"
+            f"no pipeline of diffusers samples a {type(network).__name__} alone: {ALTERNATIVE}"
         )
-    if vae is not None:
-        raise ValueError(f"no pipeline of diffusers decodes what a UNet2DModel makes: {OTHERWISE}")
-    if (process.low, process.high) != (-1, 1):
-        raise ValueError(
-            f"pipelines of diffusers show images of the range [-1, 1], and these are of [{process.low:g}, {process.high:g}]: "
-            f"{OTHERWISE}"
-        )
-    scaled = isinstance(scheduler, diffusers.EDMEulerScheduler)
-    _check_shape(network, process, square=scaled or process.classes > 0)
-    if process.classes and isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
-        raise ValueError(
-            f"ConsistencyModelPipeline alone passes labels to a UNet2DModel, and takes no scheduler of a flow: {OTHERWISE}"
-        )
-    if process.classes or scaled:
-        return diffusers.ConsistencyModelPipeline(network, scheduler)  # type: ignore[no-untyped-call]
-    deterministic = isinstance(scheduler, diffusers.DDIMScheduler)
-    return (diffusers.DDIMPipeline if deterministic else diffusers.DDPMPipeline)(network, scheduler)
-
-
-def _dit(network: nn.Module, process: Process, scheduler: Any, vae: nn.Module | None) -> Any:
-    if vae is None:
-        raise ValueError(
-            f"DiTPipeline decodes latents by a VAE, and this network has none: {OTHERWISE}"
-        )
-    if process.classes != DIT_NULL:
-        raise ValueError(
-            f"DiTPipeline's null label is {DIT_NULL}, and this network has {process.classes} classes: {OTHERWISE}"
-        )
-    if not isinstance(scheduler, (diffusers.DDIMScheduler, diffusers.DDPMScheduler)):
-        raise ValueError(
-            f"DiTPipeline takes no {type(scheduler).__name__}, as this process needs it: {OTHERWISE}"
-        )
-    _check_shape(network, process, square=True)
-    return diffusers.DiTPipeline(network, vae, scheduler)  # type: ignore[no-untyped-call]
-
-
-def _check_shape(network: Any, process: Process, square: bool) -> None:
-    size = network.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size or (0, 0)
-    if process.shape != (network.config.in_channels, height, width) or (
-        square and not isinstance(size, int)
-    ):
-        raise ValueError(
-            f"a pipeline of diffusers makes samples of the network's sample_size, {size}, and these are of shape "
-            f"{process.shape}: {OTHERWISE}"
-        )
+    return target.build(network, process, scheduler, vae)
 
 
 # Schedulers ----------------------------------------------------------------------------------------------------------
@@ -143,11 +97,11 @@ def _table(process: Process, sampler: Sampler, grid: Grid) -> Any:
     if schedule.scaling != "vp":
         raise ValueError(
             f"schedulers of diffusers that take {process.prediction} keep x of the vp process, and this one is of the "
-            f"scaling {schedule.scaling}: {OTHERWISE}"
+            f"scaling {schedule.scaling}: {ALTERNATIVE}"
         )
     if schedule.steps not in (None, entries):
         raise ValueError(
-            f"the table has {schedule.steps} levels, but the network is told an index of {entries}: {OTHERWISE}"
+            f"the table has {schedule.steps} levels, but the network is told an index of {entries}: {ALTERNATIVE}"
         )
     process.check_level(schedule.level(1.0), "the last entry of diffusers' table")
     leading = isinstance(grid, Leading)
@@ -185,12 +139,12 @@ def _flow(process: Process) -> Any:
     if schedule.scaling != "flow":
         raise ValueError(
             f"FlowMatchEulerDiscreteScheduler keeps x of the flow, and this process is of the scaling {schedule.scaling}: "
-            f"{OTHERWISE}"
+            f"{ALTERNATIVE}"
         )
     if schedule.logsnr(1.0) > -math.inf:
         raise ValueError(
             f"FlowMatchEulerDiscreteScheduler begins at pure noise, and {schedule} ends at λ = {schedule.logsnr(1.0):.4g}: "
-            f"{OTHERWISE}"
+            f"{ALTERNATIVE}"
         )
     shifted = isinstance(schedule, Shifted) and schedule.inner == Flow()
     shift = math.exp(-schedule.shift / 2) if isinstance(schedule, Shifted) and shifted else 1.0
@@ -201,7 +155,7 @@ def _flow(process: Process) -> Any:
 def _edm(process: Process, knots: tuple[Level, ...], grid: Grid) -> Any:
     if (process.time.variable, process.time.scale) != (C_NOISE.variable, C_NOISE.scale):
         raise ValueError(
-            f"EDMEulerScheduler tells the network ln(σ/α)/4 (logsnr, scale -1/8), and it is told {process.time}: {OTHERWISE}"
+            f"EDMEulerScheduler tells the network ln(σ/α)/4 (logsnr, scale -1/8), and it is told {process.time}: {ALTERNATIVE}"
         )
     first, last = knots[0].ratio, knots[-2].ratio
     if not 0 < last < first < math.inf:
@@ -226,7 +180,7 @@ def _entries(time: TimeConditioning, variable: str) -> int:
         told = {"index": "index i of a table of T levels", "blend": "T σ/(α+σ) of a flow"}[variable]
         raise ValueError(
             f"schedulers of diffusers tell the network the {told}, and it is told {time}: train with variable {variable}, "
-            f"or {OTHERWISE}"
+            f"or {ALTERNATIVE}"
         )
     return round(time.scale)
 
@@ -260,9 +214,10 @@ def parity(folder: Path, pipe: DiffcorePipeline) -> float:
     stock.set_progress_bar_config(disable=True)
     recorded, labels = Recorded(stock.scheduler), _labels(pipe.process)
     steps = steps_of(stock.scheduler, pipe.config.num_inference_steps)
-    stock(
-        **_call(stock, labels), num_inference_steps=steps, generator=_generator(), output_type="np"
-    )
+    target = family_of(pipe.network).export_target
+    assert target is not None
+    call = target.call_arguments(2, None if labels is None else labels.tolist())
+    stock(**call, num_inference_steps=steps, generator=_generator(), output_type="np")
     assert recorded.first is not None
     assert recorded.last is not None
     ours = _ours(pipe.denoiser, stock.scheduler, recorded.first, labels)
@@ -279,7 +234,7 @@ def check(folder: Path, pipe: DiffcorePipeline) -> float:
     if not found <= TOLERANCE:  # NaN too
         raise ValueError(
             f"samples of the stock pipeline differ from our own by {found:.3g} of their greatest value, expected at most "
-            f"{TOLERANCE:g}: {OTHERWISE}"
+            f"{TOLERANCE:g}: {ALTERNATIVE}"
         )
     return found
 
@@ -299,12 +254,6 @@ def _generator() -> torch.Generator:
 
 def _labels(process: Process) -> Tensor | None:
     return torch.tensor([0, process.classes - 1]) if process.classes else None
-
-
-def _call(pipe: Any, labels: Tensor | None) -> dict[str, Any]:
-    if isinstance(pipe, diffusers.DiTPipeline):
-        return {"class_labels": [] if labels is None else labels.tolist(), "guidance_scale": 1.0}
-    return {"batch_size": 2} | ({} if labels is None else {"class_labels": labels.tolist()})
 
 
 def _ours(denoiser: Denoiser, scheduler: Any, x: Tensor, labels: Tensor | None) -> Tensor:

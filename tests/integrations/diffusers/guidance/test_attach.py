@@ -277,7 +277,7 @@ def pix2pix(pipe):
 
 
 BAD = [
-    (lambda pipe: attach(pix2pix(pipe)), "InstructPix2PixPipeline is not known here, expected StableDiffusion, XL or 3"),
+    (lambda pipe: attach(pix2pix(pipe)), "InstructPix2PixPipeline is in no record of a model family"),
     (again, "has guidance of ours already: detach it first"),
     (unguided, "call it with guidance_scale above 1"),
     (lambda pipe: attach(pipe, CFGPlusPlus(0.6), Heun()), "breaks x = α x_0 .* use DDIM"),

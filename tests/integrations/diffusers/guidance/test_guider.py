@@ -216,7 +216,7 @@ def retrieved(vae, image, generator):
 
 
 BAD = [
-    (lambda: attach(xl(), CFG(3.0)), r"takes a guider: pipe.update_components\(guider=DiffcoreGuider.of\(CFG"),
+    (lambda: attach(xl(), CFG(3.0)), r"accepts a guider: pipe.update_components\(guider=DiffcoreGuider.of\(CFG"),
     (lambda: DiffcoreGuider(CFGPlusPlus(0.6), process()), "depends on the sampler's steps, which a guider is not told: use"),
     (lambda: DiffcoreGuider(LinearAG(CFG(3.0), ((), (0.0, 1.0))), process()), "depends on the sampler's steps"),
     (lambda: DiffcoreGuider(GFCG(lambda x, level: x), process()), "reads class labels"),

@@ -161,7 +161,7 @@ def test_dit_with_a_vae_gives_the_images_of_its_pipeline(dit_pipe):
 
 def test_a_class_conditional_unet_is_asked_for_its_null_label():
     network, scheduler = unet(num_class_embeds=5), diffusers.DDPMScheduler()
-    with pytest.raises(ValueError, match=r"embeds 5 labels, .* pass classes=4 and the dropout"):
+    with pytest.raises(ValueError, match=r"embeds 5 labels, .* Pass classes=4 and the dropout"):
         from_diffusers(network, scheduler)
     denoiser = from_diffusers(network, scheduler, classes=4, dropout=0.1)
     arguments = {"seeds": [0, 1], "condition": [0, 3], "batch_size": 2}

@@ -277,13 +277,13 @@ REFUSED = {
     "one string": (lambda p: encode(p, "a cat"), r"expected a list of texts, such as \['a cat'\]"),
     "no encoder": (lambda p: encode(without(p, *CLIPS), TEXTS), "has no text_encoder and no text_encoder_2: load"),
     "no tokenizer": (lambda p: encode(without(p, "tokenizer_2"), TEXTS), "has no tokenizer_2: load it, or pass Prompts"),
-    "refiner": (lambda p: encode(refiner(p), TEXTS), "is a refiner, told an aesthetic score beside the prompt"),
+    "refiner": (lambda p: encode(refiner(p), TEXTS), "is a refiner, conditioned on an aesthetic score"),
     "network alone": (lambda p: from_diffusers(p.unet, ddim(), prompts=TEXTS), "which a network alone cannot encode"),
     "two negatives": (lambda p: from_diffusers(p, prompts=encode(p, TEXTS), negative="x"), "negative was given beside Prompts"),
     "no text": (lambda p: from_diffusers(unet(), ddim(), prompts=TEXTS), "UNet2DModel is told no text: leave prompts"),
-    "inpainting": (lambda p: from_diffusers(*other_text(in_channels=9)), "takes 9 channels and answers 4"),
-    "images": (lambda p: from_diffusers(*other_text(addition_embed_type="image", encoder_hid_dim=4)), "has addition_embed"),
-    "LCM": (lambda p: from_diffusers(*other_text(time_cond_proj_dim=8)), "is told a strength of guidance beside its level"),
+    "inpainting": (lambda p: from_diffusers(*other_text(in_channels=9)), "has 9 input and 4 output channels"),
+    "images": (lambda p: from_diffusers(*other_text(addition_embed_type="image", encoder_hid_dim=4)), "addition_embed_type"),
+    "LCM": (lambda p: from_diffusers(*other_text(time_cond_proj_dim=8)), "takes the guidance scale as an input"),
     "a flow's": (lambda p: from_diffusers(told.flux(ddim()), prompts=TEXTS), "is a flow's, but its DDIMScheduler says eps"),
 }  # fmt: skip
 

@@ -192,18 +192,18 @@ REFUSED = [
     (made, (process(Flow(), "flow_prediction"),), "train with variable blend"),
     (made, (process(Cosine(), "flow_prediction", BLEND),), "keeps x of the flow"),
     (made, (process(Truncated(Flow(), -8.0, 8.0), "flow_prediction", BLEND),), "begins at pure noise"),
-    (made, (process(Flow(), "flow_prediction", BLEND, **LABELS),), "takes no scheduler of a flow"),
+    (made, (process(Flow(), "flow_prediction", BLEND, **LABELS),), "accepts no flow scheduler"),
     (made, (process(Normal(2.4, 2.4), "edm", TimeConditioning("logsnr", 0.5)), DDIM(), Karras()), "ln"),
     (made, (process(Normal(2.4, 2.4), "edm", replace(C_NOISE, clamp=20.0)),), "two finite σ/α, and .* sample by Karras"),
-    (made, (process(Cosine(), "v_prediction", low=0.0),), r"range \[-1, 1\], and these are of \[0, 1\]"),
-    (made, (process(Cosine(), "v_prediction", shape=(3, 16, 16)),), "sample_size, 8, and these are of shape"),
+    (made, (process(Cosine(), "v_prediction", low=0.0),), r"in \[-1, 1\], and the range of these is \[0, 1\]"),
+    (made, (process(Cosine(), "v_prediction", shape=(3, 16, 16)),), "sample_size, 8, and the shape of these is"),
     (lambda p: made(p, network=dit()), (process(LDM, "epsilon", **LATENT),), "has none: export a DiffcorePipeline"),
     (lambda p: made(p, network=dit(num_embeds_ada_norm=4), vae=vae()),
-     (process(LDM, "epsilon", **LATENT | {"classes": 4}),), "null label is 1000, and this network has 4 classes"),
+     (process(LDM, "epsilon", **LATENT | {"classes": 4}),), "null label of DiTPipeline is 1000, and this network has 4"),
     (lambda p: made(p, network=dit(out_channels=4), vae=vae()),
-     (process(Flow(), "flow_prediction", BLEND, **LATENT),), "DiTPipeline takes no FlowMatchEuler"),
+     (process(Flow(), "flow_prediction", BLEND, **LATENT),), "DiTPipeline accepts no FlowMatchEuler"),
     (lambda p: made(p, network=unet(in_channels=4, out_channels=4), vae=vae()),
-     (process(LDM, "epsilon", **LATENT | {"classes": 0, "dropout": 0.0}),), "decodes what a UNet2DModel makes"),
+     (process(LDM, "epsilon", **LATENT | {"classes": 0, "dropout": 0.0}),), "decodes the samples of a UNet2DModel"),
 ]  # fmt: skip
 
 
@@ -217,7 +217,7 @@ def test_what_no_stock_pipeline_expresses_is_refused_with_the_reason(make, argum
 
 
 def test_other_networks_have_no_stock_pipeline():
-    with pytest.raises(ValueError, match="asks a Linear alone: export a DiffcorePipeline"):
+    with pytest.raises(ValueError, match="samples a Linear alone: export a DiffcorePipeline"):
         pipeline_of(nn.Linear(1, 1), process(Cosine(), "v_prediction"), None, None)
 
 

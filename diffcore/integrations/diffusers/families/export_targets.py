@@ -1,0 +1,130 @@
+"""Pipelines of diffusers that sample a trained network without diffcore, for the families that have one.
+
+diffusers' own pipelines of a UNet2DModel:
+
+    DDIMPipeline, DDPMPipeline    no class labels
+    ConsistencyModelPipeline      class labels, and a network input that the scheduler scales (EDM);
+                                  it accepts any scheduler with `scale_model_input`
+
+DiTPipeline samples a DiTTransformer2DModel of 1000 classes on the latents of a VAE.
+"""
+
+from typing import Any
+
+import diffusers
+from torch import nn
+
+from diffcore.core.process import Process
+from diffcore.integrations.diffusers.families.class_labels import DIT_NULL_LABEL
+
+__all__ = ["ALTERNATIVE", "batch_call", "dit_call", "dit_pipeline", "unet_pipeline"]
+
+ALTERNATIVE = "export a DiffcorePipeline (--format diffcore)"
+"""The remedy where no pipeline of diffusers expresses a process."""
+
+
+def unet_pipeline(
+    network: nn.Module, process: Process, scheduler: Any, vae: nn.Module | None
+) -> Any:
+    """The pipeline of diffusers for a UNet2DModel.
+
+    Args:
+        network: a UNet2DModel.
+        process: the process that the network was trained on.
+        scheduler: scheduler of diffusers that expresses the process.
+        vae: None; no pipeline of diffusers decodes the samples of a UNet2DModel.
+
+    Returns:
+        A DDIMPipeline, DDPMPipeline or ConsistencyModelPipeline.
+
+    Raises:
+        ValueError: none of them expresses the process; the message has the reason.
+    """
+    if vae is not None:
+        raise ValueError(
+            f"no pipeline of diffusers decodes the samples of a UNet2DModel: {ALTERNATIVE}"
+        )
+    if (process.low, process.high) != (-1, 1):
+        raise ValueError(
+            f"pipelines of diffusers expect images in [-1, 1], and the range of these is "
+            f"[{process.low:g}, {process.high:g}]: {ALTERNATIVE}"
+        )
+    is_scaled = isinstance(scheduler, diffusers.EDMEulerScheduler)
+    _check_shape(network, process, is_square=is_scaled or process.classes > 0)
+    if process.classes and isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
+        raise ValueError(
+            f"only ConsistencyModelPipeline passes labels to a UNet2DModel, and it accepts no "
+            f"flow scheduler: {ALTERNATIVE}"
+        )
+    if process.classes or is_scaled:
+        return diffusers.ConsistencyModelPipeline(network, scheduler)  # type: ignore[no-untyped-call]
+    is_deterministic = isinstance(scheduler, diffusers.DDIMScheduler)
+    pipeline = diffusers.DDIMPipeline if is_deterministic else diffusers.DDPMPipeline
+    return pipeline(network, scheduler)
+
+
+def dit_pipeline(
+    network: nn.Module, process: Process, scheduler: Any, vae: nn.Module | None
+) -> Any:
+    """DiTPipeline for a DiTTransformer2DModel.
+
+    Args:
+        network: a DiTTransformer2DModel of 1000 classes.
+        process: the process that the network was trained on.
+        scheduler: DDIMScheduler or DDPMScheduler that expresses the process.
+        vae: the VAE whose latents the network denoises.
+
+    Returns:
+        The DiTPipeline.
+
+    Raises:
+        ValueError: it does not express the process; the message has the reason.
+    """
+    if vae is None:
+        raise ValueError(
+            f"DiTPipeline decodes latents by a VAE, and this network has none: {ALTERNATIVE}"
+        )
+    if process.classes != DIT_NULL_LABEL:
+        raise ValueError(
+            f"the null label of DiTPipeline is {DIT_NULL_LABEL}, and this network has "
+            f"{process.classes} classes: {ALTERNATIVE}"
+        )
+    if not isinstance(scheduler, (diffusers.DDIMScheduler, diffusers.DDPMScheduler)):
+        raise ValueError(
+            f"DiTPipeline accepts no {type(scheduler).__name__}, which this process needs: "
+            f"{ALTERNATIVE}"
+        )
+    _check_shape(network, process, is_square=True)
+    return diffusers.DiTPipeline(network, vae, scheduler)  # type: ignore[no-untyped-call]
+
+
+def batch_call(count: int, labels: list[int] | None) -> dict[str, Any]:
+    """Arguments of a call of a UNet2DModel's pipeline.
+
+    Args:
+        count: number of samples.
+        labels: class label of each sample, or None.
+    """
+    return {"batch_size": count} | ({} if labels is None else {"class_labels": labels})
+
+
+def dit_call(count: int, labels: list[int] | None) -> dict[str, Any]:
+    """Arguments of a call of DiTPipeline without guidance.
+
+    Args:
+        count: number of samples; DiTPipeline takes it from the labels.
+        labels: class label of each sample.
+    """
+    return {"class_labels": labels or [], "guidance_scale": 1.0}
+
+
+def _check_shape(network: Any, process: Process, is_square: bool) -> None:
+    size = network.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size or (0, 0)
+    if process.shape != (network.config.in_channels, height, width) or (
+        is_square and not isinstance(size, int)
+    ):
+        raise ValueError(
+            f"a pipeline of diffusers draws samples of the network's sample_size, {size}, and the "
+            f"shape of these is {process.shape}: {ALTERNATIVE}"
+        )

@@ -1,0 +1,225 @@
+"""The record of a diffusers model family: the facts and functions that differ between families."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from diffcore.core.prediction import PredictionType
+from diffcore.core.process import Process
+
+__all__ = [
+    "ClassCondition",
+    "Config",
+    "ExportTarget",
+    "GuidanceBatching",
+    "ModelFamily",
+    "TextCondition",
+    "network_config",
+]
+
+Config = Mapping[str, Any]
+GuidanceBatching = Literal["negative first", "condition first", "separate calls"]
+"""How a pipeline evaluates the network for classifier-free guidance: one call on 2B samples, whose
+first B are the negative or the conditional ones, or two calls on B samples, the conditional first."""
+
+
+@dataclass(frozen=True)
+class TextCondition:
+    """How a family encodes a prompt into keyword arguments of its network.
+
+    Args:
+        encode: function (pipeline, text, is_null) -> arguments of the network's forward, each of
+            shape (1, ...). A dot in a name leads into a dictionary ("added_cond_kwargs.time_ids").
+            `is_null` is True for the negative prompt, which a family may encode in another way.
+        shared_arguments: function (network, size, guidance_scale) -> arguments that are equal for
+            all prompts, without the batch dimension. `size` is (height, width) in pixels,
+            `guidance_scale` the scale that a guidance-distilled network takes as an input.
+        optional_encoders: text encoders of the pipeline that may be missing.
+        unsupported_config: keys of the network's config that must be absent or None, each with the
+            reason why a network that has it is refused.
+    """
+
+    encode: Callable[[Any, str, bool], dict[str, Tensor]]
+    shared_arguments: Callable[[nn.Module, tuple[int, int], float], dict[str, Tensor]]
+    optional_encoders: tuple[str, ...] = ()
+    unsupported_config: Mapping[str, str] = field(default_factory=dict)
+
+    def check(self, network: nn.Module) -> None:
+        """Check that text is all that conditions the network.
+
+        Args:
+            network: a network of the family.
+
+        Raises:
+            ValueError: the config has another condition, or image channels beside x.
+        """
+        config = network_config(network)
+        for key, reason in self.unsupported_config.items():
+            if config.get(key):
+                raise _unsupported(network, f"has {key} {config[key]!r}: {reason}")
+        inputs = config["in_channels"]
+        outputs = config.get("out_channels") or inputs
+        if outputs not in (inputs, 2 * inputs):
+            raise _unsupported(
+                network,
+                f"has {inputs} input and {outputs} output channels: "
+                f"it is conditioned on an image beside x",
+            )
+
+
+@dataclass(frozen=True)
+class ClassCondition:
+    """How a family's network is conditioned on class labels.
+
+    Args:
+        class_count: function (config, given fields of the Process) -> number of classes, or None
+            if the network's config does not determine it. It raises ValueError if it is neither
+            determined nor given.
+        null_label: label that the family's pipeline uses for "no class"; None: it has no pipeline
+            with guidance.
+    """
+
+    class_count: Callable[[Config, Config], int | None]
+    null_label: int | None = None
+
+
+@dataclass(frozen=True)
+class ExportTarget:
+    """A pipeline of diffusers that samples the family's network without diffcore.
+
+    Args:
+        build: function (network, process, scheduler, vae) -> the pipeline. It raises ValueError
+            with the reason if no pipeline of diffusers expresses the process.
+        call_arguments: function (number of samples, class labels or None) -> keyword
+            arguments of a call without guidance.
+    """
+
+    build: Callable[[nn.Module, Process, Any, nn.Module | None], Any]
+    call_arguments: Callable[[int, list[int] | None], dict[str, Any]]
+
+
+def _no_wrapper(network: nn.Module) -> nn.Module:
+    return network
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """What diffcore knows about one model family of diffusers.
+
+    Numbers that differ between the networks of one family are given as the key of the network's
+    config that holds them.
+
+    Args:
+        name: name in messages and documents.
+        network: name of the network's class; subclasses belong to the family too.
+        pipelines: names of the pipeline classes whose guidance `attach` replaces.
+        config: values of the network's config that select this record among those of one class.
+        guidance_batching: how these pipelines evaluate the network for guidance.
+        guidance_argument: argument of the pipeline's call that is the scale of classifier-free
+            guidance.
+        condition: what the network is conditioned on beside the noise level; None: nothing.
+        dropout: share of training samples without condition that is assumed where the config does
+            not determine it; 0 for networks that were distilled from a guided one.
+        prediction: the one prediction type of the networks; None: the scheduler's config decides.
+        time_factor: factor between the scheduler's timestep and the network's time input. A
+            config key that is absent means 1.
+        patch_size: width of the patch of x that is one token, from which a pipeline computes the
+            token count of dynamic shifting; None, or an absent config key: no tokens.
+        sample_shape: function (config) -> shape (C, H, W) of one x_0, or None if the config does
+            not determine it; None: `in_channels` and `sample_size` of the config.
+        wrap: function (network) -> module with forward (x, timestep, **condition) -> output of
+            the shape of x, or with a variance in channels C to 2C. Default: the network itself.
+        export_target: how a trained network is exported to a pipeline that needs no diffcore;
+            None: it is not.
+
+    Example:
+        >>> family = ModelFamily("Toy", "ToyTransformer", ("ToyPipeline",), patch_size=2)
+        >>> family.has_text
+        False
+    """
+
+    name: str
+    network: str
+    pipelines: tuple[str, ...] = ()
+    config: Config = field(default_factory=dict)
+    guidance_batching: GuidanceBatching = "negative first"
+    guidance_argument: str = "guidance_scale"
+    condition: TextCondition | ClassCondition | None = None
+    dropout: float = 0.1
+    prediction: PredictionType | None = None
+    time_factor: float | str = 1.0
+    patch_size: int | str | None = None
+    sample_shape: Callable[[Config], tuple[int, ...] | None] | None = None
+    wrap: Callable[[nn.Module], nn.Module] = _no_wrapper
+    export_target: ExportTarget | None = None
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the networks are conditioned on text."""
+        return isinstance(self.condition, TextCondition)
+
+    @property
+    def null_label(self) -> int | None:
+        """Label for "no class" in the family's pipelines, or None."""
+        return self.condition.null_label if isinstance(self.condition, ClassCondition) else None
+
+    def is_text_conditioned(self, network: nn.Module) -> bool:
+        """Whether a network of the family is conditioned on text.
+
+        Args:
+            network: a network of the family.
+
+        Returns:
+            True for text, False for class labels or no condition.
+
+        Raises:
+            ValueError: text is not its only condition.
+        """
+        if isinstance(self.condition, TextCondition):
+            self.condition.check(network)
+        return self.has_text
+
+    def shape(self, network: nn.Module) -> tuple[int, ...] | None:
+        """Shape (C, H, W) of one x_0, or None if the network's config does not determine it."""
+        config = network_config(network)
+        if self.sample_shape is not None:
+            return self.sample_shape(config)
+        channels, size = config.get("in_channels"), config.get("sample_size")
+        if channels is None or size is None:
+            return None
+        return (channels, *((size, size) if isinstance(size, int) else size))
+
+    def token_count(self, network: nn.Module, shape: tuple[int, ...]) -> int | None:
+        """Number of tokens of x, or None if the network is not a transformer.
+
+        Args:
+            network: a network of the family.
+            shape: shape (C, H, W) of x.
+
+        Returns:
+            The number from which the family's pipeline computes the shift μ.
+        """
+        patch = self.patch_size
+        patch = network_config(network).get(patch) if isinstance(patch, str) else patch
+        return (shape[-2] // patch) * (shape[-1] // patch) if patch else None
+
+    def time_scale(self, network: nn.Module) -> float:
+        """The number that a pipeline multiplies a timestep by before the network receives it."""
+        factor = self.time_factor
+        return float(
+            network_config(network).get(factor, 1.0) if isinstance(factor, str) else factor
+        )
+
+
+def network_config(network: Any) -> Any:
+    """A network's config, a mapping; empty if it has none."""
+    return getattr(network, "config", None) or {}
+
+
+def _unsupported(network: nn.Module, reason: str) -> ValueError:
+    return ValueError(
+        f"{type(network).__name__} {reason}. Guide it in its pipeline "
+        f"(attach, or a DiffcoreScheduler)"
+    )

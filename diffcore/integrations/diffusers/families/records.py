@@ -1,0 +1,266 @@
+"""The model families of diffusers that diffcore knows: one record each.
+
+A new family is one record in `FAMILIES` (CONTRIBUTING.md, "Supporting a new diffusers family"), or
+`register_family(record)` in the code of a user.
+"""
+
+from typing import Any
+
+from torch import nn
+
+from diffcore.integrations.diffusers.families.class_labels import (
+    DIT_NULL_LABEL,
+    check_label_embedding,
+    dit_class_count,
+)
+from diffcore.integrations.diffusers.families.export_targets import (
+    batch_call,
+    dit_call,
+    dit_pipeline,
+    unet_pipeline,
+)
+from diffcore.integrations.diffusers.families.family import (
+    ClassCondition,
+    ExportTarget,
+    ModelFamily,
+    TextCondition,
+    network_config,
+)
+from diffcore.integrations.diffusers.families.packing import PackedTransformer, packed_shape
+from diffcore.integrations.diffusers.families.text_arguments import (
+    flux_text,
+    guidance_argument,
+    masked_text,
+    no_arguments,
+    size_arguments,
+    stable_diffusion_3_text,
+    stable_diffusion_text,
+    stable_diffusion_xl_text,
+    stable_diffusion_xl_time_ids,
+)
+
+__all__ = [
+    "FAMILIES",
+    "GENERIC",
+    "family_of",
+    "family_of_class",
+    "family_of_pipeline",
+    "register_family",
+]
+
+_UNET_CONDITIONS = {
+    "encoder_hid_dim_type": "its text states are projected together with another condition",
+    "class_embed_type": "it is conditioned on an embedding beside the text",
+    "time_cond_proj_dim": "it takes the guidance scale as an input beside the noise level",
+}
+"""Conditions of a UNet2DConditionModel that text alone does not provide."""
+
+FAMILIES = [
+    ModelFamily(
+        "UNet2DModel",
+        network="UNet2DModel",
+        condition=ClassCondition(check_label_embedding),
+        export_target=ExportTarget(unet_pipeline, batch_call),
+    ),
+    ModelFamily(
+        "DiT",
+        network="DiTTransformer2DModel",
+        pipelines=("DiTPipeline",),
+        guidance_batching="condition first",
+        condition=ClassCondition(dit_class_count, null_label=DIT_NULL_LABEL),
+        patch_size="patch_size",
+        export_target=ExportTarget(dit_pipeline, dit_call),
+    ),
+    ModelFamily(
+        "Stable Diffusion 1 and 2",
+        network="UNet2DConditionModel",
+        config={"addition_embed_type": None},
+        pipelines=(
+            "StableDiffusionPipeline",
+            "StableDiffusionImg2ImgPipeline",
+            "StableDiffusionInpaintPipeline",
+            "StableDiffusionAdapterPipeline",
+            "StableDiffusionControlNetPipeline",
+            "StableDiffusionControlNetImg2ImgPipeline",
+            "StableDiffusionControlNetInpaintPipeline",
+        ),
+        condition=TextCondition(
+            stable_diffusion_text, no_arguments, unsupported_config=_UNET_CONDITIONS
+        ),
+    ),
+    ModelFamily(
+        "Stable Diffusion XL",
+        network="UNet2DConditionModel",
+        config={"addition_embed_type": "text_time"},
+        pipelines=(
+            "StableDiffusionXLPipeline",
+            "StableDiffusionXLImg2ImgPipeline",
+            "StableDiffusionXLInpaintPipeline",
+            "StableDiffusionXLAdapterPipeline",
+            "StableDiffusionXLControlNetPipeline",
+            "StableDiffusionXLControlNetImg2ImgPipeline",
+            "StableDiffusionXLControlNetInpaintPipeline",
+            "StableDiffusionXLControlNetUnionPipeline",
+            "StableDiffusionXLControlNetUnionImg2ImgPipeline",
+            "StableDiffusionXLControlNetUnionInpaintPipeline",
+        ),
+        condition=TextCondition(
+            stable_diffusion_xl_text,
+            stable_diffusion_xl_time_ids,
+            unsupported_config=_UNET_CONDITIONS,
+        ),
+    ),
+    ModelFamily(
+        "Stable Diffusion 3",
+        network="SD3Transformer2DModel",
+        pipelines=(
+            "StableDiffusion3Pipeline",
+            "StableDiffusion3Img2ImgPipeline",
+            "StableDiffusion3InpaintPipeline",
+            "StableDiffusion3ControlNetPipeline",
+            "StableDiffusion3ControlNetInpaintingPipeline",
+        ),
+        condition=TextCondition(
+            stable_diffusion_3_text, no_arguments, optional_encoders=("text_encoder_3",)
+        ),
+        prediction="flow_prediction",
+        patch_size="patch_size",
+    ),
+    ModelFamily(
+        "Flux",
+        network="FluxTransformer2DModel",
+        pipelines=(
+            "FluxPipeline",
+            "FluxImg2ImgPipeline",
+            "FluxInpaintPipeline",
+            "FluxControlNetPipeline",
+        ),
+        guidance_batching="separate calls",
+        guidance_argument="true_cfg_scale",
+        condition=TextCondition(flux_text, guidance_argument),
+        dropout=0.0,
+        prediction="flow_prediction",
+        time_factor=1 / 1000,
+        patch_size=2,
+        sample_shape=packed_shape,
+        wrap=PackedTransformer,
+    ),
+    ModelFamily(
+        "PixArt",
+        network="PixArtTransformer2DModel",
+        pipelines=("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
+        condition=TextCondition(masked_text, size_arguments),
+        patch_size="patch_size",
+    ),
+    ModelFamily(
+        "Sana",
+        network="SanaTransformer2DModel",
+        pipelines=("SanaPipeline", "SanaControlNetPipeline"),
+        condition=TextCondition(masked_text, no_arguments),
+        prediction="flow_prediction",
+        time_factor="timestep_scale",
+        patch_size="patch_size",
+    ),
+]
+"""Every known family. Records of one network class differ in `config`."""
+
+GENERIC = ModelFamily(
+    "generic", network="Module", time_factor="timestep_scale", patch_size="patch_size"
+)
+"""Any network that is called as network(x, timestep), or with class_labels beside them: the record of
+a network whose class has none, unless its config has a text condition."""
+
+_TEXT_CONFIG = ("encoder_hid_dim", "cross_attention_dim", "joint_attention_dim")
+
+
+def register_family(family: ModelFamily) -> None:
+    """Add a family at run time, for a network that diffcore has no record of.
+
+    Args:
+        family: the record.
+
+    Raises:
+        ValueError: a family has this name already.
+    """
+    if family.name in (known.name for known in FAMILIES):
+        raise ValueError(f"a family named {family.name!r} is known already: give another name")
+    FAMILIES.append(family)
+
+
+def family_of(network: nn.Module) -> ModelFamily:
+    """The record of a network's family.
+
+    Args:
+        network: a network of diffusers, or any module.
+
+    Returns:
+        The record of its class, selected by its config; `GENERIC` for a class without a
+        record whose config has no text condition.
+
+    Raises:
+        ValueError: the network is conditioned in a way that no record describes.
+    """
+    config = network_config(network)
+    candidates = _by_network([cls.__name__ for cls in type(network).__mro__])
+    for family in candidates:
+        if all(config.get(key) == value for key, value in family.config.items()):
+            return family
+    if candidates:
+        keys = sorted({key for family in candidates for key in family.config})
+        given = ", ".join(f"{key} {config.get(key)!r}" for key in keys)
+        raise _unknown(f"{type(network).__name__} with {given}")
+    if condition := [key for key in _TEXT_CONFIG if config.get(key)]:
+        raise _unknown(f"{type(network).__name__}, conditioned by {condition[0]}")
+    return GENERIC
+
+
+def family_of_class(name: str) -> ModelFamily | None:
+    """The first record of a network class, or None.
+
+    Args:
+        name: name of the class, such as "UNet2DConditionModel".
+    """
+    return next(iter(_by_network([name])), None)
+
+
+def family_of_pipeline(pipeline: Any) -> ModelFamily:
+    """The record of the family whose guidance `attach` replaces in a pipeline.
+
+    Args:
+        pipeline: a pipeline of diffusers.
+
+    Returns:
+        The record that names the pipeline's class, or one of its base classes.
+
+    Raises:
+        ValueError: no record names it.
+    """
+    names = [cls.__name__ for cls in type(pipeline).__mro__]
+    for name in names:
+        for family in FAMILIES:
+            if name in family.pipelines:
+                return family
+    known = ", ".join(family.name for family in FAMILIES if family.pipelines)
+    raise ValueError(
+        f"{names[0]} is in no record of a model family, expected a pipeline of {known} "
+        f"(diffcore.integrations.diffusers.families.FAMILIES lists their classes). Give it a "
+        f"DiffcoreScheduler, which any pipeline accepts, and use its own guidance scale; or add a "
+        f"record (CONTRIBUTING.md, 'Supporting a new diffusers family')"
+    )
+
+
+def _by_network(names: list[str]) -> list[ModelFamily]:
+    """The records of the first of these classes that has one."""
+    for name in names:
+        if records := [family for family in FAMILIES if family.network == name]:
+            return records
+    return []
+
+
+def _unknown(network: str) -> ValueError:
+    known = ", ".join(dict.fromkeys(family.network for family in FAMILIES))
+    return ValueError(
+        f"no record of a model family describes a {network}; known are {known}. Guide it in its "
+        f"pipeline (a DiffcoreScheduler, or a DiffcoreGuider), or add a record (CONTRIBUTING.md, "
+        f"'Supporting a new diffusers family')"
+    )
