@@ -14,8 +14,8 @@ from torch import nn
 
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.process import Process
+from diffcore.io.parser import ComponentParser
 from diffcore.io.safetensors import read_weights
-from diffcore.io.specs import Parser
 
 Optimizer = Callable[
     [Iterable[nn.Parameter], float], torch.optim.Optimizer
@@ -88,7 +88,7 @@ class Run:
 
     def network(self) -> nn.Module:
         """A network of this run's architecture, with new weights."""
-        parser = Parser(exit_on_error=False)
+        parser = ComponentParser(exit_on_error=False)
         parser.add_argument("--network", type=Network)
         network: Network = parser.instantiate(
             parser.parse_object({"network": self.settings()["network"]})

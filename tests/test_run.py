@@ -34,7 +34,7 @@ def test_a_new_network_has_the_runs_architecture_and_new_weights(run):
     assert not torch.equal(new["conv_in.weight"], old["conv_in.weight"])
 
 
-# process.json of a list or null is a TypeError in spec.build, which names no file.
+# process.json of a list or null is a TypeError in from_spec, which names no file.
 @pytest.mark.parametrize("name", ["process.json", "config.yaml", "ema.safetensors"])
 @pytest.mark.parametrize("content", [None, "", "{", "[1, 2]", "null"])
 def test_a_file_that_is_missing_or_something_else_is_named(run, name, content):

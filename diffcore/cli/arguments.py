@@ -8,7 +8,7 @@ from typing import Any
 
 from jsonargparse.typing import register_type
 
-from diffcore.io.specs import Parser, trust
+from diffcore.io.parser import ComponentParser, trust
 
 DEFAULTS = ("sampler", "grid", "sample_steps", "guidance")
 """What a run or a pipeline has of its own, and a command may replace."""
@@ -76,7 +76,7 @@ def trusted(argv: Sequence[str]) -> list[str]:
     return rest
 
 
-def default_to(parser: Parser, own: dict[str, Any], argv: Sequence[str]) -> None:
+def default_to(parser: ComponentParser, own: dict[str, Any], argv: Sequence[str]) -> None:
     """Make the run's own sampler, grid, steps and guidance the defaults, each unless another class is named in its place."""
     chosen = {
         name: own[name] for name in DEFAULTS if name in own and not _replaced(name, own[name], argv)

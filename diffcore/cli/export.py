@@ -11,8 +11,8 @@ import torch
 from diffcore.cli.arguments import default_to, normalized, trusted
 from diffcore.cli.source import Wanted, is_pipeline, settings, source
 from diffcore.guidance import CFG, Guidance
-from diffcore.io.safetensors import replace_folder
-from diffcore.io.specs import Parser
+from diffcore.io.files import write_folder
+from diffcore.io.parser import ComponentParser
 from diffcore.samplers import DDIM, DDPM, Sampler
 from diffcore.sampling.generation import GRID, SAMPLER
 from diffcore.schedules import Grid
@@ -53,7 +53,7 @@ class Request:
 
 def main(argv: Sequence[str]) -> None:
     """Write the run that the first argument names."""
-    parser = Parser(
+    parser = ComponentParser(
         prog="diffcore export",
         usage="diffcore export RUN --out FOLDER [--option value ...]",
         description="Write the averaged network of the run in folder RUN as a pipeline of diffusers. Sampler, grid, steps "
@@ -82,7 +82,7 @@ def _export(folder: Path, request: Request) -> None:
     pipe = _opened(_from(folder), request)
     request.out.parent.mkdir(parents=True, exist_ok=True)
     if request.format == "diffcore":
-        replace_folder(request.out, pipe.save_pretrained)
+        write_folder(request.out, pipe.save_pretrained)
         print(
             f"{folder} -> {request.out}: a DiffcorePipeline, which diffusers loads where diffcore is installed"
         )
@@ -99,7 +99,7 @@ def _export(folder: Path, request: Request) -> None:
             shutil.rmtree(place)
             raise
 
-    replace_folder(request.out, write)
+    write_folder(request.out, write)
     steps = steps_of(stock.scheduler, request.steps)
     print(
         f"{folder} -> {request.out}: a {type(stock).__name__} with a {type(stock.scheduler).__name__}, which diffusers loads "

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from diffcore import schedules
-from diffcore.io.specs import spec
+from diffcore.io.specs import to_spec
 
 READERS = {"network": "Pretrained", "data": "Encoded"}
 """The components that read a pipeline."""
@@ -55,7 +55,7 @@ def completed(settings: dict[str, Any], folder: str) -> dict[str, Any]:
     """
     from diffcore.integrations.diffusers.loading.index import Index
 
-    own = {name: spec(value) for name, value in Index(Path(folder)).process.items()}
+    own = {name: to_spec(value) for name, value in Index(Path(folder)).process.items()}
     process = own | _options(settings.get("process"), "process")
     process["schedule"] = _around(process["schedule"], own["schedule"])
     parts = {

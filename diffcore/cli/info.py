@@ -6,14 +6,14 @@ from pathlib import Path
 from diffcore import __version__
 from diffcore.cli.arguments import normalized, trusted
 from diffcore.core.process import Process
-from diffcore.io.specs import Parser
+from diffcore.io.parser import ComponentParser
 from diffcore.run import Run
 from diffcore.training.reporting import Metrics
 
 
 def main(argv: Sequence[str]) -> None:
     """Print a run's facts, or the machine's."""
-    parser = Parser(
+    parser = ComponentParser(
         prog="diffcore info",
         description="Describe the run in folder RUN; without one, this machine.",
     )

@@ -13,7 +13,8 @@ from diffcore.cli.figures import figure, save, styles
 from diffcore.cli.train import resolved
 from diffcore.core.prediction import PredictionType
 from diffcore.core.process import Process
-from diffcore.io.specs import Parser, build
+from diffcore.io.parser import ComponentParser
+from diffcore.io.specs import from_spec
 from diffcore.objectives.objective import Objective
 from diffcore.objectives.weighting import Weight
 from diffcore.schedules import Schedule
@@ -107,8 +108,8 @@ def _weights(argv: Sequence[str]) -> None:
     )
 
 
-def _parser(what: str, description: str) -> Parser:
-    parser = Parser(prog=f"diffcore plot {what}", description=description)
+def _parser(what: str, description: str) -> ComponentParser:
+    parser = ComponentParser(prog=f"diffcore plot {what}", description=description)
     parser.add_argument(
         "--out", type=Path, default=Path(f"{what}.png"), help="a .png, .svg or .pdf"
     )
@@ -129,12 +130,12 @@ def _training(name: str) -> Training:
     """
     settings: Mapping[str, Any] = yaml.safe_load(Path(resolved(name)).read_text())
     try:
-        process = build(Process, settings.get("process") or {})
+        process = from_spec(Process, settings.get("process") or {})
     except ValueError as error:
         raise ValueError(
             f"{name} does not say its whole process ({error}): where a pipeline does, give the run's config.yaml"
         ) from None
-    return Training(Path(name).stem, process, build(Objective, settings.get("objective") or {}))
+    return Training(Path(name).stem, process, from_spec(Objective, settings.get("objective") or {}))
 
 
 def effective(training: Training, on: PredictionType, logsnr: Tensor) -> Tensor:

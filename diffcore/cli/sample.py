@@ -14,8 +14,8 @@ from diffcore.cli.arguments import Ints, default_to, gathered, normalized, trust
 from diffcore.cli.source import Source, Wanted, settings, source
 from diffcore.core.process import Process
 from diffcore.guidance import CFG, Guidance, loaded
+from diffcore.io.parser import ComponentParser
 from diffcore.io.safetensors import write_weights
-from diffcore.io.specs import Parser
 from diffcore.samplers import Sampler
 from diffcore.sampling import images
 from diffcore.sampling.generation import GRID, SAMPLER, sample
@@ -140,7 +140,7 @@ class Request:
 
 def main(argv: Sequence[str]) -> None:
     """Sample the run or the pipeline that the first argument names."""
-    parser = Parser(
+    parser = ComponentParser(
         prog="diffcore sample",
         usage="diffcore sample RUN [--option value ...]",
         description="Sample the run in folder RUN, or the diffusers pipeline saved there. Sampler, grid, steps and guidance "

@@ -8,7 +8,7 @@ import yaml
 
 from diffcore.cli.arguments import normalized, trusted
 from diffcore.cli.finetune import filled
-from diffcore.io.specs import Parser
+from diffcore.io.parser import ComponentParser
 from diffcore.training.trainer import Trainer
 
 RECIPES = files("diffcore.recipes")
@@ -17,7 +17,7 @@ PIPELINE = "folder of a diffusers pipeline, which says what a file leaves open o
 
 def main(argv: Sequence[str]) -> None:
     """Train as the arguments say."""
-    parser = Parser(
+    parser = ComponentParser(
         prog="diffcore train",
         usage="diffcore train [RECIPE | FILE.yaml] [--option value ...]",
         description=f"Train a network. Recipes: {', '.join(recipes())}. Options override what the recipe or file says.",

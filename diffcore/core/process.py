@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from diffcore.core.prediction import PredictionType
-from diffcore.io.safetensors import replace
-from diffcore.io.specs import build, spec
+from diffcore.io.files import write_file
+from diffcore.io.specs import from_spec, to_spec
 from diffcore.schedules import Cosine, Level, Real, Schedule
 
 TimeVariable = Literal["index", "t", "blend", "logsnr", "sigma"]
@@ -180,7 +180,7 @@ class Process:
 
     def save(self, path: Path) -> None:
         """Write the record as JSON."""
-        replace(path, (json.dumps(spec(self), indent=2) + "\n").encode())
+        write_file(path, (json.dumps(to_spec(self), indent=2) + "\n").encode())
 
     @classmethod
     def load(cls, path: Path) -> "Process":
@@ -195,7 +195,7 @@ class Process:
             )
         try:
             data = json.loads(path.read_text())
-            process = build(cls, data)
+            process = from_spec(cls, data)
             missing = [f.name for f in fields(cls) if f.name not in data]
             if missing:
                 raise ValueError(

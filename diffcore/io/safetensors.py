@@ -1,10 +1,8 @@
-"""A file of weights: safetensors, written atomically, that carries its own SHA-256."""
+"""Safetensors files that are written atomically and carry the SHA-256 of their content."""
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,92 +10,65 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from diffcore.io.files import CorruptFileError, write_file
 
-class Corrupt(ValueError):
-    """A file that is not what was written."""
+__all__ = ["read_weights", "read_weights_and_metadata", "write_weights"]
+
+REMEDY = "resume the run to write it again, or copy it again"
 
 
-def write_weights(path: Path, tensors: Mapping[str, Tensor], **facts: int | str) -> None:
-    """One safetensors file, whole or not there, whose metadata holds the facts and its own hash."""
+def write_weights(path: Path, tensors: Mapping[str, Tensor], **metadata: int | str) -> None:
+    """Write a safetensors file atomically; equal tensors and metadata give equal bytes.
+
+    Args:
+        path: file to write or replace.
+        tensors: tensors by name.
+        **metadata: values that are stored beside the tensors, with the SHA-256 of both.
+    """
     contiguous = {name: value.contiguous() for name, value in tensors.items()}
-    # One metadata entry: safetensors writes several in no fixed order, and equal runs should give equal files.
-    metadata = {"diffcore": json.dumps({**facts, "sha256": _digest(contiguous, facts)})}
-    replace(path, save(contiguous, metadata))
+    content = {**metadata, "sha256": _hash(contiguous, metadata)}
+    # safetensors writes several metadata entries in no fixed order: one entry keeps the bytes reproducible.
+    write_file(path, save(contiguous, {"diffcore": json.dumps(content)}))
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file that `write_weights` wrote, verified.
+    """Read and verify the tensors of a file that `write_weights` wrote.
+
+    Args:
+        path: file to read.
+
+    Returns:
+        The tensors by name, on the CPU.
 
     Raises:
-        Corrupt: it is missing, truncated or changed.
+        CorruptFileError: the file is missing, truncated or changed.
     """
-    return read_with_facts(path)[0]
+    return read_weights_and_metadata(path)[0]
 
 
-def read_with_facts(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the facts of a file that `write_weights` wrote, verified.
+def read_weights_and_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read and verify the tensors and the metadata of a file that `write_weights` wrote.
+
+    Args:
+        path: file to read.
+
+    Returns:
+        The tensors by name, on the CPU, and the metadata without the hash.
 
     Raises:
-        Corrupt: it is missing, truncated or changed.
+        CorruptFileError: the file is missing, truncated or changed.
     """
     try:
         with safe_open(path, "pt") as file:
-            facts = dict(json.loads((file.metadata() or {})["diffcore"]))
+            metadata = dict(json.loads((file.metadata() or {})["diffcore"]))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise Corrupt(
-            f"{path} cannot be read ({error}): resume the run to write it again, or copy it again"
-        ) from None
-    if facts.pop("sha256", None) != _digest(tensors, facts):
-        raise Corrupt(
-            f"{path} is not what was written (its SHA-256 differs): resume the run to write it again, or copy it again"
-        )
-    return tensors, facts
+        raise CorruptFileError(f"{path} cannot be read ({error}): {REMEDY}") from None
+    if metadata.pop("sha256", None) != _hash(tensors, metadata):
+        raise CorruptFileError(f"{path} is not what was written (its SHA-256 differs): {REMEDY}")
+    return tensors, metadata
 
 
-def _digest(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
-    return hashlib.sha256(
-        save(dict(tensors)) + json.dumps(dict(facts), sort_keys=True).encode()
-    ).hexdigest()
-
-
-def hashed(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def replace(path: Path, data: bytes) -> None:
-    """Write a file that is whole or what it was."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    flush(temporary, data)
-    temporary.rename(path)
-    sync(path.parent)
-
-
-def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder that has its name only once it is whole, in place of an older one."""
-    for left in folder.parent.glob(f".{folder.name}.*"):  # by an interrupted write
-        if left.suffix[1:].isdigit():
-            shutil.rmtree(left)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    write(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-
-
-def flush(path: Path, data: bytes) -> None:
-    """Write a file through to the disk."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
+    content = save(dict(tensors)) + json.dumps(dict(metadata), sort_keys=True).encode()
+    return hashlib.sha256(content).hexdigest()

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from safetensors.torch import load, save
 from torch import Tensor
 
-from diffcore.io.safetensors import Corrupt, flush, sync
+from diffcore.io.files import CorruptFileError, sync_folder, write_and_sync
 
 MANIFEST = "manifest.json"
 
@@ -37,24 +37,24 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
     files = {}
     for file, tensors in checkpoint.tensors.items():
         data = save({key: value.contiguous() for key, value in tensors.items()})
-        flush(temporary / file, data)
+        write_and_sync(temporary / file, data)
         files[file] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     manifest = {"state": checkpoint.state, "files": files}
-    flush(
+    write_and_sync(
         temporary / MANIFEST,
         json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1).encode(),
     )
-    sync(temporary)
+    sync_folder(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
-    sync(folder.parent)
+    sync_folder(folder.parent)
 
 
 def read(folder: Path) -> Checkpoint:
     """The checkpoint in `folder`, every byte verified.
 
     Raises:
-        Corrupt: a file is missing, truncated or changed; the message names it.
+        CorruptFileError: a file is missing, truncated or changed; the message names it.
     """
     manifest = _manifest(folder)
     return Checkpoint(
@@ -68,7 +68,7 @@ def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
             return read(path)
-        except Corrupt as error:
+        except CorruptFileError as error:
             say(f"{error}; going back to the checkpoint before it")
     return None
 
@@ -101,20 +101,22 @@ def _manifest(folder: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(path.read_text())
         digest = manifest.pop("sha256")
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise Corrupt(f"{path} cannot be read ({type(error).__name__})") from None
+        raise CorruptFileError(f"{path} cannot be read ({type(error).__name__})") from None
     if digest != _digest(manifest):
-        raise Corrupt(f"{path} is not what was written (its SHA-256 differs)")
+        raise CorruptFileError(f"{path} is not what was written (its SHA-256 differs)")
     return manifest
 
 
 def _tensors(path: Path, expected: Mapping[str, Any]) -> dict[str, Tensor]:
     if not path.is_file():
-        raise Corrupt(f"{path} is missing")
+        raise CorruptFileError(f"{path} is missing")
     data = path.read_bytes()
     if len(data) != expected["bytes"]:
-        raise Corrupt(f"{path} is truncated or padded: {len(data)} bytes of {expected['bytes']}")
+        raise CorruptFileError(
+            f"{path} is truncated or padded: {len(data)} bytes of {expected['bytes']}"
+        )
     if hashlib.sha256(data).hexdigest() != expected["sha256"]:
-        raise Corrupt(f"{path} is not what was written (its SHA-256 differs)")
+        raise CorruptFileError(f"{path} is not what was written (its SHA-256 differs)")
     return load(data)
 
 

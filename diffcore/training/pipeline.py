@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from diffcore.core.denoiser import Denoiser
-from diffcore.io.safetensors import replace_folder
+from diffcore.io.files import write_folder
 
 if TYPE_CHECKING:
     from diffcore.training.trainer import Trainer
@@ -46,4 +46,4 @@ def _save_ours(trainer: "Trainer") -> None:
         denoiser = Denoiser(trainer.bare, trainer.process)
         ways = (trainer.sampler, trainer.grid, trainer.sample_steps, trainer.guidance)
         pipe = DiffcorePipeline.of(denoiser, *ways, vae=getattr(trainer.data, "vae", None))
-        replace_folder(trainer.run.pipeline, pipe.save_pretrained)
+        write_folder(trainer.run.pipeline, pipe.save_pretrained)

@@ -17,7 +17,8 @@ from diffcore.core.denoiser import Denoiser
 from diffcore.core.noise import Stream, derived
 from diffcore.core.process import Process
 from diffcore.guidance import CFG, Guidance
-from diffcore.io.safetensors import replace, write_weights
+from diffcore.io.files import write_file
+from diffcore.io.safetensors import write_weights
 from diffcore.objectives.objective import Objective, SampleKey
 from diffcore.run import Network, Optimizer, Run
 from diffcore.samplers import Sampler
@@ -318,7 +319,7 @@ class Trainer:
             checkpoint.set_aside(self.run.checkpoints, self.step)
             self.process.save(self.run.process)
             if self.config or not self.run.config.exists():
-                replace(self.run.config, self.config.encode())
+                write_file(self.run.config, self.config.encode())
             self.metrics.rewind(self.step)
         self.accelerator.wait_for_everyone()
         if self.trackers:

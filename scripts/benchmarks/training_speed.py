@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.noise import Noise
 from diffcore.guidance import CFG, Guidance, Interval
-from diffcore.io.specs import Parser
+from diffcore.io.parser import ComponentParser
 from diffcore.objectives.objective import SampleKey
 from diffcore.samplers import DDIM
 from diffcore.sampling.generation import sample, with_levels
@@ -261,7 +261,7 @@ def _interval(denoiser: Denoiser, bounds: tuple[float, float], pairs: int, rows:
 
 def digits_trainer(folder: Path) -> Trainer:
     """The trainer of the digits recipe, ready to step, with `folder` as its own."""
-    parser = Parser(exit_on_error=False)
+    parser = ComponentParser(exit_on_error=False)
     parser.add_argument("--config", action="config")
     parser.add_class_arguments(Trainer, skip={"config"})
     settings = parser.parse_args(

@@ -270,7 +270,7 @@ GOOD = {"schedule": {"class_path": "Cosine"}}
             "'os.system' is not allowed",
         ),
         (json.dumps({"schedule": {"class_path": "Cosin"}}), "Cosin .did you mean 'Cosine'"),
-        ("[1]", ""),  # Would be a bug: TypeError from dict(data) in spec.build
+        ("[1]", ""),  # Would be a bug: TypeError from dict(data) in from_spec
         ("3", ""),  # Would be a bug: the same
         ("null", ""),  # Would be a bug: the same
     ],

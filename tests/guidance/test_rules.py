@@ -31,7 +31,7 @@ from diffcore.guidance import (
     Step,
     Sum,
 )
-from diffcore.io.specs import build, spec
+from diffcore.io.specs import from_spec, to_spec
 from diffcore.samplers import DDIM, AlphaBlending
 from diffcore.sampling.generation import sample
 from diffcore.sampling.loop import guided_prediction, planned, watch
@@ -219,8 +219,8 @@ def test_a_rule_is_a_value_that_its_spec_rebuilds(name):
     rule = RULES[name]
     if "Guidance" in name and name != "AdaptiveGuidance":
         pytest.skip("a classifier is a function of the caller")
-    assert build(Holder, {"rule": spec(rule)}).rule == rule
-    assert hash(rule) == hash(build(Holder, {"rule": spec(rule)}).rule)
+    assert from_spec(Holder, {"rule": to_spec(rule)}).rule == rule
+    assert hash(rule) == hash(from_spec(Holder, {"rule": to_spec(rule)}).rule)
 
 
 class Holder:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from diffcore.io.safetensors import Corrupt, read_weights, write_weights
+from diffcore.io.files import CorruptFileError
+from diffcore.io.safetensors import read_weights, write_weights
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def test_E11_any_flipped_bit_is_named(path):
         broken[bit // 8] ^= 1 << bit % 8
         path.write_bytes(broken)
         with pytest.raises(
-            Corrupt,
+            CorruptFileError,
             match=r"ema\.safetensors .*: resume the run to write it again, or copy it again",
         ):
             read_weights(path)
@@ -58,12 +59,12 @@ def test_E11_any_flipped_bit_is_named(path):
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
 def test_E11_a_truncated_file_is_named(path, share):
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    with pytest.raises(Corrupt, match=r"ema\.safetensors cannot be read .*copy it again"):
+    with pytest.raises(CorruptFileError, match=r"ema\.safetensors cannot be read .*copy it again"):
         read_weights(path)
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(Corrupt, match=r"ema\.safetensors cannot be read"):
+    with pytest.raises(CorruptFileError, match=r"ema\.safetensors cannot be read"):
         read_weights(tmp_path / "ema.safetensors")
 
 
@@ -74,13 +75,13 @@ def test_a_missing_file_is_named(tmp_path):
 )
 def test_weights_that_diffcore_did_not_write_are_refused(tmp_path, metadata):
     save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors", metadata)
-    with pytest.raises(Corrupt, match=r"other\.safetensors"):
+    with pytest.raises(CorruptFileError, match=r"other\.safetensors"):
         read_weights(tmp_path / "other.safetensors")
 
 
 def test_a_crash_while_writing_leaves_the_old_file(path, monkeypatch):
     before = path.read_bytes()
-    monkeypatch.setattr("diffcore.io.safetensors.os.fsync", lambda _: 1 / 0)
+    monkeypatch.setattr("diffcore.io.files.os.fsync", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_weights(path, {"a": torch.ones(9)})
     assert path.read_bytes() == before

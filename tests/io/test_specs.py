@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from diffcore.core.process import Process, TimeConditioning
-from diffcore.io.specs import Parser, build, spec, trust
+from diffcore.io.parser import ComponentParser, trust
+from diffcore.io.specs import from_spec, to_spec
 from diffcore.objectives.coupling import OptimalTransport
 from diffcore.objectives.level_sampling import LearnedSchedule, SecondMoment
 from diffcore.objectives.losses import Huber, PseudoHuber
@@ -57,14 +58,14 @@ NESTED = Shifted(ZeroTerminalSNR(Discrete(end=0.01)), -1.5)
     ids=repr,
 )
 def test_a_spec_of_plain_json_reads_back_to_an_equal_value(value):
-    data = json.loads(json.dumps(spec(value), allow_nan=False))
-    assert build(type(value), data.get("init_args", data)) == value
+    data = json.loads(json.dumps(to_spec(value), allow_nan=False))
+    assert from_spec(type(value), data.get("init_args", data)) == value
 
 
 def test_a_spec_names_each_component_and_all_of_its_fields():
-    assert spec(NESTED)["class_path"] == "Shifted"
-    assert spec(NESTED)["init_args"]["shift"] == -1.5
-    assert spec(NESTED)["init_args"]["inner"] == {
+    assert to_spec(NESTED)["class_path"] == "Shifted"
+    assert to_spec(NESTED)["init_args"]["shift"] == -1.5
+    assert to_spec(NESTED)["init_args"]["inner"] == {
         "class_path": "ZeroTerminalSNR",
         "init_args": {
             "inner": {
@@ -82,8 +83,8 @@ def test_a_spec_names_each_component_and_all_of_its_fields():
 
 
 def test_numbers_that_json_lacks_are_spelled_as_yaml_does():
-    assert spec([math.inf, -math.inf, 1.5]) == [".inf", "-.inf", 1.5]
-    assert spec(math.nan) == ".nan"
+    assert to_spec([math.inf, -math.inf, 1.5]) == [".inf", "-.inf", 1.5]
+    assert to_spec(math.nan) == ".nan"
 
 
 @pytest.mark.parametrize(
@@ -114,7 +115,7 @@ def test_numbers_that_json_lacks_are_spelled_as_yaml_does():
 )
 def test_misspelled_keys_and_names_are_refused_with_the_nearest(kind, data, message):
     with pytest.raises(ValueError, match=message) as caught:
-        build(kind, data)
+        from_spec(kind, data)
     assert "\n" not in str(caught.value)
 
 
@@ -140,7 +141,7 @@ def test_misspelled_keys_and_names_are_refused_with_the_nearest(kind, data, mess
 )
 def test_values_that_do_not_fit_are_refused(kind, data, message):
     with pytest.raises(ValueError, match=message):
-        build(kind, data)
+        from_spec(kind, data)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +151,7 @@ def test_E12_a_spec_cannot_name_a_class_outside_the_trusted_modules(path, tmp_pa
     (tmp_path / "intruder.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match="is not allowed"):
-        build(Process, {"schedule": {"class_path": path, "init_args": {}}})
+        from_spec(Process, {"schedule": {"class_path": path, "init_args": {}}})
     assert "intruder" not in sys.modules
 
 
@@ -171,18 +172,18 @@ def test_a_module_trusted_by_name_can_be_used_and_no_other(two_modules):
         {"schedule": {"class_path": f"{name}_schedules.Mine"}} for name in ("my", "other")
     )
     with pytest.raises(ValueError, match="is not allowed"):
-        build(Process, mine)
+        from_spec(Process, mine)
     trust("my_schedules")
-    process = build(Process, mine)
+    process = from_spec(Process, mine)
     assert type(process.schedule).__module__ == "my_schedules"
     with pytest.raises(ValueError, match="is not allowed"):
-        build(Process, other)
+        from_spec(Process, other)
     # Would be a bug: spec writes the bare class name, which a new process cannot resolve even if it trusts the module.
-    assert spec(process)["schedule"]["class_path"] == "my_schedules.Mine"
+    assert to_spec(process)["schedule"]["class_path"] == "my_schedules.Mine"
 
 
 def test_the_command_line_fails_in_one_line_with_the_nearest_option(capsys):
-    parser = Parser(prog="diffcore")
+    parser = ComponentParser(prog="diffcore")
     parser.add_class_arguments(Objective, "objective")
     with pytest.raises(SystemExit) as caught:
         parser.parse_args(["--objective.levls", "independent"])

@@ -9,7 +9,7 @@ import torch
 from diffusers import DDPMScheduler
 from scipy.integrate import quad
 
-from diffcore.io.specs import build, spec
+from diffcore.io.specs import from_spec, to_spec
 from diffcore.schedules import Discrete, ZeroTerminalSNR
 
 TABLES = [
@@ -205,7 +205,7 @@ def test_a_rescaled_table_given_by_its_alphas_cumprod_is_that_table():
 
 @pytest.mark.parametrize("schedule", [*TABLES, *TO_ZERO[:2]], ids=repr)
 def test_a_table_reads_back_from_plain_json(schedule):
-    assert build(Discrete, json.loads(json.dumps(spec(schedule)))["init_args"]) == schedule
+    assert from_spec(Discrete, json.loads(json.dumps(to_spec(schedule)))["init_args"]) == schedule
     assert hash(
         Discrete(
             schedule.betas, schedule.steps, schedule.start, schedule.end, scaling=schedule.scaling

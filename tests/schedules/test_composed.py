@@ -8,7 +8,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffcore.io.specs import build, spec
+from diffcore.io.specs import from_spec, to_spec
 from diffcore.schedules import (
     Beta,
     Cauchy,
@@ -97,10 +97,10 @@ def test_the_density_of_a_composed_schedule_integrates_to_the_times_between(sche
 @settings(max_examples=60, deadline=None)
 @given(SCHEDULES)
 def test_a_composed_schedule_round_trips_through_yaml_and_json(schedule):
-    plain = spec(schedule)
+    plain = to_spec(schedule)
     read = [json.loads(json.dumps(plain)), yaml.safe_load(yaml.safe_dump(plain))]
     for data in read:
-        again = build(Holder, {"schedule": data}).schedule
+        again = from_spec(Holder, {"schedule": data}).schedule
         assert again == schedule
         assert again.logsnr(0.3) == schedule.logsnr(0.3)
 

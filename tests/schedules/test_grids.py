@@ -12,7 +12,8 @@ from diffusers import DDIMScheduler
 from diffusers.schedulers import AysSchedules
 from scipy.stats import beta
 
-from diffcore.io.specs import Parser, spec
+from diffcore.io.parser import ComponentParser
+from diffcore.io.specs import to_spec
 from diffcore.schedules import (
     AlignYourSteps,
     BetaSpacing,
@@ -525,11 +526,11 @@ def test_grids_that_cannot_be_are_refused(make, message):
     ids=repr,
 )
 def test_every_grid_reads_back_from_yaml(grid):
-    parser = Parser(exit_on_error=False)
+    parser = ComponentParser(exit_on_error=False)
     parser.add_argument("--grid", type=Grid)
     assert (
         parser.instantiate(
-            parser.parse_object(yaml.safe_load(yaml.safe_dump({"grid": spec(grid)})))
+            parser.parse_object(yaml.safe_load(yaml.safe_dump({"grid": to_spec(grid)})))
         ).grid
         == grid
     )

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from diffcore.io.safetensors import Corrupt
+from diffcore.io.files import CorruptFileError
 from diffcore.training.checkpoint import Checkpoint, newest, prune, read, write
 
 FILES = ("model.safetensors", "training.safetensors", "manifest.json")
@@ -73,7 +73,7 @@ def test_equal_checkpoints_are_equal_files(tmp_path):
 @pytest.mark.parametrize("name", FILES)
 def test_E11_a_missing_file_is_named(folder, name):
     (folder / "step-00000004" / name).unlink()
-    with pytest.raises(Corrupt, match=f"step-00000004/{name}"):
+    with pytest.raises(CorruptFileError, match=f"step-00000004/{name}"):
         read(folder / "step-00000004")
 
 
@@ -83,7 +83,7 @@ def test_E11_a_truncated_file_is_named(folder, name, share):
     path = folder / "step-00000004" / name
     data = path.read_bytes()
     path.write_bytes(data[: int(share * len(data)) if share >= 0 else share])
-    with pytest.raises(Corrupt, match=f"step-00000004/{name}"):
+    with pytest.raises(CorruptFileError, match=f"step-00000004/{name}"):
         read(path.parent)
 
 
@@ -91,7 +91,7 @@ def test_E11_a_truncated_file_is_named(folder, name, share):
 def test_E11_a_file_with_something_added_is_named(folder, name):
     path = folder / "step-00000004" / name
     path.write_bytes(path.read_bytes() + b"\x01")
-    with pytest.raises(Corrupt, match=f"step-00000004/{name}"):
+    with pytest.raises(CorruptFileError, match=f"step-00000004/{name}"):
         read(path.parent)
 
 
@@ -101,7 +101,7 @@ def test_E11_any_flipped_bit_of_the_tensors_is_named(folder, name):
     bits = random.Random(0).sample(range(8 * path.stat().st_size), 100)
     for bit in bits:
         flip(path, bit)
-        with pytest.raises(Corrupt, match=f"step-00000004/{name}"):
+        with pytest.raises(CorruptFileError, match=f"step-00000004/{name}"):
             read(path.parent)
         flip(path, bit)
     assert same(read(path.parent), made(4))
@@ -130,7 +130,7 @@ def test_E11_any_flipped_bit_of_the_manifest_is_named_or_changes_nothing(folder)
 def test_a_manifest_that_is_other_json_is_named(folder, text):
     path = folder / "step-00000004" / "manifest.json"
     path.write_text(text)
-    with pytest.raises(Corrupt, match=r"step-00000004/manifest\.json"):
+    with pytest.raises(CorruptFileError, match=r"step-00000004/manifest\.json"):
         read(path.parent)
 
 
@@ -208,7 +208,7 @@ def test_E12_no_pickle_is_opened(folder):
     for name in FILES:  # in place of them: refused
         path, data = step / name, (step / name).read_bytes()
         path.write_bytes(pickle.dumps(Bomb()))
-        with pytest.raises(Corrupt, match=name):
+        with pytest.raises(CorruptFileError, match=name):
             read(step)
         path.write_bytes(data)
 
@@ -220,7 +220,7 @@ def test_a_manifest_cannot_name_a_file_outside_the_folder_that_was_not_hashed(fo
         "model.safetensors"
     )
     path.write_text(json.dumps(manifest))
-    with pytest.raises(Corrupt, match="manifest"):
+    with pytest.raises(CorruptFileError, match="manifest"):
         read(path.parent)
 
 

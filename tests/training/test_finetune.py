@@ -24,7 +24,7 @@ from diffcore.integrations.diffusers.loading.index import Index
 from diffcore.integrations.diffusers.pipeline.base_network import ADAPTER
 from diffcore.integrations.diffusers.scheduler.scheduler_config import config_of, describe
 from diffcore.io.safetensors import read_weights
-from diffcore.io.specs import build
+from diffcore.io.specs import from_spec
 from diffcore.run import Run
 from diffcore.samplers import DDIM
 from diffcore.sampling.generation import sample
@@ -405,7 +405,7 @@ def test_what_a_file_says_is_kept_and_a_schedule_around_none_is_around_the_pipel
 
     def schedule(said):
         made = completed({"process": {"schedule": said}}, "pipeline")["process"]
-        return build(Process, made | {"dropout": 0.0}).schedule
+        return from_spec(Process, made | {"dropout": 0.0}).schedule
 
     own = Discrete("scaled_linear", 1000, 0.00085, 0.012)
     assert schedule("Cosine") == Cosine()

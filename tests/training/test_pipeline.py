@@ -7,7 +7,7 @@ import torch
 
 from diffcore.guidance import CFG
 from diffcore.integrations.diffusers import DiffcorePipeline
-from diffcore.io.safetensors import replace_folder
+from diffcore.io.files import write_folder
 from diffcore.run import Run
 from diffcore.samplers import AdaptiveRungeKutta
 from diffcore.sampling.generation import GRID, SAMPLER, sample
@@ -36,7 +36,7 @@ def test_a_pipeline_is_replaced_whole_with_what_an_interrupted_write_left(traine
     (folder / "pipeline" / "old").touch()
     (folder / ".pipeline.123").mkdir()
     pipe = DiffcorePipeline.from_pretrained(trained / "pipeline")
-    replace_folder(folder / "pipeline", pipe.save_pretrained)
+    write_folder(folder / "pipeline", pipe.save_pretrained)
     assert not (folder / "pipeline" / "old").exists()
     assert not list(folder.glob(".pipeline*"))
     assert DiffcorePipeline.from_pretrained(folder / "pipeline").process == pipe.process

@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from diffcore.io.safetensors import Corrupt, hashed, read_weights, write_weights
+from diffcore.io.files import CorruptFileError, hash_file
+from diffcore.io.safetensors import read_weights, write_weights
 
 SHARD = 256
 """Entries of a shard, and so what a build that is stopped can lose."""
@@ -98,7 +99,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _described(path: Path) -> str:
-    return f"{path.name} {hashed(path)}"
+    return f"{path.name} {hash_file(path)}"
 
 
 @cache
@@ -106,7 +107,7 @@ def _verify(path: Path) -> None:
     """Read a shard whole, once a process, and compare its hash."""
     try:
         read_weights(path)
-    except Corrupt:
+    except CorruptFileError:
         raise ValueError(
             f"{path} of the cache is not what was written: delete it, and it is made again"
         ) from None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from diffcore.core.noise import Stream, normal
-from diffcore.io.safetensors import hashed
+from diffcore.io.files import hash_file
 from diffcore.training.data.cache import Cache, digest
 from diffcore.training.data.captions import captions as captions_of
 from diffcore.training.data.source import Fit, ImageFolder, Unreadable, mirrored
@@ -78,7 +78,9 @@ class Encoded(Dataset[tuple[Tensor, int]]):
         self.texts = tuple(sorted(set(said)))
         places = {text: place for place, text in enumerate(self.texts)}
         self.labels = [places[text] for text in said] or self.files.labels
-        self.keys = [digest(hashed(path), fit, str(self.files.size)) for path in self.files.paths]
+        self.keys = [
+            digest(hash_file(path), fit, str(self.files.size)) for path in self.files.paths
+        ]
         self.rows = (
             [digest(text, str(self.files.size)) for text in (*self.texts, NULL)] if said else []
         )

@@ -21,7 +21,7 @@ from diffcore.guidance import Altered, Guidance, GuidanceInput, Reference, Step,
 from diffcore.integrations.diffusers.guidance.joint_forward import asked_about, check_rule
 from diffcore.integrations.diffusers.scheduler.scheduler import DiffcoreScheduler
 from diffcore.integrations.diffusers.scheduler.scheduler_config import config_of
-from diffcore.io.specs import build, spec
+from diffcore.io.specs import from_spec, to_spec
 from diffcore.schedules import Level
 
 
@@ -118,8 +118,8 @@ class DiffcoreGuider(BaseGuidance):
         self, rule: Guidance | Mapping[str, Any], process: Process | Mapping[str, Any]
     ) -> None:
         super().__init__()
-        self.known = build(Known, {"rule": spec(rule), "process": spec(process)})
-        self.register_to_config(**spec(self.known))  # type: ignore[no-untyped-call]
+        self.known = from_spec(Known, {"rule": to_spec(rule), "process": to_spec(process)})
+        self.register_to_config(**to_spec(self.known))  # type: ignore[no-untyped-call]
         self._memory: Any = None
         self._now: Evaluation | None = None
 

@@ -20,7 +20,7 @@ from diffcore.core.process import Process
 from diffcore.guidance import CFG
 from diffcore.integrations.diffusers.families import GENERIC, family_of, family_of_class
 from diffcore.integrations.diffusers.loading.vae import factor_of
-from diffcore.io.specs import build, spec
+from diffcore.io.specs import from_spec, to_spec
 
 NETWORKS = ("unet", "transformer")
 MODELS = (diffusers.ModelMixin,)
@@ -62,7 +62,7 @@ def _said(kind: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     given = (
         [f.name for f in fields(Process) if f.name in config] if kind == "DiffcorePipeline" else []
     )
-    own = build(Process, {name: config[name] for name in given})
+    own = from_spec(Process, {name: config[name] for name in given})
     return {name: getattr(own, name) for name in given}
 
 
@@ -132,7 +132,7 @@ def defaults_of(folder: Path) -> dict[str, Any]:
     taken = inspect.signature(cls.__call__).parameters if callable(cls) else {}
     family = family_of_class(str(index[network_in(folder, index)][1])) or GENERIC
     scale = taken[name].default if (name := family.guidance_argument) in taken else 1.0
-    own = {"guidance": spec(CFG(float(scale)))} | {
+    own = {"guidance": to_spec(CFG(float(scale)))} | {
         name: config[name] for name in ("sampler", "grid") if name in config
     }
     if _said(index.get("_class_name"), index):

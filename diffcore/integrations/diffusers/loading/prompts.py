@@ -12,7 +12,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from diffcore.io.safetensors import Corrupt, read_with_facts, write_weights
+from diffcore.io.files import CorruptFileError
+from diffcore.io.safetensors import read_weights_and_metadata, write_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,9 +79,9 @@ class Prompts:
         Raises:
             ValueError: it is missing, changed, or holds no prompts.
         """
-        tensors, facts = read_with_facts(path)
+        tensors, facts = read_weights_and_metadata(path)
         if "texts" not in facts:
-            raise Corrupt(f"{path} holds no prompts, expected what Prompts.save wrote")
+            raise CorruptFileError(f"{path} holds no prompts, expected what Prompts.save wrote")
         return cls(tensors, tuple(json.loads(facts["texts"])))
 
 

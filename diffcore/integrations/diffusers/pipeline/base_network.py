@@ -25,7 +25,7 @@ from diffcore.integrations.diffusers.scheduler.scheduler import DiffcoreSchedule
 from diffcore.integrations.diffusers.scheduler.scheduler_config import describe
 from diffcore.integrations.diffusers.scheduler.settings import Settings
 from diffcore.io.extras import has_extra, missing
-from diffcore.io.safetensors import hashed, replace_folder
+from diffcore.io.files import hash_file, write_folder
 from diffcore.samplers import DDIM
 from diffcore.schedules import Trailing
 
@@ -132,7 +132,7 @@ class Pretrained(nn.Module):
             if self.lora.rank
             else []
         )
-        return " ".join(map(hashed, files))
+        return " ".join(map(hash_file, files))
 
     def adapted(self, run: Path) -> Parts:
         """The pipeline's parts with this network, and the scheduler that `save` left in a run's folder."""
@@ -144,9 +144,9 @@ class Pretrained(nn.Module):
         scheduler = scheduler_of(self.index.scheduler, process)
         if self.lora.rank:
             self._save_adapter(run)
-            replace_folder(run / "scheduler", scheduler.save_pretrained)
+            write_folder(run / "scheduler", scheduler.save_pretrained)
         else:
-            replace_folder(run / "pipeline", lambda folder: self._save_pipeline(folder, scheduler))
+            write_folder(run / "pipeline", lambda folder: self._save_pipeline(folder, scheduler))
 
     def _save_adapter(self, run: Path) -> None:
         from peft.utils import get_peft_model_state_dict

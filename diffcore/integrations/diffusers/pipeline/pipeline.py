@@ -28,7 +28,7 @@ from diffcore.integrations.diffusers.pipeline.progress import Followed
 from diffcore.integrations.diffusers.scheduler.generator_noise import Drawn, Generators
 from diffcore.integrations.diffusers.scheduler.scheduler import DiffcoreScheduler
 from diffcore.integrations.diffusers.scheduler.settings import Settings
-from diffcore.io.specs import build, spec
+from diffcore.io.specs import from_spec, to_spec
 from diffcore.run import Run
 from diffcore.samplers import Sampler, State
 from diffcore.sampling import images
@@ -94,8 +94,8 @@ class DiffcorePipeline(DiffusionPipeline):
             raise ValueError("the pipeline has one network: pass either unet or transformer")
         parts = {"scheduler": scheduler, "unet": unet, "transformer": transformer, "vae": vae}
         self.register_modules(**parts)  # type: ignore[no-untyped-call]
-        self._facts = build(Facts, {f.name: spec(given[f.name]) for f in fields(Facts)})
-        self.register_to_config(**spec(self._facts))  # type: ignore[no-untyped-call]
+        self._facts = from_spec(Facts, {f.name: to_spec(given[f.name]) for f in fields(Facts)})
+        self.register_to_config(**to_spec(self._facts))  # type: ignore[no-untyped-call]
         self._interrupt = False
         self.process  # refuses what contradicts itself
 

@@ -21,7 +21,7 @@ from diffcore.integrations.diffusers.scheduler.generator_noise import Drawn, Gen
 from diffcore.integrations.diffusers.scheduler.plan import Call, Plan
 from diffcore.integrations.diffusers.scheduler.scheduler_config import settings_of
 from diffcore.integrations.diffusers.scheduler.settings import Settings
-from diffcore.io.specs import spec
+from diffcore.io.specs import to_spec
 from diffcore.samplers import DDIM, Sampler
 from diffcore.schedules import Discrete, Explicit, Grid, Level, Schedule, Trailing
 
@@ -105,7 +105,7 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
         own = {name: given.pop(name) for name in Settings.__dataclass_fields__}
         self.settings = Settings.read(own)
         others = {name: value for name, value in given.items() if name not in ("self", "__class__")}
-        self.register_to_config(**spec(self.settings), **others)  # type: ignore[no-untyped-call]
+        self.register_to_config(**to_spec(self.settings), **others)  # type: ignore[no-untyped-call]
         self._threads = _PerThread()
 
     @classmethod

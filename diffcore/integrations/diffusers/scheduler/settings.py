@@ -6,7 +6,7 @@ from typing import Any
 
 from diffcore.core.prediction import PredictionType
 from diffcore.core.process import Process, TimeConditioning
-from diffcore.io.specs import build, spec
+from diffcore.io.specs import from_spec, to_spec
 from diffcore.samplers import Sampler
 from diffcore.sampling.generation import with_levels
 from diffcore.schedules import Grid, Level, Schedule, Shifted
@@ -82,4 +82,4 @@ class Settings:
     @classmethod
     def read(cls, fields: dict[str, Any]) -> "Settings":
         """From components, or their specs."""
-        return build(cls, {name: spec(value) for name, value in fields.items()})
+        return from_spec(cls, {name: to_spec(value) for name, value in fields.items()})

@@ -1,0 +1,182 @@
+"""The parser of components: command lines and plain data, with errors of one line that name the nearest spelling.
+
+A configuration can name classes of diffcore, torch and diffusers, and of other modules only if the user trusts them by
+name: neither a configuration nor the folder of a run can make Python import or call something else.
+"""
+
+import difflib
+import pydoc
+import re
+import sys
+from abc import ABC
+from collections.abc import Iterator, Mapping
+from inspect import isclass, isroutine, signature
+from typing import Any, NoReturn
+
+from jsonargparse import (
+    ArgumentParser,
+    DefaultHelpFormatter,
+    Namespace,
+    _typehints,
+    set_parsing_settings,
+)
+
+from diffcore.io.extras import EXTRAS, missing
+
+__all__ = ["ComponentParser", "SpecError", "trust"]
+
+TRUSTED = ("diffcore", "torch", "diffusers")
+MAXIMUM_LISTED = 12
+"""Longer lists of subclasses are left out of the help: torch alone has hundreds of modules."""
+UNION_WITH_NONE = re.compile(
+    r"Does not validate against.*?- (.*?)\n\s*- Expected a <class 'NoneType'>.*", re.DOTALL
+)
+MISSING_PACKAGE = re.compile(r"import of (\w+)[\w.]* halted|No module named '(\w+)")
+UNKNOWN_CLASS = re.compile(r"(?<=import path string: )[\w.]+")
+UNKNOWN_OPTION = re.compile(r"(?:(?<=ption ')|(?<=arguments: --))[\w.]+")
+
+
+class SpecError(ValueError):
+    """Settings do not fit the signature of the class that they configure."""
+
+
+class ComponentHelp(DefaultHelpFormatter):
+    """Help that lists the subclasses of a component by name, and only short lists."""
+
+    def _expand_help(self, action: Any) -> str:
+        text = super()._expand_help(action)
+        return re.sub(r",? *known subclasses:(.*?)(?=\)$|$)", _shorten_list, text, flags=re.DOTALL)
+
+
+def _shorten_list(match: re.Match[str]) -> str:
+    names = [path.strip().rpartition(".")[2] for path in match.group(1).split(",")]
+    return "" if len(names) > MAXIMUM_LISTED else f", one of: {', '.join(names)}"
+
+
+class ComponentParser(ArgumentParser):
+    """A jsonargparse parser that builds trusted classes only; its errors are one line with the nearest spelling.
+
+    Args:
+        *args: positional arguments of jsonargparse's parser.
+        **kwargs: keyword arguments of jsonargparse's parser. With `exit_on_error=False` errors are raised as SpecError.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, formatter_class=ComponentHelp, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End the program with status 2, or raise SpecError if the parser does not exit on errors.
+
+        Args:
+            message: jsonargparse's message, on several lines.
+            ex: exception that caused it, if any.
+        """
+        line = self._explain(message)
+        if not self.exit_on_error:
+            raise SpecError(line) from ex
+        self.exit(2, f"{self.prog}: error: {line}\n")
+        raise AssertionError("exit returned")
+
+    def instantiate(
+        self, namespace: Namespace, instantiate_groups: bool = True, *, instantiators: Any = None
+    ) -> Namespace:
+        """Build the components of parsed settings.
+
+        Args:
+            namespace: result of a `parse_` method.
+            instantiate_groups: whether groups of options are built too.
+            instantiators: passed on to jsonargparse.
+
+        Returns:
+            The namespace with components in place of their settings.
+
+        Raises:
+            ValueError: a component refuses its options, or a path of diffcore, torch or diffusers is not a class. A
+                function could do anything when it is called, so functions need a trusted module.
+        """
+        for path in _import_paths(namespace.as_dict()):
+            if not isclass(pydoc.locate(path)) and path.partition(".")[0] in TRUSTED:
+                self.error(
+                    f"{path} is not a class: name one, or a function of a module that you --trust"
+                )
+        try:
+            return super().instantiate(namespace, instantiate_groups, instantiators=instantiators)
+        except ValueError as error:
+            raise ValueError(UNION_WITH_NONE.sub(r"\1", str(error))) from None
+
+    def _explain(self, message: str) -> str:
+        """The message in one line, with the extra to install or the nearest spelling."""
+        absent = MISSING_PACKAGE.search(message)
+        if absent and (package := absent[1] or absent[2]) in EXTRAS:
+            return str(missing(package, "A class that is named in the settings"))
+        message = " ".join(UNION_WITH_NONE.sub(r"\1", message).split())
+        classes = _known_classes()
+        named = [cls for name, cls in classes.items() if re.search(rf"\b{name}\b", message)]
+        keys = list(self.get_defaults().keys(branches=True))
+        options = [option for cls in named for option in signature(cls).parameters]
+        options += [*keys, *(key.rpartition(".")[2] for key in keys)]
+        for pattern, candidates in ((UNKNOWN_CLASS, list(classes)), (UNKNOWN_OPTION, options)):
+            if (word := pattern.search(message)) and (near := _nearest(word.group(), candidates)):
+                return f"{message} (did you mean {near!r}?)"
+        return message
+
+
+def trust(*modules: str) -> None:
+    """Allow configurations to name classes and functions of these modules, which may lie in the current folder.
+
+    Args:
+        *modules: import names; diffcore, torch and diffusers are always trusted.
+    """
+    if modules and "" not in sys.path:
+        sys.path.append("")
+    set_parsing_settings(
+        unset_sentinel=True,
+        instantiate_subclass_spec_in_any=False,
+        import_path_denylist=["*"],
+        import_path_allowlist=[*TRUSTED, *modules],
+        subclasses_enabled=[ABC],  # a component derives from ABC; a plain dataclass is a group
+    )
+
+
+def _discard_options_of_other_class(_parser: Any, before: Any, after: Any) -> None:
+    """Let a component of another class begin with its own defaults."""
+    first, second = (
+        str(value.get("class_path")).rpartition(".")[2] for value in (before or {}, after)
+    )
+    if first not in ("None", second):
+        before["init_args"] = type(before)()
+
+
+trust()
+# jsonargparse keeps the options whose names agree: P2 in place of MinSNR(5) would silently get γ = 5.
+_typehints.discard_init_args_on_class_path_change = _discard_options_of_other_class
+
+
+def _known_classes() -> dict[str, type]:
+    """The classes of all imported modules of diffcore, by name."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("diffcore.")]
+    return {
+        name: value for module in modules for name, value in vars(module).items() if isclass(value)
+    }
+
+
+def _nearest(word: str, candidates: list[str]) -> str | None:
+    """The candidate closest to a word or to its last dotted part."""
+    for part in (word, word.rpartition(".")[2]):
+        if (close := difflib.get_close_matches(part, candidates, n=1)) and close[0] != word:
+            return close[0]
+    return None
+
+
+def _import_paths(value: Any) -> Iterator[str]:
+    """Every import path in parsed settings: class paths, and functions where a callable is expected."""
+    if isinstance(value, Mapping):
+        if isinstance(path := value.get("class_path"), str):
+            yield path
+        for item in value.values():
+            yield from _import_paths(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _import_paths(item)
+    elif isroutine(value):
+        yield f"{value.__module__}.{value.__qualname__}"
