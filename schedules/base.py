@@ -1,13 +1,15 @@
 """Noise schedules: x_t = α(t) x_0 + σ(t) ε for t in [0, 1], where t = 0 is data and t = 1 is noise.
 
-    λ(t) = log α(t)² / σ(t)²        "logsnr": natural log of the squared ratio, strictly falling in t
+    λ(t) = log α(t)² / σ(t)²        "logsnr": natural logarithm of the squared ratio, decreasing in
+    t
 
-Drawing t ~ U(0, 1) and reading λ(t) draws λ from the density p(λ) = -dt/dλ, so a schedule *is* a distribution of noise
-levels: λ(t) is its quantile function at 1 - t. A scaling says which of three equivalent processes carries it:
+Drawing t ~ U(0, 1) and reading λ(t) draws λ from the density p(λ) = -dt/dλ, so a schedule *is* a
+distribution of noise levels: λ(t) is its quantile function at 1 - t. The scaling selects one of
+three equivalent processes with that λ(t):
 
     vp     α² = sigmoid(λ),   σ² = sigmoid(-λ)        α² + σ² = 1
     flow   α = sigmoid(λ/2),  σ = sigmoid(-λ/2)       α + σ = 1
-    ve     α = 1,             σ = exp(-λ/2)           unusable at λ = -inf
+    ve     α = 1,             σ = exp(-λ/2)           not defined at λ = -inf
 
 Everything here is computed on the host in float64, whatever the dtype of the input.
 """
@@ -21,13 +23,26 @@ from typing import Literal, TypeVar, cast, get_args
 import torch
 from torch import Tensor
 
+__all__ = ["Level", "Real", "Scaling", "Schedule", "alpha_sigma", "check_scaling"]
+
 Scaling = Literal["vp", "ve", "flow"]
 Real = float | Tensor
 R = TypeVar("R", bound=float | Tensor)
 
 
 def alpha_sigma(logsnr: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
-    """α(λ) and σ(λ) of a scaling, exact to rounding from λ = -inf to +inf (never sqrt(1 - α²))."""
+    """α(λ) and σ(λ) of a scaling, exact to rounding from λ = -inf to +inf (never sqrt(1 - α²)).
+
+    Args:
+        logsnr: λ, any shape.
+        scaling: vp, ve or flow.
+
+    Returns:
+        α and σ, each of the shape of `logsnr`.
+
+    Raises:
+        ValueError: The scaling is unknown.
+    """
     match scaling:
         case "vp":
             return logsnr.sigmoid().sqrt(), (-logsnr).sigmoid().sqrt()
@@ -39,7 +54,7 @@ def alpha_sigma(logsnr: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
 
 
 def check_scaling(scaling: str) -> None:
-    """Raise where `scaling` is not one."""
+    """Raise ValueError if `scaling` is not vp, ve or flow."""
     if scaling not in get_args(Scaling):
         raise ValueError(_unknown(scaling))
 
@@ -50,10 +65,18 @@ def _unknown(scaling: str) -> str:
 
 @dataclass(frozen=True)
 class Level:
-    """One noise level: x = α x_0 + σ ε at λ = `logsnr`, where `schedule` has it at time t.
+    """One noise level of a schedule: x = α x_0 + σ ε at λ = `logsnr`, which is reached at time t.
 
-    The values are Python floats when a whole batch is at one level (sampling), or float64 host tensors that broadcast
-    against x (training: shape (B, 1, 1, 1); a map of levels: the shape of x).
+    The values are Python floats when a whole batch is at one level (sampling), or float64 host
+    tensors that broadcast against x (training: shape (B, 1, 1, 1); a map of levels: the shape of
+    x).
+
+    Args:
+        logsnr: λ = log α²/σ².
+        t: time in [0, 1]; 0 is data, 1 is noise.
+        alpha: α, the coefficient of x_0.
+        sigma: σ, the coefficient of ε.
+        schedule: schedule that the level belongs to; it makes neighbouring levels.
     """
 
     logsnr: Real
@@ -64,25 +87,29 @@ class Level:
 
     @property
     def blend(self) -> Real:
-        """A = σ / (α + σ), the blending coordinate: 1 is noise, 0 is data."""
+        """a = σ / (α + σ), the blending coordinate: 1 is noise, 0 is data."""
         return self.sigma / (self.alpha + self.sigma)
 
     @property
     def ratio(self) -> Real:
-        """U = σ / α, the "sigma" of EDM and k-diffusion; inf at α = 0."""
+        """u = σ / α, the "sigma" of EDM and k-diffusion; inf at α = 0."""
         if isinstance(self.logsnr, Tensor):
             return (-self.logsnr / 2).exp()
         return math.exp(-self.logsnr / 2) if self.logsnr > -math.inf else math.inf
 
     @property
     def logsnr_range(self) -> tuple[float, float]:
-        """The noisiest and the cleanest λ of a map of levels, on the host; of one level, λ twice."""
+        """The smallest and the largest λ of a map of levels, on the host; of a single level, λ
+        twice.
+        """
         if isinstance(self.logsnr, Tensor):
             return float(self.logsnr.min()), float(self.logsnr.max())
         return self.logsnr, self.logsnr
 
     def to(self, x: Tensor) -> "Level":
-        """The same level with its tensors cast to the device and dtype of x: the last thing before they meet x."""
+        """The same level with its tensors on the device and in the dtype of x; Python floats stay
+        as they are.
+        """
         if not isinstance(self.logsnr, Tensor):
             return self
         logsnr, t, alpha, sigma = (
@@ -93,14 +120,18 @@ class Level:
 
 
 class Schedule(ABC):
-    """x_t = α(t) x_0 + σ(t) ε. A subclass gives λ(t), its exact inverse t(λ) and the density p(λ) = -dt/dλ.
+    """A noise schedule x_t = α(t) x_0 + σ(t) ε. A subclass implements λ(t), its exact inverse t(λ)
+    and the density p(λ) = -dt/dλ.
 
-    Public methods take a float and return a float, or take a tensor and return a float64 tensor on the host.
+    Every public method maps a float to a float, and a tensor to a float64 tensor of the same shape
+    on the host.
     """
 
     scaling: Scaling
     steps: int | None = None
-    """Number of levels of a table (time t = (i + 1) / steps is its entry i), None where every t in (0, 1) is meant."""
+    """Number of levels of a table, whose entry i is at t = (i + 1) / steps; None for a continuous
+    schedule.
+    """
 
     @abstractmethod
     def _logsnr(self, t: Tensor) -> Tensor: ...
@@ -112,39 +143,43 @@ class Schedule(ABC):
     def _density(self, logsnr: Tensor) -> Tensor: ...
 
     def logsnr(self, t: R) -> R:
-        """λ(t) for t in [0, 1]."""
+        """λ(t) for t in [0, 1]; the shape of `t`. Raises ValueError outside of [0, 1]."""
         return _on_host(self._logsnr_checked, t)
 
     def time(self, logsnr: R) -> R:
-        """t(λ), the inverse of λ(t); 0 above and 1 below the levels that the schedule has."""
+        """t(λ), the inverse of λ(t), in the shape of `logsnr`; 0 above and 1 below the range of the
+        schedule.
+        """
         return _on_host(self._time, logsnr)
 
     def density(self, logsnr: R) -> R:
-        """p(λ) = -dt/dλ, the density of λ(t) for t ~ U(0, 1)."""
+        """p(λ) = -dt/dλ, the density of λ(t) for t ~ U(0, 1), in the shape of `logsnr`."""
         return _on_host(self._density, logsnr)
 
     def cdf(self, logsnr: R) -> R:
-        """P(λ(t) ≤ logsnr) = 1 - t(λ)."""
+        """P(λ(t) ≤ logsnr) = 1 - t(λ), in the shape of `logsnr`."""
         return _on_host(lambda logsnr: 1 - self._time(logsnr), logsnr)
 
     def quantile(self, u: R) -> R:
-        """The level with cdf u: λ(1 - u)."""
+        """λ with cdf u, which is λ(1 - u), in the shape of `u`."""
         return _on_host(lambda u: self._logsnr_checked(1 - u), u)
 
     def training_times(self, u: Tensor) -> Tensor:
-        """The times in training of u ~ U(0, 1): u itself, or with a table the next of its entries."""
+        """Training times of u ~ U(0, 1), in the shape of `u`: u itself, or for a table the next
+        larger time of an entry.
+        """
         return u if self.steps is None else (u * self.steps).ceil().clamp(min=1) / self.steps
 
     def level(self, t: Real) -> Level:
-        """The level at time t."""
+        """The level at time t, a number or a tensor of any shape."""
         return self._level(self.logsnr(t), _on_host(torch.clone, t))
 
     def at(self, logsnr: Real) -> Level:
-        """The level at log signal-to-noise ratio λ."""
+        """The level at λ, a number or a tensor of any shape."""
         return self._level(_on_host(torch.clone, logsnr), self.time(logsnr))
 
     def at_blend(self, blend: Real) -> Level:
-        """The level at a = σ/(α+σ): λ = 2 ln((1-a)/a)."""
+        """The level at a = σ/(α+σ), a number or a tensor of any shape: λ = 2 ln((1-a)/a)."""
         return self.at(_on_host(lambda a: -2 * a.logit(), blend))
 
     def _level(self, logsnr: Real, t: Real) -> Level:
@@ -162,7 +197,7 @@ class Schedule(ABC):
 
 
 def _on_host(function: Callable[[Tensor], Tensor], value: R) -> R:
-    """function(value) in float64 on the host; a float in, a float out."""
+    """function(value) in float64 on the host; a float becomes a float."""
     if isinstance(value, Tensor):
         return cast("R", function(value.to("cpu", torch.float64)))
     return cast("R", function(torch.tensor(value, dtype=torch.float64)).item())

@@ -1,7 +1,8 @@
 """Beta tables: ᾱ_i = Π_{j≤i} (1 - β_j), α = √ᾱ, for indices i = 0 .. T-1, made continuous.
 
-Index i stands at t = (i+1)/T, so t = 0 is clean and t = 1 the last entry. λ is exact at the indices and linear in t
-between them; from the clean end to index 0, σ/α is linear in t, and to a last entry of ᾱ = 0, α/σ is.
+Index i is at t = (i+1)/T, so that t = 0 is clean and t = 1 is the last entry. λ is exact at the
+indices and linear in t between them. From the clean end to index 0, σ/α is linear in t; up to a
+last entry of ᾱ = 0, α/σ is linear in t.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from diffcore.schedules.base import Scaling, Schedule, check_scaling
 
+__all__ = ["Discrete"]
+
 Form = Literal["linear", "scaled_linear", "cosine", "sigmoid"]
 
 
@@ -21,22 +24,25 @@ Form = Literal["linear", "scaled_linear", "cosine", "sigmoid"]
 class Discrete(Schedule):
     """λ_i = ln ᾱ_i - ln(1 - ᾱ_i) of a beta table.
 
-    linear: β from `start` to `end` (DDPM, 2006.11239: 1e-4 to 0.02); scaled_linear: √β linear (LDM, 2112.10752:
-    0.00085 to 0.012); sigmoid: β = start + (end - start) sigmoid(linspace(-6, 6, T)) (GeoDiff, 2203.02923); cosine:
-    ᾱ(t) = cos²(π/2 (t+s)/(1+s)) with s = 0.008 and β ≤ 0.999 (iDDPM, 2102.09672, eq. 17); or the betas themselves.
+    linear: β from `start` to `end` (DDPM, 2006.11239: 1e-4 to 0.02); scaled_linear: √β linear (LDM,
+    2112.10752: 0.00085 to 0.012); sigmoid: β = start + (end - start) sigmoid(linspace(-6, 6, T))
+    (GeoDiff, 2203.02923); cosine: ᾱ(t) = cos²(π/2 (t+s)/(1+s)) with s = 0.008 and β ≤ 0.999 (iDDPM,
+    2102.09672, eq. 17); or the betas themselves.
 
-    A last β of 1 is zero terminal SNR: λ(1) = -inf, and between the last two indices α/σ falls linearly to 0, the mirror
-    of the clean end. (`ZeroTerminalSNR` makes such a table of another; this one is for tables that were trained so.)
+    A last β of 1 is zero terminal SNR: λ(1) = -inf, and between the last two indices α/σ falls
+    linearly to 0, the mirror of the clean end. (`ZeroTerminalSNR` transforms any table to such a
+    one; here the networks were trained on it.)
 
     Args:
         betas: the form of the table, or its β_i, each within (0, 1); the last may be 1.
-        steps: T, at least 2; 1000 of a form, and the number of explicit betas, where left out.
+        steps: T, at least 2; default: 1000 for a form, else the number of betas.
         start: first β of linear and scaled_linear, lower asymptote of sigmoid.
         end: last β of linear and scaled_linear, upper asymptote of sigmoid.
         scaling: vp, ve or flow.
 
     Raises:
-        ValueError: no such form, a β out of bounds or too small to lower ᾱ, or steps other than the explicit table's.
+        ValueError: The form is unknown, a β is out of bounds or too small to lower ᾱ, or `steps`
+            contradicts the table.
     """
 
     betas: Form | tuple[float, ...] = "linear"
@@ -61,32 +67,36 @@ class Discrete(Schedule):
     def from_alphas_cumprod(
         cls, alphas_cumprod: Sequence[float] | Tensor, scaling: Scaling = "vp"
     ) -> "Discrete":
-        """β_i = (ᾱ_{i-1} - ᾱ_i) / ᾱ_{i-1}, ᾱ_{-1} = 1: the table whose ᾱ are given, from the cleanest on.
+        """β_i = (ᾱ_{i-1} - ᾱ_i) / ᾱ_{i-1}, ᾱ_{-1} = 1: the table with the given ᾱ, starting from
+        the cleanest.
 
-        The subtraction is exact or nearly so, and λ_i is that of the given ᾱ_i to 1e-12. What ᾱ itself carries is less: an
-        ᾱ rounded to float32 has 1 - ᾱ to 3e-8, an error of 3e-8 / (1 - ᾱ) in λ (3e-4 at the first level of DDPM), in
-        float64 of 1e-16 / (1 - ᾱ). Betas keep their digits at any level: where there are any, give those.
+        The subtraction is exact or nearly so, and λ_i is that of the given ᾱ_i to 1e-12. What ᾱ
+        itself carries is less: an ᾱ rounded to float32 has 1 - ᾱ to 3e-8, an error of 3e-8 / (1 -
+        ᾱ) in λ (3e-4 at the first level of DDPM), in float64 of 1e-16 / (1 - ᾱ). Betas keep their
+        digits at every level: prefer them where they exist.
 
         Args:
-            alphas_cumprod: ᾱ_i within [0, 1), strictly falling; the last may be 0.
+            alphas_cumprod: (T,) ᾱ_i within [0, 1), strictly decreasing; the last may be 0.
             scaling: vp, ve or flow.
 
         Raises:
-            ValueError: ᾱ out of bounds or not falling, with its index.
+            ValueError: An ᾱ is out of bounds or does not decrease; the message contains its index.
         """
         bar = torch.as_tensor(alphas_cumprod, dtype=torch.float64, device="cpu")
         before = torch.cat([torch.ones(1, dtype=torch.float64), bar[:-1]])
         if (bad := ~((bar >= 0) & (bar < before))).any():
             i = int(bad.int().argmax())
             raise ValueError(
-                f"alphas_cumprod[{i}] is {bar[i].item()} after {before[i].item()}, expected ᾱ strictly falling from 1 to 0"
+                f"alphas_cumprod[{i}] is {bar[i].item()} after {before[i].item()}, expected ᾱ "
+                "strictly falling from 1 to 0"
             )
         return cls(tuple(((before - bar) / before).tolist()), scaling=scaling)
 
     def _check_form(self) -> None:
         if self.betas not in get_args(Form):
             raise ValueError(
-                f"betas is {self.betas!r}, expected one of {', '.join(get_args(Form))}, or the betas"
+                f"betas is {self.betas!r}, expected one of {', '.join(get_args(Form))}, or the "
+                "betas"
             )
         if not 0 < self.start <= self.end < 1:
             raise ValueError(
@@ -164,16 +174,20 @@ class Discrete(Schedule):
         return torch.where(logsnr >= table[0], ((table[0] - logsnr) / 2).exp() / 2, inside) / T
 
     def _beyond(self, logsnr: Tensor) -> Tensor:
-        """T - tT below the finite levels: α/σ relative to the last of them, or 0 where the schedule ends there."""
+        """T - tT below the finite levels, which is α/σ relative to the last of them; 0 if there are
+        none.
+        """
         table, T = self._finite, len(self._table)
         return (T - len(table)) * ((logsnr - table[-1]) / 2).exp()
 
     def _segment(self, logsnr: Tensor) -> Tensor:
-        """I such that λ lies between indices i-1 and i of the table."""
+        """i such that λ is between indices i-1 and i of the table."""
         above = torch.searchsorted(-self._finite, -logsnr.contiguous(), right=True)
         return above.clamp(1, len(self._finite) - 1)
 
 
 def _snap(x: Tensor) -> Tensor:
-    """X with rounding errors around integers from 1 removed: (k/T)·T is k, and the table is exact there."""
+    """x without rounding errors around integers from 1 on: (k/T)·T becomes k, where the table is
+    exact.
+    """
     return torch.where(((x - x.round()).abs() < 1e-9) & (x > 0.5), x.round(), x)

@@ -1,7 +1,8 @@
-"""Schedules given as a curve in t of γ = α² (vp) or of a = σ/(α+σ) (flow), each with the density that it is.
+"""Schedules given as a curve in t of γ = α² (vp) or of a = σ/(α+σ) (flow), with their densities.
 
-Where a formula subtracts neighbours (the ends of a normalised curve), the difference is written as a product, so that both
-tails keep their digits; where an inverse has no closed form it is a bracketed root in logit t.
+Where a formula subtracts neighbours (the ends of a normalised curve), the difference is written as
+a product, so that both tails keep their digits. An inverse without a closed form is a bracketed
+root in logit t.
 """
 
 import math
@@ -14,6 +15,8 @@ from diffcore.schedules.base import Scaling
 from diffcore.schedules.distributions import Distribution
 from diffcore.schedules.roots import logit_time
 
+__all__ = ["Beta", "Mode", "PowerCosine", "Sigmoid"]
+
 HALF_PI = math.pi / 2
 
 
@@ -21,13 +24,14 @@ HALF_PI = math.pi / 2
 class Sigmoid(Distribution):
     """γ(t) = (S(e/τ) - S(x/τ)) / (S(e/τ) - S(s/τ)), x = s + t(e-s), S the logistic function.
 
-    With w = (e-s)/2τ and c = ln cosh(s/2τ) - ln cosh(e/2τ), λ(t) = ln sinh((1-t)w) - ln sinh(tw) + c and
-    p(λ) = 1 / w(coth(tw) + coth((1-t)w)). Chen 2023 (2301.10972, Algorithm 1), whose clipping at 1e-9 is left out.
+    With w = (e-s)/2τ and c = ln cosh(s/2τ) - ln cosh(e/2τ), λ(t) = ln sinh((1-t)w) - ln sinh(tw) +
+    c and p(λ) = 1 / w(coth(tw) + coth((1-t)w)). Chen 2023 (2301.10972, Algorithm 1), whose clipping
+    at 1e-9 is left out.
 
     Args:
-        start: s.
-        end: e > s.
-        tau: τ > 0; larger is closer to γ = 1 - t.
+        start: s, the argument of the logistic function at t = 0.
+        end: e > s, its argument at t = 1.
+        tau: τ > 0, the temperature; a larger value is closer to γ = 1 - t.
     """
 
     start: float = -3.0
@@ -39,7 +43,8 @@ class Sigmoid(Distribution):
         _check_span(self.start, self.end, self.tau)
         if self._w > 300:
             raise ValueError(
-                f"(end - start) / tau is {2 * self._w:g}, expected at most 600: a step is no schedule"
+                f"(end - start) / tau is {2 * self._w:g}, expected at most 600: a "
+                "larger value is a step function of t"
             )
 
     @property
@@ -64,14 +69,16 @@ class Sigmoid(Distribution):
 
 @dataclass(frozen=True)
 class PowerCosine(Distribution):
-    """γ(t) = (y(x) - y(e)) / (y(s) - y(e)), y(x) = cos(πx/2)^2τ, x = s + t(e-s); p(λ) = γ(1-γ) / |dγ/dt|.
+    """γ(t) = (y(x) - y(e)) / (y(s) - y(e)), y(x) = cos(πx/2)^2τ, x = s + t(e-s); p(λ) = γ(1-γ) /
+    |dγ/dt|.
 
-    Chen 2023 (2301.10972, Algorithm 1), whose clipping at 1e-9 is left out; s = 0, e = 1, τ = 1 is Cosine.
+    Chen 2023 (2301.10972, Algorithm 1), whose clipping at 1e-9 is left out; s = 0, e = 1, τ = 1 is
+    Cosine.
 
     Args:
-        start: s ≥ 0.
-        end: e ≤ 1, above s.
-        tau: τ > 0.
+        start: s ≥ 0; the angle at t = 0 is πs/2.
+        end: e ≤ 1, above s; the angle at t = 1 is πe/2.
+        tau: τ > 0, half of the exponent.
     """
 
     start: float = 0.0
@@ -96,7 +103,7 @@ class PowerCosine(Distribution):
 
     @property
     def _log_ratio(self) -> Tensor:
-        """Ln y(e) - ln y(s)."""
+        """ln y(e) - ln y(s)."""
         width = torch.tensor(self._width, dtype=torch.float64)
         cos = math.sin(HALF_PI * (1 - self.end)) / self._cos_s
         if cos > 0.5:
@@ -113,7 +120,7 @@ class PowerCosine(Distribution):
         return self._log_ratio + rise + (-(-rise).expm1()).log() - below.log()
 
     def _log_y(self, past: Tensor) -> Tensor:
-        """Ln y(x) - ln y(s) at an angle past s."""
+        """ln y(x) - ln y(s) at an angle past s."""
         fall = (
             2 * (past / 2).sin() ** 2 + math.tan(HALF_PI * self.start) * past.sin()
         )  # 1 - cos x / cos s
@@ -134,17 +141,17 @@ class PowerCosine(Distribution):
         return density.masked_fill(logsnr.isinf() | (sin_x == 0), 0.0)
 
     def _log_gamma_span(self, logsnr: Tensor) -> Tensor:
-        """Ln (y(x) - y(e)) - ln y(s)."""
+        """ln(y(x) - y(e)) - ln y(s)."""
         return torch.nn.functional.logsigmoid(logsnr) + (-self._log_ratio.expm1()).log()
 
     def _log_y_of(self, logsnr: Tensor) -> Tensor:
-        """Ln y(x) - ln y(s) at a level."""
+        """ln y(x) - ln y(s) at a level."""
         clean = ((-logsnr).sigmoid() * self._log_ratio.expm1()).log1p()
         noisy = torch.logaddexp(self._log_gamma_span(logsnr), self._log_ratio)
         return torch.where(logsnr > 0, clean, noisy)
 
     def _angle(self, log_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Cos and sin of the angle πx/2, and cos s - cos x."""
+        """cos and sin of the angle πx/2, and cos s - cos x."""
         fall = -self._cos_s * (log_y / (2 * self.tau)).expm1()
         cos_x = self._cos_s * (log_y / (2 * self.tau)).exp()
         versine = 2 * math.sin(HALF_PI * self.start / 2) ** 2 + fall  # 1 - cos x
@@ -153,9 +160,11 @@ class PowerCosine(Distribution):
 
 @dataclass(frozen=True)
 class Mode(Distribution):
-    """σ/(α+σ) = a(t) = t - s(sin²(πt/2) - t): uniform at s = 0, heavier in the middle for s > 0, at the ends for s < 0.
+    """σ/(α+σ) = a(t) = t - s(sin²(πt/2) - t): uniform at s = 0, heavier in the middle for s > 0, at
+    the ends for s < 0.
 
-    λ(t) = 2 ln((1-a)/a), p(λ) = a(1-a) / 2a'(t). SD3's mode sampling: Esser et al. 2024 (2403.03206, eq. 20, with 1 - u = t).
+    λ(t) = 2 ln((1-a)/a), p(λ) = a(1-a) / 2a'(t). SD3's mode sampling: Esser et al. 2024
+    (2403.03206, eq. 20, with 1 - u = t).
 
     Args:
         scale: s within [-1, 2/(π-2)], where a(t) is monotone; SD3 tries several, 1.29 among them.
@@ -168,7 +177,8 @@ class Mode(Distribution):
         super().__post_init__()
         if not -1 <= self.scale <= 2 / (math.pi - 2):
             raise ValueError(
-                f"scale is {self.scale}, expected within [-1, {2 / (math.pi - 2):.4f}]: others fold time over"
+                f"scale is {self.scale}, expected within [-1, {2 / (math.pi - 2):.4f}]: for "
+                "other values a(t) is not monotone"
             )
 
     def _logsnr(self, t: Tensor) -> Tensor:
@@ -178,7 +188,7 @@ class Mode(Distribution):
         return logit_time(self._of_times, logsnr)
 
     def _density(self, logsnr: Tensor) -> Tensor:
-        t = self._time(logsnr.abs())  # the density is even, and t near 0 has its digits
+        t = self._time(logsnr.abs())  # the density is symmetric, and t near 0 keeps its digits
         a, rest = (-logsnr / 2).sigmoid(), (logsnr / 2).sigmoid()
         slope = 1 + self.scale - self.scale * HALF_PI * (math.pi * t).sin()
         return (a * rest / (2 * slope)).masked_fill(a * rest == 0, 0.0)
@@ -192,13 +202,15 @@ class Mode(Distribution):
 
 @dataclass(frozen=True)
 class Beta(Distribution):
-    """σ/(α+σ) = a ~ Beta(p, q): t is its distribution function, λ = 2 ln((1-a)/a), p(λ) = a^p (1-a)^q / 2B(p, q).
+    """σ/(α+σ) = a ~ Beta(p, q): t is its distribution function, λ = 2 ln((1-a)/a), p(λ) = a^p
+    (1-a)^q / 2B(p, q).
 
-    p = q = 1 is Flow. Beta(1.5, 1) dwells on noise as π0 does (Black et al. 2024, 2410.24164, appendix B, without its cut-off).
+    p = q = 1 is Flow. Beta(1.5, 1) draws more noisy levels, as π0 does (Black et al. 2024,
+    2410.24164, appendix B, without its cut-off).
 
     Args:
-        p: exponent at the clean end, > 0; larger draws fewer clean levels.
-        q: exponent at the noisy end, > 0.
+        p: exponent at the clean end, > 0; a larger value draws fewer clean levels.
+        q: exponent at the noisy end, > 0; a larger value draws fewer noisy levels.
     """
 
     p: float = 1.5
@@ -237,7 +249,7 @@ class Beta(Distribution):
 
 
 def _part(z: Tensor, w: float) -> Tensor:
-    """T with ln sinh((1-t)w) - ln sinh(tw) = z: 2tw = ln(1 + 2 sinh w / (e^z + e^-w))."""
+    """t with ln sinh((1-t)w) - ln sinh(tw) = z: 2tw = ln(1 + 2 sinh w / (e^z + e^-w))."""
     return (2 * math.sinh(w) / (z.exp() + math.exp(-w))).log1p() / (2 * w)
 
 

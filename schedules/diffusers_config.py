@@ -1,7 +1,8 @@
-"""The schedule that a diffusers scheduler's config describes: what scheduler_config.json says of noise levels, and no more.
+"""The noise schedule of a diffusers scheduler, from its scheduler_config.json.
 
-How it samples (spacing, solver, Karras or beta sigmas, shift_terminal, clipping) is a grid's and a sampler's to say, and what
-the network predicts and how it is told the level is the Process's.
+Only the noise levels are read here. How it samples (spacing, solver, Karras or beta sigmas,
+shift_terminal, clipping) is expressed by a grid and a sampler; the prediction type and the time
+conditioning belong to the Process.
 """
 
 import math
@@ -13,12 +14,14 @@ from diffcore.schedules.beta_tables import Discrete
 from diffcore.schedules.distributions import Cosine, Flow, Laplace, LogLinear, Rho
 from diffcore.schedules.transforms import Shifted, ZeroTerminalSNR
 
+__all__ = ["ANGLES", "FLOWS", "REFUSED", "SIGMAS", "TABLES", "schedule_from_diffusers"]
+
 Config = Mapping[str, Any]
 
 DDPM = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 LDM = {"beta_start": 0.00085, "beta_end": 0.012}
 
-# What each class takes where its config is silent. 0.42.1's, as all of this file.
+# The default values of each class for keys that its config leaves out (diffusers 0.42.1).
 TABLES: dict[str, dict[str, Any]] = {
     "CogVideoXDDIMScheduler": LDM | {"beta_schedule": "scaled_linear", "snr_shift_scale": 3.0},
     "CogVideoXDPMScheduler": LDM | {"beta_schedule": "scaled_linear", "snr_shift_scale": 3.0},
@@ -80,8 +83,8 @@ SIGMAS: dict[str, dict[str, Any]] = {
     },
 }
 REFUSED = {
-    "DDPMWuerstchenScheduler": "its clamped continuous cosine is no schedule here: PowerCosine(s/(1+s)) is it unclamped",
-    "ScoreSdeVpScheduler": "there is no continuous VP SDE here: Discrete() is its table of 1000 levels",
+    "DDPMWuerstchenScheduler": "its clamped continuous cosine is not available; PowerCosine(s/(1+s)) is the unclamped one",
+    "ScoreSdeVpScheduler": "the continuous VP SDE is not available; Discrete() is its table of 1000 levels",
 } | dict.fromkeys(
     (
         "AmusedScheduler",
@@ -95,37 +98,48 @@ REFUSED = {
 
 
 def schedule_from_diffusers(config: Config, mu: float | None = None) -> Schedule:
-    """The noise levels of a diffusers scheduler (0.42.1), from the content of its scheduler_config.json.
+    """The noise levels of a diffusers scheduler (0.42.1), from the content of its
+    scheduler_config.json.
 
-    Tables, `Discrete` in the vp scaling (DDPM, DDIM, PNDM, Euler, DPM-Solver, UniPC, DEIS, LCM, TCD ...): linear,
-    scaled_linear, squaredcos_cap_v2, sigmoid, exp (ᾱ = e^(-12 t)), or trained_betas, at timestep i = Tt - 1.
-    rescale_betas_zero_snr is `ZeroTerminalSNR`; CogVideoX's snr_shift_scale s is a shift of -ln s before it.
+    Tables, `Discrete` in the vp scaling (DDPM, DDIM, PNDM, Euler, DPM-Solver, UniPC, DEIS, LCM, TCD
+    ...): linear, scaled_linear, squaredcos_cap_v2, sigmoid, exp (ᾱ = e^(-12 t)), or trained_betas,
+    at timestep i = Tt - 1. rescale_betas_zero_snr is `ZeroTerminalSNR`; CogVideoX's snr_shift_scale
+    s is a shift of -ln s before it.
 
-    Flows, σ = s τ / (1 + (s-1) τ): `Flow` shifted by -2 ln s, with s the `shift`, or with use_flow_sigmas the `flow_shift`, or
-    with use_dynamic_shifting e^mu (time_shift_type exponential: Flux) or mu (linear). diffusers' T levels are this at t = τ =
-    (i+1)/T; here every t is drawn. The network is told T σ = T a, not T t (MiniMax-H3, RFD4 and Mochi: 1 - a).
+    Flows, σ = s τ / (1 + (s-1) τ): `Flow` shifted by -2 ln s, with s the `shift`, or with
+    use_flow_sigmas the `flow_shift`, or with use_dynamic_shifting e^mu (time_shift_type
+    exponential: Flux) or mu (linear). diffusers' T levels are this at t = τ = (i+1)/T; here t is
+    continuous. The time input of the network is T σ = T a, not T t (MiniMax-H3, RFD4 and Mochi: 1 -
+    a).
 
     Angles (IPNDM, SCM, Stable Audio's CosineDPMSolver): `Cosine`, at t = 2/π atan(σ/α).
 
-    σ/α between bounds, in the ve scaling: `Rho` for the karras sigma_schedule of EDM, consistency models and continuous Euler
-    (Stable Video Diffusion), `LogLinear` for exponential, ScoreSdeVe and KarrasVe. It is the range and spacing they
-    sample in; the distribution they were trained on (EDM's is Normal(2.4, 2.4)) is in no config.
+    σ/α between bounds, in the ve scaling: `Rho` for the karras sigma_schedule of EDM, consistency
+    models and continuous Euler (Stable Video Diffusion), `LogLinear` for exponential, ScoreSdeVe
+    and KarrasVe. These are the range and the spacing of sampling; no config contains the
+    distribution of training (EDM's is Normal(2.4, 2.4)).
 
-    Where diffusers departs from what it means to do, this is what it means (each is pinned by a test):
+    Where the code of diffusers departs from its intention, this function follows the intention
+    (each case has a test):
 
-    - laplace returns α as ᾱ, so that its median λ is 0.88. This is `Laplace(0, 0.5)`. The levels of a network
-      that was trained on diffusers' table are `Discrete(tuple(scheduler.betas.tolist()))`.
-    - Euler, EulerAncestral, DPMSolverMultistep and UniPC with rescale_betas_zero_snr put ᾱ_T = 2^-24 (λ = -16.6) where the
-      others, and this, have 0 (λ = -inf).
-    - The flow schedulers shift σ_min twice, so that set_timesteps ends at the wrong level (shift 3: 0.00892 for 0.00299).
+    - laplace returns α as ᾱ, so that its median λ is 0.88. This is `Laplace(0, 0.5)`. The levels of
+      a network that was trained on diffusers' table are
+      `Discrete(tuple(scheduler.betas.tolist()))`.
+    - Euler, EulerAncestral, DPMSolverMultistep and UniPC with rescale_betas_zero_snr put ᾱ_T =
+      2^-24 (λ = -16.6) where the others, and this, have 0 (λ = -inf).
+    - The flow schedulers shift σ_min twice, so that set_timesteps ends at the wrong level (shift 3:
+      0.00892 for 0.00299).
     - All tables are float32: ᾱ is right to 6e-7, λ at the clean end to 1e-3. Here they are float64.
 
     Args:
-        config: `json.load` of the file, or `json.loads(scheduler.to_json_string())`; keys left out take the class's defaults.
-        mu: the shift's μ of a config with use_dynamic_shifting, which its pipeline computes from the image's size; there only.
+        config: `json.load` of the file, or `json.loads(scheduler.to_json_string())`; missing keys
+            take the defaults of the class.
+        mu: μ of the dynamic shift, which the pipeline computes from the image size; only with
+            use_dynamic_shifting.
 
     Raises:
-        ValueError: a class or a form that has no schedule here, or a mu missing or in excess.
+        ValueError: The class or its form of betas has no schedule here, or `mu` is missing or
+            superfluous.
     """
     name = config.get("_class_name")
     flow = name in FLOWS or (name in TABLES and bool(config.get("use_flow_sigmas")))
@@ -146,11 +160,13 @@ def schedule_from_diffusers(config: Config, mu: float | None = None) -> Schedule
     raise ValueError(f"_class_name is {name!r}: {REFUSED.get(str(name), _UNKNOWN)}")
 
 
-_UNKNOWN = "expected a scheduler of diffusers 0.42; pass the betas of another to Discrete, or choose a schedule by hand"
+_UNKNOWN = "expected a scheduler of diffusers 0.42; for another pass its betas to Discrete, or choose a schedule"
 
 
 def _continuous(config: Config) -> bool:
-    """Whether Euler's levels are EDM's (Stable Video Diffusion, CosXL): its beta table is not read then."""
+    """True if an Euler scheduler has the levels of EDM (Stable Video Diffusion, CosXL), so that its
+    betas are not read.
+    """
     return config.get("timestep_type") == "continuous" and None not in (
         config.get("sigma_min"),
         config.get("sigma_max"),
@@ -170,7 +186,7 @@ def _sigmas(config: Config) -> Schedule:
 def _flow(config: Config, mu: float | None) -> Schedule:
     if (stages := config.get("stages", 1)) != 1:
         raise ValueError(
-            f"stages is {stages}, expected 1: each resolution of a pyramid has levels of its own"
+            f"stages is {stages}, expected 1: the resolutions of a pyramid have different levels"
         )
     s = (
         _dynamic_shift(config, mu)
@@ -185,7 +201,8 @@ def _flow(config: Config, mu: float | None) -> Schedule:
 def _dynamic_shift(config: Config, mu: float | None) -> float:
     if mu is None:
         raise ValueError(
-            "use_dynamic_shifting is set: give mu, the μ that the pipeline computes from the image's size"
+            "use_dynamic_shifting is set: give mu, the μ that the pipeline computes from the "
+            "image's size"
         )
     match kind := config.get("time_shift_type", "exponential"):
         case "exponential":
@@ -217,5 +234,6 @@ def _table(config: Config) -> Schedule:
         case "laplace":
             return Laplace()
     raise ValueError(
-        f"beta_schedule is {form!r}, expected linear, scaled_linear, squaredcos_cap_v2, sigmoid, exp or laplace"
+        f"beta_schedule is {form!r}, expected linear, scaled_linear, squaredcos_cap_v2, sigmoid, "
+        "exp or laplace"
     )

@@ -1,7 +1,7 @@
-"""Schedules with a closed form: each is the quantile function λ(t) of a density p(λ), one class and one formula each.
+"""Schedules in closed form: each is the quantile function λ(t) of a density p(λ).
 
-t = 0 gives λ = +inf and t = 1 gives λ = -inf by rule, and both tails keep their digits: nothing subtracts from 1 a
-number near 1 that was not given.
+t = 0 is λ = +inf and t = 1 is λ = -inf. Both tails keep their digits, because no formula subtracts
+from 1 a computed number near 1.
 """
 
 import math
@@ -12,10 +12,16 @@ from torch import Tensor
 
 from diffcore.schedules.base import Scaling, Schedule, check_scaling
 
+__all__ = ["Cauchy", "Cosine", "Distribution", "Flow", "Laplace", "LogLinear", "Normal", "Rho"]
+
 
 @dataclass(frozen=True)
 class Distribution(Schedule):
-    """A schedule given by the quantile function of its density, in any of the three scalings."""
+    """A schedule in closed form, in any of the three scalings.
+
+    Args:
+        scaling: vp, ve or flow.
+    """
 
     scaling: Scaling = field(default="vp", kw_only=True)
 
@@ -25,14 +31,14 @@ class Distribution(Schedule):
 
 @dataclass(frozen=True)
 class Cosine(Distribution):
-    """λ(t) = μ + (2/s) ln cot(πt/2), by default α = cos(πt/2), σ = sin(πt/2); p(λ) = s sech(s(λ-μ)/2) / 2π.
+    """λ(t) = μ + (2/s) ln cot(πt/2), by default α = cos(πt/2), σ = sin(πt/2); p(λ) = s
+    sech(s(λ-μ)/2) / 2π.
 
-    Nichol & Dhariwal 2021 (2102.09672) without its offset; the hyperbolic secant density is Kingma & Gao 2023. Shifted and
-    scaled: Hang & Gu 2024 (2407.03297).
+    Nichol & Dhariwal 2021 (2102.09672) without its offset; the hyperbolic secant density is Kingma
+    & Gao 2023. Shifted and scaled: Hang & Gu 2024 (2407.03297).
 
     Args:
-        shift: μ, the median level.
-        scale: s > 0; larger gathers the levels around μ.
+        shift: μ, the median of λ. scale: s > 0; a larger value concentrates the levels around μ.
     """
 
     shift: float = 0.0
@@ -58,9 +64,9 @@ class Cosine(Distribution):
 
 @dataclass(frozen=True)
 class Flow(Distribution):
-    """λ(t) = 2 ln((1-t)/t), that is σ/(α+σ) = t: rectified flow and IADB; p(λ) is logistic of scale 2.
-
-    Its own scaling is `flow`: x_t = (1-t) x_0 + t ε. Liu et al. 2022 (2209.03003), Heitz et al. 2023 (2305.03486).
+    """λ(t) = 2 ln((1-t)/t), so that σ/(α+σ) = t: rectified flow and IADB; p(λ) is logistic of scale
+    2. Its default scaling is `flow`: x_t = (1-t) x_0 + t ε. Liu et al. 2022 (2209.03003), Heitz et
+    al. 2023 (2305.03486).
     """
 
     scaling: Scaling = field(default="flow", kw_only=True)
@@ -79,11 +85,12 @@ class Flow(Distribution):
 class Laplace(Distribution):
     """λ(t) = μ - b sgn(½-t) ln(1 - 2|t-½|); p(λ) = exp(-|λ-μ|/b) / 2b.
 
-    Hang & Gu 2024 (2407.03297): importance sampling of logSNR, μ = 0 and b = 0.5 at 256², b = 0.75 at 512².
+    Hang & Gu 2024 (2407.03297): importance sampling of logSNR, μ = 0 and b = 0.5 at 256², b = 0.75
+    at 512².
 
     Args:
-        mean: μ, the median level.
-        scale: b > 0.
+        mean: μ, the median of λ.
+        scale: b > 0; the standard deviation of λ is √2 b.
     """
 
     mean: float = 0.0
@@ -111,11 +118,12 @@ class Laplace(Distribution):
 class Normal(Distribution):
     """λ(t) = μ + s Φ⁻¹(1-t); p(λ) = N(μ, s²).
 
-    A log-normal σ/α and a logit-normal σ/(α+σ) are both a normal λ: `edm` and `logit_normal` take those parameters.
+    A log-normal σ/α and a logit-normal σ/(α+σ) both are a normal λ: `edm` and `logit_normal` take
+    their parameters.
 
     Args:
-        mean: μ of λ.
-        std: s > 0 of λ.
+        mean: μ, the mean of λ.
+        std: s > 0, the standard deviation of λ.
     """
 
     mean: float = 0.0
@@ -128,16 +136,22 @@ class Normal(Distribution):
 
     @classmethod
     def edm(cls, P_mean: float = -1.2, P_std: float = 1.2) -> "Normal":
-        """ln(σ/α) ~ N(P, S²), which is λ ~ N(-2P, (2S)²), carried by ve.
+        """The schedule with ln(σ/α) ~ N(P, S²), which is λ ~ N(-2P, (2S)²), in the ve scaling.
 
-        Karras et al. 2022 (2206.00364, Table 1: -1.2, 1.2), EDM2 (2312.02696: -0.4, 1.0 on 512² latents; -0.8, 1.6 on 64²), for
-        data of standard deviation 0.5: on data of standard deviation s add ln 2s to P.
+        Karras et al. 2022 (2206.00364, Table 1: -1.2, 1.2), EDM2 (2312.02696: -0.4, 1.0 on 512²
+        latents; -0.8, 1.6 on 64²), for data of standard deviation 0.5; for data of standard
+        deviation s add ln 2s to P.
         """
         return cls(-2 * P_mean, 2 * P_std, scaling="ve")
 
     @classmethod
     def logit_normal(cls, mean: float = 0.0, std: float = 1.0) -> "Normal":
-        """logit(σ/(α+σ)) ~ N(m, s²), which is λ ~ N(-2m, (2s)²), carried by flow. Esser et al. 2024 (2403.03206, eq. 19)."""
+        """The schedule with logit(σ/(α+σ)) ~ N(m, s²), which is λ ~ N(-2m, (2s)²), in the flow
+        scaling.
+
+        Esser et al. 2024
+        (2403.03206, eq. 19).
+        """
         return cls(-2 * mean, 2 * std, scaling="flow")
 
     def _logsnr(self, t: Tensor) -> Tensor:
@@ -156,8 +170,8 @@ class Cauchy(Distribution):
     """λ(t) = μ + γ tan(π(½-t)); p(λ) = γ / π((λ-μ)² + γ²). Hang & Gu 2024 (2407.03297).
 
     Args:
-        mean: μ, the median level (the distribution has no mean).
-        scale: γ > 0.
+        mean: μ, the median of λ (the distribution has no mean).
+        scale: γ > 0, half of the interquartile range of λ.
     """
 
     mean: float = 0.0
@@ -186,7 +200,8 @@ class Cauchy(Distribution):
 class LogLinear(Distribution):
     """λ(t) = λ_max + t (λ_min - λ_max): ln(σ/α) is linear in t; p(λ) is uniform on [λ_min, λ_max].
 
-    VDM's fixed schedule (Kingma et al. 2021, 2107.00630: -γ from 13.3 to -5), and `ve` of Song et al. 2021.
+    VDM's fixed schedule (Kingma et al. 2021, 2107.00630: -γ from 13.3 to -5), and `ve` of Song et
+    al. 2021.
 
     Args:
         low: λ_min, the noisiest level, λ(1).
@@ -205,7 +220,9 @@ class LogLinear(Distribution):
 
     @classmethod
     def ve(cls, sigma_min: float = 0.01, sigma_max: float = 50.0) -> "LogLinear":
-        """σ(t) = σ_min (σ_max/σ_min)^t. Song et al. 2021 (2011.13456); σ_max is about the data's largest distance."""
+        """The schedule σ(t) = σ_min (σ_max/σ_min)^t in the ve scaling. Song et al. 2021
+        (2011.13456); σ_max is about the largest distance between two data points.
+        """
         _check_sigmas(sigma_min, sigma_max)
         return cls(-2 * math.log(sigma_max), -2 * math.log(sigma_min), scaling="ve")
 
@@ -222,14 +239,16 @@ class LogLinear(Distribution):
 
 @dataclass(frozen=True)
 class Rho(Distribution):
-    """u(t)^(1/ρ) = u_min^(1/ρ) + t (u_max^(1/ρ) - u_min^(1/ρ)), u = σ/α = e^(-λ/2): EDM's grid made continuous.
+    """u(t)^(1/ρ) = u_min^(1/ρ) + t (u_max^(1/ρ) - u_min^(1/ρ)), u = σ/α = e^(-λ/2): the Karras grid
+    made continuous.
 
-    p(λ) = u^(1/ρ) / 2ρ(u_max^(1/ρ) - u_min^(1/ρ)) between the bounds. Karras et al. 2022 (2206.00364, eq. 5).
+    p(λ) = u^(1/ρ) / 2ρ(u_max^(1/ρ) - u_min^(1/ρ)) between the bounds. Karras et al. 2022
+    (2206.00364, eq. 5).
 
     Args:
         sigma_min: u_min > 0, for data of standard deviation 0.5.
         sigma_max: u_max, finite.
-        rho: ρ > 0; larger dwells longer near the data, and ρ → ∞ is LogLinear.
+        rho: ρ > 0; a larger value draws more levels near the data, and ρ → ∞ is LogLinear.
     """
 
     sigma_min: float = 0.002

@@ -1,11 +1,14 @@
-"""Grids: which knots a sampler visits. n steps are n+1 levels, strictly monotone in λ, the last one clean.
+"""Grids place the knots of a sampler: n steps are n+1 levels, strictly monotone in λ, the last one
+clean.
 
-Knots are levels of the schedule that the network was trained with, in float64 on the host; samplers step between
-neighbours and never recompute one. Almost every grid is even in some coordinate c of the level:
+Knots are levels of the schedule that the network was trained with, in float64 on the host. Samplers
+step between neighbouring knots and never recompute one. Almost every grid is uniform in a
+coordinate c of the level:
 
-    c_i = ((g-i) c(first) + i c(last)) / g,  i = 0 .. g        g = n, or n-1 where a clean knot follows the last
+    c_i = ((g-i) c(first) + i c(last)) / g,  i = 0 .. g        g = n, or n-1 where a clean knot
+    follows the last
 
-so a grid is a coordinate and its two ends, and `Within` moves the ends.
+so that a grid is a coordinate with two bounds, and `Within` moves the bounds.
 """
 
 import math
@@ -16,20 +19,32 @@ from typing import NamedTuple
 
 from diffcore.schedules.base import Level, Schedule
 
+__all__ = ["CLEAN", "CoordinateGrid", "Explicit", "Grid", "GridSpan", "Within", "check_falling"]
+
 CLEAN = math.inf
 
 
 class Grid(ABC):
-    """Knots for a schedule and a number of steps: from the noisiest level to the clean one, unless said otherwise."""
+    """A rule that places the knots for a schedule and a number of steps, by default from the
+    noisiest level to clean data.
+    """
 
     @abstractmethod
     def _levels(self, schedule: Schedule, steps: int) -> list[Level]: ...
 
     def knots(self, schedule: Schedule, steps: int) -> tuple[Level, ...]:
-        """Steps + 1 levels of `schedule`.
+        """The knots of `schedule` for a number of steps.
+
+        Args:
+            schedule: schedule of the network.
+            steps: number of steps n, at least 1.
+
+        Returns:
+            n + 1 levels, strictly monotone in λ.
 
         Raises:
-            ValueError: steps is below 1 or more than a table can give, or a knot is outside the schedule's levels.
+            ValueError: `steps` is below 1 or exceeds the length of a table, or a knot is outside
+                the range of the schedule.
         """
         if steps < 1:
             raise ValueError(f"steps is {steps}, expected at least 1")
@@ -39,12 +54,12 @@ class Grid(ABC):
 
 
 class GridSpan(NamedTuple):
-    """What an even grid covers.
+    """The bounds of a grid.
 
     Args:
-        first: the first knot.
-        last: the last knot of the even part.
-        clean: whether a clean knot follows it.
+        first: first knot.
+        last: last knot of the uniform part.
+        clean: True if a clean knot follows `last`.
     """
 
     first: Level
@@ -53,15 +68,17 @@ class GridSpan(NamedTuple):
 
 
 class CoordinateGrid(Grid):
-    """Knots that are even in a coordinate c of the level, which a subclass gives with its inverse and its ends."""
+    """Knots that are uniform in a coordinate c of the level. A subclass implements c, its inverse
+    and the bounds.
+    """
 
     @abstractmethod
     def _coordinate(self, level: Level) -> float:
-        """C, strictly monotone."""
+        """c of a level, strictly monotone in λ."""
 
     @abstractmethod
     def _at(self, schedule: Schedule, coordinate: float) -> Level:
-        """The level that has this coordinate."""
+        """The level with coordinate c, the inverse of `_coordinate`."""
 
     @abstractmethod
     def _span(self, schedule: Schedule) -> GridSpan: ...
@@ -74,7 +91,7 @@ class CoordinateGrid(Grid):
         return [*inside, schedule.at(CLEAN)]
 
     def _between(self, first: Level, last: Level, gaps: int) -> list[Level]:
-        """Gaps + 1 levels from first to last, both exactly."""
+        """gaps + 1 levels from `first` to `last`, both of them exact."""
         a, b = self._coordinate(first), self._coordinate(last)
         inside = [((gaps - i) * a + i * b) / gaps for i in range(1, gaps)]
         return [first, *(self._at(first.schedule, c) for c in inside), last]
@@ -82,16 +99,18 @@ class CoordinateGrid(Grid):
 
 @dataclass(frozen=True)
 class Within(CoordinateGrid):
-    """The same coordinate between two levels of one's choice, each exactly a knot: start and stop anywhere.
+    """A grid with other bounds: knots uniform in the same coordinate, whose first and last level
+    are given.
 
-    Image-to-image starts at low = λ of the noise put on the image; stopping early is a finite `high`. An end that is left
-    out is the grid's own, so with Karras or Linspace a clean knot still follows the last noisy one. On a table the knots
-    lie between its entries.
+    Image-to-image starts at `low` = λ of the noise that was added to the image; a finite `high`
+    stops early. An infinite bound is replaced by the bound of the inner grid, so that with Karras
+    or Linspace a clean knot still follows the last noisy one. On a table the knots are between its
+    entries.
 
     Args:
-        grid: any grid but Explicit, whose knots are given one by one.
-        low: λ of the first knot; -inf is the grid's own.
-        high: λ of the last knot; inf is the grid's own.
+        grid: inner grid; any grid except Explicit, which has no coordinate.
+        low: λ of the first knot; -inf: first knot of the inner grid.
+        high: λ of the last knot; inf: last knot of the inner grid.
     """
 
     grid: CoordinateGrid
@@ -101,7 +120,7 @@ class Within(CoordinateGrid):
     def __post_init__(self) -> None:
         if not isinstance(self.grid, CoordinateGrid):
             raise ValueError(
-                f"grid is {self.grid}, expected one that is even in some coordinate, not knots one by one"
+                f"grid is {self.grid}, expected one that is uniform in a coordinate, not Explicit"
             )
         if not self.low < self.high:
             raise ValueError(
@@ -122,7 +141,8 @@ class Within(CoordinateGrid):
             last, clean = schedule.at(self.high), False
         if not first.logsnr < last.logsnr:
             raise ValueError(
-                f"{self} has its first knot at λ = {first.logsnr:g} and its last noisy one at λ = {last.logsnr:g}: "
+                f"{self} has its first knot at λ = {first.logsnr:g} and its last noisy one at λ = "
+                f"{last.logsnr:g}: "
                 f"give a lower `low`, a higher `high`, or a grid with other bounds"
             )
         return GridSpan(first, last, clean)
@@ -130,10 +150,10 @@ class Within(CoordinateGrid):
 
 @dataclass(frozen=True)
 class Explicit(Grid):
-    """The knots themselves, as λ: strictly monotone in either direction, any ends.
+    """Knots that are given as values of λ, strictly monotone in either direction, with any bounds.
 
     Args:
-        logsnrs: n+1 values of λ = log α²/σ²; -inf is pure noise, +inf is clean.
+        logsnrs: n+1 values of λ = log α²/σ²; -inf is pure noise, +inf is clean data.
     """
 
     logsnrs: tuple[float, ...]
@@ -146,16 +166,18 @@ class Explicit(Grid):
     def _levels(self, schedule: Schedule, steps: int) -> list[Level]:
         if steps != len(self.logsnrs) - 1:
             raise ValueError(
-                f"steps is {steps}, but Explicit has {len(self.logsnrs)} knots: pass {len(self.logsnrs) - 1}"
+                f"steps is {steps}, but Explicit has {len(self.logsnrs)} knots: pass "
+                f"{len(self.logsnrs) - 1}"
             )
         return [schedule.at(logsnr) for logsnr in self.logsnrs]
 
 
 def check_falling(knots: tuple[Level, ...]) -> None:
-    """Raise where knots do not fall in noise."""
+    """Raise ValueError unless there are at least two knots, each less noisy than the one before."""
     if len(knots) < 2 or not all(t.logsnr < s.logsnr for t, s in pairwise(knots)):
         raise ValueError(
-            f"knots are at λ = {[knot.logsnr for knot in knots]}, expected two or more that fall in noise, as in sampling"
+            f"knots are at λ = {[knot.logsnr for knot in knots]}, expected two or more that fall "
+            "in noise, as in sampling"
         )
 
 
@@ -170,5 +192,6 @@ def _check_knots(grid: Grid, schedule: Schedule, knots: tuple[Level, ...]) -> No
     gaps = [b.logsnr - a.logsnr for a, b in pairwise(knots)]
     if not (all(gap > 0 for gap in gaps) or all(gap < 0 for gap in gaps)):
         raise ValueError(
-            f"{grid} has knots at λ = {[knot.logsnr for knot in knots]}, expected strictly monotone levels"
+            f"{grid} has knots at λ = {[knot.logsnr for knot in knots]}, expected strictly "
+            "monotone levels"
         )

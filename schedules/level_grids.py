@@ -1,4 +1,4 @@
-"""Grids that are even in a function of the noise level itself, whatever time the schedule reaches it at."""
+"""Grids that are uniform in a function of the noise level, independent of the time of the schedule."""
 
 import math
 from dataclasses import dataclass
@@ -11,6 +11,8 @@ from scipy import special
 from diffcore.schedules.base import Level, Schedule
 from diffcore.schedules.grids import CLEAN, CoordinateGrid, GridSpan
 
+__all__ = ["AlignYourSteps", "Karras", "UniformBlend", "UniformLogSNR"]
+
 Table = Literal["sd15", "sdxl", "svd"]
 PUBLISHED: dict[str, tuple[float, ...]] = {
     "sd15": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
@@ -18,20 +20,23 @@ PUBLISHED: dict[str, tuple[float, ...]] = {
     "svd": (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002),
 }
 ROUNDED = 1e-3
-"""In λ: a first level this near to the terminal one is it (14.615 was 14.6146 before it was printed)."""
+"""Tolerance in λ: a first level this near to the terminal level is replaced by it (a published
+14.615 is 14.6146 rounded).
+"""
 
 
 @dataclass(frozen=True)
 class Karras(CoordinateGrid):
-    """u_i = (u_max^(1/ρ) + i/(n-1) (u_min^(1/ρ) - u_max^(1/ρ)))^ρ of u = σ/α, then clean.
+    """Karras grid: u_i = (u_max^(1/ρ) + i/(n-1) (u_min^(1/ρ) - u_max^(1/ρ)))^ρ of u = σ/α, then
+    clean.
 
-    Karras et al. 2022 (2206.00364, eq. 5). The bounds are for data of standard deviation 0.5; multiply them by the data's
-    over 0.5 for other data. One step is [sigma_max, clean].
+    Karras et al. 2022 (2206.00364, eq. 5). The bounds are for data of standard deviation 0.5; for
+    data of standard deviation s multiply them by 2s. One step is [sigma_max, clean].
 
     Args:
         sigma_min: σ/α of the last noisy knot, above 0.
         sigma_max: σ/α of the first knot, finite.
-        rho: ρ > 0; larger puts more knots near the data.
+        rho: ρ > 0; a larger value puts more knots near the data.
     """
 
     sigma_min: float = 0.002
@@ -41,7 +46,8 @@ class Karras(CoordinateGrid):
     def __post_init__(self) -> None:
         if not 0 < self.sigma_min < self.sigma_max < math.inf:
             raise ValueError(
-                f"sigma_min and sigma_max are {self.sigma_min} and {self.sigma_max}, expected 0 < min < max < inf"
+                f"sigma_min and sigma_max are {self.sigma_min} and {self.sigma_max}, expected 0 < "
+                "min < max < inf"
             )
         if not 0 < self.rho < math.inf:
             raise ValueError(f"rho is {self.rho}, expected a positive finite number")
@@ -60,7 +66,8 @@ class Karras(CoordinateGrid):
 
 @dataclass(frozen=True)
 class UniformLogSNR(CoordinateGrid):
-    """λ_i evenly from `low` to `high`, then clean. Lu et al. 2022 (2206.00927). One step is [low, clean].
+    """λ_i uniform from `low` to `high`, then clean. Lu et al. 2022 (2206.00927). One step is [low,
+    clean].
 
     Args:
         low: λ of the first knot, finite.
@@ -88,18 +95,19 @@ class UniformLogSNR(CoordinateGrid):
 
 @dataclass(frozen=True)
 class UniformBlend(CoordinateGrid):
-    """A_i = a_0 (n-i)/n of a = v/(1+v), v = (u/center)^(1/ρ), u = σ/α, from the schedule's terminal level to clean.
+    """a_i = a_0 (n-i)/n of a = v/(1+v), v = (u/center)^(1/ρ), u = σ/α, from the terminal level to
+    clean.
 
-    With ρ = 1 and center 1, a is σ/(α+σ), and this is the grid of iterative α-(de)blending (2305.03486; its α is 1 - a),
-    the natural one for AlphaBlending, which keeps its order on it down to the clean knot; it is Trailing on the schedule
-    Flow, for any schedule. In general λ at the knots are even quantiles of a logistic distribution of mean -2 ln center
-    and scale 2ρ: a larger ρ puts more knots near noise and near the data, where the coordinate is that of Karras,
-    u^(1/ρ); unlike his it is finite at pure noise (a = 1).
-    On a table the knots lie between its entries.
+    With ρ = 1 and center 1, a is σ/(α+σ), and this is the grid of iterative α-(de)blending
+    (2305.03486; its α is 1 - a), on which AlphaBlending keeps its order down to the clean knot. It
+    places the knots of Trailing on the schedule Flow, for any schedule. In general the knots are
+    uniform quantiles of λ of a logistic distribution of mean -2 ln center and scale 2ρ: a larger ρ
+    puts more knots near noise and near the data, where the coordinate is that of Karras, u^(1/ρ),
+    but it stays finite at pure noise (a = 1). On a table the knots are between its entries.
 
     Args:
-        rho: ρ > 0.
-        center: σ/α where the knots are densest in λ, above 0; for data of standard deviation 1.
+        rho: ρ > 0; a larger value puts more knots near noise and near the data. center: σ/α > 0 at
+            which the knots are densest in λ; 1 is for data of standard deviation 1.
     """
 
     rho: float = 1.0
@@ -126,13 +134,16 @@ class UniformBlend(CoordinateGrid):
 
 @dataclass(frozen=True)
 class AlignYourSteps(CoordinateGrid):
-    """ln u_i interpolated in i/n from a table of 10 steps that was optimised for a model, u = σ/α; the last one clean.
+    """Align Your Steps: ln u_i is interpolated in i/n from 11 knots optimised for one model, u =
+    σ/α; the last knot is clean.
 
-    Sabour et al. 2024 (2404.14507): the tables of its project page, and its log-linear interpolation to other numbers of
-    steps. 10 steps are the table itself, whose last entry the clean knot replaces.
+    Sabour et al. 2024 (2404.14507): the tables of its project page, and its log-linear
+    interpolation to other numbers of steps. With 10 steps the knots are the table, except that the
+    clean knot replaces its last entry.
 
     Args:
-        table: sd15, sdxl, svd, or falling σ/α of another model's optimised steps, the last one above 0.
+        table: sd15, sdxl, svd, or the decreasing positive σ/α that were optimised for another
+            model.
     """
 
     table: Table | tuple[float, ...] = "sd15"
@@ -142,12 +153,14 @@ class AlignYourSteps(CoordinateGrid):
             object.__setattr__(self, "table", tuple(float(sigma) for sigma in self.table))
         elif self.table not in PUBLISHED:
             raise ValueError(
-                f"table is {self.table!r}, expected {', '.join(PUBLISHED)}, or the falling values of σ/α"
+                f"table is {self.table!r}, expected {', '.join(PUBLISHED)}, or the falling values "
+                "of σ/α"
             )
         falls = all(a > b > 0 for a, b in pairwise(self._sigmas))
         if not falls or len(self._sigmas) < 2:
             raise ValueError(
-                f"table is {self._sigmas}, expected at least 2 values of σ/α that fall and stay above 0"
+                f"table is {self._sigmas}, expected at least 2 values of σ/α that fall and stay "
+                "above 0"
             )
 
     @property
@@ -177,5 +190,5 @@ def _at_ratio(schedule: Schedule, ratio: float) -> Level:
 
 
 def _logsnrs(ratios: tuple[float, ...]) -> list[float]:
-    """λ, rising, of falling σ/α."""
+    """λ of σ/α; decreasing σ/α give increasing λ."""
     return [-2 * math.log(ratio) for ratio in ratios]

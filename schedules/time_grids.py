@@ -1,4 +1,6 @@
-"""Grids that are even in a function of the schedule's time t, and on a table visit its entries, in integers."""
+"""Grids that are uniform in a function of the schedule's time t; on a table the knots are its
+entries.
+"""
 
 import math
 from abc import abstractmethod
@@ -10,13 +12,25 @@ from scipy.special import betainc, betaincinv
 from diffcore.schedules.base import Level, Schedule
 from diffcore.schedules.grids import CLEAN, CoordinateGrid, GridSpan
 
+__all__ = [
+    "BetaSpacing",
+    "BoundedTimeGrid",
+    "Leading",
+    "Linspace",
+    "Quadratic",
+    "TimeGrid",
+    "Trailing",
+]
+
 
 class TimeGrid(CoordinateGrid):
-    """Times of a continuous schedule, indices of a table: entry i of T stands at t = (i+1)/T."""
+    """Knots at times of a continuous schedule, or at entries of a table: entry i of T is at t =
+    (i+1)/T.
+    """
 
     @abstractmethod
     def _indices(self, steps: int, total: int) -> Iterable[int]:
-        """Entries of a table of `total`, falling strictly."""
+        """Indices into a table of `total` entries, strictly decreasing."""
 
     def _levels(self, schedule: Schedule, steps: int) -> list[Level]:
         total = schedule.steps
@@ -48,7 +62,7 @@ class TimeGrid(CoordinateGrid):
 class Trailing(TimeGrid):
     """t_i = (n-i)/n; on a table of T the indices round(T (n-i)/n) - 1, in integers, then clean.
 
-    Lin et al. 2023 (2305.08891, Table 2). The first knot is the terminal level, whatever n.
+    Lin et al. 2023 (2305.08891, Table 2). The first knot is the terminal level for every n.
     """
 
     def _indices(self, steps: int, total: int) -> Iterable[int]:
@@ -56,7 +70,9 @@ class Trailing(TimeGrid):
 
 
 class BoundedTimeGrid(TimeGrid):
-    """CoordinateGrid down to a last noisy knot at time `last`, then clean; on a table the last noisy knot is an entry."""
+    """Knots down to a last noisy knot at time `last`, then clean; on a table the last noisy knot is
+    an entry.
+    """
 
     last: float
 
@@ -70,9 +86,11 @@ class BoundedTimeGrid(TimeGrid):
 
 @dataclass(frozen=True)
 class Linspace(BoundedTimeGrid):
-    """n times evenly from t = 1 to the cleanest level, then clean: on a table the indices T-1 .. 0, rounded.
+    """n uniform times from t = 1 to the cleanest level, then clean; on a table of T the indices T-1
+    .. 0, rounded.
 
-    iDDPM (2102.09672). A continuous schedule has no cleanest level, so `last` names the time of the last one before clean.
+    iDDPM (2102.09672). A continuous schedule has no cleanest noisy level, so `last` is the time of
+    the last noisy knot.
 
     Args:
         last: time in (0, 1) of the last noisy knot on a continuous schedule.
@@ -90,13 +108,16 @@ class Linspace(BoundedTimeGrid):
 
 @dataclass(frozen=True)
 class Leading(BoundedTimeGrid):
-    """t_i = last + (1 - last) (n-1-i)/n, then clean; on a table of T the indices (n-1-i) ⌊T/n⌋ + offset.
+    """t_i = last + (1 - last) (n-1-i)/n, then clean; on a table of T the indices (n-1-i) ⌊T/n⌋ +
+    offset.
 
-    DDIM's and Stable Diffusion's (2305.08891, Table 2). The first knot is about one step short of the terminal level, so
-    a run starts with less noise than training ended with.
+    The grid of DDIM and Stable Diffusion (2305.08891, Table 2). The first knot is about one step
+    short of the terminal level, so that sampling starts with less noise than the noisiest level of
+    training.
 
     Args:
-        offset: index of the last noisy entry of a table (diffusers' steps_offset; Stable Diffusion has 1).
+        offset: index of the last noisy entry of a table (steps_offset of diffusers; 1 for Stable
+            Diffusion).
         last: time in (0, 1) of the last noisy knot on a continuous schedule.
     """
 
@@ -112,7 +133,8 @@ class Leading(BoundedTimeGrid):
         first = (steps - 1) * (total // steps) + self.offset
         if first >= total:
             raise ValueError(
-                f"{self} begins {steps} steps at index {first} of a table of {total} levels: use fewer steps or offset 0"
+                f"{self} starts {steps} steps at index {first} of a table of {total} levels: use "
+                "fewer steps or offset 0"
             )
         return range(first, self.offset - 1, -(total // steps))
 
@@ -123,10 +145,11 @@ class Leading(BoundedTimeGrid):
 
 @dataclass(frozen=True)
 class Quadratic(TimeGrid):
-    """√t evenly: t_i = ((n-i)/n)²; on a table of T the indices round((T-1) ((n-1-i)/(n-1))²), then clean.
+    """Uniform in √t: t_i = ((n-i)/n)²; on a table of T the indices round((T-1) ((n-1-i)/(n-1))²),
+    then clean.
 
-    DDIM (2010.02502, appendix D: τ_i = ⌊c i²⌋, c such that the last is close to T; here it is T-1). Indices that round
-    to one entry move to the nearest free ones.
+    DDIM (2010.02502, appendix D: τ_i = ⌊c i²⌋, c such that the last is close to T; here it is T-1).
+    Indices that round to the same entry move to the nearest free entries.
     """
 
     def _indices(self, steps: int, total: int) -> Iterable[int]:
@@ -144,14 +167,16 @@ class Quadratic(TimeGrid):
 
 @dataclass(frozen=True)
 class BetaSpacing(TimeGrid):
-    """t_i = I⁻¹((n-i)/n; a, b), the quantiles of a Beta distribution: knots gather at both ends of t.
+    """t_i = I⁻¹((n-i)/n; a, b), the quantiles of a Beta distribution: the knots are dense at both
+    ends of t.
 
-    Lee et al. 2024, "Beta Sampling is All You Need" (2407.12173): a = b = 0.6. On a table the indices round(T t_i) - 1, those
-    that round to one entry moved to the nearest free ones.
+    Lee et al. 2024, "Beta Sampling is All You Need" (2407.12173): a = b = 0.6. On a table the
+    indices round(T t_i) - 1, and indices that round to the same entry move to the nearest free
+    entries.
 
     Args:
-        a: above 0; below 1 knots gather at t = 0.
-        b: above 0; below 1 knots gather at t = 1.
+        a: first exponent, > 0; below 1 the knots are dense at t = 0.
+        b: second exponent, > 0; below 1 the knots are dense at t = 1.
     """
 
     a: float = 0.6
@@ -173,7 +198,9 @@ class BetaSpacing(TimeGrid):
 
 
 def _distinct(falling: list[int], total: int) -> list[int]:
-    """The nearest strictly falling indices of range(total), the first one kept: down where taken, then up from below 0."""
+    """Strictly decreasing indices of range(total) near the given ones, the first one unchanged:
+    taken entries move down, negative ones up.
+    """
     indices = list(falling)
     for i in range(1, len(indices)):
         indices[i] = min(indices[i], indices[i - 1] - 1)

@@ -11,12 +11,26 @@ from diffcore.schedules.base import Level, Scaling, Schedule, check_scaling
 from diffcore.schedules.distributions import LogLinear
 from diffcore.schedules.roots import logit_time, newton
 
-FARTHEST = 1e300  # a bracket's ends are finite
+__all__ = [
+    "Interpolated",
+    "Mixture",
+    "Rescaled",
+    "ScheduleWrapper",
+    "Shifted",
+    "Truncated",
+    "ZeroTerminalSNR",
+]
+
+FARTHEST = 1e300  # |λ| of the bounds of a bracket, which must be finite
 
 
 @dataclass(frozen=True)
 class ScheduleWrapper(Schedule):
-    """A schedule made from another; its scaling and its number of levels are the inner one's."""
+    """A schedule made from an inner one, with its scaling and its number of levels.
+
+    Args:
+        inner: schedule that is transformed.
+    """
 
     inner: Schedule
 
@@ -31,11 +45,14 @@ class ScheduleWrapper(Schedule):
 
 @dataclass(frozen=True)
 class Shifted(ScheduleWrapper):
-    """λ'(t) = λ(t) + shift: at once an input scale, a resolution shift and a time shift, which have constructors.
+    """λ'(t) = λ(t) + shift.
+
+    An input scale, a resolution shift and a time shift all are this transform; each has a
+    constructor.
 
     Args:
-        inner: the schedule to shift.
-        shift: in λ; negative is noisier.
+        inner: schedule to shift.
+        shift: constant added to λ; a negative value is noisier.
     """
 
     shift: float
@@ -48,17 +65,35 @@ class Shifted(ScheduleWrapper):
 
     @classmethod
     def by_input_scale(cls, schedule: Schedule, b: float) -> "Shifted":
-        """α² : σ² becomes b²α² : σ², a shift of 2 ln b. Chen 2023 (2301.10972; the input is normalised after)."""
+        """The schedule whose α²/σ² is multiplied by b², a shift of 2 ln b.
+
+        Chen 2023 (2301.10972; the network input is normalised afterwards).
+        """
         return cls(schedule, 2 * _log("b", b))
 
     @classmethod
     def by_resolution(cls, schedule: Schedule, size: float, reference: float = 64) -> "Shifted":
-        """The levels of `reference` pixels a side at `size`: 2 ln(d₀/d). Hoogeboom et al. 2023 (2301.11093)."""
+        """The schedule for images of another size: a shift of 2 ln(d₀/d).
+
+        Hoogeboom et al. 2023 (2301.11093).
+
+        Args:
+            schedule: schedule for images of the reference size.
+            size: d, side of the images in pixels.
+            reference: d₀, side in pixels for which `schedule` was made.
+
+        Returns:
+            The shifted schedule.
+        """
         return cls(schedule, 2 * (_log("reference", reference) - _log("size", size)))
 
     @classmethod
     def by_time_shift(cls, schedule: Schedule, s: float) -> "Shifted":
-        """σ/(α+σ) = a becomes s a / (1 + (s-1) a), a shift of -2 ln s. Esser et al. 2024 (2403.03206, eq. 23); Flux: e^μ."""
+        """The schedule whose σ/(α+σ) is s a / (1 + (s-1) a) in place of a, a shift of -2 ln s.
+
+        Esser et al. 2024
+        (2403.03206, eq. 23); Flux: e^μ.
+        """
         return cls(schedule, -2 * _log("s", s))
 
     def _logsnr(self, t: Tensor) -> Tensor:
@@ -73,15 +108,17 @@ class Shifted(ScheduleWrapper):
 
 @dataclass(frozen=True)
 class Interpolated(ScheduleWrapper):
-    """λ'(t) = λ(t) + (1-t) clean + t noise: a shift that changes from the clean end to the noisy one.
+    """λ'(t) = λ(t) + (1-t) clean + t noise: a shift that changes from the clean end to the noisy
+    one.
 
-    Simple diffusion's interpolated resolution shift, which has a constructor: fine detail is noised as at a low resolution,
-    layout as at a high one. Hoogeboom et al. 2023 (2301.11093).
+    The interpolated resolution shift of simple diffusion (`by_resolution`): fine detail receives
+    the noise of a low resolution, layout that of a high one. Hoogeboom et al. 2023 (2301.11093).
 
     Args:
-        inner: the schedule to shift, steeper everywhere than the change (for Cosine, noise - clean < 2π).
-        clean: the shift at t = 0.
-        noise: the shift at t = 1.
+        inner: schedule to shift; it is steeper everywhere than the shift (Cosine: noise - clean <
+            2π).
+        clean: shift of λ at t = 0.
+        noise: shift of λ at t = 1.
     """
 
     clean: float
@@ -94,21 +131,32 @@ class Interpolated(ScheduleWrapper):
             )
         if not self._gentle:
             raise ValueError(
-                f"the shift rises by {self.noise - self.clean:g} from t = 0 to 1, faster than λ(t) of {self.inner} falls "
-                f"somewhere, so levels would fold over: bring clean and noise closer"
+                f"the shift rises by {self.noise - self.clean:g} from t = 0 to 1, faster than λ(t) "
+                f"of {self.inner} falls "
+                f"somewhere, so that λ(t) would not be monotone: bring clean and noise closer"
             )
 
     @classmethod
     def by_resolution(
         cls, schedule: Schedule, size: float, low: float, high: float
     ) -> "Interpolated":
-        """From the levels of `low` pixels a side at the clean end to those of `high` at the noisy end, for images of `size`."""
+        """The schedule for images of one size with the shifts of two others.
+
+        Args:
+            schedule: schedule to shift.
+            size: side of the images in pixels.
+            low: side in pixels whose shift applies at the clean end.
+            high: side in pixels whose shift applies at the noisy end.
+
+        Returns:
+            The shifted schedule.
+        """
         d = _log("size", size)
         return cls(schedule, 2 * (_log("low", low) - d), 2 * (_log("high", high) - d))
 
     @property
     def _gentle(self) -> bool:
-        """Whether λ' falls wherever it is sampled: -dλ/dt = 1/p is least where the density is largest."""
+        """True if λ' decreases wherever it is sampled: -dλ/dt = 1/p is smallest where p is largest."""
         t = (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096
         densest = self.inner.density(self.inner.logsnr(t)).max()
         return bool((self.noise - self.clean) * densest < 1)
@@ -131,14 +179,15 @@ class Interpolated(ScheduleWrapper):
 
 @dataclass(frozen=True)
 class Mixture(Schedule):
-    """p'(λ) = (1-f) p(λ) + f p_floor(λ), so that t'(λ) = (1-f) t(λ) + f t_floor(λ), whose inverse lies between theirs.
+    """p'(λ) = (1-f) p(λ) + f p_floor(λ), so that t'(λ) = (1-f) t(λ) + f t_floor(λ), whose inverse
+    lies between theirs.
 
-    A floor under an importance distribution: every level is trained, and the importance-corrected weight w/p stays bounded on
-    the floor's levels.
+    A floor under an importance distribution: every level of the floor is trained, and the
+    importance-corrected weight w/p stays bounded there.
 
     Args:
-        inner: the distribution to keep most of; its scaling is kept.
-        floor: of which a share is mixed in; uniform in λ by default.
+        inner: distribution with the share 1 - f; its scaling is kept.
+        floor: distribution with the share f; default: uniform in λ from -10 to 10.
         share: f within (0, 1).
     """
 
@@ -159,7 +208,9 @@ class Mixture(Schedule):
 
     @cached_property
     def _knots(self) -> tuple[Tensor, Tensor]:
-        """Falling levels of both parts, close together wherever either has mass, between -inf and inf; their times."""
+        """Decreasing levels of both parts from inf to -inf, dense wherever either has mass, and
+        their times.
+        """
         t = torch.linspace(-35, 35, 1001, dtype=torch.float64).sigmoid()
         logsnr = (
             torch.cat((self.inner.logsnr(t), self.floor.logsnr(t))).sort(descending=True).values
@@ -186,10 +237,10 @@ class Mixture(Schedule):
 
 @dataclass(frozen=True)
 class Rescaled(Schedule):
-    """The same λ(t) carried by another scaling.
+    """The same λ(t) in another scaling.
 
     Args:
-        inner: gives λ(t).
+        inner: schedule whose λ(t) is kept.
         scaling: vp, ve or flow.
     """
 
@@ -215,12 +266,13 @@ class Rescaled(Schedule):
 
 @dataclass(frozen=True)
 class Truncated(ScheduleWrapper):
-    """λ restricted to [low, high]: p'(λ) = p(λ) / (t(low) - t(high)) there, t' = (t - t(high)) / (t(low) - t(high)).
+    """λ restricted to [low, high]: p'(λ) = p(λ) / (t(low) - t(high)) there, t' = (t - t(high)) /
+    (t(low) - t(high)).
 
-    Every t in (0, 1) is drawn, also of a table.
+    Every t in (0, 1) is drawn, also if the inner schedule is a table.
 
     Args:
-        inner: the schedule to restrict.
+        inner: schedule to restrict.
         low: the noisiest level, λ'(1).
         high: the cleanest level, λ'(0).
     """
@@ -235,13 +287,13 @@ class Truncated(ScheduleWrapper):
             )
         if not self._end - self._start > 1e-9 * self._end:  # t near 1 is known to 1e-16
             raise ValueError(
-                f"{self.inner} has next to no levels between λ = {self.low} and {self.high}: "
+                f"{self.inner} has almost no levels between λ = {self.low} and {self.high}: "
                 "widen the bounds, or shift the schedule between them"
             )
 
     @property
     def steps(self) -> None:  # type: ignore[override]
-        """None: it is no table any more."""
+        """None, because the levels are continuous."""
 
     @cached_property
     def _start(self) -> float:
@@ -267,20 +319,22 @@ class Truncated(ScheduleWrapper):
 
 @dataclass(frozen=True)
 class ZeroTerminalSNR(ScheduleWrapper):
-    """α' = (α - α_T) α_0 / (α_0 - α_T) in the vp scaling, so that λ'(1) = -inf and the cleanest level is kept.
+    """α' = (α - α_T) α_0 / (α_0 - α_T) in the vp scaling, so that λ'(1) = -inf and the cleanest
+    level is kept.
 
-    Lin et al. 2023 (2305.08891, Algorithm 1). α_0 is the first entry of a table (levels cleaner than it are left as they
-    are), or α(0) of a continuous schedule, which this transforms in the same way.
+    Lin et al. 2023 (2305.08891, Algorithm 1). α_0 is the first entry of a table (levels cleaner
+    than it are left as they are), or α(0) of a continuous schedule, which this transforms in the
+    same way.
 
     Args:
-        inner: any schedule; one that ends at λ = -inf already is unchanged.
+        inner: any schedule; one that ends at λ = -inf is unchanged.
     """
 
     inner: Schedule
 
     @cached_property
     def _ends(self) -> tuple[Level, Level]:
-        """The levels that the algorithm keeps (α_0) and sends to zero (α_T), in vp terms."""
+        """The level that the algorithm keeps (α_0) and the level that it maps to α = 0 (α_T)."""
         first = 0.0 if self.steps is None else 1 / self.steps
         return self.inner.level(first), self.inner.level(1.0)
 

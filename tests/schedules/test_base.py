@@ -1,4 +1,6 @@
-"""What every schedule promises: it is a distribution of λ, its inverse is exact, and its ends are the ends."""
+"""What every schedule promises: it is a distribution of λ, its inverse is exact, and its ends are
+the ends.
+"""
 
 import math
 from dataclasses import FrozenInstanceError
@@ -162,7 +164,9 @@ def test_logsnr_falls_strictly(schedule):
 
 @every_schedule
 def test_density_is_minus_dt_dlambda(schedule):
-    """Central differences of step 1e-4 have an error of p''/p 1e-8/6, within which no schedule here has a kink."""
+    """Central differences of step 1e-4 have an error of p''/p 1e-8/6, within which no schedule here
+    has a kink.
+    """
     logsnr = schedule.logsnr(TIMES)
     slope = (schedule.time(logsnr - 1e-4) - schedule.time(logsnr + 1e-4)) / 2e-4
     torch.testing.assert_close(schedule.density(logsnr), slope, rtol=1e-6, atol=1e-11)
@@ -356,7 +360,9 @@ def test_a_schedule_is_a_frozen_value_even_after_use(schedule):
 
 @every_schedule
 def test_A5_draws_follow_the_density(schedule):
-    """The histogram of λ over a fine grid of t is the integral of p(λ) over each bin (Simpson's rule)."""
+    """The histogram of λ over a fine grid of t is the integral of p(λ) over each bin (Simpson's
+    rule).
+    """
     edges = np.linspace(schedule.quantile(0.02), schedule.quantile(0.98), 41)
     drawn = schedule.logsnr((torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000).numpy()
     share = np.histogram(drawn, edges)[0] / len(drawn)

@@ -1,4 +1,6 @@
-"""Beta tables against diffusers' (float32: ᾱ to 1e-6) and against a float64 recomputation (λ to 1e-9)."""
+"""Beta tables against diffusers' (float32: ᾱ to 1e-6) and against a float64 recomputation (λ to
+1e-9).
+"""
 
 import json
 import math
@@ -124,7 +126,9 @@ def test_the_ends_are_clean_and_the_last_entry(schedule):
 
 
 def test_the_published_tables_end_where_their_users_know():
-    """ᾱ_T of DDPM is 4e-5, of Stable Diffusion 0.0047; its first level is λ = 7.07 (σ/α from 0.0292 to 14.6)."""
+    """ᾱ_T of DDPM is 4e-5, of Stable Diffusion 0.0047; its first level is λ = 7.07 (σ/α from 0.0292
+    to 14.6).
+    """
     assert Discrete().level(1.0).alpha ** 2 == pytest.approx(4.04e-5, rel=0.01)
     stable = Discrete("scaled_linear", 1000, 0.00085, 0.012)
     assert stable.level(1.0).alpha ** 2 == pytest.approx(0.00466, rel=0.01)

@@ -87,7 +87,9 @@ def test_a_composed_schedule_falls_inverts_and_keeps_its_ends(schedule):
 @settings(max_examples=60, deadline=None)
 @given(SCHEDULES)
 def test_the_density_of_a_composed_schedule_integrates_to_the_times_between(schedule):
-    """∫ p dλ between two levels is the difference of their times, by Simpson's rule in t: ∫ p(λ(t)) |dλ/dt| dt."""
+    """∫ p dλ between two levels is the difference of their times, by Simpson's rule in t: ∫ p(λ(t))
+    |dλ/dt| dt.
+    """
     t = torch.linspace(0.2, 0.8, 4001, dtype=torch.float64)
     logsnr = schedule.logsnr(t)
     integral = torch.trapezoid(schedule.density(logsnr), logsnr)  # from high to low: negative

@@ -144,7 +144,9 @@ def test_beta_1_1_is_flow():
     "schedule", [Sigmoid(), PowerCosine(0.2, 1.0, 1.5), Mode(), Mode(-0.5)], ids=repr
 )
 def test_A4_drawn_levels_pass_a_kolmogorov_smirnov_test(schedule):
-    """Against the distribution function found by bisection of the published λ(t), one level at a time."""
+    """Against the distribution function found by bisection of the published λ(t), one level at a
+    time.
+    """
     u = torch.rand(2000, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     drawn = schedule.logsnr(schedule.training_times(u)).numpy()
     cdf = [
@@ -176,7 +178,7 @@ def test_curves_beyond_their_range_are_refused():
         ValueError, match=r"start and end are -0.1 and 1.0, expected within \[0, 1\]"
     ):
         PowerCosine(-0.1)
-    with pytest.raises(ValueError, match="expected at most 600: a step is no schedule"):
+    with pytest.raises(ValueError, match="expected at most 600: a larger value"):
         Sigmoid(tau=0.009)
     with pytest.raises(
         ValueError, match=r"p and q are 0\.0 and 1\.0, expected positive finite exponents"

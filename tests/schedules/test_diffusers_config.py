@@ -1,4 +1,6 @@
-"""Every scheduler class of diffusers: its levels read from its config, against its own tables and a float64 recomputation."""
+"""Every scheduler class of diffusers: its levels read from its config, against its own tables and a
+float64 recomputation.
+"""
 
 import importlib
 import inspect

@@ -1,4 +1,6 @@
-"""Each closed-form schedule against its published formula and scipy's distribution of the same name."""
+"""Each closed-form schedule against its published formula and scipy's distribution of the same
+name.
+"""
 
 import math
 

@@ -1,4 +1,6 @@
-"""Knots: strictly monotone, from the terminal level to clean, where the papers put them, for every number of steps."""
+"""Knots: strictly monotone, from the terminal level to clean, where the papers put them, for every
+number of steps.
+"""
 
 import math
 from dataclasses import dataclass, replace
@@ -70,7 +72,9 @@ def check_contract(knots, schedule, steps):
 
 
 def indices(knots):
-    """Table indices of the noisy knots; (i + 1)/T must be exact, so that float error cannot move an index."""
+    """Table indices of the noisy knots; (i + 1)/T must be exact, so that float error cannot move an
+    index.
+    """
     found = [round(level.t * T) - 1 for level in knots[:-1]]
     assert [level.t for level in knots[:-1]] == [(i + 1) / T for i in found]
     return found
@@ -373,7 +377,7 @@ def test_leading_on_a_continuous_schedule_is_the_table_s_limit():
 def test_leading_beyond_the_table_is_refused():
     """diffusers#10003: steps_offset 1 at 1000 steps is index 1000 of 1000."""
     with pytest.raises(
-        ValueError, match="begins 1000 steps at index 1000 of a table of 1000 levels"
+        ValueError, match="starts 1000 steps at index 1000 of a table of 1000 levels"
     ):
         Leading(1).knots(Kept(), 1000)
 
@@ -394,7 +398,9 @@ def test_align_your_steps_at_10_steps_is_the_published_table(table):
 @pytest.mark.parametrize("n", [1, 2, 5, 7, 25, 64, 1000])
 @pytest.mark.parametrize("table", ["sd15", "svd", (8.0, 1.0, 0.5, 0.01)], ids=str)
 def test_align_your_steps_interpolates_log_linearly_with_the_last_entry_replaced_by_clean(table, n):
-    """Positions of n+1 levels in the table, as on the project's page; 0.029 and 0.002 are its last entries there."""
+    """Positions of n+1 levels in the table, as on the project's page; 0.029 and 0.002 are its last
+    entries there.
+    """
     last = {"sd15": 0.029, "svd": 0.002}.get(table)
     sigmas = list(table) if last is None else [*AysSchedules[PUBLISHED[table]][:-1], last]
     places = np.linspace(0, len(sigmas) - 1, n + 1)
@@ -489,7 +495,7 @@ def test_within_composes():
     [
         (
             lambda: Within(Explicit((0.0, 1.0))),
-            "grid is Explicit.*expected one that is even in some coordinate",
+            "grid is Explicit.*expected one that is uniform in a coordinate",
         ),
         (
             lambda: Within(Trailing(), 2.0, 2.0),
