@@ -53,9 +53,11 @@ def completed(settings: dict[str, Any], folder: str) -> dict[str, Any]:
 
     A schedule around another (ZeroTerminalSNR, Shifted) that names none is around the pipeline's.
     """
-    from diffcore.integrations.diffusers.loading.index import Index
+    from diffcore.integrations.diffusers.loading.index import PipelineIndex
 
-    own = {name: to_spec(value) for name, value in Index(Path(folder)).process.items()}
+    own = {
+        name: to_spec(value) for name, value in PipelineIndex(Path(folder)).process_fields.items()
+    }
     process = own | _options(settings.get("process"), "process")
     process["schedule"] = _around(process["schedule"], own["schedule"])
     parts = {

@@ -15,7 +15,7 @@ from diffcore.sampling import images
 
 if TYPE_CHECKING:
     from diffcore.integrations.diffusers import Latents
-    from diffcore.integrations.diffusers.loading.folder import Parts
+    from diffcore.integrations.diffusers.loading.folder import PipelineParts
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,9 @@ def settings(folder: Path) -> dict[str, Any]:
     if not is_pipeline(folder):
         return Run(folder).settings()
     _quiet()
-    from diffcore.integrations.diffusers.loading.folder import defaults_of
+    from diffcore.integrations.diffusers.loading.folder import sampling_defaults
 
-    return defaults_of(folder)
+    return sampling_defaults(folder)
 
 
 def _quiet() -> None:
@@ -128,7 +128,7 @@ def source(folder: Path, wanted: Wanted, device: torch.device) -> Source:
     return Source(denoiser)
 
 
-def _read(folder: Path) -> "Parts":
+def _read(folder: Path) -> "PipelineParts":
     from diffcore.integrations.diffusers.loading.folder import (
         read_folder,  # slow to import, and most runs need none of it
     )
@@ -136,13 +136,13 @@ def _read(folder: Path) -> "Parts":
     return read_folder(folder)
 
 
-def _of_pipeline(parts: "Parts", wanted: Wanted, device: torch.device) -> Source:
+def _of_pipeline(parts: "PipelineParts", wanted: Wanted, device: torch.device) -> Source:
     from diffcore.integrations.diffusers import Latents, from_diffusers
     from diffcore.integrations.diffusers.families import family_of
-    from diffcore.integrations.diffusers.loading.folder import sized
+    from diffcore.integrations.diffusers.loading.folder import latent_shape
 
     size: dict[str, Any] = (
-        {"shape": sized(parts, wanted.height, wanted.width)}
+        {"shape": latent_shape(parts, wanted.height, wanted.width)}
         if wanted.height or wanted.width
         else {}
     )

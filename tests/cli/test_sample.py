@@ -231,7 +231,7 @@ REFUSED = {
     "no text": (
         "ddpm",
         "--prompt=a",
-        "UNet2DModel is told no text: leave prompts and negative out",
+        "UNet2DModel is not conditioned on text: leave prompts and negative out",
     ),
     "labels and prompts": (
         "sd",
@@ -247,7 +247,7 @@ REFUSED = {
     "odd size": (
         "sd",
         "--prompt=a --width=17",
-        "height and width are 16 and 17, expected multiples of 2, as the VAE has it",
+        "height and width are 16 and 17, expected multiples of 2, the factor of the VAE",
     ),
     "negative size": ("sd", "--prompt=a --width=-2", "height and width are 16 and -2, expected"),
     "label": ("dit", "--labels=1000", "labels [1000] are out of range"),
@@ -267,7 +267,7 @@ def test_what_a_pipeline_cannot_do_is_refused_in_one_line(diffcore, pipelines, c
 def test_a_run_of_labels_is_told_no_text(diffcore, trained, tmp_path):
     ended = diffcore("sample", trained, *QUICK, "--prompt=a")
     assert ended.status == 1
-    assert "UNet2DModel is told no text: leave prompts and negative out" in ended.err
+    assert "UNet2DModel is not conditioned on text: leave prompts and negative out" in ended.err
     shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("pipeline"))
     ended = diffcore("sample", tmp_path / "run", *QUICK, "--prompt=a", "--height=8")
     assert ended.status == 1

@@ -18,9 +18,9 @@ from diffcore.core.denoiser import Denoiser
 from diffcore.core.noise import Noise
 from diffcore.core.process import Process
 from diffcore.guidance import CFG
-from diffcore.integrations.diffusers import DiffcorePipeline, Latents, Prompted
+from diffcore.integrations.diffusers import DiffcorePipeline, Latents, PromptNetwork
 from diffcore.integrations.diffusers.loading.folder import network_of
-from diffcore.integrations.diffusers.loading.index import Index
+from diffcore.integrations.diffusers.loading.index import PipelineIndex
 from diffcore.integrations.diffusers.pipeline.base_network import ADAPTER
 from diffcore.integrations.diffusers.scheduler.scheduler_config import config_of, describe
 from diffcore.io.safetensors import read_weights
@@ -128,7 +128,7 @@ def test_a_run_holds_the_pipeline_and_pictures_of_the_captions(place):
 @pytest.mark.parametrize("options", [(), LORA], ids=["all weights", "LoRA"])
 def test_a_resumed_run_is_the_same_run_to_the_bit_and_encodes_nothing(place, options, monkeypatch):
     monkeypatch.setattr(Latents, "posterior", None)
-    monkeypatch.setattr(Index, "encoding", None)
+    monkeypatch.setattr(PipelineIndex, "read_text_pipeline", None)
     name = "lora" if options else "full"
     whole, options = place / f"runs/{name}", (*options, *(() if options else PICTURES))
     save = Trainer._save
@@ -218,7 +218,7 @@ def ours(run, label):
     """The latents of the run's averaged network for a caption's label, and the noise that they begin with."""
     denoiser = Run(run).denoiser()
     prompts = Encoded("images", "pipeline").prompts()
-    asked = Denoiser(Prompted(denoiser.network, prompts), denoiser.process)
+    asked = Denoiser(PromptNetwork(denoiser.network, prompts), denoiser.process)
     made = sample(asked, DDIM(), Trailing(), 4, seeds=[5], condition=[label], guidance=CFG(3.0))
     return made.x, Noise(torch.tensor([5]), (4, 8, 8)).first_sample(made.knots[0], 1.0)
 
@@ -457,7 +457,10 @@ def test_what_a_file_says_is_kept_and_a_schedule_around_none_is_around_the_pipel
             command("runs/no", "--network.lora.rank=2", "--network.lora.targets=[to_w]"),
             "ends in to_w",
         ),
-        (["sample", "runs/full", "--labels=1", "--out=x.safetensors"], "is told text, not labels"),
+        (
+            ["sample", "runs/full", "--labels=1", "--out=x.safetensors"],
+            "is told text, not labels",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_line(place, monkeypatch, capsys, arguments, message):

@@ -8,8 +8,8 @@ for _package in ("diffusers", "transformers"):
 from diffcore.integrations.diffusers.guidance.attach import attach
 from diffcore.integrations.diffusers.guidance.guider import DiffcoreGuider
 from diffcore.integrations.diffusers.loading.network import from_diffusers
-from diffcore.integrations.diffusers.loading.prompts import Prompted, Prompts
-from diffcore.integrations.diffusers.loading.text_encoding import encode
+from diffcore.integrations.diffusers.loading.prompts import PromptNetwork, Prompts
+from diffcore.integrations.diffusers.loading.text_encoding import encode_prompts
 from diffcore.integrations.diffusers.loading.vae import Latents
 from diffcore.integrations.diffusers.pipeline.base_network import LoRA, Pretrained
 from diffcore.integrations.diffusers.pipeline.pipeline import DiffcorePipeline
@@ -22,9 +22,9 @@ __all__ = [
     "Latents",
     "LoRA",
     "Pretrained",
-    "Prompted",
+    "PromptNetwork",
     "Prompts",
     "attach",
-    "encode",
+    "encode_prompts",
     "from_diffusers",
 ]

@@ -68,11 +68,11 @@ class Encoded(Dataset[tuple[Tensor, int]]):
         unreadable: Unreadable = "refuse",
         cache: str = "cache",
     ) -> None:
-        from diffcore.integrations.diffusers.loading.index import Index
+        from diffcore.integrations.diffusers.loading.index import PipelineIndex
 
-        self.pipeline, self.flip = Index(Path(pipeline)), flip
+        self.pipeline, self.flip = PipelineIndex(Path(pipeline)), flip
         self.files = ImageFolder(
-            folder, size or self.pipeline.size, "RGB", fit, unreadable=unreadable
+            folder, size or self.pipeline.image_size, "RGB", fit, unreadable=unreadable
         )
         said = captions_of(Path(folder), self.files.paths) if captions else []
         self.texts = tuple(sorted(set(said)))
@@ -88,7 +88,7 @@ class Encoded(Dataset[tuple[Tensor, int]]):
         text = self.pipeline.paths("text_encoder", "tokenizer") if said else []
         told = (
             self.pipeline.content,
-            self.pipeline.config(self.pipeline.network),
+            self.pipeline.config(self.pipeline.network_name),
         )  # which decide what is told
         self.embeddings = Cache(Path(cache) / "embeddings" / digest(*map(str, told), *text))
 
@@ -123,16 +123,16 @@ class Encoded(Dataset[tuple[Tensor, int]]):
 
     def asked(self, device: torch.device) -> Callable[[nn.Module], nn.Module]:
         """Makes of a network that is told text one that is asked by label; the bank is on the device unless it is large."""
-        from diffcore.integrations.diffusers.loading.prompts import Prompted
+        from diffcore.integrations.diffusers.loading.prompts import PromptNetwork
 
         if not self.texts:
             return lambda network: network
         bank = self.prompts()
         small = sum(value.nbytes for value in bank.tensors.values()) < LARGE
         return partial(
-            Prompted,
+            PromptNetwork,
             prompts=bank.map(lambda value: value.to(device)) if small else bank,
-            follow=False,
+            move_prompts=False,
         )
 
     @property
@@ -185,10 +185,10 @@ class Encoded(Dataset[tuple[Tensor, int]]):
             self.latents.make(missing, entries, "latents")
 
     def _make_embeddings(self, device: torch.device) -> None:
-        from diffcore.integrations.diffusers import encode
+        from diffcore.integrations.diffusers import encode_prompts
 
         if missing := self.embeddings.missing(self.rows):
-            pipeline = self.pipeline.encoding().to(device)
+            pipeline = self.pipeline.read_text_pipeline().to(device)
             texts, size = (
                 dict(zip(self.rows, self.texts, strict=False)),
                 (self.files.size, self.files.size),
@@ -196,8 +196,10 @@ class Encoded(Dataset[tuple[Tensor, int]]):
 
             def entries(
                 keys: Sequence[str],
-            ) -> Entries:  # the null row, which encode puts last, is the last of all
-                bank = encode(pipeline, [texts[key] for key in keys if key in texts], size=size)
+            ) -> Entries:  # the null row, which encode_prompts puts last, is the last of all
+                bank = encode_prompts(
+                    pipeline, [texts[key] for key in keys if key in texts], size=size
+                )
                 return (
                     {name: value[place] for name, value in bank.tensors.items()}
                     for place in range(len(keys))

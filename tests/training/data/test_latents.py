@@ -5,14 +5,14 @@ import json
 import shutil
 import threading
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from diffcore.core.noise import Stream, normal
-from diffcore.integrations.diffusers import Latents, encode
-from diffcore.integrations.diffusers.loading import text_encoding as encoding
-from diffcore.integrations.diffusers.loading.index import Index
+from diffcore.integrations.diffusers import Latents, encode_prompts
+from diffcore.integrations.diffusers.loading.index import PipelineIndex
 from diffcore.training.data import cache
 from diffcore.training.data import latents as encoded
 from diffcore.training.data.latents import Encoded
@@ -55,21 +55,19 @@ def place(tmp_path, original):
 def calls(monkeypatch):
     """How many images the VAE and how many texts the encoders were asked for."""
     counts = {"images": 0, "texts": 0}
-    posterior, told = Latents.posterior, encoding._told
+    posterior = Latents.posterior
+    encode_prompt = diffusers.StableDiffusionPipeline.encode_prompt
 
     def counted(self, image):
         counts["images"] += len(image)
         return posterior(self, image)
 
-    def counting(network):
-        def tell(*arguments):
-            counts["texts"] += 1
-            return told(network)(*arguments)
-
-        return tell
+    def counting(*arguments, **options):
+        counts["texts"] += 1
+        return encode_prompt(*arguments, **options)
 
     monkeypatch.setattr(Latents, "posterior", counted)
-    monkeypatch.setattr(encoding, "_told", counting)
+    monkeypatch.setattr(diffusers.StableDiffusionPipeline, "encode_prompt", counting)
     return counts
 
 
@@ -100,7 +98,7 @@ def counted(calls, place, **options):
 def test_latents_are_the_posterior_of_the_vae_scaled_and_shifted_as_its_config_says(place):
     change_json(place / "pipeline/vae/config.json", scaling_factor=0.7, shift_factor=0.2)
     ready = made(place)
-    vae = Index(place / "pipeline").read("vae")
+    vae = PipelineIndex(place / "pipeline").read("vae")
     for index in range(len(ready)):
         with torch.no_grad():
             posterior = vae.encode(ready.files[index][0][None]).latent_dist
@@ -129,7 +127,10 @@ def test_labels_are_places_in_a_bank_of_the_embeddings_of_the_captions(place):
     ready = made(place)
     assert ready.texts == DISTINCT
     assert [ready.texts[ready[index][1]] for index in range(5)] == list(CAPTIONS)
-    bank, expected = ready.prompts(), encode(Index(place / "pipeline").encoding(), DISTINCT)
+    bank, expected = (
+        ready.prompts(),
+        encode_prompts(PipelineIndex(place / "pipeline").read_text_pipeline(), DISTINCT),
+    )
     assert bank.texts == DISTINCT
     assert bank.tensors.keys() == expected.tensors.keys() == {"encoder_hidden_states"}
     assert torch.equal(
@@ -152,7 +153,7 @@ def test_a_large_bank_stays_on_the_host(place, monkeypatch):
 
 def test_a_flip_mirrors_the_image_and_not_its_latents(place):
     ready, still = made(place, flip=True), data(place)
-    vae = Latents(Index(place / "pipeline").read("vae"))
+    vae = Latents(PipelineIndex(place / "pipeline").read("vae"))
     with torch.no_grad():
         both = [
             vae.posterior(image)[0][0]
@@ -177,7 +178,7 @@ def test_pictures_are_what_the_vae_decodes(place):
     ready = made(place)
     z = torch.stack([ready[0][0], ready[1][0]])
     with torch.no_grad():
-        expected = Index(place / "pipeline").read("vae").decode(z / 0.3).sample
+        expected = PipelineIndex(place / "pipeline").read("vae").decode(z / 0.3).sample
     torch.testing.assert_close(ready.pictures(z), expected, rtol=0, atol=1e-5)
 
 
@@ -187,8 +188,8 @@ def test_pictures_are_what_the_vae_decodes(place):
 def test_a_second_start_asks_no_encoder_and_loads_none(place, calls, monkeypatch):
     assert counted(calls, place) == (5, 5)  # four captions and the null row
     first = data(place)
-    monkeypatch.setattr(Index, "read", None)
-    monkeypatch.setattr(Index, "encoding", None)
+    monkeypatch.setattr(PipelineIndex, "read", None)
+    monkeypatch.setattr(PipelineIndex, "read_text_pipeline", None)
     assert counted(calls, place) == (0, 0)
     second = data(place)
     assert second.made

@@ -1,1 +1,1 @@
-"""Loading: a diffusers pipeline's network, schedule, VAE and text encoders as parts of diffcore."""
+"""Loading: the network, schedule, VAE and text encoders of a diffusers pipeline as parts of diffcore."""

@@ -1,15 +1,15 @@
-"""A diffusers pipeline's folder, read by name: network, scheduler's config and VAE, and text encoders where text is encoded.
+"""The folder of a diffusers pipeline: network, scheduler config, VAE and text encoders, read by name.
 
-Nothing in the folder is run or unpickled: classes are those of the installed diffusers and transformers, weights are
-safetensors.
+Nothing in the folder is executed or unpickled: classes are those of the installed diffusers and
+transformers, weights are safetensors.
 """
 
 import inspect
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import diffusers
 import torch
@@ -19,203 +19,319 @@ from torch import nn
 from diffcore.core.process import Process
 from diffcore.guidance import CFG
 from diffcore.integrations.diffusers.families import GENERIC, family_of, family_of_class
-from diffcore.integrations.diffusers.loading.vae import factor_of
+from diffcore.integrations.diffusers.loading.vae import downsampling_factor
 from diffcore.io.specs import from_spec, to_spec
 
+__all__ = [
+    "NETWORKS",
+    "PipelineParts",
+    "is_present",
+    "latent_shape",
+    "network_name",
+    "network_of",
+    "parts_of",
+    "read_folder",
+    "read_json",
+    "read_part",
+    "sampling_defaults",
+]
+
 NETWORKS = ("unet", "transformer")
-MODELS = (diffusers.ModelMixin,)
-TEXT_MODELS = (transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase)
-TEXT = ("text_encoder", "tokenizer")
+"""Names of a pipeline's component that is its network."""
+DIFFUSERS_CLASSES = (diffusers.ModelMixin,)
+TRANSFORMERS_CLASSES = (transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase)
+TEXT_COMPONENTS = ("text_encoder", "tokenizer")
 
 
-class Parts(NamedTuple):
-    """What of a pipeline makes a denoiser.
+@dataclass(frozen=True)
+class PipelineParts:
+    """The parts of a pipeline that a denoiser consists of.
 
     Args:
         network: the UNet or transformer.
-        scheduler: its scheduler, or the content of its config.
-        vae: where it works on latents.
-        pipeline: gives the pipeline, whose text encoders are read when it is called for.
-        said: fields of the Process that the pipeline says itself, if it is a DiffcorePipeline.
+        scheduler: the scheduler, or the content of its config.
+        vae: the VAE of a latent diffusion pipeline.
+        pipeline: function that returns the whole pipeline; its text encoders are read only then.
+        process_fields: fields of the Process that the pipeline's own config holds (a
+            DiffcorePipeline).
     """
 
     network: nn.Module
     scheduler: Any
     vae: nn.Module | None = None
     pipeline: Callable[[], Any] | None = None
-    said: dict[str, Any] = {}  # noqa: RUF012  # of a tuple, and not changed
+    process_fields: dict[str, Any] = field(default_factory=dict)
 
 
-def parts_of(pipeline: diffusers.DiffusionPipeline) -> Parts:
-    """The parts of a pipeline in memory."""
+def parts_of(pipeline: diffusers.DiffusionPipeline) -> PipelineParts:
+    """The parts of a pipeline in memory.
+
+    Args:
+        pipeline: a pipeline with one network and a scheduler.
+
+    Returns:
+        Its components; nothing is copied.
+
+    Raises:
+        ValueError: it has no scheduler, or none or two networks.
+    """
     components: dict[str, Any] = pipeline.components  # type: ignore[attr-defined]
     if components.get("scheduler") is None:
         raise ValueError(f"{type(pipeline).__name__} has no scheduler: set pipe.scheduler")
-    said = _said(type(pipeline).__name__, pipeline.config)  # type: ignore[attr-defined]
-    return Parts(
-        network_of(pipeline), components["scheduler"], components.get("vae"), lambda: pipeline, said
+    return PipelineParts(
+        network_of(pipeline),
+        components["scheduler"],
+        components.get("vae"),
+        lambda: pipeline,
+        _process_fields(type(pipeline).__name__, pipeline.config),  # type: ignore[attr-defined]
     )
 
 
-def _said(kind: Any, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the config of a pipeline of this class says of the process."""
-    given = (
-        [f.name for f in fields(Process) if f.name in config] if kind == "DiffcorePipeline" else []
-    )
-    own = from_spec(Process, {name: config[name] for name in given})
-    return {name: getattr(own, name) for name in given}
+def _process_fields(class_name: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of the Process in the config of a pipeline; only a DiffcorePipeline has some."""
+    if class_name != "DiffcorePipeline":
+        return {}
+    names = [f.name for f in fields(Process) if f.name in config]
+    process = from_spec(Process, {name: config[name] for name in names})
+    return {name: getattr(process, name) for name in names}
 
 
 def network_of(pipeline: Any) -> nn.Module:
-    """The UNet or transformer of a pipeline in memory."""
+    """The network of a pipeline in memory, its UNet or transformer.
+
+    Args:
+        pipeline: a pipeline of diffusers.
+
+    Returns:
+        The component named "unet" or "transformer".
+
+    Raises:
+        ValueError: the pipeline has none or both.
+    """
     networks = [part for name in NETWORKS if (part := pipeline.components.get(name)) is not None]
     if len(networks) != 1:
         raise ValueError(
-            f"{type(pipeline).__name__} has {', '.join(pipeline.components)}, expected one of {' or '.join(NETWORKS)}"
+            f"{type(pipeline).__name__} has {', '.join(pipeline.components)}, expected one of "
+            f"{' or '.join(NETWORKS)}"
         )
     return networks[0]
 
 
-def read_folder(folder: Path) -> Parts:
-    """The parts of a saved pipeline.
+def read_folder(folder: Path) -> PipelineParts:
+    """Read the parts of a saved pipeline.
+
+    Args:
+        folder: folder that `save_pretrained` wrote.
+
+    Returns:
+        Network and VAE with their weights, and the scheduler's config.
 
     Raises:
         ValueError: a part is missing, is no class of diffusers, or has no safetensors.
     """
     index = read_json(folder / "model_index.json")
-    name = network_in(folder, index)
+    name = network_name(folder, index)
     vae = read_part(folder, "vae", index) if is_present(index, "vae") else None
     config = read_json(folder / "scheduler" / "scheduler_config.json")
     network = read_part(folder, name, index)
-    said = _said(index.get("_class_name"), index)
-    return Parts(
-        network, config, vae, lambda: _pipeline(folder, index, {name: network, "vae": vae}), said
+    return PipelineParts(
+        network,
+        config,
+        vae,
+        lambda: _read_text_pipeline(folder, index, {name: network, "vae": vae}),
+        _process_fields(index.get("_class_name"), index),
     )
 
 
-def network_in(folder: Path, index: dict[str, Any]) -> str:
-    """The name of the network that a folder's index names, unet or transformer.
+def network_name(folder: Path, index: dict[str, Any]) -> str:
+    """Name of the network in a folder's index, "unet" or "transformer".
+
+    Args:
+        folder: the pipeline's folder, for the error message.
+        index: content of its model_index.json.
+
+    Returns:
+        The name.
 
     Raises:
-        ValueError: it names none or two, or no scheduler.
+        ValueError: the index names none or both, or no scheduler.
     """
-    named = [name for name in NETWORKS if is_present(index, name)]
-    if len(named) != 1 or not is_present(index, "scheduler"):
+    names = [name for name in NETWORKS if is_present(index, name)]
+    if len(names) != 1 or not is_present(index, "scheduler"):
+        present = ", ".join(name for name in index if is_present(index, name)) or "nothing"
         raise ValueError(
-            f"{folder} holds {', '.join(k for k in index if is_present(index, k)) or 'nothing'}, expected one of "
-            f"{' or '.join(NETWORKS)}, and a scheduler"
+            f"{folder} holds {present}, expected one of {' or '.join(NETWORKS)}, and a scheduler"
         )
-    return named[0]
+    return names[0]
 
 
-def sized(parts: Parts, height: int, width: int) -> tuple[int, ...]:
-    """The shape of x for images of height and width in pixels; 0 is the network's own."""
-    own = family_of(parts.network).shape(parts.network)
-    if own is None or len(own) != 3:
+def latent_shape(parts: PipelineParts, height: int, width: int) -> tuple[int, ...]:
+    """The shape of x for images of a size.
+
+    Args:
+        parts: the pipeline's parts.
+        height: height of the images in pixels; 0: the network's own.
+        width: width of the images in pixels; 0: the network's own.
+
+    Returns:
+        Shape (C, H, W): the latents' with a VAE, else the images'.
+
+    Raises:
+        ValueError: the network's config determines no shape, or the size is no multiple of the
+            VAE's factor.
+    """
+    default = family_of(parts.network).shape(parts.network)
+    if default is None or len(default) != 3:
         raise ValueError(
-            f"the size of {type(parts.network).__name__}'s images is not known: leave height and width out"
+            f"the size of {type(parts.network).__name__}'s images is not known: leave height and "
+            f"width out"
         )
-    factor = 1 if parts.vae is None else factor_of(parts.vae.config)
-    pixels = [asked or size * factor for asked, size in zip((height, width), own[1:], strict=True)]
+    factor = 1 if parts.vae is None else downsampling_factor(parts.vae.config)
+    pixels = [
+        given or size * factor for given, size in zip((height, width), default[1:], strict=True)
+    ]
     if any(size % factor or size < 0 for size in pixels):
         raise ValueError(
-            f"height and width are {pixels[0]} and {pixels[1]}, expected multiples of {factor}, as the VAE has it"
+            f"height and width are {pixels[0]} and {pixels[1]}, expected multiples of {factor}, "
+            f"the factor of the VAE"
         )
-    return (own[0], *(size // factor for size in pixels))
+    return (default[0], *(size // factor for size in pixels))
 
 
-def defaults_of(folder: Path) -> dict[str, Any]:
-    """How a pipeline is sampled unless told otherwise: its guidance_scale; of one of ours sampler, grid, steps and guidance."""
+def sampling_defaults(folder: Path) -> dict[str, Any]:
+    """The options with which a saved pipeline is sampled by default.
+
+    Args:
+        folder: folder that `save_pretrained` wrote.
+
+    Returns:
+        Option -> spec. `guidance` is CFG at the default scale of the pipeline's call; `sampler` and
+        `grid` are given by a DiffcoreScheduler; `sample_steps` by a DiffcorePipeline, which also
+        has its own `guidance`.
+
+    Raises:
+        ValueError: the folder is no pipeline's.
+    """
     index = read_json(folder / "model_index.json")
     config = read_json(folder / "scheduler" / "scheduler_config.json")
+    family = family_of_class(str(index[network_name(folder, index)][1])) or GENERIC
     cls: Any = getattr(diffusers, str(index.get("_class_name")), None)
-    taken = inspect.signature(cls.__call__).parameters if callable(cls) else {}
-    family = family_of_class(str(index[network_in(folder, index)][1])) or GENERIC
-    scale = taken[name].default if (name := family.guidance_argument) in taken else 1.0
-    own = {"guidance": to_spec(CFG(float(scale)))} | {
+    parameters = inspect.signature(cls.__call__).parameters if callable(cls) else {}
+    argument = parameters.get(family.guidance_argument)
+    scale = 1.0 if argument is None else float(argument.default)
+    defaults = {"guidance": to_spec(CFG(scale))} | {
         name: config[name] for name in ("sampler", "grid") if name in config
     }
-    if _said(index.get("_class_name"), index):
-        own |= {"guidance": index["guidance"], "sample_steps": index["num_inference_steps"]}
-    return own
+    if _process_fields(index.get("_class_name"), index):
+        defaults |= {"guidance": index["guidance"], "sample_steps": index["num_inference_steps"]}
+    return defaults
 
 
 def is_present(index: dict[str, Any], name: str) -> bool:
-    """Whether a pipeline's index names a part, and not its absence."""
+    """Whether a pipeline's index names a part that is not null."""
     return isinstance(index.get(name), list) and index[name][1] is not None
 
 
-def _pipeline(folder: Path, index: dict[str, Any], parts: dict[str, nn.Module | None]) -> Any:
-    """The pipeline that index names, with what it needs to encode a prompt."""
+def _read_text_pipeline(
+    folder: Path, index: dict[str, Any], parts: dict[str, nn.Module | None]
+) -> Any:
+    """The pipeline that the index names, with the text encoders and these parts; no other part."""
     name = index.get("_class_name")
     cls: Any = getattr(diffusers, str(name), None)
     if not hasattr(cls, "encode_prompt"):
         raise ValueError(
-            f"{folder / 'model_index.json'} names the pipeline {name}, expected one of diffusers that encodes prompts: encode "
-            f"them with another (diffcore.integrations.diffusers.encode), and pass the Prompts"
+            f"{folder / 'model_index.json'} names the pipeline {name}, expected one of diffusers "
+            f"that encodes prompts: encode them with another (diffcore.integrations.diffusers."
+            f"encode_prompts), and pass the Prompts"
         )
-    taken = inspect.signature(cls.__init__).parameters
-    empty = {p.name: None for p in taken.values() if p.name != "self" and p.default is p.empty}
+    parameters = inspect.signature(cls.__init__).parameters
+    required = {
+        p.name: None for p in parameters.values() if p.name != "self" and p.default is p.empty
+    }
     options = {
-        key: value for key, value in index.items() if key in taken and isinstance(value, bool)
+        key: value for key, value in index.items() if key in parameters and isinstance(value, bool)
     }
     text = {
         key: read_part(folder, key, index)
-        for key in taken
-        if key.startswith(TEXT) and is_present(index, key)
+        for key in parameters
+        if key.startswith(TEXT_COMPONENTS) and is_present(index, key)
     }
-    unchecked = {"requires_safety_checker": False} if "requires_safety_checker" in taken else {}
-    return cls(**empty | options | text | parts | unchecked)
+    if "requires_safety_checker" in parameters:
+        options["requires_safety_checker"] = False
+    return cls(**required | options | text | parts)
 
 
 def read_part(folder: Path, name: str, index: dict[str, Any], weights: bool = True) -> Any:
-    """A model or tokenizer that the index names; or a model of diffusers as its config describes it, without its weights.
+    """Read one part of a saved pipeline.
+
+    Args:
+        folder: the pipeline's folder.
+        name: name of the part, such as "unet" or "tokenizer".
+        index: content of its model_index.json.
+        weights: whether to load the weights; without them a model of diffusers is built from its
+            config alone.
+
+    Returns:
+        The model or tokenizer.
 
     Raises:
-        ValueError: it is of no class of diffusers or transformers, or has no safetensors.
+        ValueError: its class is none of diffusers or transformers, or it has no safetensors.
     """
-    library, kind = index[name][:2]
-    module, bases = {
-        "diffusers": (diffusers, MODELS),
-        "transformers": (transformers, TEXT_MODELS),
-    }.get(library, (None, ()))
-    cls = getattr(module, str(kind), None)
-    if not (isinstance(cls, type) and issubclass(cls, bases)):
-        raise ValueError(
-            f"{folder / 'model_index.json'} names {library}.{kind} as {name}, which is no model of diffusers or transformers: "
-            f"code that comes with weights is not run; load it yourself and pass network and scheduler"
-        )
+    cls = _part_class(folder, name, index)
     if not weights:
-        describe: Any = cls.from_config  # type: ignore[union-attr]
-        return describe(read_json(folder / name / "config.json"))
-    # A text encoder would keep the type of its file, and half precision is slow or not there on a processor.
-    options: dict[str, Any] = (
-        {"dtype": torch.float32} if issubclass(cls, transformers.PreTrainedModel) else {}
-    )
+        return cls.from_config(read_json(folder / name / "config.json"))
+    # transformers would keep the dtype of the file, and half precision is slow or missing on CPUs.
+    is_text_model = issubclass(cls, transformers.PreTrainedModel)
+    options: dict[str, Any] = {"dtype": torch.float32} if is_text_model else {}
     options |= {"use_safetensors": True} if issubclass(cls, nn.Module) else {}
-    if issubclass(
-        cls, transformers.PreTrainedTokenizerBase
-    ):  # without any of its files it would be a new one
+    if issubclass(cls, transformers.PreTrainedTokenizerBase):
+        # Without any of its files transformers would silently build an empty tokenizer.
         files = list(cls.vocab_files_names.values())
         if not any((folder / name / file).is_file() for file in files):
             raise ValueError(
                 f"{folder / name} holds no tokenizer, expected one of {', '.join(files)}"
             )
     try:
-        load: Any = cls.from_pretrained
-        return load(folder / name, local_files_only=True, **options)
+        return cls.from_pretrained(folder / name, local_files_only=True, **options)
     except OSError as error:
         raise ValueError(
-            f"{folder / name} cannot be read ({' '.join(str(error).split())}): its config.json and safetensors are needed; "
-            f"pickled weights are not opened, convert them first"
+            f"{folder / name} cannot be read ({' '.join(str(error).split())}): its config.json and "
+            f"safetensors are needed; pickled weights are not opened, convert them first"
         ) from None
 
 
+def _part_class(folder: Path, name: str, index: dict[str, Any]) -> Any:
+    library, class_name = index[name][:2]
+    module, bases = {
+        "diffusers": (diffusers, DIFFUSERS_CLASSES),
+        "transformers": (transformers, TRANSFORMERS_CLASSES),
+    }.get(library, (None, ()))
+    cls = getattr(module, str(class_name), None)
+    if not (isinstance(cls, type) and issubclass(cls, bases)):
+        raise ValueError(
+            f"{folder / 'model_index.json'} names {library}.{class_name} as {name}, which is no "
+            f"model of diffusers or transformers. Code that comes with weights is not executed: "
+            f"load it yourself, and pass network and scheduler"
+        )
+    return cls
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file of a pipeline's folder."""
+    """Read a JSON file of a pipeline's folder.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The object in it.
+
+    Raises:
+        ValueError: the file is missing, or holds no JSON object.
+    """
     if not path.is_file():
         raise ValueError(
-            f"{path} is missing: expected the folder of a diffusers pipeline, as save_pretrained leaves it"
+            f"{path} is missing: expected the folder of a diffusers pipeline, as save_pretrained "
+            f"writes it"
         )
     try:
         data = json.loads(path.read_text())

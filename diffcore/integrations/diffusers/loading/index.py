@@ -1,4 +1,4 @@
-"""What a pipeline's folder says it holds, each part read when it is asked for: training takes some of them, and only once."""
+"""The index of a pipeline's folder; each part is read only when it is needed, as training needs few."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,34 +11,39 @@ from torch import nn
 
 from diffcore.integrations.diffusers.families import family_of
 from diffcore.integrations.diffusers.loading.folder import (
-    Parts,
+    PipelineParts,
     is_present,
-    network_in,
+    network_name,
     read_folder,
     read_json,
     read_part,
 )
-from diffcore.integrations.diffusers.loading.network import process_fields
-from diffcore.integrations.diffusers.loading.vae import factor_of
+from diffcore.integrations.diffusers.loading.network import read_process_fields
+from diffcore.integrations.diffusers.loading.vae import downsampling_factor
 from diffcore.integrations.diffusers.scheduler.scheduler_config import Config
+
+__all__ = ["PipelineIndex"]
 
 
 @dataclass(frozen=True)
-class Index:
-    """The model_index.json of a folder.
+class PipelineIndex:
+    """The model_index.json of a pipeline's folder.
 
     Args:
-        folder: as save_pretrained leaves it.
+        folder: folder that `save_pretrained` wrote.
+
+    Raises:
+        ValueError: the folder holds no pipeline with one network and a scheduler.
     """
 
     folder: Path
 
     def __post_init__(self) -> None:
-        self.network  # refuses what is no pipeline's folder
+        self.network_name  # refuses a folder that holds no pipeline
 
     @cached_property
     def content(self) -> dict[str, Any]:
-        """The file's."""
+        """The JSON object in the file."""
         return read_json(self.folder / "model_index.json")
 
     @property
@@ -47,73 +52,117 @@ class Index:
         return {name for name in self.content if is_present(self.content, name)}
 
     @property
-    def network(self) -> str:
-        """Name of the network, unet or transformer."""
-        return network_in(self.folder, self.content)
+    def network_name(self) -> str:
+        """Name of the network, "unet" or "transformer"."""
+        return network_name(self.folder, self.content)
 
     @property
-    def pipeline(self) -> Any:
-        """The class of diffusers that the folder is of."""
+    def pipeline_class(self) -> Any:
+        """The pipeline's class in diffusers.
+
+        Raises:
+            ValueError: diffusers has no pipeline of this name.
+        """
         name = str(self.content.get("_class_name"))
-        kind = getattr(diffusers, name, None)
-        if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
-            raise ValueError(f"{self.folder} is of a {name}, expected a pipeline of diffusers")
-        return kind
+        cls = getattr(diffusers, name, None)
+        if not (isinstance(cls, type) and issubclass(cls, diffusers.DiffusionPipeline)):
+            raise ValueError(f"{self.folder} holds a {name}, expected a pipeline of diffusers")
+        return cls
 
     @property
     def scheduler(self) -> Config:
-        """Its config."""
+        """The scheduler's config."""
         return read_json(self.folder / "scheduler" / "scheduler_config.json")
 
     def read(self, name: str) -> Any:
-        """A part with its weights."""
+        """Read a part with its weights.
+
+        Args:
+            name: name of the part.
+
+        Returns:
+            The model or tokenizer.
+
+        Raises:
+            ValueError: there is no such part, or it cannot be read.
+        """
         self._check(name)
         return read_part(self.folder, name, self.content)
 
-    def encoding(self) -> Any:
-        """The pipeline, with what it takes to encode prompts."""
+    def read_text_pipeline(self) -> Any:
+        """The pipeline with all parts that encode prompts, of the class that the index names.
+
+        Returns:
+            A pipeline of diffusers.
+        """
         pipeline = read_folder(self.folder).pipeline
         assert pipeline is not None
         return pipeline()
 
     def config(self, name: str) -> Config:
-        """Of a part."""
+        """The config of a part.
+
+        Args:
+            name: name of the part.
+
+        Returns:
+            The object in its config.json.
+        """
         self._check(name)
         return read_json(self.folder / name / "config.json")
 
-    def bare(self, name: str) -> nn.Module:
-        """A model of diffusers as its config describes it, without weights."""
+    def read_architecture(self, name: str) -> nn.Module:
+        """A model of diffusers without weights, on the meta device.
+
+        Args:
+            name: name of the part.
+
+        Returns:
+            The module that its config describes.
+        """
         self._check(name)
         with torch.device("meta"):
             return read_part(self.folder, name, self.content, weights=False)
 
-    def paths(self, *starts: str) -> list[Path]:
-        """The folders of the parts whose name begins so, at least one for each beginning.
+    def paths(self, *prefixes: str) -> list[Path]:
+        """Folders of the parts whose name begins with one of the prefixes.
+
+        Args:
+            prefixes: beginnings of names, such as "text_encoder".
+
+        Returns:
+            The folders, sorted; at least one for each prefix.
 
         Raises:
-            ValueError: there is none.
+            ValueError: no part's name begins with a prefix.
         """
-        for start in starts:
-            if not any(name.startswith(start) for name in self.parts):
-                raise self._missing(start)
-        return [self.folder / name for name in sorted(self.parts) if name.startswith(starts)]
+        for prefix in prefixes:
+            if not any(name.startswith(prefix) for name in self.parts):
+                raise self._missing(prefix)
+        return [self.folder / name for name in sorted(self.parts) if name.startswith(prefixes)]
 
     @property
-    def size(self) -> int:
-        """Height and width in pixels that the network was made for."""
-        network = self.bare(self.network)
+    def image_size(self) -> int:
+        """Height and width in pixels of the images that the network was trained on.
+
+        Raises:
+            ValueError: the config determines none, or they differ.
+        """
+        network = self.read_architecture(self.network_name)
         shape = family_of(network).shape(network)
         if shape is None or shape[1] != shape[2]:
             raise ValueError(
-                f"the network of {self.folder} does not say what size it was made for: give the size in pixels"
+                f"the config of the network in {self.folder} has no square sample_size: give the "
+                f"size in pixels"
             )
-        return shape[1] * factor_of(self.config("vae"))
+        return shape[1] * downsampling_factor(self.config("vae"))
 
     @property
-    def process(self) -> dict[str, Any]:
-        """The fields of a Process that the configs say; what a network is told beside its level is the data's to say."""
-        vae = self.bare("vae") if "vae" in self.parts else None
-        return process_fields(Parts(self.bare(self.network), self.scheduler, vae), {}, None)
+    def process_fields(self) -> dict[str, Any]:
+        """The fields of a Process that the configs determine; the condition's depend on the data."""
+        vae = self.read_architecture("vae") if "vae" in self.parts else None
+        network = self.read_architecture(self.network_name)
+        return read_process_fields(PipelineParts(network, self.scheduler, vae), {}, None)
 
     def _check(self, name: str) -> None:
         if name not in self.parts:
@@ -121,5 +170,6 @@ class Index:
 
     def _missing(self, name: str) -> ValueError:
         return ValueError(
-            f"{self.folder} has no {name}, only {', '.join(sorted(self.parts))}: name a pipeline that has one"
+            f"{self.folder} has no {name}, only {', '.join(sorted(self.parts))}: name a pipeline "
+            f"that has one"
         )

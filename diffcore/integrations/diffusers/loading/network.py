@@ -1,4 +1,7 @@
-"""A diffusers network as a Denoiser: its process is read from the configs, and what they do not say is asked for."""
+"""A diffusers network as a Denoiser: its process is read from the configs.
+
+What the configs do not determine is an argument of `from_diffusers`.
+"""
 
 import logging
 from collections.abc import Sequence
@@ -13,19 +16,22 @@ from torch import Tensor, nn
 from diffcore.core.denoiser import Denoiser, tensor_of
 from diffcore.core.process import Process
 from diffcore.integrations.diffusers.families import ClassCondition, family_of, network_config
-from diffcore.integrations.diffusers.loading.folder import Parts, parts_of, read_folder
-from diffcore.integrations.diffusers.loading.prompts import Prompted, Prompts
-from diffcore.integrations.diffusers.loading.text_encoding import encode
+from diffcore.integrations.diffusers.loading.folder import PipelineParts, parts_of, read_folder
+from diffcore.integrations.diffusers.loading.prompts import PromptNetwork, Prompts
+from diffcore.integrations.diffusers.loading.text_encoding import encode_prompts
 from diffcore.integrations.diffusers.scheduler.scheduler_config import (
-    config_of as config_of,
+    config_of,
+    describe,
+    shift_of,
 )
-from diffcore.integrations.diffusers.scheduler.scheduler_config import describe, shift_of
+
+__all__ = ["MeanOutput", "from_diffusers", "mean_network", "read_process_fields"]
 
 log = logging.getLogger(__name__)
 
 
 def from_diffusers(
-    source: str | Path | DiffusionPipeline | Parts | nn.Module,
+    source: str | Path | DiffusionPipeline | PipelineParts | nn.Module,
     scheduler: Any = None,
     mu: float | None = None,
     *,
@@ -33,81 +39,105 @@ def from_diffusers(
     negative: str = "",
     **fields: Any,
 ) -> Denoiser:
-    """A network of diffusers with the process that its scheduler and its own config describe.
+    """A network of diffusers with the process that its scheduler's and its own config describe.
 
-    Unconditional and class-conditional networks (UNet2DModel, DiTTransformer2DModel, or any module that is asked as they are),
-    and networks that are told text (of StableDiffusion 1, 2, XL and 3, Flux, PixArt and Sana): label k is prompt k, and the
-    null label the negative prompt. One that outputs a variance beside the mean (2C channels) is taken at its mean.
+    Networks of the families in `diffcore.integrations.diffusers.families.FAMILIES`, and any module
+    that is called as network(x, timestep) or with `class_labels`. A text-conditioned network
+    becomes a class-conditional one: label k is prompt k, the null label the negative prompt. Of a
+    network that also outputs a variance (2C channels) the mean is used.
 
-    From the configs: schedule, prediction, time, shape, and of DiT classes and dropout. Data are within [-1, 1], as every
-    pipeline of diffusers has it, with a standard deviation of 0.5; latents are unbounded, with one of 1, which is what a VAE's
-    scaling factor is for. Networks that are told text were trained with the empty prompt for a tenth of the samples or more;
-    Flux's were distilled from a guided one, so that guidance is refused unless dropout is given.
+    The configs give schedule, prediction type, time conditioning and shape, and the classes of
+    DiT. Data are within [-1, 1] with a standard deviation of 0.5, as in every pipeline of
+    diffusers; latents are unbounded with a standard deviation of 1, as a VAE's scaling factor
+    makes them. The dropout of text-conditioned networks is taken to be 0.1, and 0 for Flux, which
+    is distilled from a guided network: guidance is then an error unless `dropout` is given.
 
     Args:
         source: a pipeline's folder, a pipeline, its parts, or a network.
-        scheduler: of a network alone: its scheduler, or the scheduler's config.
-        mu: the shift's μ of a flow with use_dynamic_shifting; of a transformer by default what its pipeline computes from the
-            size.
-        prompts: what a network that is told text may be asked for, to be encoded by its pipeline; or Prompts, encoded before.
-        negative: the text of the null label, where prompts are to be encoded.
-        fields: of Process, in place of what the configs say: `classes` and `dropout` of a class-conditional UNet2DModel,
-            `shape` for another size or where the config has none, `sigma_data`, `low`, `high`. To contradict a config is
-            logged.
+        scheduler: if `source` is a network: its scheduler, or the scheduler's config.
+        mu: shift μ of a flow with `use_dynamic_shifting`; default: the μ that the pipeline computes
+            from the number of tokens.
+        prompts: texts that the pipeline encodes, or `Prompts` that are encoded already. Only for
+            text-conditioned networks.
+        negative: text of the null label, if `prompts` are texts.
+        fields: fields of Process that replace those of the configs: `classes` and `dropout` of a
+            class-conditional UNet2DModel, `shape` for another size or where the config has none,
+            `sigma_data`, `low`, `high`. A field that contradicts a config is logged as a warning.
+
+    Returns:
+        The denoiser; its `process` holds what was read.
 
     Raises:
-        ValueError: the configs contradict themselves or do not say enough; the message has the remedy.
+        ValueError: the configs contradict each other or are incomplete; the message has the remedy.
     """
     parts = _parts(source, scheduler)
-    read = process_fields(parts, parts.said | fields, mu) | parts.said
-    network, told = _told(parts, prompts, negative, parts.said | fields, (read | fields)["shape"])
-    read = read | told | parts.said
+    known = parts.process_fields | fields
+    read = read_process_fields(parts, known, mu) | parts.process_fields
+    shape = (read | fields)["shape"]
+    network, condition = _conditioned(parts, prompts, negative, known, shape)
+    read = read | condition | parts.process_fields
     for name in fields.keys() & read.keys() - {"shape"}:
         if fields[name] != read[name]:
             log.warning("%s is %s, in place of %s of the configs", name, fields[name], read[name])
     process = Process(**read | fields)
-    return Denoiser(mean_of(network, process), process)
+    return Denoiser(mean_network(network, process), process)
 
 
-def _parts(source: Any, scheduler: Any) -> Parts:
+def _parts(source: Any, scheduler: Any) -> PipelineParts:
     if isinstance(source, nn.Module):
-        return Parts(source, scheduler)
+        return PipelineParts(source, scheduler)
     if scheduler is not None:
         raise ValueError(
-            "scheduler was given beside a pipeline, which has its own: pass its network and the scheduler"
+            "scheduler was given beside a pipeline, which has its own: pass the pipeline's network "
+            "and the scheduler"
         )
     if isinstance(source, DiffusionPipeline):
         return parts_of(source)
-    return source if isinstance(source, Parts) else read_folder(Path(source))
+    return source if isinstance(source, PipelineParts) else read_folder(Path(source))
 
 
-def process_fields(parts: Parts, fields: dict[str, Any], mu: float | None) -> dict[str, Any]:
-    """The fields of a Process that the configs say, but for its condition; `fields` are given in place of some."""
+def read_process_fields(
+    parts: PipelineParts, fields: dict[str, Any], mu: float | None
+) -> dict[str, Any]:
+    """The fields of a Process that the configs determine, without the condition's.
+
+    Args:
+        parts: network, scheduler and VAE.
+        fields: fields that the caller gives, which the configs need not determine.
+        mu: shift μ of a flow with `use_dynamic_shifting`; None: computed from the token count.
+
+    Returns:
+        Name -> value, such as `schedule`, `prediction`, `time` and `shape`.
+
+    Raises:
+        ValueError: the configs contradict each other or are incomplete.
+    """
     read = {} if parts.vae is None else {"low": -torch.inf, "high": torch.inf, "sigma_data": 1.0}
-    read |= _shape(parts.network, fields)
+    read |= _shape_field(parts.network, fields)
     if parts.scheduler is None:
         if missing := [name for name in ("schedule", "prediction", "time") if name not in fields]:
             raise ValueError(
-                f"a network alone does not say its {', '.join(missing)}: pass its scheduler, or these"
+                f"a network alone does not determine {', '.join(missing)}: pass its scheduler, or "
+                f"these"
             )
         return read
     config = config_of(parts.scheduler)
-    said = describe(
-        config, _mu(config, parts.network, (read | fields)["shape"]) if mu is None else mu
-    )
-    read |= {name: value for name, value in said._asdict().items() if value is not None}
+    if mu is None:
+        mu = _dynamic_shift(config, parts.network, (read | fields)["shape"])
+    described = describe(config, mu)
+    read |= {name: value for name, value in described._asdict().items() if value is not None}
     family = family_of(parts.network)
-    if family.prediction not in (None, said.prediction):
+    if family.prediction not in (None, described.prediction):
         raise ValueError(
-            f"{type(parts.network).__name__} is a flow's, but its {config['_class_name']} says {said.prediction}: give it the "
-            f"scheduler that it was trained with, such as FlowMatchEulerDiscreteScheduler"
+            f"{type(parts.network).__name__} predicts {family.prediction}, but the config of its "
+            f"{config['_class_name']} has {described.prediction}: pass the scheduler that it was "
+            f"trained with, such as FlowMatchEulerDiscreteScheduler"
         )
-    return read | {
-        "time": replace(said.time, scale=said.time.scale * family.time_scale(parts.network))
-    }
+    scale = described.time.scale * family.time_scale(parts.network)
+    return read | {"time": replace(described.time, scale=scale)}
 
 
-def _shape(network: nn.Module, fields: dict[str, Any]) -> dict[str, Any]:
+def _shape_field(network: nn.Module, fields: dict[str, Any]) -> dict[str, Any]:
     shape = family_of(network).shape(network)
     if shape is None and "shape" not in fields:
         raise ValueError(
@@ -116,54 +146,60 @@ def _shape(network: nn.Module, fields: dict[str, Any]) -> dict[str, Any]:
     return {} if shape is None else {"shape": shape}
 
 
-def _mu(config: dict[str, Any], network: nn.Module, shape: tuple[int, ...]) -> float | None:
-    dynamic = config.get("use_dynamic_shifting")
-    count = family_of(network).token_count(network, shape) if dynamic else None
+def _dynamic_shift(
+    config: dict[str, Any], network: nn.Module, shape: tuple[int, ...]
+) -> float | None:
+    """The shift μ that a pipeline computes from the number of tokens, or None."""
+    if not config.get("use_dynamic_shifting"):
+        return None
+    count = family_of(network).token_count(network, shape)
     return None if count is None else shift_of(config, count)
 
 
-def _told(
-    parts: Parts,
+def _conditioned(
+    parts: PipelineParts,
     prompts: Sequence[str] | Prompts,
     negative: str,
     fields: dict[str, Any],
     shape: tuple[int, ...],
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The network as it is asked by label, and what is known of the labels."""
+    """The network as a function of x, time and label, and the Process fields of its condition."""
     network = parts.network
     family = family_of(network)
     if not family.is_text_conditioned(network):
         if prompts or negative:
             raise ValueError(
-                f"{type(network).__name__} is told no text: leave prompts and negative out"
+                f"{type(network).__name__} is not conditioned on text: leave prompts and negative "
+                f"out"
             )
-        return network, _labels(network, fields)
+        return network, _class_fields(network, fields)
     if not isinstance(prompts, Prompts):
         prompts = _encoded(parts, prompts, negative, shape)
     elif negative:
         raise ValueError(
-            "negative was given beside Prompts, which have their own null condition: leave it out"
+            "negative was given beside Prompts, which contain a null condition: leave it out"
         )
-    return Prompted(family.wrap(network), prompts), {
+    return PromptNetwork(family.wrap(network), prompts), {
         "classes": len(prompts),
         "dropout": family.dropout if len(prompts) else 0.0,
     }
 
 
 def _encoded(
-    parts: Parts, prompts: Sequence[str], negative: str, shape: tuple[int, ...]
+    parts: PipelineParts, prompts: Sequence[str], negative: str, shape: tuple[int, ...]
 ) -> Prompts:
     if parts.pipeline is None:
         raise ValueError(
-            f"{type(parts.network).__name__} is told text, which a network alone cannot encode: pass prompts=Prompts(...) of "
-            f"diffcore.integrations.diffusers.encode, or its pipeline"
+            f"{type(parts.network).__name__} is conditioned on text, which a network alone cannot "
+            f"encode: pass its pipeline, or prompts=encode_prompts(...) of "
+            f"diffcore.integrations.diffusers"
         )
     pipeline = parts.pipeline()
     height, width = (size * pipeline.vae_scale_factor for size in shape[1:])
-    return encode(pipeline, prompts, negative, (height, width))
+    return encode_prompts(pipeline, prompts, negative, (height, width))
 
 
-def _labels(network: nn.Module, fields: dict[str, Any]) -> dict[str, Any]:
+def _class_fields(network: nn.Module, fields: dict[str, Any]) -> dict[str, Any]:
     family = family_of(network)
     if not isinstance(family.condition, ClassCondition):
         return {}
@@ -171,8 +207,8 @@ def _labels(network: nn.Module, fields: dict[str, Any]) -> dict[str, Any]:
     return {} if count is None else {"classes": count, "dropout": family.dropout}
 
 
-class Mean(nn.Module):
-    """The first C of the 2C channels of a network that also outputs a variance.
+class MeanOutput(nn.Module):
+    """The first C of the 2C output channels of a network that also outputs a variance.
 
     Args:
         network: the network.
@@ -184,10 +220,26 @@ class Mean(nn.Module):
         self.config = getattr(network, "config", None)
 
     def forward(self, x: Tensor, time: Tensor, **condition: Tensor) -> Tensor:
+        """The network's mean, of the shape of x.
+
+        Args:
+            x: noisy samples (B, C, ...).
+            time: time input (B,).
+            condition: the network's other arguments.
+        """
         return tensor_of(self.network(x, time, **condition))[:, : x.shape[1]]
 
 
-def mean_of(network: nn.Module, process: Process) -> nn.Module:
-    """The network, or where it outputs a variance too, the mean of what it outputs."""
+def mean_network(network: nn.Module, process: Process) -> nn.Module:
+    """The network without its variance output.
+
+    Args:
+        network: a network whose config has `out_channels`, or any other.
+        process: the process; its shape gives C.
+
+    Returns:
+        `MeanOutput(network)` if the network has 2C output channels, else the network itself.
+    """
     config = getattr(network, "config", {})
-    return Mean(network) if config.get("out_channels") == 2 * process.shape[0] else network
+    has_variance = config.get("out_channels") == 2 * process.shape[0]
+    return MeanOutput(network) if has_variance else network

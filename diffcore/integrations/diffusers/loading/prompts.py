@@ -1,6 +1,7 @@
-"""A text condition is a label into a bank of encoded prompts: labels 0 .. K-1 are the prompts, and K, the null label, is none.
+"""Text conditions as class labels: a bank of encoded prompts, indexed by label.
 
-So a network that is told text is asked as one that is told a class: guidance, dropout, sampling and inversion are the same.
+Labels 0 .. K-1 are the prompts, and K, the null label, is the null condition. So guidance, dropout,
+sampling and inversion of a text-conditioned network are those of a class-conditional one.
 """
 
 import json
@@ -15,18 +16,25 @@ from torch import Tensor, nn
 from diffcore.io.files import CorruptFileError
 from diffcore.io.safetensors import read_weights_and_metadata, write_weights
 
+__all__ = ["PromptNetwork", "Prompts"]
+
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
-    """K encoded prompts, and in row K the null condition: the empty or the negative prompt.
+    """K encoded prompts, and at index K the null condition: the empty or the negative prompt.
 
     Args:
-        tensors: (K + 1, ...) under the names by which the network's forward takes them; a dot leads into a dictionary, as in
-            added_cond_kwargs.text_embeds.
+        tensors: argument of the network's forward -> its values (K + 1, ...). A dot in a name leads
+            into a dictionary: `added_cond_kwargs.text_embeds`.
         texts: the K prompts.
 
     Raises:
-        ValueError: a tensor has another number of rows.
+        ValueError: a tensor has another number of entries than K + 1.
+
+    Example:
+        >>> bank = Prompts({"states": torch.zeros(3, 5, 8)}, ("a cat", "two dogs"))
+        >>> bank.arguments(torch.tensor([1, 2]))["states"].shape
+        torch.Size([2, 5, 8])
     """
 
     tensors: Mapping[str, Tensor]
@@ -34,38 +42,46 @@ class Prompts:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "texts", tuple(self.texts))
-        rows = {name: value.shape[0] if value.ndim else 0 for name, value in self.tensors.items()}
-        if not rows or set(rows.values()) != {len(self) + 1}:
+        counts = {name: value.shape[0] if value.ndim else 0 for name, value in self.tensors.items()}
+        if not counts or set(counts.values()) != {len(self) + 1}:
             raise ValueError(
-                f"the rows are {rows or 'none'}, expected {len(self) + 1} of each tensor: {len(self)} prompts and the null "
-                f"condition"
+                f"the tensors have {counts or 'no'} entries, expected {len(self) + 1} in each: "
+                f"{len(self)} prompts and the null condition"
             )
 
     def __len__(self) -> int:
-        """K."""
+        """Number of prompts, K."""
         return len(self.texts)
 
     def arguments(self, labels: Tensor, dtype: torch.dtype | None = None) -> dict[str, Any]:
-        """The network's keyword arguments for labels (B,), on their device; numbers that are not whole in the dtype given.
+        """The network's keyword arguments for labels.
 
-        Only the rows asked for are moved. Where the bank is on another device than the labels, this waits for the labels.
+        Only the entries of these labels are moved to their device. If the bank is on another device
+        than the labels, the host waits for the labels.
+
+        Args:
+            labels: labels (B,) from 0 to K.
+            dtype: dtype of the floating-point arguments; None: as encoded.
+
+        Returns:
+            Name -> value (B, ...), or a dictionary of these, on the device of the labels.
         """
         arguments: dict[str, Any] = {}
         for name, bank in self.tensors.items():
-            row = bank[labels.to(bank.device)]
+            entry = bank[labels.to(bank.device)]
             *path, last = name.split(".")
-            place = arguments
+            target = arguments
             for key in path:
-                place = place.setdefault(key, {})
-            place[last] = row.to(labels.device, dtype if row.is_floating_point() else None)
+                target = target.setdefault(key, {})
+            target[last] = entry.to(labels.device, dtype if entry.is_floating_point() else None)
         return arguments
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Prompts":
-        """The same prompts with each tensor mapped, such as to a device."""
+        """A bank of the same prompts with the function applied to each tensor (K + 1, ...)."""
         return Prompts({name: function(value) for name, value in self.tensors.items()}, self.texts)
 
     def save(self, path: Path) -> None:
-        """Write them as safetensors."""
+        """Write the bank as safetensors."""
         write_weights(
             path,
             {name: value.cpu() for name, value in self.tensors.items()},
@@ -74,41 +90,60 @@ class Prompts:
 
     @classmethod
     def load(cls, path: Path) -> "Prompts":
-        """The prompts saved at `path`.
+        """Read a bank that `save` wrote.
+
+        Args:
+            path: the safetensors file.
+
+        Returns:
+            The bank, on the host.
 
         Raises:
-            ValueError: it is missing, changed, or holds no prompts.
+            ValueError: the file is missing, was changed, or holds no prompts.
         """
-        tensors, facts = read_weights_and_metadata(path)
-        if "texts" not in facts:
-            raise CorruptFileError(f"{path} holds no prompts, expected what Prompts.save wrote")
-        return cls(tensors, tuple(json.loads(facts["texts"])))
+        tensors, metadata = read_weights_and_metadata(path)
+        if "texts" not in metadata:
+            raise CorruptFileError(
+                f"{path} holds no prompts, expected a file that Prompts.save wrote"
+            )
+        return cls(tensors, tuple(json.loads(metadata["texts"])))
 
 
-class Prompted(nn.Module):
-    """network(x, timestep=time, **prompts.arguments(class_labels)): a network of diffusers that is told text, asked by label.
+class PromptNetwork(nn.Module):
+    """A text-conditioned network of diffusers, conditioned on labels of a bank of prompts.
 
-    The bank follows the module to its device, and is no part of its state.
+        network(x, timestep=time, **prompts.arguments(class_labels))
+
+    The bank moves with the module and is not part of its state.
 
     Args:
-        network: whose forward takes x, timestep, and what the prompts are named after.
+        network: network whose forward takes x, `timestep` and the arguments that the bank names.
         prompts: the bank.
-        follow: whether the bank moves with the module. One too large for the device stays where it is; then each call waits for
-            its labels.
+        move_prompts: whether the bank moves with the module. A bank that is too large for the
+            device stays where it is; then each call waits for its labels.
     """
 
-    def __init__(self, network: nn.Module, prompts: Prompts, follow: bool = True) -> None:
+    def __init__(self, network: nn.Module, prompts: Prompts, move_prompts: bool = True) -> None:
         super().__init__()
-        self.network, self.prompts, self.follow = network, prompts, follow
+        self.network, self.prompts, self.move_prompts = network, prompts, move_prompts
         self.config = getattr(network, "config", None)
 
     def forward(self, x: Tensor, time: Tensor, class_labels: Tensor | None = None) -> Any:
-        """The network's answer; without labels, to the null condition."""
+        """The network's output.
+
+        Args:
+            x: noisy samples (B, C, H, W).
+            time: time input (B,).
+            class_labels: labels (B,); None: the null condition.
+
+        Returns:
+            A tensor of the shape of x, or an object or tuple that holds it, as the network does.
+        """
         if class_labels is None:
             class_labels = torch.full((len(x),), len(self.prompts), device=x.device)
         return self.network(x, timestep=time, **self.prompts.arguments(class_labels, x.dtype))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        if self.follow:
+        if self.move_prompts:
             self.prompts = self.prompts.map(fn)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

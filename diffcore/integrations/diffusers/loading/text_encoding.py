@@ -1,10 +1,7 @@
-"""From prompts to what a network is told: diffusers' pipeline and its text encoders do the encoding, once for each prompt.
+"""From prompts to the arguments of a text-conditioned network.
 
-StableDiffusion  encoder_hidden_states
-XL               and added_cond_kwargs: text_embeds (pooled), time_ids (the size)
-3                encoder_hidden_states, pooled_projections
-Flux             and guidance, where the network is distilled from a guided one
-PixArt, Sana     encoder_hidden_states, encoder_attention_mask; of PixArt's 1024 pixels added_cond_kwargs (the size)
+The pipeline and its text encoders encode each prompt once; the record of its family
+(`integrations/diffusers/families`) maps what they return to the network's arguments.
 """
 
 from collections.abc import Sequence
@@ -18,28 +15,37 @@ from diffcore.integrations.diffusers.loading.folder import network_of
 from diffcore.integrations.diffusers.loading.prompts import Prompts
 from diffcore.sampling.generation import evaluating
 
-DISTILLED = 3.5
-"""The strength of guidance that a distilled network is told, FluxPipeline's own."""
+__all__ = ["EMBEDDED_GUIDANCE_SCALE", "encode_prompts"]
+
+EMBEDDED_GUIDANCE_SCALE = 3.5
+"""Default guidance scale that a guidance-distilled network takes as an input, as in FluxPipeline."""
 
 
-def encode(
+def encode_prompts(
     pipeline: Any,
     prompts: Sequence[str],
     negative: str = "",
     size: tuple[int, int] | None = None,
-    strength: float = DISTILLED,
+    guidance_scale: float = EMBEDDED_GUIDANCE_SCALE,
 ) -> Prompts:
-    """The prompts, each encoded by itself as a call of the pipeline would, and the negative one as the null condition.
+    """The prompts, each encoded alone as in a call of the pipeline, and the null condition.
 
     Args:
-        pipeline: of StableDiffusion (1, 2, XL, 3), Flux, PixArt or Sana, with its network, tokenizers and text encoders.
+        pipeline: pipeline of a text-conditioned family (`families.FAMILIES`) with its network,
+            tokenizers and text encoders.
         prompts: K texts.
-        negative: the text of the null condition; the empty one is what the pipeline takes for none (zeros, of most XL).
-        size: height and width in pixels, which XL's networks and PixArt's of 1024 are told; the network's own by default.
-        strength: of guidance, for a network that was distilled from a guided one (Flux's guidance_embeds).
+        negative: text of the null condition; "" is what the pipeline uses without a negative
+            prompt (zeros for many XL pipelines).
+        size: height and width in pixels, for networks that are conditioned on it (XL, PixArt of
+            1024 pixels); default: the network's own.
+        guidance_scale: input of a guidance-distilled network (Flux with `guidance_embeds`).
+
+    Returns:
+        A bank of K + 1 entries.
 
     Raises:
-        ValueError: a network that is told nothing or something else, or a text encoder or tokenizer missing.
+        ValueError: the network is not conditioned on text alone, or a text encoder or tokenizer is
+            missing.
     """
     if isinstance(prompts, str):
         raise ValueError(f"prompts is {prompts!r}, expected a list of texts, such as [{prompts!r}]")
@@ -49,21 +55,27 @@ def encode(
         raise ValueError(
             f"{type(network).__name__} is not conditioned on text: leave the prompts out"
         )
-    assert isinstance(family.condition, TextCondition)
-    condition, encoders = family.condition, nn.ModuleList(_encoders(pipeline, family.condition))
-    with torch.no_grad(), evaluating(encoders):
-        rows = [condition.encode(pipeline, text, False) for text in prompts]
-        rows += [condition.encode(pipeline, negative, True)]
-    shared = condition.shared_arguments(network, size or _size(pipeline, network), strength)
-    same = {name: value.expand(len(rows), *value.shape) for name, value in shared.items()}
+    condition = family.condition
+    assert isinstance(condition, TextCondition)
+    with torch.no_grad(), evaluating(nn.ModuleList(_text_encoders(pipeline, condition))):
+        encoded = [condition.encode(pipeline, text, False) for text in prompts]
+        encoded += [condition.encode(pipeline, negative, True)]
+    size = size or _network_size(pipeline, network)
+    shared = condition.shared_arguments(network, size, guidance_scale)
+    expanded = {name: value.expand(len(encoded), *value.shape) for name, value in shared.items()}
     return Prompts(
-        {name: torch.cat([row[name] for row in rows]).cpu() for name in rows[0]} | same,
+        {name: torch.cat([entry[name] for entry in encoded]).cpu() for name in encoded[0]}
+        | expanded,
         tuple(prompts),
     )
 
 
-def _encoders(pipe: Any, condition: TextCondition) -> list[nn.Module]:
-    """A pipeline's text encoders, each with its tokenizer."""
+def _text_encoders(pipe: Any, condition: TextCondition) -> list[nn.Module]:
+    """A pipeline's text encoders.
+
+    Raises:
+        ValueError: one that is not optional, or its tokenizer, is missing.
+    """
     names = [name for name in pipe.components if name.startswith("text_encoder")]
     needed = [
         part
@@ -73,12 +85,14 @@ def _encoders(pipe: Any, condition: TextCondition) -> list[nn.Module]:
     ]
     if missing := [part for part in needed if pipe.components[part] is None]:
         raise ValueError(
-            f"this {type(pipe).__name__} has no {' and no '.join(missing)}: load it, or pass Prompts encoded before"
+            f"this {type(pipe).__name__} has no {' and no '.join(missing)}: load it, or pass "
+            f"Prompts encoded before"
         )
     return [pipe.components[name] for name in names if pipe.components[name] is not None]
 
 
-def _size(pipe: Any, network: nn.Module) -> tuple[int, int]:
+def _network_size(pipe: Any, network: nn.Module) -> tuple[int, int]:
+    """Height and width in pixels of the network's sample size."""
     shape = family_of(network).shape(network)
     if shape is None:
         raise ValueError(

@@ -6,7 +6,7 @@ What is trained is saved as diffusers loads it: a pipeline's folder, or a LoRA f
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from diffcore.core.denoiser import tensor_of
 from diffcore.core.process import Process
 from diffcore.integrations.diffusers.families import family_of
-from diffcore.integrations.diffusers.loading.folder import Parts, read_folder, read_json
-from diffcore.integrations.diffusers.loading.index import Index
+from diffcore.integrations.diffusers.loading.folder import PipelineParts, read_folder, read_json
+from diffcore.integrations.diffusers.loading.index import PipelineIndex
 from diffcore.integrations.diffusers.pipeline import export as stock
 from diffcore.integrations.diffusers.scheduler.scheduler import DiffcoreScheduler
 from diffcore.integrations.diffusers.scheduler.scheduler_config import describe
@@ -95,13 +95,13 @@ class Pretrained(nn.Module):
 
     def __init__(self, pipeline: str, lora: LoRA = LoRA()) -> None:
         super().__init__()
-        self.index, self.lora = Index(Path(pipeline)), lora
-        self.network: Any = self.index.read(self.index.network)
+        self.index, self.lora = PipelineIndex(Path(pipeline)), lora
+        self.network: Any = self.index.read(self.index.network_name)
         self.config = self.network.config
         if lora.rank:
-            if not hasattr(self.index.pipeline, "save_lora_weights"):
+            if not hasattr(self.index.pipeline_class, "save_lora_weights"):
                 raise ValueError(
-                    f"diffusers loads no LoRA into a {self.index.pipeline.__name__}: train all weights"
+                    f"diffusers loads no LoRA into a {self.index.pipeline_class.__name__}: train all weights"
                 )
             lora.add(self.network)
             self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
@@ -120,7 +120,8 @@ class Pretrained(nn.Module):
         family = family_of(network)
         if family.is_text_conditioned(network) and "encoder_hidden_states" not in condition:
             raise ValueError(
-                "the network is told text, not labels: sample its pipeline/ with --prompt, or ask Prompted(network, prompts)"
+                "the network is conditioned on text, not on labels: sample its pipeline/ with --prompt, "
+                "or use PromptNetwork(network, prompts)"
             )
         return tensor_of(family.wrap(network)(x, timestep=timestep, **condition))[:, : x.shape[1]]
 
@@ -128,16 +129,16 @@ class Pretrained(nn.Module):
     def content(self) -> str:
         """A hash of the weights that an adapter is beside, by which a resumed run knows them; without LoRA there are none."""
         files = (
-            sorted((self.index.folder / self.index.network).glob("*.safetensors"))
+            sorted((self.index.folder / self.index.network_name).glob("*.safetensors"))
             if self.lora.rank
             else []
         )
         return " ".join(map(hash_file, files))
 
-    def adapted(self, run: Path) -> Parts:
+    def adapted(self, run: Path) -> PipelineParts:
         """The pipeline's parts with this network, and the scheduler that `save` left in a run's folder."""
         scheduler = read_json(run / "scheduler" / "scheduler_config.json")
-        return read_folder(self.index.folder)._replace(network=self.network, scheduler=scheduler)
+        return replace(read_folder(self.index.folder), network=self.network, scheduler=scheduler)
 
     def save(self, run: Path, process: Process) -> None:
         """Write pipeline/ into a run's folder, or with LoRA pytorch_lora_weights.safetensors and scheduler/."""
@@ -151,20 +152,20 @@ class Pretrained(nn.Module):
     def _save_adapter(self, run: Path) -> None:
         from peft.utils import get_peft_model_state_dict
 
-        own, name = self.network, self.index.network
+        own, name = self.network, self.index.network_name
         layers = {f"{name}_lora_layers": get_peft_model_state_dict(own)}
         told = {
             f"{name}_lora_adapter_metadata": own.peft_config["default"].to_dict()
         }  # without it alpha is the rank
         with TemporaryDirectory(dir=run) as folder:
-            self.index.pipeline.save_lora_weights(folder, **layers, **told)
+            self.index.pipeline_class.save_lora_weights(folder, **layers, **told)
             Path(folder, ADAPTER).rename(run / ADAPTER)
 
     def _save_pipeline(self, folder: Path, scheduler: Any) -> None:
         """The pipeline's folder with this network and scheduler; all else is copied as it is."""
-        self.network.save_pretrained(folder / self.index.network)
+        self.network.save_pretrained(folder / self.index.network_name)
         scheduler.save_pretrained(folder / "scheduler")
-        for name in self.index.parts - {self.index.network, "scheduler"}:
+        for name in self.index.parts - {self.index.network_name, "scheduler"}:
             shutil.copytree(
                 self.index.folder / name, folder / name, ignore=shutil.ignore_patterns(*UNREAD)
             )

@@ -21,7 +21,7 @@ from diffcore.core.denoiser import Denoiser
 from diffcore.core.noise import Noise
 from diffcore.core.process import Process
 from diffcore.guidance import CFG, Guidance, loaded, networks
-from diffcore.integrations.diffusers.loading.network import Mean, mean_of
+from diffcore.integrations.diffusers.loading.network import MeanOutput, mean_network
 from diffcore.integrations.diffusers.loading.vae import Latents
 from diffcore.integrations.diffusers.pipeline.model_index import COMPONENTS, Facts, check_folder
 from diffcore.integrations.diffusers.pipeline.progress import Followed
@@ -115,7 +115,7 @@ class DiffcorePipeline(DiffusionPipeline):
             ValueError: its network is no ModelMixin of diffusers, which alone can be saved in a pipeline.
         """
         network, process = denoiser.network, denoiser.process
-        if isinstance(network, Mean):
+        if isinstance(network, MeanOutput):
             network = network.network
         if not isinstance(network, ModelMixin):
             raise ValueError(
@@ -205,7 +205,7 @@ class DiffcorePipeline(DiffusionPipeline):
     def denoiser(self) -> Denoiser:
         """The network with its process, for `diffcore.sample` and all that takes one."""
         process = self.process
-        return Denoiser(mean_of(self.network, process), process)
+        return Denoiser(mean_network(self.network, process), process)
 
     @torch.no_grad()
     def __call__(

@@ -253,7 +253,7 @@ BROKEN = [
     (lambda f: (f / "model_index.json").write_text("{"), "is not JSON"),
     (lambda f: edit(f / "model_index.json", unet=[None, None]), "expected one of unet or transformer, and a scheduler"),
     (pickled, "pickled weights are not opened, convert them first"),
-    (remote, "names mine.Net as unet, which is no model of diffusers or transformers: code that comes with weights is not run"),
+    (remote, "names mine.Net as unet, which is no model of diffusers or transformers. Code"),
     (lambda f: edit(f / "model_index.json", unet=["diffusers", "loaders"]), "is no model of diffusers"),
     (lambda f: edit(f / "scheduler" / "scheduler_config.json", _class_name="Mine"), "_class_name is 'Mine'"),
 ]  # fmt: skip
@@ -276,7 +276,7 @@ REFUSED = [
     (diffusers.DDIMScheduler(rescale_betas_zero_snr=True), "pure noise"),
     (diffusers.IPNDMScheduler(), "does not say what the network outputs"),
     ({"timesteps": 3}, "names no scheduler: pass the scheduler itself"),
-    (None, "a network alone does not say its schedule, prediction, time"),
+    (None, "a network alone does not determine schedule, prediction, time"),
 ]  # fmt: skip
 
 
@@ -294,7 +294,9 @@ def test_a_network_without_a_config_takes_a_shape():
     assert from_diffusers(nn.Identity(), diffusers.DDPMScheduler(), shape=(2,)).process.shape == (
         2,
     )
-    with pytest.raises(ValueError, match="is told text, which a network alone cannot encode"):
+    with pytest.raises(
+        ValueError, match="is conditioned on text, which a network alone cannot encode"
+    ):
         from_diffusers(unet_2d_condition(), diffusers.DDPMScheduler())
 
 

@@ -12,9 +12,9 @@ from diffcore.editing.inversion import invert
 from diffcore.guidance import APG, CFG
 from diffcore.integrations.diffusers import (
     DiffcoreScheduler,
-    Prompted,
+    PromptNetwork,
     Prompts,
-    encode,
+    encode_prompts,
     from_diffusers,
 )
 from diffcore.samplers import DDIM
@@ -146,8 +146,11 @@ def test_flux_is_packed_told_its_strength_and_shifted_by_its_size(dynamic):
 
 def test_a_network_that_is_not_distilled_is_told_no_strength():
     pipe = told.flux(flow(), guidance_embeds=False)
-    assert set(encode(pipe, TEXTS).tensors) == {"encoder_hidden_states", "pooled_projections"}
-    strong = encode(told.flux(flow()), TEXTS, strength=7.0).tensors["guidance"]
+    assert set(encode_prompts(pipe, TEXTS).tensors) == {
+        "encoder_hidden_states",
+        "pooled_projections",
+    }
+    strong = encode_prompts(told.flux(flow()), TEXTS, guidance_scale=7.0).tensors["guidance"]
     assert torch.equal(strong, torch.full((3,), 7.0))
 
 
@@ -182,7 +185,7 @@ def test_the_size_is_told_in_pixels(pipe):
 
 
 def test_prompts_together_are_each_as_alone(pipe):
-    both, alone = encode(pipe, TEXTS), encode(pipe, TEXTS[1:])
+    both, alone = encode_prompts(pipe, TEXTS), encode_prompts(pipe, TEXTS[1:])
     assert both.texts == TEXTS
     for name, bank in both.tensors.items():
         assert torch.equal(bank[1:], alone.tensors[name])
@@ -209,14 +212,14 @@ def test_a_prompt_is_inverted_as_a_class_is(pipe):
 
 
 def test_encoders_are_asked_without_dropout_and_left_as_they_were(pipe):
-    once = encode(pipe, TEXTS)
+    once = encode_prompts(pipe, TEXTS)
     pipe.text_encoder.train()
     pipe.text_encoder.config.attention_dropout = 0.5
     for layer in pipe.text_encoder.modules():
         layer.dropout = 0.5
     try:
         assert torch.equal(
-            encode(pipe, TEXTS).tensors["encoder_hidden_states"],
+            encode_prompts(pipe, TEXTS).tensors["encoder_hidden_states"],
             once.tensors["encoder_hidden_states"],
         )
         assert pipe.text_encoder.training
@@ -249,7 +252,7 @@ def test_a_bank_is_saved_whole(tmp_path):
 
 def test_a_bank_goes_with_its_network_and_is_not_of_its_weights():
     asked = [
-        Prompted(torch.nn.Linear(2, 2), bank(), follow).to(torch.float64)
+        PromptNetwork(torch.nn.Linear(2, 2), bank(), follow).to(torch.float64)
         for follow in (True, False)
     ]
     assert [one.prompts.tensors["states"].dtype for one in asked] == [torch.float64, torch.float32]
@@ -260,7 +263,7 @@ def test_a_bank_goes_with_its_network_and_is_not_of_its_weights():
 def test_a_network_alone_takes_prompts_encoded_before(pipe):
     whole = from_diffusers(pipe, prompts=TEXTS, negative="ugly")
     alone = from_diffusers(
-        pipe.unet, pipe.scheduler, prompts=encode(pipe, TEXTS, "ugly"), sigma_data=1.0
+        pipe.unet, pipe.scheduler, prompts=encode_prompts(pipe, TEXTS, "ugly"), sigma_data=1.0
     )
     x, level, labels = start(), whole.process.schedule.level(0.5), torch.tensor([1, 2])
     with torch.no_grad():
@@ -272,19 +275,19 @@ def other_text(**config):
 
 
 REFUSED = {
-    "too few rows": (lambda p: Prompts({"a": torch.zeros(2, 3)}, TEXTS), r"the rows are \{'a': 2\}, expected 3 of each"),
-    "no tensors": (lambda p: Prompts({}), "the rows are none, expected 1"),
-    "one string": (lambda p: encode(p, "a cat"), r"expected a list of texts, such as \['a cat'\]"),
-    "no encoder": (lambda p: encode(without(p, *CLIPS), TEXTS), "has no text_encoder and no text_encoder_2: load"),
-    "no tokenizer": (lambda p: encode(without(p, "tokenizer_2"), TEXTS), "has no tokenizer_2: load it, or pass Prompts"),
-    "refiner": (lambda p: encode(refiner(p), TEXTS), "is a refiner, conditioned on an aesthetic score"),
+    "too few rows": (lambda p: Prompts({"a": torch.zeros(2, 3)}, TEXTS), r"the tensors have \{'a': 2\} entries, expected 3"),
+    "no tensors": (lambda p: Prompts({}), "the tensors have no entries, expected 1"),
+    "one string": (lambda p: encode_prompts(p, "a cat"), r"expected a list of texts, such as \['a cat'\]"),
+    "no encoder": (lambda p: encode_prompts(without(p, *CLIPS), TEXTS), "has no text_encoder and no text_encoder_2: load"),
+    "no tokenizer": (lambda p: encode_prompts(without(p, "tokenizer_2"), TEXTS), "has no tokenizer_2: load it"),
+    "refiner": (lambda p: encode_prompts(refiner(p), TEXTS), "is a refiner, conditioned on an aesthetic score"),
     "network alone": (lambda p: from_diffusers(p.unet, ddim(), prompts=TEXTS), "which a network alone cannot encode"),
-    "two negatives": (lambda p: from_diffusers(p, prompts=encode(p, TEXTS), negative="x"), "negative was given beside Prompts"),
-    "no text": (lambda p: from_diffusers(unet(), ddim(), prompts=TEXTS), "UNet2DModel is told no text: leave prompts"),
+    "two negatives": (lambda p: from_diffusers(p, prompts=encode_prompts(p, TEXTS), negative="x"), "beside Prompts"),
+    "no text": (lambda p: from_diffusers(unet(), ddim(), prompts=TEXTS), "UNet2DModel is not conditioned on text"),
     "inpainting": (lambda p: from_diffusers(*other_text(in_channels=9)), "has 9 input and 4 output channels"),
     "images": (lambda p: from_diffusers(*other_text(addition_embed_type="image", encoder_hid_dim=4)), "addition_embed_type"),
     "LCM": (lambda p: from_diffusers(*other_text(time_cond_proj_dim=8)), "takes the guidance scale as an input"),
-    "a flow's": (lambda p: from_diffusers(told.flux(ddim()), prompts=TEXTS), "is a flow's, but its DDIMScheduler says eps"),
+    "a flow's": (lambda p: from_diffusers(told.flux(ddim()), prompts=TEXTS), "predicts flow_prediction, but the config"),
 }  # fmt: skip
 
 

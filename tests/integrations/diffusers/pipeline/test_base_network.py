@@ -8,7 +8,7 @@ import torch
 
 from diffcore.core.process import Process, TimeConditioning
 from diffcore.integrations.diffusers import DiffcoreScheduler, LoRA, Pretrained
-from diffcore.integrations.diffusers.loading.index import Index
+from diffcore.integrations.diffusers.loading.index import PipelineIndex
 from diffcore.integrations.diffusers.pipeline.base_network import scheduler_of
 from diffcore.integrations.diffusers.scheduler.scheduler_config import config_of, describe
 from diffcore.schedules import Cosine, Discrete, Flow, Shifted, ZeroTerminalSNR
@@ -31,7 +31,7 @@ def answer(network):
 
 def test_it_answers_as_the_pipelines_network_and_trains_all_of_it(folder):
     made = Pretrained(str(folder))
-    assert torch.equal(answer(made), Index(folder).read("unet")(X, TIME, STATES).sample)
+    assert torch.equal(answer(made), PipelineIndex(folder).read("unet")(X, TIME, STATES).sample)
     assert all(value.requires_grad for value in made.parameters())
     assert set(made.state_dict()) == {f"network.{name}" for name in made.network.state_dict()}
 
@@ -105,7 +105,7 @@ def test_an_adapter_that_diffusers_would_not_load_is_refused_before_it_is_traine
         Pretrained(str(tmp_path / "dit"), LoRA(2))
     shutil.copytree(folder, tmp_path / "other")
     change_json(tmp_path / "other/model_index.json", _class_name="logging")
-    with pytest.raises(ValueError, match="is of a logging, expected a pipeline of diffusers"):
+    with pytest.raises(ValueError, match="holds a logging, expected a pipeline of diffusers"):
         Pretrained(str(tmp_path / "other"), LoRA(2))
 
 
@@ -113,7 +113,8 @@ def test_what_is_no_pipeline_or_is_told_text_by_label_is_refused(folder, tmp_pat
     with pytest.raises(ValueError, match="is missing: expected the folder of a diffusers pipeline"):
         Pretrained(str(tmp_path))
     with pytest.raises(
-        ValueError, match="is told text, not labels: sample its pipeline/ with --prompt"
+        ValueError,
+        match="is conditioned on text, not on labels: sample its pipeline/ with --prompt",
     ):
         Pretrained(str(folder))(X, TIME, class_labels=torch.tensor([0, 1]))
 

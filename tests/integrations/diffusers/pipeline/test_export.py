@@ -16,7 +16,7 @@ from diffcore.core.denoiser import Denoiser
 from diffcore.core.process import Process, TimeConditioning
 from diffcore.guidance import CFG
 from diffcore.integrations.diffusers import DiffcorePipeline
-from diffcore.integrations.diffusers.loading.network import mean_of
+from diffcore.integrations.diffusers.loading.network import mean_network
 from diffcore.integrations.diffusers.pipeline.export import (
     check,
     parity,
@@ -62,7 +62,7 @@ def made(process, sampler=DDIM(), grid=Trailing(), network=None, steps=5, **opti
     )
     return quiet(
         DiffcorePipeline.of(
-            Denoiser(mean_of(network, process), process), sampler, grid, steps, **options
+            Denoiser(mean_network(network, process), process), sampler, grid, steps, **options
         )
     )
 
