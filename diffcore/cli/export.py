@@ -1,4 +1,4 @@
-"""`diffcore export`: a run as a pipeline of diffusers, ours or one of its own."""
+"""`diffcore export`: save the network of a run as a diffusers pipeline, with or without a dependence on diffcore."""
 
 import shutil
 from collections.abc import Sequence
@@ -8,8 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from diffcore.cli.arguments import default_to, normalized, trusted
-from diffcore.cli.source import Wanted, is_pipeline, settings, source
+from diffcore.cli.image_model import (
+    PipelineOptions,
+    is_pipeline,
+    load_image_model,
+    read_sampling_settings,
+)
+from diffcore.cli.run_defaults import parse_with_run_defaults
 from diffcore.guidance import CFG, Guidance
 from diffcore.io.files import write_folder
 from diffcore.io.parser import ComponentParser
@@ -20,19 +25,21 @@ from diffcore.schedules import Grid
 if TYPE_CHECKING:
     from diffcore.integrations.diffusers import DiffcorePipeline
 
+__all__ = ["ExportRequest", "main"]
+
 
 @dataclass(frozen=True)
-class Request:
-    """What to write, and where.
+class ExportRequest:
+    """Which pipeline to write, and where.
 
     Args:
-        out: the folder to write; new, or of an older pipeline, which is replaced.
-        format: diffcore, a DiffcorePipeline; or diffusers, one of its own pipelines, which needs no diffcore, if there is one
-            whose samples are ours.
-        sampler: of the pipeline, unless a call names another.
-        grid: likewise.
-        steps: likewise.
-        guidance: likewise.
+        out: folder to write. It must be new, or hold an older pipeline, which is replaced.
+        format: diffcore: a DiffcorePipeline, which samples exactly as diffcore does and needs diffcore installed.
+            diffusers: a pipeline class of diffusers, which needs no diffcore; refused if its samples would differ.
+        sampler: numerical integrator that the pipeline uses by default.
+        grid: rule that places the noise levels (knots) by default.
+        steps: number of sampler steps that the pipeline takes by default.
+        guidance: guidance rule that the pipeline uses by default.
     """
 
     out: Path
@@ -52,99 +59,111 @@ class Request:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Write the run that the first argument names."""
+    """Export the run that the first word names.
+
+    Args:
+        argv: command-line words after `export`.
+    """
     parser = ComponentParser(
         prog="diffcore export",
         usage="diffcore export RUN --out FOLDER [--option value ...]",
-        description="Write the averaged network of the run in folder RUN as a pipeline of diffusers. Sampler, grid, steps "
-        "and guidance are the run's unless told otherwise.",
+        description="Save the averaged network of the run in folder RUN as a diffusers pipeline. The run's "
+        "sampler, grid, steps and guidance replace the defaults below.",
     )
     parser.add_argument(
-        "run", type=str, metavar="RUN", help="the folder of a run, or of a DiffcorePipeline"
+        "run", type=str, metavar="RUN", help="folder of a run or of a DiffcorePipeline"
     )
-    parser.add_class_arguments(Request)
-    argv = trusted(normalized(argv))
-    if argv and not argv[0].startswith("-"):
-        default_to(parser, settings(_from(Path(argv[0]))), argv)
-    elif not {"-h", "--help"} & set(argv) and not any(".help" in word for word in argv):
-        raise ValueError("the run's folder comes first: diffcore export RUN --out FOLDER")
-    arguments = parser.instantiate(parser.parse_args(argv)).as_dict()
-    _export(Path(arguments.pop("run")), Request(**arguments))
+    parser.add_class_arguments(ExportRequest)
+    arguments = parse_with_run_defaults(
+        parser, argv, lambda folder: read_sampling_settings(_pipeline_or_run(folder))
+    )
+    folder = Path(arguments.pop("run"))
+    _export(folder, ExportRequest(**arguments))
 
 
-def _from(folder: Path) -> Path:
-    """What is read of a run: the pipeline that it left, which has its VAE too."""
-    own = folder / "pipeline"
-    return own if is_pipeline(own) else folder
+def _pipeline_or_run(folder: Path) -> Path:
+    """The pipeline that a run left, which contains its VAE too; the folder itself if there is none."""
+    pipeline = folder / "pipeline"
+    return pipeline if is_pipeline(pipeline) else folder
 
 
-def _export(folder: Path, request: Request) -> None:
-    pipe = _opened(_from(folder), request)
+def _export(folder: Path, request: ExportRequest) -> None:
+    pipeline = _load_pipeline(_pipeline_or_run(folder), request)
     request.out.parent.mkdir(parents=True, exist_ok=True)
-    if request.format == "diffcore":
-        write_folder(request.out, pipe.save_pretrained)
-        print(
-            f"{folder} -> {request.out}: a DiffcorePipeline, which diffusers loads where diffcore is installed"
-        )
+    if request.format == "diffusers":
+        _export_stock(folder, pipeline, request)
         return
+    write_folder(request.out, pipeline.save_pretrained)
+    print(
+        f"{folder} -> {request.out}: a DiffcorePipeline, which diffusers loads where diffcore is "
+        "installed"
+    )
+
+
+def _export_stock(folder: Path, pipeline: "DiffcorePipeline", request: ExportRequest) -> None:
+    """Write a pipeline of diffusers itself, after a comparison of its samples with ours."""
     from diffcore.integrations.diffusers.pipeline.export import check, steps_of, stock_of
 
-    stock, found = stock_of(pipe), []
+    stock, differences = stock_of(pipeline), []
 
-    def write(place: Path) -> None:
-        stock.save_pretrained(place)
+    def write(path: Path) -> None:
+        stock.save_pretrained(path)
         try:
-            found.append(check(place, pipe))
+            differences.append(check(path, pipeline))
         except ValueError:
-            shutil.rmtree(place)
+            shutil.rmtree(path)
             raise
 
     write_folder(request.out, write)
     steps = steps_of(stock.scheduler, request.steps)
     print(
-        f"{folder} -> {request.out}: a {type(stock).__name__} with a {type(stock.scheduler).__name__}, which diffusers loads "
-        f"alone\ngreatest difference from our own samples: {found[0]:.2g} of their greatest value ({steps} steps)"
+        f"{folder} -> {request.out}: a {type(stock).__name__} with a "
+        f"{type(stock.scheduler).__name__}, which diffusers loads alone\n"
+        f"greatest difference from diffcore's samples: {differences[0]:.2g} of their greatest value "
+        f"({steps} steps)"
     )
     for line in _remarks(stock, request, steps):
         print(line)
 
 
-def _opened(folder: Path, request: Request) -> "DiffcorePipeline":
+def _load_pipeline(folder: Path, request: ExportRequest) -> "DiffcorePipeline":
     from diffcore.integrations.diffusers import DiffcorePipeline
 
-    _check_ours(folder)
-    opened = source(folder, Wanted(), torch.device("cpu"))
-    if opened.text:
+    _check_is_diffcore_pipeline(folder)
+    model = load_image_model(folder, PipelineOptions(), torch.device("cpu"))
+    if model.is_text_conditioned:
         raise ValueError(
-            f"{folder} is an adapter of a pipeline that is told text, which diffusers loads into it: "
+            f"{folder} is an adapter of a text-conditioned pipeline, which diffusers loads into it: "
             f"pipe.load_lora_weights({str(folder)!r})"
         )
-    vae: Any = None if opened.latents is None else opened.latents.vae
+    vae: Any = None if model.latents is None else model.latents.vae
     return DiffcorePipeline.of(
-        opened.denoiser, request.sampler, request.grid, request.steps, request.guidance, vae
+        model.denoiser, request.sampler, request.grid, request.steps, request.guidance, vae
     )
 
 
-def _check_ours(folder: Path) -> None:
+def _check_is_diffcore_pipeline(folder: Path) -> None:
     if not is_pipeline(folder):
         return
     from diffcore.integrations.diffusers.loading.folder import read_json
 
-    if (kind := read_json(folder / "model_index.json").get("_class_name")) != "DiffcorePipeline":
+    name = read_json(folder / "model_index.json").get("_class_name")
+    if name != "DiffcorePipeline":
         raise ValueError(
-            f"{folder} holds a {kind}, which diffusers loads as it is: there is nothing to export"
+            f"{folder} holds a {name}, which diffusers loads as it is: there is nothing to export"
         )
 
 
-def _remarks(stock: Any, request: Request, steps: int) -> list[str]:
-    """What a user of the stock pipeline should know: what it takes, and what of the run is not in it."""
-    name, told = type(stock.scheduler).__name__, []
+def _remarks(stock: Any, request: ExportRequest, steps: int) -> list[str]:
+    """Lines for users of the stock pipeline: which steps it takes exactly, and what it leaves out."""
+    name, remarks = type(stock.scheduler).__name__, []
     if name in ("DDIMScheduler", "DDPMScheduler"):
-        told.append(
-            f"ask for num_inference_steps that divide {len(stock.scheduler)}, such as {steps}: {name} is right there"
+        remarks.append(
+            f"use a num_inference_steps that divides {len(stock.scheduler)}, such as {steps}: {name} "
+            "is exact there"
         )
     if request.guidance != CFG(1.0) and type(stock).__name__ == "ConsistencyModelPipeline":
-        told.append(f"not in it: guidance {request.guidance}; its images are of the network alone")
+        remarks.append(f"left out: guidance {request.guidance}; the pipeline samples without it")
     if request.sampler not in (DDIM(), DDPM()):
-        told.append(f"not in it: sampler {request.sampler}; it takes first-order steps")
-    return told
+        remarks.append(f"left out: sampler {request.sampler}; the pipeline takes first-order steps")
+    return remarks

@@ -1,69 +1,77 @@
-"""`diffcore info`: what a run is, or what this machine has."""
+"""`diffcore info`: describe a run, or this machine."""
 
+import platform
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import torch
+
 from diffcore import __version__
-from diffcore.cli.arguments import normalized, trusted
 from diffcore.core.process import Process
 from diffcore.io.parser import ComponentParser
 from diffcore.run import Run
 from diffcore.training.reporting import Metrics
 
+__all__ = ["main"]
+
+PACKAGES = ("torch", "accelerate", "safetensors", "jsonargparse", "diffusers", "transformers")
+
 
 def main(argv: Sequence[str]) -> None:
-    """Print a run's facts, or the machine's."""
+    """Print the facts of a run or of this machine.
+
+    Args:
+        argv: command-line words after `info`.
+    """
     parser = ComponentParser(
         prog="diffcore info",
-        description="Describe the run in folder RUN; without one, this machine.",
+        description="Describe the run in folder RUN: network, process, checkpoints and last report. "
+        "Without RUN, describe this machine: versions and device.",
     )
     parser.add_argument(
-        "run", type=str, nargs="?", default="", metavar="RUN", help="the folder of a run"
+        "run", type=str, nargs="?", default="", metavar="RUN", help="folder of a run"
     )
-    folder = parser.parse_args(trusted(normalized(argv))).run
-    facts = _of_run(Run(Path(folder))) if folder else _of_machine()
+    folder = parser.parse_args(list(argv)).run
+    facts = _describe_run(Run(Path(folder))) if folder else _describe_machine()
     width = max(map(len, facts))
     for name, value in facts.items():
         print(f"{name:<{width}}  {value}")
 
 
-def _of_run(run: Run) -> dict[str, object]:
+def _describe_run(run: Run) -> dict[str, object]:
     settings, process = run.settings(), Process.load(run.process)
-    parameters = sum(p.numel() for p in run.network().parameters())
-    reports = Metrics(run.metrics).reports()
+    schedule = process.schedule
+    parameters = sum(parameter.numel() for parameter in run.network().parameters())
+    checkpoints = sorted(path.name for path in run.checkpoints.glob("step-*"))
+    last_report = [{}, *Metrics(run.metrics).reports()][-1]
     return {
         "run": run.folder,
         "network": f"{settings['network']['class_path']}, {parameters:,} parameters",
-        "schedule": process.schedule,
-        "levels": f"λ from {process.schedule.logsnr(1.0):g} to {process.schedule.logsnr(0.0):g}",
+        "schedule": schedule,
+        "levels": f"λ from {schedule.logsnr(1.0):g} to {schedule.logsnr(0.0):g}",
         "prediction": process.prediction,
         "time": process.time,
         "data": f"shape {process.shape}, range [{process.low:g}, {process.high:g}]",
         "classes": f"{process.classes}, dropped in {process.dropout:.0%} of samples",
-        "checkpoints": ", ".join(sorted(path.name for path in run.checkpoints.glob("step-*")))
+        "checkpoints": ", ".join(checkpoints) or "none",
+        "last report": ", ".join(f"{name} {value}" for name, value in last_report.items())
         or "none",
-        "last report": ", ".join(f"{name} {value}" for name, value in reports[-1].items())
-        if reports
-        else "none",
     }
 
 
-def _of_machine() -> dict[str, object]:
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
-    import torch
-
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    packages = {}
-    for name in ("torch", "accelerate", "safetensors", "jsonargparse", "diffusers", "transformers"):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = "not installed"
+def _describe_machine() -> dict[str, object]:
+    has_accelerator = torch.accelerator.is_available()
     return {
         "diffcore": __version__,
         "python": platform.python_version(),
-        **packages,
-        "device": device,
+        **{name: _version(name) for name in PACKAGES},
+        "device": torch.accelerator.current_accelerator() if has_accelerator else "cpu",
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

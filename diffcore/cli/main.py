@@ -1,4 +1,4 @@
-"""The command `diffcore`. A sub-command is imported when it is named: help and version need neither torch nor diffusers."""
+"""The command `diffcore`. It imports the module of one command only, so that its help needs no torch."""
 
 import argparse
 import os
@@ -8,48 +8,78 @@ from importlib import import_module
 from typing import NoReturn
 
 from diffcore import __version__
+from diffcore.cli.arguments import extract_option, normalize_options
 
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
+__all__ = ["CommandParser", "main"]
 
 COMMANDS = {
-    "train": "train a network: a recipe's name or a YAML file, then options",
-    "sample": "sample a run: images, arrays, or a labelled grid",
-    "export": "write a run as a pipeline of diffusers",
-    "plot": "draw schedules, loss weights, and the effective weight of a training config",
+    "train": "train a network from a recipe or a YAML file of settings",
+    "sample": "draw samples from a run or a diffusers pipeline, as images or arrays",
+    "export": "save the network of a run as a diffusers pipeline",
+    "plot": "draw noise schedules, loss weights, and effective weights of training settings",
     "info": "describe a run, or this machine",
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; an error of the user's is one line on stderr and exit status 2, or 1.
+class CommandParser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one line."""
 
-    DIFFCORE_TRACEBACK=1 in the environment shows where it came from.
+    def error(self, message: str) -> NoReturn:
+        """End the program with status 2.
+
+        Args:
+            message: what is wrong.
+        """
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. An error is one line on stderr; DIFFCORE_TRACEBACK=1 in the environment shows the traceback.
+
+    Args:
+        argv: command-line words; default: those of this program.
+
+    Returns:
+        The exit status: 0, or 1 after an error, or 130 after an interruption. Unknown options exit with status 2.
     """
-    parser = Parser(
-        prog="diffcore", description="Diffusion models whose numbers are right.", allow_abbrev=False
+    parser = CommandParser(
+        prog="diffcore",
+        description="Train diffusion models and draw samples from them.",
+        epilog="`diffcore COMMAND --help` describes the options of a command. `--trust MODULE` lets "
+        "the settings of any command name classes of one of your modules, which may lie in the "
+        "current folder.",
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"diffcore {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
-    args, rest = parser.parse_known_args(argv)
+    arguments, words = parser.parse_known_args(argv)
     try:
-        import_module(f"diffcore.cli.{args.command}").main(rest)
+        _trust_modules_and_run(arguments.command, words)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         if os.environ.get("DIFFCORE_TRACEBACK"):
             raise
-        print(f"diffcore {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        message = " ".join(str(error).split())
+        print(f"diffcore {arguments.command}: error: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"diffcore {args.command}: interrupted", file=sys.stderr)
+        print(f"diffcore {arguments.command}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _trust_modules_and_run(command: str, words: Sequence[str]) -> None:
+    modules, words = extract_option(
+        normalize_options(words),
+        "trust",
+        "the name of a module whose classes the configuration may name",
+    )
+    if modules:
+        from diffcore.io.parser import trust
+
+        trust(*modules)
+    import_module(f"diffcore.cli.{command}").main(words)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,14 @@
-"""`diffcore plot schedules` and `diffcore plot weights`: any number of them overlaid."""
+"""`diffcore plot`: draw any number of noise schedules or loss weights into one figure."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import yaml
 from torch import Tensor
 
-from diffcore.cli.arguments import normalized, trusted
-from diffcore.cli.figures import figure, save, styles
-from diffcore.cli.train import resolved
+from diffcore.cli.figures import create_figure, line_styles, save_figure
+from diffcore.cli.recipes import find_settings, read_settings
 from diffcore.core.prediction import PredictionType
 from diffcore.core.process import Process
 from diffcore.io.parser import ComponentParser
@@ -19,25 +17,44 @@ from diffcore.objectives.objective import Objective
 from diffcore.objectives.weighting import Weight
 from diffcore.schedules import Schedule
 
-SPAN = (-15.0, 15.0)
-LEVELS = torch.linspace(*SPAN, 1501, dtype=torch.float64)
-SNR = "λ = log α²/σ²"
-SYMBOLS = {
+__all__ = [
+    "TrainingLevels",
+    "draw_schedules",
+    "draw_weights",
+    "effective_weight",
+    "main",
+    "read_training_levels",
+]
+
+LOGSNR_RANGE = (-15.0, 15.0)
+LOGSNR = torch.linspace(*LOGSNR_RANGE, 1501, dtype=torch.float64)
+LOGSNR_LABEL = "λ = log α²/σ²"
+TIME_LABEL = "t  (0 is data, 1 is noise)"
+TARGETS = {
     "epsilon": "ε",
     "sample": "x_0",
     "v_prediction": "v",
     "flow_prediction": "ε - x_0",
     "edm": "EDM's output",
 }
-
 USAGE = """usage: diffcore plot schedules SCHEDULE ... [--out schedules.png]
        diffcore plot weights [WEIGHT ...] [--configs RECIPE,FILE.yaml] [--on epsilon] [--out weights.png]
 
-Each has a --help of its own."""
+`diffcore plot schedules --help` and `diffcore plot weights --help` describe the options."""
+COMPONENTS = (
+    "{0}s to draw, each by class name, such as {1}, or with options as "
+    "'{{class_path: {1}, init_args: {{{2}}}}}'"
+)
 
 
-class Training(NamedTuple):
-    """What decides the effective weight of a training config."""
+class TrainingLevels(NamedTuple):
+    """The part of training settings that decides how strongly each noise level is trained.
+
+    Args:
+        name: name in the legend.
+        process: the schedule is the density of training levels.
+        objective: holds the loss weight.
+    """
 
     name: str
     process: Process
@@ -45,59 +62,70 @@ class Training(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> None:
-    """Draw what the first argument names."""
-    kinds: dict[str, Callable[[Sequence[str]], None]] = {
-        "schedules": _schedules,
-        "weights": _weights,
+    """Draw schedules or weights, as the first word names.
+
+    Args:
+        argv: command-line words after `plot`.
+    """
+    commands: dict[str, Callable[[Sequence[str]], None]] = {
+        "schedules": _plot_schedules,
+        "weights": _plot_weights,
     }
     first = argv[0] if argv else ""
     if first in ("-h", "--help"):
         print(USAGE)
         return
-    if first not in kinds:
+    if first not in commands:
         raise ValueError(f"expected schedules or weights to plot, got {first!r}")
-    kinds[first](trusted(normalized(argv[1:])))
+    commands[first](argv[1:])
 
 
-def _schedules(argv: Sequence[str]) -> None:
+def _plot_schedules(argv: Sequence[str]) -> None:
     parser = _parser("schedules", "Draw schedules: λ(t), α(t) and σ(t), and the density p(λ).")
     parser.add_argument(
         "components",
         type=Schedule,
         nargs="+",
-        help="by class name, or {class_path: ..., init_args: ...}",
+        help=COMPONENTS.format("schedule", "Laplace", "scale: 0.75"),
     )
-    arguments = parser.instantiate(parser.parse_args(argv))
+    arguments = parser.instantiate(parser.parse_args(list(argv)))
     draw_schedules(arguments.components, _checked(arguments.out))
     print(f"{len(arguments.components)} schedules -> {arguments.out}")
 
 
-def _weights(argv: Sequence[str]) -> None:
+def _plot_weights(argv: Sequence[str]) -> None:
     parser = _parser(
         "weights",
-        "Draw weights w(λ), and the effective weights w(λ) p(λ) of whole training configs.",
+        "Draw loss weights w(λ), and effective weights w(λ) p(λ) of training settings, p being the "
+        "density of training noise levels.",
     )
     parser.add_argument(
         "components",
         type=Weight,
         nargs="*",
         default=[],
-        help="by class name, or {class_path: ..., init_args: ...}",
+        help=COMPONENTS.format("weight", "MinSNR", "gamma: 3"),
     )
     parser.add_argument(
-        "--configs", type=str, default="", help="recipes or YAML files, such as digits,my.yaml"
+        "--configs",
+        type=str,
+        default="",
+        help="recipes or YAML files whose effective weights to draw, such as digits,my.yaml",
     )
     parser.add_argument(
         "--on",
         type=PredictionType,
         default="v_prediction",
-        help="whose squared error the weight is on",
+        help="network output whose squared error the weights multiply",
     )
     parser.add_argument(
-        "--sigma_data", type=float, default=0.5, help="of the data, for EDM's weight and output"
+        "--sigma_data",
+        type=float,
+        default=0.5,
+        help="standard deviation of the data, which EDM's weight and output depend on",
     )
-    arguments = parser.instantiate(parser.parse_args(argv))
-    trainings = [_training(name) for name in arguments.configs.split(",") if name]
+    arguments = parser.instantiate(parser.parse_args(list(argv)))
+    trainings = [read_training_levels(name) for name in arguments.configs.split(",") if name]
     if not (arguments.components or trainings):
         raise ValueError("name a weight (MinSNR), or a training config with --configs digits")
     draw_weights(
@@ -108,10 +136,10 @@ def _weights(argv: Sequence[str]) -> None:
     )
 
 
-def _parser(what: str, description: str) -> ComponentParser:
-    parser = ComponentParser(prog=f"diffcore plot {what}", description=description)
+def _parser(command: str, description: str) -> ComponentParser:
+    parser = ComponentParser(prog=f"diffcore plot {command}", description=description)
     parser.add_argument(
-        "--out", type=Path, default=Path(f"{what}.png"), help="a .png, .svg or .pdf"
+        "--out", type=Path, default=Path(f"{command}.png"), help="file to write: .png, .svg or .pdf"
     )
     return parser
 
@@ -122,75 +150,105 @@ def _checked(out: Path) -> Path:
     return out
 
 
-def _training(name: str) -> Training:
-    """The process and objective of a recipe or a YAML file.
+def read_training_levels(name: str) -> TrainingLevels:
+    """Read the process and the objective of training settings.
+
+    Args:
+        name: name of a recipe, or path of a YAML file.
+
+    Returns:
+        The process and the objective, named after the file.
 
     Raises:
-        ValueError: it leaves some of its process to a pipeline.
+        ValueError: the settings are not found, or leave a part of their process to a pipeline.
     """
-    settings: Mapping[str, Any] = yaml.safe_load(Path(resolved(name)).read_text())
+    settings = read_settings(find_settings(name))
     try:
         process = from_spec(Process, settings.get("process") or {})
     except ValueError as error:
         raise ValueError(
-            f"{name} does not say its whole process ({error}): where a pipeline does, give the run's config.yaml"
+            f"{name} does not define its whole process ({error}): if a pipeline completes it, name "
+            "the run's config.yaml"
         ) from None
-    return Training(Path(name).stem, process, from_spec(Objective, settings.get("objective") or {}))
+    objective = from_spec(Objective, settings.get("objective") or {})
+    return TrainingLevels(Path(name).stem, process, objective)
 
 
-def effective(training: Training, on: PredictionType, logsnr: Tensor) -> Tensor:
-    """w(λ) p(λ) on the squared error of a target; w(λ) alone where the objective is corrected for p."""
+def effective_weight(training: TrainingLevels, on: PredictionType, logsnr: Tensor) -> Tensor:
+    """How strongly training weights the squared error of a network output at each level: w(λ) p(λ).
+
+    Args:
+        training: process and objective.
+        on: network output whose squared error is weighted.
+        logsnr: λ, of any shape.
+
+    Returns:
+        The weight, in the shape of `logsnr`; w(λ) within the schedule if the objective is corrected for p.
+    """
     weight = training.objective.weight.on(on, logsnr, training.process.sigma_data)
     density = training.process.schedule.density(logsnr)
     return weight * (density > 0) if training.objective.corrected else weight * density
 
 
 def draw_schedules(schedules: Sequence[Schedule], out: Path) -> None:
-    """Write the picture of some schedules."""
-    made, (left, middle, right) = figure(3)
+    """Write the figure of schedules: λ(t), α(t) and σ(t), and p(λ).
+
+    Args:
+        schedules: one curve each.
+        out: file to write.
+    """
+    figure, (left, middle, right) = create_figure(3)
     t = torch.linspace(0, 1, 1001, dtype=torch.float64)
-    for schedule, style in zip(schedules, styles(len(schedules)), strict=True):
+    for schedule, style in zip(schedules, line_styles(len(schedules)), strict=True):
         level = schedule.level(t)
-        left.plot(t, level.logsnr, label=_short(schedule), **style)
+        left.plot(t, level.logsnr, label=_legend(schedule), **style)
         middle.plot(t, level.alpha, **style)
         middle.plot(t, level.sigma, **{**style, "lw": 1})
-        right.plot(LEVELS, schedule.density(LEVELS), **style)
-    left.set(title="noise level", xlabel="t  (0 is data, 1 is noise)", ylabel=SNR, ylim=SPAN)
-    middle.set(
-        title="α (thick) and σ (thin)", xlabel="t  (0 is data, 1 is noise)", ylim=(-0.03, 1.1)
-    )
+        right.plot(LOGSNR, schedule.density(LOGSNR), **style)
+    left.set(title="noise level", xlabel=TIME_LABEL, ylabel=LOGSNR_LABEL, ylim=LOGSNR_RANGE)
+    middle.set(title="α (thick) and σ (thin)", xlabel=TIME_LABEL, ylim=(-0.03, 1.1))
     right.set(
-        title="density of training levels", xlabel=SNR, ylabel="p(λ) = -dt/dλ", ylim=(0, None)
+        title="density of training levels",
+        xlabel=LOGSNR_LABEL,
+        ylabel="p(λ) = -dt/dλ",
+        ylim=(0, None),
     )
-    save(made, out)
+    save_figure(figure, out)
 
 
 def draw_weights(
     weights: Sequence[Weight],
-    trainings: Sequence[Training],
+    trainings: Sequence[TrainingLevels],
     on: PredictionType,
     sigma_data: float,
     out: Path,
 ) -> None:
-    """Write the picture of some weights, and of the effective weights of some trainings, each scaled to area 1."""
-    made, axes = figure(bool(weights) + bool(trainings))
-    looks = list(styles(len(weights) + len(trainings)))
+    """Write the figure of weights, and of the effective weights of trainings, each scaled to area 1.
+
+    Args:
+        weights: one curve each in the left panel.
+        trainings: one curve each in the right panel.
+        on: network output whose squared error is weighted.
+        sigma_data: standard deviation of the data, for the weights.
+        out: file to write.
+    """
+    figure, axes = create_figure(bool(weights) + bool(trainings))
+    styles = list(line_styles(len(weights) + len(trainings)))
     if weights:
-        for weight, style in zip(weights, looks, strict=False):
-            axes[0].plot(LEVELS, weight.on(on, LEVELS, sigma_data), label=_short(weight), **style)
-        axes[0].set(
-            title=f"weight on the squared error of {SYMBOLS[on]}", ylabel="w(λ)", xlabel=SNR
-        )
+        for weight, style in zip(weights, styles, strict=False):
+            axes[0].plot(LOGSNR, weight.on(on, LOGSNR, sigma_data), label=_legend(weight), **style)
+        title = f"weight on the squared error of {TARGETS[on]}"
+        axes[0].set(title=title, ylabel="w(λ)", xlabel=LOGSNR_LABEL)
         axes[0].set(yscale="log", ylim=(1e-4, 1e4))
-    for training, style in zip(trainings, looks[len(weights) :], strict=True):
-        curve = effective(training, on, LEVELS)
-        axes[-1].plot(LEVELS, curve / torch.trapezoid(curve, LEVELS), label=training.name, **style)
+    for training, style in zip(trainings, styles[len(weights) :], strict=True):
+        curve = effective_weight(training, on, LOGSNR)
+        axes[-1].plot(LOGSNR, curve / torch.trapezoid(curve, LOGSNR), label=training.name, **style)
     if trainings:
-        title = f"effective weight on the squared error of {SYMBOLS[on]}"
-        axes[-1].set(title=title, ylabel="w(λ) p(λ), area 1", xlabel=SNR, ylim=(0, None))
-    save(made, out)
+        title = f"effective weight on the squared error of {TARGETS[on]}"
+        axes[-1].set(title=title, ylabel="w(λ) p(λ), area 1", xlabel=LOGSNR_LABEL, ylim=(0, None))
+    save_figure(figure, out)
 
 
-def _short(component: object) -> str:
-    """The constructor call without what a legend does not need."""
+def _legend(component: object) -> str:
+    """The constructor call without the default scaling, vp."""
     return repr(component).replace("scaling='vp', ", "").replace("scaling='vp'", "")

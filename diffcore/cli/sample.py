@@ -1,5 +1,6 @@
-"""`diffcore sample`: images of a run or of a diffusers pipeline, by label or prompt and by seed."""
+"""`diffcore sample`: draw samples from a run or a diffusers pipeline, by label or prompt and by seed."""
 
+import json
 import math
 import sys
 import textwrap
@@ -10,8 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffcore.cli.arguments import Ints, default_to, gathered, normalized, trusted
-from diffcore.cli.source import Source, Wanted, settings, source
+from diffcore.cli.arguments import extract_option
+from diffcore.cli.image_model import (
+    ImageModel,
+    PipelineOptions,
+    load_image_model,
+    read_sampling_settings,
+)
+from diffcore.cli.integers import IntegerList
+from diffcore.cli.run_defaults import parse_with_run_defaults
 from diffcore.core.process import Process
 from diffcore.guidance import CFG, Guidance, loaded
 from diffcore.io.parser import ComponentParser
@@ -21,42 +29,44 @@ from diffcore.sampling import images
 from diffcore.sampling.generation import GRID, SAMPLER, sample
 from diffcore.schedules import CoordinateGrid, Grid, Level, Within
 
+__all__ = ["SampleRequest", "main"]
+
 
 @dataclass(frozen=True)
-class Request:
-    """What to sample and where to put it.
+class SampleRequest:
+    """Which samples to draw, how, and where to write them.
 
     Args:
-        labels: class labels, such as 0-9; none samples without a condition.
-        prompt: of a pipeline that is told text: a prompt in place of a label; may be repeated.
-        negative: the prompt to be guided away from, in place of none.
-        height: of a pipeline's images in pixels, 0 for its network's own.
-        width: of a pipeline's images in pixels, 0 for its network's own.
-        per_label: samples of each label or prompt.
-        seeds: one a sample, such as 0-79; label after label. 0, 1, 2 ... by default.
-        sampler: the integrator.
-        grid: which levels it visits.
-        steps: how many steps it takes.
-        guidance: how the condition is strengthened.
-        image: a picture to start from; each seed changes it in its own way.
-        start: σ/α of the noise put on the image (the start level, not a share of the steps); 0 is where the grid begins.
-        batch_size: samples integrated together; other sizes agree to rounding.
-        rows: of one forward, where those samples and their references are too many; 0 asks about all at once.
-        path: whether the noise of a stochastic sampler's steps is the increments of one path a seed, so that the same seed with
-            more steps gives a nearby sample.
-        out: a picture (.png) of all samples, a folder for one picture a seed, or arrays (.safetensors).
-        threads: of the processor, 0 for torch's own choice; the last bits depend on it.
-        device: auto, cpu, cuda, ...
-        print_knots: whether to print each knot rather than the ends alone.
+        labels: class labels, such as 0-9,12. Without labels and prompts the samples are unconditional.
+        prompt: text prompt, for text-conditioned pipelines; may be repeated, and takes the place of a label.
+        negative: negative prompt that guidance moves away from; empty: the pipeline's unconditional prompt.
+        height: height of a pipeline's images in pixels; 0: the network's default.
+        width: width of a pipeline's images in pixels; 0: the network's default.
+        per_label: number of samples for each label or prompt.
+        seeds: one 64-bit seed for each sample, such as 0-79, label after label; default: 0, 1, 2, ...
+        sampler: numerical integrator.
+        grid: rule that places the noise levels (knots).
+        steps: number of sampler steps.
+        guidance: rule that strengthens the condition.
+        image: image file to start from; every seed adds other noise to it.
+        start: noise level σ/α of the noise added to the image; 0: the first level of the grid.
+        batch_size: number of samples drawn together. Another batch size changes samples by rounding errors only.
+        rows: largest batch of one network call, which guidance doubles; 0: no limit. Lower it to save memory.
+        path: whether the noise of stochastic steps follows one Brownian path per seed, so that more steps give a nearby
+            sample.
+        out: where to write: one image of all samples (.png), a folder for one image per sample, or arrays (.safetensors).
+        threads: number of processor threads; 0: torch's default. The last bits of the samples depend on it.
+        device: device of the network: auto, cpu, cuda, ...
+        print_knots: whether to print all noise levels, and not only the first and last ones.
     """
 
-    labels: Ints = field(default_factory=Ints)
+    labels: IntegerList = field(default_factory=IntegerList)
     prompt: tuple[str, ...] = ()
     negative: str = ""
     height: int = 0
     width: int = 0
     per_label: int = 1
-    seeds: Ints = field(default_factory=Ints)
+    seeds: IntegerList = field(default_factory=IntegerList)
     sampler: Sampler = field(default_factory=lambda: SAMPLER)
     grid: Grid = field(default_factory=lambda: GRID)
     steps: int = 25
@@ -81,12 +91,14 @@ class Request:
         self._check_start()
         if self.labels and self.prompt:
             raise ValueError(
-                "labels and prompts were given, expected one of them: a prompt stands in place of a label"
+                "labels and prompts were given, expected one of them: a prompt stands in place of "
+                "a label"
             )
-        what, expected = "prompts" if self.prompt else "labels", len(self.chosen) * self.per_label
-        if self.chosen and self.seeds and len(self.seeds) != expected:
+        name, expected = "prompts" if self.prompt else "labels", len(self.sample_labels or ())
+        if self.seeds and expected and len(self.seeds) != expected:
             raise ValueError(
-                f"seeds are {len(self.seeds)}, expected {expected}: {len(self.chosen)} {what} x {self.per_label}"
+                f"seeds are {len(self.seeds)}, expected {expected}: "
+                f"{len(self.unique_labels)} {name} x {self.per_label}"
             )
 
     def _check_start(self) -> None:
@@ -104,84 +116,87 @@ class Request:
             )
 
     @property
-    def visited(self) -> Grid:
-        """The grid from the start level on."""
+    def started_grid(self) -> Grid:
+        """The grid, which begins at the noise level `start` if there is one."""
         if not self.start or not isinstance(self.grid, CoordinateGrid):
             return self.grid
         return Within(self.grid, low=-2 * math.log(self.start))
 
     @property
-    def wanted(self) -> Wanted:
-        """What concerns pipelines alone."""
-        return Wanted(self.prompt, self.negative, self.height, self.width)
+    def pipeline_options(self) -> PipelineOptions:
+        """The options that only pipelines have."""
+        return PipelineOptions(self.prompt, self.negative, self.height, self.width)
 
     @property
-    def chosen(self) -> Sequence[int]:
-        """The labels, each once: prompt k is label k."""
+    def unique_labels(self) -> Sequence[int]:
+        """The labels, each once, in the given order; prompt k is label k."""
         return range(len(self.prompt)) if self.prompt else self.labels
 
     @property
-    def names(self) -> list[str]:
-        """Of these labels, for a picture."""
-        return [textwrap.shorten(text, 40, placeholder="…") for text in self.prompt] or [
-            str(n) for n in self.labels
-        ]
+    def label_names(self) -> list[str]:
+        """A short name of each label or prompt, for the margin of an image."""
+        if self.prompt:
+            return [textwrap.shorten(text, 40, placeholder="…") for text in self.prompt]
+        return [str(label) for label in self.labels]
 
     @property
-    def condition(self) -> list[int] | None:
-        """The label of each sample."""
-        return [label for label in self.chosen for _ in range(self.per_label)] or None
+    def sample_labels(self) -> list[int] | None:
+        """The label of each sample, or None for unconditional samples."""
+        return [label for label in self.unique_labels for _ in range(self.per_label)] or None
 
     @property
-    def numbers(self) -> list[int]:
+    def sample_seeds(self) -> list[int]:
         """The seed of each sample."""
-        return list(self.seeds) or list(range(len(self.condition or range(self.per_label))))
+        return list(self.seeds) or list(range(len(self.sample_labels or range(self.per_label))))
 
 
 def main(argv: Sequence[str]) -> None:
-    """Sample the run or the pipeline that the first argument names."""
+    """Draw samples from the run or the pipeline that the first word names.
+
+    Args:
+        argv: command-line words after `sample`.
+    """
     parser = ComponentParser(
         prog="diffcore sample",
         usage="diffcore sample RUN [--option value ...]",
-        description="Sample the run in folder RUN, or the diffusers pipeline saved there. Sampler, grid, steps and guidance "
-        "are the run's unless told otherwise; of a pipeline, guidance is CFG at its own scale.",
+        description="Draw samples from the run in folder RUN, or from the diffusers pipeline saved there. "
+        "The run's sampler, grid, steps and guidance replace the defaults below; a pipeline's default "
+        "is CFG at its own guidance scale.",
     )
-    parser.add_argument("--config", action="config", help="a YAML file of these options")
+    parser.add_argument("--config", action="config", help="YAML file of these options")
     parser.add_argument(
-        "run", type=str, metavar="RUN", help="the folder of a run or of a diffusers pipeline"
+        "run", type=str, metavar="RUN", help="folder of a run or of a diffusers pipeline"
     )
-    parser.add_class_arguments(Request)
-    argv = gathered(trusted(normalized(argv)), "prompt")
-    if argv and not argv[0].startswith("-"):
-        default_to(parser, settings(Path(argv[0])), argv)
-    elif not {"-h", "--help"} & set(argv) and not any(".help" in word for word in argv):
-        raise ValueError("the run's folder comes first: diffcore sample RUN --option value ...")
-    arguments = parser.instantiate(parser.parse_args(argv)).as_dict()
+    parser.add_class_arguments(SampleRequest)
+    prompts, words = extract_option(argv, "prompt", "a text", may_be_empty=True)
+    if prompts:
+        words.append(f"--prompt={json.dumps(prompts)}")
+    arguments = parse_with_run_defaults(parser, words, read_sampling_settings)
     arguments.pop("config", None)
-    _sample(Path(arguments.pop("run")), Request(**arguments))
+    folder = Path(arguments.pop("run"))
+    _sample(folder, SampleRequest(**arguments))
 
 
-def _sample(folder: Path, request: Request) -> None:
+def _sample(folder: Path, request: SampleRequest) -> None:
     if request.threads:
         torch.set_num_threads(request.threads)
-    device = _device(request.device)
-    opened = source(folder, request.wanted, device)
-    _check_labels(request.labels, opened)
-    _check_out(request.out, opened.pictures)
-    image = (
-        None
-        if request.image is None
-        else opened.encode(images.load(request.image, opened.pictures))
-    )
-    made = sample(
-        opened.denoiser,
+    device, options = _device(request.device), request.pipeline_options
+    model = load_image_model(folder, options, device)
+    _check_labels(request.labels, model)
+    _check_out(request.out, model.image_process)
+    image = None
+    if request.image is not None:
+        image = model.encode(images.load(request.image, model.image_process))
+    samples = sample(
+        model.denoiser,
         request.sampler,
-        request.visited,
+        request.started_grid,
         request.steps,
-        seeds=request.numbers,
-        condition=request.condition,
+        seeds=request.sample_seeds,
+        condition=request.sample_labels,
         guidance=loaded(
-            request.guidance, lambda weaker: source(Path(weaker), request.wanted, device).denoiser
+            request.guidance,
+            lambda weaker: load_image_model(Path(weaker), options, device).denoiser,
         ),
         image=image,
         batch_size=request.batch_size,
@@ -189,46 +204,49 @@ def _sample(folder: Path, request: Request) -> None:
         path=request.path,
         progress=sys.stderr.isatty(),
     )
-    _write(opened.decode(made.x), request, opened)
-    print(_knots(made.knots, request.print_knots))
+    _write(model.decode(samples.x), request, model)
+    print(_knot_table(samples.knots, request.print_knots))
     print(
-        f"{len(made.x)} samples of {made.evaluations:g} network evaluations each, {_planned(made.planned)} "
-        f"({request.sampler}, {request.visited}, {len(made.knots) - 1} steps, {request.guidance}) -> {request.out}"
+        f"{len(samples.x)} samples of {samples.evaluations:g} network evaluations each, "
+        f"{_plan(samples.planned)} ({request.sampler}, {request.started_grid}, "
+        f"{len(samples.knots) - 1} steps, {request.guidance}) -> {request.out}"
     )
 
 
-def _planned(evaluations: int | None) -> str:
+def _plan(evaluations: int | None) -> str:
     return "as the sampler decided" if evaluations is None else f"{evaluations} planned"
 
 
-def _write(x: Tensor, request: Request, opened: Source) -> None:
-    out, pictures = request.out, opened.pictures
-    labels = torch.tensor(request.condition or [opened.denoiser.process.classes] * len(x))
+def _write(x: Tensor, request: SampleRequest, model: ImageModel) -> None:
+    """Write images or samples (N, *shape) as the suffix of `out` requires."""
+    out, process = request.out, model.image_process
+    labels = torch.tensor(request.sample_labels or [model.denoiser.process.classes] * len(x))
     if out.suffix == ".safetensors":
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_weights(out, {"x": x, "seed": torch.tensor(request.numbers), "label": labels})
+        write_weights(out, {"x": x, "seed": torch.tensor(request.sample_seeds), "label": labels})
     elif out.suffix == ".png":
-        per_row = request.per_label if request.chosen else min(len(x), 10)
-        names = request.names or [""] * -(-len(x) // per_row)
-        images.save(images.grid(x, pictures, names, per_row), out)
+        columns = request.per_label if request.unique_labels else min(len(x), 10)
+        names = request.label_names or [""] * math.ceil(len(x) / columns)
+        images.save(images.grid(x, process, names, columns), out)
     else:
-        kind = "prompt" if request.prompt else "label"
-        for seed, label, tile in zip(
-            request.numbers, labels.tolist(), images.pixels(x, pictures), strict=True
+        condition = "prompt" if request.prompt else "label"
+        for seed, label, pixels in zip(
+            request.sample_seeds, labels.tolist(), images.pixels(x, process), strict=True
         ):
-            name = f"{kind}-{label}-seed-{seed}.png" if request.chosen else f"seed-{seed}.png"
-            images.save(images.image(tile), out / name)
+            prefix = f"{condition}-{label}-" if request.unique_labels else ""
+            images.save(images.image(pixels), out / f"{prefix}seed-{seed}.png")
 
 
-def _check_labels(labels: Ints, opened: Source) -> None:
-    """Refuse labels of a text, and the null label, which `sample` knows: a row named by it would pass for a class."""
-    if labels and opened.text:
-        raise ValueError("the network is told text, not labels: ask for --prompt TEXT")
-    process = opened.denoiser.process
-    wrong = [label for label in labels if process.classes and label >= process.classes]
+def _check_labels(labels: IntegerList, model: ImageModel) -> None:
+    """Refuse labels for a text-conditioned network, and the null label, whose samples would pass for those of a class."""
+    if labels and model.is_text_conditioned:
+        raise ValueError("the network is conditioned on text, not on labels: use --prompt TEXT")
+    classes = model.denoiser.process.classes
+    wrong = [label for label in labels if classes and label >= classes]
     if wrong:
         raise ValueError(
-            f"labels {wrong} are out of range, expected 0 .. {process.classes - 1}; leave --labels out for none"
+            f"labels {wrong} are out of range, expected 0 .. {classes - 1}; leave --labels out for "
+            "unconditional samples"
         )
 
 
@@ -244,9 +262,8 @@ def _check_out(out: Path, process: Process) -> None:
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        found = (
-            torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        )
+        has_accelerator = torch.accelerator.is_available()
+        found = torch.accelerator.current_accelerator() if has_accelerator else None
         return found or torch.device("cpu")
     try:
         return torch.zeros(0, device=name).device
@@ -256,16 +273,16 @@ def _device(name: str) -> torch.device:
         ) from None
 
 
-def _knots(knots: tuple[Level, ...], every: bool) -> str:
-    """The knots as a table: λ, t, α, σ, σ/α."""
-    shown = knots if every else tuple(dict.fromkeys((knots[0], knots[-2], knots[-1])))
+def _knot_table(knots: tuple[Level, ...], show_all: bool) -> str:
+    """The noise levels as a table: λ, t, α, σ, σ/α."""
+    shown = knots if show_all else tuple(dict.fromkeys((knots[0], knots[-2], knots[-1])))
+    note = "" if show_all else " (first, last noisy, last; all with --print-knots true)"
     lines = [
-        f"{len(knots)} knots"
-        + ("" if every else " (first, last noisy, last; all with --print-knots true)")
-    ]
-    lines.append(f"{'λ':>10} {'t':>8} {'α':>9} {'σ':>9} {'σ/α':>10}")
-    lines += [
-        f"{k.logsnr:>10.4f} {k.t:>8.5f} {k.alpha:>9.6f} {k.sigma:>9.6f} {k.ratio:>10.5g}"
-        for k in shown
+        f"{len(knots)} knots{note}",
+        f"{'λ':>10} {'t':>8} {'α':>9} {'σ':>9} {'σ/α':>10}",
+        *(
+            f"{k.logsnr:>10.4f} {k.t:>8.5f} {k.alpha:>9.6f} {k.sigma:>9.6f} {k.ratio:>10.5g}"
+            for k in shown
+        ),
     ]
     return "\n".join(lines)

@@ -4,12 +4,13 @@ A configuration can name classes of diffcore, torch and diffusers, and of other 
 name: neither a configuration nor the folder of a run can make Python import or call something else.
 """
 
+import ast
 import difflib
 import pydoc
 import re
 import sys
 from abc import ABC
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from inspect import isclass, isroutine, signature
 from typing import Any, NoReturn
 
@@ -41,16 +42,42 @@ class SpecError(ValueError):
 
 
 class ComponentHelp(DefaultHelpFormatter):
-    """Help that lists the subclasses of a component by name, and only short lists."""
+    """Help that prints types and components by name, defaults as constructor calls, and short lists of subclasses only."""
 
     def _expand_help(self, action: Any) -> str:
         text = super()._expand_help(action)
-        return re.sub(r",? *known subclasses:(.*?)(?=\)$|$)", _shorten_list, text, flags=re.DOTALL)
+        for pattern, replacement in HELP_REPLACEMENTS.items():
+            text = re.sub(pattern, replacement, text, flags=re.DOTALL)
+        return text
 
 
 def _shorten_list(match: re.Match[str]) -> str:
-    names = [path.strip().rpartition(".")[2] for path in match.group(1).split(",")]
+    names = [path.strip().rpartition(".")[2] for path in match[1].split(",")]
     return "" if len(names) > MAXIMUM_LISTED else f", one of: {', '.join(names)}"
+
+
+def _print_default(match: re.Match[str]) -> str:
+    try:
+        return _as_call(ast.literal_eval(match[0]))
+    except ValueError:  # it holds what is no literal, such as inf
+        return match[0]
+
+
+def _as_call(value: Any) -> str:
+    """The constructor call of a spec; the repr of other values."""
+    if not isinstance(value, dict) or "class_path" not in value:
+        return repr(value)
+    arguments = [f"{name}={_as_call(item)}" for name, item in value.get("init_args", {}).items()]
+    return f"{value['class_path'].rpartition('.')[2]}({', '.join(arguments)})"
+
+
+HELP_REPLACEMENTS: dict[str, str | Callable[[re.Match[str]], str]] = {
+    r",? *known subclasses:(.*?)(?=\)$|$)": _shorten_list,
+    r"(?<=default: )\{'class_path'.*\}": _print_default,
+    r"<class '(?:\w+\.)*(\w+)'>": r"\1",
+    r", default: Unset": "",
+    r"default: (?=\)$)": "default: empty",
+}
 
 
 class ComponentParser(ArgumentParser):

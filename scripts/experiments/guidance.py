@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffcore.cli.figures import figure, save, styles
+from diffcore.cli.figures import create_figure, line_styles, save_figure
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.noise import Noise
 from diffcore.evaluation.digits import scan
@@ -234,9 +234,9 @@ def draw(measured: list[dict[str, Any]], out: Path) -> None:
     """Write a picture of each measurement over w, named after it."""
     scales = sorted({row["scale"] for row in measured})
     for what, title in TITLES.items():
-        made, (axis,) = figure(1)
+        made, (axis,) = create_figure(1)
         for (name, style), marker in zip(
-            zip(RULES, styles(len(RULES)), strict=True), MARKERS, strict=True
+            zip(RULES, line_styles(len(RULES)), strict=True), MARKERS, strict=True
         ):
             found = {scale: values(measured, name, scale, what) for scale in scales}
             curve = {scale: mean(each) for scale, each in found.items() if each}
@@ -249,7 +249,7 @@ def draw(measured: list[dict[str, Any]], out: Path) -> None:
             xticklabels=[f"{scale:g}" for scale in scales],
         )
         axis.minorticks_off()
-        save(made, out / f"guidance-{what}.png")
+        save_figure(made, out / f"guidance-{what}.png")
 
 
 def _cell(found: list[float], digits: int) -> str:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffcore.cli.figures import figure, save
+from diffcore.cli.figures import create_figure, save_figure
 from diffcore.core.oracle import GaussianMixture
 from diffcore.core.process import Process
 from diffcore.guidance import (
@@ -102,7 +102,7 @@ def draw_fields(folder: Path, logsnr: float = 0.0) -> None:
             *y.T, *change.T, angles="xy", scale_units="xy", scale=2.5, width=0.004, color="black"
         )
         axis.set_title(title, fontsize=9)
-    save(made, folder / "guidance-fields.png", dpi=80)
+    save_figure(made, folder / "guidance-fields.png", dpi=80)
 
 
 def draw_samples(folder: Path) -> None:
@@ -113,7 +113,7 @@ def draw_samples(folder: Path) -> None:
         _contours(axis, CLEAN)
         axis.plot(*x.T, ".", color="black", markersize=2.5)
         axis.set_title(f"{title}: {float((x[:, 0] > 0.5).float().mean()):.0%} rare", fontsize=9)
-    save(made, folder / "guidance-samples.png", dpi=80)
+    save_figure(made, folder / "guidance-samples.png", dpi=80)
 
 
 def samples(panel: Panel) -> Tensor:
@@ -141,7 +141,7 @@ def _next(rule: Guidance, y: Tensor, here: Level, there: Level) -> Tensor:
 
 
 def _panels() -> tuple[Any, Any]:
-    made, axes = figure(5, math.ceil(len(PANELS) / 5), width=3.1, height=3.2)
+    made, axes = create_figure(5, math.ceil(len(PANELS) / 5), width=3.1, height=3.2)
     axes = axes[: len(PANELS)]
     for axis in axes:
         axis.set(xlim=(-SPAN, SPAN), ylim=(-SPAN, SPAN), aspect="equal")

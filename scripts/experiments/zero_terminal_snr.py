@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from diffcore.cli.figures import figure, save
+from diffcore.cli.figures import create_figure, save_figure
 from diffcore.core.denoiser import Denoise
 from diffcore.core.noise import Stream, uniform
 from diffcore.core.oracle import Empirical
@@ -232,7 +232,7 @@ def _cell(values: Sequence[float]) -> str:
 
 def draw(measured: list[dict[str, Any]], out: Path) -> None:
     """Histograms of the mean brightness, over all seeds, a panel an arm (dashed: the data). The last bin holds the rest."""
-    made, axes = figure(len(ARMS), width=3.2, height=3.4)
+    made, axes = create_figure(len(ARMS), width=3.2, height=3.4)
     edges = torch.linspace(-SPAN, SPAN, BINS + 1).tolist()
     for axis, arm in zip(axes, ARMS, strict=True):
         for grid, colour in zip(GRIDS, ("0.75", "k"), strict=True):
@@ -246,4 +246,4 @@ def draw(measured: list[dict[str, Any]], out: Path) -> None:
         axis.plot([-1, -1, 1, 1], [0, 0.5, 0.5, 0], "--", color="0.4", lw=1)
         axis.set(title=arm, xlabel="mean brightness", ylim=(0, 1.4))
     axes[0].set_ylabel("density")
-    save(made, out)
+    save_figure(made, out)

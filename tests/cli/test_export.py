@@ -1,4 +1,4 @@
-"""`diffcore export`: a run as a DiffcorePipeline, or as a stock pipeline whose samples are ours."""
+"""`diffcore export`: a run as a DiffcorePipeline, or as a stock pipeline with equal samples."""
 
 import json
 import re
@@ -21,9 +21,9 @@ def samples(pipe, **options):
     return pipe(class_labels=[3, 5], num_inference_steps=5, **options).images
 
 
-def test_a_run_becomes_a_pipeline_with_the_ways_asked_for(diffcore, trained, tmp_path):
-    asked = ["--sampler", "Heun", "--steps", "7", "--guidance.scale", "3", "--grid", "Trailing"]
-    ended = diffcore("export", trained, "--out", tmp_path / "out", *asked)
+def test_a_run_becomes_a_pipeline_with_the_given_defaults(diffcore, trained, tmp_path):
+    options = ["--sampler", "Heun", "--steps", "7", "--guidance.scale", "3", "--grid", "Trailing"]
+    ended = diffcore("export", trained, "--out", tmp_path / "out", *options)
     assert (ended.status, ended.out) == (0, f"{trained} -> {tmp_path / 'out'}: a DiffcorePipeline, which diffusers loads "
                                             "where diffcore is installed\n")  # fmt: skip
     pipe = DiffcorePipeline.from_pretrained(tmp_path / "out")
@@ -35,7 +35,7 @@ def test_a_run_becomes_a_pipeline_with_the_ways_asked_for(diffcore, trained, tmp
     assert torch.equal(made, samples(left, seeds=[0, 1], guidance=CFG(1.0), **ways))
 
 
-def test_a_run_becomes_a_stock_pipeline_and_what_is_not_in_it_is_said(diffcore, trained, tmp_path):
+def test_a_run_becomes_a_stock_pipeline_and_its_omissions_are_printed(diffcore, trained, tmp_path):
     ended = diffcore(
         "export", trained, "--format", "diffusers", "--out", tmp_path / "out", "--sampler", "DDIM"
     )
@@ -45,11 +45,13 @@ def test_a_run_becomes_a_stock_pipeline_and_what_is_not_in_it_is_said(diffcore, 
         "a ConsistencyModelPipeline with a DDIMScheduler, which diffusers loads alone"
     )
     assert (
-        0 < float(re.match(r"greatest difference from our own samples: (\S+) of", second)[1]) < 1e-5
+        0
+        < float(re.match(r"greatest difference from diffcore's samples: (\S+) of", second)[1])
+        < 1e-5
     )
     assert [remark[:26] for remark in remarks] == [
-        "ask for num_inference_step",
-        "not in it: guidance CFG(sc",
+        "use a num_inference_steps ",
+        "left out: guidance CFG(sca",
     ]
     stock = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out")
     own = DiffcorePipeline.from_pretrained(trained / "pipeline")
@@ -84,7 +86,7 @@ def test_a_run_without_a_pipeline_is_exported_from_its_weights_and_out_is_replac
 
 
 def unexpressed(folder):
-    """Told 1000 t, which no scheduler of diffusers tells."""
+    """Condition the network on 1000 t, which no scheduler of diffusers can do."""
     path = folder / "pipeline" / "scheduler" / "scheduler_config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"time": config["time"] | {"variable": "t"}}))
@@ -117,7 +119,7 @@ REFUSED = [
 @pytest.mark.parametrize(
     ("damage", "options", "message"), REFUSED, ids=[message[:20] for *_, message in REFUSED]
 )
-def test_what_cannot_be_exported_is_refused_in_one_line(
+def test_impossible_exports_are_refused_in_one_line(
     diffcore, trained, tmp_path, damage, options, message
 ):
     run = tmp_path / "run"
@@ -130,7 +132,7 @@ def test_what_cannot_be_exported_is_refused_in_one_line(
     assert not list(tmp_path.glob(".out*"))
 
 
-def test_samples_that_differ_are_refused_and_leave_nothing(
+def test_an_export_with_different_samples_is_refused_and_leaves_nothing(
     diffcore, trained, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("diffcore.integrations.diffusers.pipeline.export.TOLERANCE", 0.0)
@@ -140,11 +142,11 @@ def test_samples_that_differ_are_refused_and_leave_nothing(
     assert list(tmp_path.glob("*out*")) == []
 
 
-def test_the_run_comes_first(diffcore):
+def test_a_run_that_does_not_come_first_is_refused(diffcore):
     assert "the run's folder comes first" in diffcore("export", "--out", "x").err
 
 
-def test_what_lies_beside_it_is_left_alone(diffcore, trained, tmp_path):
+def test_an_export_leaves_neighbouring_files_alone(diffcore, trained, tmp_path):
     (tmp_path / ".out.d").mkdir()
     (tmp_path / ".out.local").write_text("mine")
     assert diffcore("export", trained, "--out", tmp_path / "out").status == 0

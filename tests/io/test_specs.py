@@ -1,4 +1,4 @@
-"""Specs: plain data that names a component, reads back to an equal one, and can name nothing that is not trusted."""
+"""Specs: plain data reads back to equal components, and can name classes of trusted modules only."""
 
 import json
 import math
@@ -82,7 +82,7 @@ def test_a_spec_names_each_component_and_all_of_its_fields():
     }
 
 
-def test_numbers_that_json_lacks_are_spelled_as_yaml_does():
+def test_numbers_that_json_lacks_are_spelled_as_in_yaml():
     assert to_spec([math.inf, -math.inf, 1.5]) == [".inf", "-.inf", 1.5]
     assert to_spec(math.nan) == ".nan"
 
@@ -113,7 +113,7 @@ def test_numbers_that_json_lacks_are_spelled_as_yaml_does():
     ],
     ids=str,
 )
-def test_misspelled_keys_and_names_are_refused_with_the_nearest(kind, data, message):
+def test_misspelled_keys_and_names_are_refused_with_the_nearest_spelling(kind, data, message):
     with pytest.raises(ValueError, match=message) as caught:
         from_spec(kind, data)
     assert "\n" not in str(caught.value)
@@ -147,7 +147,7 @@ def test_values_that_do_not_fit_are_refused(kind, data, message):
 @pytest.mark.parametrize(
     "path", ["os.system", "subprocess.Popen", "builtins.eval", "pathlib.Path", "intruder.Schedule"]
 )
-def test_E12_a_spec_cannot_name_a_class_outside_the_trusted_modules(path, tmp_path, monkeypatch):
+def test_a_spec_cannot_name_a_class_outside_the_trusted_modules(path, tmp_path, monkeypatch):
     (tmp_path / "intruder.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match="is not allowed"):
@@ -157,7 +157,7 @@ def test_E12_a_spec_cannot_name_a_class_outside_the_trusted_modules(path, tmp_pa
 
 @pytest.fixture
 def two_modules(tmp_path, monkeypatch):
-    """Schedules of a user, of which only those in my_schedules will be trusted."""
+    """Two modules with a schedule each; the test trusts only my_schedules."""
     for module in ("my_schedules", "other_schedules"):
         text = "from diffcore.schedules import Cosine\nclass Mine(Cosine):\n    '''A user's.'''\n"
         (tmp_path / f"{module}.py").write_text(text)
@@ -178,7 +178,7 @@ def test_a_module_trusted_by_name_can_be_used_and_no_other(two_modules):
     assert type(process.schedule).__module__ == "my_schedules"
     with pytest.raises(ValueError, match="is not allowed"):
         from_spec(Process, other)
-    # Would be a bug: spec writes the bare class name, which a new process cannot resolve even if it trusts the module.
+    # With the bare class name, another interpreter could not find the class even if it trusted the module.
     assert to_spec(process)["schedule"]["class_path"] == "my_schedules.Mine"
 
 

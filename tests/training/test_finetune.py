@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffcore.cli.finetune import completed
+from diffcore.cli.finetuning import complete_settings
 from diffcore.cli.main import main
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.noise import Noise
@@ -404,7 +404,7 @@ def test_what_a_file_says_is_kept_and_a_schedule_around_none_is_around_the_pipel
     monkeypatch.chdir(place)
 
     def schedule(said):
-        made = completed({"process": {"schedule": said}}, "pipeline")["process"]
+        made = complete_settings({"process": {"schedule": said}}, "pipeline")["process"]
         return from_spec(Process, made | {"dropout": 0.0}).schedule
 
     own = Discrete("scaled_linear", 1000, 0.00085, 0.012)
@@ -415,9 +415,11 @@ def test_what_a_file_says_is_kept_and_a_schedule_around_none_is_around_the_pipel
     ) == ZeroTerminalSNR(Cosine())
     shutil.copytree("pipeline", "zero")
     change_json(place / "zero/scheduler/scheduler_config.json", rescale_betas_zero_snr=True)
-    own = completed({"process": {"schedule": "ZeroTerminalSNR"}}, "zero")["process"]["schedule"]
+    own = complete_settings({"process": {"schedule": "ZeroTerminalSNR"}}, "zero")["process"][
+        "schedule"
+    ]
     assert own["init_args"]["inner"]["class_path"] == "Discrete"
-    parts = completed(
+    parts = complete_settings(
         {
             "data": {"class_path": "Encoded", "init_args": {"pipeline": "other"}},
             "network": "mine.Net",
@@ -459,7 +461,7 @@ def test_what_a_file_says_is_kept_and_a_schedule_around_none_is_around_the_pipel
         ),
         (
             ["sample", "runs/full", "--labels=1", "--out=x.safetensors"],
-            "is told text, not labels",
+            "is conditioned on text, not on labels",
         ),
     ],
 )
@@ -476,7 +478,7 @@ def test_settings_that_are_no_table_are_refused_in_a_line(place, monkeypatch):
     monkeypatch.chdir(place)
     for settings in ({"process": "VP"}, {"network": {"class_path": "Pretrained", "init_args": 3}}):
         with pytest.raises(ValueError, match=r"is .*, expected a table of settings"):
-            completed(settings, "pipeline")
+            complete_settings(settings, "pipeline")
 
 
 def test_a_part_that_could_not_be_copied_is_missed_before_training(place, monkeypatch, capsys):

@@ -1,0 +1,106 @@
+"""Settings of a training that starts from a diffusers pipeline, completed by what the pipeline's folder contains."""
+
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from diffcore import schedules
+from diffcore.io.specs import to_spec
+
+__all__ = ["complete_settings", "find_pipeline"]
+
+READERS = {"network": "Pretrained", "data": "Encoded"}
+"""Setting -> class of the component that reads a pipeline's folder."""
+
+
+def find_pipeline(settings: dict[str, Any], option: str, file: str) -> str:
+    """Find the folder of the pipeline that a training starts from.
+
+    Args:
+        settings: content of the settings file.
+        option: folder given as `--pipeline`, or "".
+        file: name of the settings file, for messages.
+
+    Returns:
+        The folder, or "" if the training starts from no pipeline.
+
+    Raises:
+        ValueError: the training needs a pipeline and none is named, or two are.
+    """
+    folder = option or str(settings.get("pipeline") or "")
+    readers = {name for name, cls in READERS.items() if _class_name(settings.get(name)) == cls}
+    if not folder and any(not _pipeline_of(settings[name]) for name in readers):
+        raise ValueError(
+            "this training starts from a pipeline: name the folder of one of diffusers, "
+            "--pipeline FOLDER"
+        )
+    read = {_pipeline_of(settings.get(name)) for name in READERS} - {"", str(Path(folder)), folder}
+    if option and read:
+        raise ValueError(
+            f"pipeline is {folder}, but {file} reads {read.pop()}: leave --pipeline out, or begin "
+            "with the recipe"
+        )
+    return folder
+
+
+def complete_settings(settings: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Fill in the settings of a training that its file leaves to a pipeline: the process, and the folder to read.
+
+    A schedule that wraps another one (ZeroTerminalSNR, Shifted) and names none wraps the pipeline's.
+
+    Args:
+        settings: content of the settings file; it takes precedence over the pipeline.
+        folder: folder of the pipeline.
+
+    Returns:
+        The completed settings.
+
+    Raises:
+        ValueError: the folder holds no pipeline, or a setting is not a table.
+    """
+    from diffcore.integrations.diffusers.loading.index import PipelineIndex
+
+    fields = PipelineIndex(Path(folder)).process_fields
+    found = {name: to_spec(value) for name, value in fields.items()}
+    process = found | _table(settings.get("process"), "process")
+    process["schedule"] = _wrap_schedule(process["schedule"], found["schedule"])
+    readers = {
+        name: _with_arguments(settings[name], {"pipeline": folder})
+        for name, cls in READERS.items()
+        if _class_name(settings.get(name)) == cls
+    }
+    return settings | readers | {"pipeline": folder, "process": process}
+
+
+def _wrap_schedule(schedule: Any, inner: dict[str, Any]) -> Any:
+    """A schedule around the pipeline's, unless it names its inner schedule or has none."""
+    cls = getattr(schedules, _class_name(schedule), None)
+    if cls is None or "inner" not in signature(cls).parameters:
+        return schedule
+    if _class_name(inner) == cls.__name__ == "ZeroTerminalSNR":
+        inner = inner["init_args"]["inner"]
+    return _with_arguments(schedule, {"inner": inner})
+
+
+def _with_arguments(component: Any, defaults: dict[str, Any]) -> dict[str, Any]:
+    """The spec of a component whose arguments have other defaults."""
+    spec = {"class_path": component} if isinstance(component, str) else component
+    return spec | {"init_args": defaults | _table(spec.get("init_args"), "init_args")}
+
+
+def _table(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value or {}, dict):
+        raise ValueError(f"{name} is {value!r}, expected a table of settings")
+    return value or {}
+
+
+def _pipeline_of(component: Any) -> str:
+    """The folder of the pipeline that the spec of a component names itself, or ""."""
+    arguments = component.get("init_args") if isinstance(component, dict) else None
+    return str(arguments.get("pipeline") or "") if isinstance(arguments, dict) else ""
+
+
+def _class_name(component: Any) -> str:
+    """The name of a component's class without its module."""
+    path = component.get("class_path", "") if isinstance(component, dict) else component
+    return str(path).rpartition(".")[2]

@@ -1,0 +1,64 @@
+"""Recipes and other YAML files of settings: their names and their content."""
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+__all__ = ["find_settings", "read_settings", "recipe_names"]
+
+RECIPES = files("diffcore.recipes")
+
+
+def recipe_names() -> list[str]:
+    """The sorted names of the recipes that diffcore contains."""
+    return sorted(Path(path.name).stem for path in RECIPES.iterdir() if path.name.endswith(".yaml"))
+
+
+def find_settings(name: str) -> Path:
+    """Find the file of a recipe, or check that a YAML file exists.
+
+    Args:
+        name: name of a recipe, or path of a YAML file.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        ValueError: there is neither such a recipe nor such a file.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.suffix in (".yaml", ".yml"):
+        raise ValueError(
+            f"{path} does not exist: expected a YAML file or a recipe ({', '.join(recipe_names())})"
+        )
+    if name not in recipe_names():
+        raise ValueError(
+            f"there is no recipe {name!r}: expected a YAML file or one of "
+            f"{', '.join(recipe_names())}"
+        )
+    return Path(str(RECIPES / f"{name}.yaml"))
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read the settings of a YAML file.
+
+    Args:
+        path: file to read.
+
+    Returns:
+        Its content as plain data.
+
+    Raises:
+        ValueError: the file is not YAML, or is not a table of settings; the message names the file.
+    """
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds no settings: expected lines such as `steps: 800`")
+    return settings

@@ -1,0 +1,41 @@
+"""Commands whose first argument is a run: its sampler, grid, steps and guidance are the defaults of their options."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffcore.io.parser import ComponentParser
+
+__all__ = ["parse_with_run_defaults"]
+
+OPTIONS = {"sampler": "sampler", "grid": "grid", "sample_steps": "steps", "guidance": "guidance"}
+"""Setting of a run -> option of the command."""
+
+
+def parse_with_run_defaults(
+    parser: ComponentParser,
+    argv: Sequence[str],
+    read_settings: Callable[[Path], Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Parse the arguments of a command whose first argument is the folder of a run.
+
+    Args:
+        parser: parser with the positional argument `run` and the options of `OPTIONS`.
+        argv: command-line words.
+        read_settings: function that returns the settings of the run in a folder.
+
+    Returns:
+        The arguments by name, as components.
+
+    Raises:
+        ValueError: the folder does not come first, so that its settings are unknown, or it is not a run's.
+    """
+    wants_help = any(word in ("-h", "--help") or ".help" in word for word in argv)
+    if argv and not argv[0].startswith("-"):
+        settings = read_settings(Path(argv[0]))
+        parser.set_defaults(
+            {option: settings[name] for name, option in OPTIONS.items() if name in settings}
+        )
+    elif not wants_help:
+        raise ValueError(f"the run's folder comes first: {parser.usage}")
+    return parser.instantiate(parser.parse_args(list(argv))).as_dict()
