@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from diffcore.core.prediction import Prediction, edm_norm, predict
+from diffcore.core.prediction import Prediction, predict, scale_input
 from diffcore.core.process import Process
 from diffcore.schedules import Level, Real
 
@@ -47,11 +47,8 @@ class Denoiser(nn.Module):
 
     def output(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Tensor:
         """The network's own F at x, in the dtype of x."""
-        scaled = (
-            x / edm_norm(level.to(x), self.process.sigma_data)
-            if self.process.prediction == "edm"
-            else x
-        )
+        process = self.process
+        scaled = scale_input(process.prediction, x, level.to(x), process.sigma_data)
         if condition is None:
             condition = null_condition(self.process, len(x), x.device)
         arguments = {} if condition is None else {"class_labels": condition}

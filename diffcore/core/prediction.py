@@ -109,6 +109,36 @@ def edm_norm(level: Level, sigma_data: float) -> Real:
     return hypot(level.alpha * sigma_data, level.sigma)
 
 
+def scale_input(kind: PredictionType, x: Tensor, level: Level, sigma_data: float) -> Tensor:
+    """The network's input for x: x / √(σ² + α² s²) for `edm` (its c_in), else x.
+
+    Args:
+        kind: prediction type of the network.
+        x: noisy samples (B, ...).
+        level: their noise level.
+        sigma_data: s, the standard deviation of the data.
+
+    Returns:
+        A tensor of the shape of x.
+    """
+    return x / edm_norm(level, sigma_data) if kind == "edm" else x
+
+
+def unscale_input(kind: PredictionType, scaled: Tensor, level: Level, sigma_data: float) -> Tensor:
+    """The inverse of `scale_input`: x of a network's input.
+
+    Args:
+        kind: prediction type of the network.
+        scaled: the network's input (B, ...).
+        level: noise level of x.
+        sigma_data: s, the standard deviation of the data.
+
+    Returns:
+        x, of the shape of the input.
+    """
+    return scaled * edm_norm(level, sigma_data) if kind == "edm" else scaled
+
+
 def hypot(a: Real, b: Real) -> Real:
     """√(a² + b²); of tensors, whose a² may overflow, in one function, of numbers in a form that torch.compile can trace."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):

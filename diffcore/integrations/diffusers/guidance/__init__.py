@@ -1,1 +1,1 @@
-"""Guidance rules inside diffusers pipelines: `attach` and the guider of Modular Diffusers."""
+"""Guidance rules of diffcore in diffusers pipelines: `attach`, and a guider for Modular Diffusers."""

@@ -1,8 +1,9 @@
-"""Our guidance in pipelines that hard-code theirs: the network is wrapped so that their arithmetic becomes the identity.
+"""Guidance rules of diffcore in pipelines that hard-code classifier-free guidance.
 
-A pipeline with CFG asks its network about 2B rows and makes r + s (c - r) of the halves. The wrapped network is asked by our
-rule (about the rows that it needs), and answers the guided output F in both halves: F + s (F - F) = F, bit for bit. The
-scheduler is ours, so x, λ, the step's two knots and the prediction type are known, and rules act on exact x_0 and ε.
+A pipeline with CFG evaluates its network on 2B samples and computes r + s (c - r) from the halves.
+The wrapped network evaluates what the guidance rule needs, and returns the guided output F in both
+halves, so that F + s (F - F) = F, bit for bit. The scheduler is a DiffcoreScheduler, so x, λ, the
+two knots of the step and the prediction type are known, and rules act on exact x_0 and ε.
 """
 
 from typing import Any, Self
@@ -11,13 +12,15 @@ from diffusers import DiffusionPipeline
 
 from diffcore.guidance import CFG, Guidance
 from diffcore.integrations.diffusers.families import ModelFamily, family_of_pipeline
-from diffcore.integrations.diffusers.guidance.joint_forward import Guided, check_rule
-from diffcore.integrations.diffusers.guidance.sequential_forward import InTurn
+from diffcore.integrations.diffusers.guidance.joint_forward import GuidedForward, check_rule
+from diffcore.integrations.diffusers.guidance.sequential_forward import SequentialGuidedForward
 from diffcore.integrations.diffusers.loading.folder import parts_of
 from diffcore.integrations.diffusers.scheduler.scheduler import DiffcoreScheduler
 from diffcore.integrations.diffusers.scheduler.scheduler_config import config_of
 from diffcore.samplers import DDIM, AlphaBlending, DPMSolverPP, Euler, Sampler
 from diffcore.schedules import Grid
+
+__all__ = ["Attachment", "attach"]
 
 FIRST_ORDER = (DDIM(), Euler(), AlphaBlending(1), DPMSolverPP("1"))
 """Samplers whose step is x_s = α_s x_0 + σ_s ε."""
@@ -29,27 +32,80 @@ def attach(
     sampler: Sampler | None = None,
     grid: Grid | None = None,
 ) -> "Attachment":
-    """Give a pipeline our guidance, sampler and grid until `detach`, or within a `with`.
+    """Give a pipeline a guidance rule, a sampler and a grid until `detach`, or within a `with`.
 
         with attach(pipe, guidance=Interval(APG(4.0), sigma=(0.19, 1.61)), sampler=DPMSolverPP("2M")):
             images = pipe("a prompt", num_inference_steps=25).images
 
-    StableDiffusion (and XL, 3, their img2img, inpaint and ControlNet forms), DiT, PixArt, Sana, and Flux with its true CFG.
-    The pipeline's `guidance_scale` (Flux: `true_cfg_scale`) says only whether it prepares the negative half: leave it above 1
-    where the rule asks for a reference (with CFG(1.0), 1 saves the work). Everything else that is passed to the network
-    goes with the rows of its half.
+    For the pipelines in the records of `diffcore.integrations.diffusers.families.FAMILIES`. The
+    pipeline's guidance scale (`guidance_scale`, of Flux `true_cfg_scale`) decides only whether the
+    pipeline prepares the negative half: leave it above 1 if the rule needs a reference, and set it
+    to 1 with CFG(1.0) to save the work. Its value is not used otherwise.
 
     Args:
-        pipe: the pipeline; its network's forward and its scheduler are replaced.
-        guidance: the rule; bounds at which it changes its mode become knots. The reference Unconditional is the pipeline's
-            negative prompt or null label.
-        sampler: the integrator, DDIM unless the pipeline's scheduler is ours already.
-        grid: which levels it visits, those of the pipeline's scheduler by default.
+        pipe: the pipeline; the forward of its network and its scheduler are replaced.
+        guidance: the rule. Levels where it switches on or off become knots. The reference
+            `Unconditional` is the pipeline's negative prompt or null label.
+        sampler: the integrator; default: that of the pipeline's DiffcoreScheduler, or DDIM.
+        grid: rule that places the knots; default: the one of the pipeline's scheduler.
+
+    Returns:
+        A handle with `detach`, which is also a context manager.
 
     Raises:
-        ValueError: a pipeline or a rule that cannot be guided so; the message has the remedy.
+        ValueError: the pipeline is in no record, or the rule cannot be used in it; the message has
+            the remedy.
     """
     return Attachment(pipe, guidance, sampler, grid)
+
+
+class Attachment:
+    """A pipeline with attached guidance; `detach` restores it.
+
+    Args:
+        pipe: the pipeline.
+        guidance: the rule.
+        sampler: the integrator; None: see `attach`.
+        grid: rule that places the knots; None: see `attach`.
+    """
+
+    def __init__(
+        self, pipe: Any, guidance: Guidance, sampler: Sampler | None, grid: Grid | None
+    ) -> None:
+        self.pipe = pipe
+        family = _family(pipe, guidance)
+        self.network: Any = parts_of(pipe).network
+        self._scheduler = pipe.scheduler
+        self._instance_forward = vars(self.network).get("forward")
+        if isinstance(self._instance_forward, GuidedForward):
+            raise ValueError("this pipeline has attached guidance already: detach it first")
+        scheduler = _scheduler(self._scheduler, guidance, sampler, grid)
+        is_sequential = family.guidance_batching == "separate calls"
+        forward_class = SequentialGuidedForward if is_sequential else GuidedForward
+        self.network.forward = forward_class(
+            self.network,
+            self.network.forward,
+            scheduler,
+            guidance,
+            family,
+            lambda: getattr(pipe, "do_classifier_free_guidance", None),
+        )
+        pipe.scheduler = scheduler
+
+    def detach(self) -> None:
+        """Restore the network's forward and the pipeline's scheduler; again, it does nothing."""
+        if not isinstance(vars(self.network).get("forward"), GuidedForward):
+            return
+        del self.network.forward
+        if self._instance_forward is not None:  # of another library, such as a hook of accelerate
+            self.network.forward = self._instance_forward
+        self.pipe.scheduler = self._scheduler
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.detach()
 
 
 def _family(pipe: Any, guidance: Guidance) -> ModelFamily:
@@ -62,50 +118,10 @@ def _family(pipe: Any, guidance: Guidance) -> ModelFamily:
     return family_of_pipeline(pipe)
 
 
-class Attachment:
-    """A pipeline with our guidance; `detach` gives it back as it was."""
-
-    def __init__(
-        self, pipe: Any, guidance: Guidance, sampler: Sampler | None, grid: Grid | None
-    ) -> None:
-        self.pipe = pipe
-        family = _family(pipe, guidance)
-        self.network: Any = parts_of(pipe).network
-        self._scheduler = self.pipe.scheduler
-        self._before = vars(self.network).get("forward")
-        if isinstance(self._before, Guided):
-            raise ValueError("this pipeline has guidance of ours already: detach it first")
-        scheduler = _scheduler(self._scheduler, guidance, sampler, grid)
-        kind = InTurn if family.guidance_batching == "separate calls" else Guided
-        self.network.forward = kind(
-            self.network,
-            self.network.forward,
-            scheduler,
-            guidance,
-            family,
-            lambda: getattr(pipe, "do_classifier_free_guidance", None),
-        )
-        self.pipe.scheduler = scheduler
-
-    def detach(self) -> None:
-        """Give back the network's forward and the pipeline's scheduler; a second time does nothing."""
-        if not isinstance(vars(self.network).get("forward"), Guided):
-            return
-        del self.network.forward
-        if self._before is not None:  # another's, such as a hook of accelerate
-            self.network.forward = self._before
-        self.pipe.scheduler = self._scheduler
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.detach()
-
-
 def _scheduler(
     own: Any, guidance: Guidance, sampler: Sampler | None, grid: Grid | None
 ) -> DiffcoreScheduler:
+    """A DiffcoreScheduler for the pipeline's own scheduler, with the rule's levels as knots."""
     chosen: dict[str, Any] = {
         name: part for name, part in (("sampler", sampler), ("grid", grid)) if part is not None
     }
@@ -114,6 +130,7 @@ def _scheduler(
     check_rule(guidance)
     if not guidance.consistent and settings.sampler not in FIRST_ORDER:
         raise ValueError(
-            f"{guidance} breaks x = α x_0 + σ ε, which {settings.sampler} relies on: use DDIM(), or CFG"
+            f"{guidance} breaks x = α x_0 + σ ε, which {settings.sampler} relies on: use DDIM(), "
+            f"or CFG"
         )
     return DiffcoreScheduler.from_config(scheduler.config, levels=guidance.levels(settings.process))

@@ -1,8 +1,9 @@
-"""Our guidance as a guider of Modular Diffusers.
+"""Guidance rules of diffcore as a guider of Modular Diffusers.
 
-A guider is told the timestep, makes a batch for each answer that it wants, and combines them. It never sees x: a hook on the
-network reads it, at the conditional batch alone. λ follows from the timestep and the process, so that rules act on exact x_0
-and ε, whatever the scheduler is.
+A guider receives the timestep, prepares a batch for each network output that it needs, and combines
+the outputs. It receives neither x nor the scheduler: a hook on the network reads x of the
+conditional batch, and λ follows from the timestep and the process. So rules act on exact x_0 and ε
+with every scheduler.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,26 +13,32 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
+from diffusers.guiders import BaseGuidance
+from diffusers.guiders.guider_utils import GuiderOutput
 from torch import Tensor, nn
 
-from diffcore.core.prediction import Prediction, edm_norm, predict, target
+from diffcore.core.prediction import Prediction, predict, target, unscale_input
 from diffcore.core.process import Process
 from diffcore.guidance import Altered, Guidance, GuidanceInput, Reference, Step, Unconditional
-from diffcore.integrations.diffusers.guidance.joint_forward import asked_about, check_rule
+from diffcore.integrations.diffusers.guidance.joint_forward import check_rule, split_input
 from diffcore.integrations.diffusers.scheduler.scheduler import DiffcoreScheduler
 from diffcore.integrations.diffusers.scheduler.scheduler_config import config_of
 from diffcore.io.specs import from_spec, to_spec
 from diffcore.schedules import Level
 
+__all__ = ["DiffcoreGuider", "Evaluation", "GuiderSettings"]
+
 
 @dataclass(frozen=True)
-class Known:
-    """What a guider's config holds.
+class GuiderSettings:
+    """The content of a guider's config.
 
     Args:
-        rule: the rule.
-        process: of the network.
+        rule: the guidance rule.
+        process: process of the network.
+
+    Raises:
+        ValueError: the rule depends on what a guider does not receive.
     """
 
     rule: Guidance
@@ -41,14 +48,21 @@ class Known:
         check_rule(self.rule)
         if not self.rule.consistent or self.rule.once_a_step:
             raise ValueError(
-                f"{self.rule} depends on the sampler's steps, which a guider is not told: use CFG, APG or Interval, or "
-                f"`attach` in a pipeline with CFG of its own"
+                f"{self.rule} depends on the sampler's steps, which a guider does not receive: use "
+                f"CFG, APG or Interval, or `attach` in a pipeline with CFG of its own"
             )
         for level in map(self.process.schedule.level, (0.9, 0.5, 0.1)):
-            self.asked(Step(self.process, level, level, level, index=1), None)
+            self.references(Step(self.process, level, level, level, index=1), None)
 
-    def asked(self, step: Step, memory: Any) -> tuple[Reference, ...]:
-        """The references at this step.
+    def references(self, step: Step, memory: Any) -> tuple[Reference, ...]:
+        """The references that the rule needs.
+
+        Args:
+            step: the step of the evaluation.
+            memory: the rule's memory.
+
+        Returns:
+            Unconditional, or altered layers, in the rule's order.
 
         Raises:
             ValueError: a pipeline has no such reference.
@@ -57,21 +71,22 @@ class Known:
         for reference in references:
             if not isinstance(reference, (Unconditional, Altered)):
                 raise ValueError(
-                    f"{self.rule} asks for {reference}, and a pipeline has its negative prompt and altered layers alone: use "
-                    f"Unconditional() or PerturbedAttention(), or our own loop (`sample`)"
+                    f"{self.rule} needs {reference}, and a pipeline has only its negative prompt "
+                    f"and altered layers: use Unconditional() or PerturbedAttention(), or the "
+                    f"sampling loop of diffcore (`sample`)"
                 )
         return references
 
 
 @dataclass
 class Evaluation:
-    """What is known of the evaluation under way.
+    """State of the evaluation that is in progress.
 
     Args:
-        step: from the level to itself, for the next one is not told.
-        references: that the rule asks for.
-        x: what the network was asked about, once it was.
-        changes: to the network, until the batch is over.
+        step: step from the level to itself, as a guider does not receive the next level.
+        references: references that the rule needs.
+        x: input of the network in the conditional batch; None before it.
+        changes: hooks and altered layers of the network, which are undone after each batch.
     """
 
     step: Step
@@ -79,102 +94,154 @@ class Evaluation:
     x: Tensor | None = None
     changes: ExitStack = field(default_factory=ExitStack)
 
-    def begin(self, network: nn.Module, batch: int) -> None:
-        """Read x at the first batch, alter layers for a reference that has some altered."""
-        if batch == 0:
+    def begin_batch(self, network: nn.Module, index: int) -> None:
+        """Prepare the network for a batch: a hook that reads x, or the reference's altered layers.
+
+        Args:
+            network: the network.
+            index: number of the batch; 0 is the conditional one.
+        """
+        if index == 0:
             hook = network.register_forward_pre_hook(self._read, with_kwargs=True)
             self.changes.callback(hook.remove)
-        elif isinstance(altered := self.references[batch - 1], Altered):
+        elif isinstance(altered := self.references[index - 1], Altered):
             self.changes.enter_context(altered.applied(network))
 
     def _read(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.x = asked_about(args, kwargs)[0]
+        self.x = split_input(args, kwargs)[0]
 
 
 class DiffcoreGuider(BaseGuidance):
-    """A rule of ours behind the interface of diffusers' guiders.
+    """A guidance rule of diffcore with the interface of diffusers' guiders.
 
         pipe.update_components(guider=DiffcoreGuider.of(APG(4.0), pipe.scheduler))
 
-    Works beside any scheduler, ours or diffusers'. Where the rule needs no reference, one batch runs. Saved as JSON with its
-    pipeline, and loaded without remote code where diffcore is installed. As other guiders, it serves one call at a time; an
-    evaluation reads one number from the device.
+    It works with every scheduler, of diffcore or diffusers. If the rule needs no reference, one
+    batch runs. It is saved as JSON with its pipeline, and loaded without remote code if diffcore is
+    installed. As other guiders, it serves one call at a time; each evaluation reads one number from
+    the device.
 
-    It is told the level and not the step. So Interval decides by the level that is asked about, which is the step's where a
-    sampler asks once a step, and its bounds are knots only if the scheduler was given them: `levels=guider.levels`.
+    It receives the noise level and not the step. So `Interval` decides by the evaluated level,
+    which is the step's level for samplers with one evaluation in each step; its bounds are knots
+    only if the scheduler is given them: `levels=guider.levels`.
 
     Args:
-        rule: the rule, or its spec; its references are Unconditional, the pipeline's negative prompt, and altered layers.
-        process: of the network: schedule, prediction type, how it is told the level; or its spec.
+        rule: the rule, or its spec. Its references are `Unconditional`, the pipeline's negative
+            prompt, and altered layers (`PerturbedAttention`, `SkippedLayers`).
+        process: process of the network (schedule, prediction type, time conditioning), or its spec.
 
     Raises:
-        ValueError: the rule needs what a guider does not see; the message has the remedy.
+        ValueError: the rule needs what a guider does not receive; the message has the remedy.
     """
 
-    _input_predictions = ["pred_cond"]  # type: ignore[assignment]  # noqa: RUF012  # a list, as the base class demands
-    _diffusers_load_id = "null|guider|null|null"  # a modular pipeline saves what it takes for loaded from a subfolder
+    _input_predictions = ["pred_cond"]  # type: ignore[assignment]  # noqa: RUF012  # BaseGuidance demands a list
+    # A modular pipeline saves a component only if it takes it for one loaded from a subfolder.
+    _diffusers_load_id = "null|guider|null|null"
 
     def __init__(
         self, rule: Guidance | Mapping[str, Any], process: Process | Mapping[str, Any]
     ) -> None:
         super().__init__()
-        self.known = from_spec(Known, {"rule": to_spec(rule), "process": to_spec(process)})
-        self.register_to_config(**to_spec(self.known))  # type: ignore[no-untyped-call]
+        self.settings = from_spec(
+            GuiderSettings, {"rule": to_spec(rule), "process": to_spec(process)}
+        )
+        self.register_to_config(**to_spec(self.settings))  # type: ignore[no-untyped-call]
         self._memory: Any = None
-        self._now: Evaluation | None = None
+        self._evaluation: Evaluation | None = None
 
     @classmethod
     def of(cls, rule: Guidance, scheduler: Any) -> Self:
-        """With the process of a scheduler, ours or diffusers', or of its config."""
+        """A guider for the network of a scheduler.
+
+        Args:
+            rule: the rule.
+            scheduler: scheduler of diffcore or diffusers, or its config.
+
+        Returns:
+            The guider, with the process that the scheduler describes.
+        """
         return cls(rule, DiffcoreScheduler.from_config(config_of(scheduler)).settings.process)
 
     @property
     def levels(self) -> tuple[float, ...]:
-        """λ at which the rule changes its mode."""
-        return self.known.rule.levels(self.known.process)
+        """λ at which the rule switches on or off, for `DiffcoreScheduler(levels=...)`."""
+        return self.settings.rule.levels(self.settings.process)
 
     def set_state(self, step: int, num_inference_steps: int, timestep: Any) -> None:
-        """An evaluation begins; one that does not follow the last begins another run."""
-        if self._step is None or step <= self._step:
+        """Begin an evaluation; one whose step does not follow the latest begins another call.
+
+        Args:
+            step: number of the evaluation in the pipeline's loop.
+            num_inference_steps: number of evaluations in the loop.
+            timestep: the scheduler's timestep, a number or a tensor of one.
+        """
+        latest = self.get_state()
+        if latest["step"] is None or step <= latest["step"]:
             self._memory = None
         super().set_state(step, num_inference_steps, timestep)
-        process = self.known.process
+        process = self.settings.process
         level = self._level(float(timestep))
         process.check_level(level, f"timestep {float(timestep):g}")
-        where = Step(process, level, level, level, step, num_inference_steps)
-        self._now = Evaluation(
-            where, self.known.asked(where, self._memory) if self._enabled else ()
-        )
+        here = Step(process, level, level, level, step, num_inference_steps)
+        references = self.settings.references(here, self._memory) if latest["enabled"] else ()
+        self._evaluation = Evaluation(here, references)
 
-    def _level(self, told: float) -> Level:
-        """What the network is told means: a level of the rule's where it is that one's number, rounded to float32."""
-        schedule, time = self.known.process.schedule, self.known.process.time
+    def _level(self, timestep: float) -> Level:
+        """The level of a timestep: exactly a bound of the rule if it is that bound's in float32."""
+        schedule, time = self.settings.process.schedule, self.settings.process.time
         for bound in map(schedule.at, self.levels):
-            if np.float32(time(bound)) == told:
+            if np.float32(time(bound)) == timestep:
                 return bound
-        return time.level(schedule, told)
+        return time.level(schedule, timestep)
 
     @property
     def num_conditions(self) -> int:
-        """Batches of the evaluation; outside of one 2, so that a pipeline encodes its negative prompt."""
-        return 1 + (int(self._enabled) if self._now is None else len(self._now.references))
+        """Number of batches in this evaluation.
+
+        Between evaluations it is 2 if the guider is enabled, so that a pipeline encodes its
+        negative prompt.
+        """
+        if self._evaluation is None:
+            return 1 + int(self._enabled)  # get_state would call this property
+        return 1 + len(self._evaluation.references)
 
     @property
     def is_conditional(self) -> bool:
-        """Whether the batch under way has the condition."""
-        return self._halves()[max(self._count_prepared - 1, 0)] == 0
+        """Whether the batch in progress has the condition."""
+        return self._halves()[max(self.get_state()["count_prepared"] - 1, 0)] == 0
 
     def prepare_inputs(self, data: Any) -> list[Any]:
-        """A batch for the condition and one for each reference, of pairs (conditional, negative)."""
+        """The batches of an evaluation.
+
+        Args:
+            data: argument of the network -> (conditional, negative) pair.
+
+        Returns:
+            A batch for the condition, and one for each reference.
+
+        Raises:
+            ValueError: the rule needs the negative half, and the pipeline has none.
+        """
         if any(
             isinstance(pair, tuple) and pair[0] is not None and pair[1] is None
             for pair in data.values()
         ):
             self._check_negative()
-        return [self._prepare_batch(data, *named) for named in self._named()]
+        return [self._prepare_batch(data, *named) for named in self._named_halves()]
 
     def prepare_inputs_from_block_state(self, data: Any, input_fields: dict[str, Any]) -> list[Any]:
-        """The same, of a state's fields."""
+        """The batches of an evaluation, from a block's state.
+
+        Args:
+            data: state that holds the values.
+            input_fields: argument of the network -> names of the (conditional, negative) values.
+
+        Returns:
+            A batch for the condition, and one for each reference.
+
+        Raises:
+            ValueError: the rule needs the negative half, and the pipeline has none.
+        """
         pairs = {name: value for name, value in input_fields.items() if isinstance(value, tuple)}
         if any(
             getattr(data, a, None) is not None and getattr(data, b, None) is None
@@ -183,63 +250,74 @@ class DiffcoreGuider(BaseGuidance):
             self._check_negative()
         return [
             self._prepare_batch_from_block_state(input_fields, data, *named)
-            for named in self._named()
+            for named in self._named_halves()
         ]
 
     def _halves(self) -> tuple[int, ...]:
-        """Of each batch: 0 has the condition, 1 the negative prompt."""
-        references = () if self._now is None else self._now.references
+        """The half of each batch: 0 for the condition, 1 for the negative prompt."""
+        references = () if self._evaluation is None else self._evaluation.references
         return (0, *(int(isinstance(reference, Unconditional)) for reference in references))
 
-    def _named(self) -> Iterator[tuple[int, str]]:
+    def _named_halves(self) -> Iterator[tuple[int, str]]:
         """Half and name of each batch."""
-        for place, half in enumerate(self._halves()):
-            yield half, f"reference_{place}" if place else "pred_cond"
+        for index, half in enumerate(self._halves()):
+            yield half, f"reference_{index}" if index else "pred_cond"
 
     def _check_negative(self) -> None:
         if 1 in self._halves():
             raise ValueError(
-                f"{self.known.rule} needs the negative half, which the pipeline leaves out: pass negative_prompt"
+                f"{self.settings.rule} needs the negative half, which the pipeline leaves out: "
+                f"pass negative_prompt"
             )
 
     def prepare_models(self, denoiser: nn.Module) -> None:
-        """A batch begins."""
-        if self._now is not None:
-            self._now.begin(denoiser, self._count_prepared)
+        """Prepare the network for the next batch."""
+        if self._evaluation is not None:
+            self._evaluation.begin_batch(denoiser, self.get_state()["count_prepared"])
         super().prepare_models(denoiser)
 
     def cleanup_models(self, denoiser: nn.Module) -> None:
-        """A batch is over: the network as it was."""
-        if self._now is not None:
-            self._now.changes.close()
+        """Restore the network after a batch."""
+        if self._evaluation is not None:
+            self._evaluation.changes.close()
 
     def forward(self, pred_cond: Tensor, **references: Tensor) -> GuiderOutput:
-        """The guided output, and beside it the conditional one and the first reference's."""
-        now, self._now = self._now, None
-        if now is None or now.x is None:
+        """The guided output of the network.
+
+        Args:
+            pred_cond: output for the condition (B, ...).
+            references: output for each reference, in the rule's order.
+
+        Returns:
+            The guided output, the conditional one, and the first reference's.
+        """
+        evaluation, self._evaluation = self._evaluation, None
+        if evaluation is None or evaluation.x is None:
             raise ValueError(
-                "the network's input was not seen: a pipeline calls set_state and prepare_models before it"
+                "the guider has not seen the network's input: a pipeline calls set_state and "
+                "prepare_models before the network"
             )
-        guided = self._guided(now, now.x, [pred_cond, *references.values()])
-        pred = torch.cat(
-            [guided.to(pred_cond.dtype), pred_cond[:, guided.shape[1] :]], 1
-        )  # a variance stays
+        guided = self._guided(evaluation, evaluation.x, [pred_cond, *references.values()])
+        variance = pred_cond[:, guided.shape[1] :]
         return GuiderOutput(
-            pred=pred, pred_cond=pred_cond, pred_uncond=next(iter(references.values()), None)
+            pred=torch.cat([guided.to(pred_cond.dtype), variance], 1),
+            pred_cond=pred_cond,
+            pred_uncond=next(iter(references.values()), None),
         )
 
-    def _guided(self, now: Evaluation, x: Tensor, outputs: list[Tensor]) -> Tensor:
-        """The network's output that means the guided prediction."""
-        process, level = self.known.process, now.step.level
+    def _guided(self, evaluation: Evaluation, x: Tensor, outputs: list[Tensor]) -> Tensor:
+        """The output of the network that corresponds to the guided prediction."""
+        process, level = self.settings.process, evaluation.step.level
         kind, sigma_data = process.prediction, process.sigma_data
         channels = min(x.shape[1], outputs[0].shape[1])
         x = x[:, :channels].to(torch.promote_types(x.dtype, torch.float32))
-        x = x * edm_norm(level, sigma_data) if kind == "edm" else x
-        found: list[Prediction] = [
+        x = unscale_input(kind, x, level, sigma_data)
+        predictions: list[Prediction] = [
             predict(kind, o[:, :channels].to(x.dtype), x, level, sigma_data) for o in outputs
         ]
-        seen = GuidanceInput(x, now.step, found[0], tuple(found[1:]))
-        prediction, self._memory = (
-            self.known.rule.combine(seen, self._memory) if self._enabled else (found[0], None)
-        )
+        given = GuidanceInput(x, evaluation.step, predictions[0], tuple(predictions[1:]))
+        if self.get_state()["enabled"]:
+            prediction, self._memory = self.settings.rule.combine(given, self._memory)
+        else:
+            prediction, self._memory = predictions[0], None
         return target(kind, *prediction, level, sigma_data)

@@ -1,8 +1,12 @@
-"""The forward of a network whose pipeline has guidance of ours: asked about 2B rows, it asks its own about those a rule needs.
+"""The forward of a network whose pipeline evaluates both halves of guidance in one call.
 
-The pipeline's two halves are two conditions of one network, label 0 and the null label 1, so that rules and references see
-what they see in our own loop. Whatever was passed with 2B rows goes with its rows: embeddings, ControlNet residuals, image
-embeddings of IP-adapters, nested as they may be.
+The pipeline passes 2B samples: B with the condition and B with its negative. The wrapped network
+evaluates those that the guidance rule needs, and returns the guided output F in both halves.
+
+The halves are two labels of one network, 0 for the condition and 1, the null label, for its
+negative. So rules and references are used as in the sampling loop of diffcore. Every argument with
+2B entries is indexed with its samples: embeddings, ControlNet residuals, image embeddings of
+IP-adapters, also inside lists and dictionaries.
 """
 
 from collections.abc import Callable
@@ -14,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from diffcore.core.denoiser import tensor_of
-from diffcore.core.prediction import Prediction, edm_norm, predict, target
+from diffcore.core.prediction import Prediction, predict, scale_input, target, unscale_input
 from diffcore.core.process import Process
 from diffcore.guidance import (
     CFG,
@@ -31,22 +35,36 @@ from diffcore.integrations.diffusers.scheduler.scheduler import DiffcoreSchedule
 from diffcore.sampling.loop import check_guidance, evaluate_references, step_of
 from diffcore.schedules import Level
 
-INPUTS = ("sample", "hidden_states")
+__all__ = [
+    "CallState",
+    "GuidedForward",
+    "PipelineDenoiser",
+    "check_rule",
+    "guided_output",
+    "missing_negative",
+    "same_first_order_step",
+    "split_input",
+]
+
+INPUT_NAMES = ("sample", "hidden_states")
+"""Names of x in the forward of diffusers' networks."""
 
 
 @dataclass
-class Asked:
-    """What a pipeline asked, as a denoiser of one row a sample under its condition (label 0) or its negative (null label 1).
+class PipelineDenoiser:
+    """A pipeline's call of its network (2B samples) as a denoiser of B samples.
+
+    Label 0 is the condition, and label 1, the null label, its negative.
 
     Args:
-        network: whose layers a reference may alter.
-        forward: its own.
-        process: of one class, or of none where the pipeline has no negative half.
-        x: what was asked about, 2B rows, or B.
-        args: the other arguments, with the same rows.
-        kwargs: the same by name.
-        conditional_first: whether the condition's half comes first.
-        answer: the first answer, whose form the pipeline expects.
+        network: the network, whose layers a reference may alter.
+        forward: the network's original forward.
+        process: the process, of one class; of none if the pipeline passes no negative half.
+        x: the pipeline's input, 2B samples, or B if the process has no class.
+        args: the forward's other positional arguments.
+        kwargs: the forward's other keyword arguments.
+        conditional_first: whether the first B samples are those with the condition.
+        output: the network's first output, which has the type that the pipeline expects.
     """
 
     network: nn.Module
@@ -56,104 +74,121 @@ class Asked:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     conditional_first: bool
-    answer: Any = None
+    output: Any = None
 
     @property
-    def rows(self) -> int:
-        """B."""
+    def batch_size(self) -> int:
+        """Number of samples, B."""
         return len(self.x) // (2 if self.process.classes else 1)
 
     def sample(self, level: Level) -> Tensor:
-        """(B, ...) x in float32 or better: not scaled, without what else is in its channels, such as a mask and its image."""
+        """The noisy samples x (B, ...) in float32 or better.
+
+        EDM's input scaling is undone, and channels that are no part of x, such as a mask and a
+        masked image, are left out.
+        """
         channels = getattr(getattr(self.network, "config", None), "out_channels", None)
-        x = self.x[: self.rows, : channels if self.x.ndim > 3 else None]
+        x = self.x[: self.batch_size, : channels if self.x.ndim > 3 else None]
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (
-            x * edm_norm(level, self.process.sigma_data) if self.process.prediction == "edm" else x
-        )
+        return unscale_input(self.process.prediction, x, level, self.process.sigma_data)
 
     def __call__(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Prediction:
+        """Predictions for any number of these samples, under label 0 or 1."""
         process = self.process
-        places = self._places(condition, len(x), x.device)
-        args, kwargs = self._of(places)
-        scaled = x / edm_norm(level, process.sigma_data) if process.prediction == "edm" else x
-        whole = torch.cat([scaled.to(self.x.dtype), self.x[places, x.shape[1] :]], 1)
-        answer = self.forward(whole, *args, **kwargs)
-        self.answer = answer if self.answer is None else self.answer
-        output = tensor_of(answer)[:, : x.shape[1]].to(x.dtype)
-        return predict(process.prediction, output, x, level, process.sigma_data)
+        indices = self._indices(condition, len(x), x.device)
+        args, kwargs = self._arguments(indices)
+        scaled = scale_input(process.prediction, x, level, process.sigma_data)
+        full = torch.cat([scaled.to(self.x.dtype), self.x[indices, x.shape[1] :]], 1)
+        output = self.forward(full, *args, **kwargs)
+        self.output = output if self.output is None else self.output
+        mean = tensor_of(output)[:, : x.shape[1]].to(x.dtype)
+        return predict(process.prediction, mean, x, level, process.sigma_data)
 
-    def answered(self, output: Tensor) -> Any:
-        """The guided output in the form in which the pipeline expects it: its rows, its channels, its type."""
-        asked = tensor_of(self.answer)
-        variance = asked[: self.rows, output.shape[1] :]
-        whole = torch.cat([output.to(asked.dtype), variance], 1)
-        whole = torch.cat([whole] * (len(self.x) // self.rows))
-        return (whole,) if isinstance(self.answer, tuple) else type(self.answer)(sample=whole)
+    def pipeline_output(self, guided: Tensor) -> Any:
+        """The guided output in the form that the pipeline expects.
 
-    def _places(self, condition: Tensor | None, rows: int, device: torch.device) -> Tensor:
-        """The row of the pipeline's arguments for each of these rows."""
-        within = torch.arange(rows, device=device) % self.rows
+        Args:
+            guided: guided output of the network (B, ...).
+
+        Returns:
+            An object of the type of the network's output, with the guided output in both halves,
+            in its dtype, and with its variance channels.
+        """
+        output = tensor_of(self.output)
+        variance = output[: self.batch_size, guided.shape[1] :]
+        full = torch.cat([guided.to(output.dtype), variance], 1)
+        full = torch.cat([full] * (len(self.x) // self.batch_size))
+        return (full,) if isinstance(self.output, tuple) else type(self.output)(sample=full)
+
+    def _indices(self, condition: Tensor | None, count: int, device: torch.device) -> Tensor:
+        """Indices into the pipeline's 2B samples, of `count` samples under their labels."""
+        within_half = torch.arange(count, device=device) % self.batch_size
         if condition is None:
-            return within
-        second = condition if self.conditional_first else 1 - condition
-        return within + second.to(device) * self.rows
+            return within_half
+        half = condition if self.conditional_first else 1 - condition
+        return within_half + half.to(device) * self.batch_size
 
-    def _of(self, places: Tensor) -> Any:
-        """The arguments for these rows."""
+    def _arguments(self, indices: Tensor) -> Any:
+        """The forward's other arguments for these samples."""
         total = len(self.x)
         return tree_map(
-            lambda a: a[places] if isinstance(a, Tensor) and a.ndim and len(a) == total else a,
+            lambda a: a[indices] if isinstance(a, Tensor) and a.ndim and len(a) == total else a,
             (self.args, self.kwargs),
         )
 
 
 @dataclass
-class Progress:
-    """What is known of a call under way.
+class CallState:
+    """State of guidance during one call of a pipeline.
 
     Args:
-        process: of one class where both halves are there, or of none.
-        memory: the rule's.
-        step: of the last evaluation.
-        asked: whether the network has been asked at this evaluation.
-        waits: for whom an answer waits that has no content yet.
-        rows: of a step, where equal halves of x were taken for two of guidance.
+        process: the process, of one class if both halves are present, else of none.
+        memory: the rule's memory.
+        step: the step that holds the latest evaluation.
+        evaluation: what the pipeline's first network call of this evaluation left; None before it.
+        waiting_rule: the rule whose negative half is still to come, or None.
+        expected_batch: number of samples that the scheduler must step, if two equal halves of x
+            were taken for the halves of guidance; None: not checked.
     """
 
     process: Process
     memory: Any = None
     step: Step | None = None
-    asked: Any = None
-    waits: Guidance | None = None
-    rows: int | None = None
+    evaluation: Any = None
+    waiting_rule: Guidance | None = None
+    expected_batch: int | None = None
 
-    def settle(self, rows: int) -> None:
-        """The scheduler steps these rows: the evaluation is over.
+    def finish_evaluation(self, count: int) -> None:
+        """End the evaluation, as the scheduler makes its step.
+
+        Args:
+            count: number of samples that the scheduler steps.
 
         Raises:
-            ValueError: the negative half has not come, or was none.
+            ValueError: the negative half is missing, or the two halves were no halves of guidance.
         """
-        if self.rows not in (None, rows):
+        if self.expected_batch not in (None, count):
             raise ValueError(
-                f"the {rows} samples begin with the same noise in both halves, as if a negative half were there: call the "
-                f"pipeline with guidance_scale above 1, or give each sample its own seed"
+                f"the {count} samples begin with equal noise in both halves, so they were taken "
+                f"for the two halves of guidance: call the pipeline with guidance_scale above 1, "
+                f"or pass a different seed for each sample"
             )
-        if self.waits is not None:
-            raise ValueError(unmet(self.waits))
-        self.asked = None
+        if self.waiting_rule is not None:
+            raise ValueError(missing_negative(self.waiting_rule))
+        self.evaluation = None
 
 
-class Guided:
-    """A network's forward under a rule.
+class GuidedForward:
+    """A network's forward with a guidance rule, for pipelines that pass both halves in one call.
 
     Args:
         network: the network.
-        forward: its own.
-        scheduler: ours, which knows the level.
+        forward: the network's original forward.
+        scheduler: the pipeline's DiffcoreScheduler, which knows the noise level.
         guidance: the rule.
         family: the record of the pipeline's family.
-        doubles: whether the pipeline says that it prepares both halves; None where it says nothing.
+        has_negative_half: function -> whether the pipeline passes both halves in this call; None
+            if the pipeline does not expose it.
     """
 
     def __init__(
@@ -163,95 +198,93 @@ class Guided:
         scheduler: DiffcoreScheduler,
         guidance: Guidance,
         family: ModelFamily,
-        doubles: Callable[[], bool | None],
+        has_negative_half: Callable[[], bool | None],
     ) -> None:
-        self.network, self.forward, self.scheduler, self.guidance = (
-            network,
-            forward,
-            scheduler,
-            guidance,
-        )
-        self.family, self.doubles = family, doubles
+        self.network = network
+        self.forward = forward
+        self.scheduler = scheduler
+        self.guidance = guidance
+        self.family = family
+        self.has_negative_half = has_negative_half
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        x, args, kwargs = asked_about(args, kwargs)
+        """The guided output, in the form of the network's own."""
+        x, args, kwargs = split_input(args, kwargs)
         call = self.scheduler.call
-        state = call.now(self._time(args, kwargs))
+        sampler_state = call.now(self._timestep(args, kwargs))
         if call.guided is None:
-            call.guided = self._begun(call, x, kwargs.get("class_labels"))
-        progress: Progress = call.guided
-        asked = Asked(
-            self.network,
-            self.forward,
-            progress.process,
-            x,
-            args,
-            kwargs,
-            self.family.guidance_batching == "condition first",
+            call.guided = self._begin(call, x, kwargs.get("class_labels"))
+        state: CallState = call.guided
+        conditional_first = self.family.guidance_batching == "condition first"
+        denoiser = PipelineDenoiser(
+            self.network, self.forward, state.process, x, args, kwargs, conditional_first
         )
-        if progress.asked is None:
-            progress.step = step_of(progress.process, call.knots, state, progress.step)
-        rule = self.guidance if call.plan.sampler.uses_guidance(state) else CFG(1.0)
-        return self._answer(rule, asked, progress)
+        if state.evaluation is None:
+            state.step = step_of(state.process, call.knots, sampler_state, state.step)
+        rule = self.guidance if call.plan.sampler.uses_guidance(sampler_state) else CFG(1.0)
+        return self._evaluate(rule, denoiser, state)
 
-    def _answer(self, rule: Guidance, asked: Asked, progress: Progress) -> Any:
-        """What the pipeline gets."""
-        if progress.asked:
+    def _evaluate(self, rule: Guidance, denoiser: PipelineDenoiser, state: CallState) -> Any:
+        """The output for the pipeline."""
+        if state.evaluation:
             raise ValueError(
-                "the pipeline asks its network twice at a level: leave out what does, such as skip_guidance_layers"
+                "the pipeline calls its network twice at one noise level: leave out the option "
+                "that makes it, such as skip_guidance_layers"
             )
-        assert progress.step is not None
-        progress.asked, step, x = True, progress.step, asked.sample(progress.step.level)
+        assert state.step is not None
+        state.evaluation, step = True, state.step
+        x = denoiser.sample(step.level)
         condition = (
             torch.zeros(len(x), dtype=torch.int64, device=x.device)
-            if progress.process.classes
+            if state.process.classes
             else None
         )
-        return asked.answered(
-            guide(
-                rule,
-                evaluate_references(asked, rule, x, condition, progress.memory, step),
-                progress,
-            )
-        )
+        given = evaluate_references(denoiser, rule, x, condition, state.memory, step)
+        return denoiser.pipeline_output(guided_output(rule, given, state))
 
-    def _time(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the scheduler says of the level that the network is told."""
+    def _timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The scheduler's timestep, from the network's time input."""
         t = args[0] if args else kwargs["timestep"]
         t = t.flatten()[0] if isinstance(t, Tensor) else t
         return t / self.family.time_scale(self.network)
 
-    def _begun(self, call: Call, x: Tensor, labels: Tensor | None) -> Progress:
-        """What is known before the first evaluation; of DiT its labels too.
+    def _begin(self, call: Call, x: Tensor, labels: Tensor | None) -> CallState:
+        """The state before the first evaluation of a call.
 
         Raises:
             ValueError: the rule cannot guide this call.
         """
-        doubled = self._doubled(x, labels)
+        has_both = self._has_both_halves(x, labels)
         steps = (step_of(call.plan.process, call.knots, state) for state in call.plan.states)
-        if not doubled and any(
-            isinstance(r, Unconditional)
-            for s in steps
-            for r in self.guidance.required_references(s, None)
+        if not has_both and any(
+            isinstance(reference, Unconditional)
+            for step in steps
+            for reference in self.guidance.required_references(step, None)
         ):
-            raise ValueError(unmet(self.guidance))
-        guessed = doubled and labels is None and self.doubles() is None
-        return Progress(self._checked(call, doubled), rows=len(x) // 2 if guessed else None)
-
-    def _checked(self, call: Call, doubled: bool) -> Process:
-        """Of one class, which a negative half makes droppable."""
-        process = (
-            replace(call.plan.process, classes=1, dropout=0.1) if doubled else call.plan.process
+            raise ValueError(missing_negative(self.guidance))
+        is_guessed = has_both and labels is None and self.has_negative_half() is None
+        return CallState(
+            self._checked_process(call, has_both),
+            expected_batch=len(x) // 2 if is_guessed else None,
         )
-        condition = torch.zeros(1, dtype=torch.int64) if doubled else None
+
+    def _checked_process(self, call: Call, has_both: bool) -> Process:
+        """The call's process; with both halves it has one class, and a null label."""
+        process = call.plan.process
+        process = replace(process, classes=1, dropout=0.1) if has_both else process
+        condition = torch.zeros(1, dtype=torch.int64) if has_both else None
         check_guidance(process, call.knots, condition, self.guidance, call.plan.sampler)
         return process
 
-    def _doubled(self, x: Tensor, labels: Tensor | None) -> bool:
-        """Whether x holds each sample twice; where the pipeline does not say, seen once a call."""
-        said = self.doubles()
-        if said is not None:
-            return said
+    def _has_both_halves(self, x: Tensor, labels: Tensor | None) -> bool:
+        """Whether x holds each sample twice.
+
+        If the pipeline does not expose it, the two halves of x, and their labels, are compared:
+        once in a call, since the comparison waits for the device.
+        """
+        exposed = self.has_negative_half()
+        if exposed is not None:
+            return exposed
         null = self.family.null_label
         if labels is not None and null is not None and bool(labels[len(x) // 2 :].ne(null).any()):
             return False
@@ -259,43 +292,70 @@ class Guided:
         return bool(second) and len(x) % 2 == 0 and torch.equal(first, second[0])
 
 
-def unmet(rule: Guidance) -> str:
-    """What to do where a pipeline leaves out the negative half."""
+def missing_negative(rule: Guidance) -> str:
+    """The error message for a pipeline that passes no negative half; it contains the remedy."""
     return (
-        f"{rule} needs the negative half, which the pipeline leaves out: call it with guidance_scale above 1 (Flux: "
-        f"true_cfg_scale, and a negative prompt; its value is not used), or attach CFG(1.0)"
+        f"{rule} needs the negative half, which the pipeline leaves out: call it with "
+        f"guidance_scale above 1 (Flux: true_cfg_scale, and a negative prompt), whose value is not "
+        f"used; or attach CFG(1.0)"
     )
 
 
-def guide(rule: Guidance, seen: GuidanceInput, progress: Progress) -> Tensor:
-    """The network's output that means the guided prediction."""
-    prediction, progress.memory = rule.combine(seen, progress.memory)
-    pair = prediction if rule.consistent else same_step(prediction, seen.x, seen.step)
-    return target(
-        seen.step.process.prediction, *pair, seen.step.level, seen.step.process.sigma_data
-    )
+def guided_output(rule: Guidance, given: GuidanceInput, state: CallState) -> Tensor:
+    """The output F of the network that corresponds to the guided prediction.
+
+    Args:
+        rule: the rule.
+        given: the predictions that it combines, of B samples.
+        state: state of the call, whose memory of the rule is updated.
+
+    Returns:
+        F (B, ...), in the network's prediction type.
+    """
+    prediction, state.memory = rule.combine(given, state.memory)
+    step = given.step
+    pair = prediction if rule.consistent else same_first_order_step(prediction, given.x, step)
+    return target(step.process.prediction, *pair, step.level, step.process.sigma_data)
 
 
-def same_step(prediction: Prediction, x: Tensor, step: Step) -> Prediction:
-    """The pair with x = α x_0 + σ ε whose first-order step leads where this one's does."""
+def same_first_order_step(prediction: Prediction, x: Tensor, step: Step) -> Prediction:
+    """The pair (x_0, ε) with x = α x_0 + σ ε whose first-order step ends where this one's ends.
+
+    Args:
+        prediction: a pair with x ≠ α x_0 + σ ε (CFG++), of tensors (B, ...).
+        x: noisy samples (B, ...).
+        step: the step; it gives the levels at its beginning and end.
+
+    Returns:
+        The pair that solves α x_0 + σ ε = x and α' x_0 + σ' ε = y, with y the result of the step.
+    """
     t, s = step.level, step.end
     y, det = prediction.at(s), t.alpha * s.sigma - t.sigma * s.alpha
     return Prediction((s.sigma * x - t.sigma * y) / det, (t.alpha * y - s.alpha * x) / det)
 
 
 def check_rule(rule: Guidance) -> None:
-    """Raise where a rule reads labels, which pipelines have not."""
+    """Raise ValueError if a rule reads class labels, which a pipeline's condition is not."""
     if any(isinstance(part, (ClassifierGuidance, GFCG)) for part in rule.parts()):
         raise ValueError(
-            f"{rule} reads class labels, which a pipeline's condition is not: use CFG, APG or Interval"
+            f"{rule} reads class labels, which a pipeline's condition is not: use CFG, APG or "
+            f"Interval"
         )
 
 
-def asked_about(
+def split_input(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    """x, and the other arguments; all of them by position or by name."""
+    """x among the arguments of a network's forward, and the other arguments.
+
+    Args:
+        args: positional arguments; x is the first, if there are any.
+        kwargs: keyword arguments; else x is `sample` or `hidden_states`.
+
+    Returns:
+        x, the other positional arguments, the other keyword arguments.
+    """
     if args:
         return args[0], args[1:], kwargs
-    name = next(name for name in INPUTS if name in kwargs)
+    name = next(name for name in INPUT_NAMES if name in kwargs)
     return kwargs[name], (), {key: value for key, value in kwargs.items() if key != name}

@@ -1,8 +1,10 @@
-"""The forward of a network that its pipeline asks twice at a level, about the condition and then about its negative (Flux).
+"""The forward of a network whose pipeline evaluates the halves of guidance in two calls (Flux).
 
-The pipeline makes n + s (c - n) of the two answers. The first one is a tensor that the second call fills: both are the guided
-output F then, and F + s (F - F) = F, bit for bit and whatever s is. Each half is asked about in its own call, where its caches
-and arguments are; where the rule needs no negative, the second call is answered without the network.
+The pipeline computes n + s (c - n) from the outputs c for the condition, which come first, and n
+for the negative. The first output is a tensor that the second call fills: then both are the guided
+output F, and F + s (F - F) = F, bit for bit, for every s. Each half is evaluated in its own call,
+with its arguments and caches. If the rule needs no negative, the second call does not evaluate the
+network.
 """
 
 from dataclasses import dataclass
@@ -15,70 +17,80 @@ from diffcore.core.denoiser import tensor_of
 from diffcore.core.prediction import Prediction
 from diffcore.guidance import Guidance, GuidanceInput, Unconditional, evaluate_queries
 from diffcore.guidance.reference import Query
-from diffcore.integrations.diffusers.guidance.joint_forward import Asked, Guided, Progress, guide
+from diffcore.integrations.diffusers.guidance.joint_forward import (
+    CallState,
+    GuidedForward,
+    PipelineDenoiser,
+    guided_output,
+)
 from diffcore.integrations.diffusers.scheduler.plan import Call
+
+__all__ = ["ConditionalHalf", "SequentialGuidedForward"]
 
 
 @dataclass
-class First:
-    """What the first call found.
+class ConditionalHalf:
+    """Results of the first call.
 
     Args:
-        answer: what the pipeline got.
-        conditional: the prediction.
-        others: of the references that are not the negative, by their place.
+        output: the network output that the pipeline received; the second call may fill it.
+        conditional: the conditional prediction.
+        references: index of each reference that is not the negative -> its prediction.
     """
 
-    answer: Any
+    output: Any
     conditional: Prediction
-    others: dict[int, Prediction]
+    references: dict[int, Prediction]
 
 
-class InTurn(Guided):
-    """A network's forward under a rule, asked about one half at a time."""
+class SequentialGuidedForward(GuidedForward):
+    """A network's forward with a guidance rule, for pipelines that pass one half in each call.
 
-    def _answer(self, rule: Guidance, asked: Asked, progress: Progress) -> Any:
-        return (
-            self._first(rule, asked, progress)
-            if progress.asked is None
-            else self._second(rule, asked, progress)
-        )
+    The arguments are those of `GuidedForward`.
+    """
 
-    def _first(self, rule: Guidance, asked: Asked, progress: Progress) -> Any:
-        step = progress.step
+    def _evaluate(self, rule: Guidance, denoiser: PipelineDenoiser, state: CallState) -> Any:
+        evaluate = self._evaluate_first if state.evaluation is None else self._evaluate_second
+        return evaluate(rule, denoiser, state)
+
+    def _evaluate_first(self, rule: Guidance, denoiser: PipelineDenoiser, state: CallState) -> Any:
+        step = state.step
         assert step is not None
-        x, references = asked.sample(step.level), rule.required_references(step, progress.memory)
-        there = [
+        x, references = denoiser.sample(step.level), rule.required_references(step, state.memory)
+        indices = [
             i for i, reference in enumerate(references) if not isinstance(reference, Unconditional)
         ]
-        queries = [Query(asked, None), *(references[i].query(asked, None, x) for i in there)]
+        queries = [
+            Query(denoiser, None),
+            *(references[i].query(denoiser, None, x) for i in indices),
+        ]
         conditional, *others = evaluate_queries(queries, x, step.level)
-        found = First(None, conditional, dict(zip(there, others, strict=True)))
-        if len(there) == len(references):
-            found.answer = asked.answered(
-                guide(rule, GuidanceInput(x, step, conditional, tuple(others)), progress)
-            )
+        half = ConditionalHalf(None, conditional, dict(zip(indices, others, strict=True)))
+        if len(indices) == len(references):
+            given = GuidanceInput(x, step, conditional, tuple(others))
+            half.output = denoiser.pipeline_output(guided_output(rule, given, state))
         else:
-            found.answer, progress.waits = asked.answered(torch.full_like(x, torch.nan)), rule
-        progress.asked = found
-        return found.answer
+            half.output = denoiser.pipeline_output(torch.full_like(x, torch.nan))
+            state.waiting_rule = rule
+        state.evaluation = half
+        return half.output
 
-    def _second(self, rule: Guidance, asked: Asked, progress: Progress) -> Any:
-        first, step = progress.asked, progress.step
-        if progress.waits is None:
-            return first.answer
+    def _evaluate_second(self, rule: Guidance, denoiser: PipelineDenoiser, state: CallState) -> Any:
+        half: ConditionalHalf = state.evaluation
+        step = state.step
+        if state.waiting_rule is None:
+            return half.output
         assert step is not None
-        x = asked.sample(step.level)
-        negative = asked(x, step.level)
-        places = range(len(rule.required_references(step, progress.memory)))
-        seen = GuidanceInput(
-            x, step, first.conditional, tuple(first.others.get(i, negative) for i in places)
-        )
-        tensor_of(first.answer).copy_(guide(rule, seen, progress))
-        progress.waits = None
-        return first.answer
+        x = denoiser.sample(step.level)
+        negative = denoiser(x, step.level)
+        indices = range(len(rule.required_references(step, state.memory)))
+        references = tuple(half.references.get(i, negative) for i in indices)
+        given = GuidanceInput(x, step, half.conditional, references)
+        tensor_of(half.output).copy_(guided_output(rule, given, state))
+        state.waiting_rule = None
+        return half.output
 
-    def _begun(self, call: Call, x: Tensor, labels: Tensor | None) -> Progress:
-        """That the negative half comes is known when it does; a call has the rows of one."""
-        self._checked(call, True)
-        return Progress(call.plan.process)
+    def _begin(self, call: Call, x: Tensor, labels: Tensor | None) -> CallState:
+        # Whether the negative half comes is known only when it does; each call has B samples.
+        self._checked_process(call, has_both=True)
+        return CallState(call.plan.process)

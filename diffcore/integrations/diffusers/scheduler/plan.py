@@ -150,7 +150,7 @@ class Call:
     def start(self, t: Any, x: Tensor, noise: Noise) -> State:
         """The state of the sampler with this x: the first, or the one under way, whose x a pipeline may have changed."""
         if self.guided is not None:
-            self.guided.settle(len(x))
+            self.guided.finish_evaluation(len(x))
         if self.state is not None:
             if self.state.done:
                 raise ValueError(

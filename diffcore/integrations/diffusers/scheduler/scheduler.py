@@ -14,7 +14,7 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
-from diffcore.core.prediction import Prediction, edm_norm, predict, target
+from diffcore.core.prediction import Prediction, edm_norm, predict, scale_input, target
 from diffcore.core.process import TimeConditioning
 from diffcore.guidance.base import moved
 from diffcore.integrations.diffusers.scheduler.generator_noise import Drawn, Generators
@@ -191,9 +191,11 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """What the network is asked: x, or of an edm network x / √(α² s² + σ²)."""
-        if self.settings.prediction_type != "edm":
+        settings = self.settings
+        if settings.prediction_type != "edm":  # a pipeline may call this before set_timesteps
             return sample
-        return sample / edm_norm(self.call.now(timestep).level, self.settings.sigma_data)
+        level = self.call.now(timestep).level
+        return scale_input(settings.prediction_type, sample, level, settings.sigma_data)
 
     def step(
         self,

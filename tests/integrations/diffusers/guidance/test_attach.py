@@ -278,7 +278,7 @@ def pix2pix(pipe):
 
 BAD = [
     (lambda pipe: attach(pix2pix(pipe)), "InstructPix2PixPipeline is in no record of a model family"),
-    (again, "has guidance of ours already: detach it first"),
+    (again, "has attached guidance already: detach it first"),
     (unguided, "call it with guidance_scale above 1"),
     (lambda pipe: attach(pipe, CFGPlusPlus(0.6), Heun()), "breaks x = α x_0 .* use DDIM"),
     (lambda pipe: attach(pipe, CFGPlusPlus(0.6), EulerAncestral()), "breaks x = α x_0 .* use DDIM"),
@@ -320,7 +320,7 @@ def test_two_prompts_of_one_seed_are_refused_where_the_pipeline_says_not_what_it
     pipe = pixart(diffusers.DDIMScheduler(clip_sample=False))
     given = {"num_inference_steps": 3, "output_type": "latent", "use_resolution_binning": False}
     with attach(pipe, CFG(1.0)):
-        with pytest.raises(ValueError, match="give each sample its own seed"):
+        with pytest.raises(ValueError, match="pass a different seed for each sample"):
             pipe(["a", "b"], guidance_scale=1.0, generator=[seed(0), seed(0)], **given)
         pipe(["a", "b"], guidance_scale=1.0, generator=[seed(0), seed(1)], **given)
         pipe(["a", "b"], guidance_scale=2.0, generator=[seed(0), seed(0)], **given)

@@ -346,7 +346,7 @@ def test_a_generator_each_makes_a_row_its_own():
 def test_a_pipeline_that_asks_a_third_time_is_refused():
     pipe = sd3(flow())
     with (
-        pytest.raises(ValueError, match="asks its network twice at a level"),
+        pytest.raises(ValueError, match="calls its network twice at one noise level"),
         attach(pipe, CFG(3.0)),
     ):
         call(pipe, FAMILIES["3"], skip_guidance_layers=[0], skip_layer_guidance_stop=0.9)

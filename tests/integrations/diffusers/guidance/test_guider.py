@@ -156,10 +156,10 @@ def test_it_is_saved_and_loaded_with_its_pipeline(tmp_path):
     again = StableDiffusionXLCoreDenoiseStep().init_pipeline(str(tmp_path))
     again.load_components()
     again.set_progress_bar_config(disable=True)
-    assert again.guider.known == pipe.guider.known
+    assert again.guider.settings == pipe.guider.settings
     aligned(again.unet)
     assert torch.equal(call(again), made)
-    assert again.guider.new(rule=CFG(2.0)).known.rule == CFG(2.0)
+    assert again.guider.new(rule=CFG(2.0)).settings.rule == CFG(2.0)
 
 
 def test_a_run_that_ended_without_guidance_does_not_leave_the_negative_out_of_the_next():
@@ -217,13 +217,13 @@ def retrieved(vae, image, generator):
 
 BAD = [
     (lambda: attach(xl(), CFG(3.0)), r"accepts a guider: pipe.update_components\(guider=DiffcoreGuider.of\(CFG"),
-    (lambda: DiffcoreGuider(CFGPlusPlus(0.6), process()), "depends on the sampler's steps, which a guider is not told: use"),
+    (lambda: DiffcoreGuider(CFGPlusPlus(0.6), process()), "depends on the sampler's steps, which a guider does not"),
     (lambda: DiffcoreGuider(LinearAG(CFG(3.0), ((), (0.0, 1.0))), process()), "depends on the sampler's steps"),
     (lambda: DiffcoreGuider(GFCG(lambda x, level: x), process()), "reads class labels"),
-    (lambda: DiffcoreGuider(Composed((3,), (1.0,)), process()), "asks for Label.* use Unconditional"),
+    (lambda: DiffcoreGuider(Composed((3,), (1.0,)), process()), "needs Label.* use Unconditional"),
     (lambda: DiffcoreGuider({"class_path": "CGF"}, process()), "CFG"),
     (without_negative, "needs the negative half, which the pipeline leaves out: pass negative_prompt"),
-    (lambda: DiffcoreGuider(CFG(3.0), process()).forward(torch.zeros(1)), "the network's input was not seen"),
+    (lambda: DiffcoreGuider(CFG(3.0), process()).forward(torch.zeros(1)), "has not seen the network's input"),
 ]  # fmt: skip
 
 
