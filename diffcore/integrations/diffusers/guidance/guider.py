@@ -13,8 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from diffusers.guiders import BaseGuidance
-from diffusers.guiders.guider_utils import GuiderOutput
+from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
 from torch import Tensor, nn
 
 from diffcore.core.prediction import Prediction, predict, target, unscale_input
