@@ -1,4 +1,4 @@
-"""Private symbols of other packages that diffcore uses: each still exists, and pyproject.toml bounds its package above."""
+"""Private symbols of other packages: each still exists, and pyproject.toml bounds its package."""
 
 import pkgutil
 import re

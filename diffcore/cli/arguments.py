@@ -1,4 +1,4 @@
-"""What happens to command-line words before jsonargparse reads them: spelling of option names, and repeated options."""
+"""Command-line words before jsonargparse reads them: spelling of names, and repeated options."""
 
 import re
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def normalize_options(argv: Sequence[str]) -> list[str]:
 def extract_option(
     argv: Sequence[str], name: str, expected: str, *, may_be_empty: bool = False
 ) -> tuple[list[str], list[str]]:
-    """Take every `--NAME VALUE` and `--NAME=VALUE` out of the command line; the values are not read as YAML.
+    """Take every `--NAME VALUE` and `--NAME=VALUE` out; the values are not read as YAML.
 
     Args:
         argv: command-line words.

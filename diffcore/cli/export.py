@@ -1,4 +1,4 @@
-"""`diffcore export`: save the network of a run as a diffusers pipeline, with or without a dependence on diffcore."""
+"""`diffcore export`: save the network of a run as a diffusers pipeline."""
 
 import shutil
 from collections.abc import Sequence
@@ -34,8 +34,9 @@ class ExportRequest:
 
     Args:
         out: folder to write. It must be new, or hold an older pipeline, which is replaced.
-        format: diffcore: a DiffcorePipeline, which samples exactly as diffcore does and needs diffcore installed.
-            diffusers: a pipeline class of diffusers, which needs no diffcore; refused if its samples would differ.
+        format: diffcore: a DiffcorePipeline, which samples exactly as diffcore does and needs
+            diffcore installed. diffusers: a pipeline class of diffusers, which needs no diffcore;
+            refused if its samples would differ.
         sampler: numerical integrator that the pipeline uses by default.
         grid: rule that places the noise levels (knots) by default.
         steps: number of sampler steps that the pipeline takes by default.
@@ -67,8 +68,8 @@ def main(argv: Sequence[str]) -> None:
     parser = ComponentParser(
         prog="diffcore export",
         usage="diffcore export RUN --out FOLDER [--option value ...]",
-        description="Save the averaged network of the run in folder RUN as a diffusers pipeline. The run's "
-        "sampler, grid, steps and guidance replace the defaults below.",
+        description="Save the averaged network of the run in folder RUN as a diffusers pipeline. "
+        "The run's sampler, grid, steps and guidance replace the defaults below.",
     )
     parser.add_argument(
         "run", type=str, metavar="RUN", help="folder of a run or of a DiffcorePipeline"
@@ -82,7 +83,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _pipeline_or_run(folder: Path) -> Path:
-    """The pipeline that a run left, which contains its VAE too; the folder itself if there is none."""
+    """The pipeline of a run, which contains its VAE too; without one, the folder itself."""
     pipeline = folder / "pipeline"
     return pipeline if is_pipeline(pipeline) else folder
 
@@ -119,8 +120,8 @@ def _export_stock(folder: Path, pipeline: "DiffcorePipeline", request: ExportReq
     print(
         f"{folder} -> {request.out}: a {type(stock).__name__} with a "
         f"{type(stock.scheduler).__name__}, which diffusers loads alone\n"
-        f"greatest difference from diffcore's samples: {differences[0]:.2g} of their greatest value "
-        f"({steps} steps)"
+        f"greatest difference from diffcore's samples: {differences[0]:.2g} of their greatest "
+        f"value ({steps} steps)"
     )
     for line in _remarks(stock, request, steps):
         print(line)
@@ -133,8 +134,8 @@ def _load_pipeline(folder: Path, request: ExportRequest) -> "DiffcorePipeline":
     model = load_image_model(folder, PipelineOptions(), torch.device("cpu"))
     if model.is_text_conditioned:
         raise ValueError(
-            f"{folder} is an adapter of a text-conditioned pipeline, which diffusers loads into it: "
-            f"pipe.load_lora_weights({str(folder)!r})"
+            f"{folder} is an adapter of a text-conditioned pipeline, which diffusers loads into "
+            f"it: pipe.load_lora_weights({str(folder)!r})"
         )
     vae: Any = None if model.latents is None else model.latents.vae
     return DiffcorePipeline.of(
@@ -155,12 +156,12 @@ def _check_is_diffcore_pipeline(folder: Path) -> None:
 
 
 def _remarks(stock: Any, request: ExportRequest, steps: int) -> list[str]:
-    """Lines for users of the stock pipeline: which steps it takes exactly, and what it leaves out."""
+    """Lines for users of the stock pipeline: exact step counts, and settings that it leaves out."""
     name, remarks = type(stock.scheduler).__name__, []
     if name in ("DDIMScheduler", "DDPMScheduler"):
         remarks.append(
-            f"use a num_inference_steps that divides {len(stock.scheduler)}, such as {steps}: {name} "
-            "is exact there"
+            f"use a num_inference_steps that divides {len(stock.scheduler)}, such as {steps}: "
+            f"{name} is exact there"
         )
     if request.guidance != CFG(1.0) and type(stock).__name__ == "ConsistencyModelPipeline":
         remarks.append(f"left out: guidance {request.guidance}; the pipeline samples without it")

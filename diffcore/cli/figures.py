@@ -1,4 +1,4 @@
-"""Figures that print well in grey: panels side by side, curves of different lightness and dashes, a legend below."""
+"""Figures that print well in grey: curves differ in lightness and dashes."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Settings of a training that starts from a diffusers pipeline, completed by what the pipeline's folder contains."""
+"""Settings of a training that starts from a diffusers pipeline, which completes them."""
 
 from inspect import signature
 from pathlib import Path
@@ -44,9 +44,10 @@ def find_pipeline(settings: dict[str, Any], option: str, file: str) -> str:
 
 
 def complete_settings(settings: dict[str, Any], folder: str) -> dict[str, Any]:
-    """Fill in the settings of a training that its file leaves to a pipeline: the process, and the folder to read.
+    """Fill in the settings that a training's file leaves to a pipeline: process and folder.
 
-    A schedule that wraps another one (ZeroTerminalSNR, Shifted) and names none wraps the pipeline's.
+    A schedule that wraps another one (ZeroTerminalSNR, Shifted) and names none wraps the
+    pipeline's.
 
     Args:
         settings: content of the settings file; it takes precedence over the pipeline.

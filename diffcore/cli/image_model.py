@@ -1,4 +1,4 @@
-"""What `diffcore sample` draws samples from: the network of a run, or a diffusers pipeline, with its image decoder."""
+"""The model that `diffcore sample` uses: the network of a run, or a diffusers pipeline."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -108,8 +108,8 @@ def read_sampling_settings(folder: Path) -> dict[str, Any]:
         folder: folder of a run or of a pipeline.
 
     Returns:
-        Settings of a run's config.yaml, or those of them that a pipeline contains: guidance at its default scale, and
-        sampler, grid and steps if its scheduler is a DiffcoreScheduler.
+        Settings of a run's config.yaml, or those of them that a pipeline contains: guidance at its
+        default scale, and sampler, grid and steps if its scheduler is a DiffcoreScheduler.
 
     Raises:
         ValueError: the folder is neither a run's nor a pipeline's.
@@ -123,7 +123,7 @@ def read_sampling_settings(folder: Path) -> dict[str, Any]:
 
 
 def load_image_model(folder: Path, options: PipelineOptions, device: torch.device) -> ImageModel:
-    """Load the model in a folder. A run is loaded by its pipeline if it has latents, prompts or another image size.
+    """Load the model in a folder. Latents, prompts and image sizes of a run need its pipeline.
 
     Args:
         folder: folder of a run or of a pipeline.

@@ -26,8 +26,8 @@ def main(argv: Sequence[str]) -> None:
     """
     parser = ComponentParser(
         prog="diffcore info",
-        description="Describe the run in folder RUN: network, process, checkpoints and last report. "
-        "Without RUN, describe this machine: versions and device.",
+        description="Describe the run in folder RUN: network, process, checkpoints and last "
+        "report. Without RUN, describe this machine: versions and device.",
     )
     parser.add_argument(
         "run", type=str, nargs="?", default="", metavar="RUN", help="folder of a run"

@@ -1,4 +1,4 @@
-"""The command `diffcore`. It imports the module of one command only, so that its help needs no torch."""
+"""The command `diffcore`. It imports one command's module only, so that its help needs no torch."""
 
 import argparse
 import os
@@ -10,7 +10,7 @@ from typing import NoReturn
 from diffcore import __version__
 from diffcore.cli.arguments import extract_option, normalize_options
 
-__all__ = ["CommandParser", "main"]
+__all__ = ["main"]
 
 COMMANDS = {
     "train": "train a network from a recipe or a YAML file of settings",
@@ -21,33 +21,29 @@ COMMANDS = {
 }
 
 
-class CommandParser(argparse.ArgumentParser):
+class _CommandParser(argparse.ArgumentParser):
     """An argparse parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        """End the program with status 2.
-
-        Args:
-            message: what is wrong.
-        """
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. An error is one line on stderr; DIFFCORE_TRACEBACK=1 in the environment shows the traceback.
+    """Run a command. Errors are one line on stderr, or a traceback if DIFFCORE_TRACEBACK=1 is set.
 
     Args:
         argv: command-line words; default: those of this program.
 
     Returns:
-        The exit status: 0, or 1 after an error, or 130 after an interruption. Unknown options exit with status 2.
+        The exit status: 0, or 1 after an error, or 130 after an interruption. Unknown options exit
+        with status 2.
     """
-    parser = CommandParser(
+    parser = _CommandParser(
         prog="diffcore",
         description="Train diffusion models and draw samples from them.",
-        epilog="`diffcore COMMAND --help` describes the options of a command. `--trust MODULE` lets "
-        "the settings of any command name classes of one of your modules, which may lie in the "
-        "current folder.",
+        epilog="`diffcore COMMAND --help` describes the options of a command. `--trust MODULE` "
+        "lets the settings of any command name classes of one of your modules, which may lie in "
+        "the current folder.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"diffcore {__version__}")

@@ -38,7 +38,8 @@ TARGETS = {
     "edm": "EDM's output",
 }
 USAGE = """usage: diffcore plot schedules SCHEDULE ... [--out schedules.png]
-       diffcore plot weights [WEIGHT ...] [--configs RECIPE,FILE.yaml] [--on epsilon] [--out weights.png]
+       diffcore plot weights [WEIGHT ...] [--configs RECIPE,FILE.yaml] [--on epsilon]
+                             [--out weights.png]
 
 `diffcore plot schedules --help` and `diffcore plot weights --help` describe the options."""
 COMPONENTS = (
@@ -183,7 +184,8 @@ def effective_weight(training: TrainingLevels, on: PredictionType, logsnr: Tenso
         logsnr: λ, of any shape.
 
     Returns:
-        The weight, in the shape of `logsnr`; w(λ) within the schedule if the objective is corrected for p.
+        The weight, in the shape of `logsnr`; w(λ) within the schedule if the objective is corrected
+        for p.
     """
     weight = training.objective.weight.on(on, logsnr, training.process.sigma_data)
     density = training.process.schedule.density(logsnr)
@@ -223,7 +225,7 @@ def draw_weights(
     sigma_data: float,
     out: Path,
 ) -> None:
-    """Write the figure of weights, and of the effective weights of trainings, each scaled to area 1.
+    """Write the figure of weights, and of effective weights, which are scaled to area 1.
 
     Args:
         weights: one curve each in the left panel.

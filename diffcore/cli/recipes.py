@@ -12,7 +12,11 @@ RECIPES = files("diffcore.recipes")
 
 
 def recipe_names() -> list[str]:
-    """The sorted names of the recipes that diffcore contains."""
+    """List the recipes that diffcore contains.
+
+    Returns:
+        Their names, sorted.
+    """
     return sorted(Path(path.name).stem for path in RECIPES.iterdir() if path.name.endswith(".yaml"))
 
 

@@ -1,4 +1,4 @@
-"""Commands whose first argument is a run: its sampler, grid, steps and guidance are the defaults of their options."""
+"""Commands whose first argument is a run, which brings the defaults of their options."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +28,8 @@ def parse_with_run_defaults(
         The arguments by name, as components.
 
     Raises:
-        ValueError: the folder does not come first, so that its settings are unknown, or it is not a run's.
+        ValueError: the folder does not come first, so that its settings are unknown, or it is not a
+            run's.
     """
     wants_help = any(word in ("-h", "--help") or ".help" in word for word in argv)
     if argv and not argv[0].startswith("-"):

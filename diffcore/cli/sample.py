@@ -1,4 +1,4 @@
-"""`diffcore sample`: draw samples from a run or a diffusers pipeline, by label or prompt and by seed."""
+"""`diffcore sample`: draw samples of a run or a diffusers pipeline by label, prompt and seed."""
 
 import json
 import math
@@ -37,25 +37,33 @@ class SampleRequest:
     """Which samples to draw, how, and where to write them.
 
     Args:
-        labels: class labels, such as 0-9,12. Without labels and prompts the samples are unconditional.
-        prompt: text prompt, for text-conditioned pipelines; may be repeated, and takes the place of a label.
-        negative: negative prompt that guidance moves away from; empty: the pipeline's unconditional prompt.
+        labels: class labels, such as 0-9,12. Without labels and prompts the samples are
+            unconditional.
+        prompt: text prompt, for text-conditioned pipelines; may be repeated, and takes the place of
+            a label.
+        negative: negative prompt that guidance moves away from; empty: the pipeline's unconditional
+            prompt.
         height: height of a pipeline's images in pixels; 0: the network's default.
         width: width of a pipeline's images in pixels; 0: the network's default.
         per_label: number of samples for each label or prompt.
-        seeds: one 64-bit seed for each sample, such as 0-79, label after label; default: 0, 1, 2, ...
+        seeds: one 64-bit seed for each sample, such as 0-79, label after label; default: 0, 1, 2,
+            ...
         sampler: numerical integrator.
         grid: rule that places the noise levels (knots).
         steps: number of sampler steps.
         guidance: rule that strengthens the condition.
         image: image file to start from; every seed adds other noise to it.
         start: noise level σ/α of the noise added to the image; 0: the first level of the grid.
-        batch_size: number of samples drawn together. Another batch size changes samples by rounding errors only.
-        rows: largest batch of one network call, which guidance doubles; 0: no limit. Lower it to save memory.
-        path: whether the noise of stochastic steps follows one Brownian path per seed, so that more steps give a nearby
-            sample.
-        out: where to write: one image of all samples (.png), a folder for one image per sample, or arrays (.safetensors).
-        threads: number of processor threads; 0: torch's default. The last bits of the samples depend on it.
+        batch_size: number of samples drawn together. Another batch size changes samples by rounding
+            errors only.
+        rows: largest batch of one network call, which guidance doubles; 0: no limit. Lower it to
+            save memory.
+        path: whether the noise of stochastic steps follows one Brownian path per seed, so that more
+            steps give a nearby sample.
+        out: where to write: one image of all samples (.png), a folder for one image per sample, or
+            arrays (.safetensors).
+        threads: number of processor threads; 0: torch's default. The last bits of the samples
+            depend on it.
         device: device of the network: auto, cpu, cuda, ...
         print_knots: whether to print all noise levels, and not only the first and last ones.
     """
@@ -112,7 +120,8 @@ class SampleRequest:
             )
         if self.start and not isinstance(self.grid, CoordinateGrid):
             raise ValueError(
-                f"start is {self.start}, but {self.grid} names its first knot itself: leave start out"
+                f"start is {self.start}, but {self.grid} names its first knot itself: "
+                "leave start out"
             )
 
     @property
@@ -159,9 +168,9 @@ def main(argv: Sequence[str]) -> None:
     parser = ComponentParser(
         prog="diffcore sample",
         usage="diffcore sample RUN [--option value ...]",
-        description="Draw samples from the run in folder RUN, or from the diffusers pipeline saved there. "
-        "The run's sampler, grid, steps and guidance replace the defaults below; a pipeline's default "
-        "is CFG at its own guidance scale.",
+        description="Draw samples from the run in folder RUN, or from the diffusers pipeline "
+        "saved there. The run's sampler, grid, steps and guidance replace the defaults below; a "
+        "pipeline's default is CFG at its own guidance scale.",
     )
     parser.add_argument("--config", action="config", help="YAML file of these options")
     parser.add_argument(
@@ -238,7 +247,7 @@ def _write(x: Tensor, request: SampleRequest, model: ImageModel) -> None:
 
 
 def _check_labels(labels: IntegerList, model: ImageModel) -> None:
-    """Refuse labels for a text-conditioned network, and the null label, whose samples would pass for those of a class."""
+    """Refuse labels of a text-conditioned network, and the null label, which is not a class."""
     if labels and model.is_text_conditioned:
         raise ValueError("the network is conditioned on text, not on labels: use --prompt TEXT")
     classes = model.denoiser.process.classes

@@ -37,8 +37,8 @@ def _parser() -> ComponentParser:
         usage="diffcore train [RECIPE | FILE.yaml] [--option value ...]",
         description=f"Train a network. Recipes: {', '.join(recipe_names())}. Options override the "
         "settings of the recipe or file.",
-        epilog="`--trust MODULE` lets the settings name classes of one of your modules, which may lie "
-        "in the current folder.",
+        epilog="`--trust MODULE` lets the settings name classes of one of your modules, which may "
+        "lie in the current folder.",
     )
     parser.add_argument(
         "--config", action="config", help="YAML file of settings; options override it"
@@ -54,7 +54,7 @@ def _parser() -> ComponentParser:
 
 
 def _move_files_first(argv: Sequence[str]) -> list[str]:
-    """The command line with the recipe and the files in front, so that options override them wherever they stand."""
+    """The command line with all files in front, so that options override them from anywhere."""
     files, words = extract_option(argv, "config", "a YAML file")
     if words and not words[0].startswith("-"):
         files.insert(0, words.pop(0))

@@ -19,7 +19,7 @@ EXTRAS = {
 
 
 class MissingExtraError(ImportError, ValueError):
-    """An optional dependency is not installed. It is a mistake in the user's installation, not a bug."""
+    """An optional dependency is not installed, which is an error of installation and not a bug."""
 
 
 def import_extra(name: str, purpose: str, extra: str | None = None) -> Any:
@@ -27,14 +27,16 @@ def import_extra(name: str, purpose: str, extra: str | None = None) -> Any:
 
     Args:
         name: dotted name of the module, such as `"sklearn.datasets"`.
-        purpose: what needs it, as the subject of the error message, such as `"The digits data set"`.
+        purpose: what needs it, as the subject of the error message, such as `"The digits data
+            set"`.
         extra: extra that installs it; default: the one of `EXTRAS`.
 
     Returns:
         The imported module.
 
     Raises:
-        MissingExtraError: the distribution is not installed; the message contains the command that installs it.
+        MissingExtraError: the distribution is not installed; the message contains the command that
+            installs it.
 
     Example:
         >>> import_extra("json", "This example", extra="train").loads("1")

@@ -1,4 +1,4 @@
-"""Files: atomic writes of a file or a folder, writes that reach the disk, and the hash of a file."""
+"""Atomic writes of files and folders, and hashes of files."""
 
 import hashlib
 import os
@@ -76,7 +76,7 @@ def write_and_sync(path: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk, so that renamed files survive a power failure.
+    """Wait until the names in a folder are on the disk, where they survive a power failure.
 
     Args:
         folder: folder whose entries were created or renamed.

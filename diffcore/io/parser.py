@@ -1,7 +1,8 @@
-"""The parser of components: command lines and plain data, with errors of one line that name the nearest spelling.
+"""The parser of command lines and plain data into components; errors name the nearest spelling.
 
-A configuration can name classes of diffcore, torch and diffusers, and of other modules only if the user trusts them by
-name: neither a configuration nor the folder of a run can make Python import or call something else.
+A configuration can name classes of diffcore, torch and diffusers, and of other modules only if the
+user trusts them by name: neither a configuration nor the folder of a run can make Python import or
+call something else.
 """
 
 import ast
@@ -42,7 +43,7 @@ class SpecError(ValueError):
 
 
 class ComponentHelp(DefaultHelpFormatter):
-    """Help that prints types and components by name, defaults as constructor calls, and short lists of subclasses only."""
+    """Help with types by name, defaults as constructor calls, and short lists of subclasses."""
 
     def _expand_help(self, action: Any) -> str:
         text = super()._expand_help(action)
@@ -81,22 +82,26 @@ HELP_REPLACEMENTS: dict[str, str | Callable[[re.Match[str]], str]] = {
 
 
 class ComponentParser(ArgumentParser):
-    """A jsonargparse parser that builds trusted classes only; its errors are one line with the nearest spelling.
+    """A jsonargparse parser that builds trusted classes only and reports errors in one line.
 
     Args:
         *args: positional arguments of jsonargparse's parser.
-        **kwargs: keyword arguments of jsonargparse's parser. With `exit_on_error=False` errors are raised as SpecError.
+        **kwargs: keyword arguments of jsonargparse's parser. With `exit_on_error=False` errors are
+            raised as SpecError.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, formatter_class=ComponentHelp, allow_abbrev=False, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """End the program with status 2, or raise SpecError if the parser does not exit on errors.
+        """End the program with status 2, or raise SpecError if `exit_on_error` is False.
 
         Args:
             message: jsonargparse's message, on several lines.
             ex: exception that caused it, if any.
+
+        Returns:
+            Never.
         """
         line = self._explain(message)
         if not self.exit_on_error:
@@ -118,8 +123,9 @@ class ComponentParser(ArgumentParser):
             The namespace with components in place of their settings.
 
         Raises:
-            ValueError: a component refuses its options, or a path of diffcore, torch or diffusers is not a class. A
-                function could do anything when it is called, so functions need a trusted module.
+            ValueError: a component refuses its options, or a path of diffcore, torch or diffusers
+                is not a class. A function could do anything when it is called, so functions need a
+                trusted module.
         """
         for path in _import_paths(namespace.as_dict()):
             if not isclass(pydoc.locate(path)) and path.partition(".")[0] in TRUSTED:
@@ -149,10 +155,11 @@ class ComponentParser(ArgumentParser):
 
 
 def trust(*modules: str) -> None:
-    """Allow configurations to name classes and functions of these modules, which may lie in the current folder.
+    """Allow configurations to name classes and functions of these modules.
 
     Args:
-        *modules: import names; diffcore, torch and diffusers are always trusted.
+        *modules: import names, also of modules in the current folder. diffcore, torch and diffusers
+            are always trusted.
     """
     if modules and "" not in sys.path:
         sys.path.append("")
@@ -175,7 +182,7 @@ def _discard_options_of_other_class(_parser: Any, before: Any, after: Any) -> No
 
 
 trust()
-# jsonargparse keeps the options whose names agree: P2 in place of MinSNR(5) would silently get γ = 5.
+# jsonargparse keeps options whose names agree: P2 in place of MinSNR(5) would silently get γ = 5.
 _typehints.discard_init_args_on_class_path_change = _discard_options_of_other_class
 
 
@@ -196,7 +203,7 @@ def _nearest(word: str, candidates: list[str]) -> str | None:
 
 
 def _import_paths(value: Any) -> Iterator[str]:
-    """Every import path in parsed settings: class paths, and functions where a callable is expected."""
+    """Import paths in parsed settings: class paths, and functions where callables are expected."""
     if isinstance(value, Mapping):
         if isinstance(path := value.get("class_path"), str):
             yield path

@@ -27,7 +27,7 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], **metadata: int | s
     """
     contiguous = {name: value.contiguous() for name, value in tensors.items()}
     content = {**metadata, "sha256": _hash(contiguous, metadata)}
-    # safetensors writes several metadata entries in no fixed order: one entry keeps the bytes reproducible.
+    # safetensors writes metadata entries in no fixed order: one entry keeps the bytes reproducible.
     write_file(path, save(contiguous, {"diffcore": json.dumps(content)}))
 
 
@@ -61,7 +61,8 @@ def read_weights_and_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, 
     try:
         with safe_open(path, "pt") as file:
             metadata = dict(json.loads((file.metadata() or {})["diffcore"]))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise CorruptFileError(f"{path} cannot be read ({error}): {REMEDY}") from None
     if metadata.pop("sha256", None) != _hash(tensors, metadata):

@@ -20,8 +20,8 @@ def to_spec(value: Any) -> Any:
         value: component, plain dataclass, sequence of them, or plain data, which stays as it is.
 
     Returns:
-        `{class_path, init_args}` for a component, the fields for a plain dataclass. Non-finite floats become the strings
-        of YAML, such as ".inf", because JSON has none.
+        `{class_path, init_args}` for a component, the fields for a plain dataclass. Non-finite
+        floats become the strings of YAML, such as ".inf", because JSON has none.
     """
     if is_dataclass(value) and not isinstance(value, type):
         arguments = {f.name: to_spec(getattr(value, f.name)) for f in fields(value) if f.init}
@@ -46,7 +46,8 @@ def from_spec(cls: type[T], settings: Mapping[str, Any]) -> T:
         The instance.
 
     Raises:
-        ValueError: a key or a value does not fit the signature; the message names it and the nearest spelling.
+        ValueError: a key or a value does not fit the signature; the message names it and the
+            nearest spelling.
     """
     if not isinstance(settings, Mapping):
         raise ValueError(f"got {settings!r}, expected the fields of a {cls.__name__}")
@@ -60,7 +61,7 @@ def from_spec(cls: type[T], settings: Mapping[str, Any]) -> T:
 
 
 def _class_path(cls: type) -> str:
-    """The name of a class of diffcore, which may move between files; the import path of any other class."""
+    """The name of a diffcore class, which may move between files; the path of any other class."""
     if cls.__module__.startswith("diffcore."):
         return cls.__name__
     return f"{cls.__module__}.{cls.__qualname__}"

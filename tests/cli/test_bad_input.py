@@ -1,4 +1,4 @@
-"""Bad input: one line that names the problem and the remedy, a non-zero exit, no traceback, nothing half-written."""
+"""Bad input gives one line with problem and remedy, a non-zero status, and no written file."""
 
 import json
 import random
@@ -249,7 +249,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(place, trained, case):
     assert files() == before
 
 
-# Files that changed ---------------------------------------------------------------------------------------------------
+# Files that changed -------------------------------------------------------------------------------
 
 
 def truncate(path):
@@ -308,7 +308,7 @@ def test_a_torn_line_of_metrics_does_not_hide_the_run(diffcore, trained):
     assert "step 4" in ended.out
 
 
-# The labels of later items are looked at by the network alone: an IndexError, or trained as the null label.
+# Labels of later items reach the network unchecked: an IndexError, or training as the null label.
 @pytest.mark.parametrize(
     "option", ["--process.classes=5", "--network.init_args.num_class_embeds=3"]
 )

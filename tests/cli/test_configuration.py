@@ -55,7 +55,7 @@ OBJECTIVE = (
 
 
 def test_the_options_of_the_objective_are_components(diffcore):
-    """P2 in place of the recipe's MinSNR has γ = 1, its own default; jsonargparse alone would keep the recipe's 5."""
+    """P2 has γ = 1, its own default; jsonargparse alone would keep the 5 of the recipe's MinSNR."""
     settings = yaml.safe_load(diffcore("train", "digits", *OBJECTIVE, "--print_config").out)[
         "objective"
     ]

@@ -24,8 +24,11 @@ def samples(pipe, **options):
 def test_a_run_becomes_a_pipeline_with_the_given_defaults(diffcore, trained, tmp_path):
     options = ["--sampler", "Heun", "--steps", "7", "--guidance.scale", "3", "--grid", "Trailing"]
     ended = diffcore("export", trained, "--out", tmp_path / "out", *options)
-    assert (ended.status, ended.out) == (0, f"{trained} -> {tmp_path / 'out'}: a DiffcorePipeline, which diffusers loads "
-                                            "where diffcore is installed\n")  # fmt: skip
+    assert ended.status == 0
+    assert ended.out == (
+        f"{trained} -> {tmp_path / 'out'}: a DiffcorePipeline, which diffusers loads where "
+        "diffcore is installed\n"
+    )
     pipe = DiffcorePipeline.from_pretrained(tmp_path / "out")
     assert (pipe.scheduler.settings.sampler, pipe.scheduler.settings.grid) == (Heun(), Trailing())
     assert (pipe.guidance, pipe.config.num_inference_steps) == (CFG(3.0), 7)

@@ -39,7 +39,7 @@ def test_weights_and_effective_weights_are_plotted(diffcore):
 
 
 def test_the_effective_weight_of_training_settings_is_weight_times_density():
-    """On v, the recipe has min(SNR, 5)/(SNR+1) · sech(λ/2) / 2π; a corrected objective has no density."""
+    """On v: min(SNR, 5)/(SNR+1) · sech(λ/2) / 2π for the recipe; no density if corrected."""
     logsnr = torch.tensor([-3.0, 0.0, 2.0, 5.0], dtype=torch.float64)
     snr, training = logsnr.exp(), plot.read_training_levels("digits")
     weight = snr.clamp(max=5) / (snr + 1)

@@ -1,4 +1,4 @@
-"""`diffcore sample` on the folder of a diffusers pipeline: prompts and labels, images decoded from latents, and refusals."""
+"""`diffcore sample` on the folder of a diffusers pipeline: prompts, labels and decoded latents."""
 
 import shutil
 from pathlib import Path
@@ -53,9 +53,16 @@ def pipelines(tmp_path_factory):
 
 def expected(pipe, seeds, condition, guidance, image=None, grid=Trailing(), **options):
     z = sample(
-        from_diffusers(pipe, **options), DDIM(), grid, 3, seeds=seeds, condition=condition, guidance=guidance, batch_size=4,
+        from_diffusers(pipe, **options),
+        DDIM(),
+        grid,
+        3,
+        seeds=seeds,
+        condition=condition,
+        guidance=guidance,
+        batch_size=4,
         image=image,
-    ).x  # fmt: skip
+    ).x
     return (
         z
         if getattr(pipe, "vae", None) is None

@@ -1,4 +1,4 @@
-"""`diffcore sample` on a run: its files, its printed facts, and samples that depend on their own seed alone."""
+"""`diffcore sample` on a run: files, printed facts, and samples that depend on their seed alone."""
 
 import math
 import re
@@ -261,8 +261,8 @@ def test_another_seed_or_label_gives_another_sample(diffcore, trained):
 def test_sampler_steps_and_guidance_default_to_those_of_the_run(diffcore, trained):
     ended = diffcore("sample", trained, "--labels=1", "--out=x.png")
     assert (
-        f"1 samples of 50 network evaluations each, 50 planned ({SAMPLER}, {GRID}, 25 steps, CFG(scale=1.5"
-        in ended.out
+        f"1 samples of 50 network evaluations each, 50 planned ({SAMPLER}, {GRID}, 25 steps, "
+        "CFG(scale=1.5" in ended.out
     )
 
 

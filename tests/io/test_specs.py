@@ -1,4 +1,4 @@
-"""Specs: plain data reads back to equal components, and can name classes of trusted modules only."""
+"""Specs: plain data reads back to equal components and names classes of trusted modules only."""
 
 import json
 import math
@@ -178,7 +178,7 @@ def test_a_module_trusted_by_name_can_be_used_and_no_other(two_modules):
     assert type(process.schedule).__module__ == "my_schedules"
     with pytest.raises(ValueError, match="is not allowed"):
         from_spec(Process, other)
-    # With the bare class name, another interpreter could not find the class even if it trusted the module.
+    # By the bare class name, another interpreter could not find the class, even if trusted.
     assert to_spec(process)["schedule"]["class_path"] == "my_schedules.Mine"
 
 
