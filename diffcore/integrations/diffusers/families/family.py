@@ -123,8 +123,8 @@ class ModelFamily:
         dropout: share of training samples without condition that is assumed where the config does
             not determine it; 0 for networks that were distilled from a guided one.
         prediction: the one prediction type of the networks; None: the scheduler's config decides.
-        time_factor: factor between the scheduler's timestep and the network's time input. A
-            config key that is absent means 1.
+        time_factor: factor between the scheduler's timestep and the network's time input; 1 for
+            networks of a table of timesteps. A config key that is absent means 1.
         patch_size: width of the patch of x that is one token, from which a pipeline computes the
             token count of dynamic shifting; None, or an absent config key: no tokens.
         sample_shape: function (config) -> shape (C, H, W) of one x_0, or None if the config does

@@ -133,8 +133,15 @@ def read_process_fields(
             f"{config['_class_name']} has {described.prediction}: pass the scheduler that it was "
             f"trained with, such as FlowMatchEulerDiscreteScheduler"
         )
-    scale = described.time.scale * family.time_scale(parts.network)
-    return read | {"time": replace(described.time, scale=scale)}
+    factor = family.time_scale(parts.network)
+    if described.time.variable == "index" and factor != 1 and "time" not in fields:
+        # index i = T t - 1, so a multiple of it is no index of another table.
+        raise ValueError(
+            f"{type(parts.network).__name__} takes {factor:g} times the timestep, which is only "
+            f"possible for a flow, not for the table of {config['_class_name']}: pass time="
+        )
+    time = replace(described.time, scale=described.time.scale * factor)
+    return read | {"time": time}
 
 
 def _shape_field(network: nn.Module, fields: dict[str, Any]) -> dict[str, Any]:
