@@ -35,7 +35,7 @@ SYMBOLS = [
                 "modular_pipelines.modular_pipeline_utils.ComponentSpec._diffusers_load_id",
                 "guidance/guider.py",
             ),
-            ("DiffusionPipeline._execution_device", "families/text_arguments.py"),
+            ("DiffusionPipeline._execution_device", "families/text_conditions.py"),
             ("DiffusionPipeline._execution_device", "pipeline/pipeline.py"),
             ("DiffusionPipeline._optional_components", "pipeline/pipeline.py"),
             ("SchedulerMixin._compatibles", "scheduler/scheduler.py"),

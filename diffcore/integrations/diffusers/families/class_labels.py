@@ -14,13 +14,16 @@ def dit_class_count(config: Config, given: Config) -> int:
     Args:
         config: the network's config.
         given: fields of the Process that the caller gives; not used.
+
+    Returns:
+        K, the number of classes.
     """
     count: int = config["num_embeds_ada_norm"]
     return count
 
 
 def check_label_embedding(config: Config, given: Config) -> None:
-    """None: a UNet2DModel's config does not determine its null label, so the caller gives `classes`.
+    """Check that the caller gives the classes of a UNet2DModel, whose config has no null label.
 
     Args:
         config: the network's config.

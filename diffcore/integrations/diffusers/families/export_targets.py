@@ -1,4 +1,4 @@
-"""Pipelines of diffusers that sample a trained network without diffcore, for the families that have one.
+"""Pipelines of diffusers that sample a trained network without diffcore.
 
 diffusers' own pipelines of a UNet2DModel:
 
@@ -57,10 +57,11 @@ def unet_pipeline(
             f"flow scheduler: {ALTERNATIVE}"
         )
     if process.classes or is_scaled:
-        return diffusers.ConsistencyModelPipeline(network, scheduler)  # type: ignore[no-untyped-call]
-    is_deterministic = isinstance(scheduler, diffusers.DDIMScheduler)
-    pipeline = diffusers.DDIMPipeline if is_deterministic else diffusers.DDPMPipeline
-    return pipeline(network, scheduler)
+        cls: Any = diffusers.ConsistencyModelPipeline
+    else:
+        is_deterministic = isinstance(scheduler, diffusers.DDIMScheduler)
+        cls = diffusers.DDIMPipeline if is_deterministic else diffusers.DDPMPipeline
+    return cls(network, scheduler)
 
 
 def dit_pipeline(
@@ -104,6 +105,9 @@ def batch_call(count: int, labels: list[int] | None) -> dict[str, Any]:
     Args:
         count: number of samples.
         labels: class label of each sample, or None.
+
+    Returns:
+        Name -> value.
     """
     return {"batch_size": count} | ({} if labels is None else {"class_labels": labels})
 
@@ -114,6 +118,9 @@ def dit_call(count: int, labels: list[int] | None) -> dict[str, Any]:
     Args:
         count: number of samples; DiTPipeline takes it from the labels.
         labels: class label of each sample.
+
+    Returns:
+        Name -> value.
     """
     return {"class_labels": labels or [], "guidance_scale": 1.0}
 

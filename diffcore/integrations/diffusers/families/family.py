@@ -1,8 +1,9 @@
 """The record of a diffusers model family: the facts and functions that differ between families."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -21,30 +22,51 @@ __all__ = [
 
 Config = Mapping[str, Any]
 GuidanceBatching = Literal["negative first", "condition first", "separate calls"]
-"""How a pipeline evaluates the network for classifier-free guidance: one call on 2B samples, whose
-first B are the negative or the conditional ones, or two calls on B samples, the conditional first."""
+"""How a pipeline evaluates the network for classifier-free guidance.
+
+"negative first", "condition first": one call on 2B samples, of which the first B are these.
+"separate calls": two calls on B samples, with the condition first."""
 
 
-@dataclass(frozen=True)
-class TextCondition:
+class TextCondition(ABC):
     """How a family encodes a prompt into keyword arguments of its network.
 
-    Args:
-        encode: function (pipeline, text, is_null) -> arguments of the network's forward, each of
-            shape (1, ...). A dot in a name leads into a dictionary ("added_cond_kwargs.time_ids").
-            `is_null` is True for the negative prompt, which a family may encode in another way.
-        shared_arguments: function (network, size, guidance_scale) -> arguments that are equal for
-            all prompts, without the batch dimension. `size` is (height, width) in pixels,
-            `guidance_scale` the scale that a guidance-distilled network takes as an input.
-        optional_encoders: text encoders of the pipeline that may be missing.
-        unsupported_config: keys of the network's config that must be absent or None, each with the
-            reason why a network that has it is refused.
+    A dot in an argument's name leads into a dictionary: `added_cond_kwargs.time_ids`.
     """
 
-    encode: Callable[[Any, str, bool], dict[str, Tensor]]
-    shared_arguments: Callable[[nn.Module, tuple[int, int], float], dict[str, Tensor]]
-    optional_encoders: tuple[str, ...] = ()
-    unsupported_config: Mapping[str, str] = field(default_factory=dict)
+    optional_encoders: ClassVar[tuple[str, ...]] = ()
+    """Text encoders of the pipeline that may be missing."""
+    unsupported_config: ClassVar[Mapping[str, str]] = {}
+    """Keys that the network's config must not set -> why a network that does is refused."""
+
+    @abstractmethod
+    def encode(self, pipeline: Any, text: str, is_null: bool) -> dict[str, Tensor]:
+        """Encode one prompt.
+
+        Args:
+            pipeline: pipeline of the family, with its text encoders.
+            text: the prompt.
+            is_null: whether the text is the negative prompt, which a family may encode in another
+                way than a prompt.
+
+        Returns:
+            Argument of the network's forward -> value (1, ...).
+        """
+
+    def shared_arguments(
+        self, network: nn.Module, size: tuple[int, int], guidance_scale: float
+    ) -> dict[str, Tensor]:
+        """The arguments that are equal for all prompts.
+
+        Args:
+            network: a network of the family.
+            size: height and width of the images in pixels.
+            guidance_scale: scale that a guidance-distilled network takes as an input.
+
+        Returns:
+            Argument of the network's forward -> value without the batch dimension.
+        """
+        return {}
 
     def check(self, network: nn.Module) -> None:
         """Check that text is all that conditions the network.
@@ -100,7 +122,15 @@ class ExportTarget:
     call_arguments: Callable[[int, list[int] | None], dict[str, Any]]
 
 
-def _no_wrapper(network: nn.Module) -> nn.Module:
+def _unwrapped(network: nn.Module) -> nn.Module:
+    """A network that needs no wrapper.
+
+    Args:
+        network: the network.
+
+    Returns:
+        The network itself.
+    """
     return network
 
 
@@ -152,7 +182,7 @@ class ModelFamily:
     time_factor: float | str = 1.0
     patch_size: int | str | None = None
     sample_shape: Callable[[Config], tuple[int, ...] | None] | None = None
-    wrap: Callable[[nn.Module], nn.Module] = _no_wrapper
+    wrap: Callable[[nn.Module], nn.Module] = _unwrapped
     export_target: ExportTarget | None = None
 
     @property
@@ -206,7 +236,7 @@ class ModelFamily:
         return (shape[-2] // patch) * (shape[-1] // patch) if patch else None
 
     def time_scale(self, network: nn.Module) -> float:
-        """The number that a pipeline multiplies a timestep by before the network receives it."""
+        """The number by which a pipeline multiplies a timestep to get the network's time input."""
         factor = self.time_factor
         return float(
             network_config(network).get(factor, 1.0) if isinstance(factor, str) else factor
@@ -214,7 +244,14 @@ class ModelFamily:
 
 
 def network_config(network: Any) -> Any:
-    """A network's config, a mapping; empty if it has none."""
+    """A network's config.
+
+    Args:
+        network: any module.
+
+    Returns:
+        A mapping, which is empty if the network has no config.
+    """
     return getattr(network, "config", None) or {}
 
 

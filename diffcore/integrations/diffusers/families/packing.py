@@ -9,7 +9,7 @@ from diffcore.integrations.diffusers.families.family import Config, network_conf
 __all__ = ["PackedTransformer", "packed_shape"]
 
 SIZE = 128
-"""Height and width of Flux's latents by default, as in FluxPipeline; the network's config has none."""
+"""Default height and width of Flux's latents, from FluxPipeline; the network's config has none."""
 
 
 class PackedTransformer(nn.Module):

@@ -23,20 +23,16 @@ from diffcore.integrations.diffusers.families.family import (
     ClassCondition,
     ExportTarget,
     ModelFamily,
-    TextCondition,
     network_config,
 )
 from diffcore.integrations.diffusers.families.packing import PackedTransformer, packed_shape
-from diffcore.integrations.diffusers.families.text_arguments import (
-    flux_text,
-    guidance_argument,
-    masked_text,
-    no_arguments,
-    size_arguments,
-    stable_diffusion_3_text,
-    stable_diffusion_text,
-    stable_diffusion_xl_text,
-    stable_diffusion_xl_time_ids,
+from diffcore.integrations.diffusers.families.text_conditions import (
+    FluxText,
+    MaskedText,
+    PixArtText,
+    StableDiffusion3Text,
+    StableDiffusionText,
+    StableDiffusionXLText,
 )
 
 __all__ = [
@@ -47,13 +43,6 @@ __all__ = [
     "family_of_pipeline",
     "register_family",
 ]
-
-_UNET_CONDITIONS = {
-    "encoder_hid_dim_type": "its text states are projected together with another condition",
-    "class_embed_type": "it is conditioned on an embedding beside the text",
-    "time_cond_proj_dim": "it takes the guidance scale as an input beside the noise level",
-}
-"""Conditions of a UNet2DConditionModel that text alone does not provide."""
 
 FAMILIES = [
     ModelFamily(
@@ -84,9 +73,7 @@ FAMILIES = [
             "StableDiffusionControlNetImg2ImgPipeline",
             "StableDiffusionControlNetInpaintPipeline",
         ),
-        condition=TextCondition(
-            stable_diffusion_text, no_arguments, unsupported_config=_UNET_CONDITIONS
-        ),
+        condition=StableDiffusionText(),
     ),
     ModelFamily(
         "Stable Diffusion XL",
@@ -104,11 +91,7 @@ FAMILIES = [
             "StableDiffusionXLControlNetUnionImg2ImgPipeline",
             "StableDiffusionXLControlNetUnionInpaintPipeline",
         ),
-        condition=TextCondition(
-            stable_diffusion_xl_text,
-            stable_diffusion_xl_time_ids,
-            unsupported_config=_UNET_CONDITIONS,
-        ),
+        condition=StableDiffusionXLText(),
     ),
     ModelFamily(
         "Stable Diffusion 3",
@@ -120,9 +103,7 @@ FAMILIES = [
             "StableDiffusion3ControlNetPipeline",
             "StableDiffusion3ControlNetInpaintingPipeline",
         ),
-        condition=TextCondition(
-            stable_diffusion_3_text, no_arguments, optional_encoders=("text_encoder_3",)
-        ),
+        condition=StableDiffusion3Text(),
         prediction="flow_prediction",
         patch_size="patch_size",
     ),
@@ -137,7 +118,7 @@ FAMILIES = [
         ),
         guidance_batching="separate calls",
         guidance_argument="true_cfg_scale",
-        condition=TextCondition(flux_text, guidance_argument),
+        condition=FluxText(),
         dropout=0.0,
         prediction="flow_prediction",
         time_factor=1 / 1000,
@@ -149,14 +130,14 @@ FAMILIES = [
         "PixArt",
         network="PixArtTransformer2DModel",
         pipelines=("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
-        condition=TextCondition(masked_text, size_arguments),
+        condition=PixArtText(),
         patch_size="patch_size",
     ),
     ModelFamily(
         "Sana",
         network="SanaTransformer2DModel",
         pipelines=("SanaPipeline", "SanaControlNetPipeline"),
-        condition=TextCondition(masked_text, no_arguments),
+        condition=MaskedText(),
         prediction="flow_prediction",
         time_factor="timestep_scale",
         patch_size="patch_size",
@@ -167,8 +148,8 @@ FAMILIES = [
 GENERIC = ModelFamily(
     "generic", network="Module", time_factor="timestep_scale", patch_size="patch_size"
 )
-"""Any network that is called as network(x, timestep), or with class_labels beside them: the record of
-a network whose class has none, unless its config has a text condition."""
+"""Any network that is called as network(x, timestep), with or without `class_labels`. It is the
+record of a network whose class has none, unless its config has a text condition."""
 
 _TEXT_CONFIG = ("encoder_hid_dim", "cross_attention_dim", "joint_attention_dim")
 
@@ -215,10 +196,13 @@ def family_of(network: nn.Module) -> ModelFamily:
 
 
 def family_of_class(name: str) -> ModelFamily | None:
-    """The first record of a network class, or None.
+    """The first record of a network class.
 
     Args:
         name: name of the class, such as "UNet2DConditionModel".
+
+    Returns:
+        The record, or None if no record names the class.
     """
     return next(iter(_by_network([name])), None)
 

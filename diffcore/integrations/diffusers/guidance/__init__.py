@@ -1,1 +1,1 @@
-"""Guidance rules of diffcore in diffusers pipelines: `attach`, and a guider for Modular Diffusers."""
+"""Guidance rules of diffcore in diffusers pipelines: `attach`, and a guider."""

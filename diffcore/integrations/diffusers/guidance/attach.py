@@ -34,7 +34,8 @@ def attach(
 ) -> "Attachment":
     """Give a pipeline a guidance rule, a sampler and a grid until `detach`, or within a `with`.
 
-        with attach(pipe, guidance=Interval(APG(4.0), sigma=(0.19, 1.61)), sampler=DPMSolverPP("2M")):
+        rule = Interval(APG(4.0), sigma=(0.19, 1.61))
+        with attach(pipe, guidance=rule, sampler=DPMSolverPP("2M")):
             images = pipe("a prompt", num_inference_steps=25).images
 
     For the pipelines in the records of `diffcore.integrations.diffusers.families.FAMILIES`. The

@@ -133,7 +133,8 @@ class DiffcoreGuider(BaseGuidance):
         ValueError: the rule needs what a guider does not receive; the message has the remedy.
     """
 
-    _input_predictions = ["pred_cond"]  # type: ignore[assignment]  # noqa: RUF012  # BaseGuidance demands a list
+    # BaseGuidance demands a list.
+    _input_predictions = ["pred_cond"]  # type: ignore[assignment]  # noqa: RUF012
     # A modular pipeline saves a component only if it takes it for one loaded from a subfolder.
     _diffusers_load_id = "null|guider|null|null"
 

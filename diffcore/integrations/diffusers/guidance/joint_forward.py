@@ -293,7 +293,14 @@ class GuidedForward:
 
 
 def missing_negative(rule: Guidance) -> str:
-    """The error message for a pipeline that passes no negative half; it contains the remedy."""
+    """The error message for a pipeline that passes no negative half.
+
+    Args:
+        rule: the rule that needs it.
+
+    Returns:
+        One line, with the remedy.
+    """
     return (
         f"{rule} needs the negative half, which the pipeline leaves out: call it with "
         f"guidance_scale above 1 (Flux: true_cfg_scale, and a negative prompt), whose value is not "

@@ -46,7 +46,13 @@ class ConditionalHalf:
 class SequentialGuidedForward(GuidedForward):
     """A network's forward with a guidance rule, for pipelines that pass one half in each call.
 
-    The arguments are those of `GuidedForward`.
+    Args:
+        network: the network.
+        forward: the network's original forward.
+        scheduler: the pipeline's DiffcoreScheduler, which knows the noise level.
+        guidance: the rule.
+        family: the record of the pipeline's family.
+        has_negative_half: not used; whether the second call comes is known when it does.
     """
 
     def _evaluate(self, rule: Guidance, denoiser: PipelineDenoiser, state: CallState) -> Any:

@@ -1,1 +1,1 @@
-"""Loading: the network, schedule, VAE and text encoders of a diffusers pipeline as parts of diffcore."""
+"""Loading: the parts of a diffusers pipeline (network, schedule, VAE, prompts) in diffcore."""

@@ -1,4 +1,4 @@
-"""The folder of a diffusers pipeline: network, scheduler config, VAE and text encoders, read by name.
+"""The folder of a diffusers pipeline: network, scheduler config, VAE and text encoders.
 
 Nothing in the folder is executed or unpickled: classes are those of the installed diffusers and
 transformers, weights are safetensors.

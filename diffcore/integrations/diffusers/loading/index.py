@@ -1,4 +1,4 @@
-"""The index of a pipeline's folder; each part is read only when it is needed, as training needs few."""
+"""The index of a pipeline's folder, which reads each part only when it is needed."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -159,7 +159,7 @@ class PipelineIndex:
 
     @property
     def process_fields(self) -> dict[str, Any]:
-        """The fields of a Process that the configs determine; the condition's depend on the data."""
+        """The fields of a Process that the configs determine, without those of the condition."""
         vae = self.read_architecture("vae") if "vae" in self.parts else None
         network = self.read_architecture(self.network_name)
         return read_process_fields(PipelineParts(network, self.scheduler, vae), {}, None)

@@ -18,7 +18,7 @@ from diffcore.sampling.generation import evaluating
 __all__ = ["EMBEDDED_GUIDANCE_SCALE", "encode_prompts"]
 
 EMBEDDED_GUIDANCE_SCALE = 3.5
-"""Default guidance scale that a guidance-distilled network takes as an input, as in FluxPipeline."""
+"""Default of the guidance scale that a distilled network takes as an input, from FluxPipeline."""
 
 
 def encode_prompts(

@@ -59,7 +59,7 @@ class Latents:
         )
 
     def posterior(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (B, C, h, w) of the latents; 0 for a deterministic autoencoder."""
+        """Mean and standard deviation (B, C, h, w) of the latents; 0 without a posterior."""
         encoded: Any = self.vae.encode(image)  # type: ignore[operator]
         if hasattr(encoded, "latent_dist"):
             mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
@@ -69,7 +69,8 @@ class Latents:
 
     def decode(self, z: Tensor) -> Tensor:
         """Images (B, 3, H, W) of latents; the decoder may leave [-1, 1] a little."""
-        return _output_tensor(self.vae.decode(z / self._scale(z) + self._shift(z)))  # type: ignore[operator]
+        vae: Any = self.vae
+        return _output_tensor(vae.decode(z / self._scale(z) + self._shift(z)))
 
     def _scale(self, like: Tensor) -> Tensor | float:
         factor = self._config("scaling_factor", 1.0)

@@ -1,4 +1,4 @@
-"""A new family is one record: with it a network loads and samples, and its pipeline takes guidance."""
+"""A new family is one record: with it a network is loaded, and its pipeline accepts guidance."""
 
 from dataclasses import replace
 
@@ -71,8 +71,9 @@ class ToyPipeline(diffusers.DiffusionPipeline):
         return ImagePipelineOutput(latents)
 
 
-def toy_text(pipeline, text, is_null):
-    return {"text": pipeline.encode_prompt(text)}
+class ToyText(TextCondition):
+    def encode(self, pipeline, text, is_null):
+        return {"text": pipeline.encode_prompt(text)}
 
 
 RECORD = ModelFamily(
@@ -80,7 +81,7 @@ RECORD = ModelFamily(
     network="ToyTransformer",
     pipelines=("ToyPipeline",),
     guidance_batching="condition first",
-    condition=TextCondition(toy_text, lambda network, size, guidance_scale: {}),
+    condition=ToyText(),
     prediction="flow_prediction",
     time_factor=0.5,
 )

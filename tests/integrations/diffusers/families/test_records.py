@@ -1,4 +1,4 @@
-"""The records of model families: their names exist in diffusers, and every lookup reaches one of them."""
+"""The records of model families: their names exist in diffusers, and each is found."""
 
 import diffusers
 import pytest

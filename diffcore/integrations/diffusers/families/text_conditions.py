@@ -1,0 +1,145 @@
+"""How each family maps its pipeline's encoded prompts to the arguments of its network."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffcore.integrations.diffusers.families.family import TextCondition, network_config
+
+__all__ = [
+    "FluxText",
+    "MaskedText",
+    "PixArtText",
+    "StableDiffusion3Text",
+    "StableDiffusionText",
+    "StableDiffusionXLText",
+]
+
+CALL_DEFAULTS = ("clean_caption", "complex_human_instruction", "max_sequence_length")
+"""Options for which a pipeline's call and its `encode_prompt` may have different defaults."""
+
+Arguments = dict[str, Tensor]
+
+
+class StableDiffusionText(TextCondition):
+    """The states of CLIP."""
+
+    unsupported_config = {  # noqa: RUF012  # constant
+        "encoder_hid_dim_type": "its text states are projected together with another condition",
+        "class_embed_type": "it is conditioned on an embedding beside the text",
+        "time_cond_proj_dim": "it takes the guidance scale as an input beside the noise level",
+    }
+
+    def encode(self, pipeline: Any, text: str, is_null: bool) -> Arguments:
+        encoded = pipeline.encode_prompt(
+            "" if is_null else text, pipeline._execution_device, 1, **_negative(text, is_null)
+        )
+        return {"encoder_hidden_states": encoded[is_null]}
+
+
+class StableDiffusionXLText(StableDiffusionText):
+    """The states of two encoders, a pooled one, and the size in pixels as `time_ids`."""
+
+    def encode(self, pipeline: Any, text: str, is_null: bool) -> Arguments:
+        if pipeline.config.get("requires_aesthetics_score"):
+            raise ValueError(
+                f"this {type(pipeline).__name__} is a refiner, conditioned on an aesthetic score "
+                f"beside the prompt: load the base"
+            )
+        encoded = pipeline.encode_prompt("" if is_null else text, **_negative(text, is_null))
+        return {
+            "encoder_hidden_states": encoded[0 + is_null],
+            "added_cond_kwargs.text_embeds": encoded[2 + is_null],
+        }
+
+    def shared_arguments(
+        self, network: nn.Module, size: tuple[int, int], guidance_scale: float
+    ) -> Arguments:
+        height, width = size  # original size, crop and target size
+        time_ids = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
+        return {"added_cond_kwargs.time_ids": time_ids}
+
+
+class StableDiffusion3Text(TextCondition):
+    """The states of three encoders, of which T5 may be missing, and two pooled ones."""
+
+    optional_encoders = ("text_encoder_3",)
+
+    def encode(self, pipeline: Any, text: str, is_null: bool) -> Arguments:
+        encoded = pipeline.encode_prompt(
+            "" if is_null else text,
+            None,
+            None,
+            **_negative(text, is_null),
+            **_call_defaults(pipeline),
+        )
+        return {
+            "encoder_hidden_states": encoded[0 + is_null],
+            "pooled_projections": encoded[2 + is_null],
+        }
+
+
+class FluxText(TextCondition):
+    """The states of T5, CLIP's pooled one, and the scale that a guidance-distilled network takes.
+
+    A negative prompt is encoded as any other.
+    """
+
+    def encode(self, pipeline: Any, text: str, is_null: bool) -> Arguments:
+        states, pooled, _ = pipeline.encode_prompt(text, **_call_defaults(pipeline))
+        return {"encoder_hidden_states": states, "pooled_projections": pooled}
+
+    def shared_arguments(
+        self, network: nn.Module, size: tuple[int, int], guidance_scale: float
+    ) -> Arguments:
+        if not network_config(network).get("guidance_embeds"):
+            return {}
+        return {"guidance": torch.tensor(float(guidance_scale))}
+
+
+class MaskedText(TextCondition):
+    """The states of one encoder, and their mask."""
+
+    def encode(self, pipeline: Any, text: str, is_null: bool) -> Arguments:
+        states, mask, *negative = pipeline.encode_prompt(
+            "" if is_null else text,
+            do_classifier_free_guidance=is_null,
+            negative_prompt=text,
+            **_call_defaults(pipeline),
+        )
+        states, mask = negative if is_null else (states, mask)
+        return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+
+
+class PixArtText(MaskedText):
+    """The states of T5 and their mask, and in networks of 1024 pixels the size."""
+
+    def shared_arguments(
+        self, network: nn.Module, size: tuple[int, int], guidance_scale: float
+    ) -> Arguments:
+        if not getattr(network, "use_additional_conditions", False):
+            return {}
+        height, width = size
+        return {
+            "added_cond_kwargs.resolution": torch.tensor([float(height), float(width)]),
+            "added_cond_kwargs.aspect_ratio": torch.tensor([height / width]),
+        }
+
+
+def _negative(text: str, is_null: bool) -> dict[str, Any]:
+    """The negative prompt; None for the empty one, for which the pipeline chooses text or zeros."""
+    return {
+        "do_classifier_free_guidance": is_null,
+        "negative_prompt": text or None if is_null else None,
+    }
+
+
+def _call_defaults(pipeline: Any) -> dict[str, Any]:
+    """The options that a call of the pipeline passes to `encode_prompt` by default."""
+    call, encoder = (
+        inspect.signature(function).parameters
+        for function in (pipeline.__call__, pipeline.encode_prompt)
+    )
+    return {name: call[name].default for name in CALL_DEFAULTS if name in call and name in encoder}
