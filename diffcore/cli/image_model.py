@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffcore.core.denoiser import Denoiser
+from diffcore.core.network import ExportableNetwork
 from diffcore.core.process import Process
 from diffcore.run import Run
 from diffcore.sampling import images
@@ -145,8 +146,8 @@ def load_image_model(folder: Path, options: PipelineOptions, device: torch.devic
     if is_pipeline(run.pipeline):
         return _load_pipeline(_read_pipeline(run.pipeline), options, device)
     denoiser = run.denoiser(device)
-    if (adapted := getattr(denoiser.network, "adapted", None)) is not None:
-        return _load_pipeline(adapted(folder), options, device)
+    if isinstance(denoiser.network, ExportableNetwork):
+        return _load_pipeline(denoiser.network.exported_parts(folder), options, device)
     if given:
         raise ValueError(
             f"{run.pipeline} is missing, without which a run has no {' and no '.join(given)}: "

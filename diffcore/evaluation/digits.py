@@ -12,7 +12,7 @@ from diffcore.guidance import CFG, Guidance
 from diffcore.samplers import DDIM, Sampler
 from diffcore.sampling.generation import sample
 from diffcore.schedules import Grid, Trailing
-from diffcore.training.data.source import Digits
+from diffcore.training.data import Digits
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """Checkpoints: safetensors and JSON only, atomic, and every file hashed.
 
-    checkpoints/step-00000400/  model.safetensors  ema.safetensors  training.safetensors  manifest.json
+    checkpoints/step-00000400/  model.safetensors  ema.safetensors  training.safetensors
+    manifest.json
 
-A folder is written under a temporary name, flushed, and renamed, so one that has its name is complete. manifest.json holds
-the training state and the size and SHA-256 of each file; its own is beside them, so that no flipped bit passes unseen.
+A folder is written under a temporary name, flushed, and renamed, so that a folder with that name is
+complete. manifest.json holds the training state, and the size and SHA-256 of each file and of
+itself, so that every flipped bit is detected.
 """
 
 import hashlib
@@ -23,14 +25,19 @@ MANIFEST = "manifest.json"
 
 
 class Checkpoint(NamedTuple):
-    """What a checkpoint holds: tensors by file, and the plain state beside them."""
+    """The content of a checkpoint.
+
+    Args:
+        tensors: tensors by name, for each file name.
+        state: plain data beside them.
+    """
 
     tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
 
 
 def write(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint folder that is complete once it has its name; one of that name is replaced."""
+    """Write a checkpoint folder atomically, in place of one with that name."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -51,10 +58,10 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def read(folder: Path) -> Checkpoint:
-    """The checkpoint in `folder`, every byte verified.
+    """The checkpoint in `folder`; every byte is verified.
 
     Raises:
-        CorruptFileError: a file is missing, truncated or changed; the message names it.
+        CorruptFileError: A file is missing, truncated or changed; the message contains its path.
     """
     manifest = _manifest(folder)
     return Checkpoint(
@@ -63,18 +70,22 @@ def read(folder: Path) -> Checkpoint:
     )
 
 
-def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint in `folder` that is whole; each newer one that is not is named by `say` first."""
+def newest(folder: Path, message: Callable[[str], None]) -> Checkpoint | None:
+    """The newest whole checkpoint in `folder`, or None; `message` prints each newer one that is
+    corrupt.
+    """
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
             return read(path)
         except CorruptFileError as error:
-            say(f"{error}; going back to the checkpoint before it")
+            message(f"{error}; going back to the checkpoint before it")
     return None
 
 
 def set_aside(folder: Path, step: int) -> None:
-    """Rename the checkpoints after `step`, which a run that goes back to it found broken, so that they are not counted."""
+    """Rename the corrupt checkpoints after `step`, from which the run resumes, so that they are not
+    counted.
+    """
     for path in folder.glob("step-*"):
         if path.name > name(step):
             aside = path.with_name(f"broken-{path.name}")
@@ -83,12 +94,12 @@ def set_aside(folder: Path, step: int) -> None:
 
 
 def name(step: int) -> str:
-    """The folder name of the checkpoint after `step` steps; names sort as steps do."""
+    """The folder name of the checkpoint after `step` steps; the names sort like the steps."""
     return f"step-{step:08d}"
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what an interrupted write left."""
+    """Delete all but the newest `keep` checkpoints, and the remains of interrupted writes."""
     for path in sorted(folder.glob("step-*"))[: -keep or None]:
         shutil.rmtree(path)
     for path in folder.glob(".step-*"):

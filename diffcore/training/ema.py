@@ -1,4 +1,4 @@
-"""The exponential moving average of the weights, always in float32.
+"""The exponential moving average (EMA) of the weights, always in float32.
 
 shadow ← β shadow + (1-β) weights,   β(step) = min(decay, (1 + step) / (10 + step))
 """
@@ -9,15 +9,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 @dataclass(frozen=True)
 class Decay:
-    """β(step) of the average: a pure function of the optimizer step.
+    """Decay β(step) of the averaged weights, a function of the optimizer step.
 
     Args:
-        decay: the limit of β, within [0, 1).
-        warmup: whether β starts at (1 + step) / (10 + step), so that the initial weights are forgotten.
+        decay: limit of β, within [0, 1); a larger value averages over more steps.
+        warmup: True limits β to (1 + step) / (10 + step), which removes the initial weights from
+            the average.
     """
 
     decay: float = 0.9999
@@ -33,9 +35,14 @@ class Decay:
 
 
 class EMA:
-    """The averaged state of a module: floating tensors are averaged in float32, others (counters) are copied.
+    """The averaged state of a module: floating tensors are averaged in float32, others (counters)
+    are copied.
 
-    Elementwise, so a rank that holds a shard averages its own shard.
+    The average is elementwise, so that a rank that holds a shard averages its shard.
+
+    Args:
+        module: module whose state is averaged.
+        decay: decay β(step).
     """
 
     def __init__(self, module: nn.Module, decay: Decay) -> None:
@@ -57,21 +64,24 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move towards the module's weights after optimizer step `step`."""
+        """Update the average with the module's weights after `step` optimizer steps."""
         for copy, value in self.counters:
             copy.copy_(value)
         shadow, values = zip(*self.floating, strict=True)
-        torch._foreach_lerp_(shadow, [value.float() for value in values], 1 - self.decay(step))
+        average = get_ema_multi_avg_fn(self.decay(step))
+        average(shadow, [value.float() for value in values], 0)
 
     @torch.no_grad()
     def load(self, shadow: Mapping[str, Tensor]) -> None:
-        """Continue from a saved average."""
+        """Replace the average by a saved one."""
         for name, value in shadow.items():
             self.shadow[name].copy_(value)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The module with the averaged weights; its own come back bit for bit, also after an error."""
+        """Load the averaged weights into the module; on exit, also after an error, its own weights
+        return bit for bit.
+        """
         own = {name: value.clone() for name, value in self.module.state_dict().items()}
         self.module.load_state_dict(self.shadow)
         try:

@@ -1,4 +1,6 @@
-"""What the objective's resampler learns during a run: the same on every rank, and part of the checkpoint."""
+"""The sampler of training levels in a run: what the objective's resampler has learned from the
+losses.
+"""
 
 from collections.abc import Callable
 
@@ -8,21 +10,24 @@ from torch import Tensor
 from diffcore.core.process import Process
 from diffcore.objectives.level_sampling import Learned
 from diffcore.objectives.objective import Objective, SampleKey
-from diffcore.training.reporting import Window
+from diffcore.training.reporting import LossWindow
 
 PREFIX = "resampler."
 
 
-class Adaptation:
-    """Gathers the losses of every rank each `every` steps, and lets the resampler learn from them.
+class LevelSampler:
+    """The distribution of the training levels of a run, the same on every rank.
+
+    With a resampler, it gathers the losses of all ranks every few steps and updates the resampler.
+    Without one, it does nothing.
 
     Args:
-        objective: whose resampler learns; without one nothing is kept.
-        process: whose schedule the times are of.
-        seed: of the run.
+        objective: training objective, with or without a resampler.
+        process: process with the schedule of the training times.
+        seed: seed of the run.
         batch: size of the global batch.
-        parts: of the batch, one after the other on a rank.
-        gather: over ranks.
+        parts: number of micro-batches of a rank in a step.
+        gather: gathers a tensor (1, ...) of each rank to (ranks, ...).
     """
 
     def __init__(
@@ -36,10 +41,15 @@ class Adaptation:
     ) -> None:
         self.objective, self.process, self.seed, self.batch = objective, process, seed, batch
         self.learned: Learned | None = objective.resampler.start() if objective.resampler else None
-        self.window = Window(parts, gather)
+        self.window = LossWindow(parts, gather)
 
     def add(self, step: int, losses: Tensor) -> None:
-        """A step's losses on this rank; `step` steps have been taken with it. Every rank must call."""
+        """Add the losses of a step on this rank. Every rank must call it.
+
+        Args:
+            step: number of steps taken, including this one.
+            losses: losses of this rank.
+        """
         resampler = self.objective.resampler
         if resampler is None:
             return
@@ -62,22 +72,30 @@ class Adaptation:
         self.window.restore(None)
 
     def describe(self, place: SampleKey, step: int) -> str:
-        """λ of the one sample at `place`, as far as it is known after `step` steps: what drew it may have learned since."""
+        """λ of one sample as text; unknown if the resampler was updated since it was drawn.
+
+        Args:
+            place: key of the sample.
+            step: number of steps taken.
+
+        Returns:
+            λ with three decimals, or a phrase that says why it is unknown.
+        """
         resampler = self.objective.resampler
         if resampler and place.step < step - step % resampler.every:
-            return "one forgotten since"
+            return "unknown (the level sampler has been updated since)"
         times = self.process.schedule.training_times(self.objective.times(place, self.learned))
         return f"{float(self.process.schedule.logsnr(times)):.3f}"
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps of it. Every rank must call."""
+        """The tensors that a checkpoint stores; empty without a resampler. Every rank must call it."""
         if self.learned is None:
             return {}
         kept = {"window": self.window.gathered(), **self.learned}
         return {PREFIX + name: value for name, value in kept.items()}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take back from a checkpoint's tensors what `tensors` gave, and leave the others."""
+        """Restore what `tensors` returned, and remove it from a checkpoint's tensors."""
         own = {
             name.removeprefix(PREFIX): tensors.pop(name)
             for name in list(tensors)

@@ -1,4 +1,6 @@
-"""The learning rate's curve: a pure function of the optimizer step, so a resumed run has nothing to restore."""
+"""The learning rate as a function of the optimizer step, so that a resumed run has nothing to
+restore.
+"""
 
 import math
 from dataclasses import dataclass
@@ -15,10 +17,10 @@ class LearningRate:
     rsqrt: 1 / √max(step / hold, 1) (EDM2, 2312.02696, eq. 67).
 
     Args:
-        peak: the highest value.
-        warmup: optimizer steps of linear rise.
-        shape: constant, cosine or rsqrt.
-        hold: steps before rsqrt falls.
+        peak: largest learning rate.
+        warmup: number of optimizer steps over which the learning rate rises linearly.
+        shape: constant, cosine or rsqrt; its value over the steps after the warmup.
+        hold: number of steps before the learning rate of rsqrt decreases.
     """
 
     peak: float = 1e-3
@@ -31,7 +33,8 @@ class LearningRate:
             raise ValueError(f"peak is {self.peak}, expected a positive finite learning rate")
         if self.warmup < 0 or self.hold < 1:
             raise ValueError(
-                f"warmup and hold are {self.warmup} and {self.hold}, expected warmup ≥ 0 and hold ≥ 1"
+                f"warmup and hold are {self.warmup} and {self.hold}, expected warmup ≥ 0 and hold "
+                "≥ 1"
             )
         if self.shape not in get_args(Shape):
             raise ValueError(
@@ -39,7 +42,7 @@ class LearningRate:
             )
 
     def __call__(self, step: int, steps: int) -> float:
-        """The learning rate of optimizer step `step`, counted from 0, of `steps`."""
+        """The learning rate of optimizer step `step` of `steps`; steps are counted from 0."""
         rise = min(1.0, (step + 1) / max(self.warmup, 1))
         match self.shape:
             case "constant":

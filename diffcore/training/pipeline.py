@@ -1,6 +1,7 @@
-"""What a run leaves for diffusers: pipeline/, its averaged network with process, sampler, grid and guidance.
+"""The diffusers pipeline that a run writes: pipeline/, its averaged network with process, sampler,
+grid and guidance.
 
-A network that knows a pipeline of its own (Pretrained) saves that, or its adapter.
+An `ExportableNetwork` (such as `Pretrained`) writes its own pipeline or adapter instead.
 """
 
 import sys
@@ -8,42 +9,51 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from diffcore.core.denoiser import Denoiser
+from diffcore.core.network import ExportableNetwork
 from diffcore.io.files import write_folder
 
 if TYPE_CHECKING:
-    from diffcore.training.trainer import Trainer
+    from diffcore.training.state import TrainState
+
+__all__ = ["save"]
 
 
-def save(trainer: "Trainer", say: Callable[[str], None]) -> None:
-    """Write the run's pipeline/ in place of an older one; where that cannot be, say why as the run ends."""
+def save(state: "TrainState", message: Callable[[str], None]) -> None:
+    """Replace the pipeline of a run; if there can be none, print the reason after the last step.
+
+    Args:
+        state: state of the run.
+        message: prints a line to the user.
+    """
+    settings = state.settings
     try:
-        _save(trainer)
+        if isinstance(state.network, ExportableNetwork):
+            with state.average.applied():
+                state.network.export(settings.run.folder, settings.process)
+        else:
+            _save_pipeline(state)
     except ValueError as error:
-        if trainer.step == trainer.steps:
-            say(f"no {trainer.run.pipeline}: {error}")
+        if state.step == settings.steps:
+            message(f"no {settings.run.pipeline}: {error}")
 
 
-def _save(trainer: "Trainer") -> None:
-    if save := getattr(trainer.bare, "save", None):
-        with trainer.average.applied():
-            save(trainer.run.folder, trainer.process)
-    else:
-        _save_ours(trainer)
-
-
-def _save_ours(trainer: "Trainer") -> None:
-    if "diffusers" not in sys.modules:  # and so not imported for a network that is none of its own
+def _save_pipeline(state: "TrainState") -> None:
+    settings = state.settings
+    if "diffusers" not in sys.modules:  # then the network is no network of diffusers
         raise ValueError(
-            f"the network is a {type(trainer.bare).__name__}, and a pipeline holds ModelMixins of diffusers"
+            f"the network is a {type(state.network).__name__}, and a pipeline holds ModelMixins of "
+            "diffusers"
         )
-    if getattr(trainer.data, "texts", ()):
+    if settings.source.texts:
         raise ValueError(
-            "the network is told text: begin with a pipeline's (Pretrained), which knows what encodes it"
+            "the network is conditioned on text: start from the network of a pipeline "
+            "(Pretrained), "
+            "whose text encoders are known"
         )
     from diffcore.integrations.diffusers.pipeline.pipeline import DiffcorePipeline
 
-    with trainer.average.applied():
-        denoiser = Denoiser(trainer.bare, trainer.process)
-        ways = (trainer.sampler, trainer.grid, trainer.sample_steps, trainer.guidance)
-        pipe = DiffcorePipeline.of(denoiser, *ways, vae=getattr(trainer.data, "vae", None))
-        write_folder(trainer.run.pipeline, pipe.save_pretrained)
+    with state.average.applied():
+        denoiser = Denoiser(state.network, settings.process)
+        method = (settings.sampler, settings.grid, settings.sample_steps, settings.guidance)
+        pipe = DiffcorePipeline.of(denoiser, *method, vae=settings.source.vae)
+        write_folder(settings.run.pipeline, pipe.save_pretrained)

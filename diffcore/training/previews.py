@@ -1,39 +1,46 @@
-"""Pictures along the way: four samples of each of the first classes or captions, in a row each."""
+"""Previews during training: four samples of each of the first classes or captions, one row each."""
 
 from collections.abc import Callable
-from typing import Any
 
 from PIL import Image
-from torch.utils.data import Dataset
 
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.process import Process
 from diffcore.sampling import images
 from diffcore.sampling.generation import Samples
+from diffcore.training.data.source import DataSource
+
+__all__ = ["is_drawable", "preview"]
 
 ROWS, COLUMNS, LETTERS = 10, 4, 24
 
 
-def drawable(data: Dataset[Any], process: Process) -> bool:
-    """Whether samples are pictures, or latents that the data set decodes."""
-    return images.drawable(process) or hasattr(data, "pictures")
+def is_drawable(data: DataSource, process: Process) -> bool:
+    """True if samples are images, or latents that the data set decodes."""
+    return data.is_latent or images.drawable(process)
 
 
-def picture(
-    denoiser: Denoiser, data: Dataset[Any], integrate: Callable[..., Samples]
-) -> Image.Image:
-    """Samples of a denoiser, as `integrate(denoiser, seeds=, condition=, batch_size=)` makes them; the first seeds, always."""
+def preview(denoiser: Denoiser, data: DataSource, draw: Callable[..., Samples]) -> Image.Image:
+    """A grid of samples of a denoiser, always of the first seeds.
+
+    Args:
+        denoiser: network with its process.
+        data: data source, which decodes latents and names the labels.
+        draw: called as `draw(denoiser, seeds=, condition=, batch_size=)`.
+
+    Returns:
+        The grid, one row for each of the first classes or captions.
+    """
     process = denoiser.process
     rows = range(min(process.classes, ROWS) or COLUMNS)
     labels = [row for row in rows for _ in range(COLUMNS)]
     condition = labels if process.classes else None
-    x = integrate(denoiser, seeds=range(len(labels)), condition=condition, batch_size=len(labels)).x
-    if hasattr(data, "pictures"):
-        x = data.pictures(x)
+    x = draw(denoiser, seeds=range(len(labels)), condition=condition, batch_size=len(labels)).x
+    if data.is_latent:
+        x = data.decode(x)
         process = Process(shape=tuple(x.shape[1:]))
     return images.grid(x, process, [_name(data, row) if condition else "" for row in rows], COLUMNS)
 
 
-def _name(data: Dataset[Any], label: int) -> str:
-    texts = getattr(data, "texts", ())
-    return texts[label][:LETTERS] if texts else str(label)
+def _name(data: DataSource, label: int) -> str:
+    return data.texts[label][:LETTERS] if data.texts else str(label)

@@ -1,22 +1,44 @@
-"""What a run says of itself: metrics every few steps, read from the device once each time, and what is not finite."""
+"""Reports of a run: metrics every few steps, previews, and steps that are not finite.
+
+Losses stay on the device and are read once for each report.
+"""
 
 import json
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
+
+from diffcore.objectives.objective import SampleKey
+from diffcore.sampling import images
+from diffcore.sampling.generation import sample
+from diffcore.training.checkpoint import name as checkpoint_name
+from diffcore.training.previews import is_drawable, preview
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from diffcore.training.state import TrainState
+    from diffcore.training.trainer import Trainer
+
+__all__ = ["LossWindow", "Metrics", "NonFinite", "Reporter", "find_non_finite"]
 
 
 class NonFinite(NamedTuple):
-    """A step whose loss or gradient was not finite, and the sample to look at.
+    """A step whose loss or gradient was not finite, and one of its samples.
 
     Args:
-        step: the optimizer step.
-        place: of the sample in the global batch; the first with a loss that is not finite, else the largest.
-        loss: of that sample.
+        step: optimizer step.
+        place: index of the sample in the global batch: the first with a loss that is not finite,
+            else the one with the largest loss.
+        loss: loss of that sample.
     """
 
     step: int
@@ -24,10 +46,12 @@ class NonFinite(NamedTuple):
     loss: float
 
 
-class Window:
-    """Losses (steps, B) and gradient norms (steps,) since the last report, kept on the device.
+class LossWindow:
+    """Losses and gradient norms since the last report, kept on the device.
 
-    Columns are the places in the global batch once gathered, whatever the ranks and the accumulation.
+    Args:
+        parts: number of micro-batches of a rank in a step.
+        gather: gathers a tensor (1, ...) of each rank to (ranks, ...).
     """
 
     def __init__(self, parts: int, gather: Callable[[Tensor], Tensor]) -> None:
@@ -37,27 +61,38 @@ class Window:
         self.past: Tensor | None = None
 
     def add(self, losses: Tensor, norm: Tensor) -> None:
-        """A step's losses, part after part of this rank, and its gradient norm."""
+        """Append a step: losses (micro-batches x samples,) of this rank, and the gradient norm ()."""
         self.rows.append(torch.cat((norm.detach().float().view(1), losses)))
 
     def gathered(self) -> Tensor:
-        """(steps, 1 + B) on the host: the norm, then the losses by place. Every rank must call."""
+        """(steps, 1 + B) on the host: the norm, then the losses in the order of the global batch.
+
+        Every rank must call it.
+        """
         past = torch.zeros(0, 1) if self.past is None else self.past
         if not self.rows:
             return past
         rows = torch.stack(self.rows)
-        everyone = self.gather(rows[None]).cpu()  # (world, steps, 1 + parts * micro)
-        losses = everyone[:, :, 1:].unflatten(2, (self.parts, -1)).permute(1, 2, 0, 3).flatten(1)
-        table = torch.cat((everyone[0, :, :1], losses), 1)
+        ranks = self.gather(rows[None]).cpu()  # (ranks, steps, 1 + parts * micro)
+        losses = ranks[:, :, 1:].unflatten(2, (self.parts, -1)).permute(1, 2, 0, 3).flatten(1)
+        table = torch.cat((ranks[0, :, :1], losses), 1)
         return table if self.past is None else torch.cat((past, table))
 
     def restore(self, past: Tensor | None) -> None:
-        """Begin with what an earlier process gathered."""
+        """Empty the window, and start with the steps that `gathered` returned earlier, if any."""
         self.rows, self.past = [], past if past is not None and len(past) else None
 
 
-def non_finite(table: Tensor, first: int) -> list[NonFinite]:
-    """The steps of a window whose loss or gradient is not finite; `first` is the window's first step."""
+def find_non_finite(table: Tensor, first: int) -> list[NonFinite]:
+    """The steps of a window whose loss or gradient is not finite.
+
+    Args:
+        table: (steps, 1 + B) as `LossWindow.gathered` returns it.
+        first: step of the first row.
+
+    Returns:
+        One entry for each such step, in order.
+    """
     found = []
     for offset, (norm, losses) in enumerate(zip(table[:, 0], table[:, 1:], strict=True)):
         if not (norm.isfinite() and losses.isfinite().all()):
@@ -67,33 +102,156 @@ def non_finite(table: Tensor, first: int) -> list[NonFinite]:
 
 
 class Metrics:
-    """metrics.jsonl: a line a report. What depends on the machine's speed is not in it, so a resumed run writes the same."""
+    """The file metrics.jsonl: one line of JSON for each report.
+
+    It holds nothing that depends on the speed of the machine, so that a resumed run writes the
+    same bytes.
+
+    Args:
+        path: path of the file, which need not exist.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def reports(self) -> list[dict[str, float | None]]:
-        """What was written, without a line that a crash tore."""
+        """The reports in the file; a line that a crash cut short is left out."""
         lines = self.path.read_text().splitlines() if self.path.is_file() else []
         return [report for line in lines if (report := _parsed(line)) is not None]
 
     def rewind(self, step: int) -> None:
-        """Drop what was reported after `step`."""
+        """Remove the reports after `step`."""
         if self.path.is_file():
-            lines = [
-                json.dumps(report) for report in self.reports() if (report["step"] or 0) <= step
-            ]
+            kept = [report for report in self.reports() if (report["step"] or 0) <= step]
             temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(f"{line}\n" for line in lines))
+            temporary.write_text("".join(f"{json.dumps(report)}\n" for report in kept))
             temporary.rename(self.path)
 
     def write(self, values: dict[str, float]) -> None:
-        """Append a line."""
-        plain = {
-            name: value if math.isfinite(value) else None for name, value in values.items()
-        }  # JSON has no NaN
+        """Append a report; a value that is not finite becomes null, because JSON has no NaN."""
+        plain = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with self.path.open("a") as file:
             file.write(json.dumps(plain) + "\n")
+
+
+class Reporter:
+    """Writes the reports of a run: metrics, tracker, progress bar, previews and messages.
+
+    Args:
+        settings: settings of the run.
+        accelerator: accelerator of this rank; only the first rank writes.
+    """
+
+    def __init__(self, settings: "Trainer", accelerator: "Accelerator") -> None:
+        self.settings, self.accelerator = settings, accelerator
+        self.metrics = Metrics(settings.run.metrics)
+        self.bar: Any = None
+
+    def start_trackers(self) -> None:
+        """Start the trackers of the settings, if any."""
+        if self.settings.trackers:
+            self.accelerator.init_trackers("tensorboard")
+
+    @contextmanager
+    def progress(self, state: "TrainState") -> Iterator[None]:
+        """Show a progress bar of the samples from the step of `state` to the last one."""
+        batch = self.settings.batch_size
+        with tqdm(
+            total=self.settings.steps * batch,
+            initial=state.step * batch,
+            unit="img",
+            unit_scale=True,
+            disable=not self.accelerator.is_main_process,
+            mininterval=0.5,
+        ) as self.bar:
+            yield
+
+    def count(self, samples: int) -> None:
+        """Move the progress bar on."""
+        self.bar.update(samples)
+
+    def message(self, text: str) -> None:
+        """Print a line on stderr, on the first rank."""
+        self.accelerator.print(f"diffcore: {text}", file=sys.stderr)
+
+    def report(self, state: "TrainState") -> None:
+        """Write the metrics of the window, empty it, and check that the run is finite.
+
+        Raises:
+            ValueError: `patience` steps in a row were not finite.
+        """
+        table = state.window.gathered()
+        state.window.restore(None)
+        values = {
+            "step": state.step,
+            "loss": float(table[:, 1:].double().mean()),
+            "grad_norm": float(table[:, 0].double().mean()),
+            "lr": self.settings.lr(state.step - 1, self.settings.steps),
+            "skipped": len(find_non_finite(table, 0)),
+        }
+        rate = self.bar.format_dict["rate"] or 0.0
+        self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+        self.accelerator.log({**values, "images_per_second": rate}, step=state.step)
+        if self.accelerator.is_main_process:
+            self.metrics.write(values)
+        self.check_finite(state, table)
+
+    def check_finite(self, state: "TrainState", table: Tensor) -> None:
+        """Print which steps of a window were not finite.
+
+        Args:
+            state: state of the run, whose last steps are those of the window.
+            table: (steps, 1 + B) as `LossWindow.gathered` returns it.
+
+        Raises:
+            ValueError: `patience` steps in a row were not finite.
+        """
+        first = state.step - len(table)
+        bad = find_non_finite(table, first)
+        if not bad:
+            state.non_finite_steps = 0
+            return
+        where = _describe(state, bad[0])
+        self.message(
+            f"{len(bad)} of the last {len(table)} steps were not finite, and had no gradient: "
+            f"{where}"
+        )
+        longest, steps = state.non_finite_steps, {found.step for found in bad}
+        for step in range(first, state.step):
+            state.non_finite_steps = state.non_finite_steps + 1 if step in steps else 0
+            longest = max(longest, state.non_finite_steps)
+        if longest >= self.settings.patience:
+            raise ValueError(
+                f"{longest} steps in a row were not finite (patience is {self.settings.patience}): "
+                f"{where}; check the data, lower lr.peak, or use precision no"
+            )
+
+    def draw_preview(self, state: "TrainState") -> None:
+        """Write a grid of samples of the averaged network, on the first rank."""
+        settings = self.settings
+        if not self.accelerator.is_main_process or not is_drawable(
+            settings.source, settings.process
+        ):
+            return
+        draw = partial(
+            sample,
+            sampler=settings.sampler,
+            grid=settings.grid,
+            steps=settings.sample_steps,
+            guidance=settings.guidance,
+        )
+        with state.average.applied():
+            image = preview(state.denoiser(state.network), settings.source, draw)
+        images.save(image, settings.run.samples / f"{checkpoint_name(state.step)}.png")
+
+
+def _describe(state: "TrainState", found: NonFinite) -> str:
+    """Step, sample, level and loss of a step that was not finite."""
+    settings, place = state.settings, torch.tensor([found.place])
+    key = SampleKey(settings.seed, found.step, place, settings.batch_size)
+    level = state.level_sampler.describe(key, state.step)
+    index = state.order.index(int(key.position))
+    return f"step {found.step}, sample {index} of the data at λ = {level}, loss {found.loss}"
 
 
 def _parsed(line: str) -> dict[str, float | None] | None:

@@ -46,7 +46,7 @@ from diffcore.schedules import (
     UniformLogSNR,
     Within,
 )
-from diffcore.training.data.source import Digits
+from diffcore.training.data import Digits
 
 COUNTS = (5, 8, 10, 15, 20, 30, 50)
 START = Discrete().logsnr(1.0)

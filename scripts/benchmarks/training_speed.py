@@ -31,7 +31,7 @@ from diffcore.samplers import DDIM
 from diffcore.sampling.generation import sample, with_levels
 from diffcore.sampling.loop import integrate
 from diffcore.schedules import Trailing, UniformLogSNR
-from diffcore.training.data.source import Batch, Digits, batches
+from diffcore.training.data import Batch, Digits, load_batches
 from diffcore.training.trainer import Trainer
 
 RECIPE = files("diffcore.recipes") / "digits.yaml"
@@ -276,7 +276,7 @@ def digits_trainer(folder: Path) -> Trainer:
 
 def endless(trainer: Trainer) -> Iterator[Batch]:
     """The run's batches: a benchmark may outlast the recipe's steps."""
-    return batches(trainer.data, trainer.order.steps(0, 2**31), trainer.workers)
+    return load_batches(trainer.data, trainer.order.steps(0, 2**31), trainer.workers)
 
 
 # The bare side -----------------------------------------------------------------------------------------------------

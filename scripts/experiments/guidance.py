@@ -33,7 +33,7 @@ from diffcore.guidance import (
 from diffcore.samplers import DDIM
 from diffcore.sampling.generation import evaluating, sample
 from diffcore.sampling.loop import watch
-from diffcore.training.data.source import Digits
+from diffcore.training.data import Digits
 from experiments.training import ARMS, KNOTS, averaged, network, rows, trainer
 
 TABLES = (

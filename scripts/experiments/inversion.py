@@ -19,7 +19,7 @@ from diffcore.editing.noise_maps import extract, replay
 from diffcore.samplers import DDIM
 from diffcore.sampling.loop import integrate
 from diffcore.schedules import Grid, Trailing
-from diffcore.training.data.source import Digits
+from diffcore.training.data import Digits
 from experiments.training import ARMS, averaged, trainer
 
 STEPS = (20, 50, 200)

@@ -28,7 +28,7 @@ from diffcore.objectives.weighting import MSE, P2, Debiased, MinSNR
 from diffcore.samplers import DDIM
 from diffcore.sampling.generation import sample
 from diffcore.schedules import Cosine, Discrete, Laplace, Normal, Schedule, UniformLogSNR
-from diffcore.training.data.source import Digits, batches
+from diffcore.training.data import Digits, load_batches
 from diffcore.training.ema import Decay
 from diffcore.training.lr import LearningRate
 from diffcore.training.trainer import Trainer
@@ -120,7 +120,7 @@ def trainer(
 def averaged(run: Trainer) -> Denoiser:
     """The average of a run's weights after its last step; nothing is written."""
     run.prepare()
-    stream = batches(run.data, run.order.steps(0, run.steps), 0)
+    stream = load_batches(run.data, run.order.steps(0, run.steps), 0)
     while run.step < run.steps:
         run.advance(stream)
     run.bare.load_state_dict(run.average.shadow)
@@ -135,7 +135,7 @@ def measure(
     with TemporaryDirectory() as folder:
         run = trainer(arm, levels, seed, Path(folder), points[-1])
         run.prepare()
-        stream = batches(run.data, run.order.steps(0, points[-1]), 0)
+        stream = load_batches(run.data, run.order.steps(0, points[-1]), 0)
         while run.step < points[-1]:
             run.advance(stream)
             if run.step in points:

@@ -30,7 +30,7 @@ from diffcore.samplers import DDIM
 from diffcore.sampling.generation import sample
 from diffcore.schedules import Cosine, Discrete, Flow, Shifted, Trailing, ZeroTerminalSNR
 from diffcore.training import checkpoint
-from diffcore.training.data.latents import Encoded
+from diffcore.training.data.latents import LatentDataset
 from diffcore.training.lr import LearningRate
 from diffcore.training.trainer import Trainer
 from tests.conftest import forget_accelerate
@@ -217,7 +217,7 @@ def test_data_that_changed_where_they_lie_are_other_data(
 def ours(run, label):
     """The latents of the run's averaged network for a caption's label, and the noise that they begin with."""
     denoiser = Run(run).denoiser()
-    prompts = Encoded("images", "pipeline").prompts()
+    prompts = LatentDataset("images", "pipeline").prompts()
     asked = Denoiser(PromptNetwork(denoiser.network, prompts), denoiser.process)
     made = sample(asked, DDIM(), Trailing(), 4, seeds=[5], condition=[label], guidance=CFG(3.0))
     return made.x, Noise(torch.tensor([5]), (4, 8, 8)).first_sample(made.knots[0], 1.0)
@@ -290,7 +290,7 @@ def test_classes_of_latents_leave_a_pipeline_with_the_vae(place, monkeypatch):
         shape=(4, 8, 8), low=-math.inf, high=math.inf, sigma_data=1.0, classes=2, dropout=0.1
     )
     network = partial(unet, in_channels=4, out_channels=4, num_class_embeds=3)
-    data = Encoded("classes", "pipeline")
+    data = LatentDataset("classes", "pipeline")
     options = {
         "lr": LearningRate(1e-3),
         "batch_size": 4,
@@ -349,7 +349,7 @@ def test_a_run_is_sampled_by_prompt(place, monkeypatch, name):
 
 OF_ITS_OWN = """
 network: {class_path: diffcore.integrations.diffusers.Pretrained}
-data: {class_path: diffcore.training.data.latents.Encoded, init_args: {folder: images}}
+data: {class_path: diffcore.training.data.latents.LatentDataset, init_args: {folder: images}}
 process: {dropout: 0.1}
 optimizer: torch.optim.SGD
 """
@@ -421,7 +421,7 @@ def test_what_a_file_says_is_kept_and_a_schedule_around_none_is_around_the_pipel
     assert own["init_args"]["inner"]["class_path"] == "Discrete"
     parts = complete_settings(
         {
-            "data": {"class_path": "Encoded", "init_args": {"pipeline": "other"}},
+            "data": {"class_path": "LatentDataset", "init_args": {"pipeline": "other"}},
             "network": "mine.Net",
         },
         "pipeline",

@@ -19,7 +19,7 @@ from diffcore.objectives.objective import Objective, SampleKey
 from diffcore.objectives.uncertainty import Uncertainty
 from diffcore.schedules import Cosine, Discrete
 from diffcore.training import checkpoint
-from diffcore.training.data.source import Digits
+from diffcore.training.data import Digits
 from diffcore.training.level_sampler import Adaptation
 from diffcore.training.lr import LearningRate
 from diffcore.training.trainer import Trainer

@@ -18,7 +18,7 @@ import os, signal
 
 import torch
 from torch import nn
-from diffcore.training.data.source import Digits
+from diffcore.training.data import Digits
 
 
 class Net(nn.Module):

@@ -14,7 +14,7 @@ from diffcore.core.process import Process
 from diffcore.guidance import CFG
 from diffcore.io.safetensors import read_weights
 from diffcore.training import checkpoint
-from diffcore.training.data.source import Digits
+from diffcore.training.data import Digits
 from diffcore.training.ema import Decay
 from diffcore.training.lr import LearningRate
 from diffcore.training.trainer import Trainer

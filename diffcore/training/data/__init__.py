@@ -1,1 +1,18 @@
-"""Data sets, captions, caches, and the order in which a run reads them."""
+"""Data of training: the protocol `DataSource`, data sets, and the keyed order in which they are
+read.
+"""
+
+from diffcore.training.data.digits import Digits
+from diffcore.training.data.image_folder import ImageFolder
+from diffcore.training.data.order import Batch, DataOrder, load_batches
+from diffcore.training.data.source import DataSource, as_data_source
+
+__all__ = [
+    "Batch",
+    "DataOrder",
+    "DataSource",
+    "Digits",
+    "ImageFolder",
+    "as_data_source",
+    "load_batches",
+]

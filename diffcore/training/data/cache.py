@@ -1,9 +1,10 @@
-"""A cache: tensors by key, in safetensors shards. What one run has made of an image or a text, the next reads.
+"""A cache: tensors by key, in safetensors shards. What one run has made of an image or a text, the
+next reads.
 
     folder/0b5c1e....safetensors     some entries: "<key>.<name>" is a tensor of one
 
-A key is a hash of all that an entry is made of, so no entry is ever out of date: a changed image, another size or other
-weights of the encoder have another key.
+A key is a hash of all that an entry is made of, so no entry is ever out of date: a changed image,
+another size or other weights of the encoder have another key.
 """
 
 import hashlib

@@ -1,8 +1,8 @@
-"""Captions of a folder's images: in a metadata file, as Hugging Face datasets' "imagefolder" has them, or beside each image.
+"""Captions of a folder's images: in a metadata file, as Hugging Face datasets' "imagefolder" has
+them, or beside each image.
 
-metadata.jsonl   {"file_name": "cats/1.png", "text": "a cat"}     a line an image, named from the file's own folder
-metadata.csv     file_name,text
-cats/1.txt       a cat
+metadata.jsonl   {"file_name": "cats/1.png", "text": "a cat"}     a line an image, named from the
+file's own folder metadata.csv     file_name,text cats/1.txt       a cat
 """
 
 import csv
@@ -30,7 +30,8 @@ def captions(folder: Path, images: Sequence[Path]) -> list[str]:
     if not said or not bare:
         return [said[path] for path in images] if said else []
     raise ValueError(
-        f"{len(bare)} of the {len(images)} images of {folder} have no caption, such as {bare[0]}: give each a "
+        f"{len(bare)} of the {len(images)} images of {folder} have no caption, such as {bare[0]}: "
+        "give each a "
         f"{'line in ' + files[0].name if files else '.txt file'}, or set captions: false"
     )
 
@@ -45,7 +46,8 @@ def _metadata(file: Path) -> Iterator[tuple[Path, str]]:
         name, text = row.get("file_name"), row.get(COLUMN)
         if not isinstance(name, str) or not isinstance(text, str):
             raise ValueError(
-                f"row {number} of {file} has no file_name or no {COLUMN}: each image's row needs both"
+                f"row {number} of {file} has no file_name or no {COLUMN}: each image's row needs "
+                "both"
             )
         yield (file.parent / name).resolve(), text.strip()
 

@@ -1,4 +1,5 @@
-"""Images as a diffusers VAE encodes them, and their captions as the text encoders do: made once, read by every later run.
+"""Images as a diffusers VAE encodes them, and their captions as the text encoders do: made once,
+read by every later run.
 
 z = mean + std ξ,   ξ ~ N(0, I) anew at each visit of an image
 """
@@ -11,20 +12,23 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from diffcore.core.noise import Stream, normal
 from diffcore.io.files import hash_file
 from diffcore.training.data.cache import Cache, digest
 from diffcore.training.data.captions import captions as captions_of
-from diffcore.training.data.source import Fit, ImageFolder, Unreadable, mirrored
+from diffcore.training.data.image_folder import Fit, ImageFolder, Unreadable
+from diffcore.training.data.order import is_mirrored
+from diffcore.training.data.source import DataSource
 
 if TYPE_CHECKING:
     from diffcore.integrations.diffusers.loading.prompts import Prompts
     from diffcore.integrations.diffusers.loading.vae import Latents
 
 NULL = "\0"
-"""Stands for the empty prompt as the null condition, which some pipelines encode in another way than as a caption."""
+"""Stands for the empty prompt as the null condition, which some pipelines encode in another way
+than as a caption.
+"""
 
 LARGE = 2**30
 """Bytes of embeddings that stay on the host; a network's call then waits for its labels."""
@@ -35,18 +39,21 @@ GLANCE = 2.0
 Entries = Iterator[dict[str, Tensor]]
 
 
-class Encoded(Dataset[tuple[Tensor, int]]):
-    """The latents of a folder's images; an image's label is the place of its caption in `texts`, or else its sub-folder's.
+class LatentDataset(DataSource):
+    """The latents of a folder's images; an image's label is the place of its caption in `texts`, or
+    else its sub-folder's.
 
-    Latents are cached under the content of the image, its size and fit, and the VAE's config and weights; embeddings under the
-    caption and the files of the text encoders. What changes is made again, what does not is read, and no encoder is
-    loaded for it. Each is made by itself, so that it does not depend on what is beside it, and of several processes
-    the first makes all.
+    Latents are cached under the content of the image, its size and fit, and the VAE's config and
+    weights; embeddings under the caption and the files of the text encoders. What changes is made
+    again, what does not is read, and no encoder is loaded for it. Each is made by itself, so that
+    it does not depend on what is beside it, and of several processes the first makes all.
 
     Args:
-        folder: of the images, as ImageFolder reads it, with captions in metadata.jsonl, metadata.csv or a .txt beside each.
+        folder: of the images, as ImageFolder reads it, with captions in metadata.jsonl,
+            metadata.csv or a .txt beside each.
         pipeline: folder of the diffusers pipeline whose VAE and text encoders encode.
-        size: height and width of the images in pixels; 0 for what the pipeline's network was made for.
+        size: height and width of the images in pixels; 0 for what the pipeline's network was made
+            for.
         fit: crop, pad or exact, as of ImageFolder.
         flip: whether to mirror left and right half of the time; both are encoded.
         captions: whether to read captions, where there are any.
@@ -99,15 +106,19 @@ class Encoded(Dataset[tuple[Tensor, int]]):
         """The mean of the latents, and the label."""
         return self.latents.read(self.keys[index])["mean"], self.labels[index]
 
-    def at(self, index: int, seed: int, position: int) -> tuple[Tensor, int]:
-        """The latents as the visit at a position of the run draws them, and the label."""
+    is_latent = True
+
+    def item(self, index: int, seed: int, position: int) -> tuple[Tensor, int]:
+        """The latents drawn at a position of the run, and the label."""
         key = self.keys[index]
-        entry = self.latents.read(_mirrored(key) if self.flip and mirrored(seed, position) else key)
+        entry = self.latents.read(
+            _mirrored(key) if self.flip and is_mirrored(seed, position) else key
+        )
         mean, std = entry["mean"], entry["std"]
         return mean + std * normal(seed, Stream.LATENT, position, mean.shape)[0], self.labels[index]
 
     @property
-    def content(self) -> str:
+    def content_hash(self) -> str:
         """A hash of all that items and the bank are made of, by which a resumed run knows its data."""
         made = (self.latents.folder.name, self.embeddings.folder.name if self.rows else "")
         return digest(*made, *self.keys, *map(str, self.labels), *self.rows)
@@ -121,8 +132,10 @@ class Encoded(Dataset[tuple[Tensor, int]]):
             {name: torch.stack([row[name] for row in rows]) for name in rows[0]}, self.texts
         )
 
-    def asked(self, device: torch.device) -> Callable[[nn.Module], nn.Module]:
-        """Makes of a network that is told text one that is asked by label; the bank is on the device unless it is large."""
+    def label_wrapper(self, device: torch.device) -> Callable[[nn.Module], nn.Module]:
+        """Makes of a network that is told text one that is asked by label; the bank is on the
+        device unless it is large.
+        """
         from diffcore.integrations.diffusers.loading.prompts import PromptNetwork
 
         if not self.texts:
@@ -141,24 +154,24 @@ class Encoded(Dataset[tuple[Tensor, int]]):
         return self.pipeline.read("vae")
 
     @torch.no_grad()
-    def pictures(self, z: Tensor) -> Tensor:
+    def decode(self, x: Tensor) -> Tensor:
         """The images (N, 3, H, W) of latents, as the VAE decodes them."""
-        vae = self._vae(z.device)
-        return torch.cat([vae.decode(one) for one in z.split(1)])
+        vae = self._vae(x.device)
+        return torch.cat([vae.decode(one) for one in x.split(1)])
 
-    # Making ------------------------------------------------------------------------------------------------------
+    # Making
 
     @property
-    def made(self) -> bool:
+    def is_ready(self) -> bool:
         """Whether all is there to be read."""
         return not (self.latents.missing(self._images()) or self.embeddings.missing(self.rows))
 
-    def make(self, device: torch.device, first: bool) -> None:
+    def prepare(self, device: torch.device, is_main_process: bool) -> None:
         """Make what is missing; every process but the first waits until it is there."""
-        if first:
+        if is_main_process:
             self._make_latents(device)
             self._make_embeddings(device)
-        while not self.made:
+        while not self.is_ready:
             time.sleep(GLANCE)
             self.latents.rescan()
             self.embeddings.rescan()

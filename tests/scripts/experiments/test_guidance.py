@@ -30,7 +30,7 @@ from diffcore.guidance import CFG, AdaptiveGuidance, ClassifierGuidance, Step
 from diffcore.samplers import DDIM
 from diffcore.sampling.generation import sample
 from diffcore.schedules import Cosine, Karras
-from diffcore.training.data.source import Digits
+from diffcore.training.data import Digits
 
 PROCESS = Process(Cosine(), shape=(1, 8, 8), sigma_data=0.75, classes=10, dropout=0.1)
 

@@ -5,7 +5,7 @@ from benchmarks.accuracy import plane
 from experiments.inversion import Trip, replayed, table, trained, trip, trips
 
 from diffcore.core.denoiser import Denoiser
-from diffcore.training.data.source import Digits
+from diffcore.training.data import Digits
 
 
 def test_an_oracle_comes_back_as_tests_of_inversion_say():

@@ -6,7 +6,7 @@ from experiments.training import ARMS, KNOTS, averaged, measure, rows, study, ta
 
 from diffcore.core.process import Process
 from diffcore.objectives.objective import Objective
-from diffcore.training.data.source import batches
+from diffcore.training.data import load_batches
 
 
 @pytest.mark.parametrize("name", ARMS)
@@ -71,7 +71,7 @@ def test_the_network_of_a_run_has_its_averaged_weights(tmp_path):
     )
     found = averaged(whole).network.state_dict()
     stepped.prepare()
-    stream = batches(stepped.data, stepped.order.steps(0, 2), 0)
+    stream = load_batches(stepped.data, stepped.order.steps(0, 2), 0)
     for _ in range(2):
         stepped.advance(stream)
     assert all(torch.equal(found[name], value) for name, value in stepped.average.shadow.items())

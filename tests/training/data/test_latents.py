@@ -13,10 +13,9 @@ from safetensors.torch import load_file, save_file
 from diffcore.core.noise import Stream, normal
 from diffcore.integrations.diffusers import Latents, encode_prompts
 from diffcore.integrations.diffusers.loading.index import PipelineIndex
-from diffcore.training.data import cache
+from diffcore.training.data import DataOrder, cache, load_batches
 from diffcore.training.data import latents as encoded
-from diffcore.training.data.latents import Encoded
-from diffcore.training.data.source import Order, batches
+from diffcore.training.data.latents import LatentDataset
 from tests.helpers.captioned_images import (
     CAPTIONS,
     change_json,
@@ -72,7 +71,7 @@ def calls(monkeypatch):
 
 
 def data(place, **options):
-    return Encoded(
+    return LatentDataset(
         str(place / "images"),
         str(place / "pipeline"),
         **({"cache": str(place / "cache")} | options),
@@ -116,8 +115,8 @@ def test_each_visit_draws_latents_anew_by_its_position(place):
     drawn = ready.at(1, 7, 2**33)[0]
     assert torch.equal(drawn, mean + std * normal(7, Stream.LATENT, 2**33, mean.shape)[0])
     assert not torch.equal(drawn, ready.at(1, 7, 2**33 + 1)[0])
-    order = Order(len(ready), 7, 4, 1, 0, 1).steps(1, 2)
-    (batch,) = batches(ready, order, 0)
+    order = DataOrder(len(ready), 7, 4, 1, 0, 1).steps(1, 2)
+    (batch,) = load_batches(ready, order, 0)
     index = [order.index(position) for position in range(4, 8)]
     expected = [ready.at(i, 7, position)[0] for i, position in zip(index, range(4, 8), strict=True)]
     assert torch.equal(batch.x0, torch.stack(expected))

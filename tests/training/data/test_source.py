@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from diffcore.training.data.source import Digits, ImageFolder, Order, batches, size_of, split
+from diffcore.training.data import DataOrder, Digits, ImageFolder, load_batches
+from diffcore.training.data.source import size_of, split_item
 
 
 def test_the_digits_split_is_fixed_and_disjoint():
@@ -222,8 +223,8 @@ def test_a_flip_is_keyed_by_the_position_in_the_run(tmp_path):
     data = ImageFolder(str(tmp_path), 8, "L", flip=True)
 
     def flips(batch, parts, start=0):
-        order = Order(1, 5, batch, parts, 0, 1).steps(start, 64 // batch)
-        return [bool(x0[0, 0, -1] == 1) for made in batches(data, order, 0) for x0 in made.x0]
+        order = DataOrder(1, 5, batch, parts, 0, 1).steps(start, 64 // batch)
+        return [bool(x0[0, 0, -1] == 1) for made in load_batches(data, order, 0) for x0 in made.x0]
 
     everything = flips(16, 1)
     assert 16 < sum(everything) < 48
@@ -242,7 +243,7 @@ def seen(world=1, accumulation=1, start=0, stop=12, seed=SEED):
     """{step: {place: index}} over all ranks and parts."""
     found = {step: {} for step in range(start, stop)}
     for rank in range(world):
-        order = Order(SIZE, seed, BATCH, accumulation, rank, world).steps(start, stop)
+        order = DataOrder(SIZE, seed, BATCH, accumulation, rank, world).steps(start, stop)
         assert len(order) == len(list(order)) == (stop - start) * accumulation
         for micro in order:
             assert len(micro) == BATCH // world // accumulation
@@ -269,7 +270,7 @@ def test_E1_starting_later_continues_the_same_order():
 
 
 def test_every_epoch_is_another_permutation_of_the_data():
-    order = Order(SIZE, SEED, BATCH, 1, 0, 1)
+    order = DataOrder(SIZE, SEED, BATCH, 1, 0, 1)
     epochs = [[order.index(epoch * SIZE + place) for place in range(SIZE)] for epoch in range(4)]
     assert all(sorted(epoch) == list(range(SIZE)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
@@ -282,7 +283,7 @@ def test_the_order_is_a_function_of_all_of_the_seed():
 
 
 def test_a_batch_larger_than_the_data_takes_items_again():
-    order = Order(3, 0, 8, 1, 0, 1).steps(0, 3)
+    order = DataOrder(3, 0, 8, 1, 0, 1).steps(0, 3)
     indices = [index for micro in order for index, _ in micro]
     assert len(indices) == 24
     assert all(sorted(indices[first : first + 3]) == [0, 1, 2] for first in range(0, 24, 3))
@@ -303,8 +304,8 @@ class Bare(Dataset):
 
 def test_a_batch_says_where_its_samples_stand():
     data = Digits()
-    order = Order(len(data), 0, 8, 2, 1, 2)
-    for step, parts in enumerate(zip(*[batches(data, order.steps(0, 3), 0)] * 2, strict=True)):
+    order = DataOrder(len(data), 0, 8, 2, 1, 2)
+    for step, parts in enumerate(zip(*[load_batches(data, order.steps(0, 3), 0)] * 2, strict=True)):
         for part, batch in enumerate(parts):
             assert batch.place.tolist() == [4 * part + 2, 4 * part + 3]  # the second rank of two
             assert batch.index.tolist() == [
@@ -315,7 +316,7 @@ def test_a_batch_says_where_its_samples_stand():
 
 
 def test_data_without_labels_has_the_label_minus_one():
-    (batch,) = batches(Bare(), Order(5, 0, 4, 1, 0, 1).steps(0, 1), 0)
+    (batch,) = load_batches(Bare(), DataOrder(5, 0, 4, 1, 0, 1).steps(0, 1), 0)
     assert batch.label.tolist() == [-1] * 4
     assert batch.x0[:, 0].tolist() == batch.index.tolist()
 
@@ -324,8 +325,8 @@ def test_E1_workers_change_nothing():
     data = Digits()
 
     def made(workers):
-        order = Order(len(data), 7, 16, 2, 0, 1).steps(90, 100)  # crosses the end of an epoch
-        return list(batches(data, order, workers))
+        order = DataOrder(len(data), 7, 16, 2, 0, 1).steps(90, 100)  # crosses the end of an epoch
+        return list(load_batches(data, order, workers))
 
     for ours, theirs in zip(made(0), made(2), strict=True):
         for name in ("x0", "label", "index", "place"):
@@ -343,6 +344,6 @@ def test_data_that_is_not_map_style_or_empty_is_refused(data, message):
 
 @pytest.mark.parametrize("item", [(1.0, 3), [1.0, 3], (1.0, torch.tensor(3)), (1.0, np.int64(3))])
 def test_an_item_is_x0_and_an_integer_label(item):
-    assert split(item) == (1.0, 3)
-    assert type(split(item)[1]) is int
-    assert split(2.0) == (2.0, -1)
+    assert split_item(item) == (1.0, 3)
+    assert type(split_item(item)[1]) is int
+    assert split_item(2.0) == (2.0, -1)

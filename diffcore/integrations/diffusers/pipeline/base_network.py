@@ -16,6 +16,7 @@ import diffusers
 from torch import Tensor, nn
 
 from diffcore.core.denoiser import tensor_of
+from diffcore.core.network import ExportableNetwork
 from diffcore.core.process import Process
 from diffcore.integrations.diffusers.families import family_of
 from diffcore.integrations.diffusers.loading.folder import PipelineParts, read_folder, read_json
@@ -82,7 +83,7 @@ class LoRA:
         )
 
 
-class Pretrained(nn.Module):
+class Pretrained(ExportableNetwork):
     """The network of a pipeline's folder. With LoRA its state is the adapter: the rest is the folder's.
 
     Args:
@@ -126,7 +127,7 @@ class Pretrained(nn.Module):
         return tensor_of(family.wrap(network)(x, timestep=timestep, **condition))[:, : x.shape[1]]
 
     @cached_property
-    def content(self) -> str:
+    def content_hash(self) -> str:
         """A hash of the weights that an adapter is beside, by which a resumed run knows them; without LoRA there are none."""
         files = (
             sorted((self.index.folder / self.index.network_name).glob("*.safetensors"))
@@ -135,19 +136,19 @@ class Pretrained(nn.Module):
         )
         return " ".join(map(hash_file, files))
 
-    def adapted(self, run: Path) -> PipelineParts:
+    def exported_parts(self, folder: Path) -> PipelineParts:
         """The pipeline's parts with this network, and the scheduler that `save` left in a run's folder."""
-        scheduler = read_json(run / "scheduler" / "scheduler_config.json")
+        scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
         return replace(read_folder(self.index.folder), network=self.network, scheduler=scheduler)
 
-    def save(self, run: Path, process: Process) -> None:
+    def export(self, folder: Path, process: Process) -> None:
         """Write pipeline/ into a run's folder, or with LoRA pytorch_lora_weights.safetensors and scheduler/."""
         scheduler = scheduler_of(self.index.scheduler, process)
         if self.lora.rank:
-            self._save_adapter(run)
-            write_folder(run / "scheduler", scheduler.save_pretrained)
+            self._save_adapter(folder)
+            write_folder(folder / "scheduler", scheduler.save_pretrained)
         else:
-            write_folder(run / "pipeline", lambda folder: self._save_pipeline(folder, scheduler))
+            write_folder(folder / "pipeline", lambda path: self._save_pipeline(path, scheduler))
 
     def _save_adapter(self, run: Path) -> None:
         from peft.utils import get_peft_model_state_dict

@@ -1,0 +1,123 @@
+"""The order in which a run reads its data: a pure function of (seed, step), for any ranks and
+workers.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from diffcore.core.noise import Stream, permutation, uniform
+from diffcore.training.data.source import DataSource, split_item
+
+__all__ = ["Batch", "DataOrder", "is_mirrored", "load_batches"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The samples of one micro-batch of a rank.
+
+    Args:
+        x0: (B, *shape) clean data.
+        label: (B,) labels; -1 where the data has none.
+        index: (B,) index of each sample in the data set.
+        place: (B,) index of each sample in the global batch.
+    """
+
+    x0: Tensor
+    label: Tensor
+    index: Tensor
+    place: Tensor
+
+
+class DataOrder(Sampler[list[tuple[int, int]]]):
+    """The (index, position) pairs of each micro-batch of a rank; position counts the samples of the
+    run.
+
+    Every epoch is a keyed permutation. Part p of rank r of step s holds the indices
+    (p·world + r)·micro + j of the global batch, so that the global batch is the same for every
+    split.
+
+    Args:
+        size: number of items of the data set.
+        seed: seed of the run.
+        batch: size of the global batch.
+        accumulation: number of micro-batches of a rank in a step.
+        rank: index of this rank.
+        world: number of ranks.
+    """
+
+    def __init__(
+        self, size: int, seed: int, batch: int, accumulation: int, rank: int, world: int
+    ) -> None:
+        self.size, self.seed, self.batch = size, seed, batch
+        self.micro = batch // (accumulation * world)
+        self.parts = [(part * world + rank) * self.micro for part in range(accumulation)]
+        self.span = range(0)
+        self._permutation = lru_cache(maxsize=2)(
+            lambda epoch: permutation(seed, epoch, size).tolist()
+        )
+
+    def steps(self, start: int, stop: int) -> "DataOrder":
+        """This order, restricted to the optimizer steps from `start` to `stop` - 1."""
+        self.span = range(start, stop)
+        return self
+
+    def index(self, position: int) -> int:
+        """Index of the item at a position of the run."""
+        epoch, place = divmod(position, self.size)
+        return int(self._permutation(epoch)[place])
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in self.span:
+            for first in self.parts:
+                positions = range(step * self.batch + first, step * self.batch + first + self.micro)
+                yield [(self.index(position), position) for position in positions]
+
+    def __len__(self) -> int:
+        return len(self.span) * len(self.parts)
+
+
+def load_batches(data: DataSource, order: DataOrder, workers: int) -> Iterator[Batch]:
+    """The micro-batches of a data order.
+
+    Args:
+        data: data source, ready to be read.
+        order: order and span of steps.
+        workers: number of processes that read data; 0 reads in this process.
+
+    Returns:
+        An iterator over the micro-batches of the steps of `order`.
+    """
+    loader = DataLoader(
+        _PositionedItems(data, order.seed, order.batch),
+        batch_sampler=order,
+        num_workers=workers,
+        multiprocessing_context="forkserver" if workers else None,
+        pin_memory=torch.cuda.is_available(),
+    )
+    return (Batch(*columns) for columns in loader)
+
+
+def is_mirrored(seed: int, position: int) -> bool:
+    """True if the image at a position of the run is mirrored, which is so for half of the
+    positions.
+    """
+    return bool(uniform(seed, Stream.AUGMENT, position) < 0.5)
+
+
+class _PositionedItems(Dataset[tuple[Tensor, int, int, int]]):
+    """A data source indexed by (index, position): what is random about an item depends on its
+    position alone.
+    """
+
+    def __init__(self, data: DataSource, seed: int, batch: int) -> None:
+        self.data, self.seed, self.batch = data, seed, batch
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int, int]:
+        index, position = key
+        x0, label = split_item(self.data.item(index, self.seed, position))
+        return x0, label, index, position % self.batch

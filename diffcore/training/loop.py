@@ -1,0 +1,135 @@
+"""The training loop: optimizer steps, their order, and when the run reports, draws previews and
+saves.
+"""
+
+from collections.abc import Iterator
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from diffcore.core.denoiser import Denoiser
+from diffcore.core.noise import Stream, derived
+from diffcore.io.safetensors import write_weights
+from diffcore.training import checkpoint, pipeline
+from diffcore.training.data.order import Batch, load_batches
+from diffcore.training.data.source import check_labels
+from diffcore.training.reporting import Reporter
+from diffcore.training.resume import checkpoint_of
+from diffcore.training.state import TrainState
+
+__all__ = ["advance", "run", "save", "training_batches"]
+
+
+def run(state: TrainState, reporter: Reporter) -> None:
+    """Train from the step of `state` to the last one.
+
+    Args:
+        state: state of the run; changed in place.
+        reporter: receives every step, and reports every `log_every` steps.
+
+    Raises:
+        ValueError: Too many steps in a row were not finite, or a label is not a class.
+    """
+    settings, batches = state.settings, training_batches(state, state.settings.steps)
+    denoiser = state.denoiser(state.modules[0]).train()
+    with reporter.progress(state):
+        while state.step < settings.steps:
+            advance(state, denoiser, batches)
+            reporter.count(settings.batch_size)
+            if state.step % settings.log_every == 0:
+                reporter.report(state)
+            if settings.sample_every and state.step % settings.sample_every == 0:
+                reporter.draw_preview(state)
+            if state.step % settings.save_every == 0 or state.step == settings.steps:
+                save(state, reporter)
+        reporter.check_finite(state, state.window.gathered())
+
+
+def training_batches(state: TrainState, stop: int) -> Iterator[Batch]:
+    """The micro-batches of this rank from the step of `state` to `stop` - 1."""
+    settings = state.settings
+    return load_batches(settings.source, state.order.steps(state.step, stop), settings.workers)
+
+
+def advance(state: TrainState, denoiser: Denoiser, batches: Iterator[Batch]) -> None:
+    """Take one optimizer step: the network, its average, and what the next report consists of.
+
+    Args:
+        state: state of the run; changed in place.
+        denoiser: the training network, as `state.denoiser` makes it.
+        batches: micro-batches of this rank; `accumulation` of them are read.
+    """
+    losses, norm = _optimize(state, denoiser, islice(batches, state.settings.accumulation))
+    state.step += 1
+    state.average.update(state.step)
+    state.window.add(losses, norm)
+    state.level_sampler.add(state.step, losses)
+
+
+def save(state: TrainState, reporter: Reporter) -> None:
+    """Write a checkpoint, the averaged weights and the pipeline; every rank gathers, the first
+    writes.
+    """
+    settings, run_folder = state.settings, state.settings.run
+    content = checkpoint_of(state)
+    if state.accelerator.is_main_process:
+        path = run_folder.checkpoints / checkpoint.name(state.step)
+        checkpoint.write(path, content)
+        checkpoint.prune(run_folder.checkpoints, settings.keep)
+        write_weights(run_folder.weights, state.average.shadow, step=state.step)
+        pipeline.save(state, reporter.message)
+    state.accelerator.wait_for_everyone()
+
+
+def _optimize(
+    state: TrainState, denoiser: Denoiser, batches: Iterator[Batch]
+) -> tuple[Tensor, Tensor]:
+    """One optimizer step: the losses of this rank's samples, and the gradient norm before clipping."""
+    settings, accelerator = state.settings, state.accelerator
+    for group in state.optimizer.param_groups:
+        group["lr"] = settings.lr(state.step, settings.steps)
+    losses, norm = [], torch.zeros(())
+    for part, batch in enumerate(batches):
+        torch.manual_seed(_network_seed(state, part))
+        with accelerator.accumulate(*state.modules):
+            loss = _losses(state, denoiser, batch)
+            accelerator.backward(loss.mean())
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(state.modules.parameters(), settings.clip)
+                _zero_non_finite_gradient(state)
+            state.optimizer.step()
+            state.optimizer.zero_grad()
+        losses.append(loss.detach())
+    return torch.cat(losses), norm
+
+
+def _losses(state: TrainState, denoiser: Denoiser, batch: Batch) -> Tensor:
+    """The weighted losses (B,) of a micro-batch."""
+    settings, device = state.settings, state.accelerator.device
+    objective, process = settings.objective, settings.process
+    key = state.sample_key(batch.place)
+    draw = objective.draw(process, key, device, state.level_sampler.learned)
+    check_labels(batch.label, batch.index, process)
+    label = batch.label.to(device) if process.classes else None
+    x0 = batch.x0.to(device, non_blocking=True)
+    return objective(denoiser, x0, label, draw, state.uncertainty)
+
+
+def _zero_non_finite_gradient(state: TrainState) -> None:
+    """Set a gradient whose norm is not finite to zero as a whole, without a synchronisation.
+
+    Clipping has multiplied it by clip/norm: NaN everywhere if the norm is NaN, zero and NaN if it
+    is infinite.
+    """
+    for parameter in state.modules.parameters():
+        if parameter.grad is not None:
+            parameter.grad.nan_to_num_(0.0, 0.0, 0.0)
+
+
+def _network_seed(state: TrainState, part: int) -> int:
+    """Seed of the random numbers inside the network, such as dropout, in one micro-batch of a rank."""
+    accelerator, accumulation = state.accelerator, state.settings.accumulation
+    micro_batch = state.step * accumulation + part
+    position = micro_batch * accelerator.num_processes + accelerator.process_index
+    return derived(state.settings.seed, Stream.MODEL, 1 + position)  # 0 keys the initial weights

@@ -1,0 +1,168 @@
+"""The state of a training run: everything that its steps change, built once and complete from then
+on.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from diffcore.core.denoiser import Denoiser
+from diffcore.core.noise import Stream, derived
+from diffcore.core.process import Process
+from diffcore.objectives.objective import SampleKey
+from diffcore.training.data.order import DataOrder
+from diffcore.training.data.source import prepare_data
+from diffcore.training.distributed import make_accelerator, wrap
+from diffcore.training.ema import EMA
+from diffcore.training.level_sampler import LevelSampler
+from diffcore.training.reporting import LossWindow
+
+if TYPE_CHECKING:
+    from diffcore.training.trainer import Trainer
+
+LabelWrapper = Callable[[nn.Module], nn.Module]
+
+__all__ = ["TrainState", "build_state"]
+
+
+@dataclass
+class TrainState:
+    """The state of a run on one rank.
+
+    Args:
+        settings: settings of the run.
+        accelerator: accelerator of this rank.
+        modules: what the optimizer trains, as accelerate wrapped it: the network, and the
+            uncertainty of the objective if it has one.
+        optimizer: accelerate's optimizer.
+        label_wrapper: wraps a network so that it accepts the labels of the data.
+        average: averaged weights of the network.
+        order: order in which the run reads its data.
+        level_sampler: distribution of the training levels, which may adapt to the losses.
+        window: losses and gradient norms since the last report.
+        step: number of optimizer steps taken.
+        non_finite_steps: number of last steps in a row that were not finite.
+    """
+
+    settings: "Trainer"
+    accelerator: Accelerator
+    modules: nn.ModuleList
+    optimizer: Any
+    label_wrapper: LabelWrapper
+    average: EMA
+    order: DataOrder
+    level_sampler: LevelSampler
+    window: LossWindow
+    step: int = 0
+    non_finite_steps: int = 0
+
+    @property
+    def network(self) -> nn.Module:
+        """The network itself, without what accelerate wrapped around it."""
+        return self.accelerator.unwrap_model(self.modules[0])
+
+    @property
+    def uncertainty(self) -> nn.Module | None:
+        """The uncertainty of the objective as accelerate wrapped it, or None."""
+        return self.modules[1] if len(self.modules) > 1 else None
+
+    @property
+    def trained(self) -> nn.Module:
+        """One module with everything that the optimizer trains; its names are those of the
+        checkpoint.
+        """
+        if self.uncertainty is None:
+            return self.network
+        uncertainty = self.accelerator.unwrap_model(self.uncertainty)
+        return nn.ModuleDict({"network": self.network, "uncertainty": uncertainty})
+
+    def denoiser(self, network: nn.Module) -> Denoiser:
+        """A network with the process of the run, wrapped so that it accepts the labels of the data."""
+        return Denoiser(self.label_wrapper(network), self.settings.process)
+
+    def sample_key(self, place: Tensor) -> SampleKey:
+        """Key of the random numbers of samples at indices `place` (B,) of this step's global batch."""
+        settings = self.settings
+        return SampleKey(settings.seed, self.step, place, settings.batch_size)
+
+
+def build_state(settings: "Trainer") -> TrainState:
+    """Build everything that trains, on the device of this rank, at step 0.
+
+    Args:
+        settings: settings of the run.
+
+    Returns:
+        The state. The initial weights are a function of the seed.
+
+    Raises:
+        ValueError: The batch cannot be split, the data cannot be prepared, the network does not
+            fit the process, or the launcher contradicts the settings.
+    """
+    accelerator = make_accelerator(
+        settings.precision, settings.accumulation, settings.trackers, settings.run.folder
+    )
+    _check_batch(settings, accelerator.num_processes)
+    device, is_main = accelerator.device, accelerator.is_main_process
+    prepare_data(settings.source, settings.process, device, is_main)
+    label_wrapper = settings.source.label_wrapper(device)
+    modules, optimizer = wrap(accelerator, *_build_modules(settings, label_wrapper))
+    split = (settings.accumulation, accelerator.gather)
+    return TrainState(
+        settings,
+        accelerator,
+        nn.ModuleList(modules),
+        optimizer,
+        label_wrapper,
+        EMA(accelerator.unwrap_model(modules[0]), settings.ema),
+        DataOrder(
+            len(settings.source),
+            settings.seed,
+            settings.batch_size,
+            settings.accumulation,
+            accelerator.process_index,
+            accelerator.num_processes,
+        ),
+        LevelSampler(
+            settings.objective, settings.process, settings.seed, settings.batch_size, *split
+        ),
+        LossWindow(*split),
+    )
+
+
+def _check_batch(settings: "Trainer", ranks: int) -> None:
+    group = settings.objective.coupling.group
+    if settings.batch_size % (ranks * settings.accumulation * group):
+        coupling = settings.objective.coupling
+        groups = f" x groups of {group}, of {coupling}" if group > 1 else ""
+        raise ValueError(
+            f"batch_size is {settings.batch_size}, expected a multiple of {ranks} ranks x "
+            f"{settings.accumulation} micro-batches{groups}"
+        )
+
+
+def _build_modules(
+    settings: "Trainer", label_wrapper: LabelWrapper
+) -> tuple[list[nn.Module], torch.optim.Optimizer]:
+    torch.manual_seed(derived(settings.seed, Stream.MODEL, 0))
+    modules = [settings.network()]
+    _check_network(modules[0], label_wrapper, settings.process)
+    if settings.objective.uncertainty:
+        modules.append(settings.objective.uncertainty.module())
+    parameters = [value for value in nn.ModuleList(modules).parameters() if value.requires_grad]
+    return modules, settings.optimizer(parameters, settings.lr.peak)
+
+
+@torch.no_grad()
+def _check_network(network: nn.Module, label_wrapper: LabelWrapper, process: Process) -> None:
+    """Evaluate the network once before anything is written, so that a misfit with the process fails
+    here.
+    """
+    x = torch.zeros(2, *process.shape)
+    denoiser = Denoiser(label_wrapper(network.eval()), process)
+    denoiser.output(x, process.schedule.level(0.5))
+    network.train()
