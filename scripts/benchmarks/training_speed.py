@@ -7,7 +7,7 @@ The interval is [r_(k), r_(n+1-k)] of the sorted ratios with the largest k that 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.resources import files
@@ -31,7 +31,9 @@ from diffcore.samplers import DDIM
 from diffcore.sampling.generation import sample, with_levels
 from diffcore.sampling.loop import integrate
 from diffcore.schedules import Trailing, UniformLogSNR
-from diffcore.training.data import Batch, Digits, load_batches
+from diffcore.training.data import Digits
+from diffcore.training.loop import advance, training_batches
+from diffcore.training.state import TrainState, build_state
 from diffcore.training.trainer import Trainer
 
 RECIPE = files("diffcore.recipes") / "digits.yaml"
@@ -147,46 +149,49 @@ def overhead(pairs: int = 40, steps: int = 1, rows: int = 64) -> list[Comparison
     if steps < 1 or rows < 1:
         raise ValueError(f"steps and rows are {steps} and {rows}, expected at least 1")
     with TemporaryDirectory() as folder:
-        trainer = digits_trainer(Path(folder))
+        state = digits_state(Path(folder))
         return [
-            training(trainer, pairs, steps),
-            draws(trainer, pairs),
-            sampling(trainer, pairs, rows),
+            training(state, pairs, steps),
+            draws(state, pairs),
+            sampling(state, pairs, rows),
         ]
 
 
-def training(trainer: Trainer, pairs: int, steps: int) -> Comparison:
+def training(state: TrainState, pairs: int, steps: int) -> Comparison:
     """One optimizer step: batch, draws, loss, gradient, clipping, AdamW, averaged weights, losses kept."""
-    bare, stream = BareLoop(trainer.accelerator.device), endless(trainer)
-    seconds = interleaved(
-        _repeated(lambda: trainer.advance(stream), steps), _repeated(bare.step, steps), pairs
-    )
+    bare = BareLoop(state.accelerator.device)
+    seconds = interleaved(_repeated(stepper(state), steps), _repeated(bare.step, steps), pairs)
     each = (tuple(value / steps for value in side) for side in seconds)
-    return Comparison(f"training step, batch {trainer.batch_size}", 1.03, *each)
+    return Comparison(f"training step, batch {state.settings.batch_size}", 1.03, *each)
 
 
-def draws(trainer: Trainer, pairs: int, warmup: int = WARMUP_PAIRS) -> Comparison:
+def draws(state: TrainState, pairs: int, warmup: int = WARMUP_PAIRS) -> Comparison:
     """What a step draws (levels, noise, dropout, and their weights) over the whole step: a part measured as its own time."""
-    objective, process, stream = trainer.objective, trainer.process, endless(trainer)
-    index, steps = torch.arange(trainer.batch_size), count()
+    settings = state.settings
+    objective, process = settings.objective, settings.process
+    index, steps = torch.arange(settings.batch_size), count()
 
     def drawn() -> None:
-        place = SampleKey(trainer.seed, next(steps), index, trainer.batch_size)
+        place = SampleKey(settings.seed, next(steps), index, settings.batch_size)
         level = objective.draw(
-            process, place, trainer.accelerator.device, trainer.adaptation.learned
+            process, place, state.accelerator.device, state.level_sampler.learned
         ).level
         assert isinstance(level.logsnr, Tensor)
         objective.weight.on(process.prediction, level.logsnr, process.sigma_data)
         _synchronize()
 
-    seconds = interleaved(drawn, _repeated(lambda: trainer.advance(stream), 1), pairs, warmup)
-    return Comparison(f"draws of a step over the step, batch {trainer.batch_size}", 0.01, *seconds)
+    seconds = interleaved(drawn, _repeated(stepper(state), 1), pairs, warmup)
+    return Comparison(f"draws of a step over the step, batch {settings.batch_size}", 0.01, *seconds)
 
 
-def sampling(trainer: Trainer, pairs: int, rows: int) -> Comparison:
+def sampling(state: TrainState, pairs: int, rows: int) -> Comparison:
     """DDIM with classifier-free guidance, from seeds to samples, against as many forward passes of as many rows."""
-    network, process, device = trainer.bare.eval(), trainer.process, trainer.accelerator.device
-    denoiser, n = Denoiser(network, process).eval(), trainer.sample_steps
+    network, process, device = (
+        state.network.eval(),
+        state.settings.process,
+        state.accelerator.device,
+    )
+    denoiser, n = Denoiser(network, process).eval(), state.settings.sample_steps
     labels = torch.arange(rows) % process.classes
     x = torch.randn(2 * rows, *process.shape, device=device)
     classes = torch.cat((labels, torch.full_like(labels, process.classes))).to(device)
@@ -228,8 +233,8 @@ def intervals(pairs: int = 30, rows: int = 64) -> list[Comparison]:
     if rows < 1:
         raise ValueError(f"rows is {rows}, expected at least 1")
     with TemporaryDirectory() as folder:
-        trainer = digits_trainer(Path(folder))
-        denoiser = Denoiser(trainer.bare, trainer.process).eval()
+        state = digits_state(Path(folder))
+        denoiser = Denoiser(state.network, state.settings.process).eval()
         return [_interval(denoiser, bounds, pairs, rows) for bounds in ((0.285, 2.415), (0.5, 1.0))]
 
 
@@ -259,24 +264,22 @@ def _interval(denoiser: Denoiser, bounds: tuple[float, float], pairs: int, rows:
 # The library's side ----------------------------------------------------------------------------------------------
 
 
-def digits_trainer(folder: Path) -> Trainer:
-    """The trainer of the digits recipe, ready to step, with `folder` as its own."""
+def digits_state(folder: Path) -> TrainState:
+    """The state of the digits recipe at step 0, with `folder` as its own."""
     parser = ComponentParser(exit_on_error=False)
     parser.add_argument("--config", action="config")
     parser.add_class_arguments(Trainer, skip={"config"})
     settings = parser.parse_args(
         ["--config", str(RECIPE), "--folder", str(folder), "--trackers", "[]"]
     )
-    trainer = Trainer(
-        **{k: v for k, v in parser.instantiate(settings).as_dict().items() if k != "config"}
-    )
-    trainer.prepare()
-    return trainer
+    fields = parser.instantiate(settings).as_dict()
+    return build_state(Trainer(**{k: v for k, v in fields.items() if k != "config"}))
 
 
-def endless(trainer: Trainer) -> Iterator[Batch]:
-    """The run's batches: a benchmark may outlast the recipe's steps."""
-    return load_batches(trainer.data, trainer.order.steps(0, 2**31), trainer.workers)
+def stepper(state: TrainState) -> Callable[[], None]:
+    """Takes one step of a run at each call; a benchmark may outlast the recipe's steps."""
+    batches = training_batches(state, 2**31)
+    return partial(advance, state, state.denoiser(state.modules[0]).train(), batches)
 
 
 # The bare side -----------------------------------------------------------------------------------------------------

@@ -28,9 +28,11 @@ from diffcore.objectives.weighting import MSE, P2, Debiased, MinSNR
 from diffcore.samplers import DDIM
 from diffcore.sampling.generation import sample
 from diffcore.schedules import Cosine, Discrete, Laplace, Normal, Schedule, UniformLogSNR
-from diffcore.training.data import Digits, load_batches
+from diffcore.training.data import Digits
 from diffcore.training.ema import Decay
+from diffcore.training.loop import advance, training_batches
 from diffcore.training.lr import LearningRate
+from diffcore.training.state import TrainState, build_state
 from diffcore.training.trainer import Trainer
 
 POINTS = (100, 200, 400, 800)
@@ -117,14 +119,21 @@ def trainer(
     )
 
 
-def averaged(run: Trainer) -> Denoiser:
-    """The average of a run's weights after its last step; nothing is written."""
-    run.prepare()
-    stream = load_batches(run.data, run.order.steps(0, run.steps), 0)
-    while run.step < run.steps:
-        run.advance(stream)
-    run.bare.load_state_dict(run.average.shadow)
-    return Denoiser(run.bare, run.process).eval()
+def averaged(settings: Trainer) -> Denoiser:
+    """The averaged network of a run after its last step; nothing is written."""
+    *_, state = stepped(settings)
+    state.network.load_state_dict(state.average.shadow)
+    return Denoiser(state.network, settings.process).eval()
+
+
+def stepped(settings: Trainer) -> Iterator[TrainState]:
+    """The state of a run after each of its steps; nothing is written."""
+    state = build_state(settings)
+    denoiser = state.denoiser(state.modules[0]).train()
+    batches = training_batches(state, settings.steps)
+    while state.step < settings.steps:
+        advance(state, denoiser, batches)
+        yield state
 
 
 def measure(
@@ -133,14 +142,12 @@ def measure(
     """Fréchet distances (to the training scans, to the held-out ones) after each number of steps."""
     points, found = sorted(points), {}
     with TemporaryDirectory() as folder:
-        run = trainer(arm, levels, seed, Path(folder), points[-1])
-        run.prepare()
-        stream = load_batches(run.data, run.order.steps(0, points[-1]), 0)
-        while run.step < points[-1]:
-            run.advance(stream)
-            if run.step in points:
-                with run.average.applied():
-                    found[run.step] = distances(Denoiser(run.bare, run.process), seed, per_label)
+        settings = trainer(arm, levels, seed, Path(folder), points[-1])
+        for state in stepped(settings):
+            if state.step in points:
+                with state.average.applied():
+                    denoiser = Denoiser(state.network, settings.process)
+                    found[state.step] = distances(denoiser, seed, per_label)
     return found
 
 

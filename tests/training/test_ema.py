@@ -22,7 +22,7 @@ class Ramp(nn.Module):
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.9])
-def test_E4_on_a_ramp_the_average_is_its_closed_form(decay):
+def test_on_a_ramp_the_average_is_its_closed_form(decay):
     module, slope = Ramp(), 0.25
     average = EMA(module, Decay(decay, warmup=False))
     for step in range(1, 31):
@@ -55,7 +55,7 @@ def test_warm_up_forgets_the_initial_weights_and_weighs_each_step_as_stated():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_M9_the_average_of_a_half_precision_module_is_float32_and_moves(dtype):
+def test_the_average_of_a_half_precision_module_is_float32_and_moves(dtype):
     module = Ramp(dtype)
     module.set(1.0)
     average = EMA(module, Decay(0.9999, warmup=False))
@@ -97,7 +97,7 @@ def moved(dtype=torch.float32):
 
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_E4_the_weights_come_back_bit_for_bit(dtype, fails):
+def test_the_weights_come_back_bit_for_bit(dtype, fails):
     module, average = moved(dtype)
     before = {name: value.clone() for name, value in module.state_dict().items()}
     pointers = [parameter.data_ptr() for parameter in module.parameters()]

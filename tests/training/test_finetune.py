@@ -29,7 +29,7 @@ from diffcore.run import Run
 from diffcore.samplers import DDIM
 from diffcore.sampling.generation import sample
 from diffcore.schedules import Cosine, Discrete, Flow, Shifted, Trailing, ZeroTerminalSNR
-from diffcore.training import checkpoint
+from diffcore.training import checkpoint, loop
 from diffcore.training.data.latents import LatentDataset
 from diffcore.training.lr import LearningRate
 from diffcore.training.trainer import Trainer
@@ -131,15 +131,15 @@ def test_a_resumed_run_is_the_same_run_to_the_bit_and_encodes_nothing(place, opt
     monkeypatch.setattr(PipelineIndex, "read_text_pipeline", None)
     name = "lora" if options else "full"
     whole, options = place / f"runs/{name}", (*options, *(() if options else PICTURES))
-    save = Trainer._save
+    save = loop.save
 
-    def crash(self):
-        save(self)
-        if self.step == 2:
+    def crash(state, reporter):
+        save(state, reporter)
+        if state.step == 2:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_save", crash)
+        patch.setattr(loop, "save", crash)
         assert called(*command(f"runs/stopped-{name}", *options)) == 130
     assert called(*command(f"runs/stopped-{name}", *options, "--resume=true")) == 0
     stopped, straight = hashes(place / f"runs/stopped-{name}"), hashes(whole)
@@ -207,7 +207,7 @@ def test_data_that_changed_where_they_lie_are_other_data(
         (tmp_path / "images/3.txt").write_text("a blue cat")
     before = hashes(tmp_path / "runs")
     assert called(*resume) == 1
-    assert " are not those that the run in runs/lora was started with" in capsys.readouterr().err
+    assert " are not those with which the run in runs/lora was started" in capsys.readouterr().err
     assert hashes(tmp_path / "runs") == before
 
 
@@ -303,7 +303,7 @@ def test_classes_of_latents_leave_a_pipeline_with_the_vae(place, monkeypatch):
     assert (place / "runs/classes/samples/step-00000001.png").is_file()
     (image,) = pipe(class_labels=[1], seeds=[3]).images
     (z,) = pipe(class_labels=[1], seeds=[3], output_type="latent").images
-    expected = (data.pictures(z[None])[0].permute(1, 2, 0).clamp(-1, 1) + 1) * 127.5
+    expected = (data.decode(z[None])[0].permute(1, 2, 0).clamp(-1, 1) + 1) * 127.5
     assert abs(np.asarray(image) - expected.numpy()).max() < 0.51
 
 

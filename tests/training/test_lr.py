@@ -35,7 +35,7 @@ def test_the_curve_is_its_formula(shape, step, expected):
 
 
 @pytest.mark.parametrize("shape", ["constant", "cosine", "rsqrt"])
-def test_E2_the_curve_does_not_depend_on_what_was_asked_before(shape):
+def test_the_curve_does_not_depend_on_what_was_asked_before(shape):
     lr = LearningRate(1e-3, 20, shape, 40)
     forwards = [lr(step, STEPS) for step in range(STEPS)]
     assert [lr(step, STEPS) for step in reversed(range(STEPS))] == forwards[::-1]

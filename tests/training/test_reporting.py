@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from diffcore.training.reporting import Metrics, NonFinite, Window, non_finite
+from diffcore.training.reporting import LossWindow, Metrics, NonFinite, find_non_finite
 
 STEPS, BATCH = 3, 8
 
@@ -26,7 +26,7 @@ def windows(world, parts, past=None):
 
     micro = BATCH // world // parts
     for rank in range(world):
-        window = Window(parts, gather)
+        window = LossWindow(parts, gather)
         window.restore(past)
         made.append(window)
         for row in table():
@@ -40,7 +40,7 @@ def windows(world, parts, past=None):
 @pytest.mark.parametrize(
     ("world", "parts"), [(1, 1), (1, 4), (4, 1), (2, 2), (2, 4), (1, 8), (8, 1)]
 )
-def test_E6_columns_are_places_in_the_global_batch_whatever_the_split(world, parts):
+def test_columns_are_places_in_the_global_batch_whatever_the_split(world, parts):
     for window in windows(world, parts):
         assert torch.equal(window.gathered(), table())
 
@@ -61,23 +61,23 @@ def test_an_empty_past_is_no_past(empty):
     assert torch.equal(window.gathered(), table())
 
 
-def test_E7_a_step_that_is_not_finite_is_found_with_its_sample():
+def test_a_step_that_is_not_finite_is_found_with_its_sample():
     broken = table()
     broken[1, 1 + 5] = math.nan
     broken[2, 1 + 3] = math.inf
     broken[2, 1 + 6] = math.nan
-    found = non_finite(broken, first=40)
+    found = find_non_finite(broken, first=40)
     assert [(item.step, item.place) for item in found] == [(41, 5), (42, 3)]
     assert math.isnan(found[0].loss)
     assert found[1].loss == math.inf
-    assert non_finite(table(), 40) == []
+    assert find_non_finite(table(), 40) == []
 
 
-def test_E7_a_norm_that_is_not_finite_points_at_the_largest_loss():
+def test_a_norm_that_is_not_finite_points_at_the_largest_loss():
     broken = table()
     broken[1, 0] = math.inf
     broken[1, 1 + 2] = 999.0
-    assert non_finite(broken, 0) == [NonFinite(1, 2, 999.0)]
+    assert find_non_finite(broken, 0) == [NonFinite(1, 2, 999.0)]
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def steps(metrics):
     ("step", "left"),
     [(0, []), (5, [5]), (9, [5]), (10, [5, 10]), (15, [5, 10, 15]), (99, [5, 10, 15])],
 )
-def test_E1_a_rewind_drops_what_was_reported_later(metrics, step, left):
+def test_a_rewind_drops_what_was_reported_later(metrics, step, left):
     before = metrics.path.read_text()
     metrics.rewind(step)
     assert steps(metrics) == left

@@ -118,7 +118,7 @@ def reported(place: Path, name: str) -> list[float]:
     ]
 
 
-def test_E1_60_steps_equal_30_steps_killed_and_resumed_bit_for_bit(tmp_path):
+def test_60_steps_equal_30_steps_killed_and_resumed_bit_for_bit(tmp_path):
     straight = start(tmp_path / "straight")
     killed = start(
         tmp_path / "killed", DIE_AFTER=str(16 * 37 + 5)
@@ -142,7 +142,7 @@ def test_E1_60_steps_equal_30_steps_killed_and_resumed_bit_for_bit(tmp_path):
 
 
 # With two ranks: `state.capture` asks the {} that get_state_dict returns on all ranks but the first for its "state".
-def test_E3_parts_and_ranks_give_the_same_first_losses(tmp_path):
+def test_parts_and_ranks_give_the_same_first_losses(tmp_path):
     options = ("--network=nets.Steady", "--steps=5", "--log-every=1")
     splits = {
         "1x1": start(tmp_path / "1x1", *options),
@@ -176,7 +176,7 @@ UNET = (
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", [11, 30, 44])
-def test_E1_the_recipes_network_is_resumed_bit_for_bit_with_and_without_workers(tmp_path, kill):
+def test_the_recipes_network_is_resumed_bit_for_bit_with_and_without_workers(tmp_path, kill):
     def train(place, *options, **variables):
         place.mkdir(exist_ok=True)
         (place / "nets.py").write_text(NETWORK)

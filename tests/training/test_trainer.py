@@ -1,6 +1,5 @@
 """The trainer, in this process with a tiny network: the same run however it is split, and refused where it cannot be right."""
 
-import hashlib
 import json
 import math
 from functools import partial
@@ -17,7 +16,9 @@ from diffcore.training import checkpoint
 from diffcore.training.data import Digits
 from diffcore.training.ema import Decay
 from diffcore.training.lr import LearningRate
+from diffcore.training.state import build_state
 from diffcore.training.trainer import Trainer
+from tests.helpers.training_runs import crash_after, hashes, refused_run
 
 STEPS = 6
 
@@ -82,9 +83,8 @@ def trainer(folder, **options):
 
 
 def trained(folder, **options):
-    made = trainer(folder, **options)
-    made.train()
-    return made
+    """The state of a run after its last step."""
+    return trainer(folder, **options).train()
 
 
 def reports(folder):
@@ -93,14 +93,6 @@ def reports(folder):
 
 def weights(folder, step=STEPS):
     return checkpoint.read(folder / "checkpoints" / f"step-{step:08d}").tensors
-
-
-def hashes(folder):
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in files
-    }
 
 
 # A run ---------------------------------------------------------------------------------------------------------------
@@ -137,7 +129,7 @@ def test_a_runs_folder_holds_what_sampling_and_resuming_need(tmp_path):
         assert torch.equal(value, average[name]), name
         assert torch.equal(value, made.average.shadow[name]), name
     for name, value in weights(tmp_path / "run", 5)["model.safetensors"].items():
-        assert torch.equal(value, made.bare.state_dict()[name]), name
+        assert torch.equal(value, made.network.state_dict()[name]), name
 
 
 def test_the_tracker_writes_tensorboards_events(tmp_path):
@@ -163,7 +155,7 @@ def test_the_loss_falls_on_digits(tmp_path):
     assert losses[-1] < 0.75 * losses[0]
 
 
-def test_E2_the_learning_rate_is_the_curve_at_each_optimizer_step(tmp_path):
+def test_the_learning_rate_is_the_curve_at_each_optimizer_step(tmp_path):
     seen, lr = [], LearningRate(1e-2, 3, "cosine")
 
     class Optimizer(torch.optim.SGD):
@@ -177,18 +169,18 @@ def test_E2_the_learning_rate_is_the_curve_at_each_optimizer_step(tmp_path):
     assert [report["lr"] for report in reports(tmp_path)] == expected
 
 
-def test_D5_the_condition_is_dropped_sample_by_sample_at_the_stated_rate(tmp_path):
+def test_the_condition_is_dropped_sample_by_sample_at_the_stated_rate(tmp_path):
     made = trained(
         tmp_path, process=Process(shape=(1, 8, 8), classes=10, dropout=0.3), steps=20, batch_size=64
     )
-    given = torch.stack(made.bare.given[1:])  # the first is the probe before training
+    given = torch.stack(made.network.given[1:])  # the first is the probe before training
     share = (given == 10).double().mean().item()
     assert share == pytest.approx(0.3, abs=4 * (0.3 * 0.7 / 1280) ** 0.5)
     assert all(0 < dropped < 40 for dropped in (given == 10).sum(1).tolist())  # not whole batches
     assert set(given.flatten().tolist()) == set(range(11))
 
 
-def test_D5_the_null_embedding_is_trained_only_by_dropped_samples(tmp_path):
+def test_the_null_embedding_is_trained_only_by_dropped_samples(tmp_path):
     for dropout, moves in ((0.5, True), (0.0, False)):
         folder = tmp_path / str(dropout)
         optimizer = torch.optim.SGD
@@ -198,21 +190,20 @@ def test_D5_the_null_embedding_is_trained_only_by_dropped_samples(tmp_path):
             optimizer=optimizer,
         )
         torch.manual_seed(0)
-        first = trainer(tmp_path / "other", process=made.process)
-        first.prepare()
-        assert torch.equal(made.bare.labels.weight[10], first.bare.labels.weight[10]) != moves
+        first = build_state(trainer(tmp_path / "other", process=made.settings.process))
+        assert torch.equal(made.network.labels.weight[10], first.network.labels.weight[10]) != moves
 
 
 def test_without_classes_the_network_is_given_no_labels(tmp_path):
     made = trained(tmp_path, process=Process(shape=(1, 8, 8)))
-    assert made.bare.given == [None] * (1 + STEPS)  # once before training
+    assert made.network.given == [None] * (1 + STEPS)  # once before training
 
 
 # The same run --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("accumulation", [2, 4, 16])
-def test_E6_accumulation_equals_one_batch(tmp_path, accumulation):
+def test_accumulation_equals_one_batch(tmp_path, accumulation):
     trained(tmp_path / "whole", clip=0.1)
     trained(tmp_path / "parts", clip=0.1, accumulation=accumulation)
     for whole, parts in zip(reports(tmp_path / "whole"), reports(tmp_path / "parts"), strict=True):
@@ -226,7 +217,7 @@ def test_E6_accumulation_equals_one_batch(tmp_path, accumulation):
 @pytest.mark.parametrize(
     "options", [{"workers": 2}, {"log_every": 1, "save_every": 2}, {"keep": 1}], ids=repr
 )
-def test_E1_what_does_not_enter_the_weights_changes_no_bit(tmp_path, options):
+def test_what_does_not_enter_the_weights_changes_no_bit(tmp_path, options):
     trained(tmp_path / "first")
     trained(tmp_path / "second", **options)
     first, second = (hashes(tmp_path / folder) for folder in ("first", "second"))
@@ -248,7 +239,7 @@ def test_the_global_random_state_is_not_used(tmp_path):
 
 @pytest.mark.parametrize("stop", [2, 3, 4])
 @pytest.mark.parametrize("log_every", [1, 4])
-def test_E1_a_resumed_run_is_the_same_run(tmp_path, stop, log_every):
+def test_a_resumed_run_is_the_same_run(tmp_path, stop, log_every, monkeypatch):
     options = {
         "network": partial(Network, dropout=0.2),
         "save_every": 1,
@@ -256,17 +247,7 @@ def test_E1_a_resumed_run_is_the_same_run(tmp_path, stop, log_every):
         "log_every": log_every,
     }
     trained(tmp_path / "straight", **options)
-    stopped = trainer(tmp_path / "resumed", **options)
-    save = stopped._save
-
-    def crash():
-        save()
-        if stopped.step == stop:
-            raise KeyboardInterrupt
-
-    stopped._save = crash
-    with pytest.raises(KeyboardInterrupt):
-        stopped.train()
+    crash_after(trainer(tmp_path / "resumed", **options), stop, monkeypatch)
     trained(tmp_path / "resumed", resume=True, **options)
     assert hashes(tmp_path / "resumed") == hashes(tmp_path / "straight")
 
@@ -277,7 +258,7 @@ def break_newest(folder):
     return path
 
 
-def test_E1_a_broken_newest_checkpoint_is_named_and_the_one_before_used(tmp_path, capsys):
+def test_a_broken_newest_checkpoint_is_named_and_the_one_before_used(tmp_path, capsys):
     trained(tmp_path, save_every=2)
     whole = hashes(tmp_path)
     path = break_newest(tmp_path)
@@ -290,19 +271,10 @@ def test_E1_a_broken_newest_checkpoint_is_named_and_the_one_before_used(tmp_path
     assert any("broken-step-00000006" in name for name in found)
 
 
-def test_a_broken_checkpoint_does_not_push_out_the_ones_written_after_it(tmp_path):
+def test_a_broken_checkpoint_does_not_push_out_the_ones_written_after_it(tmp_path, monkeypatch):
     trained(tmp_path, save_every=2)
     break_newest(tmp_path)
-    resumed = trainer(tmp_path, save_every=1, keep=1, resume=True)
-    save = resumed._save
-
-    def crash():
-        save()
-        raise KeyboardInterrupt
-
-    resumed._save = crash
-    with pytest.raises(KeyboardInterrupt):
-        resumed.train()
+    crash_after(trainer(tmp_path, save_every=1, keep=1, resume=True), 5, monkeypatch)
     assert checkpoint.newest(tmp_path / "checkpoints", print).state["step"] == 5
 
 
@@ -318,7 +290,7 @@ def test_a_resume_on_another_number_of_threads_says_what_it_costs(tmp_path, caps
 def test_a_run_whose_checkpoints_are_all_broken_is_not_resumed(tmp_path):
     trained(tmp_path, keep=1)
     break_newest(tmp_path)
-    with pytest.raises(ValueError, match="no whole checkpoint left: start anew in another folder"):
+    with pytest.raises(ValueError, match="no whole checkpoint left: start a new run in another"):
         trainer(tmp_path, resume=True).train()
 
 
@@ -337,7 +309,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
     whole = hashes(tmp_path)
     with pytest.raises(
         ValueError,
-        match="holds a run already: continue it with --resume true, or name another folder",
+        match="holds a run already: continue it with --resume true, or choose another folder",
     ):
         trainer(tmp_path, seed=5).train()
     assert hashes(tmp_path) == whole
@@ -346,12 +318,12 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"precision": "fp16"}, "precision is fp16, which a CPU does not do: use bf16 or no"),
+        ({"precision": "fp16"}, "precision is fp16, which a CPU does not support: use bf16 or no"),
         (
             {"batch_size": 16, "accumulation": 3},
-            "batch_size is 16, expected a multiple of 1 processes x 3 parts",
+            "batch_size is 16, expected a multiple of 1 ranks x 3 micro-batches",
         ),
-        ({"resume": True}, "holds no run to resume: leave out --resume, or name another folder"),
+        ({"resume": True}, "holds no run to resume: leave out --resume, or choose another"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_and_nothing_written(tmp_path, options, message):
@@ -416,20 +388,19 @@ def test_a_later_item_with_a_label_out_of_range_is_refused(tmp_path, label):
 # Not finite ----------------------------------------------------------------------------------------------------------
 
 
-def test_E7_a_nan_in_the_data_stops_the_run_naming_level_and_sample(tmp_path, capsys):
+def test_a_nan_in_the_data_stops_the_run_naming_level_and_sample(tmp_path, capsys):
     data = Items(*[(GREY, 0)] * 3, (NAN, 1))
     made = trainer(tmp_path, data=data, batch_size=4, steps=50, patience=5)
     expected = r"5 steps in a row were not finite \(patience is 5\): step \d, sample 3 .* at λ = "
-    with pytest.raises(ValueError, match=expected):
-        made.train()
-    assert made.step == 5
-    assert all(value.isfinite().all() for value in made.bare.state_dict().values())
-    assert all(value.isfinite().all() for value in made.average.shadow.values())
+    state, _ = refused_run(made, expected)
+    assert state.step == 5
+    assert all(value.isfinite().all() for value in state.network.state_dict().values())
+    assert all(value.isfinite().all() for value in state.average.shadow.values())
     assert [report["skipped"] for report in reports(tmp_path)] == [1] * 5
     assert capsys.readouterr().err.count("sample 3") >= 4
 
 
-def test_E7_the_level_named_is_the_one_that_the_sample_was_trained_at(tmp_path):
+def test_the_level_named_is_the_one_that_the_sample_was_trained_at(tmp_path):
     asked = []
 
     class Recording(Network):
@@ -446,18 +417,18 @@ def test_E7_the_level_named_is_the_one_that_the_sample_was_trained_at(tmp_path):
     assert named == pytest.approx(PROCESS.schedule.logsnr((asked[0] + 1) / 1000), abs=1e-3)
 
 
-def test_E7_a_rare_nan_is_reported_and_survived(tmp_path, capsys):
+def test_a_rare_nan_is_reported_and_survived(tmp_path, capsys):
     data = Items(*[(GREY, 0)] * 31, (NAN, 1))
     made = trained(tmp_path, data=data, batch_size=4, steps=16, patience=2)
     skipped = [report["skipped"] for report in reports(tmp_path)]
     assert sum(skipped) == 2  # once an epoch
     assert all((report["loss"] is None) == bool(report["skipped"]) for report in reports(tmp_path))
-    assert all(value.isfinite().all() for value in made.bare.state_dict().values())
+    assert all(value.isfinite().all() for value in made.network.state_dict().values())
     assert capsys.readouterr().err.count("sample 31") == 2
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
-def test_E7_a_gradient_that_is_not_finite_is_dropped_as_a_whole(tmp_path, broken):
+def test_a_gradient_that_is_not_finite_is_dropped_as_a_whole(tmp_path, broken):
     class Broken(Network):
         def forward(self, x, time, class_labels=None):
             out = super().forward(x, time, class_labels)
@@ -468,19 +439,16 @@ def test_E7_a_gradient_that_is_not_finite_is_dropped_as_a_whole(tmp_path, broken
             return out
 
     made = trainer(tmp_path, network=Broken, patience=2, optimizer=torch.optim.SGD)
-    with pytest.raises(ValueError, match="2 steps in a row were not finite"):
-        made.train()
-    other = trainer(tmp_path / "other")
-    other.prepare()
-    for name, value in other.bare.named_parameters():
-        assert torch.equal(dict(made.bare.named_parameters())[name], value), name
+    state, _ = refused_run(made, "2 steps in a row were not finite")
+    other = build_state(trainer(tmp_path / "other"))
+    for name, value in other.network.named_parameters():
+        assert torch.equal(dict(state.network.named_parameters())[name], value), name
 
 
 def test_patience_counts_across_reports(tmp_path):
     made = trainer(tmp_path, data=Items((NAN, 0)), batch_size=2, steps=50, patience=5, log_every=3)
-    with pytest.raises(ValueError, match="in a row were not finite"):
-        made.train()
-    assert made.step == 6  # the first report after the fifth
+    state, _ = refused_run(made, "in a row were not finite")
+    assert state.step == 6  # the first report after the fifth
 
 
 # What comes after the last report is neither reported nor looked at: such a run ends as if all were well.

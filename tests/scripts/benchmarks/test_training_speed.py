@@ -8,14 +8,14 @@ from benchmarks.training_speed import (
     BareLoop,
     Comparison,
     coverage,
-    digits_trainer,
+    digits_state,
     draws,
-    endless,
     interleaved,
     intervals,
     median_interval,
     median_rank,
     overhead,
+    stepper,
 )
 from scipy import stats
 
@@ -98,23 +98,23 @@ def test_both_sides_do_the_same_work(tmp_path):
 
     Would be a bug: a bare side without the Min-SNR weight, the clipping or the average is compared as if it did the same.
     """
-    trainer = digits_trainer(tmp_path)
+    state = digits_state(tmp_path)
     bare = BareLoop(torch.device("cpu"))
-    bare.network.load_state_dict(trainer.bare.state_dict())
-    bare.shadow = [value.clone() for value in trainer.bare.parameters()]
-    places = torch.arange(trainer.batch_size)
-    draw = trainer.objective.draw(trainer.process, trainer._place(places))
-    rows = torch.tensor([trainer.order.index(int(place)) for place in places])
-    labels = bare.labels[rows].masked_fill(draw.dropped, trainer.process.classes)
+    bare.network.load_state_dict(state.network.state_dict())
+    bare.shadow = [value.clone() for value in state.network.parameters()]
+    places = torch.arange(state.settings.batch_size)
+    draw = state.settings.objective.draw(state.settings.process, state.sample_key(places))
+    rows = torch.tensor([state.order.index(int(place)) for place in places])
+    labels = bare.labels[rows].masked_fill(draw.dropped, state.settings.process.classes)
     found = bare.update(bare.x0[rows], labels, draw.level.t.flatten().float(), draw.noise)
-    trainer.advance(endless(trainer))
-    norm, losses = trainer.window.rows[0][0], trainer.window.rows[0][1:]
+    stepper(state)()
+    norm, losses = state.window.rows[0][0], state.window.rows[0][1:]
     torch.testing.assert_close(found, (losses, norm), rtol=2e-5, atol=1e-7)
     assert bare.optimizer.param_groups[0]["lr"] == pytest.approx(
-        trainer.optim.param_groups[0]["lr"], rel=1e-12
+        state.optimizer.param_groups[0]["lr"], rel=1e-12
     )
-    names = [name for name, _ in trainer.bare.named_parameters()]
-    shadow = [trainer.average.shadow[name] for name in names]
+    names = [name for name, _ in state.network.named_parameters()]
+    shadow = [state.average.shadow[name] for name in names]
     moved = torch.cat([(a - b).abs().flatten() for a, b in zip(bare.shadow, shadow, strict=True)])
     assert (
         moved < 1e-7
@@ -123,7 +123,7 @@ def test_both_sides_do_the_same_work(tmp_path):
 
 def test_the_draws_of_a_step_are_compared_with_the_step(tmp_path):
     """Both sides are called once a pair, on the steps of one run; nothing is asserted of their times."""
-    trainer = digits_trainer(tmp_path)
-    found = draws(trainer, 1, warmup=0)
+    state = digits_state(tmp_path)
+    found = draws(state, 1, warmup=0)
     assert (len(found.ours), len(found.bare), found.bound) == (1, 1, 0.01)
-    assert trainer.step == 1
+    assert state.step == 1

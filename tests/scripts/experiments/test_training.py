@@ -2,11 +2,20 @@
 
 import pytest
 import torch
-from experiments.training import ARMS, KNOTS, averaged, measure, rows, study, table, trainer
+from experiments.training import (
+    ARMS,
+    KNOTS,
+    averaged,
+    measure,
+    rows,
+    stepped,
+    study,
+    table,
+    trainer,
+)
 
 from diffcore.core.process import Process
 from diffcore.objectives.objective import Objective
-from diffcore.training.data import load_batches
 
 
 @pytest.mark.parametrize("name", ARMS)
@@ -66,15 +75,10 @@ def test_the_table_holds_means_over_seeds_and_half_ranges():
 
 
 def test_the_network_of_a_run_has_its_averaged_weights(tmp_path):
-    whole, stepped = (
-        trainer(ARMS["cosine, v, Min-SNR"], "stratified", 0, tmp_path, 2) for _ in range(2)
-    )
-    found = averaged(whole).network.state_dict()
-    stepped.prepare()
-    stream = load_batches(stepped.data, stepped.order.steps(0, 2), 0)
-    for _ in range(2):
-        stepped.advance(stream)
-    assert all(torch.equal(found[name], value) for name, value in stepped.average.shadow.items())
+    settings = trainer(ARMS["cosine, v, Min-SNR"], "stratified", 0, tmp_path, 2)
+    found = averaged(settings).network.state_dict()
+    *_, last = stepped(settings)
+    assert all(torch.equal(found[name], value) for name, value in last.average.shadow.items())
     assert not any(
-        torch.equal(found[name], value) for name, value in stepped.bare.named_parameters()
+        torch.equal(found[name], value) for name, value in last.network.named_parameters()
     )

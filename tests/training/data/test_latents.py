@@ -80,7 +80,7 @@ def data(place, **options):
 
 def made(place, **options):
     ready = data(place, **options)
-    ready.make(CPU, True)
+    ready.prepare(CPU, True)
     return ready
 
 
@@ -112,13 +112,15 @@ def test_latents_are_the_posterior_of_the_vae_scaled_and_shifted_as_its_config_s
 def test_each_visit_draws_latents_anew_by_its_position(place):
     ready = made(place)
     mean, std = (ready.latents.read(ready.keys[1])[name] for name in ("mean", "std"))
-    drawn = ready.at(1, 7, 2**33)[0]
+    drawn = ready.item(1, 7, 2**33)[0]
     assert torch.equal(drawn, mean + std * normal(7, Stream.LATENT, 2**33, mean.shape)[0])
-    assert not torch.equal(drawn, ready.at(1, 7, 2**33 + 1)[0])
+    assert not torch.equal(drawn, ready.item(1, 7, 2**33 + 1)[0])
     order = DataOrder(len(ready), 7, 4, 1, 0, 1).steps(1, 2)
     (batch,) = load_batches(ready, order, 0)
     index = [order.index(position) for position in range(4, 8)]
-    expected = [ready.at(i, 7, position)[0] for i, position in zip(index, range(4, 8), strict=True)]
+    expected = [
+        ready.item(i, 7, position)[0] for i, position in zip(index, range(4, 8), strict=True)
+    ]
     assert torch.equal(batch.x0, torch.stack(expected))
 
 
@@ -140,12 +142,16 @@ def test_labels_are_places_in_a_bank_of_the_embeddings_of_the_captions(place):
 def test_a_large_bank_stays_on_the_host(place, monkeypatch):
     ready, meta = made(place), torch.device("meta")
     assert (
-        ready.asked(meta)(torch.nn.Identity()).prompts.tensors["encoder_hidden_states"].device
+        ready.label_wrapper(meta)(torch.nn.Identity())
+        .prompts.tensors["encoder_hidden_states"]
+        .device
         == meta
     )
     monkeypatch.setattr(encoded, "LARGE", 100)
     assert (
-        ready.asked(meta)(torch.nn.Identity()).prompts.tensors["encoder_hidden_states"].device
+        ready.label_wrapper(meta)(torch.nn.Identity())
+        .prompts.tensors["encoder_hidden_states"]
+        .device
         == CPU
     )
 
@@ -160,7 +166,7 @@ def test_a_flip_mirrors_the_image_and_not_its_latents(place):
         ]
     noise = [normal(3, Stream.LATENT, position, (4, 8, 8))[0] for position in range(40)]
     keys = (ready.keys[0], encoded._mirrored(ready.keys[0]))
-    seen = [ready.at(0, 3, position)[0] for position in range(40)]
+    seen = [ready.item(0, 3, position)[0] for position in range(40)]
     drawn = [
         [mean + ready.latents.read(key)["std"] * z for mean, key in zip(both, keys, strict=True)]
         for z in noise
@@ -178,7 +184,7 @@ def test_pictures_are_what_the_vae_decodes(place):
     z = torch.stack([ready[0][0], ready[1][0]])
     with torch.no_grad():
         expected = PipelineIndex(place / "pipeline").read("vae").decode(z / 0.3).sample
-    torch.testing.assert_close(ready.pictures(z), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ready.decode(z), expected, rtol=0, atol=1e-5)
 
 
 # Made once ------------------------------------------------------------------------------------------------------------
@@ -191,7 +197,7 @@ def test_a_second_start_asks_no_encoder_and_loads_none(place, calls, monkeypatch
     monkeypatch.setattr(PipelineIndex, "read_text_pipeline", None)
     assert counted(calls, place) == (0, 0)
     second = data(place)
-    assert second.made
+    assert second.is_ready
     assert all(torch.equal(second[index][0], first[index][0]) for index in range(5))
 
 
@@ -247,18 +253,18 @@ def test_a_build_that_is_stopped_leaves_whole_shards_and_goes_on_from_them(
     (folder / ".half.safetensors.123").write_bytes(b"half")
     assert len(list(folder.glob("*.safetensors"))) == 1
     assert counted(calls, place) == (3, 7)  # three shards of captions, each with the null row
-    assert data(place).made
+    assert data(place).is_ready
 
 
 def test_other_processes_wait_for_the_first(place, monkeypatch):
     monkeypatch.setattr(encoded, "GLANCE", 0.01)
     first, second = data(place), data(place)
-    waiting = threading.Thread(target=second.make, args=(CPU, False))
+    waiting = threading.Thread(target=second.prepare, args=(CPU, False))
     waiting.start()
-    assert not second.made
-    first.make(CPU, True)
+    assert not second.is_ready
+    first.prepare(CPU, True)
     waiting.join(20)
-    assert second.made
+    assert second.is_ready
     assert torch.equal(second[0][0], first[0][0])
 
 
@@ -323,7 +329,7 @@ def test_without_captions_the_sub_folders_are_classes(place):
     ready = made(place)
     assert (ready.texts, ready.labels) == ((), [0, 1])
     identity = torch.nn.Identity()
-    assert ready.asked(CPU)(identity) is identity
+    assert ready.label_wrapper(CPU)(identity) is identity
     write_images(place / "images")
     assert data(place, captions=False).texts == ()
 

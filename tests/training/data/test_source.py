@@ -1,298 +1,22 @@
-"""Data: the split is fixed, images become what was asked for, and a run sees the same batches however it is split."""
-
-from pathlib import Path
+"""The data protocol: defaults of a plain data set, and data that does not fit."""
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 
-from diffcore.training.data import DataOrder, Digits, ImageFolder, load_batches
-from diffcore.training.data.source import size_of, split_item
-
-
-def test_the_digits_split_is_fixed_and_disjoint():
-    train, test = Digits(), Digits("test")
-    assert (len(train), len(test)) == (1500, 297)
-    assert torch.equal(train.labels[:10], torch.arange(10))
-    assert test.labels[-5:].tolist() == [9, 0, 8, 9, 8]
-    for data in (train, test):
-        x0, label = data[3]
-        assert (x0.shape, x0.dtype, type(label)) == ((1, 8, 8), torch.float32, int)
-        assert (data.x0.min(), data.x0.max()) == (-1, 1)
-        assert set(data.labels.tolist()) == set(range(10))
-    scans = {tuple(scan.flatten().tolist()) for scan in train.x0}
-    assert not any(tuple(scan.flatten().tolist()) in scans for scan in test.x0)
-    with pytest.raises(ValueError, match="split is 'valid', expected train or test"):
-        Digits("valid")
-
-
-# Folders of images ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
-def write(
-    path: Path, colour: object = 255, mode: str = "L", size: tuple[int, int] = (8, 8)
-) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, colour).save(path)
-    return path
-
-
-def names(data):
-    return sorted(Path(item["image"]["path"]).name for item in data.images)
-
-
-def test_labels_are_the_places_of_the_sub_folders_in_the_order_of_their_names(tmp_path):
-    for name, colour in (("b", 0), ("c", 255), ("a", 51)):
-        write(tmp_path / name / "1.png", colour)
-    data = ImageFolder(str(tmp_path), 8, "L")
-    assert data.classes == ["a", "b", "c"]
-    assert {label: round(float(x0.mean()), 3) for x0, label in data} == {0: -0.6, 1: -1.0, 2: 1.0}
-
-
-def test_a_folder_without_sub_folders_has_no_classes(tmp_path):
-    write(tmp_path / "1.png")
-    write(tmp_path / "2.JPG")
-    data = ImageFolder(str(tmp_path), 8)
-    assert (len(data), data.classes) == (2, [])
-    assert data[0][1] == 0
-
-
-# Hugging Face datasets takes such names for splits, and only the split `train` is read: the others are dropped in silence.
-@pytest.mark.parametrize(
-    "files",
-    [
-        ("a.png", "test-1.png", "train_2.png"),
-        ("1.png", "test.png"),
-        ("cat/1.png", "test/1.png", "train/1.png"),
-        ("dev/1.png", "eval/1.png"),
-    ],
+from diffcore.core.process import Process
+from diffcore.training.data.source import (
+    DataSource,
+    as_data_source,
+    check_labels,
+    prepare_data,
+    process_with_captions,
+    split_item,
 )
-def test_F3_every_image_is_read_whatever_its_name(tmp_path, files):
-    for place, name in enumerate(files):
-        write(tmp_path / name, 10 * place)
-    assert len(ImageFolder(str(tmp_path), 8)) == len(files)
 
 
-def test_an_image_added_later_is_seen(tmp_path):
-    write(tmp_path / "1.png")
-    assert len(ImageFolder(str(tmp_path), 8)) == 1
-    write(tmp_path / "2.png")
-    assert len(ImageFolder(str(tmp_path), 8)) == 2
-
-
-@pytest.mark.parametrize(
-    ("mode", "colour", "rgb", "grey"),
-    [
-        ("L", 128, (128, 128, 128), 128),
-        ("1", 1, (255, 255, 255), 255),
-        ("LA", (128, 255), (128, 128, 128), 128),
-        ("RGB", (255, 0, 51), (255, 0, 51), 82),
-        ("RGBA", (255, 0, 51, 255), (255, 0, 51), 82),
-        ("P", 1, (255, 0, 51), 82),
-        # 16 bits are cut at 255 rather than scaled: PIL's convert of I;16
-        ("I;16", 128 * 257, (128, 128, 128), 128),
-    ],
-)
-def test_F3_every_mode_becomes_the_channels_asked_for(tmp_path, mode, colour, rgb, grey):
-    image = Image.new(mode, (8, 8), colour)
-    if mode == "P":
-        image.putpalette([0, 0, 0, 255, 0, 51])
-    image.save(tmp_path / "1.png")
-    for channels, expected in (("RGB", rgb), ("L", (grey,))):
-        x0, _ = ImageFolder(str(tmp_path), 8, channels)[0]
-        assert (x0.shape, x0.dtype) == ((len(expected), 8, 8), torch.float32)
-        bytes_ = (x0.mean((1, 2)) + 1) * 127.5
-        torch.testing.assert_close(
-            bytes_, torch.tensor(expected, dtype=torch.float32), atol=1.01, rtol=0
-        )
-
-
-def striped(path):
-    """8 rows of 16: black, then 8 columns of white in the middle, black."""
-    pixels = np.zeros((8, 16), np.uint8)
-    pixels[:, 4:12] = 255
-    Image.fromarray(pixels).save(path)
-
-
-def test_crop_scales_the_shorter_side_and_cuts_the_centre(tmp_path):
-    striped(tmp_path / "1.png")
-    assert ImageFolder(str(tmp_path), 8, "L")[0][0].unique().tolist() == [1.0]
-
-
-def test_pad_scales_the_longer_side_and_fills_with_black(tmp_path):
-    write(tmp_path / "1.png", 255, size=(16, 8))
-    x0 = ImageFolder(str(tmp_path), 8, "L", "pad")[0][0][0]
-    assert (x0[2:6] == 1).all()
-    assert (x0[:2] == -1).all()
-    assert (x0[6:] == -1).all()
-
-
-def test_exact_takes_an_image_of_its_size_untouched_and_refuses_another(tmp_path):
-    pixels = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
-    Image.fromarray(pixels).save(tmp_path / "1.png")
-    data = ImageFolder(str(tmp_path), 8, "L", "exact")
-    torch.testing.assert_close(
-        (data[0][0][0] + 1) * 127.5, torch.tensor(pixels).float(), rtol=0, atol=1e-4
-    )
-    with pytest.raises(
-        ValueError, match=r"\(8, 8\), expected exactly \(4, 4\): use fit crop or pad"
-    ):
-        ImageFolder(str(tmp_path), 4, "L", "exact")[0]
-
-
-@pytest.mark.parametrize("files", [(), ("notes.txt",), ("sub/notes.txt",)])
-def test_a_folder_without_images_is_refused(tmp_path, files):
-    for name in files:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("no image")
-    with pytest.raises(ValueError, match=r"holds no images: expected files ending in .*\.png"):
-        ImageFolder(str(tmp_path), 8)
-
-
-def test_a_folder_that_does_not_exist_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere is not a folder: expected one with images"):
-        ImageFolder(str(tmp_path / "nowhere"), 8)
-
-
-# `_reads` leaves the files open that it could not read: a ResourceWarning.
-@pytest.fixture
-def broken(tmp_path):
-    """Three images that can be read, a truncated one, and text under an image's name."""
-    for name in ("1.png", "2.png", "3.png"):
-        write(tmp_path / name, 7)
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64), np.uint8)).save(
-        tmp_path / "torn.png"
-    )
-    data = (tmp_path / "torn.png").read_bytes()
-    (tmp_path / "torn.png").write_bytes(data[: len(data) // 2])
-    (tmp_path / "text.jpg").write_text("not an image")
-    return tmp_path
-
-
-def test_F3_unreadable_images_are_counted_and_listed(broken):
-    with pytest.raises(
-        ValueError, match=r"2 unreadable of 5 images: .*(torn|text).*; .*unreadable: skip"
-    ) as caught:
-        ImageFolder(str(broken), 8)
-    assert all(name in str(caught.value) for name in ("torn.png", "text.jpg"))
-
-
-def test_F3_unreadable_images_can_be_skipped_saying_so(broken, capsys):
-    data = ImageFolder(str(broken), 8, unreadable="skip")
-    assert names(data) == ["1.png", "2.png", "3.png"]
-    assert all(x0.isfinite().all() for x0, _ in data)
-    said = "".join(capsys.readouterr())
-    assert "2 unreadable of 5" in said
-    assert "torn.png" in said
-
-
-def test_a_folder_of_unreadable_images_only_is_refused_even_when_they_are_skipped(tmp_path):
-    (tmp_path / "text.png").write_text("not an image")
-    with pytest.raises(ValueError, match="1 unreadable of 1"):
-        ImageFolder(str(tmp_path), 8, unreadable="skip")
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"channels": "CMYK"}, "channels is 'CMYK', expected one of RGB, L"),
-        ({"fit": "stretch"}, "fit is 'stretch', expected one of crop, pad, exact"),
-        ({"unreadable": "ignore"}, "unreadable is 'ignore', expected one of refuse, skip"),
-        ({"size": 0}, "size is 0"),
-    ],
-)
-def test_options_that_do_not_exist_are_refused(tmp_path, fields, message):
-    write(tmp_path / "1.png")
-    with pytest.raises(ValueError, match=message):
-        ImageFolder(str(tmp_path), **({"size": 8} | fields))
-
-
-def test_a_flip_is_keyed_by_the_position_in_the_run(tmp_path):
-    pixels = np.zeros((8, 8), np.uint8)
-    pixels[:, 0] = 255
-    Image.fromarray(pixels).save(tmp_path / "1.png")
-    data = ImageFolder(str(tmp_path), 8, "L", flip=True)
-
-    def flips(batch, parts, start=0):
-        order = DataOrder(1, 5, batch, parts, 0, 1).steps(start, 64 // batch)
-        return [bool(x0[0, 0, -1] == 1) for made in load_batches(data, order, 0) for x0 in made.x0]
-
-    everything = flips(16, 1)
-    assert 16 < sum(everything) < 48
-    assert flips(8, 2) == everything
-    assert flips(16, 1, start=2) == everything[32:]
-    still = ImageFolder(str(tmp_path), 8, "L")
-    assert all(torch.equal(still.at(0, 5, position)[0], still[0][0]) for position in range(16))
-
-
-# Order ---------------------------------------------------------------------------------------------------------------
-
-SIZE, BATCH, SEED = 37, 8, 2**40 + 3
-
-
-def seen(world=1, accumulation=1, start=0, stop=12, seed=SEED):
-    """{step: {place: index}} over all ranks and parts."""
-    found = {step: {} for step in range(start, stop)}
-    for rank in range(world):
-        order = DataOrder(SIZE, seed, BATCH, accumulation, rank, world).steps(start, stop)
-        assert len(order) == len(list(order)) == (stop - start) * accumulation
-        for micro in order:
-            assert len(micro) == BATCH // world // accumulation
-            for index, position in micro:
-                assert position % BATCH not in found[position // BATCH]
-                found[position // BATCH][position % BATCH] = index
-    return found
-
-
-@pytest.mark.parametrize(
-    ("world", "accumulation"),
-    [(1, 2), (1, 4), (1, 8), (2, 1), (4, 1), (8, 1), (2, 2), (4, 2), (2, 4)],
-)
-def test_E1_the_global_batch_is_the_same_however_it_is_split(world, accumulation):
-    whole = seen()
-    assert all(sorted(step) == list(range(BATCH)) for step in whole.values())
-    assert seen(world, accumulation) == whole
-
-
-def test_E1_starting_later_continues_the_same_order():
-    whole = seen()
-    assert seen(start=5) == {step: whole[step] for step in range(5, 12)}
-    assert seen(2, 2, start=5) == {step: whole[step] for step in range(5, 12)}
-
-
-def test_every_epoch_is_another_permutation_of_the_data():
-    order = DataOrder(SIZE, SEED, BATCH, 1, 0, 1)
-    epochs = [[order.index(epoch * SIZE + place) for place in range(SIZE)] for epoch in range(4)]
-    assert all(sorted(epoch) == list(range(SIZE)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 4
-    assert epochs[0] != list(range(SIZE))
-
-
-def test_the_order_is_a_function_of_all_of_the_seed():
-    assert seen(seed=3) != seen(seed=4)
-    assert seen(seed=3) != seen(seed=2**40 + 3)  # a 32-bit seed would confuse them
-
-
-def test_a_batch_larger_than_the_data_takes_items_again():
-    order = DataOrder(3, 0, 8, 1, 0, 1).steps(0, 3)
-    indices = [index for micro in order for index, _ in micro]
-    assert len(indices) == 24
-    assert all(sorted(indices[first : first + 3]) == [0, 1, 2] for first in range(0, 24, 3))
-
-
-# Batches -------------------------------------------------------------------------------------------------------------
-
-
-class Bare(Dataset):
+class Points(Dataset):
     """x_0 without labels."""
 
     def __len__(self):
@@ -302,35 +26,63 @@ class Bare(Dataset):
         return torch.full((2,), float(index))
 
 
-def test_a_batch_says_where_its_samples_stand():
-    data = Digits()
-    order = DataOrder(len(data), 0, 8, 2, 1, 2)
-    for step, parts in enumerate(zip(*[load_batches(data, order.steps(0, 3), 0)] * 2, strict=True)):
-        for part, batch in enumerate(parts):
-            assert batch.place.tolist() == [4 * part + 2, 4 * part + 3]  # the second rank of two
-            assert batch.index.tolist() == [
-                order.index(8 * step + place) for place in batch.place.tolist()
-            ]
-            assert torch.equal(batch.x0, data.x0[batch.index])
-            assert torch.equal(batch.label, data.labels[batch.index])
+class Prepared(DataSource):
+    """A data set whose items exist after `prepare`."""
+
+    def __init__(self, item):
+        self.later, self.items = item, []
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+    @property
+    def is_ready(self):
+        return bool(self.items)
+
+    def prepare(self, device, is_main_process):
+        self.items = [self.later]
 
 
-def test_data_without_labels_has_the_label_minus_one():
-    (batch,) = load_batches(Bare(), DataOrder(5, 0, 4, 1, 0, 1).steps(0, 1), 0)
-    assert batch.label.tolist() == [-1] * 4
-    assert batch.x0[:, 0].tolist() == batch.index.tolist()
+def test_a_plain_data_set_has_the_default_of_every_member():
+    data, network = as_data_source(Points()), torch.nn.Identity()
+    assert len(data) == 5
+    assert torch.equal(data.item(3, seed=1, position=7), data[3])
+    assert (data.texts, data.vae, data.is_latent, data.content_hash) == ((), None, False, "")
+    assert data.is_ready
+    assert data.label_wrapper(torch.device("cpu"))(network) is network
+    assert torch.equal(data.decode(data[2]), data[2])
 
 
-def test_E1_workers_change_nothing():
-    data = Digits()
+def test_a_data_source_is_not_adapted_again():
+    data = Prepared(torch.zeros(2))
+    assert as_data_source(data) is data
 
-    def made(workers):
-        order = DataOrder(len(data), 7, 16, 2, 0, 1).steps(90, 100)  # crosses the end of an epoch
-        return list(load_batches(data, order, workers))
 
-    for ours, theirs in zip(made(0), made(2), strict=True):
-        for name in ("x0", "label", "index", "place"):
-            assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+def test_data_is_checked_after_it_was_prepared():
+    process = Process(shape=(2,))
+    prepare_data(good := Prepared(torch.zeros(2)), process, torch.device("cpu"), True)
+    assert good.is_ready
+    with pytest.raises(ValueError, match="expected a float tensor of the process's shape"):
+        prepare_data(Prepared(torch.zeros(3)), process, torch.device("cpu"), True)
+
+
+def test_captions_define_the_classes_of_the_process():
+    data = Prepared(torch.zeros(2))
+    data.texts = ("a", "b", "c")
+    assert process_with_captions(Process(shape=(2,)), data).classes == 3
+    with pytest.raises(ValueError, match="classes is 2, but the data has 3 captions"):
+        process_with_captions(Process(shape=(2,), classes=2), data)
+
+
+@pytest.mark.parametrize("label", [-1, 10])
+def test_a_label_that_is_no_class_is_named_with_its_item(label):
+    process = Process(shape=(2,), classes=10)
+    check_labels(torch.tensor([0, 9]), torch.tensor([4, 7]), process)
+    with pytest.raises(ValueError, match=f"item 7 of the data has label {label}, expected 0 .. 9"):
+        check_labels(torch.tensor([0, label]), torch.tensor([4, 7]), process)
 
 
 @pytest.mark.parametrize(
@@ -339,7 +91,7 @@ def test_E1_workers_change_nothing():
 )
 def test_data_that_is_not_map_style_or_empty_is_refused(data, message):
     with pytest.raises(ValueError, match=message):
-        size_of(data)
+        as_data_source(data)
 
 
 @pytest.mark.parametrize("item", [(1.0, 3), [1.0, 3], (1.0, torch.tensor(3)), (1.0, np.int64(3))])
