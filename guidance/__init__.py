@@ -1,30 +1,34 @@
-"""Guidance: rules that combine a conditional prediction with what they move away from, one file per rule."""
+"""Guidance: rules that combine a conditional prediction with references, one file per rule.
 
-from diffcore.guidance.adaptive_guidance import AdaptiveGuidance
+    guided = ref + w (cond - ref)
+
+`cfg.py` holds this formula, `base.py` the contract of a rule, `reference.py` the references.
+"""
+
+from diffcore.guidance.adaptive_guidance import AdaptiveGuidance, LinearAG
 from diffcore.guidance.apg import APG
 from diffcore.guidance.base import Contrast, Guidance, GuidanceInput, GuidanceWrapper, Step
 from diffcore.guidance.cfg import CFG, AutoGuidance
 from diffcore.guidance.cfg_plus_plus import CFGPlusPlus
 from diffcore.guidance.cfg_zero_star import CFGZeroStar
 from diffcore.guidance.classifier import (
+    GFCG,
     ClassifierGuidance,
     MinorityGuidance,
-    minority_levels,
+    minority_classes,
     minority_score,
 )
-from diffcore.guidance.composition import Composed, Sum
-from diffcore.guidance.gfcg import GFCG
+from diffcore.guidance.composition import ComposedConditions, Sum
 from diffcore.guidance.interval import Interval
-from diffcore.guidance.linear_ag import LinearAG
-from diffcore.guidance.perturbation import Altered, PerturbedAttention, SkippedLayers
+from diffcore.guidance.perturbation import AlteredNetwork, PerturbedAttention, SkippedLayers
 from diffcore.guidance.reference import (
     Label,
     Reference,
     Unconditional,
-    Weaker,
+    WeakerNetwork,
     evaluate_queries,
-    loaded,
-    networks,
+    find_weaker_networks,
+    load_weaker_networks,
 )
 from diffcore.guidance.rescale import Rescale
 from diffcore.guidance.scale import ConstantScale, CosineScale, LinearScale, Scale, ScaleLike
@@ -34,12 +38,12 @@ __all__ = [
     "CFG",
     "GFCG",
     "AdaptiveGuidance",
-    "Altered",
+    "AlteredNetwork",
     "AutoGuidance",
     "CFGPlusPlus",
     "CFGZeroStar",
     "ClassifierGuidance",
-    "Composed",
+    "ComposedConditions",
     "ConstantScale",
     "Contrast",
     "CosineScale",
@@ -60,10 +64,10 @@ __all__ = [
     "Step",
     "Sum",
     "Unconditional",
-    "Weaker",
+    "WeakerNetwork",
     "evaluate_queries",
-    "loaded",
-    "minority_levels",
+    "find_weaker_networks",
+    "load_weaker_networks",
+    "minority_classes",
     "minority_score",
-    "networks",
 ]

@@ -1,17 +1,19 @@
-"""Guidance: a rule that combines the conditional prediction with what it moves away from.
+"""The contract of guidance: a rule combines the conditional prediction with reference predictions.
 
-One convention for the scale: guided = reference + w (conditional - reference); w = 1 is the conditional model, w = 0 the
-reference. Before a step a rule says, on the host, which references it needs; a step that needs none costs one evaluation.
-Rules that hold a rule compose: Interval(APG(4.0)), Rescale(CFG(7.5)), AdaptiveGuidance(APG(4.0)).
+One convention for the scale holds everywhere: guided = ref + w (cond - ref), so w = 1 is the
+conditional model and w = 0 is the reference. Before each evaluation a rule lists, on the host, the
+references that it needs; an evaluation that needs none costs one call of the network.
+Rules compose by wrapping: Interval(APG(4.0)), Rescale(CFG(7.5)), AdaptiveGuidance(APG(4.0)).
 """
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Generic, NamedTuple
 
 from torch import Tensor
+from typing_extensions import TypeVar
 
 from diffcore.core.prediction import Prediction, PredictionType
 from diffcore.core.process import Process
@@ -19,41 +21,61 @@ from diffcore.guidance.reference import Condition, Reference, Unconditional, che
 from diffcore.guidance.scale import ScaleLike, check_scale, scale_at
 from diffcore.schedules import Level
 
+__all__ = [
+    "Contrast",
+    "Guidance",
+    "GuidanceInput",
+    "GuidanceWrapper",
+    "Memory",
+    "Step",
+    "add_to_x0",
+    "check_inner_rule",
+    "check_space",
+    "dot_per_sample",
+    "expand_per_sample",
+]
 
-class Step(NamedTuple):
-    """Where a run asks: at `level`, on its way from `start` to the knot `end`. All of it is known on the host.
+Memory = TypeVar("Memory", default=Any)
+"""Type of the state that a rule carries from one evaluation to the next; None for a rule without state."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One evaluation of a sampler's step from `start` to `end`. All of it is known on the host.
 
     Args:
-        process: of the network.
-        level: asked about; a knot, or a level between them.
-        start: what was asked about first in the step: the knot that it leaves, or the level to which churn raised it.
-        end: the knot that it reaches.
-        index: of the step, from 0.
-        total: number of steps between the knots; a sampler that goes back (Restart, RePaint) takes more.
+        process: process of the network.
+        level: level at which the network is evaluated; a knot, or a level between two knots.
+        start: level of the first evaluation of the step: the knot that the step leaves, or the
+            level to which churn raised it.
+        end: knot that the step reaches.
+        index: number of the step, from 0.
+        total: number of steps between the knots; a sampler that goes back (Restart, RePaint) takes
+            more steps than this.
     """
 
     process: Process
     level: Level
     start: Level
     end: Level
-    index: int = 0  # type: ignore[assignment]  # a tuple's own index() is not used
+    index: int = 0
     total: int = 1
 
     @property
-    def noisier(self) -> Level:
-        """The noisier end of the step: one level a step, whichever way it goes and wherever it asks."""
+    def noisier_end(self) -> Level:
+        """The noisier of `start` and `end`: the same level for all evaluations of a step."""
         return self.start if self.start.logsnr <= self.end.logsnr else self.end
 
 
 class GuidanceInput(NamedTuple):
-    """What a rule sees at one level.
+    """The predictions that a rule combines at one evaluation.
 
     Args:
-        x: what the network was asked about, (B, *shape).
-        step: where.
-        conditional: the prediction under the condition.
-        references: those that the rule asked for, in its order.
-        condition: (B,) labels, or nothing.
+        x: (B, *shape) input of the network.
+        step: the evaluation: its level, and the step that it belongs to.
+        conditional: prediction under the condition.
+        references: predictions of the references that the rule required, in the rule's order.
+        condition: (B,) labels, or None without a condition.
     """
 
     x: Tensor
@@ -63,46 +85,99 @@ class GuidanceInput(NamedTuple):
     condition: Tensor | None = None
 
 
-class Guidance(ABC):
-    """A rule that turns what is seen at a level into one prediction. Immutable: what it remembers is passed in and out."""
+class Guidance(ABC, Generic[Memory]):
+    """A rule that combines the predictions at one level into one guided prediction.
 
-    consistent: bool = True
-    """Whether x = α x_0 + σ ε holds for what the rule returns; where it does not, only first-order samplers take it."""
+    A rule is immutable. Its state, such as the momentum of APG, has the type `Memory` and is passed
+    in and out of `combine`; None is the memory at the start of a run.
+    """
 
-    reads_condition: bool = False
-    """Whether the rule itself reads the labels, so that they serve a network without classes too."""
+    @property
+    def is_consistent(self) -> bool:
+        """Whether the guided prediction satisfies x = α x_0 + σ ε.
 
-    once_a_step: bool = False
-    """Whether the rule counts on one evaluation a step."""
+        Only samplers whose step is α_s x_0 + σ_s ε accept a rule that does not (CFG++).
+        """
+        return True
+
+    @property
+    def reads_condition(self) -> bool:
+        """Whether the rule itself reads the labels. A network without classes then accepts labels."""
+        return False
+
+    @property
+    def requires_one_evaluation_per_step(self) -> bool:
+        """Whether the rule works only with samplers that evaluate the network once in each step."""
+        return False
+
+    @property
+    def has_zero_init(self) -> bool:
+        """Whether the rule replaces the velocity by 0 in the first steps (CFG-Zero*)."""
+        return False
 
     @abstractmethod
-    def required_references(self, step: Step, memory: Any) -> tuple[Reference, ...]:
-        """The references needed at this step, decided on the host; with none the step costs one evaluation."""
+    def required_references(self, step: Step, memory: Memory | None) -> tuple[Reference, ...]:
+        """List the references that the rule needs at an evaluation; decided on the host.
+
+        Args:
+            step: the evaluation.
+            memory: state of the rule after the previous evaluation; None at the start of a run.
+
+        Returns:
+            The references. With none, the evaluation costs one call of the network.
+        """
 
     @abstractmethod
-    def combine(self, seen: GuidanceInput, memory: Any) -> tuple[Prediction, Any]:
-        """The x_0 to step towards and the ε to renoise with, and the rule's memory; None is the memory of a new run."""
+    def combine(
+        self, inputs: GuidanceInput, memory: Memory | None
+    ) -> tuple[Prediction, Memory | None]:
+        """Combine the conditional prediction and the references.
+
+        A wrapper may omit the references that the rule required; the rule then returns the
+        conditional prediction.
+
+        Args:
+            inputs: the predictions, and where they were evaluated.
+            memory: state of the rule after the previous evaluation; None at the start of a run.
+
+        Returns:
+            The guided prediction (the x_0 to step towards, and the ε to renoise with), and the state
+            of the rule after this evaluation.
+        """
 
     def levels(self, process: Process) -> tuple[float, ...]:
-        """Values of λ that should be knots, where the rule changes its mode."""
+        """The λ at which the rule switches on or off. They should be knots.
+
+        Returns:
+            Values of λ, in no particular order.
+        """
         return ()
 
     def check(self, process: Process, condition: Condition) -> None:
-        """Raise ValueError where this rule cannot guide a network of this process, with the remedy."""
+        """Check that the rule can guide a network of this process.
+
+        Raises:
+            ValueError: the rule needs a condition and there is none; the message has the remedy.
+        """
         return
 
     def parts(self) -> Iterator["Guidance"]:
-        """The rule and all that it holds."""
+        """Iterate over the rule and all rules inside it.
+
+        Yields:
+            The rule itself first, then the rules that it holds.
+        """
         yield self
 
 
 @dataclass(frozen=True)
-class Contrast(Guidance):
-    """A rule of one reference and a scale w; at w = 1 the conditional model, bit for bit, at one evaluation.
+class Contrast(Guidance[Memory]):
+    """A rule with one reference and a scale w. At w = 1 it is the conditional model, bit for bit.
 
     Args:
-        scale: w ≥ 0: a number, a scale schedule, or in Python any function of λ.
-        reference: what to move away from.
+        scale: w ≥ 0: a number, a scale schedule, or in Python any function of λ; 1 is the
+            conditional model, at one evaluation.
+        reference: prediction to extrapolate away from; by default the unconditional one.
     """
 
     scale: ScaleLike = 1.0
@@ -112,59 +187,72 @@ class Contrast(Guidance):
         check_scale(self.scale)
         check_reference(self.reference)
 
-    def required_references(self, step: Step, memory: Any) -> tuple[Reference, ...]:
+    def required_references(self, step: Step, memory: Memory | None) -> tuple[Reference, ...]:
         return () if scale_at(self.scale, step.level) == 1 else (self.reference,)
 
-    def combine(self, seen: GuidanceInput, memory: Any) -> tuple[Prediction, Any]:
-        if not seen.references:
-            return seen.conditional, memory
-        return self.extrapolate(
-            seen, seen.references[0], scale_at(self.scale, seen.step.level), memory
-        )
+    def combine(
+        self, inputs: GuidanceInput, memory: Memory | None
+    ) -> tuple[Prediction, Memory | None]:
+        if not inputs.references:
+            return inputs.conditional, memory
+        w = scale_at(self.scale, inputs.step.level)
+        return self.extrapolate(inputs, inputs.references[0], w, memory)
 
     @abstractmethod
     def extrapolate(
-        self, seen: GuidanceInput, reference: Prediction, scale: float, memory: Any
-    ) -> tuple[Prediction, Any]:
-        """The guided prediction where w is not 1."""
+        self, inputs: GuidanceInput, reference: Prediction, scale: float, memory: Memory | None
+    ) -> tuple[Prediction, Memory | None]:
+        """Extrapolate from the reference beyond the conditional prediction.
+
+        Args:
+            inputs: the predictions, and where they were evaluated.
+            reference: prediction of the reference.
+            scale: w at this level, not 1.
+            memory: state of the rule after the previous evaluation; None at the start of a run.
+
+        Returns:
+            The guided prediction, and the state of the rule after this evaluation.
+        """
 
 
 @dataclass(frozen=True)
-class GuidanceWrapper(Guidance):
-    """A rule that holds a rule.
+class GuidanceWrapper(Guidance[Memory]):
+    """A rule around another rule.
 
     Args:
-        inner: the rule inside.
+        inner: rule that is wrapped, with its options.
     """
 
     inner: Guidance
 
-    refuses: ClassVar[dict[str, str]] = {}
-    """Names of rules that may not be anywhere inside, and the remedy for each."""
+    incompatible_rules: ClassVar[dict[str, str]] = {}
+    """Class names of rules that the wrapper cannot hold at any depth, and the remedy for each."""
 
     def __post_init__(self) -> None:
-        check_rule(self.inner)
+        check_inner_rule(self.inner)
         for part in self.inner.parts():
-            for name in (kind.__name__ for kind in type(part).__mro__):
-                if name in self.refuses:
+            for name in (base.__name__ for base in type(part).__mro__):
+                if name in self.incompatible_rules:
                     raise ValueError(
-                        f"{type(self).__name__} cannot hold {type(part).__name__}: {self.refuses[name]}"
+                        f"{type(self).__name__} cannot hold {type(part).__name__}: "
+                        f"{self.incompatible_rules[name]}"
                     )
 
     @property
-    def consistent(self) -> bool:  # type: ignore[override]
-        return self.inner.consistent
+    def is_consistent(self) -> bool:
+        return self.inner.is_consistent
 
     @property
-    def reads_condition(self) -> bool:  # type: ignore[override]
+    def reads_condition(self) -> bool:
         return self.inner.reads_condition
 
     @property
-    def once_a_step(self) -> bool:  # type: ignore[override]
-        return self.inner.once_a_step
+    def requires_one_evaluation_per_step(self) -> bool:
+        return self.inner.requires_one_evaluation_per_step
 
-    def required_references(self, step: Step, memory: Any) -> tuple[Reference, ...]:
-        return self.inner.required_references(step, memory)
+    @property
+    def has_zero_init(self) -> bool:
+        return self.inner.has_zero_init
 
     def levels(self, process: Process) -> tuple[float, ...]:
         return self.inner.levels(process)
@@ -177,41 +265,58 @@ class GuidanceWrapper(Guidance):
         yield from self.inner.parts()
 
 
-def check_rule(rule: Any) -> None:
-    """Raise where a rule is to hold something else, such as a class of rules or a number."""
+def check_inner_rule(rule: Any) -> None:
+    """Check that a rule holds a guidance rule, and not a class of rules or a number.
+
+    Raises:
+        TypeError: it is something else; the message has an example.
+    """
     if not isinstance(rule, Guidance):
         raise TypeError(f"rule is {rule!r}, expected a guidance rule such as CFG(2.0)")
 
 
-def check_space(rule: Guidance, kind: PredictionType, level: Level) -> None:
-    """Raise where F of this kind and x do not give x_0 and ε: ε at pure noise, x_0 at clean data."""
+def check_space(rule: Guidance, space: PredictionType, level: Level) -> None:
+    """Check that x and a quantity F of this space determine x_0 and ε at a level.
+
+    Args:
+        rule: rule that works on F; its name begins the message.
+        space: the quantity F. ε does not determine x_0 at pure noise, x_0 not ε at clean data.
+        level: level of the evaluation.
+
+    Raises:
+        ValueError: F does not determine both there; the message has the remedy.
+    """
     noisiest, cleanest = level.logsnr_range
-    if (kind == "epsilon" and noisiest == -math.inf) or (kind == "sample" and cleanest == math.inf):
+    if (space == "epsilon" and noisiest == -math.inf) or (
+        space == "sample" and cleanest == math.inf
+    ):
         raise ValueError(
-            f"{type(rule).__name__} works on {kind}, which does not give x_0 and ε at λ = {float(level.logsnr):g}: "
-            f"use space='v_prediction', or knots of finite λ"
+            f"{type(rule).__name__} works on {space}, which does not give x_0 and ε at "
+            f"λ = {float(level.logsnr):g}: use space='v_prediction', or knots of finite λ"
         )
 
 
-def extrapolated(
-    reference: Prediction, conditional: Prediction, scale: float | Tensor
-) -> Prediction:
-    """Reference + w (conditional - reference), on x_0 and on ε alike, so x = α x_0 + σ ε holds if it held for both."""
-    return Prediction(*(r + scale * (c - r) for r, c in zip(reference, conditional, strict=True)))
+def add_to_x0(prediction: Prediction, change: Tensor, level: Level) -> Prediction:
+    """Add a change to x_0, and adjust ε so that x = α x_0 + σ ε still holds.
 
+    Args:
+        prediction: prediction to change.
+        change: (B, *shape) what is added to x_0.
+        level: level of the prediction.
 
-def moved(prediction: Prediction, change: Tensor, level: Level) -> Prediction:
-    """The prediction with its x_0 changed, and the ε that keeps x = α x_0 + σ ε; where σ = 0, x is x_0 and nothing moves."""
+    Returns:
+        The changed prediction. At σ = 0, where x is x_0, it is `prediction` itself.
+    """
     if level.sigma == 0:
         return prediction
     return Prediction(prediction.x0 + change, prediction.eps - (level.alpha / level.sigma) * change)
 
 
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    """⟨a, b⟩ of each row, (B, 1, ...)."""
+def dot_per_sample(a: Tensor, b: Tensor) -> Tensor:
+    """⟨a, b⟩ of each sample, shape (B, 1, ..., 1)."""
     return (a * b).sum(tuple(range(1, a.ndim)), keepdim=True)
 
 
-def per_row(values: Tensor, x: Tensor) -> Tensor:
-    """(B,) as (B, 1, ...), to meet x."""
+def expand_per_sample(values: Tensor, x: Tensor) -> Tensor:
+    """One value for each sample, reshaped from (B,) to (B, 1, ..., 1) so that it broadcasts to x."""
     return values.reshape(-1, *[1] * (x.ndim - 1))

@@ -1,28 +1,33 @@
-"""CFG-Zero*: guidance of a velocity whose reference is scaled to fit, and which starts at rest."""
+"""CFG-Zero*: guidance of the velocity with a fitted multiple of the reference, and zero-init."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from diffcore.core.prediction import Prediction, predict, target
-from diffcore.guidance.base import Contrast, GuidanceInput, Step, dot
+from diffcore.guidance.base import Contrast, GuidanceInput, Step, dot_per_sample
 from diffcore.guidance.reference import Reference
+
+__all__ = ["CFGZeroStar"]
 
 
 @dataclass(frozen=True)
-class CFGZeroStar(Contrast):
-    """v = s* v_ref + w (v_c - s* v_ref),   s* = ⟨v_c, v_ref⟩ / ‖v_ref‖² of a row,   v = ε - x_0;   v = 0 in the first steps.
+class CFGZeroStar(Contrast[None]):
+    """CFG-Zero* guides the velocity v = ε - x_0 away from the best multiple of the reference's.
 
-    Fan et al. 2025 (2503.18886, Algorithm 1): s* makes the reference the best multiple for the conditional velocity. A
-    step with v = 0 stays where it is in z = x/(α+σ); it costs one evaluation, which nothing uses. Published code zeroes
-    the first step (Stable Diffusion 3) or the first two (Wan). w = 1 is the conditional model after those steps, at one
-    evaluation.
+        v = s* v_ref + w (v_c - s* v_ref),   s* = ⟨v_c, v_ref⟩ / ‖v_ref‖² of each sample
+        v = 0 in the first `zero_init` steps
+
+    Source: Fan et al. 2025 (2503.18886, Algorithm 1). s* makes the reference the best multiple for
+    the conditional velocity. A step with v = 0 leaves z = x/(α+σ) unchanged; it costs one
+    evaluation, whose result is not used. Published code zeroes the first step (Stable Diffusion 3)
+    or the first two (Wan). After those steps w = 1 is the conditional model, at one evaluation.
 
     Args:
-        scale: w ≥ 0: a number, a scale schedule, or in Python any function of λ.
-        reference: what to move away from.
-        zero_init: number of first steps of the run that stand still.
+        scale: w ≥ 0: a number, a scale schedule, or in Python any function of λ; 1 is the
+            conditional model, at one evaluation.
+        reference: prediction to extrapolate away from; by default the unconditional one.
+        zero_init: number of steps at the start of the run in which v is 0; 0 for none.
     """
 
     zero_init: int = 1
@@ -34,22 +39,28 @@ class CFGZeroStar(Contrast):
                 f"zero_init is {self.zero_init}, expected a number of first steps, 0 for none"
             )
 
-    def required_references(self, step: Step, memory: Any) -> tuple[Reference, ...]:
+    @property
+    def has_zero_init(self) -> bool:
+        return self.zero_init > 0
+
+    def required_references(self, step: Step, memory: None) -> tuple[Reference, ...]:
         return () if step.index < self.zero_init else super().required_references(step, memory)
 
-    def combine(self, seen: GuidanceInput, memory: Any) -> tuple[Prediction, Any]:
-        if seen.step.index < self.zero_init:
-            return predict(
-                "flow_prediction", torch.zeros_like(seen.x), seen.x, seen.step.level, 1.0
-            ), memory
-        return super().combine(seen, memory)
+    def combine(self, inputs: GuidanceInput, memory: None) -> tuple[Prediction, None]:
+        x, step = inputs.x, inputs.step
+        if step.index < self.zero_init:
+            return predict("flow_prediction", torch.zeros_like(x), x, step.level, 1.0), memory
+        guided, _ = super().combine(inputs, memory)
+        return guided, memory
 
     def extrapolate(
-        self, seen: GuidanceInput, reference: Prediction, scale: float, memory: Any
-    ) -> tuple[Prediction, Any]:
-        level = seen.step.level
+        self, inputs: GuidanceInput, reference: Prediction, scale: float, memory: None
+    ) -> tuple[Prediction, None]:
+        level = inputs.step.level
         v, v_ref = (
-            target("flow_prediction", *pair, level, 1.0) for pair in (seen.conditional, reference)
+            target("flow_prediction", *pair, level, 1.0) for pair in (inputs.conditional, reference)
         )
-        fit = (dot(v, v_ref) / dot(v_ref, v_ref)).nan_to_num(0.0, 0.0, 0.0) * v_ref
-        return predict("flow_prediction", fit + scale * (v - fit), seen.x, level, 1.0), memory
+        # 0/0 where v_ref is 0: any multiple fits, and 0 is taken.
+        s = (dot_per_sample(v, v_ref) / dot_per_sample(v_ref, v_ref)).nan_to_num(0.0, 0.0, 0.0)
+        fit = s * v_ref
+        return predict("flow_prediction", fit + scale * (v - fit), inputs.x, level, 1.0), memory

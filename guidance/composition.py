@@ -1,4 +1,4 @@
-"""Several conditions at once, and several rules at once."""
+"""Several conditions in one rule, and the sum of several rules."""
 
 import math
 from collections.abc import Iterator
@@ -7,25 +7,32 @@ from typing import Any
 
 from diffcore.core.prediction import Prediction
 from diffcore.core.process import Process
-from diffcore.guidance.base import Guidance, GuidanceInput, Step, check_rule, extrapolated
-from diffcore.guidance.cfg_zero_star import CFGZeroStar
+from diffcore.guidance.base import Guidance, GuidanceInput, Step, check_inner_rule
+from diffcore.guidance.cfg import extrapolate_linearly
 from diffcore.guidance.reference import Condition, Label, Reference, Unconditional, check_reference
 from diffcore.guidance.scale import ScaleLike, check_scale, scale_at
 
+__all__ = ["ComposedConditions", "Sum"]
+
 
 @dataclass(frozen=True)
-class Composed(Guidance):
-    """D = D_ref + w (D_cond - D_ref) + Σ_i w_i (D_i - D_ref): each sample's own condition, and further labels.
+class ComposedConditions(Guidance[None]):
+    """Composed conditions: each sample's own condition and further labels, added or subtracted.
 
-    Liu et al. 2022 (2206.01714, eq. 11 and 13): a weight above 0 asks for both (conjunction), below 0 for one and not the
-    other (negation). At one level it is the score of p(x) Π_i (p(x | i)/p(x))^(w_i); a sampled path is not that density, as
-    for CFG. It costs 2 + the number of labels.
+        D = D_ref + w (D_cond - D_ref) + Σ_i w_i (D_i - D_ref),   on x_0 and on ε alike
+
+    Source: Liu et al. 2022 (2206.01714, eq. 11 and 13). A weight above 0 requires both conditions
+    (conjunction), a weight below 0 one without the other (negation). At one level it is the score of
+    p(x) Π_i (p(x | i)/p(x))^(w_i); a sampled path does not follow that density, as for CFG. An
+    evaluation costs 2 + the number of labels calls of the network.
 
     Args:
-        labels: further classes, the same for every sample.
-        weights: their w_i, negative to negate.
-        scale: w ≥ 0 of each sample's own condition: a number, a scale schedule, or in Python any function of λ.
-        reference: what all of them move away from.
+        labels: further classes, the same for all samples.
+        weights: w_i of each further class; negative to negate it.
+        scale: w ≥ 0 of each sample's own condition: a number, a scale schedule, or in Python any
+            function of λ.
+        reference: prediction that all conditions extrapolate away from; by default the
+            unconditional one.
     """
 
     labels: tuple[int, ...]
@@ -38,7 +45,8 @@ class Composed(Guidance):
         object.__setattr__(self, "weights", tuple(self.weights))
         if not self.labels or len(self.labels) != len(self.weights):
             raise ValueError(
-                f"labels are {self.labels} and weights {self.weights}, expected one weight for each label"
+                f"labels are {self.labels} and weights {self.weights}, expected one weight for each "
+                f"label"
             )
         if not all(math.isfinite(w) for w in self.weights):
             raise ValueError(
@@ -47,25 +55,30 @@ class Composed(Guidance):
         check_scale(self.scale)
         check_reference(self.reference)
 
-    def required_references(self, step: Step, memory: Any) -> tuple[Reference, ...]:
+    def required_references(self, step: Step, memory: None) -> tuple[Reference, ...]:
         return (self.reference, *map(Label, self.labels))
 
-    def combine(self, seen: GuidanceInput, memory: Any) -> tuple[Prediction, Any]:
-        if not seen.references:  # a rule around this one switched it off
-            return seen.conditional, memory
-        reference, *others = seen.references
-        x0, eps = extrapolated(reference, seen.conditional, scale_at(self.scale, seen.step.level))
-        for w, other in zip(self.weights, others, strict=True):
-            x0, eps = x0 + w * (other.x0 - reference.x0), eps + w * (other.eps - reference.eps)
+    def combine(self, inputs: GuidanceInput, memory: None) -> tuple[Prediction, None]:
+        if not inputs.references:  # a wrapper has omitted the references
+            return inputs.conditional, memory
+        reference, *others = inputs.references
+        w = scale_at(self.scale, inputs.step.level)
+        x0, eps = extrapolate_linearly(reference, inputs.conditional, w)
+        for w_i, other in zip(self.weights, others, strict=True):
+            x0 = x0 + w_i * (other.x0 - reference.x0)
+            eps = eps + w_i * (other.eps - reference.eps)
         return Prediction(x0, eps), memory
 
 
 @dataclass(frozen=True)
-class Sum(Guidance):
-    """D = D_cond + Σ_i (D_i - D_cond): the changes that several rules make to the conditional prediction, added.
+class Sum(Guidance[tuple[Any, ...]]):
+    """The sum of rules adds the changes that each makes to the conditional prediction.
 
-    CFG and perturbed attention at once (2403.17377, eq. 17): Sum((CFG(4.0), CFG(3.0, PerturbedAttention()))). Each keeps
-    its own memory, and decides for itself when it needs its references; equal references are asked once.
+        D = D_cond + Σ_i (D_i - D_cond),   on x_0 and on ε alike
+
+    CFG with perturbed attention (2403.17377, eq. 17) is
+    Sum((CFG(4.0), CFG(3.0, PerturbedAttention()))). Each rule has its own memory and decides itself
+    when it needs its references. Equal references are evaluated once.
 
     Args:
         rules: two or more rules.
@@ -78,46 +91,50 @@ class Sum(Guidance):
         if len(self.rules) < 2:
             raise ValueError(f"rules are {self.rules}, expected two or more")
         for rule in self.rules:
-            check_rule(rule)
-        for part in (part for rule in self.rules for part in rule.parts()):
-            if not part.consistent:
+            check_inner_rule(rule)
+            if not rule.is_consistent:
                 raise ValueError(
                     "Sum cannot hold CFGPlusPlus: its x_0 and ε do not belong together; use CFG"
                 )
-            if isinstance(part, CFGZeroStar) and part.zero_init:
+            if rule.has_zero_init:
                 raise ValueError(
-                    "Sum cannot hold CFGZeroStar that stands still at first: use zero_init=0"
+                    "Sum cannot hold CFGZeroStar with zero_init above 0: its first steps have no "
+                    "velocity to add; use zero_init=0"
                 )
 
     @property
-    def reads_condition(self) -> bool:  # type: ignore[override]
+    def reads_condition(self) -> bool:
         return any(rule.reads_condition for rule in self.rules)
 
     @property
-    def once_a_step(self) -> bool:  # type: ignore[override]
-        return any(rule.once_a_step for rule in self.rules)
+    def requires_one_evaluation_per_step(self) -> bool:
+        return any(rule.requires_one_evaluation_per_step for rule in self.rules)
 
-    def required_references(self, step: Step, memory: Any) -> tuple[Reference, ...]:
-        asked = (reference for wanted in self._wanted(step, memory) for reference in wanted)
-        return tuple(dict.fromkeys(asked))
+    def required_references(
+        self, step: Step, memory: tuple[Any, ...] | None
+    ) -> tuple[Reference, ...]:
+        return _unique(self._references_of_rules(step, memory))
 
-    def combine(self, seen: GuidanceInput, memory: Any) -> tuple[Prediction, Any]:
-        wanted = self._wanted(seen.step, memory)
-        asked = tuple(dict.fromkeys(reference for references in wanted for reference in references))
-        known = dict(zip(asked, seen.references, strict=bool(seen.references)))
-        x0, eps = seen.conditional
-        after = []
-        for rule, references, before in zip(
-            self.rules, wanted, self._memories(memory), strict=True
+    def combine(
+        self, inputs: GuidanceInput, memory: tuple[Any, ...] | None
+    ) -> tuple[Prediction, tuple[Any, ...]]:
+        references_of_rules = self._references_of_rules(inputs.step, memory)
+        # A wrapper may have omitted all references; each rule then gets none.
+        predictions = dict(
+            zip(_unique(references_of_rules), inputs.references, strict=bool(inputs.references))
+        )
+        conditional = inputs.conditional
+        x0, eps = conditional
+        memories = []
+        for rule, references, rule_memory in zip(
+            self.rules, references_of_rules, self._memories(memory), strict=True
         ):
-            own = tuple(known[reference] for reference in references if reference in known)
-            guided, remembered = rule.combine(seen._replace(references=own), before)
-            x0, eps = (
-                x0 + (guided.x0 - seen.conditional.x0),
-                eps + (guided.eps - seen.conditional.eps),
-            )
-            after.append(remembered)
-        return Prediction(x0, eps), tuple(after)
+            available = tuple(predictions[r] for r in references if r in predictions)
+            guided, new_memory = rule.combine(inputs._replace(references=available), rule_memory)
+            x0 = x0 + (guided.x0 - conditional.x0)
+            eps = eps + (guided.eps - conditional.eps)
+            memories.append(new_memory)
+        return Prediction(x0, eps), tuple(memories)
 
     def levels(self, process: Process) -> tuple[float, ...]:
         return tuple(level for rule in self.rules for level in rule.levels(process))
@@ -131,11 +148,20 @@ class Sum(Guidance):
         for rule in self.rules:
             yield from rule.parts()
 
-    def _memories(self, memory: Any) -> tuple[Any, ...]:
+    def _memories(self, memory: tuple[Any, ...] | None) -> tuple[Any, ...]:
+        """The memory of each rule."""
         return (None,) * len(self.rules) if memory is None else memory
 
-    def _wanted(self, step: Step, memory: Any) -> list[tuple[Reference, ...]]:
+    def _references_of_rules(
+        self, step: Step, memory: tuple[Any, ...] | None
+    ) -> list[tuple[Reference, ...]]:
+        """The references that each rule requires."""
         return [
-            rule.required_references(step, own)
-            for rule, own in zip(self.rules, self._memories(memory), strict=True)
+            rule.required_references(step, rule_memory)
+            for rule, rule_memory in zip(self.rules, self._memories(memory), strict=True)
         ]
+
+
+def _unique(references_of_rules: list[tuple[Reference, ...]]) -> tuple[Reference, ...]:
+    """All references, equal ones once, in the order of their first occurrence."""
+    return tuple(dict.fromkeys(r for references in references_of_rules for r in references))

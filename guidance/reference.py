@@ -1,11 +1,11 @@
-"""References: what a rule moves away from, and how it is asked.
+"""References: the predictions that guidance extrapolates away from, and how each is computed.
 
-    the same network without the condition     Unconditional      Ho & Salimans 2022 (2207.12598)
-    the same network, another condition        Label              a negative prompt; Liu et al. 2022 (2206.01714)
-    another network, the same condition        Weaker             Karras et al. 2024 (2406.02507)
-    the same network, altered                  PerturbedAttention, SkippedLayers (diffcore.guidance.perturbation)
+    the same network without the condition     Unconditional   Ho & Salimans 2022 (2207.12598)
+    the same network, another condition        Label           Liu et al. 2022 (2206.01714)
+    another network, the same condition        WeakerNetwork   Karras et al. 2024 (2406.02507)
+    the same network with altered layers       PerturbedAttention, SkippedLayers (perturbation.py)
 
-Any of them serves any rule. What asks the same network goes into one forward.
+Every rule accepts every reference. All predictions of one network share one forward.
 """
 
 from abc import ABC, abstractmethod
@@ -21,56 +21,107 @@ from diffcore.core.prediction import Prediction
 from diffcore.core.process import Process
 from diffcore.schedules import Level
 
+__all__ = [
+    "NETWORK_FIELD",
+    "Condition",
+    "Label",
+    "LabelPerSample",
+    "Query",
+    "Reference",
+    "Unconditional",
+    "WeakerNetwork",
+    "check_reference",
+    "evaluate_queries",
+    "find_weaker_networks",
+    "load_weaker_networks",
+]
+
 Part = TypeVar("Part")
 Condition = Sequence[int] | Tensor | None
-RUN = {"run": True}
-"""Metadata of a field that holds a network, or the folder of the run that made it."""
+"""One label for each sample, or None without a condition."""
+
+NETWORK_FIELD = {"holds_network": True}
+"""Metadata of a dataclass field that holds a network's denoiser, or the folder of its run."""
 
 
 class Query(NamedTuple):
-    """A network and the condition that it is asked about, (B,) labels or nothing."""
+    """A network and the condition under which it is evaluated.
+
+    Args:
+        denoiser: denoiser of the network.
+        condition: (B,) labels, or None without a condition.
+    """
 
     denoiser: Denoise
     condition: Tensor | None
 
 
 class Reference(ABC):
-    """What guidance moves away from."""
+    """A prediction that guidance extrapolates away from."""
 
     def check(self, process: Process, condition: Condition, rule: str) -> None:
-        """Raise ValueError where a network of this process has no such reference; `rule` begins the message."""
+        """Check that a network of this process has the reference.
+
+        Args:
+            process: process of the network.
+            condition: (B,) labels of the run, or None without a condition.
+            rule: the rule as text; it begins the message.
+
+        Raises:
+            ValueError: the network has no such reference; the message has the remedy.
+        """
         return
 
     def check_level(self, level: Level) -> None:
-        """Raise ValueError where the reference cannot be asked at a level where the network can."""
+        """Check that the reference can be evaluated at a level at which the network can.
+
+        Raises:
+            ValueError: it cannot; the message has the remedy.
+        """
         return
 
     @abstractmethod
     def query(self, denoiser: Denoise, condition: Tensor | None, x: Tensor) -> Query:
-        """Which network to ask about x, under which condition."""
+        """Choose the network and the condition whose prediction is the reference.
+
+        Args:
+            denoiser: denoiser of the network that is guided.
+            condition: (B,) labels of the run, or None without a condition.
+            x: (B, *shape) input of the network.
+
+        Returns:
+            The network and the (B,) labels under which it is evaluated.
+        """
 
 
 def check_reference(reference: Any) -> None:
-    """Raise where a rule is given something else, such as a bare label or network."""
+    """Check that the reference of a rule is a Reference, and not a bare label or a network.
+
+    Raises:
+        TypeError: it is something else; the message has examples.
+    """
     if not isinstance(reference, Reference):
         raise TypeError(
-            f"reference is {reference!r}, expected a reference such as Unconditional(), Label(3) or Weaker(network)"
+            f"reference is {reference!r}, expected a reference such as Unconditional(), Label(3) or "
+            f"WeakerNetwork(network)"
         )
 
 
 @dataclass(frozen=True)
 class Unconditional(Reference):
-    """The same network without the condition: the null label, which condition dropout taught it."""
+    """The same network without the condition: under the null label, learnt by condition dropout."""
 
     def check(self, process: Process, condition: Condition, rule: str) -> None:
         if condition is None:
             raise ValueError(
-                f"{rule} needs a condition to strengthen: pass one label a sample (--labels, --prompt), or use CFG(1.0)"
+                f"{rule} needs a condition to strengthen: pass one label for each sample (--labels, "
+                f"--prompt), or use CFG(1.0)"
             )
         if not process.dropout:
             raise ValueError(
-                f"{rule} needs the unconditional prediction, but this network was trained without condition dropout: "
-                f"use CFG(1.0), or train with dropout above 0 (0.1 is usual), or take another reference (Label, Weaker)"
+                f"{rule} needs the unconditional prediction, but this network was trained without "
+                f"condition dropout: use CFG(1.0), or train with dropout above 0 (0.1 is usual), or "
+                f"choose another reference (Label, WeakerNetwork)"
             )
 
     def query(self, denoiser: Denoise, condition: Tensor | None, x: Tensor) -> Query:
@@ -82,7 +133,7 @@ class Label(Reference):
     """The same network under another label: a negative condition. It needs no condition dropout.
 
     Args:
-        label: a class, 0 .. classes - 1.
+        label: class to move away from, 0 .. classes - 1; the same for all samples.
     """
 
     label: int
@@ -94,8 +145,8 @@ class Label(Reference):
     def check(self, process: Process, condition: Condition, rule: str) -> None:
         if self.label >= process.classes:
             raise ValueError(
-                f"{rule} asks for label {self.label}, but this network has {process.classes} classes: "
-                f"use labels below {process.classes}"
+                f"{rule} refers to label {self.label}, but this network has {process.classes} "
+                f"classes: use labels below {process.classes}"
             )
 
     def query(self, denoiser: Denoise, condition: Tensor | None, x: Tensor) -> Query:
@@ -103,12 +154,12 @@ class Label(Reference):
 
 
 @dataclass(frozen=True)
-class Labels(Reference):
-    """A label a row, as a rule chose them while it ran: another condition of the same network, or of `base`'s.
+class LabelPerSample(Reference):
+    """One label for each sample, chosen by a rule during the run (GFCG).
 
     Args:
-        labels: (B,), or None for what a plan does not know yet.
-        base: the network that is asked.
+        labels: (B,) classes; None in a plan, which does not know them.
+        base: reference whose network is evaluated under these labels; None is the same network.
     """
 
     labels: Tensor | None
@@ -117,7 +168,8 @@ class Labels(Reference):
     def check(self, process: Process, condition: Condition, rule: str) -> None:
         if process.classes < 2:
             raise ValueError(
-                f"{rule} needs a network of 2 classes or more, and this one has {process.classes}: use CFG"
+                f"{rule} needs a network of 2 classes or more, and this one has {process.classes}: "
+                f"use CFG"
             )
         if self.base is not None:
             self.base.check(process, condition, rule)
@@ -136,48 +188,51 @@ class Labels(Reference):
 
 
 @dataclass(frozen=True, repr=False)
-class Weaker(Reference):
-    """Another network under the same condition: smaller, less trained, with another dropout or average.
+class WeakerNetwork(Reference):
+    """Another network under the same condition: smaller, trained for less time, or another average.
 
-    It may have been trained on another schedule and prediction type: levels are matched in λ, and x is rescaled by the
-    ratio of the scalings. It needs no condition and no condition dropout.
+    Its schedule and prediction type may differ: levels are matched in λ, and x is rescaled by the
+    ratio of the scalings. It needs neither a condition nor condition dropout.
 
     Args:
-        network: its denoiser; on the command line the folder of its run.
+        network: denoiser of the weaker network; on the command line the folder of its run.
     """
 
-    network: str | Denoise = field(metadata=RUN)
+    network: str | Denoise = field(metadata=NETWORK_FIELD)
 
     def check(self, process: Process, condition: Condition, rule: str) -> None:
         if isinstance(self.network, str):
             raise ValueError(
                 f"{rule} names the run {self.network!r}: pass Run(Path({self.network!r})).denoiser()"
             )
-        own = self.network.process
-        if own.shape != process.shape:
+        weaker = self.network.process
+        if weaker.shape != process.shape:
             raise ValueError(
-                f"{rule} compares networks of shapes {process.shape} and {own.shape}: the weaker one needs the same data"
+                f"{rule} compares networks of shapes {process.shape} and {weaker.shape}: train the "
+                f"weaker one on the same data"
             )
-        if condition is not None and own.classes != process.classes:
+        if condition is not None and weaker.classes != process.classes:
             raise ValueError(
-                f"{rule} compares networks of {process.classes} and {own.classes} classes: labels would differ"
+                f"{rule} compares networks of {process.classes} and {weaker.classes} classes, whose "
+                f"labels differ: train the weaker one on the same classes"
             )
 
     def check_level(self, level: Level) -> None:
-        assert not isinstance(self.network, str)  # `check` refuses it
-        own = self.network.process
-        own.check_level(own.schedule.at(level.logsnr), "for the weaker network, a knot")
+        assert not isinstance(self.network, str)  # `check` raises an error for a folder
+        weaker = self.network.process
+        weaker.check_level(weaker.schedule.at(level.logsnr), "for the weaker network, a knot")
 
     def query(self, denoiser: Denoise, condition: Tensor | None, x: Tensor) -> Query:
-        assert not isinstance(self.network, str)  # `check` refuses it
-        return Query(_Matched(self.network), condition)
+        assert not isinstance(self.network, str)  # `check` raises an error for a folder
+        return Query(_LevelMatchedDenoiser(self.network), condition)
 
     def __repr__(self) -> str:
-        return f"Weaker({self.network if isinstance(self.network, str) else type(self.network).__name__})"
+        name = self.network if isinstance(self.network, str) else type(self.network).__name__
+        return f"WeakerNetwork({name})"
 
 
-class _Matched:
-    """A network asked at a level of another process."""
+class _LevelMatchedDenoiser:
+    """A denoiser that accepts x and levels of another process."""
 
     def __init__(self, denoiser: Denoise) -> None:
         self.denoiser, self.process = denoiser, denoiser.process
@@ -185,90 +240,118 @@ class _Matched:
     def __call__(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Prediction:
         if self.process.schedule == level.schedule:
             return self.denoiser(x, level, condition)
-        own = self.process.schedule.at(level.logsnr)
-        ratio = own.alpha / level.alpha if level.alpha else own.sigma / level.sigma
-        return self.denoiser(ratio * x, own, condition)
+        matched = self.process.schedule.at(level.logsnr)
+        # At pure noise α is 0 in both scalings, so the ratio is that of σ.
+        ratio = matched.alpha / level.alpha if level.alpha else matched.sigma / level.sigma
+        return self.denoiser(ratio * x, matched, condition)
 
 
 def evaluate_queries(
-    queries: Sequence[Query], x: Tensor, level: Level, rows: int = 0
+    queries: Sequence[Query], x: Tensor, level: Level, micro_batch: int = 0
 ) -> list[Prediction]:
-    """The prediction for each query: one forward for all that ask the same network, or calls of `rows` rows each."""
+    """Evaluate the queries at one level. Queries to one network share one forward.
+
+    Args:
+        queries: networks and conditions.
+        x: (B, *shape) input of each network.
+        level: level of x.
+        micro_batch: number of samples in each call of a network; 0 puts all into one call.
+
+    Returns:
+        The prediction of each query, in the order of the queries.
+    """
     if len(queries) == 1:
-        return [_ask(queries[0].denoiser, x, level, queries[0].condition, rows)]
-    found: dict[int, Prediction] = {}
+        return [_evaluate(queries[0].denoiser, x, level, queries[0].condition, micro_batch)]
+    predictions: dict[int, Prediction] = {}
     for i, query in enumerate(queries):
-        if i not in found:
+        if i not in predictions:
             same = [j for j in range(i, len(queries)) if queries[j].denoiser is query.denoiser]
-            found.update(
-                zip(same, _together([queries[j] for j in same], x, level, rows), strict=True)
-            )
-    return [found[i] for i in range(len(queries))]
+            results = _evaluate_together([queries[j] for j in same], x, level, micro_batch)
+            predictions.update(zip(same, results, strict=True))
+    return [predictions[i] for i in range(len(queries))]
 
 
-def _together(queries: Sequence[Query], x: Tensor, level: Level, rows: int) -> list[Prediction]:
-    """The predictions of one network under several conditions."""
-    condition = queries[0].condition if len(queries) == 1 else _stacked(queries, x)
-    many = x if len(queries) == 1 else torch.cat([x] * len(queries))
-    every = _ask(queries[0].denoiser, many, level, condition, rows)
-    return [
-        Prediction(*pair)
-        for pair in zip(*(value.chunk(len(queries)) for value in every), strict=True)
-    ]
+def _evaluate_together(
+    queries: Sequence[Query], x: Tensor, level: Level, micro_batch: int
+) -> list[Prediction]:
+    """The predictions of one network under several conditions, from one forward."""
+    count, denoiser = len(queries), queries[0].denoiser
+    condition = queries[0].condition if count == 1 else _concatenate_conditions(queries, x)
+    stacked = x if count == 1 else torch.cat([x] * count)
+    together = _evaluate(denoiser, stacked, level, condition, micro_batch)
+    chunks = (value.chunk(count) for value in together)
+    return [Prediction(*pair) for pair in zip(*chunks, strict=True)]
 
 
-def _stacked(queries: Sequence[Query], x: Tensor) -> Tensor | None:
-    nothing = null_condition(queries[0].denoiser.process, len(x), x.device)
-    if nothing is None:
+def _concatenate_conditions(queries: Sequence[Query], x: Tensor) -> Tensor | None:
+    """The conditions of all queries in one tensor; a missing one becomes the null label."""
+    null = null_condition(queries[0].denoiser.process, len(x), x.device)
+    if null is None:
         return None
-    return torch.cat([nothing if q.condition is None else q.condition.to(nothing) for q in queries])
+    return torch.cat([null if q.condition is None else q.condition.to(null) for q in queries])
 
 
-def _ask(
-    denoiser: Denoise, x: Tensor, level: Level, condition: Tensor | None, rows: int
+def _evaluate(
+    denoiser: Denoise, x: Tensor, level: Level, condition: Tensor | None, micro_batch: int
 ) -> Prediction:
-    """In calls of `rows` rows, the last one padded, so that each has the same size; 0 is one call."""
-    if not rows:
+    """Evaluate in calls of exactly `micro_batch` samples, the last one padded; 0 is one call."""
+    if not micro_batch:
         return denoiser(x, level, condition)
     parts = []
-    for start in range(0, len(x), rows):
-        chosen = torch.arange(start, start + rows, device=x.device).clamp(max=len(x) - 1)
-        parts.append(denoiser(x[chosen], level, None if condition is None else condition[chosen]))
+    for start in range(0, len(x), micro_batch):
+        # The last sample fills the last call: bits then do not depend on the number of samples.
+        samples = torch.arange(start, start + micro_batch, device=x.device).clamp(max=len(x) - 1)
+        labels = None if condition is None else condition[samples]
+        parts.append(denoiser(x[samples], level, labels))
     return Prediction(*(torch.cat(values)[: len(x)] for values in zip(*parts, strict=True)))
 
 
-def loaded(part: Part, load: Callable[[str], Denoise]) -> Part:
-    """The rule or reference with every run that it names by its folder replaced by that run's denoiser."""
+def load_weaker_networks(part: Part, load: Callable[[str], Denoise]) -> Part:
+    """Replace each run folder in a rule or reference by the denoiser of that run.
+
+    Args:
+        part: rule or reference, which may hold others.
+        load: function from the folder of a run to its denoiser.
+
+    Returns:
+        An equal rule or reference that holds denoisers; `part` itself if it names no folder.
+    """
     if not is_dataclass(part) or isinstance(part, type):
         return part
-    own = {
-        f.name: (getattr(part, f.name), bool(f.metadata.get("run"))) for f in fields(part) if f.init
-    }
-    new = {name: _loaded(value, named, load) for name, (value, named) in own.items()}
-    changes = {name: value for name, value in new.items() if value is not own[name][0]}
+    changes = {}
+    for f in fields(part):
+        if f.init:
+            value = getattr(part, f.name)
+            new = _load_value(value, "holds_network" in f.metadata, load)
+            if new is not value:
+                changes[f.name] = new
     return replace(part, **changes) if changes else part
 
 
-def networks(part: Any) -> Iterator[Denoise]:
-    """The other networks that a rule or reference asks."""
-    if isinstance(part, tuple):
-        for item in part:
-            yield from networks(item)
-    elif is_dataclass(part) and not isinstance(part, type):
-        for f in (
-            f for f in fields(part) if f.init
-        ):  # AutoGuidance makes its reference of its weaker network
-            value = getattr(part, f.name)
-            if not f.metadata.get("run"):
-                yield from networks(value)
-            elif not isinstance(value, str):
-                yield value
-
-
-def _loaded(value: Any, named: bool, load: Callable[[str], Denoise]) -> Any:
-    if named and isinstance(value, str):
+def _load_value(value: Any, holds_network: bool, load: Callable[[str], Denoise]) -> Any:
+    if holds_network and isinstance(value, str):
         return load(value)
     if isinstance(value, tuple):
-        parts = tuple(_loaded(item, named, load) for item in value)
-        return parts if any(a is not b for a, b in zip(parts, value, strict=True)) else value
-    return loaded(value, load)
+        items = tuple(_load_value(item, holds_network, load) for item in value)
+        return items if any(a is not b for a, b in zip(items, value, strict=True)) else value
+    return load_weaker_networks(value, load)
+
+
+def find_weaker_networks(part: Any) -> Iterator[Denoise]:
+    """Iterate over the networks that a rule or reference evaluates beside the guided one.
+
+    Yields:
+        Their denoisers. A network that is named by the folder of its run is not among them.
+    """
+    if isinstance(part, tuple):
+        for item in part:
+            yield from find_weaker_networks(item)
+    elif is_dataclass(part) and not isinstance(part, type):
+        for f in fields(part):
+            if not f.init:
+                continue  # AutoGuidance builds this reference from its weaker network
+            value = getattr(part, f.name)
+            if "holds_network" not in f.metadata:
+                yield from find_weaker_networks(value)
+            elif not isinstance(value, str):
+                yield value

@@ -1,4 +1,4 @@
-"""Scales w(λ): how strong guidance is at each level, for every rule that has a scale."""
+"""Scales w(λ): the strength of guidance at each level, for every rule that has a scale."""
 
 import math
 from abc import ABC, abstractmethod
@@ -7,16 +7,29 @@ from dataclasses import dataclass
 
 from diffcore.schedules import Level
 
+__all__ = [
+    "ConstantScale",
+    "CosineScale",
+    "LinearScale",
+    "Ramp",
+    "Scale",
+    "ScaleLike",
+    "check_scale",
+    "check_scale_value",
+    "scale_at",
+]
+
 
 class Scale(ABC):
-    """A function w(λ) ≥ 0 that YAML and the command line can name."""
+    """A function w(λ) ≥ 0 that a YAML file and the command line can name."""
 
     @abstractmethod
     def __call__(self, logsnr: float) -> float:
-        """The scale at λ, -inf and +inf included."""
+        """The scale w at λ, which may be -inf or +inf."""
 
 
 ScaleLike = float | Scale | Callable[[float], float]
+"""What a rule accepts as its scale: a number, a scale schedule, or any function of λ."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +37,13 @@ class ConstantScale(Scale):
     """w(λ) = w.
 
     Args:
-        value: w ≥ 0.
+        value: w ≥ 0; 1 is the conditional model.
     """
 
     value: float = 1.0
 
     def __post_init__(self) -> None:
-        check_value(self.value)
+        check_scale_value(self.value)
 
     def __call__(self, logsnr: float) -> float:
         return self.value
@@ -38,13 +51,13 @@ class ConstantScale(Scale):
 
 @dataclass(frozen=True)
 class Ramp(Scale):
-    """From w = `noisy` at λ ≤ `low` to w = `clean` at λ ≥ `high`, by a shape p from 0 to 1.
+    """w(λ) = noisy + (clean - noisy) f(p),   p = (λ - low)/(high - low) clamped to [0, 1].
 
     Args:
-        noisy: w at the noisy end.
-        clean: w at the clean end.
-        low: λ where the ramp begins.
-        high: λ where it ends.
+        noisy: w ≥ 0 at λ ≤ low, the noisy end.
+        clean: w ≥ 0 at λ ≥ high, the clean end.
+        low: λ at which the ramp begins; finite.
+        high: λ at which the ramp ends; finite, above low.
     """
 
     noisy: float
@@ -53,8 +66,8 @@ class Ramp(Scale):
     high: float = 6.0
 
     def __post_init__(self) -> None:
-        check_value(self.noisy)
-        check_value(self.clean)
+        check_scale_value(self.noisy)
+        check_scale_value(self.clean)
         if not -math.inf < self.low < self.high < math.inf:
             raise ValueError(
                 f"low and high are {self.low} and {self.high}, expected finite λ with low < high"
@@ -62,41 +75,63 @@ class Ramp(Scale):
 
     def __call__(self, logsnr: float) -> float:
         p = min(max((logsnr - self.low) / (self.high - self.low), 0.0), 1.0)
-        return self.noisy + (self.clean - self.noisy) * self.shape(p)
+        return self.noisy + (self.clean - self.noisy) * self.profile(p)
 
     @abstractmethod
-    def shape(self, p: float) -> float:
-        """From 0 at p = 0 to 1 at p = 1."""
+    def profile(self, p: float) -> float:
+        """f(p), a number that rises from 0 at p = 0 to 1 at p = 1."""
 
 
 @dataclass(frozen=True)
 class LinearScale(Ramp):
-    """w(λ) straight in λ between its two ends."""
+    """w(λ) linear in λ between its two ends: f(p) = p.
 
-    def shape(self, p: float) -> float:
+    Args:
+        noisy: w ≥ 0 at λ ≤ low, the noisy end.
+        clean: w ≥ 0 at λ ≥ high, the clean end.
+        low: λ at which the ramp begins; finite.
+        high: λ at which the ramp ends; finite, above low.
+    """
+
+    def profile(self, p: float) -> float:
         return p
 
 
 @dataclass(frozen=True)
 class CosineScale(Ramp):
-    """w(λ) with (1 - cos πp)/2 between its two ends: level at both."""
+    """w(λ) with f(p) = (1 - cos πp)/2 between its two ends, where its slope is 0.
 
-    def shape(self, p: float) -> float:
+    Args:
+        noisy: w ≥ 0 at λ ≤ low, the noisy end.
+        clean: w ≥ 0 at λ ≥ high, the clean end.
+        low: λ at which the ramp begins; finite.
+        high: λ at which the ramp ends; finite, above low.
+    """
+
+    def profile(self, p: float) -> float:
         return (1 - math.cos(math.pi * p)) / 2
 
 
 def check_scale(scale: ScaleLike) -> None:
-    """Raise where `scale` is neither a number that a scale may be, nor a function of λ."""
+    """Check that a scale is a number w ≥ 0 or a function of λ.
+
+    Raises:
+        ValueError: it is something else, such as a class or a string.
+    """
     if isinstance(scale, (int, float)):
-        check_value(scale)
+        check_scale_value(scale)
     elif isinstance(scale, type) or not callable(scale):
         raise ValueError(
             f"scale is {scale!r}, expected a number, a scale schedule, or a function of λ"
         )
 
 
-def check_value(scale: float) -> None:
-    """Raise where `scale` is no number that a scale may be."""
+def check_scale_value(scale: float) -> None:
+    """Check that a scale is a finite number w ≥ 0.
+
+    Raises:
+        ValueError: it is negative, infinite, NaN, or no number.
+    """
     if not isinstance(scale, (int, float)) or not 0 <= scale < math.inf:
         raise ValueError(
             f"scale is {scale!r}, expected a finite w ≥ 0 (1 is the conditional model)"
@@ -104,10 +139,10 @@ def check_value(scale: float) -> None:
 
 
 def scale_at(scale: ScaleLike, level: Level) -> float:
-    """W at a level.
+    """The scale w at a level, a number.
 
     Raises:
-        ValueError: a function of λ answered with something below 0 or not finite.
+        ValueError: the function of λ returned a value that is negative or not finite.
     """
     if isinstance(scale, (int, float)):
         return scale

@@ -21,7 +21,7 @@ from diffcore.cli.image_model import (
 from diffcore.cli.integers import IntegerList
 from diffcore.cli.run_defaults import parse_with_run_defaults
 from diffcore.core.process import Process
-from diffcore.guidance import CFG, Guidance, loaded
+from diffcore.guidance import CFG, Guidance, load_weaker_networks
 from diffcore.io.parser import ComponentParser
 from diffcore.io.safetensors import write_weights
 from diffcore.samplers import Sampler
@@ -203,7 +203,7 @@ def _sample(folder: Path, request: SampleRequest) -> None:
         request.steps,
         seeds=request.sample_seeds,
         condition=request.sample_labels,
-        guidance=loaded(
+        guidance=load_weaker_networks(
             request.guidance,
             lambda weaker: load_image_model(Path(weaker), options, device).denoiser,
         ),

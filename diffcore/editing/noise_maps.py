@@ -8,7 +8,7 @@ from torch import Tensor
 from diffcore.core.denoiser import Denoise
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
-from diffcore.guidance import CFG, Guidance, networks
+from diffcore.guidance import CFG, Guidance, find_weaker_networks
 from diffcore.samplers import DDIM, State
 from diffcore.sampling.generation import evaluating, noised
 from diffcore.sampling.loop import (
@@ -95,7 +95,7 @@ def extract(
     _check(denoiser, knots, guidance, condition)
     x = noised(x0, knots[0], noise)
     x0, state, step, memory, maps = x0.to(x), sampler.start(x, knots, noise), None, None, []
-    with evaluating(denoiser, *networks(guidance)):
+    with evaluating(denoiser, *find_weaker_networks(guidance)):
         while not state.done:
             step = step_of(denoiser.process, knots, state, step)
             prediction, memory, _ = guided_prediction(
@@ -116,7 +116,7 @@ def replay(
     condition: Tensor | None = None,
 ) -> Tensor:
     """The image that the maps were extracted from, to rounding, under the same condition; under another, an edited one."""
-    with evaluating(denoiser, *networks(guidance)):
+    with evaluating(denoiser, *find_weaker_networks(guidance)):
         x, _ = integrate(
             denoiser, _stochastic(maps.eta), maps.x, maps.knots, maps.noise, guidance, condition
         )

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from diffcore.core.denoiser import Denoise, null_condition
 from diffcore.core.noise import Noise
 from diffcore.core.process import Process
-from diffcore.guidance import CFG, Guidance, networks
+from diffcore.guidance import CFG, Guidance, find_weaker_networks
 from diffcore.guidance.reference import Condition
 from diffcore.samplers import AdamsMoulton, Sampler
 from diffcore.sampling.loop import SAME, Callback, check_guidance, check_levels, integrate, planned
@@ -93,7 +93,7 @@ def sample(
     device = getattr(denoiser, "device", torch.device("cpu"))
     chunks, evaluations = [], 0
     bar = tqdm(total=len(seeds), unit="sample", disable=not progress)
-    with torch.no_grad(), evaluating(denoiser, *networks(guidance)), bar:
+    with torch.no_grad(), evaluating(denoiser, *find_weaker_networks(guidance)), bar:
         for chunk in _chunks(len(seeds), batch_size):
             noise = Noise(torch.tensor(seeds)[chunk], process.shape, device, dtype, path)
             first = knots[0]

@@ -229,12 +229,14 @@ def check_guidance(
     guidance.check(process, condition)
     if sampler is None:
         return
-    if not guidance.consistent and not sampler.direct:
+    if not guidance.is_consistent and not sampler.direct:
         raise ValueError(
             f"{guidance} breaks x = α x_0 + σ ε, which {sampler} relies on: use a sampler of first-order steps such as DDIM(), "
             f"or CFG"
         )
-    if guidance.once_a_step and (sampler.adaptive or sampler.evaluations(knots) != len(knots) - 1):
+    if guidance.requires_one_evaluation_per_step and (
+        sampler.adaptive or sampler.evaluations(knots) != len(knots) - 1
+    ):
         raise ValueError(
             f"{guidance} counts on one evaluation a step: use a sampler such as DDIM(), not {sampler}"
         )

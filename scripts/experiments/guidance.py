@@ -28,7 +28,7 @@ from diffcore.guidance import (
     Guidance,
     Interval,
     Rescale,
-    networks,
+    find_weaker_networks,
 )
 from diffcore.samplers import DDIM
 from diffcore.sampling.generation import evaluating, sample
@@ -147,7 +147,7 @@ def references(denoiser: Denoiser, rule: AdaptiveGuidance, seeds: Tensor, labels
     knots = KNOTS.knots(denoiser.process.schedule, STEPS)
     noise = Noise(seeds, denoiser.process.shape)
     x = noise.first_sample(knots[0], denoiser.process.sigma_data)
-    with evaluating(denoiser, *networks(rule)):
+    with evaluating(denoiser, *find_weaker_networks(rule)):
         path = list(watch(denoiser, DDIM(), x, knots, noise, rule, labels))
     agreed = [rule.cosine(seen) >= rule.threshold for seen in path if seen.references]
     if not agreed:

@@ -216,7 +216,7 @@ def test_a_gap_in_the_history_is_refused_and_not_read():
     ):
         rule = LinearAG(CFG(scale), (*((),) * rows, (0.0, 0.9, 0.1, 0.1), *((),) * (23 - rows)))
         with pytest.raises(
-            ValueError, match=r"reads 1 past steps at step 3.* at 0 of them: use a rule that asks"
+            ValueError, match=r"reads 1 past steps at step 3.* at 0 of them: use a rule that does"
         ) as caught:
             integrate(ORACLE, DDIM(), START, KNOTS, NOISE, rule, LABELS)
         assert "\n" not in str(caught.value)
@@ -240,5 +240,5 @@ def test_around_linear_ag_all_rows_stop_before_its_history_is_whole():
 
 def test_fitting_needs_the_reference_at_every_step():
     path = watch(ORACLE, DDIM(), START, KNOTS, NOISE, CFG(1.0), LABELS)
-    with pytest.raises(ValueError, match="the one reference at every step"):
+    with pytest.raises(ValueError, match="one reference at each step"):
         LinearAG.fit(CFG(2.0), path)

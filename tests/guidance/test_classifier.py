@@ -13,8 +13,8 @@ from diffcore.guidance import (
     ClassifierGuidance,
     MinorityGuidance,
     Sum,
-    Weaker,
-    minority_levels,
+    WeakerNetwork,
+    minority_classes,
     minority_score,
 )
 from diffcore.samplers import DDIM
@@ -284,7 +284,7 @@ def test_gfcg_asks_a_weaker_network_about_the_confused_class():
 
 
 def test_gfcg_refuses_a_classifier_of_other_classes_and_a_network_of_one():
-    with pytest.raises(ValueError, match=r"answers \(64, 2\), expected \(64, 3\)"):
+    with pytest.raises(ValueError, match=r"returns shape \(64, 2\), expected \(64, 3\)"):
         sample(three(), steps=3, seeds=[1], condition=[0], guidance=GFCG(lambda x0, level: x0, 2.0))
     with pytest.raises(ValueError, match="2 classes or more"):
         sample(Pair(), steps=3, seeds=[1], condition=[0], guidance=GFCG(lambda x0, level: x0, 2.0))
@@ -315,14 +315,14 @@ def test_the_minority_score_is_the_error_of_reconstruction_and_its_levels_hold_a
     noisy = ORACLE.process.schedule.at(0.0)
     rebuilt = ORACLE((2 * noisy.alpha + noisy.sigma) * NOISE.start(), noisy).x0
     torch.testing.assert_close(wide, (rebuilt - 2 * NOISE.start()).square().sum(1) / 2)
-    levels = minority_levels(scores, 3)
+    levels = minority_classes(scores, 3)
     assert levels.bincount().tolist() == pytest.approx([200] * 3, abs=1)
     assert scores[levels == 2].min() > scores[levels == 1].max() > scores[levels == 0].max()
 
 
 def test_weaker_and_classifier_run_together():
     knots = UniformLogSNR(-3.0, 3.0).knots(ORACLE.process.schedule, 3)
-    rule = Sum((CFG(2.0, Weaker(ORACLE)), ClassifierGuidance(bayes(ORACLE), 1.0)))
+    rule = Sum((CFG(2.0, WeakerNetwork(ORACLE)), ClassifierGuidance(bayes(ORACLE), 1.0)))
     alone, _ = integrate(
         ORACLE, DDIM(), X, knots, NOISE, ClassifierGuidance(bayes(ORACLE), 1.0), LABELS
     )
@@ -351,7 +351,7 @@ def test_rows_with_the_null_label_are_not_guided():
             ClassifierGuidance(bayes(ORACLE), label=4),
             r"\(64, 2\), expected \(B,\) or logits of 5 classes",
         ),
-        (ClassifierGuidance(lambda x, level: x.sum()), r"answers \(\), expected"),
+        (ClassifierGuidance(lambda x, level: x.sum()), r"returns shape \(\), expected"),
     ],
 )
 def test_a_classifier_of_too_few_classes_is_refused(rule, message):

@@ -42,10 +42,10 @@ def test_the_line_of_the_issue_samples_and_reports_evaluations_used_and_planned(
         ),
         (("CFG", "--guidance.scale=2", "--guidance.reference=PerturbedAttention"), 8),
         (("Rescale", "--guidance.inner=CFG", "--guidance.inner.scale=3", "--guidance.phi=0.5"), 8),
-        (("Composed", "--guidance.labels=[3,4]", "--guidance.weights=[1.0,-0.5]"), 16),
+        (("ComposedConditions", "--guidance.labels=[3,4]", "--guidance.weights=[1.0,-0.5]"), 16),
         (
             (
-                "Composed",
+                "ComposedConditions",
                 "--guidance.labels=[3]",
                 "--guidance.weights=[1.0]",
                 "--guidance.scale=CosineScale",
@@ -79,7 +79,7 @@ def test_a_weaker_network_is_named_by_the_folder_of_its_run(diffcore, trained):
     )
     assert ended.status == 0, ended.err
     assert "2 samples of 8 network evaluations" in ended.out
-    assert f"Weaker({trained})" in ended.out
+    assert f"WeakerNetwork({trained})" in ended.out
 
 
 def test_a_classifier_is_named_by_its_import_path_once_its_module_is_trusted(

@@ -121,7 +121,7 @@ class Attentions(nn.Module):
 @torch.no_grad()
 def test_around_the_identity_norm_residual_and_scale_stay(shape, monkeypatch):
     network, x = Attentions(), torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    with PerturbedAttention(("*",)).applied(network):
+    with PerturbedAttention(("*",)).apply(network):
         ours = network.own(x)
     assert not torch.allclose(ours, network.own(x), atol=1e-3)
     monkeypatch.setattr(
@@ -133,12 +133,12 @@ def test_around_the_identity_norm_residual_and_scale_stay(shape, monkeypatch):
 def test_cross_attention_is_left_alone():
     network = Attentions()
     before = network.own.processor, network.cross.processor
-    with PerturbedAttention(("*",)).applied(network):
+    with PerturbedAttention(("*",)).apply(network):
         assert network.own.processor is not before[0]
         assert network.cross.processor is before[1]
     with (
         pytest.raises(ValueError, match="finds no such layer"),
-        PerturbedAttention(("cross",)).applied(network),
+        PerturbedAttention(("cross",)).apply(network),
     ):
         pass
 
@@ -151,7 +151,7 @@ def test_a_skipped_joint_block_answers_with_both_inputs_in_its_own_order():
     image, text, temb = torch.randn(1, 9, 8), torch.randn(1, 5, 8), torch.randn(1, 8)
     for block, expected in ((sd3, (text, image)), (cog, (image, text))):
         network = nn.ModuleDict({"block": block})
-        with SkippedLayers(("block",)).applied(network):
+        with SkippedLayers(("block",)).apply(network):
             answer = block(hidden_states=image, encoder_hidden_states=text, temb=temb)
         assert all(torch.equal(a, b) for a, b in zip(answer, expected, strict=True))
         assert not torch.equal(
@@ -177,11 +177,11 @@ def test_the_network_is_restored_also_when_it_fails(make, layers, kind, fail):
         hook = last.register_forward_hook(
             lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory"))
         )
-        with pytest.raises(RuntimeError, match="out of memory"), kind((pattern,)).applied(network):
+        with pytest.raises(RuntimeError, match="out of memory"), kind((pattern,)).apply(network):
             asked(denoiser)
         hook.remove()
     else:
-        with kind((pattern,)).applied(network):
+        with kind((pattern,)).apply(network):
             assert not torch.equal(asked(denoiser).x0, before.x0)
     assert [m.processor for m in network.modules() if isinstance(m, Attention)] == processors
     assert not any(m._forward_hooks for m in network.modules())
@@ -208,7 +208,7 @@ def test_it_samples_without_condition_and_without_dropout_and_beside_cfg():
             r"finds no such layer in UNet2DModel; it could alter .*attentions",
         ),
         (SkippedLayers(("nothing",)), "finds no such layer"),
-        (SkippedLayers(("conv_in",)), r"Conv2d makes .* cannot be skipped"),
+        (SkippedLayers(("conv_in",)), r"Conv2d maps .* cannot be skipped"),
     ],
 )
 def test_layers_that_are_not_there_or_change_the_shape_are_refused(reference, message):

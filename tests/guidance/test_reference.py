@@ -12,15 +12,15 @@ from diffcore.guidance import (
     GFCG,
     AutoGuidance,
     CFGPlusPlus,
-    Composed,
+    ComposedConditions,
     Interval,
     Label,
     Rescale,
     Sum,
     Unconditional,
-    Weaker,
-    loaded,
-    networks,
+    WeakerNetwork,
+    find_weaker_networks,
+    load_weaker_networks,
 )
 from diffcore.guidance.reference import Query, evaluate_queries
 from diffcore.samplers import AlphaBlending
@@ -122,7 +122,7 @@ def test_every_rule_takes_every_reference():
     for rule in (CFG, APG, lambda w, reference: Rescale(CFG(w, reference))):
         results = [
             guided_prediction(ORACLE, rule(3.0, reference), X, LEVEL, LABELS, None)[0].x0
-            for reference in (Unconditional(), Label(1), Weaker(weak_of(RECORD)))
+            for reference in (Unconditional(), Label(1), WeakerNetwork(weak_of(RECORD)))
         ]
         assert len({round(result.sum().item(), 9) for result in results}) == 3
 
@@ -130,9 +130,9 @@ def test_every_rule_takes_every_reference():
 @pytest.mark.parametrize(
     ("rule", "rows"),
     [
-        (Composed((0, 1), (0.5, -1.0), 2.0), [24]),
+        (ComposedConditions((0, 1), (0.5, -1.0), 2.0), [24]),
         (Sum((CFG(2.0), CFG(3.0), CFG(2.0, Label(1)))), [18]),
-        (CFG(2.0, Weaker(ORACLE)), [6]),
+        (CFG(2.0, WeakerNetwork(ORACLE)), [6]),
     ],
     ids=str,
 )
@@ -155,7 +155,7 @@ def test_answers_come_in_the_order_of_the_queries():
 
 def test_composed_is_the_weighted_sum_of_conditions_and_negation_is_a_negative_weight():
     answer, _, asked = guided_prediction(
-        ORACLE, Composed((0, 1), (0.7, -0.4), 2.0), X, LEVEL, LABELS, None
+        ORACLE, ComposedConditions((0, 1), (0.7, -0.4), 2.0), X, LEVEL, LABELS, None
     )
     c, u, one, two = (ORACLE(X, LEVEL, y) for y in (LABELS, None, torch.zeros(6), torch.ones(6)))
     for i in range(2):
@@ -178,7 +178,7 @@ def test_composed_of_gaussians_is_the_score_of_their_product():
     x = torch.linspace(-2, 2, 4).double()[:, None]
     answer, _, _ = guided_prediction(
         Shifted(),
-        Composed((1,), (-0.5,), 1.5),
+        ComposedConditions((1,), (-0.5,), 1.5),
         x,
         Flow().at(0.3),
         torch.zeros(4, dtype=torch.int64),
@@ -207,10 +207,10 @@ def gaussian_prediction(x, level, m):
             {"dropout": 0.0},
             Interval(APG(2.0)),
             [0],
-            r"without condition dropout.*CFG\(1\.0\).*Label, Weaker",
+            r"without condition dropout.*CFG\(1\.0\).*Label, WeakerNetwork",
         ),
         ({}, CFG(2.0, Label(5)), [0], "label 5.*2 classes"),
-        ({}, Composed((2,), (1.0,)), [0], "label 2.*2 classes"),
+        ({}, ComposedConditions((2,), (1.0,)), [0], "label 2.*2 classes"),
         ({}, AutoGuidance(2.0, "runs/weak"), [0], r"names the run 'runs/weak'.*denoiser\(\)"),
         ({}, AutoGuidance(2.0, Pair()), [0], r"shapes \(2,\) and \(1,\)"),
         ({}, AutoGuidance(2.0, weak_of(process(classes=3))), [0], "2 and 3 classes"),
@@ -248,10 +248,10 @@ def test_an_interval_that_no_step_reaches_needs_no_reference():
         (lambda: Label(-1), "label is -1"),
         (lambda: AutoGuidance(2.0), "weaker is missing"),
         (lambda: AutoGuidance(-2.0, ORACLE), "scale is -2.0"),
-        (lambda: Composed((), ()), "labels are"),
-        (lambda: Composed((1, 0), (1.0,)), "one weight for each"),
-        (lambda: Composed((1,), (float("nan"),)), "finite"),
-        (lambda: Composed((1,), (1.0,), -1.0), "scale is -1.0"),
+        (lambda: ComposedConditions((), ()), "labels are"),
+        (lambda: ComposedConditions((1, 0), (1.0,)), "one weight for each"),
+        (lambda: ComposedConditions((1,), (float("nan"),)), "finite"),
+        (lambda: ComposedConditions((1,), (1.0,), -1.0), "scale is -1.0"),
         (lambda: Sum((CFG(2.0),)), "two or more"),
     ],
 )
@@ -265,7 +265,7 @@ def test_wrong_settings_are_refused(make, message):
     [
         (lambda: CFG(2.0, 3), r"reference is 3, expected a reference such as .*Label\(3\)"),
         (lambda: CFG(2.0, Label), "reference is <class"),
-        (lambda: Composed((1,), (1.0,), 2.0, 3), "reference is 3"),
+        (lambda: ComposedConditions((1,), (1.0,), 2.0, 3), "reference is 3"),
         (lambda: CFGPlusPlus(0.5, 3), "reference is 3"),
         (lambda: Interval(APG, low=0.1), "rule is <class"),
         (lambda: Rescale(3.0), r"rule is 3.0, expected a guidance rule such as CFG\(2.0\)"),
@@ -290,13 +290,13 @@ class Dropping(nn.Module):
     "rule",
     (
         lambda weak: AutoGuidance(2.0, weak),
-        lambda weak: Sum((CFG(2.0), Rescale(CFG(3.0, Weaker(weak))))),
+        lambda weak: Sum((CFG(2.0), Rescale(CFG(3.0, WeakerNetwork(weak))))),
     ),
 )
 def test_a_weaker_network_is_asked_without_its_dropout_and_trains_on_afterwards(rule):
     weak = Denoiser(Dropping(), RECORD)
     assert weak.training
-    assert list(networks(rule(weak))) == [weak]
+    assert list(find_weaker_networks(rule(weak))) == [weak]
     torch.manual_seed(0)
     made = [
         sample(ORACLE, steps=3, seeds=[1, 2], condition=[0, 1], guidance=rule(weak)).x
@@ -309,7 +309,8 @@ def test_a_weaker_network_is_asked_without_its_dropout_and_trains_on_afterwards(
 
 def test_runs_named_by_their_folder_are_loaded_wherever_they_are():
     rule = Interval(
-        Sum((AutoGuidance(2.0, "weak"), APG(3.0, Weaker("other")), CFG(2.0))), sigma=(0.1, 1.0)
+        Sum((AutoGuidance(2.0, "weak"), APG(3.0, WeakerNetwork("other")), CFG(2.0))),
+        sigma=(0.1, 1.0),
     )
     asked = []
 
@@ -317,15 +318,16 @@ def test_runs_named_by_their_folder_are_loaded_wherever_they_are():
         asked.append(folder)
         return ORACLE
 
-    ready = loaded(rule, load)
+    ready = load_weaker_networks(rule, load)
     expected = Interval(
-        Sum((AutoGuidance(2.0, ORACLE), APG(3.0, Weaker(ORACLE)), CFG(2.0))), sigma=(0.1, 1.0)
+        Sum((AutoGuidance(2.0, ORACLE), APG(3.0, WeakerNetwork(ORACLE)), CFG(2.0))),
+        sigma=(0.1, 1.0),
     )
     assert ready == expected
     assert asked == ["weak", "other"]
-    assert loaded(CFG(2.0), load) == CFG(2.0)
-    assert list(networks(rule)) == []
-    assert list(networks(ready)) == [ORACLE, ORACLE]
-    assert list(networks(GFCG(len, 2.0, ORACLE))) == [ORACLE]
+    assert load_weaker_networks(CFG(2.0), load) == CFG(2.0)
+    assert list(find_weaker_networks(rule)) == []
+    assert list(find_weaker_networks(ready)) == [ORACLE, ORACLE]
+    assert list(find_weaker_networks(GFCG(len, 2.0, ORACLE))) == [ORACLE]
     assert "weak" in repr(rule)
     assert "GaussianMixture" in repr(ready)

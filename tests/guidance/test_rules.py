@@ -19,7 +19,7 @@ from diffcore.guidance import (
     CFGPlusPlus,
     CFGZeroStar,
     ClassifierGuidance,
-    Composed,
+    ComposedConditions,
     CosineScale,
     Guidance,
     GuidanceInput,
@@ -71,7 +71,7 @@ LEAVES = {
     "ClassifierGuidance": ClassifierGuidance(classifier, 2.0, marginal=0.8),
     "MinorityGuidance": MinorityGuidance(classifier, 1.0, label=1),
     "GFCG": GFCG(classifier, 3.0),
-    "Composed": Composed((1,), (-0.5,), 2.0),
+    "ComposedConditions": ComposedConditions((1,), (-0.5,), 2.0),
     "Sum": Sum((CFG(2.0), APG(2.0, Label(1)), Interval(CFG(2.0), sigma=(0.5, 2.0)))),
 }
 COEFFICIENTS = ((), (), (0.1, 0.7, 0.2, 0.1), (), (0.0, 0.9), ())
@@ -144,7 +144,7 @@ def test_a_consistent_rule_keeps_x_in_x0_and_eps(rule, scaling):
     for seen in path:
         answer, memory = rule.combine(seen, memory)
         broken = max(broken, (answer.at(seen.step.level) - seen.x).abs().max().item())
-    assert (broken < 1e-9) == rule.consistent
+    assert (broken < 1e-9) == rule.is_consistent
 
 
 @every_rule
@@ -278,13 +278,13 @@ REFUSED = {
     ("Rescale", "CFGZeroStar"),
     ("AdaptiveGuidance", "ClassifierGuidance"),
     ("AdaptiveGuidance", "MinorityGuidance"),
-    ("AdaptiveGuidance", "Composed"),
+    ("AdaptiveGuidance", "ComposedConditions"),
     ("AdaptiveGuidance", "Sum"),
     ("AdaptiveGuidance", "AdaptiveGuidance"),
     ("LinearAG", "ClassifierGuidance"),
     ("LinearAG", "MinorityGuidance"),
     ("LinearAG", "GFCG"),
-    ("LinearAG", "Composed"),
+    ("LinearAG", "ComposedConditions"),
     ("LinearAG", "Sum"),
     ("LinearAG", "Interval"),
     ("LinearAG", "AdaptiveGuidance"),
@@ -336,7 +336,7 @@ def test_every_pair_composes_or_is_refused_at_construction(outer, inner):
     made, plain = draw(rule), draw(RULES[inner])
     torch.testing.assert_close(made.x, plain.x, rtol=0, atol=1e-10)
     assert made.planned == plain.planned
-    assert rule.consistent == RULES[inner].consistent
+    assert rule.is_consistent == RULES[inner].is_consistent
 
 
 def test_a_plan_counts_every_reference_of_every_evaluation():
@@ -345,7 +345,7 @@ def test_a_plan_counts_every_reference_of_every_evaluation():
     assert planned(RECORD, AlphaBlending(2), knots, Interval(CFG(2.0), sigma=(0.3, 3.0))) == 2 * (
         1 + 2 + 2 + 2 + 1
     )
-    assert planned(RECORD, DDIM(), knots, Composed((0, 1), (1.0, 1.0))) == 5 * 4
+    assert planned(RECORD, DDIM(), knots, ComposedConditions((0, 1), (1.0, 1.0))) == 5 * 4
     assert planned(RECORD, DDIM(), knots, GFCG(classifier)) == 1 + 4 * 2
 
 

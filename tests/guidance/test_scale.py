@@ -14,13 +14,13 @@ from diffcore.guidance import (
     CFGPlusPlus,
     CFGZeroStar,
     ClassifierGuidance,
-    Composed,
+    ComposedConditions,
     ConstantScale,
     CosineScale,
     LinearScale,
     Step,
 )
-from diffcore.guidance.gfcg import Confusion
+from diffcore.guidance.classifier import GFCGMemory
 from diffcore.samplers import AlphaBlending
 from diffcore.sampling.generation import sample
 from diffcore.sampling.loop import guided_prediction, integrate
@@ -53,7 +53,7 @@ EVERY = {
     "APG": APG,
     "CFGZeroStar": partial(CFGZeroStar, zero_init=0),
     "CFGPlusPlus": CFGPlusPlus,
-    "Composed": lambda scale: Composed((1,), (0.5,), scale),
+    "ComposedConditions": lambda scale: ComposedConditions((1,), (0.5,), scale),
     "ClassifierGuidance": lambda scale: ClassifierGuidance(lambda x, level: x, scale),
     "GFCG": lambda scale: GFCG(lambda x0, level: x0, scale),
 }
@@ -67,7 +67,7 @@ def test_a_schedule_is_its_value_at_the_level(rule, logsnr):
     start, level, end = schedule.at(-3.0), schedule.at(logsnr), schedule.at(3.0)
     step, memory = (
         Step(oracle.process, level, start, end, 1, 3),
-        Confusion(1 - LABELS, torch.ones(3)),
+        GFCGMemory(1 - LABELS, torch.ones(3)),
     )
     results = [
         guided_prediction(
@@ -122,7 +122,7 @@ def test_wrong_scales_are_refused_at_construction_or_before_the_first_step(value
         sample(mixture(), steps=2, seeds=[1], condition=[0], guidance=CFG(lambda logsnr: value))
     with pytest.raises(ValueError, match="scale is 'much'"):
         CFG("much")
-    for make in (CFG, CFGPlusPlus, lambda scale: Composed((1,), (1.0,), scale)):
+    for make in (CFG, CFGPlusPlus, lambda scale: ComposedConditions((1,), (1.0,), scale)):
         with pytest.raises(ValueError, match="scale is <class"):
             make(CosineScale)
     with pytest.raises(ValueError, match="scale is 'much'"):

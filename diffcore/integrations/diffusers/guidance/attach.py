@@ -129,7 +129,7 @@ def _scheduler(
     scheduler = DiffcoreScheduler.from_config(config_of(own), **chosen)
     settings = scheduler.settings
     check_rule(guidance)
-    if not guidance.consistent and settings.sampler not in FIRST_ORDER:
+    if not guidance.is_consistent and settings.sampler not in FIRST_ORDER:
         raise ValueError(
             f"{guidance} breaks x = α x_0 + σ ε, which {settings.sampler} relies on: use DDIM(), "
             f"or CFG"

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from diffcore.core.prediction import Prediction, predict, target, unscale_input
 from diffcore.core.process import Process
-from diffcore.guidance import Altered, Guidance, GuidanceInput, Reference, Step, Unconditional
+from diffcore.guidance import (
+    AlteredNetwork,
+    Guidance,
+    GuidanceInput,
+    Reference,
+    Step,
+    Unconditional,
+)
 from diffcore.integrations.diffusers.guidance.joint_forward import check_rule, split_input
 from diffcore.integrations.diffusers.scheduler.scheduler import DiffcoreScheduler
 from diffcore.integrations.diffusers.scheduler.scheduler_config import config_of
@@ -45,7 +52,7 @@ class GuiderSettings:
 
     def __post_init__(self) -> None:
         check_rule(self.rule)
-        if not self.rule.consistent or self.rule.once_a_step:
+        if not self.rule.is_consistent or self.rule.requires_one_evaluation_per_step:
             raise ValueError(
                 f"{self.rule} depends on the sampler's steps, which a guider does not receive: use "
                 f"CFG, APG or Interval, or `attach` in a pipeline with CFG of its own"
@@ -68,7 +75,7 @@ class GuiderSettings:
         """
         references = self.rule.required_references(step, memory)
         for reference in references:
-            if not isinstance(reference, (Unconditional, Altered)):
+            if not isinstance(reference, (Unconditional, AlteredNetwork)):
                 raise ValueError(
                     f"{self.rule} needs {reference}, and a pipeline has only its negative prompt "
                     f"and altered layers: use Unconditional() or PerturbedAttention(), or the "
@@ -103,8 +110,8 @@ class Evaluation:
         if index == 0:
             hook = network.register_forward_pre_hook(self._read, with_kwargs=True)
             self.changes.callback(hook.remove)
-        elif isinstance(altered := self.references[index - 1], Altered):
-            self.changes.enter_context(altered.applied(network))
+        elif isinstance(altered := self.references[index - 1], AlteredNetwork):
+            self.changes.enter_context(altered.apply(network))
 
     def _read(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.x = split_input(args, kwargs)[0]

@@ -321,7 +321,7 @@ def guided_output(rule: Guidance, given: GuidanceInput, state: CallState) -> Ten
     """
     prediction, state.memory = rule.combine(given, state.memory)
     step = given.step
-    pair = prediction if rule.consistent else same_first_order_step(prediction, given.x, step)
+    pair = prediction if rule.is_consistent else same_first_order_step(prediction, given.x, step)
     return target(step.process.prediction, *pair, step.level, step.process.sigma_data)
 
 

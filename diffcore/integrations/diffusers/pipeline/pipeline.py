@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.noise import Noise
 from diffcore.core.process import Process
-from diffcore.guidance import CFG, Guidance, loaded, networks
+from diffcore.guidance import CFG, Guidance, find_weaker_networks, load_weaker_networks
 from diffcore.integrations.diffusers.loading.network import MeanOutput, mean_network
 from diffcore.integrations.diffusers.loading.vae import Latents
 from diffcore.integrations.diffusers.pipeline.model_index import COMPONENTS, Facts, check_folder
@@ -246,7 +246,10 @@ class DiffcorePipeline(DiffusionPipeline):
             ValueError: before the first step, where the network cannot be sampled so.
         """
         self._interrupt = False
-        denoiser, rule = self.denoiser, loaded(guidance or self.guidance, self._weaker)
+        denoiser, rule = (
+            self.denoiser,
+            load_weaker_networks(guidance or self.guidance, self._weaker),
+        )
         process, sampler = denoiser.process, sampler or self.settings.sampler
         count = _count(
             batch_size=batch_size, class_labels=class_labels, seeds=seeds, generator=generator
@@ -257,7 +260,10 @@ class DiffcorePipeline(DiffusionPipeline):
         self._check_output(output_type)
         noise = self._noise(process, count, seeds, generator)
         labels, x = _on(labels, noise.device), noise.first_sample(knots[0], process.sigma_data)
-        with evaluating(denoiser, *networks(rule)), self.progress_bar(total=len(knots) - 1) as bar:
+        with (
+            evaluating(denoiser, *find_weaker_networks(rule)),
+            self.progress_bar(total=len(knots) - 1) as bar,
+        ):
             followed = Followed(sampler, self._told(process, bar.update, callback_on_step_end))
             x, _ = integrate(denoiser, followed, x, knots, noise, rule, labels)
         answer: Any = (x if output_type == "latent" else self._pictures(x, output_type),)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffcore.core.prediction import Prediction, edm_norm, predict, scale_input, target
 from diffcore.core.process import TimeConditioning
-from diffcore.guidance.base import moved
+from diffcore.guidance.base import add_to_x0
 from diffcore.integrations.diffusers.scheduler.generator_noise import Drawn, Generators
 from diffcore.integrations.diffusers.scheduler.plan import Call, Plan
 from diffcore.integrations.diffusers.scheduler.scheduler_config import settings_of
@@ -249,7 +249,7 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
         prediction = predict(settings.prediction_type, output, x, level, settings.sigma_data)
         if settings.clip is None:
             return prediction
-        return moved(
+        return add_to_x0(
             prediction, prediction.x0.clamp(-settings.clip, settings.clip) - prediction.x0, level
         )
 
