@@ -1,38 +1,56 @@
-"""`python scripts/evaluate.py RUN`: how good a run of the recipe digits is. Exit status 1 where a bound is missed."""
+"""`python scripts/evaluate.py RUN`: evaluate a run of the recipe `digits`."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from diffcore.evaluation.digits import score
+from diffcore.evaluation.digits import score_digits
 from diffcore.run import Run
 
 
 def main() -> int:
-    """Score the run and compare with the bounds, if any."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
-    parser.add_argument("--per-label", type=int, default=50, help="samples of each digit")
+    """Print the score of a run, and compare it with bounds.
+
+    Returns:
+        The exit status: 1 if the run cannot be evaluated or misses a bound, else 0.
+    """
+    parser = argparse.ArgumentParser(
+        description="Evaluate a run of the recipe digits. Exit status 1 if a bound is missed.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument(
-        "--least-recognised", type=float, default=0.0, help="share of samples, such as 0.97"
+        "--per-label", type=int, default=50, help="samples of each digit (default 50)"
     )
     parser.add_argument(
-        "--most-distance", type=float, default=float("inf"), help="as a multiple of the real scans'"
+        "--minimum-accuracy",
+        type=float,
+        default=0.0,
+        help="bound on the share of recognised samples, such as 0.97 (default 0)",
     )
-    args = parser.parse_args()
+    parser.add_argument(
+        "--maximum-distance",
+        type=float,
+        default=float("inf"),
+        help="bound on the Fréchet distance, as a multiple of that of real scans (default inf)",
+    )
+    arguments = parser.parse_args()
     try:
-        found = score(Run(args.run).denoiser(), per_label=args.per_label)
+        score = score_digits(Run(arguments.run).denoiser(), per_label=arguments.per_label)
     except ValueError as error:
         print(f"evaluate: error: {error}", file=sys.stderr)
         return 1
-    print(found)
-    kept = (
-        found.recognised >= args.least_recognised
-        and found.distance <= args.most_distance * found.distance_real
-    )
-    if not kept:
-        print("evaluate: a bound is missed", file=sys.stderr)
-    return 0 if kept else 1
+    print(score)
+    if score.accuracy < arguments.minimum_accuracy:
+        print(f"evaluate: the accuracy is below {arguments.minimum_accuracy}", file=sys.stderr)
+        return 1
+    if score.distance > arguments.maximum_distance * score.real_distance:
+        print(
+            f"evaluate: the distance is above {arguments.maximum_distance} times that of real scans",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`python scripts/experiment.py NAME`: the studies of docs/experiments, and the pictures of docs/guidance.md (`fields`)."""
+"""`python scripts/experiment.py NAME`: run a study of docs/experiments, or draw its pictures."""
 
 import argparse
 from pathlib import Path
@@ -9,104 +9,118 @@ PICTURES = Path("docs/pictures")
 
 
 def main() -> None:
-    """Measure, then print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, metavar="NAME")
-    for measure, text in {
-        training: "schedule, weight and objective, on the digits; continues what --out holds",
-        guidance: "rules over w, on the digits; continues what --out holds",
-        inversion: "round trips of a network trained for it, and of an oracle",
-        samplers: "on a network trained for it, under guidance",
-        variance: "of a batch's loss, with independent levels over with stratified ones",
-        zero_terminal_snr: "mean brightness of samples with and without it; continues what --out holds",
-        fields: "guided fields and samples of a mixture in two dimensions",
+    """Run the study that the first word names, and print its tables."""
+    parser = argparse.ArgumentParser(
+        description="Run a study of docs/experiments and print its tables. Studies with --out continue "
+        "the measurements that the file contains.",
+        allow_abbrev=False,
+    )
+    studies = parser.add_subparsers(required=True, metavar="NAME")
+    for run, text in {
+        training: "distance of digits over steps, by schedule, loss weight and objective",
+        guidance: "digits by guidance rule and scale w",
+        inversion: "errors of inverted images, on a network trained for it and on an oracle",
+        samplers: "distance to the exact flow of a network trained for it, with guidance",
+        variance: "variance of the loss with independent levels over that with stratified levels",
+        zero_terminal_snr: "mean brightness of samples with and without zero terminal SNR",
+        fields: "pictures of guided fields and samples of a mixture in two dimensions",
     }.items():
-        name = measure.__name__.replace("_", "-")
-        command = commands.add_parser(name, help=text)
-        command.set_defaults(measure=measure, out=None)
-        command.add_argument("--threads", type=int, default=1, help="of the processor")
-        if measure in (training, guidance, zero_terminal_snr):
-            command.add_argument(
-                "--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs"
+        name = run.__name__.replace("_", "-")
+        study = studies.add_parser(name, help=text, description=text)
+        study.set_defaults(run=run, out=None)
+        study.add_argument("--threads", type=int, default=1, help="processor threads (default 1)")
+        if run in (training, guidance, zero_terminal_snr):
+            study.add_argument(
+                "--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default 0 1 2)"
             )
-            command.add_argument("--out", type=Path, default=Path(f"docs/experiments/{name}.jsonl"))
-        if measure in (inversion, samplers):
-            command.add_argument("--steps", type=int, default=400, help="of training, batch 64")
-            command.add_argument(
+            study.add_argument(
+                "--out",
+                type=Path,
+                default=Path(f"docs/experiments/{name}.jsonl"),
+                help=f"file of measurements (default docs/experiments/{name}.jsonl)",
+            )
+        if run in (inversion, samplers):
+            study.add_argument(
+                "--steps", type=int, default=400, help="training steps of batch 64 (default 400)"
+            )
+            count = 32 if run is inversion else 60
+            study.add_argument(
                 "--count",
                 type=int,
-                default=32 if measure is inversion else 60,
-                help="images of each measurement",
+                default=count,
+                help=f"images of each measurement (default {count})",
             )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.measure(arguments)
+    arguments.run(arguments)
 
 
 def training(arguments: argparse.Namespace) -> None:
-    """Tables and curves of schedules, weights and objectives."""
-    from experiments.training import picture, rows, study, table
+    """Run the study of schedules, weights and objectives."""
+    from experiments.study import read_measurements
+    from experiments.training import draw, format_table, run_study
 
-    for row in study(arguments.out, arguments.seeds):
-        print(row, flush=True)
-    picture(rows(arguments.out), arguments.out.with_suffix(".png"))
-    for place, to in enumerate(("training", "held-out")):
-        print(f"\nFréchet distance to the {to} scans\n\n{table(rows(arguments.out), place)}")
+    for line in run_study(arguments.out, arguments.seeds):
+        print(line, flush=True)
+    measurements = read_measurements(arguments.out)
+    draw(measurements, arguments.out.with_suffix(".png"))
+    for index, scans in enumerate(("training", "held-out")):
+        table = format_table(measurements, index)
+        print(f"\nFréchet distance to the {scans} scans\n\n{table}")
 
 
 def guidance(arguments: argparse.Namespace) -> None:
-    """Tables and pictures of guidance rules over w."""
-    from experiments import guidance as guidance_study
-    from experiments.training import rows
+    """Run the study of guidance rules over w."""
+    from experiments import guidance as study
+    from experiments.study import read_measurements
 
-    for row in guidance_study.study(arguments.out, arguments.seeds):
-        print(row, flush=True)
-    measured = rows(arguments.out)
-    for what, title, digits in guidance_study.TABLES:
-        print(f"\n{title}\n\n{guidance_study.table(measured, what, digits)}")
-    print(f"\nEvaluations that AdaptiveGuidance saves\n\n{guidance_study.savings(measured)}")
-    guidance_study.draw(measured, PICTURES)
+    for line in study.run_study(arguments.out, arguments.seeds):
+        print(line, flush=True)
+    measurements = read_measurements(arguments.out)
+    for quantity, title, digits in study.TABLES:
+        print(f"\n{title}\n\n{study.format_table(measurements, quantity, digits)}")
+    print(f"\nEvaluations that AdaptiveGuidance saves\n\n{study.format_savings(measurements)}")
+    study.draw(measurements, PICTURES)
 
 
 def inversion(arguments: argparse.Namespace) -> None:
-    """Errors there and back."""
-    from experiments.inversion import report, trained
+    """Measure the errors of inverted images."""
+    from experiments.inversion import format_report, train_denoiser
 
-    print(report(trained(arguments.steps), arguments.count))
+    print(format_report(train_denoiser(arguments.steps), arguments.count))
 
 
 def samplers(arguments: argparse.Namespace) -> None:
-    """Distance to the exact flow of a network, with and without guidance."""
-    from benchmarks.network_accuracy import table
-    from experiments.inversion import trained
+    """Measure samplers on a trained network, with and without guidance."""
+    from benchmarks.network_accuracy import measure_table
+    from experiments.inversion import train_denoiser
 
-    print(table(trained(arguments.steps), arguments.count))
+    print(measure_table(train_denoiser(arguments.steps), arguments.count))
 
 
 def variance(arguments: argparse.Namespace) -> None:
-    """A row a schedule."""
-    from benchmarks.loss_variance import rows
+    """Measure the variance of the loss for each schedule."""
+    from benchmarks.loss_variance import measure_table
 
-    for row in rows():
-        print(row, flush=True)
+    print(measure_table())
 
 
 def zero_terminal_snr(arguments: argparse.Namespace) -> None:
-    """Table and histograms of mean brightness."""
-    from experiments import zero_terminal_snr as brightness_study
-    from experiments.training import rows
+    """Run the study of mean brightness."""
+    from experiments import zero_terminal_snr as study
+    from experiments.study import read_measurements
 
-    for row in brightness_study.study(arguments.out, arguments.seeds):
-        print(row, flush=True)
-    measured = rows(arguments.out)
-    print(f"\n{brightness_study.table([brightness_study.real(), *measured])}")
-    brightness_study.draw(measured, PICTURES / "zero-terminal-snr.png")
+    for line in study.run_study(arguments.out, arguments.seeds):
+        print(line, flush=True)
+    measurements = read_measurements(arguments.out)
+    print(f"\n{study.format_table([study.measure_data(), *measurements])}")
+    study.draw(measurements, PICTURES / "zero-terminal-snr.png")
 
 
 def fields(arguments: argparse.Namespace) -> None:
-    """The pictures of docs/guidance.md."""
+    """Draw the pictures of docs/guidance.md."""
     from experiments.guidance_fields import draw_fields, draw_samples
 
     draw_fields(PICTURES)

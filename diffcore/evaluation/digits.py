@@ -1,4 +1,4 @@
-"""How good a model of the digits is: share recognised, and Fréchet distance to scans that it was not trained on."""
+"""The quality of a model of the digits: accuracy of its labels, and distance to held-out scans."""
 
 from dataclasses import dataclass
 
@@ -7,74 +7,96 @@ from torch import Tensor
 
 from diffcore.core.denoiser import Denoise
 from diffcore.core.noise import permutation
-from diffcore.evaluation.metrics import Reader, frechet_distance
+from diffcore.evaluation.frechet_distance import frechet_distance
+from diffcore.evaluation.label_accuracy import LabelClassifier
 from diffcore.guidance import CFG, Guidance
 from diffcore.samplers import DDIM, Sampler
 from diffcore.sampling.generation import sample
 from diffcore.schedules import Grid, Trailing
 from diffcore.training.data import Digits
 
+__all__ = ["DigitScore", "score_digits", "to_scan_units"]
+
 
 @dataclass(frozen=True)
-class Score:
-    """What `score` found. Distances are between pixels, in the scans' own units (0 to 16).
+class DigitScore:
+    """Metrics of samples beside the same metrics of real scans. Distances use pixels from 0 to 16.
 
     Args:
-        count: samples made.
-        recognised: share of them that a support vector machine, trained on the training scans, reads as their label.
-        recognised_real: the same share of the held-out scans.
+        count: number of samples.
+        accuracy: share of samples that a support vector machine assigns to their labels.
+        real_accuracy: the same share of the held-out scans.
         distance: Fréchet distance of the samples to the held-out scans.
-        distance_real: that of as many training scans.
+        real_distance: Fréchet distance of as many training scans to the held-out scans.
     """
 
     count: int
-    recognised: float
-    recognised_real: float
+    accuracy: float
+    real_accuracy: float
     distance: float
-    distance_real: float
+    real_distance: float
 
     def __str__(self) -> str:
         return (
-            f"recognised by an SVM trained on real scans: {self.recognised:.1%} of {self.count} samples "
-            f"({self.recognised_real:.1%} of the held-out real scans)\n"
+            f"recognised by an SVM trained on real scans: {self.accuracy:.1%} of {self.count} "
+            f"samples ({self.real_accuracy:.1%} of the held-out real scans)\n"
             f"Fréchet distance to the held-out scans, in pixels: {self.distance:.0f} "
-            f"({self.distance_real:.0f} for {self.count} real training scans: {self.distance / self.distance_real:.2f} x)"
+            f"({self.real_distance:.0f} for {self.count} real training scans: "
+            f"{self.distance / self.real_distance:.2f} x)"
         )
 
 
-def score(
+def score_digits(
     denoiser: Denoise,
     sampler: Sampler = DDIM(),
     grid: Grid = Trailing(),
     steps: int = 25,
     guidance: Guidance = CFG(1.5),
     per_label: int = 50,
-) -> Score:
-    """Sample each digit `per_label` times (seeds 0, 1, ...) and compare with the real scans."""
+) -> DigitScore:
+    """Sample every digit with the seeds 0, 1, ... and compare the samples with real scans.
+
+    Args:
+        denoiser: network with a process of ten classes and shape (1, 8, 8).
+        sampler: numerical integrator.
+        grid: rule that places the noise levels.
+        steps: number of sampler steps.
+        guidance: guidance rule.
+        per_label: number of samples of each digit.
+
+    Returns:
+        Metrics of the samples and of the real scans.
+    """
     train, test = Digits("train"), Digits("test")
     labels = torch.arange(10).repeat_interleave(per_label)
-    seeds = range(len(labels))
-    made = sample(
+    samples = sample(
         denoiser,
         sampler,
         grid,
         steps,
-        seeds=seeds,
+        seeds=range(len(labels)),
         condition=labels,
         guidance=guidance,
         batch_size=100,
     ).x
-    reader = Reader(train.x0, train.labels)
+    classifier = LabelClassifier(train.x0, train.labels)
     real = train.x0[permutation(0, 0, len(train))[: len(labels)]]
-    return Score(
+    return DigitScore(
         len(labels),
-        reader.recognised(made.clamp(-1, 1), labels),
-        reader.recognised(test.x0, test.labels),
-        frechet_distance(scan(made), scan(test.x0)),
-        frechet_distance(scan(real), scan(test.x0)),
+        classifier.accuracy(samples.clamp(-1, 1), labels),
+        classifier.accuracy(test.x0, test.labels),
+        frechet_distance(to_scan_units(samples), to_scan_units(test.x0)),
+        frechet_distance(to_scan_units(real), to_scan_units(test.x0)),
     )
 
 
-def scan(x0: Tensor) -> Tensor:
-    """x_0 in the scans' units."""
+def to_scan_units(x0: Tensor) -> Tensor:
+    """Convert x_0 to the pixel values of the scans.
+
+    Args:
+        x0: samples; values outside [-1, 1] are clamped.
+
+    Returns:
+        Values from 0 to 16, in the shape of `x0`.
+    """
     return (x0.clamp(-1, 1) + 1) * 8

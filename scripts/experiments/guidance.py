@@ -1,25 +1,27 @@
-"""A study of guidance on the digits: what each rule makes of its scale w.
+"""How the scale w of each guidance rule changes samples of digits.
 
-Every run has the same small network; its average samples 500 digits by each rule at each w, over the same λ knots. The weaker
-network of autoguidance is the average of a run of a third of the parameters and an eighth of the steps.
+All runs share one small network; its average draws 500 digits by each rule at each w over common λ
+knots. The weaker network of autoguidance is the average of a run with a third of the parameters and
+an eighth of the steps.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
+from benchmarks.table import markdown_table, mean_and_half_range
 from torch import Tensor
 
 from diffcore.cli.figures import create_figure, line_styles, save_figure
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.noise import Noise
-from diffcore.evaluation.digits import scan
-from diffcore.evaluation.metrics import Reader, frechet_distance
+from diffcore.evaluation.digits import to_scan_units
+from diffcore.evaluation.frechet_distance import frechet_distance
+from diffcore.evaluation.label_accuracy import LabelClassifier
 from diffcore.guidance import (
     APG,
     CFG,
@@ -34,7 +36,8 @@ from diffcore.samplers import DDIM
 from diffcore.sampling.generation import evaluating, sample
 from diffcore.sampling.loop import watch
 from diffcore.training.data import Digits
-from experiments.training import ARMS, KNOTS, averaged, network, rows, trainer
+from experiments.study import continue_study, small_unet, train_averaged
+from experiments.training import KNOTS, VARIANTS, digits_trainer, digits_unet
 
 TABLES = (
     ("test", "Fréchet distance to the held-out scans", 0),
@@ -44,16 +47,16 @@ TABLES = (
     ("excess", "Mean excess over the bounds", 4),
     ("evaluations", "Evaluations a sample, in batches of 100", 1),
 )
+"""Measured quantity, title and digits of each table."""
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0)
 STEPS = 20
-POINTS = (100, 800)
+TRAINING_STEPS = (100, 800)
 """Optimizer steps of the weaker network, and of the network."""
-SMALLER = (16, 32)
-"""Channels of the weaker network."""
+WEAKER_CHANNELS = (16, 32)
 BATCHES = (1, 10, 100)
-"""Samples that are integrated together, which decide what AdaptiveGuidance saves."""
+"""Numbers of samples that are drawn together, on which the savings of AdaptiveGuidance depend."""
 THRESHOLD = 0.95
-"""Of AdaptiveGuidance's cosine of v: at w = 3 all of a hundred samples pass it by λ = -0.6 (`diffcore.sampling.loop.watch`)."""
+"""Cosine of v at which AdaptiveGuidance stops: at w = 3, a hundred samples pass it by λ = -0.6."""
 CONDITIONAL = "conditional"
 ADAPTIVE = "AdaptiveGuidance(CFG)"
 MARKERS = "osD^v<>"
@@ -63,17 +66,18 @@ TITLES = {
     "saturation": "share of pixels at or beyond the bounds",
     "evaluations": "evaluations a sample, in batches of 100",
 }
+"""Measured quantity and title of each picture."""
 
 
-class Pair(NamedTuple):
-    """A run's network, and a smaller one that has learned less."""
+class NetworkPair(NamedTuple):
+    """The network of a run, and a smaller one with shorter training."""
 
     strong: Denoiser
     weaker: Denoiser
 
 
 def _interval(rule: Guidance) -> Guidance:
-    """The interval published for EDM2, in units of the data's deviation."""
+    """The interval published for EDM2, in units of the data's standard deviation."""
     return Interval(rule, low=0.19, high=1.61, sigma_data=0.5)
 
 
@@ -86,30 +90,44 @@ RULES: dict[str, Callable[[float, Denoiser], Guidance]] = {
     "AutoGuidance": AutoGuidance,
     ADAPTIVE: lambda w, weaker: AdaptiveGuidance(CFG(w), THRESHOLD),
 }
-"""What is compared, as functions of w and the weaker network. At w = 1 each is the conditional model."""
+"""Compared rules, as functions of w and the weaker network. At w = 1 each is the conditional model."""
 
 
-def trained(seed: int, points: tuple[int, int] = POINTS) -> Pair:
-    """The averaged networks of two runs of one seed."""
+def train_pair(seed: int, steps: tuple[int, int] = TRAINING_STEPS) -> NetworkPair:
+    """Train both networks.
+
+    Args:
+        seed: seed of both runs.
+        steps: optimizer steps of the weaker network, and of the network.
+
+    Returns:
+        Their averages.
+    """
     with TemporaryDirectory() as folder:
-        start = partial(trainer, ARMS["cosine, v, Min-SNR"], "stratified", seed, Path(folder))
-        return Pair(
-            averaged(start(points[1], network)),
-            averaged(start(points[0], partial(network, SMALLER))),
+        start = partial(digits_trainer, VARIANTS["cosine, v, Min-SNR"], "stratified", seed)
+        weaker_unet = partial(small_unet, 8, 1, WEAKER_CHANNELS, 11)
+        return NetworkPair(
+            train_averaged(start(Path(folder, "strong"), steps[1], digits_unet)),
+            train_averaged(start(Path(folder, "weaker"), steps[0], weaker_unet)),
         )
 
 
 def measure(denoiser: Denoiser, guidance: Guidance, seed: int, count: int = 500) -> dict[str, Any]:
-    """What a rule makes of the digits.
+    """Measure the samples of a rule, and their cost.
 
-    train, test: Fréchet distance to the training scans and to the held-out ones; recognised: share that a support vector
-    machine reads as its label; saturation: share of pixels with |x| ≥ 1, before they are clamped; excess: mean of
-    max(|x| - 1, 0); evaluations: of the network for each sample, by the number of samples that are integrated together (of
-    the first ones, where they differ).
+    Args:
+        denoiser: trained network.
+        guidance: the rule.
+        seed: seed of the samples.
+        count: number of samples.
+
+    Returns:
+        `measure_quality` of the samples; and evaluations: network evaluations of each sample by the
+        number of samples that are drawn together (over the first samples, if the number matters).
     """
     labels = torch.arange(count) % 10
     seeds = range(seed * 10**6, seed * 10**6 + count)
-    made = sample(
+    samples = sample(
         denoiser,
         DDIM(),
         KNOTS,
@@ -119,127 +137,192 @@ def measure(denoiser: Denoiser, guidance: Guidance, seed: int, count: int = 500)
         guidance=guidance,
         batch_size=max(BATCHES),
     )
-    used = dict.fromkeys(BATCHES, made.evaluations)
+    evaluations = dict.fromkeys(BATCHES, samples.evaluations)
     if isinstance(guidance, AdaptiveGuidance):
-        alone = seeds[: 2 * max(BATCHES)]
-        asked = references(denoiser, guidance, torch.tensor(alone), labels[: len(alone)])
-        used = {size: len(made.knots) - 1 + shared(asked, size) for size in BATCHES}
+        first = seeds[: 2 * max(BATCHES)]
+        counts = count_references(denoiser, guidance, torch.tensor(first), labels[: len(first)])
+        steps = len(samples.knots) - 1
+        evaluations = {size: steps + shared_count(counts, size) for size in BATCHES}
     return {
-        **quality(made.x, labels),
-        "evaluations": {str(size): value for size, value in used.items()},
+        **measure_quality(samples.x, labels),
+        "evaluations": {str(size): value for size, value in evaluations.items()},
     }
 
 
-def quality(x: Tensor, labels: Tensor) -> dict[str, float]:
-    """Distances, share recognised, saturation and excess of samples."""
+def measure_quality(x: Tensor, labels: Tensor) -> dict[str, float]:
+    """Measure samples of digits.
+
+    Args:
+        x: (N, 1, 8, 8) samples, which may exceed [-1, 1].
+        labels: (N,) digits that they were conditioned on.
+
+    Returns:
+        train, test: Fréchet distance to the training and to the held-out scans; recognised: share
+        that a support vector machine assigns to their labels; saturation: share of pixels with
+        |x| ≥ 1; excess: mean of max(|x| - 1, 0).
+    """
     train, test = Digits("train"), Digits("test")
+    classifier = LabelClassifier(train.x0, train.labels)
     return {
-        "train": frechet_distance(scan(x), scan(train.x0)),
-        "test": frechet_distance(scan(x), scan(test.x0)),
-        "recognised": Reader(train.x0, train.labels).recognised(x.clamp(-1, 1), labels),
+        "train": frechet_distance(to_scan_units(x), to_scan_units(train.x0)),
+        "test": frechet_distance(to_scan_units(x), to_scan_units(test.x0)),
+        "recognised": classifier.accuracy(x.clamp(-1, 1), labels),
         "saturation": float((x.abs() >= 1).float().mean()),
         "excess": float((x.abs() - 1).clamp(min=0).mean()),
     }
 
 
-def references(denoiser: Denoiser, rule: AdaptiveGuidance, seeds: Tensor, labels: Tensor) -> Tensor:
-    """(N,) how many evaluations of the reference each sample alone would need, until it agrees."""
+def count_references(
+    denoiser: Denoiser, rule: AdaptiveGuidance, seeds: Tensor, labels: Tensor
+) -> Tensor:
+    """Count the evaluations of the reference that each sample needs if it is drawn alone.
+
+    Args:
+        denoiser: trained network.
+        rule: the adaptive rule.
+        seeds: (N,) seeds of the samples.
+        labels: (N,) digits.
+
+    Returns:
+        (N,) counts.
+    """
     knots = KNOTS.knots(denoiser.process.schedule, STEPS)
     noise = Noise(seeds, denoiser.process.shape)
     x = noise.first_sample(knots[0], denoiser.process.sigma_data)
     with evaluating(denoiser, *find_weaker_networks(rule)):
         path = list(watch(denoiser, DDIM(), x, knots, noise, rule, labels))
-    agreed = [rule.cosine(seen) >= rule.threshold for seen in path if seen.references]
-    if not agreed:
+    agrees = [rule.cosine(seen) >= rule.threshold for seen in path if seen.references]
+    if not agrees:
         return torch.zeros(len(seeds), dtype=torch.int64)
-    before = torch.stack(agreed).cumsum(0) == 0
-    return (before.sum(0) + 1).clamp(max=len(agreed))
+    before = torch.stack(agrees).cumsum(0) == 0
+    return (before.sum(0) + 1).clamp(max=len(agrees))
 
 
-def shared(asked: Tensor, size: int) -> float:
-    """Mean evaluations of the reference where `size` samples go together: as many as the last of them needs."""
-    return mean(float(chunk.max()) for chunk in asked.split(size) for _ in chunk)
+def shared_count(counts: Tensor, size: int) -> float:
+    """The mean count if samples are drawn together: a batch needs the largest count of its samples.
+
+    Args:
+        counts: (N,) counts of the samples alone.
+        size: number of samples in a batch.
+
+    Returns:
+        The mean over samples.
+    """
+    return mean(float(batch.max()) for batch in counts.split(size) for _ in batch)
 
 
-def study(
+def run_study(
     out: Path, seeds: Iterable[int], scales: Iterable[float] = SCALES, count: int = 500
 ) -> Iterator[str]:
-    """Measure every rule, w and seed that `out` does not hold yet, a line of JSON each; w = 1 is one model for all rules."""
-    done = {(row["rule"], row["scale"], row["seed"]) for row in rows(out)}
-    cells = [
+    """Measure all rules, scales and seeds that a file does not contain yet; w = 1 is one cell.
+
+    Args:
+        out: file of measurements, one JSON object in each line.
+        seeds: seeds of the trainings and of the samples.
+        scales: values of w.
+        count: number of samples.
+
+    Yields:
+        The lines that are appended to the file.
+    """
+    rules = [
         (CONDITIONAL, 1.0),
         *((name, scale) for scale in scales if scale != 1 for name in RULES),
     ]
-    for seed in seeds:
-        missing = [cell for cell in cells if (*cell, seed) not in done]
-        if not missing:
-            continue
-        pair = trained(seed)
-        for name, scale in missing:
-            rule = CFG() if name == CONDITIONAL else RULES[name](scale, pair.weaker)
-            found = {
-                "rule": name,
-                "scale": scale,
-                "seed": seed,
-                **measure(pair.strong, rule, seed, count),
-            }
-            with out.open("a") as file:
-                file.write(json.dumps(found) + "\n")
-            yield json.dumps(found)
+    pair_of = lru_cache(maxsize=1)(train_pair)
+
+    def measure_cell(name: str, scale: float, seed: int) -> list[dict[str, Any]]:
+        pair = pair_of(seed)
+        rule = CFG() if name == CONDITIONAL else RULES[name](scale, pair.weaker)
+        return [measure(pair.strong, rule, seed, count)]
+
+    cells = [(*rule, seed) for seed in seeds for rule in rules]
+    return continue_study(out, ("rule", "scale", "seed"), cells, measure_cell)
 
 
-def values(
-    measured: list[dict[str, Any]], rule: str, scale: float, what: str, size: int = max(BATCHES)
+def values_of(
+    measurements: list[dict[str, Any]],
+    rule: str,
+    scale: float,
+    quantity: str,
+    size: int = max(BATCHES),
 ) -> list[float]:
-    """One measurement of each seed; evaluations where `size` samples go together."""
+    """Select one quantity of a rule.
+
+    Args:
+        measurements: content of the study's file.
+        rule: name of the rule.
+        scale: value of w.
+        quantity: name of the quantity.
+        size: number of samples drawn together, for the evaluations.
+
+    Returns:
+        The value for each seed.
+    """
     name = CONDITIONAL if scale == 1 else rule
-    found = [row[what] for row in measured if (row["rule"], row["scale"]) == (name, scale)]
-    return [value[str(size)] for value in found] if what == "evaluations" else found
+    values = [row[quantity] for row in measurements if (row["rule"], row["scale"]) == (name, scale)]
+    return [value[str(size)] for value in values] if quantity == "evaluations" else values
 
 
-def table(measured: list[dict[str, Any]], what: str, digits: int = 1) -> str:
-    """Mean over seeds of one measurement, and half its range: a row a rule, a column a scale, as Markdown."""
-    scales = sorted({row["scale"] for row in measured})
-    lines = [
-        "| rule | " + " | ".join(f"w = {scale:g}" for scale in scales) + " |",
-        "|---|" + "---|" * len(scales),
-    ]
+def format_table(measurements: list[dict[str, Any]], quantity: str, digits: int = 1) -> str:
+    """Format one quantity: mean over seeds and half the range, for each rule and scale.
+
+    Args:
+        measurements: content of the study's file.
+        quantity: name of the quantity.
+        digits: digits after the decimal point.
+
+    Returns:
+        The table as Markdown.
+    """
+    scales = sorted({row["scale"] for row in measurements})
+    rows = []
     for name in RULES:
-        cells = [_cell(values(measured, name, scale, what), digits) for scale in scales]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        cells = [values_of(measurements, name, scale, quantity) for scale in scales]
+        rows.append([name, *(mean_and_half_range(cell, digits) for cell in cells)])
+    return markdown_table(["rule", *(f"w = {scale:g}" for scale in scales)], rows)
 
 
-def savings(measured: list[dict[str, Any]]) -> str:
-    """Evaluations that AdaptiveGuidance leaves out of CFG's, by batch, and both distances to the held-out scans."""
-    scales = sorted({row["scale"] for row in measured if row["rule"] == ADAPTIVE})
-    heads = [
-        "w",
-        "CFG",
-        *(f"batch {size}" for size in BATCHES),
-        "distance, CFG",
-        "distance, AdaptiveGuidance",
-    ]
-    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---|" * (len(heads) - 1)]
+def format_savings(measurements: list[dict[str, Any]]) -> str:
+    """Format the evaluations that AdaptiveGuidance saves, by batch, and both distances.
+
+    Args:
+        measurements: content of the study's file.
+
+    Returns:
+        The table as Markdown.
+    """
+    scales = sorted({row["scale"] for row in measurements if row["rule"] == ADAPTIVE})
+    batches = [f"batch {size}" for size in BATCHES]
+    header = ["w", "CFG", *batches, "distance, CFG", "distance, AdaptiveGuidance"]
+    rows = []
     for scale in scales:
-        full = mean(values(measured, "CFG", scale, "evaluations"))
-        used = [mean(values(measured, ADAPTIVE, scale, "evaluations", size)) for size in BATCHES]
+        full = mean(values_of(measurements, "CFG", scale, "evaluations"))
+        used = [
+            mean(values_of(measurements, ADAPTIVE, scale, "evaluations", size)) for size in BATCHES
+        ]
         saved = [f"{value:.1f} (-{1 - value / full:.0%})" for value in used]
-        distances = [_cell(values(measured, name, scale, "test"), 1) for name in ("CFG", ADAPTIVE)]
-        lines.append("| " + " | ".join([f"{scale:g}", f"{full:g}", *saved, *distances]) + " |")
-    return "\n".join(lines)
+        distances = [
+            mean_and_half_range(values_of(measurements, name, scale, "test"), 1)
+            for name in ("CFG", ADAPTIVE)
+        ]
+        rows.append([f"{scale:g}", f"{full:g}", *saved, *distances])
+    return markdown_table(header, rows)
 
 
-def draw(measured: list[dict[str, Any]], out: Path) -> None:
-    """Write a picture of each measurement over w, named after it."""
-    scales = sorted({row["scale"] for row in measured})
-    for what, title in TITLES.items():
-        made, (axis,) = create_figure(1)
-        for (name, style), marker in zip(
-            zip(RULES, line_styles(len(RULES)), strict=True), MARKERS, strict=True
-        ):
-            found = {scale: values(measured, name, scale, what) for scale in scales}
-            curve = {scale: mean(each) for scale, each in found.items() if each}
+def draw(measurements: list[dict[str, Any]], folder: Path) -> None:
+    """Write a picture of each quantity over w, named after it.
+
+    Args:
+        measurements: content of the study's file.
+        folder: folder of the pictures.
+    """
+    scales = sorted({row["scale"] for row in measurements})
+    for quantity, title in TITLES.items():
+        figure, (axis,) = create_figure(1)
+        for name, style, marker in zip(RULES, line_styles(len(RULES)), MARKERS, strict=True):
+            values = {scale: values_of(measurements, name, scale, quantity) for scale in scales}
+            curve = {scale: mean(each) for scale, each in values.items() if each}
             axis.plot(list(curve), list(curve.values()), label=name, marker=marker, **style)
         axis.set(
             title=title,
@@ -249,8 +332,4 @@ def draw(measured: list[dict[str, Any]], out: Path) -> None:
             xticklabels=[f"{scale:g}" for scale in scales],
         )
         axis.minorticks_off()
-        save_figure(made, out / f"guidance-{what}.png")
-
-
-def _cell(found: list[float], digits: int) -> str:
-    return f"{mean(found):.{digits}f} ± {(max(found) - min(found)) / 2:.{digits}f}" if found else ""
+        save_figure(figure, folder / f"guidance-{quantity}.png")

@@ -1,6 +1,6 @@
-"""How well an image comes back from its inversion, and from its edit-friendly noise maps: on a trained network and an oracle.
+"""Errors of images that are inverted and sampled again, or replayed from edit-friendly noise maps.
 
-error = |x_0' - x_0| / |x_0| of each image, x_0' sampled by DDIM over the same knots from what `invert` found
+error = |x_0' - x_0| / |x_0|, where DDIM samples x_0' over the same knots from the result of `invert`
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from benchmarks.accuracy import plane
+from benchmarks.table import markdown_table
 from torch import Tensor
 
 from diffcore.core.denoiser import Denoise, Denoiser
@@ -20,22 +21,23 @@ from diffcore.samplers import DDIM
 from diffcore.sampling.loop import integrate
 from diffcore.schedules import Grid, Trailing
 from diffcore.training.data import Digits
-from experiments.training import ARMS, averaged, trainer
+from experiments.study import train_averaged
+from experiments.training import VARIANTS, digits_trainer
 
 STEPS = (20, 50, 200)
 ITERATIONS = (1, 2, 5, 10)
 
 
 @dataclass(frozen=True)
-class Trip:
-    """There and back.
+class RoundTrip:
+    """The result of inversions followed by sampling.
 
     Args:
-        steps: of DDIM.
-        iterations: evaluations of each step of the inversion.
-        median: error, over the images.
-        worst: error.
-        residual: the largest of any step and image.
+        steps: number of DDIM steps in each direction.
+        iterations: network evaluations of each inversion step.
+        median: median error over the images.
+        worst: largest error over the images.
+        residual: largest residual of the inversion over all steps and images.
     """
 
     steps: int
@@ -45,79 +47,132 @@ class Trip:
     residual: float
 
 
-def trip(
+def measure_round_trip(
     denoiser: Denoise,
     x0: Tensor,
     labels: Tensor | None,
     steps: int,
     iterations: int,
     grid: Grid = Trailing(),
-) -> Trip:
-    """Invert and sample again, without guidance."""
+) -> RoundTrip:
+    """Invert images and sample again, without guidance.
+
+    Args:
+        denoiser: network or oracle.
+        x0: (N, *shape) images.
+        labels: (N,) labels, or None.
+        steps: number of steps in each direction.
+        iterations: network evaluations of each inversion step.
+        grid: rule that places the knots.
+
+    Returns:
+        The errors.
+    """
     knots = grid.knots(denoiser.process.schedule, steps)
-    found = invert(denoiser, x0, knots, iterations, condition=labels)
-    again = _sampled(denoiser, found.x, steps, labels, grid)
+    inversion = invert(denoiser, x0, knots, iterations, condition=labels)
+    with torch.no_grad():
+        again, _ = integrate(denoiser, DDIM(), inversion.x, knots, _noise(x0), condition=labels)
     error = (again - x0).flatten(1).norm(dim=1) / x0.flatten(1).norm(dim=1)
-    return Trip(
-        steps, iterations, error.median().item(), error.max().item(), found.residual.max().item()
-    )
+    residual = inversion.residual.max().item()
+    return RoundTrip(steps, iterations, error.median().item(), error.max().item(), residual)
 
 
-def trips(
+def measure_round_trips(
     denoiser: Denoise,
     x0: Tensor,
     labels: Tensor | None = None,
     steps: Sequence[int] = STEPS,
     iterations: Sequence[int] = ITERATIONS,
-) -> Iterator[Trip]:
-    """All combinations."""
+) -> Iterator[RoundTrip]:
+    """Measure all combinations of steps and iterations.
+
+    Args:
+        denoiser: network or oracle.
+        x0: (N, *shape) images.
+        labels: (N,) labels, or None.
+        steps: numbers of steps.
+        iterations: numbers of evaluations of each inversion step.
+
+    Yields:
+        The errors of each combination.
+    """
     for n in steps:
         for count in iterations:
-            yield trip(denoiser, x0, labels, n, count)
+            yield measure_round_trip(denoiser, x0, labels, n, count)
 
 
-def replayed(denoiser: Denoise, x0: Tensor, labels: Tensor | None, steps: int) -> float:
-    """The largest difference of an element after `extract` and `replay` of noise maps, η = 1."""
+def measure_replay(denoiser: Denoise, x0: Tensor, labels: Tensor | None, steps: int) -> float:
+    """Measure the error of noise maps (η = 1) that are extracted and replayed.
+
+    Args:
+        denoiser: network or oracle.
+        x0: (N, *shape) images.
+        labels: (N,) labels, or None.
+        steps: number of steps.
+
+    Returns:
+        The largest absolute difference of an element.
+    """
     knots = Trailing().knots(denoiser.process.schedule, steps)
     maps = extract(denoiser, x0, knots, _noise(x0), condition=labels)
     return (replay(denoiser, maps, condition=labels) - x0).abs().max().item()
 
 
-def table(found: Sequence[Trip]) -> str:
-    """Median and worst error by steps and iterations, as Markdown."""
-    iterations = sorted({trip.iterations for trip in found})
-    head = " | ".join(f"{n} iteration{'s' if n > 1 else ''}" for n in iterations)
-    lines = [f"| steps | {head} |", "|---|" + "---|" * len(iterations)]
-    for steps in sorted({trip.steps for trip in found}):
-        row = {trip.iterations: trip for trip in found if trip.steps == steps}
-        cells = " | ".join(f"{row[n].median:.2g} (worst {row[n].worst:.2g})" for n in iterations)
-        lines.append(f"| {steps} | {cells} |")
-    return "\n".join(lines)
+def format_table(trips: Sequence[RoundTrip]) -> str:
+    """Format median and worst error for each number of steps and iterations.
+
+    Args:
+        trips: errors of all combinations.
+
+    Returns:
+        The table as Markdown.
+    """
+    iterations = sorted({trip.iterations for trip in trips})
+    rows = []
+    for steps in sorted({trip.steps for trip in trips}):
+        row = {trip.iterations: trip for trip in trips if trip.steps == steps}
+        cells = [f"{row[n].median:.2g} (worst {row[n].worst:.2g})" for n in iterations]
+        rows.append([str(steps), *cells])
+    header = [f"{n} iteration{'s' if n > 1 else ''}" for n in iterations]
+    return markdown_table(["steps", *header], rows)
 
 
-def trained(steps: int = 400) -> Denoiser:
-    """The study's network after so many steps of batch 64 on the digits, its weights averaged."""
+def train_denoiser(steps: int = 400) -> Denoiser:
+    """Train the study's network on the digits.
+
+    Args:
+        steps: optimizer steps of batch 64.
+
+    Returns:
+        The network with averaged weights.
+    """
     with TemporaryDirectory() as folder:
-        return averaged(trainer(ARMS["cosine, v, Min-SNR"], "stratified", 0, Path(folder), steps))
+        variant = VARIANTS["cosine, v, Min-SNR"]
+        return train_averaged(digits_trainer(variant, "stratified", 0, Path(folder), steps))
 
 
-def report(denoiser: Denoiser, images: int = 32) -> str:
-    """The tables of docs/experiments/inversion.md."""
+def format_report(denoiser: Denoiser, images: int = 32) -> str:
+    """Measure and format the tables of docs/experiments/inversion.md.
+
+    Args:
+        denoiser: trained network.
+        images: number of images of each measurement.
+
+    Returns:
+        The tables as Markdown.
+    """
     test, oracle = Digits("test"), plane()
     x0, labels = test.x0[:images], test.labels[:images]
     points = oracle.sample(torch.arange(images))
-    maps = ", ".join(f"{replayed(denoiser, x0, labels, n):.1e} ({n} steps)" for n in STEPS)
+    network_table = format_table(list(measure_round_trips(denoiser, x0, labels)))
+    oracle_table = format_table(list(measure_round_trips(oracle, points)))
+    replays = [f"{measure_replay(denoiser, x0, labels, n):.1e} ({n} steps)" for n in STEPS]
     return (
-        f"Trained network, {images} held-out scans under their own labels\n\n{table(list(trips(denoiser, x0, labels)))}\n\n"
-        f"Oracle, mixture in 2-D, {images} samples\n\n{table(list(trips(oracle, points)))}\n\n"
-        f"Noise maps replayed on the trained network, largest difference of a pixel: {maps}"
+        f"Trained network, {images} held-out scans under their own labels\n\n{network_table}\n\n"
+        f"Oracle, mixture in 2-D, {images} samples\n\n{oracle_table}\n\n"
+        "Noise maps replayed on the trained network, largest difference of a pixel: "
+        f"{', '.join(replays)}"
     )
-
-
-@torch.no_grad()
-def _sampled(denoiser: Denoise, x: Tensor, steps: int, labels: Tensor | None, grid: Grid) -> Tensor:
-    knots = grid.knots(denoiser.process.schedule, steps)
-    return integrate(denoiser, DDIM(), x, knots, _noise(x), condition=labels)[0]
 
 
 def _noise(x: Tensor) -> Noise:

@@ -1,10 +1,10 @@
-"""A study of training on the digits: how soon each combination of schedule, weight and objective makes good samples.
+"""How soon each combination of schedule, loss weight and objective makes good samples of digits.
 
-Every run has the same network, data order, noise and learning rate; after each of a few numbers of steps the averaged network
-samples 500 digits over the same λ knots, and their Fréchet distance to the training scans and to the held-out ones is taken.
+All runs share the network, data order, noise and learning rate. After 100, 200, 400 and 800 steps the
+averaged network draws 500 digits over common λ knots; measured are their Fréchet distances to the
+training scans and to the held-out scans.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,13 +14,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
+from benchmarks.table import markdown_table, mean_and_half_range
 
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.prediction import PredictionType
 from diffcore.core.process import Process
-from diffcore.evaluation.digits import scan
-from diffcore.evaluation.metrics import frechet_distance
+from diffcore.evaluation.digits import to_scan_units
+from diffcore.evaluation.frechet_distance import frechet_distance
 from diffcore.objectives.coupling import OptimalTransport
 from diffcore.objectives.level_sampling import LearnedSchedule, SecondMoment
 from diffcore.objectives.objective import Levels, Objective
@@ -30,78 +30,91 @@ from diffcore.sampling.generation import sample
 from diffcore.schedules import Cosine, Discrete, Laplace, Normal, Schedule, UniformLogSNR
 from diffcore.training.data import Digits
 from diffcore.training.ema import Decay
-from diffcore.training.loop import advance, training_batches
 from diffcore.training.lr import LearningRate
-from diffcore.training.state import TrainState, build_state
 from diffcore.training.trainer import Trainer
+from experiments.study import continue_study, small_unet, train_averaged
 
 POINTS = (100, 200, 400, 800)
-KNOTS = UniformLogSNR(-9.0, 7.0)  # within every schedule compared
+"""Numbers of optimizer steps after which samples are drawn."""
+KNOTS = UniformLogSNR(-9.0, 7.0)
+"""Grid that lies within all compared schedules."""
 BATCH = 64
 
 
 @dataclass(frozen=True)
-class Arm:
-    """What is compared: a schedule, a prediction type and an objective."""
+class TrainingVariant:
+    """One of the compared trainings.
+
+    Args:
+        schedule: distribution of the training noise levels.
+        prediction: output of the network.
+        objective: loss and its weight.
+    """
 
     schedule: Schedule
     prediction: PredictionType
     objective: Objective
 
 
-ARMS: dict[str, Arm] = {
-    "linear, ε": Arm(Discrete(), "epsilon", Objective(MSE("epsilon"))),
-    "cosine, v": Arm(Cosine(), "v_prediction", Objective(MSE("v_prediction"))),
-    "cosine, v, Min-SNR": Arm(Cosine(), "v_prediction", Objective(MinSNR())),
-    "cosine, v, Debiased": Arm(Cosine(), "v_prediction", Objective(Debiased())),
-    "cosine, v, P2": Arm(Cosine(), "v_prediction", Objective(P2())),
-    "Laplace(0, 0.5), v": Arm(Laplace(), "v_prediction", Objective(MSE("v_prediction"))),
-    "Normal(0, 2), v": Arm(Normal(), "v_prediction", Objective(MSE("v_prediction"))),
-    "cosine, v, DDPM-IP": Arm(
+VARIANTS: dict[str, TrainingVariant] = {
+    "linear, ε": TrainingVariant(Discrete(), "epsilon", Objective(MSE("epsilon"))),
+    "cosine, v": TrainingVariant(Cosine(), "v_prediction", Objective(MSE("v_prediction"))),
+    "cosine, v, Min-SNR": TrainingVariant(Cosine(), "v_prediction", Objective(MinSNR())),
+    "cosine, v, Debiased": TrainingVariant(Cosine(), "v_prediction", Objective(Debiased())),
+    "cosine, v, P2": TrainingVariant(Cosine(), "v_prediction", Objective(P2())),
+    "Laplace(0, 0.5), v": TrainingVariant(
+        Laplace(), "v_prediction", Objective(MSE("v_prediction"))
+    ),
+    "Normal(0, 2), v": TrainingVariant(Normal(), "v_prediction", Objective(MSE("v_prediction"))),
+    "cosine, v, DDPM-IP": TrainingVariant(
         Cosine(), "v_prediction", Objective(MSE("v_prediction"), perturbation=0.1)
     ),
-    "cosine, v, OT": Arm(
+    "cosine, v, OT": TrainingVariant(
         Cosine(), "v_prediction", Objective(MSE("v_prediction"), coupling=OptimalTransport(BATCH))
     ),
-    "cosine, v, second moment": Arm(
+    "cosine, v, second moment": TrainingVariant(
         Cosine(), "v_prediction", Objective(MSE("v_prediction"), resampler=SecondMoment())
     ),
-    "cosine, v, learned": Arm(
+    "cosine, v, learned": TrainingVariant(
         Cosine(), "v_prediction", Objective(MSE("v_prediction"), resampler=LearnedSchedule())
     ),
 }
 
 
-def network(channels: tuple[int, int] = (24, 56)) -> torch.nn.Module:
-    """Half a million parameters, class-conditional; with (16, 32) a third of them."""
-    from diffusers import UNet2DModel
-
-    made: torch.nn.Module = UNet2DModel(  # type: ignore[no-untyped-call, assignment]
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=channels,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=8,
-        attention_head_dim=channels[1] // 2,
-        num_class_embeds=11,
-    )
-    return made
+digits_unet = partial(small_unet, 8, 1, (24, 56), 11)
+"""The class-conditional network of the study, with half a million parameters."""
 
 
-def trainer(
-    arm: Arm,
+def digits_trainer(
+    variant: TrainingVariant,
     levels: Levels,
     seed: int,
     folder: Path,
     steps: int,
-    network: Callable[[], torch.nn.Module] = network,
+    network: Callable[[], torch.nn.Module] = digits_unet,
+    resume: bool = False,
 ) -> Trainer:
-    """A run of an arm."""
+    """Create the training of a variant on the digits.
+
+    Args:
+        variant: schedule, prediction type and objective.
+        levels: whether the noise levels of a batch are stratified or independent.
+        seed: seed of everything random in the run.
+        folder: folder of the run.
+        steps: optimizer steps.
+        network: function that builds the network.
+        resume: whether the folder holds the first steps of this run.
+
+    Returns:
+        The trainer, which has not started.
+    """
     process = Process(
-        arm.schedule, arm.prediction, shape=(1, 8, 8), sigma_data=0.75, classes=10, dropout=0.1
+        variant.schedule,
+        variant.prediction,
+        shape=(1, 8, 8),
+        sigma_data=0.75,
+        classes=10,
+        dropout=0.1,
     )
     return Trainer(
         network=network,
@@ -110,135 +123,142 @@ def trainer(
         optimizer=partial(torch.optim.AdamW, betas=(0.9, 0.99)),
         folder=folder,
         steps=steps,
-        objective=replace(arm.objective, levels=levels),
+        objective=replace(variant.objective, levels=levels),
         lr=LearningRate(1e-3, warmup=50),
         ema=Decay(0.995),
         batch_size=BATCH,
         seed=seed,
         trackers=[],
+        resume=resume,
     )
-
-
-def averaged(settings: Trainer) -> Denoiser:
-    """The averaged network of a run after its last step; nothing is written."""
-    *_, state = stepped(settings)
-    state.network.load_state_dict(state.average.shadow)
-    return Denoiser(state.network, settings.process).eval()
-
-
-def stepped(settings: Trainer) -> Iterator[TrainState]:
-    """The state of a run after each of its steps; nothing is written."""
-    state = build_state(settings)
-    denoiser = state.denoiser(state.modules[0]).train()
-    batches = training_batches(state, settings.steps)
-    while state.step < settings.steps:
-        advance(state, denoiser, batches)
-        yield state
 
 
 def measure(
-    arm: Arm, levels: Levels, seed: int, points: Iterable[int] = POINTS, per_label: int = 50
+    variant: TrainingVariant,
+    levels: Levels,
+    seed: int,
+    points: Iterable[int] = POINTS,
+    per_label: int = 50,
 ) -> dict[int, Any]:
-    """Fréchet distances (to the training scans, to the held-out ones) after each number of steps."""
-    points, found = sorted(points), {}
+    """Measure a variant during its training, which is resumed from one number of steps to the next.
+
+    Args:
+        variant: schedule, prediction type and objective.
+        levels: whether the noise levels of a batch are stratified or independent.
+        seed: seed of the training and of the samples.
+        points: numbers of steps.
+        per_label: samples of each digit.
+
+    Returns:
+        Distances to the training and to the held-out scans, by the number of steps.
+    """
+    points, distances = sorted(points), {}
     with TemporaryDirectory() as folder:
-        settings = trainer(arm, levels, seed, Path(folder), points[-1])
-        for state in stepped(settings):
-            if state.step in points:
-                with state.average.applied():
-                    denoiser = Denoiser(state.network, settings.process)
-                    found[state.step] = distances(denoiser, seed, per_label)
-    return found
+        for index, steps in enumerate(points):
+            trainer = digits_trainer(variant, levels, seed, Path(folder), steps, resume=index > 0)
+            distances[steps] = measure_distances(train_averaged(trainer), seed, per_label)
+    return distances
 
 
-def distances(denoiser: Denoiser, seed: int, per_label: int) -> tuple[float, float]:
-    """Of samples of every digit to the training scans and to the held-out scans, in pixels."""
+def measure_distances(denoiser: Denoiser, seed: int, per_label: int) -> tuple[float, float]:
+    """Measure the Fréchet distances of samples of all digits, in pixels.
+
+    Args:
+        denoiser: trained network.
+        seed: seed of the samples.
+        per_label: samples of each digit.
+
+    Returns:
+        The distances to the training scans and to the held-out scans.
+    """
     labels = torch.arange(10).repeat_interleave(per_label)
     seeds = range(seed * 10**6, seed * 10**6 + len(labels))
-    made: Tensor = sample(
-        denoiser, DDIM(), KNOTS, 20, seeds=seeds, condition=labels, batch_size=100
-    ).x
-    train, test = (
-        frechet_distance(scan(made), scan(Digits(split).x0)) for split in ("train", "test")
+    samples = sample(denoiser, DDIM(), KNOTS, 20, seeds=seeds, condition=labels, batch_size=100).x
+    to_train, to_test = (
+        frechet_distance(to_scan_units(samples), to_scan_units(Digits(split).x0))
+        for split in ("train", "test")
     )
-    return train, test
+    return to_train, to_test
 
 
-def study(
-    out: Path, seeds: Iterable[int], arms: Mapping[str, Arm] = ARMS, points: Iterable[int] = POINTS
+def run_study(
+    out: Path,
+    seeds: Iterable[int],
+    variants: Mapping[str, TrainingVariant] = VARIANTS,
+    points: Iterable[int] = POINTS,
 ) -> Iterator[str]:
-    """Measure every arm, levels and seed that `out` does not hold yet, a line of JSON each."""
-    done = {(row["arm"], row["levels"], row["seed"]) for row in rows(out)}
-    for seed in seeds:
-        for name, arm in arms.items():
-            for levels in ("independent", "stratified"):
-                if (name, levels, seed) not in done:
-                    found = measure(arm, levels, seed, points)
-                    row = json.dumps(
-                        {"arm": name, "levels": levels, "seed": seed, "distances": found},
-                        ensure_ascii=False,
-                    )
-                    with out.open("a") as file:
-                        file.write(row + "\n")
-                    yield row
+    """Measure all variants, kinds of levels and seeds that a file does not contain yet.
+
+    Args:
+        out: file of measurements, one JSON object in each line.
+        seeds: seeds of the trainings.
+        variants: compared trainings by name.
+        points: numbers of steps after which samples are drawn.
+
+    Yields:
+        The lines that are appended to the file.
+    """
+    cells = [
+        (name, levels, seed)
+        for seed in seeds
+        for name in variants
+        for levels in ("independent", "stratified")
+    ]
+
+    def measure_cell(name: str, levels: Levels, seed: int) -> list[dict[str, Any]]:
+        return [{"distances": measure(variants[name], levels, seed, points)}]
+
+    return continue_study(out, ("arm", "levels", "seed"), cells, measure_cell)
 
 
-def rows(out: Path) -> list[dict[str, Any]]:
-    """What was measured."""
-    return [json.loads(line) for line in out.read_text().splitlines()] if out.is_file() else []
+def format_table(measurements: list[dict[str, Any]], scans: int) -> str:
+    """Format the distances to one set of scans: mean over seeds, and half the range.
+
+    Args:
+        measurements: content of the study's file.
+        scans: 0 for the training scans, 1 for the held-out scans.
+
+    Returns:
+        The table as Markdown.
+    """
+    points = sorted({int(point) for row in measurements for point in row["distances"]})
+    rows = []
+    for name, levels in dict.fromkeys((row["arm"], row["levels"]) for row in measurements):
+        seeds = _distances(measurements, name, levels)
+        cells = [[found[str(point)][scans] for found in seeds] for point in points]
+        rows.append([name, levels, *(mean_and_half_range(cell, 1) for cell in cells)])
+    return markdown_table(["arm", "levels", *(f"{point} steps" for point in points)], rows)
 
 
-def table(measured: list[dict[str, Any]], to: int) -> str:
-    """Mean over seeds, and half the range, of the distances to the training (0) or the held-out (1) scans, as Markdown."""
-    points = sorted({int(point) for row in measured for point in row["distances"]})
-    lines = ["| arm | levels | " + " | ".join(f"{point} steps" for point in points) + " |"]
-    lines.append("|---|---|" + "---|" * len(points))
-    for arm, levels in dict.fromkeys((row["arm"], row["levels"]) for row in measured):
-        own = [row["distances"] for row in measured if (row["arm"], row["levels"]) == (arm, levels)]
-        cells = [_cell([found[str(point)][to] for found in own]) for point in points]
-        lines.append(f"| {arm} | {levels} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def draw(measurements: list[dict[str, Any]], out: Path) -> None:
+    """Draw the mean distance over seeds against steps; independent levels are dashed.
 
-
-def picture(measured: list[dict[str, Any]], out: Path) -> None:
-    """Mean distance over seeds against steps, to the training and to the held-out scans; dashed: independent levels."""
+    Args:
+        measurements: content of the study's file.
+        out: image to write.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    arms = list(dict.fromkeys(row["arm"] for row in measured))
+    names = list(dict.fromkeys(row["arm"] for row in measurements))
     figure, axes = plt.subplots(1, 2, figsize=(13, 5.4), layout="constrained")
-    for place, arm in enumerate(arms):
-        colour, mark = (
-            mpl.colormaps["viridis"](0.9 * place / max(len(arms) - 1, 1)),
-            "os^Dvpx*P+h"[place % 11],
-        )
+    for index, name in enumerate(names):
+        colour = mpl.colormaps["viridis"](0.9 * index / max(len(names) - 1, 1))
+        marker = "os^Dvpx*P+h"[index % 11]
         for levels, style in (("stratified", "-"), ("independent", "--")):
-            own = [
-                row["distances"] for row in measured if (row["arm"], row["levels"]) == (arm, levels)
-            ]
-            points = sorted(map(int, own[0])) if own else []
-            for to, axis in enumerate(axes):
-                curve = [mean(found[str(point)][to] for found in own) for point in points]
-                axis.plot(
-                    points,
-                    curve,
-                    style,
-                    color=colour,
-                    marker=mark,
-                    label=arm if (to, style) == (0, "-") else None,
-                )
-    for axis, (scans, span) in zip(
-        axes, {"training": (20, 250), "held-out": (90, 250)}.items(), strict=True
+            seeds = _distances(measurements, name, levels)
+            points = sorted(map(int, seeds[0])) if seeds else []
+            for scans, axis in enumerate(axes):
+                curve = [mean(found[str(point)][scans] for found in seeds) for point in points]
+                label = name if (scans, style) == (0, "-") else None
+                axis.plot(points, curve, style, color=colour, marker=marker, label=label)
+    for axis, scans, limits in zip(
+        axes, ("training", "held-out"), ((20, 250), (90, 250)), strict=True
     ):
-        axis.set(
-            xscale="log",
-            yscale="log",
-            xlabel="steps",
-            ylabel=f"Fréchet distance to the {scans} scans",
-            ylim=span,
-        )
+        axis.set(xscale="log", yscale="log", xlabel="steps", ylim=limits)
+        axis.set_ylabel(f"Fréchet distance to the {scans} scans")
         axis.set_xticks(points, map(str, points))
         axis.grid(alpha=0.3, which="both")
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
@@ -246,5 +266,10 @@ def picture(measured: list[dict[str, Any]], out: Path) -> None:
     plt.close(figure)
 
 
-def _cell(values: list[float]) -> str:
-    return f"{mean(values):.1f} ± {(max(values) - min(values)) / 2:.1f}"
+def _distances(
+    measurements: list[dict[str, Any]], name: str, levels: str
+) -> list[dict[str, list[float]]]:
+    """The distances of a variant by the number of steps, for each seed."""
+    return [
+        row["distances"] for row in measurements if (row["arm"], row["levels"]) == (name, levels)
+    ]

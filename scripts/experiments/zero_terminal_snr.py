@@ -1,22 +1,22 @@
-"""A study of zero terminal SNR: which mean brightness the samples can have, by schedule and by where sampling begins.
+"""How zero terminal SNR changes the mean brightness that samples can have.
 
     x_0 = m + (1 - |m|) (tint + waves) / 2,   m uniform in [-1, 1]
 
-Tint and waves have no mean, so m is the mean over pixels and channels. A schedule that ends at α_T > 0 shows a network some of
-m in its noisiest training images, and sampling begins where there is none of it.
+Tint and waves have mean zero, so m is the mean over pixels and channels. If a schedule ends at
+α_T > 0, the noisiest training images still contain a part of m, and sampling starts from noise
+without it.
 """
 
-import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from statistics import mean
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from benchmarks.table import markdown_table, mean_and_half_range
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from diffcore.cli.figures import create_figure, save_figure
@@ -33,45 +33,50 @@ from diffcore.schedules import Discrete, Grid, Leading, Schedule, Trailing, Zero
 from diffcore.training.ema import Decay
 from diffcore.training.lr import LearningRate
 from diffcore.training.trainer import Trainer
-from experiments.training import averaged, rows
+from experiments.study import continue_study, small_unet, train_averaged
 
 SIZE = 16
+"""Height and width of the images in pixels."""
 IMAGES = 4000
+"""Number of training images."""
 WAVES = 3
+"""Number of cosines in each image."""
 STEPS = 50
-TRAINING = 1000
+TRAINING_STEPS = 1000
 COUNT = 500
+"""Number of samples of each measurement."""
 END = 0.6
-"""Beyond ±END lies 0.4 of the data."""
+"""Mean brightness beyond which lies a share of 0.4 of the data."""
 BINS = 44
 SPAN = 1.1
+"""Largest mean brightness of the histograms, which have BINS bins."""
 FLAWED = Discrete("scaled_linear", None, 0.00085, 0.012)
 """Stable Diffusion's table: α_T = 0.068."""
 GRIDS: dict[str, Grid] = {"Leading(1)": Leading(1), "Trailing()": Trailing()}
 
 
-class Arm(NamedTuple):
-    """A schedule, and what a network of it outputs; none for the exact denoiser of the training images."""
+class SchedulePair(NamedTuple):
+    """A schedule and the output of its network; no output for the exact denoiser of the images."""
 
     schedule: Schedule
     prediction: PredictionType | None
 
 
-ARMS = {
-    "scaled_linear, ε": Arm(FLAWED, "epsilon"),
-    "scaled_linear, v": Arm(FLAWED, "v_prediction"),
-    "zero terminal SNR, v": Arm(ZeroTerminalSNR(FLAWED), "v_prediction"),
-    "scaled_linear, exact": Arm(FLAWED, None),
-    "zero terminal SNR, exact": Arm(ZeroTerminalSNR(FLAWED), None),
+VARIANTS = {
+    "scaled_linear, ε": SchedulePair(FLAWED, "epsilon"),
+    "scaled_linear, v": SchedulePair(FLAWED, "v_prediction"),
+    "zero terminal SNR, v": SchedulePair(ZeroTerminalSNR(FLAWED), "v_prediction"),
+    "scaled_linear, exact": SchedulePair(FLAWED, None),
+    "zero terminal SNR, exact": SchedulePair(ZeroTerminalSNR(FLAWED), None),
 }
 
 
-class Fields(Dataset[Tensor]):
-    """Smooth fields of colour with a mean brightness between black and white.
+class BrightnessFields(Dataset[Tensor]):
+    """Smooth fields of colour whose mean brightness is uniform between black and white.
 
     Args:
-        count: how many; the first ones are the same whatever the number.
-        seed: of all of them.
+        count: number of images; the first images do not depend on it.
+        seed: seed of all images.
     """
 
     def __init__(self, count: int = IMAGES, seed: int = 0) -> None:
@@ -90,12 +95,15 @@ class Fields(Dataset[Tensor]):
 
 
 def _waves(u: Tensor) -> Tensor:
-    """(N, 3, SIZE, SIZE) cosines of one or two periods, within [-1, 1] and without mean, of u (N, WAVES, 6) in (0, 1)."""
-    place = torch.arange(SIZE) / SIZE
+    """(N, 3, SIZE, SIZE) cosines of one or two periods within [-1, 1], with mean zero.
+
+    u (N, WAVES, 6) in (0, 1) holds periods across and down, the phase, and heights of 3 channels.
+    """
+    pixel = torch.arange(SIZE) / SIZE
     across, down = 1 + (2 * u[..., 0]).floor(), (3 * u[..., 1]).floor()
     phase = (
-        across[..., None, None] * place
-        + down[..., None, None] * place[:, None]
+        across[..., None, None] * pixel
+        + down[..., None, None] * pixel[:, None]
         + u[..., 2, None, None]
     )
     heights = u[..., 3:] / WAVES
@@ -103,46 +111,39 @@ def _waves(u: Tensor) -> Tensor:
 
 
 def brightness(x: Tensor) -> Tensor:
-    """(N,) mean over pixels and channels."""
+    """(N,) means over pixels and channels."""
     return x.flatten(1).mean(1)
 
 
-def network() -> nn.Module:
-    """0.18 million parameters."""
-    from diffusers import UNet2DModel
-
-    made: nn.Module = UNet2DModel(  # type: ignore[no-untyped-call, assignment]
-        sample_size=SIZE,
-        block_out_channels=(16, 32),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=8,
-        attention_head_dim=16,
-    )
-    return made
-
-
 def _process(schedule: Schedule, prediction: PredictionType) -> Process:
-    return Process(
-        schedule, prediction, shape=(3, SIZE, SIZE), sigma_data=1.0
-    )  # begins with N(0, I), as pipelines do
+    # σ_data = 1 starts sampling from N(0, I), as pipelines do.
+    return Process(schedule, prediction, shape=(3, SIZE, SIZE), sigma_data=1.0)
 
 
-def denoiser(arm: Arm, seed: int, steps: int = TRAINING) -> Denoise:
-    """A run's averaged network, or the exact denoiser of what it was trained on."""
-    if arm.prediction is None:
-        return Empirical(Fields().x0, process=_process(arm.schedule, "v_prediction"))
+def create_denoiser(variant: SchedulePair, seed: int, steps: int = TRAINING_STEPS) -> Denoise:
+    """Train a network, or build the exact denoiser of the training images.
+
+    Args:
+        variant: schedule and output of the network.
+        seed: seed of the training.
+        steps: optimizer steps.
+
+    Returns:
+        The averaged network or the exact denoiser.
+    """
+    if variant.prediction is None:
+        process = _process(variant.schedule, "v_prediction")
+        return Empirical(BrightnessFields().x0, process=process)
     with TemporaryDirectory() as folder:
-        return averaged(
+        return train_averaged(
             Trainer(
-                network=network,
-                data=Fields(),
-                process=_process(arm.schedule, arm.prediction),
+                network=partial(small_unet, SIZE, 3, (16, 32)),
+                data=BrightnessFields(),
+                process=_process(variant.schedule, variant.prediction),
                 optimizer=partial(torch.optim.AdamW, betas=(0.9, 0.99)),
                 folder=Path(folder),
                 steps=steps,
-                objective=Objective(MSE(arm.prediction)),
+                objective=Objective(MSE(variant.prediction)),
                 lr=LearningRate(1e-3, warmup=50),
                 ema=Decay(0.995),
                 batch_size=64,
@@ -152,98 +153,131 @@ def denoiser(arm: Arm, seed: int, steps: int = TRAINING) -> Denoise:
         )
 
 
-def measure(made: Tensor) -> dict[str, Any]:
-    """What there is to say of (N,) mean brightnesses.
+def measure(means: Tensor) -> dict[str, Any]:
+    """Measure the distribution of mean brightnesses.
 
-    std: 0.577 of the data; beyond: the share beyond ±END; distance: Wasserstein-1, ∫ |F⁻¹(q) - (2q - 1)| dq, to the uniform
-    distribution (0.02 of as many images of the data); histogram: how many in each of BINS from -SPAN to SPAN.
+    Args:
+        means: (N,) mean brightness of each image.
+
+    Returns:
+        std: standard deviation, 0.577 for the data; beyond: share beyond ±END; distance:
+        Wasserstein-1, ∫ |F⁻¹(q) - (2q - 1)| dq, to the uniform distribution (0.02 for as many
+        images of the data); histogram: counts in BINS bins from -SPAN to SPAN.
     """
-    quantiles = 2 * (torch.arange(len(made)) + 0.5) / len(made) - 1
+    quantiles = 2 * (torch.arange(len(means)) + 0.5) / len(means) - 1
     return {
-        "std": made.std().item(),
-        "beyond": (made.abs() > END).double().mean().item(),
-        "distance": (made.sort().values - quantiles).abs().mean().item(),
-        "histogram": torch.histc(made.clamp(-SPAN, SPAN), BINS, -SPAN, SPAN).int().tolist(),
+        "std": means.std().item(),
+        "beyond": (means.abs() > END).double().mean().item(),
+        "distance": (means.sort().values - quantiles).abs().mean().item(),
+        "histogram": torch.histc(means.clamp(-SPAN, SPAN), BINS, -SPAN, SPAN).int().tolist(),
     }
 
 
-def study(
-    out: Path, seeds: Iterable[int], steps: int = TRAINING, count: int = COUNT
+def run_study(
+    out: Path, seeds: Iterable[int], steps: int = TRAINING_STEPS, count: int = COUNT
 ) -> Iterator[str]:
-    """Measure every arm, grid and seed that `out` does not hold yet, a line of JSON each."""
-    done = {(row["arm"], row["seed"]) for row in rows(out)}
-    for seed in seeds:
-        for name, arm in ARMS.items():
-            if (name, seed) not in done:
-                lines = [
-                    json.dumps(row, ensure_ascii=False)
-                    for row in _measured(name, arm, seed, steps, count)
-                ]
-                with out.open("a") as file:
-                    file.writelines(line + "\n" for line in lines)
-                yield from lines
+    """Measure all variants and seeds that a file does not contain yet.
+
+    Args:
+        out: file of measurements, one JSON object in each line.
+        seeds: seeds of the trainings and of the samples.
+        steps: optimizer steps.
+        count: number of samples.
+
+    Yields:
+        The lines that are appended to the file.
+    """
+    cells = [(name, seed) for seed in seeds for name in VARIANTS]
+    measure_cell = partial(measure_variant, steps=steps, count=count)
+    return continue_study(out, ("arm", "seed"), cells, measure_cell)
 
 
-def _measured(name: str, arm: Arm, seed: int, steps: int, count: int) -> Iterator[dict[str, Any]]:
-    """A row a grid."""
-    trained = denoiser(arm, seed, steps)
+def measure_variant(name: str, seed: int, steps: int, count: int) -> Iterator[dict[str, Any]]:
+    """Measure a variant on each grid.
+
+    Args:
+        name: name of the variant.
+        seed: seed of the training and of the samples.
+        steps: optimizer steps.
+        count: number of samples.
+
+    Yields:
+        The measurements of a grid.
+    """
+    denoiser = create_denoiser(VARIANTS[name], seed, steps)
     for grid, knots in GRIDS.items():
-        made = sample(
-            trained,
-            DDIM(),
-            knots,
-            STEPS,
-            seeds=range(seed * 10**6, seed * 10**6 + count),
-            batch_size=100,
-        ).x
-        yield {"arm": name, "grid": grid, "seed": seed, **measure(brightness(made))}
+        seeds = range(seed * 10**6, seed * 10**6 + count)
+        x = sample(denoiser, DDIM(), knots, STEPS, seeds=seeds, batch_size=100).x
+        yield {"grid": grid, **measure(brightness(x))}
 
 
-def real(count: int = COUNT) -> dict[str, Any]:
-    """The same of as many images of the data that no network has seen."""
-    return {"arm": "images", "grid": "", "seed": 0, **measure(brightness(Fields(count, seed=1).x0))}
+def measure_data(count: int = COUNT) -> dict[str, Any]:
+    """Measure images of the data that are not training images.
+
+    Args:
+        count: number of images.
+
+    Returns:
+        The measurements, as of a variant.
+    """
+    x0 = BrightnessFields(count, seed=1).x0
+    return {"arm": "images", "grid": "", "seed": 0, **measure(brightness(x0))}
 
 
-def table(measured: list[dict[str, Any]]) -> str:
-    """Mean over seeds, and half the range, as Markdown."""
-    lines = [
-        "| schedule, network | grid | std | beyond ±0.6 | beyond ±1 | distance |",
-        "|---|---|---|---|---|---|",
-    ]
-    for arm, grid in dict.fromkeys((row["arm"], row["grid"]) for row in measured):
-        own = [row for row in measured if (row["arm"], row["grid"]) == (arm, grid)]
-        found = [
-            (row["std"], row["beyond"], outside(row["histogram"]), row["distance"]) for row in own
+def format_table(measurements: list[dict[str, Any]]) -> str:
+    """Format the measurements: mean over seeds, and half the range.
+
+    Args:
+        measurements: content of the study's file.
+
+    Returns:
+        The table as Markdown.
+    """
+    header = ["schedule, network", "grid", "std", "beyond ±0.6", "beyond ±1", "distance"]
+    rows = []
+    for name, grid in dict.fromkeys((row["arm"], row["grid"]) for row in measurements):
+        seeds = [row for row in measurements if (row["arm"], row["grid"]) == (name, grid)]
+        columns = [
+            [row["std"] for row in seeds],
+            [row["beyond"] for row in seeds],
+            [share_outside(row["histogram"]) for row in seeds],
+            [row["distance"] for row in seeds],
         ]
-        lines.append("| " + " | ".join([arm, grid, *map(_cell, zip(*found, strict=True))]) + " |")
-    return "\n".join(lines)
+        rows.append([name, grid, *(mean_and_half_range(values, 3) for values in columns)])
+    return markdown_table(header, rows)
 
 
-def outside(histogram: list[int]) -> float:
-    """The share beyond ±1, where there are no images."""
+def share_outside(histogram: list[int]) -> float:
+    """The share beyond ±1, where the data has no images."""
     bins = round(BINS * (SPAN - 1) / (2 * SPAN))
     return sum(histogram[:bins] + histogram[-bins:]) / sum(histogram)
 
 
-def _cell(values: Sequence[float]) -> str:
-    spread = f" ± {(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
-    return f"{mean(values):.3f}{spread}"
+def draw(measurements: list[dict[str, Any]], out: Path) -> None:
+    """Draw histograms of the mean brightness over all seeds, and the density of the data (dashed).
 
+    Values beyond the outermost bin are counted in it.
 
-def draw(measured: list[dict[str, Any]], out: Path) -> None:
-    """Histograms of the mean brightness, over all seeds, a panel an arm (dashed: the data). The last bin holds the rest."""
-    made, axes = create_figure(len(ARMS), width=3.2, height=3.4)
+    Args:
+        measurements: content of the study's file.
+        out: image to write.
+    """
+    figure, axes = create_figure(len(VARIANTS), width=3.2, height=3.4)
     edges = torch.linspace(-SPAN, SPAN, BINS + 1).tolist()
-    for axis, arm in zip(axes, ARMS, strict=True):
+    for axis, name in zip(axes, VARIANTS, strict=True):
         for grid, colour in zip(GRIDS, ("0.75", "k"), strict=True):
-            own = [row["histogram"] for row in measured if (row["arm"], row["grid"]) == (arm, grid)]
-            density = torch.tensor(own, dtype=torch.float64).sum(0)
-            density = density / density.sum() * BINS / (2 * SPAN)
-            label = grid if arm == next(iter(ARMS)) else None
-            axis.stairs(
-                density.tolist(), edges, fill=colour != "k", color=colour, label=label, lw=1.5
-            )
+            counts = torch.tensor(
+                [
+                    row["histogram"]
+                    for row in measurements
+                    if (row["arm"], row["grid"]) == (name, grid)
+                ],
+                dtype=torch.float64,
+            ).sum(0)
+            density = (counts / counts.sum() * BINS / (2 * SPAN)).tolist()
+            label = grid if name == next(iter(VARIANTS)) else None
+            axis.stairs(density, edges, fill=colour != "k", color=colour, label=label, lw=1.5)
         axis.plot([-1, -1, 1, 1], [0, 0.5, 0.5, 0], "--", color="0.4", lw=1)
-        axis.set(title=arm, xlabel="mean brightness", ylim=(0, 1.4))
+        axis.set(title=name, xlabel="mean brightness", ylim=(0, 1.4))
     axes[0].set_ylabel("density")
-    save_figure(made, out)
+    save_figure(figure, out)

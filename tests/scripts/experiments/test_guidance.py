@@ -1,4 +1,4 @@
-"""The study of guidance: what is measured, counted, continued, averaged and drawn; and the pictures of the mixture."""
+"""The study of guidance: measurements, counts, tables and pictures; and the pictures of a mixture."""
 
 from functools import partial
 
@@ -10,19 +10,20 @@ from experiments.guidance import (
     ADAPTIVE,
     CONDITIONAL,
     RULES,
-    Pair,
+    NetworkPair,
+    count_references,
     draw,
+    format_savings,
+    format_table,
     measure,
-    quality,
-    references,
-    savings,
-    shared,
-    study,
-    table,
-    trained,
-    values,
+    measure_quality,
+    run_study,
+    shared_count,
+    train_pair,
+    values_of,
 )
-from experiments.training import network, rows
+from experiments.study import read_measurements
+from experiments.training import digits_unet
 
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.process import Process
@@ -38,7 +39,7 @@ PROCESS = Process(Cosine(), shape=(1, 8, 8), sigma_data=0.75, classes=10, dropou
 @pytest.fixture(scope="module")
 def denoiser():
     torch.manual_seed(0)
-    return Denoiser(network(), PROCESS).eval()
+    return Denoiser(digits_unet(), PROCESS).eval()
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -54,10 +55,10 @@ def test_at_w_1_every_rule_is_the_conditional_model(name, denoiser):
     )
 
 
-def test_real_scans_are_at_no_distance_and_are_recognised():
+def test_real_scans_have_distance_zero_and_are_recognised():
     digits = Digits("train")
     at_bounds = digits.x0.abs() == 1
-    found = quality(
+    found = measure_quality(
         digits.x0 * (1 + at_bounds), digits.labels
     )  # beyond the bounds, and clamped before they are compared
     assert found["train"] == pytest.approx(0, abs=1e-6)
@@ -65,17 +66,22 @@ def test_real_scans_are_at_no_distance_and_are_recognised():
     assert found["saturation"] == found["excess"] == pytest.approx(float(at_bounds.float().mean()))
 
 
-def test_batches_share_the_evaluations_of_their_last_sample():
-    asked = torch.tensor([1, 2, 3, 4, 0, 0])
-    assert [shared(asked, size) for size in (1, 2, 4, 6)] == [10 / 6, 2.0, (4 * 4 + 2 * 0) / 6, 4.0]
+def test_a_batch_needs_the_largest_count_of_its_samples():
+    counts = torch.tensor([1, 2, 3, 4, 0, 0])
+    assert [shared_count(counts, size) for size in (1, 2, 4, 6)] == [
+        10 / 6,
+        2.0,
+        (4 * 4 + 2 * 0) / 6,
+        4.0,
+    ]
 
 
 @pytest.mark.parametrize("threshold", (0.2, 0.6, 1.0))
-def test_references_are_those_that_sampling_asks_for(threshold, denoiser, monkeypatch):
-    """What each sample alone would need, against runs of one sample a batch and of all together."""
+def test_counted_references_are_those_of_sampling(threshold, denoiser, monkeypatch):
+    """Counts of each sample alone, against sampling with one sample in a batch and with all."""
     monkeypatch.setattr(guidance_study, "STEPS", 4)
     rule, seeds, labels = AdaptiveGuidance(CFG(3.0), threshold), [5, 6, 7], torch.tensor([1, 2, 3])
-    asked = references(denoiser, rule, torch.tensor(seeds), labels)
+    counts = count_references(denoiser, rule, torch.tensor(seeds), labels)
     for size in (1, 3):
         made = sample(
             denoiser,
@@ -87,7 +93,7 @@ def test_references_are_those_that_sampling_asks_for(threshold, denoiser, monkey
             guidance=rule,
             batch_size=size,
         )
-        assert made.evaluations == pytest.approx(4 + shared(asked, size))
+        assert made.evaluations == pytest.approx(4 + shared_count(counts, size))
 
 
 def test_a_measurement_counts_evaluations_by_batch(denoiser, monkeypatch):
@@ -100,8 +106,8 @@ def test_a_measurement_counts_evaluations_by_batch(denoiser, monkeypatch):
     assert adaptive["test"] > 0
 
 
-def test_a_seed_gives_its_network_and_a_smaller_one_that_has_learned_less():
-    pairs = [trained(0, points) for points in ((1, 2), (1, 2), (2, 2))]
+def test_the_weaker_network_is_smaller_and_depends_on_its_own_steps():
+    pairs = [train_pair(0, points) for points in ((1, 2), (1, 2), (2, 2))]
     strong, weaker = zip(*pairs, strict=True)
     sizes = [
         sum(parameter.numel() for parameter in each.parameters()) for each in (strong[0], weaker[0])
@@ -114,17 +120,17 @@ def test_a_seed_gives_its_network_and_a_smaller_one_that_has_learned_less():
     assert equal == [[True, True], [True, False]]
 
 
-def test_a_study_continues_what_its_file_holds(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(guidance_study, "trained", lambda seed: Pair(seed, None))
+def test_a_study_continues_its_file(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(guidance_study, "train_pair", lambda seed: NetworkPair(seed, None))
     monkeypatch.setattr(guidance_study, "RULES", {"CFG": lambda w, weaker: CFG(w)})
     monkeypatch.setattr(
-        guidance_study, "measure", lambda *cell: asked.append(cell) or {"test": 1.0}
+        guidance_study, "measure", lambda *cell: calls.append(cell) or {"test": 1.0}
     )
     out = tmp_path / "guidance.jsonl"
-    assert len(list(study(out, [0], (1.0, 2.0), 10))) == 2
-    assert len(list(study(out, [0, 1], (1.0, 2.0, 3.0), 10))) == 4
-    assert [(rule.scale, seed) for _, rule, seed, _ in asked] == [
+    assert len(list(run_study(out, [0], (1.0, 2.0), 10))) == 2
+    assert len(list(run_study(out, [0, 1], (1.0, 2.0, 3.0), 10))) == 4
+    assert [(rule.scale, seed) for _, rule, seed, _ in calls] == [
         (1, 0),
         (2, 0),
         (3, 0),
@@ -132,11 +138,11 @@ def test_a_study_continues_what_its_file_holds(tmp_path, monkeypatch):
         (2, 1),
         (3, 1),
     ]
-    assert rows(out)[0] == {"rule": CONDITIONAL, "scale": 1.0, "seed": 0, "test": 1.0}
+    assert read_measurements(out)[0] == {"rule": CONDITIONAL, "scale": 1.0, "seed": 0, "test": 1.0}
 
 
-def made():
-    """Two seeds of two scales; AdaptiveGuidance saves a quarter alone and nothing in company."""
+def example_measurements():
+    """Two seeds at two scales; AdaptiveGuidance saves a quarter in batches of 1, nothing at 100."""
     plain = {"train": 3.0, "recognised": 0.9, "saturation": 0.2, "excess": 0.01}
     cells = [(CONDITIONAL, 1.0), *((name, 2.0) for name in RULES)]
     for seed in (0, 1):
@@ -157,27 +163,27 @@ def made():
 
 
 def test_tables_hold_means_over_seeds_and_the_conditional_model_for_every_rule():
-    measured = list(made())
-    lines = table(measured, "test").splitlines()
+    measured = list(example_measurements())
+    lines = format_table(measured, "test").splitlines()
     assert lines[0] == "| rule | w = 1 | w = 2 |"
     assert lines[2:] == [f"| {name} | 10.5 ± 0.5 | 10.5 ± 0.5 |" for name in RULES]
-    assert values(measured, ADAPTIVE, 2.0, "evaluations", 1) == [30.0, 30.0]
+    assert values_of(measured, ADAPTIVE, 2.0, "evaluations", 1) == [30.0, 30.0]
     line = "| 2 | 40 | 30.0 (-25%) | 35.0 (-12%) | 40.0 (-0%) | 10.5 ± 0.5 | 10.5 ± 0.5 |"
-    assert savings(measured).splitlines()[2] == line
+    assert format_savings(measured).splitlines()[2] == line
 
 
-def test_what_is_not_measured_yet_is_left_out(tmp_path):
-    measured = [row for row in made() if row["rule"] in (CONDITIONAL, "CFG")]
-    assert table(measured, "test").splitlines()[2:4] == [
+def test_tables_leave_out_missing_measurements(tmp_path):
+    measured = [row for row in example_measurements() if row["rule"] in (CONDITIONAL, "CFG")]
+    assert format_table(measured, "test").splitlines()[2:4] == [
         "| CFG | 10.5 ± 0.5 | 10.5 ± 0.5 |",
         "| Rescale(CFG) | 10.5 ± 0.5 |  |",
     ]
-    assert len(savings(measured).splitlines()) == 2
+    assert len(format_savings(measured).splitlines()) == 2
     draw(measured, tmp_path)
 
 
 def test_pictures_are_drawn(tmp_path, monkeypatch):
-    draw(list(made()), tmp_path)
+    draw(list(example_measurements()), tmp_path)
     monkeypatch.setattr(fields, "COUNT", 4)
     monkeypatch.setattr(fields, "STEPS", 3)
     monkeypatch.setattr(
@@ -191,7 +197,7 @@ def test_pictures_are_drawn(tmp_path, monkeypatch):
     }
 
 
-def test_the_mixture_s_classifiers_are_exact():
+def test_the_classifiers_of_the_mixture_are_exact():
     """At clean data beside a component both classifiers name it; p(class 0) is its weight at pure noise."""
     x = fields.MEANS
     assert fields.class_of_x0(x, None).argmax(1).tolist() == [0, 0, 1, 1]

@@ -1,58 +1,50 @@
-"""The study of training: what it measures is appended, continued, and averaged as it says."""
+"""The study of training: its measurements are appended, continued and averaged."""
 
 import pytest
-import torch
-from experiments.training import (
-    ARMS,
-    KNOTS,
-    averaged,
-    measure,
-    rows,
-    stepped,
-    study,
-    table,
-    trainer,
-)
+from experiments.study import read_measurements
+from experiments.training import KNOTS, VARIANTS, format_table, measure, run_study
 
 from diffcore.core.process import Process
 from diffcore.objectives.objective import Objective
 
 
-@pytest.mark.parametrize("name", ARMS)
-def test_every_arm_can_be_sampled_over_the_common_knots(name):
-    arm = ARMS[name]
-    process = Process(arm.schedule, arm.prediction, shape=(1, 8, 8), classes=10, dropout=0.1)
-    arm.objective.check(process)
-    knots = KNOTS.knots(arm.schedule, 20)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_can_be_sampled_over_the_common_knots(name):
+    variant = VARIANTS[name]
+    process = Process(
+        variant.schedule, variant.prediction, shape=(1, 8, 8), classes=10, dropout=0.1
+    )
+    variant.objective.check(process)
+    knots = KNOTS.knots(variant.schedule, 20)
     assert (knots[0].logsnr, knots[-2].logsnr) == (-9, 7)
 
 
-def test_an_arm_is_measured_after_each_number_of_steps():
-    found = measure(ARMS["cosine, v, Min-SNR"], "stratified", 0, (2, 1), per_label=1)
+def test_a_variant_is_measured_after_each_number_of_steps():
+    found = measure(VARIANTS["cosine, v, Min-SNR"], "stratified", 0, (2, 1), per_label=1)
     assert list(found) == [1, 2]
     assert all(distance > 0 for pair in found.values() for distance in pair)
-    assert found == measure(ARMS["cosine, v, Min-SNR"], "stratified", 0, (1, 2), per_label=1)
+    assert found == measure(VARIANTS["cosine, v, Min-SNR"], "stratified", 0, (1, 2), per_label=1)
 
 
 def test_a_study_continues_what_its_file_holds(tmp_path, monkeypatch):
-    asked = []
+    calls = []
 
-    def told(arm, levels, seed, points):
-        asked.append((arm.objective, levels, seed))
+    def measured(variant, levels, seed, points):
+        calls.append((variant.objective, levels, seed))
         return {100: (1.0, 2.0)}
 
-    monkeypatch.setattr("experiments.training.measure", told)
-    out, arms = tmp_path / "study.jsonl", {"one": ARMS["cosine, v"]}
-    assert len(list(study(out, [0], arms))) == 2
-    assert len(list(study(out, [0, 1], arms))) == 2
-    assert [(levels, seed) for _, levels, seed in asked] == [
+    monkeypatch.setattr("experiments.training.measure", measured)
+    out, variants = tmp_path / "study.jsonl", {"one": VARIANTS["cosine, v"]}
+    assert len(list(run_study(out, [0], variants))) == 2
+    assert len(list(run_study(out, [0, 1], variants))) == 2
+    assert [(levels, seed) for _, levels, seed in calls] == [
         ("independent", 0),
         ("stratified", 0),
         ("independent", 1),
         ("stratified", 1),
     ]
-    assert isinstance(asked[0][0], Objective)
-    assert rows(out)[0] == {
+    assert isinstance(calls[0][0], Objective)
+    assert read_measurements(out)[0] == {
         "arm": "one",
         "levels": "independent",
         "seed": 0,
@@ -61,7 +53,7 @@ def test_a_study_continues_what_its_file_holds(tmp_path, monkeypatch):
 
 
 def test_the_table_holds_means_over_seeds_and_half_ranges():
-    measured = [
+    measurements = [
         {
             "arm": "a",
             "levels": "stratified",
@@ -70,15 +62,11 @@ def test_the_table_holds_means_over_seeds_and_half_ranges():
         }
         for seed, value in enumerate((10.0, 20.0, 12.0))
     ]
-    assert table(measured, 0).splitlines()[2] == "| a | stratified | 14.0 ± 5.0 | 1.0 ± 0.0 |"
-    assert table(measured, 1).splitlines()[2] == "| a | stratified | 0.0 ± 0.0 | 4.0 ± 0.0 |"
-
-
-def test_the_network_of_a_run_has_its_averaged_weights(tmp_path):
-    settings = trainer(ARMS["cosine, v, Min-SNR"], "stratified", 0, tmp_path, 2)
-    found = averaged(settings).network.state_dict()
-    *_, last = stepped(settings)
-    assert all(torch.equal(found[name], value) for name, value in last.average.shadow.items())
-    assert not any(
-        torch.equal(found[name], value) for name, value in last.network.named_parameters()
+    assert (
+        format_table(measurements, 0).splitlines()[2]
+        == "| a | stratified | 14.0 ± 5.0 | 1.0 ± 0.0 |"
+    )
+    assert (
+        format_table(measurements, 1).splitlines()[2]
+        == "| a | stratified | 0.0 ± 0.0 | 4.0 ± 0.0 |"
     )
