@@ -1,4 +1,4 @@
-"""AdaptiveGuidance: stops asking for the reference once both agree; LinearAG: predicts it."""
+"""AdaptiveGuidance stops once both predictions agree; LinearAG predicts the reference."""
 
 import math
 from typing import get_args
@@ -24,10 +24,10 @@ KNOTS = UniformLogSNR(-6.0, 6.0).knots(RECORD.schedule, 24)
 START = NOISE.first_sample(KNOTS[0], 0.5)
 
 
-def by_hand(w, threshold, rows=slice(None)):
-    """DDIM row by row: guided until the cosine of v has reached the threshold once."""
+def ddim_per_sample(w, threshold):
+    """DDIM of each sample alone, guided until the cosine of v has reached the threshold once."""
     results, stops = [], []
-    for x, label in zip(START[rows, None], LABELS[rows, None], strict=True):
+    for x, label in zip(START[:, None], LABELS[:, None], strict=True):
         stopped = None
         for i, (t, s) in enumerate(zip(KNOTS, KNOTS[1:], strict=False)):
             c, u = ORACLE(x, t, label), ORACLE(x, t)
@@ -42,18 +42,18 @@ def by_hand(w, threshold, rows=slice(None)):
 
 
 @pytest.mark.parametrize("threshold", (0.9, 0.99, 0.999))
-def test_each_row_is_guided_until_its_own_predictions_agree(threshold):
+def test_each_sample_is_guided_until_its_own_predictions_agree(threshold):
     x, _ = integrate(
         ORACLE, DDIM(), START, KNOTS, NOISE, AdaptiveGuidance(CFG(3.0), threshold), LABELS
     )
-    expected, stops = by_hand(3.0, threshold)
+    expected, stops = ddim_per_sample(3.0, threshold)
     torch.testing.assert_close(x, expected, rtol=0, atol=1e-9)
-    assert len(set(stops)) > 1 or threshold == 0.9  # rows stop at different steps
+    assert len(set(stops)) > 1 or threshold == 0.9  # samples stop at different steps
 
 
-def test_the_reference_is_asked_until_the_last_row_agrees():
+def test_the_reference_is_evaluated_until_the_last_sample_agrees():
     rule = AdaptiveGuidance(CFG(3.0), 0.9)
-    _, stops = by_hand(3.0, 0.9)
+    _, stops = ddim_per_sample(3.0, 0.9)
     network = ExactNetwork(mixture(RECORD), RECORD)
     _, evaluations = integrate(Denoiser(network, RECORD), DDIM(), START, KNOTS, NOISE, rule, LABELS)
     assert evaluations == 24 + max(stops) + 1
@@ -79,25 +79,25 @@ def test_evaluations_used_are_fewer_than_those_planned_and_smaller_batches_save_
     torch.testing.assert_close(made[0].x, made[1].x, rtol=0, atol=1e-10)
 
 
-def test_on_eps_the_cosine_is_near_1_at_noise_and_on_v_it_is_not():
-    """Numerics 23: why ε is not measured."""
-    seen = next(watch(ORACLE, DDIM(), START, KNOTS, NOISE, CFG(3.0), LABELS))
-    assert AdaptiveGuidance.cosine_in("epsilon", seen).min() > 0.99
-    assert AdaptiveGuidance(CFG(3.0)).cosine(seen).min() < 0.9
+def test_at_high_noise_the_cosine_is_near_1_on_eps_and_not_on_v():
+    """Both ε are nearly x there, so ε would stop guidance at the first step."""
+    inputs = next(watch(ORACLE, DDIM(), START, KNOTS, NOISE, CFG(3.0), LABELS))
+    assert AdaptiveGuidance.cosine_in("epsilon", inputs).min() > 0.99
+    assert AdaptiveGuidance(CFG(3.0)).cosine(inputs).min() < 0.9
 
 
 @pytest.mark.parametrize("space", ("v_prediction", "sample"))
 def test_the_cosine_is_that_of_its_space(space):
-    for seen in list(watch(ORACLE, DDIM(), START, KNOTS, NOISE, CFG(3.0), LABELS))[::6]:
-        level, pairs = seen.step.level, (seen.conditional, *seen.references)
+    for inputs in list(watch(ORACLE, DDIM(), START, KNOTS, NOISE, CFG(3.0), LABELS))[::6]:
+        level, pairs = inputs.step.level, (inputs.conditional, *inputs.references)
         c, u = (
             p.x0 if space == "sample" else level.alpha * p.eps - level.sigma * p.x0 for p in pairs
         )
         expected = (c * u).sum(1) / (c.norm(dim=1) * u.norm(dim=1))
-        torch.testing.assert_close(AdaptiveGuidance(CFG(3.0), space=space).cosine(seen), expected)
+        torch.testing.assert_close(AdaptiveGuidance(CFG(3.0), space=space).cosine(inputs), expected)
 
 
-def test_around_apg_its_memory_goes_on():
+def test_the_memory_of_apg_inside_is_passed_on():
     made = [
         integrate(ORACLE, DDIM(), START, KNOTS, NOISE, rule, LABELS)[0]
         for rule in (AdaptiveGuidance(APG(3.0, momentum=-0.5), 1.0), APG(3.0, momentum=-0.5))
@@ -130,7 +130,7 @@ def gaussian_run(rule, seeds, pair=Pair(0.5)):  # of variance 1 the vp process h
 
 @pytest.mark.parametrize("space", get_args(PredictionType))
 def test_linear_ag_is_exact_where_predictions_are_linear(space):
-    """On two Gaussians F_ref is a multiple of F_c at each level, so a fit on some seeds serves others exactly."""
+    """On two Gaussians F_ref is a multiple of F_c at each level, so a fit holds for other seeds."""
     fitted = LinearAG.fit(CFG(3.0), watch(*gaussian_run(CFG(3.0), [1, 2, 3, 4])), space=space)
     assert fitted.space == space
     assert [bool(row) for row in fitted.coefficients] == [i in (1, 3, 5) for i in range(12)]
@@ -140,8 +140,8 @@ def test_linear_ag_is_exact_where_predictions_are_linear(space):
     assert (used, all_) == (24 - 3, 24)
 
 
-def test_linear_ag_predicts_what_was_not_fitted_and_later_predictions_read_it():
-    """On a mixture: nearer to the guided samples than with no reference at those steps, at fewer evaluations."""
+def test_linear_ag_on_a_mixture_halves_the_error_of_leaving_the_reference_out():
+    """The fit holds for other seeds, and later predictions read predicted references."""
     noise = Noise(torch.arange(100, 140), (2,), dtype=torch.float64)
     x, labels = noise.first_sample(KNOTS[0], 0.5), torch.arange(40) % 2
     many = Noise(torch.arange(200, 300), (2,), dtype=torch.float64)
@@ -171,9 +171,9 @@ def test_coefficients_are_those_of_least_squares():
     path = list(watch(ORACLE, DDIM(), START, KNOTS, NOISE, CFG(3.0), LABELS))
     row = LinearAG.fit(CFG(3.0), path, skip=[1], depth=2).coefficients[1]
     pairs = [
-        [level.alpha * p.eps - level.sigma * p.x0 for p in (seen.conditional, *seen.references)]
-        for seen in path[:2]
-        for level in [seen.step.level]
+        [level.alpha * p.eps - level.sigma * p.x0 for p in (inputs.conditional, *inputs.references)]
+        for inputs in path[:2]
+        for level in [inputs.step.level]
     ]
     assert len(row) == 4  # one past step is all there is
     predicted = row[0] + row[1] * pairs[1][0] + row[2] * pairs[0][0] + row[3] * pairs[0][1]
@@ -207,8 +207,8 @@ def test_another_number_of_steps_and_two_evaluations_a_step_are_refused():
         sample(ORACLE, steps=3, seeds=[1], condition=[0], guidance=from_noise)
 
 
-def test_a_gap_in_the_history_is_refused_and_not_read():
-    """Where w is 1 at a step before, no reference was asked there, and the terms of that step are missing."""
+def test_a_gap_in_the_history_is_refused():
+    """At a step with w = 1 no reference is evaluated, so the terms of that step are missing."""
     last = KNOTS[3].logsnr - 1e-6
     for scale, rows in (
         (lambda logsnr: 1.0 if logsnr < last else 3.0, 3),
@@ -227,8 +227,8 @@ def test_a_gap_in_the_history_is_refused_and_not_read():
     assert integrate(ORACLE, DDIM(), START, KNOTS, NOISE, rule, LABELS)[1] == 24 + 20
 
 
-def test_around_linear_ag_all_rows_stop_before_its_history_is_whole():
-    """At threshold -0.99 all agree at once; what would be predicted afterwards is not used."""
+def test_adaptive_guidance_stops_linear_ag_before_its_history_is_complete():
+    """At threshold -0.99 all samples agree at once; later predicted references have no effect."""
     rule = LinearAG(CFG(3.0), (*((),) * 4, (0.0, 0.9, 0.1, 0.1, 0.2, 0.2), *((),) * 19))
     x, used = integrate(ORACLE, DDIM(), START, KNOTS, NOISE, AdaptiveGuidance(rule, -0.99), LABELS)
     plain, _ = integrate(

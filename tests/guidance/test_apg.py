@@ -1,6 +1,7 @@
 """Adaptive projected guidance: the paper's pseudo-code, its identities, its memory."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -8,12 +9,12 @@ from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normal
 
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.noise import Noise
-from diffcore.core.prediction import Prediction
+from diffcore.core.prediction import Prediction, PredictionType
 from diffcore.guidance import APG, CFG, GuidanceInput, Step
 from diffcore.samplers import DDIM, AlphaBlending
 from diffcore.sampling.loop import guided_prediction, integrate, watch
 from diffcore.schedules import Trailing, UniformLogSNR
-from tests.helpers.oracles import KINDS, ExactNetwork, Pair, mixture, process
+from tests.helpers.oracles import ExactNetwork, Pair, mixture, process
 
 NOISE = Noise(torch.arange(6), (2,), dtype=torch.float64)
 LABELS = torch.tensor([0, 1, 1, 0, 1, 0])
@@ -28,7 +29,7 @@ SETTINGS = [  # w, η, β, r
 
 
 def published(w, eta, beta, radius, x):
-    """Algorithm 1 of the paper around DDIM, in NumPy's words: everything by row, dims 1 and up."""
+    """Algorithm 1 of the paper around DDIM; norms and products are those of each sample."""
     buffer = 0.0
     for t, s in zip(KNOTS, KNOTS[1:], strict=False):
         cond, uncond = ORACLE(x, t, LABELS).x0, ORACLE(x, t).x0
@@ -45,9 +46,11 @@ def published(w, eta, beta, radius, x):
 
 
 @pytest.mark.parametrize(("w", "eta", "beta", "radius"), SETTINGS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_d1_apg_is_the_paper_s_algorithm_whatever_the_network_outputs(kind, w, eta, beta, radius):
-    record = process(prediction=kind)
+@pytest.mark.parametrize("prediction", get_args(PredictionType))
+def test_apg_is_the_algorithm_of_the_paper_for_each_prediction_type(
+    prediction, w, eta, beta, radius
+):
+    record = process(prediction=prediction)
     network = Denoiser(ExactNetwork(mixture(record), record), record)
     x, _ = integrate(
         network,
@@ -69,7 +72,7 @@ def test_one_evaluation_is_that_of_diffusers_on_x0_in_its_original_formulation(
 ):
     level = ORACLE.process.schedule.at(-1.0)
     x = 2 * NOISE.start()
-    answer, _, _ = guided_prediction(
+    guided, _, _ = guided_prediction(
         ORACLE, APG(w, eta=eta, momentum=beta, threshold=radius), x, level, LABELS, None
     )
     cond, uncond = ORACLE(x, level, LABELS).x0, ORACLE(x, level).x0
@@ -82,7 +85,7 @@ def test_one_evaluation_is_that_of_diffusers_on_x0_in_its_original_formulation(
         radius if math.isfinite(radius) else 0.0,
         True,
     )
-    torch.testing.assert_close(answer.x0, theirs, rtol=0, atol=1e-6)
+    torch.testing.assert_close(guided.x0, theirs, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("logsnr", (-3.0, 0.0, 3.0))
@@ -106,19 +109,19 @@ def test_momentum_differs_from_none_from_the_second_step_on():
     assert same == [True, True] + [False] * (len(same) - 2)
 
 
-def test_the_radius_bounds_the_update_by_row():
+def test_the_radius_bounds_the_update_of_each_sample():
     level, x = ORACLE.process.schedule.at(0.0), 2 * NOISE.start()
-    answer, _, _ = guided_prediction(
+    guided, _, _ = guided_prediction(
         ORACLE, APG(3.0, eta=1.0, momentum=0.0, threshold=0.1), x, level, LABELS, None
     )
     cond, uncond = ORACLE(x, level, LABELS).x0, ORACLE(x, level).x0
     expected = 2 * (cond - uncond).norm(dim=1).clamp(max=0.1)
-    torch.testing.assert_close((answer.x0 - cond).norm(dim=1), expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close((guided.x0 - cond).norm(dim=1), expected, rtol=1e-9, atol=0)
     assert (expected == 0.2).any()
 
 
 def test_a_relative_radius_is_the_same_at_each_resolution():
-    """Tiling a row k times multiplies its norm by √k; the update stays."""
+    """Tiling a sample k times multiplies its norm by √k; the update stays the same."""
     record = process(shape=(1, 4, 4))
     level = record.schedule.at(0.0)
     small = [
@@ -129,14 +132,14 @@ def test_a_relative_radius_is_the_same_at_each_resolution():
     updates = []
     for cond, ref in (small, large):
         zeros = torch.zeros_like(cond)
-        seen = GuidanceInput(
+        inputs = GuidanceInput(
             zeros,
             Step(record, level, level, level),
             Prediction(cond, zeros),
             (Prediction(ref, zeros),),
         )
-        answer, _ = APG(3.0, momentum=0.0, threshold=0.3, relative=True).combine(seen, None)
-        updates.append(answer.x0 - cond)
+        guided, _ = APG(3.0, momentum=0.0, threshold=0.3, relative=True).combine(inputs, None)
+        updates.append(guided.x0 - cond)
     torch.testing.assert_close(updates[1], updates[0].repeat(1, 1, 2, 2), rtol=1e-9, atol=1e-12)
     assert updates[0].flatten(1).norm(dim=1).max() <= 2 * 0.3 * 4 + 1e-9
 
@@ -149,7 +152,7 @@ NOISE_PAIR = (
 
 @pytest.mark.parametrize("eta", (0.0, 0.5, 1.0))
 def test_in_one_dimension_everything_is_parallel(eta):
-    """So APG is CFG with w' = 1 + η (w - 1), whose variance is 2^(1-w')."""
+    """APG is then CFG with w' = 1 + η (w - 1), whose variance is 2^(1-w')."""
     pair, noise = Pair(), Noise(torch.arange(3), (1,), dtype=torch.float64)
     knots, labels = Trailing().knots(pair.process.schedule, 200), torch.zeros(3, dtype=torch.int64)
     x, _ = integrate(
@@ -160,17 +163,17 @@ def test_in_one_dimension_everything_is_parallel(eta):
     )
 
 
-def test_rows_where_both_predictions_agree_or_are_0_stay_finite():
+def test_samples_whose_predictions_agree_or_are_0_stay_finite():
     level, zero = ORACLE.process.schedule.at(0.0), torch.zeros(2, 2)
-    seen = GuidanceInput(
+    inputs = GuidanceInput(
         zero,
         Step(ORACLE.process, level, level, level),
         Prediction(zero, zero),
         (Prediction(zero, zero),),
     )
-    answer, _ = APG(4.0, threshold=1.0).combine(seen, None)
-    assert torch.equal(answer.x0, zero)
-    assert torch.equal(answer.eps, zero)
+    guided, _ = APG(4.0, threshold=1.0).combine(inputs, None)
+    assert torch.equal(guided.x0, zero)
+    assert torch.equal(guided.eps, zero)
 
 
 def test_the_preset_has_the_published_radius_and_momentum():

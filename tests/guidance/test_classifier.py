@@ -1,4 +1,4 @@
-"""Classifiers: guidance by their gradient, and by their answers alone."""
+"""Guidance by the gradient of a classifier, and by its logits alone."""
 
 import math
 
@@ -36,11 +36,11 @@ ORACLE = mixture()
 LABELS = torch.tensor([0, 1, 1, 0, 1, 0])
 NOISE = Noise(torch.arange(6), (2,), dtype=torch.float64)
 X = 2 * NOISE.start()
-PRIOR = torch.tensor([0.5, 0.5], dtype=torch.float64)  # of the classes
+PRIOR = torch.tensor([0.5, 0.5], dtype=torch.float64)  # probability of each class
 
 
 def bayes(oracle):
-    """Exact logits: ln p(x | y) + ln p(y)."""
+    """The exact classifier, with logits ln p(x | y) + ln p(y)."""
 
     def logits(x, level):
         each = [oracle.log_density(x, level, torch.full((len(x),), y)) for y in (0, 1)]
@@ -50,7 +50,7 @@ def bayes(oracle):
 
 
 def unconditional(scaling="vp"):
-    """The mixture, as a network without classes."""
+    """The mixture as a network without classes."""
     record = process(Cosine(scaling=scaling), classes=0)
     return GaussianMixture(MEANS, COVARIANCES, WEIGHTS, torch.tensor([0, 1, 1]), record)
 
@@ -60,15 +60,15 @@ def unconditional(scaling="vp"):
 def test_an_exact_classifier_at_w_1_makes_the_conditional_prediction_of_the_unconditional_one(
     scaling, logsnr
 ):
-    """Bayes' rule, and the network need not know classes."""
+    """This is Bayes' rule; the network needs no classes."""
     oracle = mixture(process(Cosine(scaling=scaling)))
     level = oracle.process.schedule.at(logsnr)
     rule = ClassifierGuidance(bayes(oracle), 1.0)
-    answer, _, asked = guided_prediction(unconditional(scaling), rule, X, level, LABELS, None)
+    guided, _, evaluations = guided_prediction(unconditional(scaling), rule, X, level, LABELS, None)
     expected = oracle(X, level, LABELS)
-    torch.testing.assert_close(answer.x0, expected.x0, rtol=1e-8, atol=1e-8)
-    torch.testing.assert_close(answer.eps, expected.eps, rtol=1e-8, atol=1e-8)
-    assert asked == 1
+    torch.testing.assert_close(guided.x0, expected.x0, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(guided.eps, expected.eps, rtol=1e-8, atol=1e-8)
+    assert evaluations == 1
 
 
 def test_on_the_conditional_prediction_it_is_cfg_with_w_plus_1():
@@ -96,10 +96,10 @@ def test_samples_of_an_unconditional_network_follow_their_labels():
     assert by_classifier.evaluations == 20
 
 
-def test_one_label_for_all_and_a_log_probability_are_other_ways_to_say_what_is_wanted():
+def test_one_label_for_all_or_a_log_probability_replaces_the_labels():
     level = ORACLE.process.schedule.at(0.0)
     ones = torch.ones(6, dtype=torch.int64)
-    wanted, _, _ = guided_prediction(
+    by_condition, _, _ = guided_prediction(
         ORACLE, ClassifierGuidance(bayes(ORACLE), 2.0), X, level, ones, None
     )
     by_label, _, _ = guided_prediction(
@@ -109,47 +109,47 @@ def test_one_label_for_all_and_a_log_probability_are_other_ways_to_say_what_is_w
         lambda x, level: bayes(ORACLE)(x, level).log_softmax(1)[:, 1], 2.0, label=0
     )
     by_value, _, _ = guided_prediction(ORACLE, log_p, X, level, ones, None)
-    torch.testing.assert_close(by_label.x0, wanted.x0)
-    torch.testing.assert_close(by_value.x0, wanted.x0)
+    torch.testing.assert_close(by_label.x0, by_condition.x0)
+    torch.testing.assert_close(by_value.x0, by_condition.x0)
 
 
 @pytest.mark.parametrize(("joint", "marginal"), [(1.0, 0.5), (2.0, 1.0), (1.0, 0.0)])
 def test_temperatures_weigh_the_logit_against_the_normalisation(joint, marginal):
-    """∇ (τ_1 f_y - logsumexp τ_2 f) = τ_1 ∇f_y - τ_2 Σ_k softmax(τ_2 f)_k ∇f_k, with linear logits f = A x."""
+    """∇ (τ_1 f_y - logsumexp τ_2 f) = τ_1 ∇f_y - τ_2 Σ_k softmax(τ_2 f)_k ∇f_k for f = A x."""
     A = torch.tensor([[1.0, -2.0], [0.5, 3.0], [-1.0, 0.2]], dtype=torch.float64)
     level = ORACLE.process.schedule.at(0.4)
     rule = ClassifierGuidance(
         lambda x, level: x @ A.T, 3.0, label=1, joint=joint, marginal=marginal
     )
-    answer, _, _ = guided_prediction(ORACLE, rule, X, level, LABELS, None)
+    guided, _, _ = guided_prediction(ORACLE, rule, X, level, LABELS, None)
     p = torch.softmax(marginal * X @ A.T, 1)
     gradient = joint * A[1] - marginal * p @ A
     plain = ORACLE(X, level, LABELS)
     torch.testing.assert_close(
-        answer.x0, plain.x0 + 3 * level.sigma**2 / level.alpha * gradient, rtol=1e-9, atol=1e-9
+        guided.x0, plain.x0 + 3 * level.sigma**2 / level.alpha * gradient, rtol=1e-9, atol=1e-9
     )
     torch.testing.assert_close(
-        answer.eps, plain.eps - 3 * level.sigma * gradient, rtol=1e-9, atol=1e-9
+        guided.eps, plain.eps - 3 * level.sigma * gradient, rtol=1e-9, atol=1e-9
     )
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_on_the_prediction_of_x0_it_is_exact_for_data_of_the_stated_deviation(scaling):
-    """x_0 ~ N(m, s²) and p(y | x_0) ∝ exp(b x_0 / k): the posterior of x has the mean that the gain gives."""
+    """For x_0 ~ N(m, s²), ln p(y | x_0) = b x_0: E[x_0 | x, y] = E[x_0 | x] + b Var[x_0 | x]."""
     record = process(Cosine(scaling=scaling), shape=(1,), classes=0, sigma_data=0.5)
     oracle = gaussian([0.3], torch.tensor([[0.25]]), record)
     x, b = torch.linspace(-2, 2, 5).double()[:, None], 1.7
     for logsnr in (-3.0, 0.0, 3.0):
         level = record.schedule.at(logsnr)
         rule = ClassifierGuidance(lambda x0, level: b * x0[:, 0], 1.0, label=0, input="x0")
-        answer, _, _ = guided_prediction(oracle, rule, x, level, None, None)
-        variance = 1 / (1 / 0.25 + (level.alpha / level.sigma) ** 2)  # of x_0 given x
+        guided, _, _ = guided_prediction(oracle, rule, x, level, None, None)
+        variance = 1 / (1 / 0.25 + (level.alpha / level.sigma) ** 2)  # Var[x_0 | x]
         torch.testing.assert_close(
-            answer.x0, oracle(x, level).x0 + b * variance, rtol=1e-9, atol=1e-9
+            guided.x0, oracle(x, level).x0 + b * variance, rtol=1e-9, atol=1e-9
         )
 
 
-def test_from_pure_noise_a_classifier_of_x_says_nothing_and_one_of_x0_says_the_prior():
+def test_at_pure_noise_a_classifier_of_x_changes_nothing_and_one_of_x0_shifts_the_prior():
     level = ORACLE.process.schedule.level(1.0)
     plain = ORACLE(X, level, LABELS)
     by_x, _, _ = guided_prediction(
@@ -228,8 +228,8 @@ def three():
     return GaussianMixture(MEANS, COVARIANCES, WEIGHTS, torch.arange(3), process(classes=3))
 
 
-def test_gfcg_moves_away_from_the_class_last_confused_with_the_wanted_one_by_the_doubt():
-    """Row by row: y = 0, 1, 0 have the rivals 2, 2, 1. The first step asks nothing."""
+def test_gfcg_moves_away_from_the_previous_rival_class_by_the_doubt():
+    """y = 0, 1, 0 have the rivals 2, 2, 1. The first step has no reference."""
     oracle, labels = three(), torch.tensor([0, 1, 0])
     noise = Noise(torch.arange(3), (2,), dtype=torch.float64)
     knots = UniformLogSNR(-3.0, 3.0).knots(oracle.process.schedule, 4)
@@ -244,7 +244,7 @@ def test_gfcg_moves_away_from_the_class_last_confused_with_the_wanted_one_by_the
             labels,
         )
     )
-    assert [len(seen.references) for seen in path] == [0, 1, 1, 1]
+    assert [len(inputs.references) for inputs in path] == [0, 1, 1, 1]
     doubt = 1 - LOGITS.softmax(1)[range(3), labels]
     for before, after in zip(path[1:], path[2:], strict=False):
         t, s = before.step.level, after.step.level
@@ -255,7 +255,7 @@ def test_gfcg_moves_away_from_the_class_last_confused_with_the_wanted_one_by_the
         )
 
 
-def test_gfcg_needs_no_condition_dropout_and_leaves_sure_rows_alone():
+def test_gfcg_needs_no_condition_dropout_and_leaves_certain_samples_unchanged():
     record = process(classes=3, dropout=0.0)
     oracle = GaussianMixture(MEANS, COVARIANCES, WEIGHTS, torch.arange(3), record)
     sure = torch.full((1, 3), -200.0).scatter(1, torch.tensor([[1]]), 200.0)
@@ -268,7 +268,7 @@ def test_gfcg_needs_no_condition_dropout_and_leaves_sure_rows_alone():
     assert made.evaluations == made.planned == 11
 
 
-def test_gfcg_asks_a_weaker_network_about_the_confused_class():
+def test_gfcg_evaluates_a_weaker_network_under_the_rival_class():
     oracle, labels = three(), torch.tensor([0, 1, 0])
     weak = GaussianMixture(MEANS, 3 * COVARIANCES, WEIGHTS, torch.arange(3), oracle.process)
     rule = GFCG(lambda x0, level: LOGITS.to(x0), 4.0, weak)
@@ -290,7 +290,7 @@ def test_gfcg_refuses_a_classifier_of_other_classes_and_a_network_of_one():
         sample(Pair(), steps=3, seeds=[1], condition=[0], guidance=GFCG(lambda x0, level: x0, 2.0))
 
 
-def test_minority_guidance_is_classifier_guidance_towards_a_level_of_the_score():
+def test_minority_guidance_is_classifier_guidance_towards_a_minority_class():
     level = ORACLE.process.schedule.at(0.0)
     ours, _, _ = guided_prediction(
         ORACLE, MinorityGuidance(bayes(ORACLE), 2.0, label=1), X, level, LABELS, None
@@ -301,8 +301,8 @@ def test_minority_guidance_is_classifier_guidance_towards_a_level_of_the_score()
     assert torch.equal(ours.x0, same.x0)
 
 
-def test_the_minority_score_is_the_error_of_reconstruction_and_its_levels_hold_as_many_each():
-    """On N(0, 1) at level λ the error is ((1 - k α) x_0 - k σ ε)², k = α/(α² + σ²): larger for points far out."""
+def test_the_minority_score_is_the_error_of_reconstruction_and_its_classes_are_equally_large():
+    """On N(0, 1) the error is ((1 - k α) x_0 - k σ ε)², k = α/(α² + σ²)."""
     oracle = gaussian([0.0], torch.tensor([[1.0]]), process(Flow(), shape=(1,), classes=0))
     level = oracle.process.schedule.at(-1.0)
     x0, eps = torch.linspace(-3, 3, 600).double()[:, None], torch.full((600, 1), 0.2).double()
@@ -315,12 +315,12 @@ def test_the_minority_score_is_the_error_of_reconstruction_and_its_levels_hold_a
     noisy = ORACLE.process.schedule.at(0.0)
     rebuilt = ORACLE((2 * noisy.alpha + noisy.sigma) * NOISE.start(), noisy).x0
     torch.testing.assert_close(wide, (rebuilt - 2 * NOISE.start()).square().sum(1) / 2)
-    levels = minority_classes(scores, 3)
-    assert levels.bincount().tolist() == pytest.approx([200] * 3, abs=1)
-    assert scores[levels == 2].min() > scores[levels == 1].max() > scores[levels == 0].max()
+    classes = minority_classes(scores, 3)
+    assert classes.bincount().tolist() == pytest.approx([200] * 3, abs=1)
+    assert scores[classes == 2].min() > scores[classes == 1].max() > scores[classes == 0].max()
 
 
-def test_weaker_and_classifier_run_together():
+def test_a_weaker_network_and_a_classifier_add_up():
     knots = UniformLogSNR(-3.0, 3.0).knots(ORACLE.process.schedule, 3)
     rule = Sum((CFG(2.0, WeakerNetwork(ORACLE)), ClassifierGuidance(bayes(ORACLE), 1.0)))
     alone, _ = integrate(
@@ -331,13 +331,13 @@ def test_weaker_and_classifier_run_together():
     assert used == 6
 
 
-def test_rows_with_the_null_label_are_not_guided():
+def test_samples_with_the_null_label_are_not_guided():
     level, labels = ORACLE.process.schedule.at(-1.0), torch.tensor([0, 2, 1, 2, 1, 0])
-    answer, _, _ = guided_prediction(
+    guided, _, _ = guided_prediction(
         ORACLE, ClassifierGuidance(bayes(ORACLE), 2.0), X, level, labels, None
     )
-    told = ORACLE(X, level, labels)
-    assert (answer.x0 != told.x0).any(1).tolist() == (labels < 2).tolist()
+    plain = ORACLE(X, level, labels)
+    assert (guided.x0 != plain.x0).any(1).tolist() == (labels < 2).tolist()
 
 
 @pytest.mark.parametrize(

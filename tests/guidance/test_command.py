@@ -1,4 +1,4 @@
-"""Guidance from the command line: every rule by its name, other runs by their folder, evaluations in the report."""
+"""Guidance on the command line: rules by name, runs by folder, evaluations in the report."""
 
 import pytest
 
@@ -15,8 +15,8 @@ RAMP = ("--guidance.scale.noisy=1", "--guidance.scale.clean=3")
 BOUNDS = ("--guidance.low", "0.19", "--guidance.high", "1.61")
 
 
-def test_the_line_of_the_issue_samples_and_reports_evaluations_used_and_planned(diffcore, trained):
-    """Trailing knots of the cosine: σ/α = inf, 2.4, 1.61, 1, 0.41, 0.19, 0; three of the six steps ask twice."""
+def test_a_command_reports_the_evaluations_used_and_planned(diffcore, trained):
+    """σ/α = inf, 2.4, 1.61, 1, 0.41, 0.19, 0: three of the six steps evaluate a reference."""
     ended = diffcore("sample", trained, *QUICK, *INTERVAL, *BOUNDS)
     assert ended.status == 0, ended.err
     assert "7 knots" in ended.out
@@ -62,7 +62,7 @@ def test_the_line_of_the_issue_samples_and_reports_evaluations_used_and_planned(
     ids=str,
 )
 def test_rules_are_named_with_their_options(diffcore, trained, arguments, evaluations):
-    """LinearScale begins at w = 1, which asks for no reference."""
+    """LinearScale begins at w = 1, where no reference is needed."""
     ended = diffcore("sample", trained, *QUICK, "--guidance", *arguments)
     assert ended.status == 0, ended.err
     assert f"of {evaluations} network evaluations each, {evaluations} planned" in ended.out

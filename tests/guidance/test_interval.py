@@ -1,4 +1,4 @@
-"""Guidance in an interval: by noise level, so any grid gives one result, at the evaluations that were planned."""
+"""Guidance in an interval of noise levels: every grid converges to the same result."""
 
 import math
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ GRIDS = {
 
 @dataclass(frozen=True)
 class WithoutKnots(Interval):
-    """Its bounds join no knots, as in implementations that choose among the steps there are."""
+    """Its bounds are not added to the knots, as in implementations that select existing steps."""
 
     def levels(self, process):
         return ()
@@ -47,7 +47,7 @@ class WithoutKnots(Interval):
 
 @dataclass(frozen=True)
 class StepFraction(GuidanceWrapper):
-    """By share of the steps, as in diffusers' guiders."""
+    """Guides in a fraction of the steps, as the guiders of diffusers do."""
 
     start: float = 0.25
     stop: float = 0.6
@@ -55,11 +55,11 @@ class StepFraction(GuidanceWrapper):
     def required_references(self, step, memory):
         return self.inner.required_references(step, memory) if self.inside(step) else ()
 
-    def combine(self, seen, memory):
+    def combine(self, inputs, memory):
         return (
-            self.inner.combine(seen, memory)
-            if self.inside(seen.step)
-            else (seen.conditional, memory)
+            self.inner.combine(inputs, memory)
+            if self.inside(inputs.step)
+            else (inputs.conditional, memory)
         )
 
     def inside(self, step):
@@ -82,7 +82,7 @@ def draw(rule, grid, n, sampler=AlphaBlending(2)):
 
 @cache
 def exact():
-    """The conditional flow from pure noise to σ/α = 1.61, CFG's to 0.19, and the conditional one to the data, by DOP853."""
+    """The flow by DOP853: conditional from pure noise to σ/α = 1.61, CFG to 0.19, conditional."""
     rows = torch.tensor(LABELS)
     x = Noise(torch.tensor(SEEDS), (2,), dtype=torch.float64).start()
     for w, *ends in ((1.0, -math.inf, 1.61), (4.0, 1.61, 0.19), (1.0, 0.19, math.inf)):
@@ -115,7 +115,7 @@ def test_a_step_fraction_converges_to_another_result_on_each_grid():
         assert (results[i] - results[j]).norm(dim=1).mean() > 0.04
 
 
-def test_bounds_among_the_knots_more_than_halve_the_error_at_16_karras_steps():
+def test_bounds_among_the_knots_halve_the_error_at_16_karras_steps():
     without = WithoutKnots(CFG(4.0), low=0.19, high=1.61)
     assert error(RULE, Karras(), 16) < 0.5 * error(without, Karras(), 16)
 
@@ -144,8 +144,8 @@ def test_knots_stay_in_their_order(rising):
 
 
 @pytest.mark.parametrize("rising", (False, True))
-def test_a_step_within_the_bounds_is_guided_whichever_way_it_goes(rising):
-    """(0.19, 1.61]: the step from 1.61 down to 0.19 and back is in, those beyond the bounds are not."""
+def test_a_step_within_the_bounds_is_guided_in_both_directions(rising):
+    """Steps between 1.61 and 0.19 are guided; steps beyond the bounds are not."""
     ratios = [5.0, 1.61, 0.6, 0.19, 0.05]
     levels = [Cosine().at(-2 * math.log(r)) for r in ratios]
     pairs = list(zip(levels, levels[1:], strict=False))
@@ -153,14 +153,14 @@ def test_a_step_within_the_bounds_is_guided_whichever_way_it_goes(rising):
     modes = [
         bool(
             RULE.required_references(Step(record, a, *((b, a) if rising else (a, b))), None)
-        )  # asked about anywhere in it
+        )  # the level within the step does not matter
         for a, b in pairs
     ]
     assert modes == [False, True, True, False]
 
 
-def test_the_two_evaluations_of_a_midpoint_step_are_of_one_mode():
-    """Of the step from 2 to 1.5 the middle is inside (., 1.8], and the step is not; knots are chosen so by hand."""
+def test_both_evaluations_of_a_midpoint_step_are_in_one_mode():
+    """The midpoint of the step from 2 to 1.5 is inside (0.1, 1.8], but the step is not."""
     record = process()
     network = ExactNetwork(mixture(record), record)
     knots = Explicit(tuple(-2 * math.log(r) for r in (4.0, 2.0, 1.5, 0.5))).knots(
@@ -222,7 +222,7 @@ def test_nested_intervals_are_their_intersection():
 
 
 def test_exact_variance_of_an_interval_on_two_gaussians():
-    """The flow of y = x/α multiplies y by √(v+u²) ratios: inside it is CFG's, outside the conditional one."""
+    """The flow of y = x/α multiplies y by ratios of √(v + u²), v and u = σ/α at the bounds."""
     low, high, w = 0.3, 2.0, 3.0
     noise, labels = (
         Noise(torch.arange(3), (1,), dtype=torch.float64),
@@ -274,7 +274,7 @@ MULTISTEP = (
 
 @pytest.mark.parametrize("sampler", MULTISTEP, ids=str)
 def test_no_polynomial_goes_through_both_sides_of_a_bound(sampler):
-    """Where knots lie close to a bound, at 32 and 64 steps, an extrapolation across it would miss by tenths."""
+    """At 32 and 64 steps knots lie close to a bound; extrapolation across it errs by tenths."""
     errors = [
         (draw(RULE, UniformBlend(1.25, 0.5), n, sampler).x - fine()).norm(dim=1).median()
         for n in (32, 64)
@@ -284,7 +284,7 @@ def test_no_polynomial_goes_through_both_sides_of_a_bound(sampler):
 
 
 @pytest.mark.parametrize("around", ("corrector", "restart", "repaint"))
-def test_a_sampler_within_another_forgets_too(around):
+def test_a_wrapped_sampler_drops_its_history_at_a_bound_too(around):
     inner = DPMSolverPP("2M")
     sampler = {
         "corrector": PredictorCorrector(inner, corrections=0),

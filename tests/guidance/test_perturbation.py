@@ -1,4 +1,4 @@
-"""The same network with attention or layers altered: exactly that, restored whatever happens, and never silently CFG."""
+"""References from altered layers: exactly as published, and restored also after an error."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ LEVEL = RECORD.schedule.at(0.0)
 
 
 class Transformer(nn.Module):
-    """DiT, whose forward wants the time and the label by their names."""
+    """DiT, whose forward takes the time and the label as keyword arguments."""
 
     def __init__(self):
         super().__init__()
@@ -54,7 +54,7 @@ NETWORKS = {
 each_network = pytest.mark.parametrize(("make", "layers"), NETWORKS.values(), ids=NETWORKS.keys())
 
 
-def asked(denoiser, x=X):
+def predict(denoiser, x=X):
     with torch.no_grad():
         return denoiser(x, LEVEL, LABELS)
 
@@ -63,11 +63,11 @@ def asked(denoiser, x=X):
 def test_perturbed_attention_is_self_attention_with_the_identity_as_its_map(
     make, layers, monkeypatch
 ):
-    """Diffusers' own layers around a scaled_dot_product_attention that returns its values."""
+    """Compared with diffusers' layers around a scaled_dot_product_attention that returns V."""
     denoiser, rule = Denoiser(make(), RECORD), CFG(3.0, PerturbedAttention((layers,)))
-    plain = asked(denoiser)
+    plain = predict(denoiser)
     with torch.no_grad():
-        answer, _, cost = guided_prediction(denoiser, rule, X, LEVEL, LABELS, None)
+        guided, _, evaluations = guided_prediction(denoiser, rule, X, LEVEL, LABELS, None)
     inside = {
         module
         for name, module in denoiser.network.named_modules()
@@ -85,27 +85,27 @@ def test_perturbed_attention_is_self_attention_with_the_identity_as_its_map(
             return forward(*args, **kwargs)
 
     attentions[0].forward = only_here
-    perturbed = asked(denoiser)
+    perturbed = predict(denoiser)
     assert functional.scaled_dot_product_attention is product
     assert (perturbed.x0 - plain.x0).abs().max() > 1e-4
     torch.testing.assert_close(
-        answer.x0, perturbed.x0 + 3 * (plain.x0 - perturbed.x0), rtol=1e-4, atol=1e-5
+        guided.x0, perturbed.x0 + 3 * (plain.x0 - perturbed.x0), rtol=1e-4, atol=1e-5
     )
-    assert cost == 2
+    assert evaluations == 2
 
 
-def test_skipped_layers_answer_with_their_input():
+def test_skipped_layers_return_their_input():
     denoiser = Denoiser(Transformer().eval(), RECORD)
     with torch.no_grad():
-        answer, _, _ = guided_prediction(
+        guided, _, _ = guided_prediction(
             denoiser, CFG(0.0, SkippedLayers(("dit.transformer_blocks.1",))), X, LEVEL, LABELS, None
         )
     del denoiser.network.dit.transformer_blocks[1]
-    torch.testing.assert_close(answer.x0, asked(denoiser).x0, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(guided.x0, predict(denoiser).x0, rtol=1e-6, atol=1e-6)
 
 
 class Attentions(nn.Module):
-    """Self-attention with everything that a layer of diffusers may have around it, and cross-attention."""
+    """Self-attention with all options of a diffusers layer, and cross-attention."""
 
     def __init__(self):
         super().__init__()
@@ -144,16 +144,16 @@ def test_cross_attention_is_left_alone():
 
 
 @torch.no_grad()
-def test_a_skipped_joint_block_answers_with_both_inputs_in_its_own_order():
-    """Stable Diffusion 3's answers (text, image), CogVideoX's (image, text)."""
+def test_a_skipped_joint_block_returns_both_inputs_in_its_own_order():
+    """A block of Stable Diffusion 3 returns (text, image), one of CogVideoX (image, text)."""
     sd3 = JointTransformerBlock(dim=8, num_attention_heads=2, attention_head_dim=4)
     cog = CogVideoXBlock(dim=8, num_attention_heads=2, attention_head_dim=4, time_embed_dim=8)
     image, text, temb = torch.randn(1, 9, 8), torch.randn(1, 5, 8), torch.randn(1, 8)
     for block, expected in ((sd3, (text, image)), (cog, (image, text))):
         network = nn.ModuleDict({"block": block})
         with SkippedLayers(("block",)).apply(network):
-            answer = block(hidden_states=image, encoder_hidden_states=text, temb=temb)
-        assert all(torch.equal(a, b) for a, b in zip(answer, expected, strict=True))
+            output = block(hidden_states=image, encoder_hidden_states=text, temb=temb)
+        assert all(torch.equal(a, b) for a, b in zip(output, expected, strict=True))
         assert not torch.equal(
             block(hidden_states=image, encoder_hidden_states=text, temb=temb)[0], expected[0]
         )
@@ -165,7 +165,7 @@ def test_a_skipped_joint_block_answers_with_both_inputs_in_its_own_order():
 def test_the_network_is_restored_also_when_it_fails(make, layers, kind, fail):
     network = make()
     denoiser, before = Denoiser(network, RECORD), None
-    before = asked(denoiser)
+    before = predict(denoiser)
     pattern = (
         layers
         if kind is PerturbedAttention
@@ -178,18 +178,18 @@ def test_the_network_is_restored_also_when_it_fails(make, layers, kind, fail):
             lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory"))
         )
         with pytest.raises(RuntimeError, match="out of memory"), kind((pattern,)).apply(network):
-            asked(denoiser)
+            predict(denoiser)
         hook.remove()
     else:
         with kind((pattern,)).apply(network):
-            assert not torch.equal(asked(denoiser).x0, before.x0)
+            assert not torch.equal(predict(denoiser).x0, before.x0)
     assert [m.processor for m in network.modules() if isinstance(m, Attention)] == processors
     assert not any(m._forward_hooks for m in network.modules())
-    assert torch.equal(asked(denoiser).x0, before.x0)
+    assert torch.equal(predict(denoiser).x0, before.x0)
 
 
-def test_it_samples_without_condition_and_without_dropout_and_beside_cfg():
-    """Diffusers' guider without CFG silently becomes CFG; here the unconditional network guides itself."""
+def test_perturbed_attention_needs_neither_condition_nor_dropout_and_adds_to_cfg():
+    """The unconditional network guides itself; without a condition nothing becomes CFG."""
     arguments = {"steps": 2, "seeds": [1, 2], "batch_size": 2}
     alone = Denoiser(unet(), RECORD)
     made = sample(alone, guidance=CFG(4.0, PerturbedAttention()), **arguments)
@@ -211,7 +211,7 @@ def test_it_samples_without_condition_and_without_dropout_and_beside_cfg():
         (SkippedLayers(("conv_in",)), r"Conv2d maps .* cannot be skipped"),
     ],
 )
-def test_layers_that_are_not_there_or_change_the_shape_are_refused(reference, message):
+def test_missing_layers_and_layers_that_change_the_shape_are_refused(reference, message):
     with pytest.raises(ValueError, match=message):
         sample(Denoiser(unet(), RECORD), steps=2, seeds=[1], guidance=CFG(2.0, reference))
 

@@ -1,4 +1,4 @@
-"""References: another condition, another network; what asks one network is one forward; refused where there is none."""
+"""References: another condition or another network; one forward for each network; errors."""
 
 import pytest
 import torch
@@ -55,28 +55,28 @@ def weak_of(record):
 @pytest.mark.parametrize("label", (0, 1))
 def test_a_negative_label_is_the_reference_and_needs_no_dropout(label):
     oracle = mixture(process(dropout=0.0))
-    answer, _, _ = guided_prediction(oracle, CFG(3.0, Label(label)), X, LEVEL, LABELS, None)
+    guided, _, _ = guided_prediction(oracle, CFG(3.0, Label(label)), X, LEVEL, LABELS, None)
     c, n = oracle(X, LEVEL, LABELS), oracle(X, LEVEL, torch.full((6,), label))
-    torch.testing.assert_close(answer.x0, n.x0 + 3 * (c.x0 - n.x0), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(guided.x0, n.x0 + 3 * (c.x0 - n.x0), rtol=1e-10, atol=1e-10)
     same = label == LABELS
-    torch.testing.assert_close(answer.x0[same], c.x0[same], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(guided.x0[same], c.x0[same], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("schedule", (Cosine(), Flow(), Cosine(scaling="ve")), ids=str)
-def test_autoguidance_moves_away_from_a_weaker_network_whatever_it_was_trained_on(schedule):
-    """Levels are matched in λ and x is rescaled, so one distribution on another schedule gives one answer."""
-    answer, _, asked = guided_prediction(
+def test_autoguidance_accepts_a_weaker_network_of_another_schedule(schedule):
+    """Levels are matched in λ and x is rescaled, so the schedule does not matter."""
+    guided, _, evaluations = guided_prediction(
         ORACLE, AutoGuidance(2.1, weak_of(process(schedule))), X, LEVEL, LABELS, None
     )
     c, w = ORACLE(X, LEVEL, LABELS), weak_of(RECORD)(X, LEVEL, LABELS)
-    torch.testing.assert_close(answer.x0, w.x0 + 2.1 * (c.x0 - w.x0), rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(answer.eps, w.eps + 2.1 * (c.eps - w.eps), rtol=1e-9, atol=1e-9)
-    assert asked == 2
+    torch.testing.assert_close(guided.x0, w.x0 + 2.1 * (c.x0 - w.x0), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(guided.eps, w.eps + 2.1 * (c.eps - w.eps), rtol=1e-9, atol=1e-9)
+    assert evaluations == 2
 
 
 def test_autoguidance_at_pure_noise_matches_by_sigma():
     level = Flow().level(1.0)
-    answer, _, _ = guided_prediction(
+    guided, _, _ = guided_prediction(
         mixture(process(Flow())),
         AutoGuidance(2.0, weak_of(process(Cosine()))),
         X,
@@ -84,7 +84,7 @@ def test_autoguidance_at_pure_noise_matches_by_sigma():
         LABELS,
         None,
     )
-    assert answer.x0.isfinite().all()
+    assert guided.x0.isfinite().all()
     same, _, _ = guided_prediction(
         mixture(process(Flow())),
         AutoGuidance(2.0, weak_of(process(Flow()))),
@@ -93,7 +93,7 @@ def test_autoguidance_at_pure_noise_matches_by_sigma():
         LABELS,
         None,
     )
-    torch.testing.assert_close(answer.x0, same.x0)
+    torch.testing.assert_close(guided.x0, same.x0)
 
 
 def test_autoguidance_needs_no_condition_and_on_two_gaussians_has_the_variance_of_cfg():
@@ -128,7 +128,7 @@ def test_every_rule_takes_every_reference():
 
 
 @pytest.mark.parametrize(
-    ("rule", "rows"),
+    ("rule", "sizes"),
     [
         (ComposedConditions((0, 1), (0.5, -1.0), 2.0), [24]),
         (Sum((CFG(2.0), CFG(3.0), CFG(2.0, Label(1)))), [18]),
@@ -136,36 +136,36 @@ def test_every_rule_takes_every_reference():
     ],
     ids=str,
 )
-def test_what_asks_one_network_is_one_forward_and_asked_once(rule, rows):
+def test_all_queries_to_one_network_share_one_forward(rule, sizes):
     network = ExactNetwork(mixture(RECORD), RECORD)
     guided_prediction(Denoiser(network, RECORD), rule, X, LEVEL, LABELS, None)
-    assert [len(x) for x, _, _ in network.calls] == rows
+    assert [len(x) for x, _, _ in network.calls] == sizes
 
 
-def test_answers_come_in_the_order_of_the_queries():
+def test_predictions_come_in_the_order_of_the_queries():
     weak = weak_of(RECORD)
     queries = [Query(ORACLE, LABELS), Query(weak, LABELS), Query(ORACLE, None), Query(weak, None)]
-    for rows in (0, 4):
-        found = evaluate_queries(queries, X, LEVEL, rows)
-        for query, answer in zip(queries, found, strict=True):
+    for micro_batch in (0, 4):
+        predictions = evaluate_queries(queries, X, LEVEL, micro_batch)
+        for query, guided in zip(queries, predictions, strict=True):
             torch.testing.assert_close(
-                answer.x0, query.denoiser(X, LEVEL, query.condition).x0, rtol=1e-12, atol=1e-12
+                guided.x0, query.denoiser(X, LEVEL, query.condition).x0, rtol=1e-12, atol=1e-12
             )
 
 
 def test_composed_is_the_weighted_sum_of_conditions_and_negation_is_a_negative_weight():
-    answer, _, asked = guided_prediction(
+    guided, _, evaluations = guided_prediction(
         ORACLE, ComposedConditions((0, 1), (0.7, -0.4), 2.0), X, LEVEL, LABELS, None
     )
     c, u, one, two = (ORACLE(X, LEVEL, y) for y in (LABELS, None, torch.zeros(6), torch.ones(6)))
     for i in range(2):
         expected = u[i] + 2 * (c[i] - u[i]) + 0.7 * (one[i] - u[i]) - 0.4 * (two[i] - u[i])
-        torch.testing.assert_close(answer[i], expected, rtol=1e-10, atol=1e-10)
-    assert asked == 4
+        torch.testing.assert_close(guided[i], expected, rtol=1e-10, atol=1e-10)
+    assert evaluations == 4
 
 
 def test_composed_of_gaussians_is_the_score_of_their_product():
-    """N(m, 1) for each label and N(0, 1) without: p Π (p_i/p)^(w_i) is N(Σ w_i m_i, 1) at every level."""
+    """With p_i = N(m_i, 1) and p = N(0, 1), p Π (p_i/p)^(w_i) is N(Σ w_i m_i, 1)."""
     means = torch.tensor([[1.0], [-2.0], [0.0]], dtype=torch.float64)
 
     class Shifted:
@@ -176,7 +176,7 @@ def test_composed_of_gaussians_is_the_score_of_their_product():
             return gaussian_prediction(x, level, m)
 
     x = torch.linspace(-2, 2, 4).double()[:, None]
-    answer, _, _ = guided_prediction(
+    guided, _, _ = guided_prediction(
         Shifted(),
         ComposedConditions((1,), (-0.5,), 1.5),
         x,
@@ -187,8 +187,8 @@ def test_composed_of_gaussians_is_the_score_of_their_product():
     expected = gaussian_prediction(
         x, Flow().at(0.3), torch.full((4, 1), 1.5 * 1.0 + 0.5 * 2.0).double()
     )
-    torch.testing.assert_close(answer.x0, expected.x0, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(answer.eps, expected.eps, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(guided.x0, expected.x0, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(guided.eps, expected.eps, rtol=1e-10, atol=1e-10)
 
 
 def gaussian_prediction(x, level, m):
@@ -223,7 +223,7 @@ def gaussian_prediction(x, level, m):
         ({}, GFCG(lambda x0, level: x0, 2.0, Pair()), [0], r"GFCG.*shapes \(2,\) and \(1,\)"),
     ],
 )
-def test_a_reference_that_is_not_possible_is_refused_before_the_first_call(
+def test_a_reference_that_the_network_lacks_is_refused_before_the_first_call(
     fields, rule, condition, message
 ):
     record = process(**fields)
@@ -272,12 +272,12 @@ def test_wrong_settings_are_refused(make, message):
         (lambda: Sum((CFG(2.0), 3.0)), "rule is 3.0"),
     ],
 )
-def test_what_is_no_rule_and_no_reference_is_refused(make, message):
+def test_other_objects_in_place_of_a_rule_or_a_reference_are_refused(make, message):
     with pytest.raises(TypeError, match=message):
         make()
 
 
-class Dropping(nn.Module):
+class DropoutNetwork(nn.Module):
     def __init__(self):
         super().__init__()
         self.dropout = nn.Dropout(0.5)
@@ -293,8 +293,8 @@ class Dropping(nn.Module):
         lambda weak: Sum((CFG(2.0), Rescale(CFG(3.0, WeakerNetwork(weak))))),
     ),
 )
-def test_a_weaker_network_is_asked_without_its_dropout_and_trains_on_afterwards(rule):
-    weak = Denoiser(Dropping(), RECORD)
+def test_a_weaker_network_is_evaluated_without_dropout_and_returns_to_training(rule):
+    weak = Denoiser(DropoutNetwork(), RECORD)
     assert weak.training
     assert list(find_weaker_networks(rule(weak))) == [weak]
     torch.manual_seed(0)
@@ -307,15 +307,15 @@ def test_a_weaker_network_is_asked_without_its_dropout_and_trains_on_afterwards(
     assert weak.network.dropout.training
 
 
-def test_runs_named_by_their_folder_are_loaded_wherever_they_are():
+def test_run_folders_are_loaded_at_any_depth_of_a_rule():
     rule = Interval(
         Sum((AutoGuidance(2.0, "weak"), APG(3.0, WeakerNetwork("other")), CFG(2.0))),
         sigma=(0.1, 1.0),
     )
-    asked = []
+    folders = []
 
     def load(folder):
-        asked.append(folder)
+        folders.append(folder)
         return ORACLE
 
     ready = load_weaker_networks(rule, load)
@@ -324,7 +324,7 @@ def test_runs_named_by_their_folder_are_loaded_wherever_they_are():
         sigma=(0.1, 1.0),
     )
     assert ready == expected
-    assert asked == ["weak", "other"]
+    assert folders == ["weak", "other"]
     assert load_weaker_networks(CFG(2.0), load) == CFG(2.0)
     assert list(find_weaker_networks(rule)) == []
     assert list(find_weaker_networks(ready)) == [ORACLE, ORACLE]

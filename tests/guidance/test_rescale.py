@@ -1,6 +1,7 @@
-"""Guidance rescale: Lin et al.'s formula on the network's own output, guarded."""
+"""Guidance rescale: the formula of Lin et al. on the output of the network, and its limits."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -8,25 +9,25 @@ from diffusers.guiders.guider_utils import rescale_noise_cfg
 
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.noise import Noise
-from diffcore.core.prediction import Prediction
+from diffcore.core.prediction import Prediction, PredictionType
 from diffcore.guidance import CFG, ClassifierGuidance, GuidanceInput, Interval, Rescale, Step
 from diffcore.samplers import AlphaBlending
 from diffcore.sampling.generation import sample, with_levels
 from diffcore.sampling.loop import guided_prediction, integrate
 from diffcore.schedules import Trailing
-from tests.helpers.oracles import KINDS, ExactNetwork, Pair, mixture, process
+from tests.helpers.oracles import ExactNetwork, Pair, mixture, process
 
 NOISE = Noise(torch.arange(6), (2,), dtype=torch.float64)
 X, LABELS, NULL = 2 * NOISE.start(), torch.tensor([0, 1, 1, 0, 1, 0]), torch.full((6,), 2)
 
 
 @pytest.mark.parametrize("phi", (0.0, 0.7, 1.0))
-@pytest.mark.parametrize("kind", KINDS)
-def test_d3_it_is_lin_et_al_on_what_the_network_outputs(kind, phi):
-    """Their code on the raw outputs, then converted to x_0 here by hand."""
+@pytest.mark.parametrize("kind", get_args(PredictionType))
+def test_rescale_is_the_published_formula_on_the_output_of_the_network(kind, phi):
+    """Diffusers' code on raw outputs, converted to x_0 by formulas that are written out here."""
     record = process(prediction=kind)
     network, level = ExactNetwork(mixture(record), record), record.schedule.at(-0.7)
-    answer, _, _ = guided_prediction(
+    guided, _, _ = guided_prediction(
         Denoiser(network, record), Rescale(CFG(6.0), phi), X, level, LABELS, None
     )
     time, scaled = torch.full((6,), 1000 * level.t - 1, dtype=torch.float64), X
@@ -42,60 +43,60 @@ def test_d3_it_is_lin_et_al_on_what_the_network_outputs(kind, phi):
         "flow_prediction": (X - level.sigma * F) / (level.alpha + level.sigma),
         "edm": level.alpha * s**2 / norm**2 * X + level.sigma * s / norm * F,
     }[kind]
-    torch.testing.assert_close(answer.x0, expected, rtol=1e-8, atol=1e-8)
-    torch.testing.assert_close(answer.at(level), X, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(guided.x0, expected, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(guided.at(level), X, rtol=1e-9, atol=1e-9)
 
 
 def test_a_stated_space_does_not_depend_on_the_network():
-    answers = []
-    for kind in KINDS:
+    results = []
+    for kind in get_args(PredictionType):
         record = process(prediction=kind)
         network, level = (
             Denoiser(ExactNetwork(mixture(record), record), record),
             record.schedule.at(0.5),
         )
-        answers.append(
+        results.append(
             guided_prediction(
                 network, Rescale(CFG(6.0), space="v_prediction"), X, level, LABELS, None
             )[0].x0
         )
-    for answer in answers:
-        torch.testing.assert_close(answer, answers[0], rtol=0, atol=1e-9)
+    for result in results:
+        torch.testing.assert_close(result, results[0], rtol=0, atol=1e-9)
 
 
-def test_phi_1_gives_each_row_the_deviation_of_the_conditional_output():
+def test_phi_1_gives_each_sample_the_deviation_of_the_conditional_output():
     oracle = mixture(process(prediction="sample"))
     level = oracle.process.schedule.at(-1.0)
-    answer, _, _ = guided_prediction(oracle, Rescale(CFG(9.0), 1.0), X, level, LABELS, None)
+    guided, _, _ = guided_prediction(oracle, Rescale(CFG(9.0), 1.0), X, level, LABELS, None)
     torch.testing.assert_close(
-        answer.x0.std(1), oracle(X, level, LABELS).x0.std(1), rtol=1e-9, atol=0
+        guided.x0.std(1), oracle(X, level, LABELS).x0.std(1), rtol=1e-9, atol=0
     )
 
 
-def test_a_constant_row_is_left_as_it_is():
+def test_a_constant_sample_stays_unchanged():
     record = process(prediction="sample")
     level = record.schedule.at(0.0)
     cond, ref = torch.tensor([[1.0, 3.0], [1.0, 2.0]]), torch.tensor([[0.0, 4.0], [0.0, 1.0]])
     zero = torch.zeros_like(cond)
-    seen = GuidanceInput(
+    inputs = GuidanceInput(
         zero, Step(record, level, level, level), Prediction(cond, zero), (Prediction(ref, zero),)
     )
-    answer, _ = Rescale(CFG(2.0), 1.0).combine(
-        seen, None
+    guided, _ = Rescale(CFG(2.0), 1.0).combine(
+        inputs, None
     )  # 2 (1, 3) - (0, 4) = (2, 2): no deviation
-    torch.testing.assert_close(answer.x0, torch.tensor([[2.0, 2.0], [2.0, 3.0]]))
+    torch.testing.assert_close(guided.x0, torch.tensor([[2.0, 2.0], [2.0, 3.0]]))
 
 
 def test_outside_an_interval_inside_it_nothing_is_rescaled():
     oracle, level = mixture(), process().schedule.at(0.0)
     rule = Rescale(Interval(CFG(5.0), sigma=(2.0, 3.0)), 1.0)
-    answer, _, asked = guided_prediction(oracle, rule, X, level, LABELS, None)
-    assert asked == 1
-    assert torch.equal(answer.x0, oracle(X, level, LABELS).x0)
+    guided, _, evaluations = guided_prediction(oracle, rule, X, level, LABELS, None)
+    assert evaluations == 1
+    assert torch.equal(guided.x0, oracle(X, level, LABELS).x0)
 
 
 def test_phi_1_on_centred_gaussians_of_equal_shape_is_the_conditional_model():
-    """There every output is a multiple of x, so the size is all that guidance changes. Two dimensions, variances 1 and 2."""
+    """Each output is a multiple of x, so guidance changes only its size. Variances 1 and 2."""
     noise, labels = (
         Noise(torch.arange(3), (1,), dtype=torch.float64),
         torch.zeros(3, dtype=torch.int64),
@@ -130,7 +131,7 @@ def test_phi_1_on_centred_gaussians_of_equal_shape_is_the_conditional_model():
     "rule", (CFG(3.0), ClassifierGuidance(lambda x, level: x, 2.0, input="x0")), ids=("cfg", "x0")
 )
 def test_eps_at_pure_noise_and_x0_at_clean_data_cannot_be_rescaled(rule):
-    """There x_0 is (x - σ ε)/α with α = 0, and ε is (x - α x_0)/σ with σ = 0."""
+    """x_0 = (x - σ ε)/α with α = 0 there, and ε = (x - α x_0)/σ with σ = 0."""
     arguments = {"steps": 3, "seeds": [1], "condition": [0], "batch_size": 1}
     with pytest.raises(ValueError, match=r"works on epsilon.* λ = -inf: use space='v_prediction'"):
         sample(mixture(), guidance=Rescale(rule, space="epsilon"), **arguments)

@@ -1,4 +1,4 @@
-"""Scales over λ: their values, and that every rule reads them at the level that is asked about."""
+"""Scales over λ: their values, and every rule reads them at the level of the evaluation."""
 
 import math
 from functools import partial
@@ -43,12 +43,12 @@ X = 2 * Noise(torch.arange(3), (2,), dtype=torch.float64).start()
     ],
     ids=str,
 )
-def test_values(scale, values):
+def test_a_scale_has_the_values_of_its_formula(scale, values):
     for logsnr, value in zip((-math.inf, -4.0, -2.0, 0.0, 2.0, 4.0, math.inf), values, strict=True):
         assert value is None or scale(logsnr) == pytest.approx(value)
 
 
-EVERY = {
+MAKE_RULE = {
     "CFG": CFG,
     "APG": APG,
     "CFGZeroStar": partial(CFGZeroStar, zero_init=0),
@@ -59,7 +59,7 @@ EVERY = {
 }
 
 
-@pytest.mark.parametrize("rule", EVERY.values(), ids=EVERY.keys())
+@pytest.mark.parametrize("rule", MAKE_RULE.values(), ids=MAKE_RULE.keys())
 @pytest.mark.parametrize("logsnr", (-2.0, 0.5))
 def test_a_schedule_is_its_value_at_the_level(rule, logsnr):
     oracle, scale = mixture(), LinearScale(0.2, 0.6, -4.0, 4.0)
@@ -71,7 +71,7 @@ def test_a_schedule_is_its_value_at_the_level(rule, logsnr):
     )
     results = [
         guided_prediction(
-            oracle, rule(w), X, level, LABELS, memory if rule is EVERY["GFCG"] else None, step
+            oracle, rule(w), X, level, LABELS, memory if rule is MAKE_RULE["GFCG"] else None, step
         )[0].x0
         for w in (scale, scale(logsnr), scale(logsnr) + 0.1)
     ]
@@ -92,7 +92,7 @@ def test_levels_of_scale_1_cost_one_evaluation():
 
 
 def test_exact_variance_with_a_scale_over_lambda_on_two_gaussians():
-    """d ln y/d ln(u²) is w/2 u²/(1+u²) + (1-w)/2 u²/(2+u²): integrated here by quadrature over λ."""
+    """d ln y/d ln(u²) = w/2 u²/(1+u²) + (1-w)/2 u²/(2+u²), integrated by quadrature over λ."""
     from scipy.integrate import quad
 
     scale, pair = CosineScale(1.0, 4.0, -3.0, 3.0), Pair()

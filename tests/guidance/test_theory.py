@@ -1,4 +1,4 @@
-"""What theory says of classifier-free guidance, on Gaussians."""
+"""The theory of classifier-free guidance on Gaussians."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ COVARIANCES = torch.stack([covariance(0.9, 0.3, 0.5), covariance(0.7, 0.5, -0.8)
 
 
 class Linear:
-    """Class 0 is one Gaussian, no condition another: linear diffusion models."""
+    """Class 0 is one Gaussian and the null label another, so both predictions are affine in x."""
 
     def __init__(self, scaling):
         self.process = process(Cosine(scaling=scaling), classes=1)
@@ -39,12 +39,12 @@ class Linear:
 @pytest.mark.parametrize("u", (0.3, 1.0, 4.0))
 @pytest.mark.parametrize("scaling", ("vp", "ve", "flow"))
 def test_the_mean_shift_and_the_contrastive_components_of_linear_cfg(scaling, u, w):
-    """Li, Wang & Qu 2025 (2505.19210), in σ/α = u and y = x/α: with S = C (C + u² I)⁻¹ of each model,
+    """Li, Wang & Qu 2025 (2505.19210), in u = σ/α and y = x/α, S = C (C + u² I)⁻¹ of each model:
 
         D - D_c = (w - 1) [ (S_c - S_ref)(y - m_c) + (I - S_ref)(m_c - m_ref) ]
 
-    the contrastive principal components (S_c - S_ref has eigenvalues of both signs), and the mean shift. Both are read off
-    the guided prediction as an affine map, and compared with the formula in NumPy.
+    which are the contrastive principal components (S_c - S_ref has eigenvalues of both signs) and
+    the mean shift. Both are read from the guided prediction, which is affine, and compared with NumPy.
     """
     model = Linear(scaling)
     level = model.process.schedule.at(-2 * np.log(u))
@@ -64,7 +64,7 @@ def test_the_mean_shift_and_the_contrastive_components_of_linear_cfg(scaling, u,
 
 @pytest.mark.parametrize("w", (2.0, 3.0))
 def test_cfg_does_not_sample_the_powered_density(w):
-    """p_c = N(0, 1), p = N(0, 2): p^(1-w) p_c^w is N(0, 2/(w+1)), and the flow of CFG ends at 2^(1-w)."""
+    """With p_c = N(0, 1), p = N(0, 2): p^(1-w) p_c^w is N(0, 2/(w+1)); CFG ends at 2^(1-w)."""
     noise, labels = (
         Noise(torch.arange(3), (1,), dtype=torch.float64),
         torch.zeros(3, dtype=torch.int64),

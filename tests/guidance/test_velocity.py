@@ -1,4 +1,4 @@
-"""CFG++ and CFG-Zero*: what they renoise with and where they stand still."""
+"""CFG++ and CFG-Zero*: their formulas, and the first steps of CFG-Zero*."""
 
 import math
 
@@ -27,7 +27,7 @@ def pair_at(scaling, logsnr):
 
 @pytest.mark.parametrize("w", (0.0, 0.3, 1.0))
 @pytest.mark.parametrize("scaling", SCALINGS)
-def test_d4_cfg_plus_plus_steps_to_the_guided_x0_and_renoises_with_the_reference(scaling, w):
+def test_cfg_plus_plus_steps_to_the_guided_x0_and_renoises_with_the_reference(scaling, w):
     """w = 0: unconditional DDIM; w = 1: the conditional x_0 with the unconditional ε."""
     oracle, level, c, u = pair_at(scaling, -0.4)
     target = oracle.process.schedule.at(1.5)
@@ -41,7 +41,7 @@ def test_d4_cfg_plus_plus_steps_to_the_guided_x0_and_renoises_with_the_reference
 
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_a_step_of_cfg_plus_plus_is_one_of_cfg_with_another_scale(scaling):
-    """Numerics 24: w' = w u/(u - u')."""
+    """w' = w u/(u - u'), u = σ/α before the step and u' after it."""
     oracle, level, _, _ = pair_at(scaling, -0.4)
     target = oracle.process.schedule.at(1.5)
     w = 0.6 * level.ratio / (level.ratio - target.ratio)
@@ -76,16 +76,16 @@ def test_a_scale_that_does_not_interpolate_is_refused(w):
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_cfg_zero_star_is_the_published_scale_on_the_velocity(scaling, w):
     oracle, level, c, u = pair_at(scaling, 0.3)
-    answer, _, asked = guided_prediction(
+    guided, _, evaluations = guided_prediction(
         oracle, CFGZeroStar(w, zero_init=0), X, level, LABELS, None
     )
     v_c, v_u = c.eps - c.x0, u.eps - u.x0
     s = cfg_zero_star_scale(v_c, v_u)
     torch.testing.assert_close(
-        answer.eps - answer.x0, v_u * s + w * (v_c - v_u * s), rtol=1e-6, atol=1e-6
+        guided.eps - guided.x0, v_u * s + w * (v_c - v_u * s), rtol=1e-6, atol=1e-6
     )
-    torch.testing.assert_close(answer.at(level), X, rtol=1e-10, atol=1e-10)
-    assert asked == 2
+    torch.testing.assert_close(guided.at(level), X, rtol=1e-10, atol=1e-10)
+    assert evaluations == 2
 
 
 def test_the_optimised_reference_is_the_best_multiple():
@@ -105,7 +105,7 @@ def test_the_optimised_reference_is_the_best_multiple():
 
 @pytest.mark.parametrize("schedule", (Flow(), Cosine(), Cosine(scaling="flow")), ids=str)
 @pytest.mark.parametrize(("sampler", "each"), [(DDIM(), 1), (AlphaBlending(2), 2)], ids=str)
-def test_its_first_steps_stand_still_in_the_blending_coordinate_at_one_evaluation(
+def test_zero_init_leaves_the_blending_coordinate_unchanged_at_one_evaluation(
     schedule, sampler, each
 ):
     oracle = mixture(process(schedule))
@@ -119,7 +119,7 @@ def test_its_first_steps_stand_still_in_the_blending_coordinate_at_one_evaluatio
 
 
 def test_on_centred_gaussians_it_is_the_conditional_model():
-    """v_c is a multiple of v_ref, so nothing is left to guide: variance 1, where CFG has 2^(1-w)."""
+    """v_c is a multiple of v_ref, so the variance is 1, where CFG has 2^(1-w)."""
     pair, noise = Pair(), Noise(torch.arange(3), (1,), dtype=torch.float64)
     knots, labels = Trailing().knots(pair.process.schedule, 200), torch.zeros(3, dtype=torch.int64)
     x, _ = integrate(
@@ -133,7 +133,7 @@ def test_a_negative_number_of_steps_is_refused():
         CFGZeroStar(3.0, zero_init=-1)
 
 
-def test_the_grid_decides_how_far_standing_still_goes():
+def test_zero_init_in_all_steps_costs_one_evaluation_each():
     grid = UniformLogSNR(-6.0, 6.0)
     made = sample(
         mixture(),

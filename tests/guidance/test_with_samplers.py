@@ -1,4 +1,4 @@
-"""Rules with samplers that were written apart from them: several evaluations a step, memory, noise, jumps, corrections."""
+"""Rules with samplers: several evaluations in a step, memory, noise, jumps, corrections."""
 
 import math
 from itertools import groupby, pairwise
@@ -40,8 +40,9 @@ from diffcore.samplers import (
 from diffcore.sampling.generation import sample, with_levels
 from diffcore.sampling.loop import check_guidance, integrate, watch
 from diffcore.schedules import Cosine, Karras, Trailing, UniformLogSNR
-from tests.guidance.test_rules import ORACLE, WEAKER, classifier
+from tests.helpers.guidance_rules import ORACLE, WEAKER, classifier
 from tests.helpers.oracles import mixture, process
+from tests.helpers.products import sampled
 
 IMAGE, MASK = torch.tensor([0.5, -0.5]), torch.tensor([True, False])
 ADAPTIVE = AdaptiveRungeKutta("BogackiShampine", 0.1, 0.1)
@@ -84,9 +85,11 @@ NOISE = Noise(torch.arange(3), (2,), dtype=torch.float64)
 every_sampler = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS.keys())
 
 
-@every_sampler
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
-def test_evaluations_used_are_those_planned_whatever_the_sampler(sampler, rule):
+@pytest.mark.parametrize(
+    ("sampler_name", "rule_name"), sampled(sorted(SAMPLERS), sorted(RULES), count=42)
+)
+def test_evaluations_used_are_those_planned_with_each_sampler(sampler_name, rule_name):
+    sampler, rule = SAMPLERS[sampler_name], RULES[rule_name]
     made = sample(
         ORACLE,
         sampler,
@@ -109,17 +112,17 @@ def visited(sampler, rule, knots):
 
 
 @every_sampler
-def test_an_interval_decides_once_a_step_by_what_was_asked_first(sampler):
-    """Each step's evaluations are of one mode, also where churn raised the level, and between the knots of a restart."""
+def test_an_interval_decides_once_a_step_by_the_first_evaluation(sampler):
+    """All evaluations of a step are in one mode, also after churn and in the steps of a restart."""
     rule = Interval(CFG(3.0), sigma=BOUNDS)
     knots = with_levels(Karras().knots(ORACLE.process.schedule, 6), rule.levels(ORACLE.process))
     modes = []
-    for _, group in groupby(visited(sampler, rule, knots), key=lambda seen: seen.step.index):
-        seen = list(group)
-        first = seen[0].step.level.ratio
+    for _, group in groupby(visited(sampler, rule, knots), key=lambda inputs: inputs.step.index):
+        inputs = list(group)
+        first = inputs[0].step.level.ratio
         inside = BOUNDS[0] * (1 + 1e-9) < first <= BOUNDS[1] * (1 + 1e-9)
         unguided = {False} if "guides='corrector'" in repr(sampler) else set()
-        assert {bool(at.references) for at in seen} <= {inside} | unguided
+        assert {bool(evaluation.references) for evaluation in inputs} <= {inside} | unguided
         modes.append(inside)
     assert {True, False} == set(modes)
 
@@ -130,7 +133,7 @@ def test_momentum_goes_from_evaluation_to_evaluation_within_a_step_and_across_st
     knots = UniformLogSNR(-4.0, 4.0).knots(ORACLE.process.schedule, 4)
     average = torch.zeros(3, 2, dtype=torch.float64)
 
-    def asked(x, level):
+    def guided(x, level):
         nonlocal average
         conditional, reference = ORACLE(x, level, LABELS), ORACLE(x, level)
         average = conditional.x0 - reference.x0 + beta * average
@@ -142,22 +145,22 @@ def test_momentum_goes_from_evaluation_to_evaluation_within_a_step_and_across_st
 
     start = x = NOISE.first_sample(knots[0], 0.5)
     for t, s in pairwise(knots):
-        first = asked(x, t)
+        first = guided(x, t)
         if s.sigma == 0:
             x = first.at(s)
             continue
-        second = asked(first.at(s), s)
+        second = guided(first.at(s), s)
         x = s.alpha * (x / t.alpha + (s.ratio - t.ratio) * (first.eps + second.eps) / 2)
     ours, _ = integrate(ORACLE, Heun(), start, knots, NOISE, APG(w, momentum=beta), LABELS)
     torch.testing.assert_close(ours, x, rtol=0, atol=1e-9)
 
 
-def test_what_is_watched_is_what_a_run_sees():
-    """A guided corrector's predictor is asked without references there too, and x goes the same way."""
+def test_watch_yields_the_inputs_of_a_run():
+    """The predictor of a guided corrector has no references in either, and x is the same."""
     knots, rule = Karras().knots(ORACLE.process.schedule, 5), APG(3.0)
-    seen = visited(CORRECTOR, rule, knots)
-    assert [len(at.references) for at in seen] == [0, *[1, 0] * 4]
-    places = []
+    inputs = visited(CORRECTOR, rule, knots)
+    assert [len(evaluation.references) for evaluation in inputs] == [0, *[1, 0] * 4]
+    xs = []
     integrate(
         ORACLE,
         CORRECTOR,
@@ -166,12 +169,12 @@ def test_what_is_watched_is_what_a_run_sees():
         NOISE,
         rule,
         LABELS,
-        callback=lambda i, state, prediction: places.append(state.x),
+        callback=lambda i, state, prediction: xs.append(state.x),
     )
-    assert all(torch.equal(at.x, x) for at, x in zip(seen, places, strict=True))
+    assert all(torch.equal(evaluation.x, x) for evaluation, x in zip(inputs, xs, strict=True))
 
 
-DIRECT = [
+DIRECT_SAMPLERS = [
     DDIM(),
     DDIM(1.0),
     DDPM(0.5),
@@ -181,18 +184,18 @@ DIRECT = [
     AlphaBlending(1),
     AlphaBlending(1, 1.0),
 ]
-DIRECT += [
+DIRECT_SAMPLERS += [
     DPMSolverPP("1"),
     DPMSolverSDE(1, eta=0.5),
     AdamsBashforth(1),
     GradientEstimation(1.0, 0.5),
     Restart(DDIM()),
 ]
-DIRECT += [
+DIRECT_SAMPLERS += [
     PredictorCorrector(EulerAncestral(), corrections=0),
     RePaint(DDIM(1.0), IMAGE, MASK, 2, 2),
 ]
-OTHERS = [
+OTHER_SAMPLERS = [
     Heun(),
     UniPC(1),
     AlphaBlending(2),
@@ -200,14 +203,14 @@ OTHERS = [
     GradientEstimation(),
     GradientEstimation(1.5),
 ]
-OTHERS += [
+OTHER_SAMPLERS += [
     PredictorCorrector(),
     PredictorCorrector(snr=0.1),
     CORRECTOR,
     Restart(),
     Restart(PredictorCorrector()),
 ]
-OTHERS += [
+OTHER_SAMPLERS += [
     RePaint(Heun(), IMAGE, MASK, 2, 2),
     RePaint(GradientEstimation(), IMAGE, MASK, 2, 2),
     ADAPTIVE,
@@ -215,9 +218,9 @@ OTHERS += [
 KNOTS = Karras(0.01, 20.0).knots(Cosine(), 5)
 
 
-@pytest.mark.parametrize("sampler", DIRECT, ids=str)
+@pytest.mark.parametrize("sampler", DIRECT_SAMPLERS, ids=str)
 def test_a_direct_sampler_reads_x0_and_eps_of_its_last_prediction_alone(sampler):
-    """So it takes a pair that breaks x = α x_0 + σ ε for what it says: neither x nor an earlier prediction enters."""
+    """Neither x nor an earlier prediction enters, so the pair may break x = α x_0 + σ ε."""
     results = []
     for shift in (0.0, 1.0):
         state = sampler.start(NOISE.start() + shift, KNOTS, NOISE)
@@ -229,37 +232,37 @@ def test_a_direct_sampler_reads_x0_and_eps_of_its_last_prediction_alone(sampler)
 
 
 def _pair(state, shift):
-    """An x_0 and an ε that have nothing to do with x."""
+    """An x_0 and an ε that do not depend on x."""
     return Prediction(torch.full_like(state.x, 0.3 + shift), torch.full_like(state.x, -0.7 - shift))
 
 
-@pytest.mark.parametrize("sampler", DIRECT, ids=str)
+@pytest.mark.parametrize("sampler", DIRECT_SAMPLERS, ids=str)
 def test_cfg_plus_plus_goes_with_first_order_steps(sampler):
     check_guidance(ORACLE.process, KNOTS, [0], CFGPlusPlus(), sampler)
 
 
-@pytest.mark.parametrize("sampler", OTHERS, ids=str)
-def test_cfg_plus_plus_is_refused_where_a_step_counts_on_its_pair(sampler):
-    """GradientEstimation extrapolates ε for a fixed y - u ε; a correction would move x at no noise at all."""
+@pytest.mark.parametrize("sampler", OTHER_SAMPLERS, ids=str)
+def test_cfg_plus_plus_is_refused_by_samplers_that_need_a_consistent_pair(sampler):
+    """GradientEstimation extrapolates ε at fixed y - u ε; a correction of any size moves x."""
     with pytest.raises(ValueError, match=r"breaks x = α x_0 \+ σ ε.*DDIM"):
         check_guidance(ORACLE.process, KNOTS, [0], CFGPlusPlus(), sampler)
 
 
-def test_why_a_correction_cannot_take_cfg_plus_plus():
-    """At a vanishing step Langevin's leaves x where it is, if x = α x_0 + σ ε."""
+def test_a_vanishing_correction_moves_x_under_cfg_plus_plus():
+    """Langevin's step leaves x unchanged as it shrinks only if x = α x_0 + σ ε."""
     state = PredictorCorrector(snr=1e-6).start(NOISE.first_sample(KNOTS[1], 0.5), KNOTS[1:], NOISE)
     for rule, still in ((CFG(2.0), True), (CFGPlusPlus(0.6), False)):
-        (seen, *_) = visited(DDIM(), rule, KNOTS[1:])
-        prediction, _ = rule.combine(seen, None)
-        moved = (
+        (inputs, *_) = visited(DDIM(), rule, KNOTS[1:])
+        prediction, _ = rule.combine(inputs, None)
+        change = (
             (PredictorCorrector(snr=1e-6)._corrected(state, prediction, NOISE) - state.x)
             .abs()
             .max()
         )
-        assert (moved < 1e-4) == still
+        assert (change < 1e-4) == still
 
 
-def test_a_weaker_network_that_cannot_be_asked_at_a_knot_is_refused_before_the_first_step():
+def test_a_weaker_network_that_cannot_be_evaluated_at_a_knot_is_refused_before_the_first_step():
     weaker = mixture(process(prediction="epsilon"))
     with pytest.raises(ValueError, match="for the weaker network, a knot is pure noise"):
         sample(
@@ -272,23 +275,24 @@ def test_a_weaker_network_that_cannot_be_asked_at_a_knot_is_refused_before_the_f
             guidance=AutoGuidance(2.0, weaker),
         )
     confused = GFCG(classifier, 3.0, weaker)
-    (asked,) = confused.required_references(
+    (reference,) = confused.required_references(
         Step(ORACLE.process, Cosine().level(1.0), KNOTS[0], KNOTS[1], 1, 4), None
     )
     with pytest.raises(ValueError, match="for the weaker network"):
-        asked.check_level(Cosine().level(1.0))
-    for rule in (Interval(AutoGuidance(2.0, weaker), sigma=BOUNDS), confused):  # not asked there
+        reference.check_level(Cosine().level(1.0))
+    # Neither rule evaluates the weaker network at pure noise.
+    for rule in (Interval(AutoGuidance(2.0, weaker), sigma=BOUNDS), confused):
         sample(ORACLE, DDIM(), Trailing(), 4, seeds=[1], condition=[0], guidance=rule)
 
 
-def test_gfcg_begins_with_the_conditional_model_where_it_comes_in_late():
-    """Within an interval: the first evaluation inside is the conditional one, the second is guided."""
+def test_gfcg_in_an_interval_begins_with_the_conditional_model():
+    """Its first evaluation inside is the conditional model, its second is guided."""
     rule = Interval(GFCG(classifier, 3.0), sigma=BOUNDS)
     knots = with_levels(Karras().knots(ORACLE.process.schedule, 8), rule.levels(ORACLE.process))
     memory, changed = None, []
-    for seen in visited(DDIM(), rule, knots):
-        answer, memory = rule.combine(seen, memory)
-        changed.append(not torch.equal(answer.x0, seen.conditional.x0))
+    for inputs in visited(DDIM(), rule, knots):
+        guided, memory = rule.combine(inputs, memory)
+        changed.append(not torch.equal(guided.x0, inputs.conditional.x0))
     inside = [BOUNDS[0] * (1 + 1e-9) < knot.ratio <= BOUNDS[1] * (1 + 1e-9) for knot in knots[:-1]]
     first = inside.index(True)
     assert changed == [now and i != first for i, now in enumerate(inside)]
