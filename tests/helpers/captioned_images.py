@@ -6,7 +6,7 @@ import diffusers
 import numpy as np
 from PIL import Image
 
-from tests.helpers import text_networks as told
+from tests.helpers import text_networks
 
 CAPTIONS = ("a red cat", "a blue cat", "a red cat", "a dog", "")
 OLD = {
@@ -19,7 +19,9 @@ OLD = {
 
 def write_pipeline(folder, **config):
     """StableDiffusion's parts and scheduler: epsilon, noise that does not reach zero SNR."""
-    told.sd(diffusers.PNDMScheduler(skip_prk_steps=True, **OLD), **config).save_pretrained(folder)
+    text_networks.sd(diffusers.PNDMScheduler(skip_prk_steps=True, **OLD), **config).save_pretrained(
+        folder
+    )
     return folder
 
 

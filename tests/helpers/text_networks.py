@@ -1,4 +1,4 @@
-"""Tiny pipelines that are told text, with tokenizers made here and random encoders: of each family the parts that it has."""
+"""Tiny text-conditioned pipelines of each family, with random encoders and letter tokenizers."""
 
 import string
 
@@ -31,10 +31,17 @@ def t5_tokenizer():
 
 def clip(kind=transformers.CLIPTextModel, seed=4, **config):
     small = {
-        "vocab_size": len(WORDS), "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
-        "max_position_embeddings": LENGTH, "projection_dim": 8, "bos_token_id": WORDS.index(START),
-        "eos_token_id": WORDS.index(END), "pad_token_id": WORDS.index(END),
-    }  # fmt: skip
+        "vocab_size": len(WORDS),
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "max_position_embeddings": LENGTH,
+        "projection_dim": 8,
+        "bos_token_id": WORDS.index(START),
+        "eos_token_id": WORDS.index(END),
+        "pad_token_id": WORDS.index(END),
+    }
     return seeded(lambda: kind(transformers.CLIPTextConfig(**small | config)), seed)
 
 
@@ -56,51 +63,113 @@ def t5(d_model):
 
 
 def sd(scheduler, **config):
-    return quiet(diffusers.StableDiffusionPipeline(
-        unet=unet_2d_condition(**config), vae=vae(), scheduler=scheduler, text_encoder=clip(), tokenizer=clip_tokenizer(),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    ))  # fmt: skip
+    return quiet(
+        diffusers.StableDiffusionPipeline(
+            unet=unet_2d_condition(**config),
+            vae=vae(),
+            scheduler=scheduler,
+            text_encoder=clip(),
+            tokenizer=clip_tokenizer(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    )
 
 
 def sdxl(scheduler, **config):
     unet = unet_2d_condition(
-        cross_attention_dim=16, addition_embed_type="text_time", addition_time_embed_dim=4,
+        cross_attention_dim=16,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
         projection_class_embeddings_input_dim=6 * 4 + 8,
-    )  # fmt: skip
-    return quiet(diffusers.StableDiffusionXLPipeline(
-        unet=unet, vae=vae(), scheduler=scheduler, text_encoder=clip(seed=4), tokenizer=clip_tokenizer(),
-        text_encoder_2=projected(5), tokenizer_2=clip_tokenizer(), add_watermarker=False, **config,
-    ))  # fmt: skip
+    )
+    return quiet(
+        diffusers.StableDiffusionXLPipeline(
+            unet=unet,
+            vae=vae(),
+            scheduler=scheduler,
+            text_encoder=clip(seed=4),
+            tokenizer=clip_tokenizer(),
+            text_encoder_2=projected(5),
+            tokenizer_2=clip_tokenizer(),
+            add_watermarker=False,
+            **config,
+        )
+    )
 
 
 def sd3(scheduler):
-    network = seeded(lambda: diffusers.SD3Transformer2DModel(
-        sample_size=8, patch_size=1, in_channels=4, out_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=16, pos_embed_max_size=8,
-    ))  # fmt: skip
-    return quiet(diffusers.StableDiffusion3Pipeline(
-        transformer=network, vae=vae(shift_factor=0.1), scheduler=scheduler, text_encoder=projected(4),
-        tokenizer=clip_tokenizer(), text_encoder_2=projected(5), tokenizer_2=clip_tokenizer(), text_encoder_3=t5(16),
-        tokenizer_3=t5_tokenizer(),
-    ))  # fmt: skip
+    network = seeded(
+        lambda: diffusers.SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=1,
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            caption_projection_dim=16,
+            pooled_projection_dim=16,
+            pos_embed_max_size=8,
+        )
+    )
+    return quiet(
+        diffusers.StableDiffusion3Pipeline(
+            transformer=network,
+            vae=vae(shift_factor=0.1),
+            scheduler=scheduler,
+            text_encoder=projected(4),
+            tokenizer=clip_tokenizer(),
+            text_encoder_2=projected(5),
+            tokenizer_2=clip_tokenizer(),
+            text_encoder_3=t5(16),
+            tokenizer_3=t5_tokenizer(),
+        )
+    )
 
 
 def flux(scheduler, guidance_embeds=True):
-    network = seeded(lambda: diffusers.FluxTransformer2DModel(
-        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(4, 4, 8), guidance_embeds=guidance_embeds,
-    ))  # fmt: skip
-    return quiet(diffusers.FluxPipeline(
-        transformer=network, vae=vae(shift_factor=0.1), scheduler=scheduler, text_encoder=clip(), tokenizer=clip_tokenizer(),
-        text_encoder_2=t5(8), tokenizer_2=t5_tokenizer(),
-    ))  # fmt: skip
+    network = seeded(
+        lambda: diffusers.FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=8,
+            pooled_projection_dim=8,
+            axes_dims_rope=(4, 4, 8),
+            guidance_embeds=guidance_embeds,
+        )
+    )
+    return quiet(
+        diffusers.FluxPipeline(
+            transformer=network,
+            vae=vae(shift_factor=0.1),
+            scheduler=scheduler,
+            text_encoder=clip(),
+            tokenizer=clip_tokenizer(),
+            text_encoder_2=t5(8),
+            tokenizer_2=t5_tokenizer(),
+        )
+    )
 
 
 def pixart(scheduler, kind=diffusers.PixArtAlphaPipeline, **config):
     small = {
-        "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 8, "num_layers": 1,
-        "sample_size": 8, "patch_size": 2, "cross_attention_dim": 16, "caption_channels": 8, "num_embeds_ada_norm": 1000,
-    }  # fmt: skip
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_layers": 1,
+        "sample_size": 8,
+        "patch_size": 2,
+        "cross_attention_dim": 16,
+        "caption_channels": 8,
+        "num_embeds_ada_norm": 1000,
+    }
     network = seeded(lambda: diffusers.PixArtTransformer2DModel(**small | config))
     return quiet(
         kind(
@@ -115,15 +184,47 @@ def pixart(scheduler, kind=diffusers.PixArtAlphaPipeline, **config):
 
 def sana(scheduler):
     """Without a VAE: 32 pixels for each of x."""
-    network = seeded(lambda: diffusers.SanaTransformer2DModel(
-        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=1, num_cross_attention_heads=2,
-        cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=8, sample_size=8, timestep_scale=0.5,
-    ))  # fmt: skip
+    network = seeded(
+        lambda: diffusers.SanaTransformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_layers=1,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=8,
+            cross_attention_dim=16,
+            caption_channels=8,
+            sample_size=8,
+            timestep_scale=0.5,
+        )
+    )
     config = transformers.Gemma2Config(
-        vocab_size=40, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=40,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
         head_dim=4,
-    )  # fmt: skip
+    )
     encoder = seeded(lambda: transformers.Gemma2Model(config), 6)
-    return quiet(diffusers.SanaPipeline(
-        transformer=network, vae=None, scheduler=scheduler, text_encoder=encoder, tokenizer=t5_tokenizer(),
-    ))  # fmt: skip
+    return quiet(
+        diffusers.SanaPipeline(
+            transformer=network,
+            vae=None,
+            scheduler=scheduler,
+            text_encoder=encoder,
+            tokenizer=t5_tokenizer(),
+        )
+    )
+
+
+def ddim(**config):
+    return diffusers.DDIMScheduler(
+        clip_sample=False, timestep_spacing="trailing", steps_offset=1, **config
+    )
+
+
+def flow(**config):
+    return diffusers.FlowMatchEulerDiscreteScheduler(**config)

@@ -14,7 +14,7 @@ from diffcore.schedules import Trailing
 
 
 def seeded(make, seed=0):
-    """The module with weights of its own seed, ready to ask; biases and zero-initialised layers are random too."""
+    """A module in eval mode with weights of a seed, also in biases and zero-initialised layers."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         module = make()
@@ -24,34 +24,50 @@ def seeded(make, seed=0):
     return module.eval()
 
 
-def aligned(module):
-    """Weights at addresses like those of a new module: a file's lie anywhere, and some processors then round otherwise."""
+def align_parameters(module):
+    """Copy the weights: at addresses as a file is mapped, some processors round in another way."""
     for parameter in module.parameters():
         parameter.data = parameter.data.clone()
 
 
 def unet(**config):
     small = {
-        "sample_size": 8, "in_channels": 3, "out_channels": 3, "block_out_channels": (8, 16), "norm_num_groups": 4,
-        "layers_per_block": 1, "attention_head_dim": 8,
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    }  # fmt: skip
+        "sample_size": 8,
+        "in_channels": 3,
+        "out_channels": 3,
+        "block_out_channels": (8, 16),
+        "norm_num_groups": 4,
+        "layers_per_block": 1,
+        "attention_head_dim": 8,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    }
     return seeded(lambda: diffusers.UNet2DModel(**small | config))
 
 
 def dit(**config):
     small = {
-        "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 8, "num_layers": 2,
-        "sample_size": 8, "patch_size": 2, "num_embeds_ada_norm": 1000,
-    }  # fmt: skip
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_layers": 2,
+        "sample_size": 8,
+        "patch_size": 2,
+        "num_embeds_ada_norm": 1000,
+    }
     return seeded(lambda: diffusers.DiTTransformer2DModel(**small | config))
 
 
 def vae(**config):
     small = {
-        "block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 4, "scaling_factor": 0.3,
-        "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
-    }  # fmt: skip
+        "block_out_channels": (8, 8),
+        "norm_num_groups": 4,
+        "latent_channels": 4,
+        "scaling_factor": 0.3,
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }
     return seeded(lambda: diffusers.AutoencoderKL(**small | config), 1)
 
 
@@ -69,10 +85,17 @@ def quiet(pipe):
 
 def unet_2d_condition(**config):
     small = {
-        "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (8, 16), "norm_num_groups": 4,
-        "layers_per_block": 1, "attention_head_dim": 2, "cross_attention_dim": 8,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    }  # fmt: skip
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (8, 16),
+        "norm_num_groups": 4,
+        "layers_per_block": 1,
+        "attention_head_dim": 2,
+        "cross_attention_dim": 8,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    }
     return seeded(lambda: diffusers.UNet2DConditionModel(**small | config))
 
 
@@ -104,20 +127,35 @@ def sdxl(scheduler, kind=diffusers.StableDiffusionXLPipeline):
 
 
 def controlnet(scheduler):
-    network = seeded(lambda: diffusers.ControlNetModel(
-        in_channels=4, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1, attention_head_dim=2,
-        cross_attention_dim=8, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        conditioning_embedding_out_channels=(4, 8),
-    ), 2)  # fmt: skip
+    network = seeded(
+        lambda: diffusers.ControlNetModel(
+            in_channels=4,
+            block_out_channels=(8, 16),
+            norm_num_groups=4,
+            layers_per_block=1,
+            attention_head_dim=2,
+            cross_attention_dim=8,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            conditioning_embedding_out_channels=(4, 8),
+        ),
+        2,
+    )
     others = {
         "text_encoder": None,
         "tokenizer": None,
         "safety_checker": None,
         "feature_extractor": None,
     }
-    return quiet(diffusers.StableDiffusionControlNetPipeline(
-        unet=unet_2d_condition(), vae=vae(), controlnet=network, scheduler=scheduler, requires_safety_checker=False, **others
-    ))  # fmt: skip
+    return quiet(
+        diffusers.StableDiffusionControlNetPipeline(
+            unet=unet_2d_condition(),
+            vae=vae(),
+            controlnet=network,
+            scheduler=scheduler,
+            requires_safety_checker=False,
+            **others,
+        )
+    )
 
 
 def with_ip_adapter(unet, width=8):
@@ -148,82 +186,105 @@ def dit_pipeline(scheduler):
 
 
 def sd3(scheduler, kind=diffusers.StableDiffusion3Pipeline):
-    network = seeded(lambda: diffusers.SD3Transformer2DModel(
-        sample_size=8, patch_size=1, in_channels=4, out_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=8, caption_projection_dim=16, pooled_projection_dim=8, pos_embed_max_size=8,
-    ))  # fmt: skip
+    network = seeded(
+        lambda: diffusers.SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=1,
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=8,
+            caption_projection_dim=16,
+            pooled_projection_dim=8,
+            pos_embed_max_size=8,
+        )
+    )
     return quiet(
         kind(transformer=network, vae=vae(shift_factor=0.1), scheduler=scheduler, **NO_TEXT)
     )
 
 
 def flux(scheduler, kind=diffusers.FluxPipeline):
-    network = seeded(lambda: diffusers.FluxTransformer2DModel(
-        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(4, 4, 8),
-    ))  # fmt: skip
+    network = seeded(
+        lambda: diffusers.FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=8,
+            pooled_projection_dim=8,
+            axes_dims_rope=(4, 4, 8),
+        )
+    )
     text = {name: value for name, value in NO_TEXT.items() if name[-1] != "3"}
     return quiet(kind(transformer=network, vae=vae(shift_factor=0.1), scheduler=scheduler, **text))
 
 
-class Halves:
-    """Independent of what is tested: a network as a denoiser of a prompt (label 0) or the negative one (null label 1).
+class HalvesDenoiser:
+    """A network as a denoiser of a prompt (label 0) or the negative prompt (null label 1).
 
-    `ask(network, x, t, label)` is its output for one row.
+    It shares no code with `attach`. `evaluate(network, x, t, label)` is the output for one sample.
     """
 
-    def __init__(self, network, ask, process, shape):
-        self.network, self.ask, self.process = (
+    def __init__(self, network, evaluate, process, shape):
+        self.network, self.evaluate, self.process = (
             network,
-            ask,
+            evaluate,
             replace(process, classes=1, dropout=0.1, shape=shape),
         )
 
     def __call__(self, x, level, condition=None):
         t = torch.full((1,), self.process.time(level))
-        rows = zip(x.split(1), condition.tolist(), strict=True)
-        output = torch.cat([self.ask(self.network, row, t, label) for row, label in rows])
+        pairs = zip(x.split(1), condition.tolist(), strict=True)
+        output = torch.cat(
+            [self.evaluate(self.network, sample, t, label) for sample, label in pairs]
+        )
         return predict(self.process.prediction, output, x, level, 1.0)
 
 
 @torch.no_grad()
-def own(network, ask, process, rule, sampler, steps, x):
-    """What our own loop makes of x over Trailing knots, and the rows that it asks about."""
-    denoise = Halves(network, ask, process, tuple(x.shape[1:]))
+def sampling_loop(network, evaluate, process, rule, sampler, steps, x):
+    """Samples of diffcore's loop over Trailing knots, and the number of evaluated samples."""
+    denoise = HalvesDenoiser(network, evaluate, process, tuple(x.shape[1:]))
     knots = with_levels(Trailing().knots(process.schedule, steps), rule.levels(process))
     noise, labels = (
         Noise(torch.arange(len(x)), tuple(x.shape[1:])),
         torch.zeros(len(x), dtype=torch.int64),
     )
-    made, evaluations = integrate(denoise, sampler, x, knots, noise, rule, labels)
-    return made, len(x) * evaluations
+    samples, evaluations = integrate(denoise, sampler, x, knots, noise, rule, labels)
+    return samples, len(x) * evaluations
 
 
 def seed(number=0):
     return torch.Generator().manual_seed(number)
 
 
-def scaled(a, b):
+def relative_difference(a, b):
     """The greatest difference over the greatest value."""
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
 @contextmanager
-def rows_of(network):
-    """The number of rows of each forward within."""
-    asked = []
+def counted_samples(network):
+    """The number of samples in each forward of the network within the block."""
+    counts = []
     first = next(m for m in network.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear)))
-    handle = first.register_forward_hook(lambda module, inputs, output: asked.append(len(output)))
-    yield asked
+    handle = first.register_forward_hook(lambda module, inputs, output: counts.append(len(output)))
+    yield counts
     handle.remove()
 
 
 @torch.no_grad()
-def theirs(network, scheduler, steps, x, **set_timesteps):
+def diffusers_loop(network, scheduler, steps, x, **set_timesteps):
     """The loop of DDPMPipeline, with scale_model_input as the latent pipelines have it."""
     scheduler.set_timesteps(**({"num_inference_steps": steps} | set_timesteps))
     x = x * scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else x
     for t in scheduler.timesteps:
-        asked = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        x = scheduler.step(network(asked, t.expand(len(x)), return_dict=False)[0], t, x).prev_sample
+        scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        x = scheduler.step(
+            network(scaled, t.expand(len(x)), return_dict=False)[0], t, x
+        ).prev_sample
     return x

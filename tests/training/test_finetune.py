@@ -34,7 +34,7 @@ from diffcore.training.data.latents import LatentDataset
 from diffcore.training.lr import LearningRate
 from diffcore.training.trainer import Trainer
 from tests.conftest import forget_accelerate
-from tests.helpers import text_networks as told
+from tests.helpers import text_networks
 from tests.helpers.captioned_images import (
     OLD,
     change_json,
@@ -379,7 +379,7 @@ def test_other_families_train_on_their_own_process_where_the_file_says_no_other(
     place, monkeypatch, family, scheduler, schedule, options
 ):
     monkeypatch.chdir(place)
-    pipe, run = getattr(told, family)(scheduler), place / f"runs/{family}"
+    pipe, run = getattr(text_networks, family)(scheduler), place / f"runs/{family}"
     pipe.save_pretrained(family)
     (place / "own.yaml").write_text(OF_ITS_OWN)
     short = ("--steps=1", "--batch-size=2", "--trackers=[]", f"--folder={run}")

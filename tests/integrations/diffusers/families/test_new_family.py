@@ -21,7 +21,7 @@ from diffcore.integrations.diffusers.families import (
 from diffcore.samplers import DDIM
 from diffcore.sampling.generation import sample, with_levels
 from diffcore.sampling.loop import integrate
-from tests.helpers.tiny_pipelines import scaled, seed, seeded
+from tests.helpers.tiny_pipelines import relative_difference, seed, seeded
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # in diffusers
 
@@ -124,7 +124,7 @@ def test_the_network_is_loaded_and_gives_the_samples_of_its_pipeline(pipe):
         x, _ = integrate(
             denoiser, DDIM(), start(), knots, noise, CFG(3.0), condition=torch.tensor([1])
         )
-    assert scaled(x, pipe("two dogs", latents=start()).images) < 1e-5
+    assert relative_difference(x, pipe("two dogs", latents=start()).images) < 1e-5
     assert (
         sample(denoiser, steps=2, seeds=[0, 1], condition=[0, 1], guidance=CFG(2.0))
         .x.isfinite()
@@ -136,7 +136,10 @@ def test_attached_guidance_is_its_own_cfg_and_other_rules_are_those_of_the_sampl
     expected = pipe("a red cat", latents=start()).images
     with attach(pipe, CFG(3.0)):
         assert (
-            scaled(pipe("a red cat", guidance_scale=8.0, latents=start()).images, expected) < 1e-5
+            relative_difference(
+                pipe("a red cat", guidance_scale=8.0, latents=start()).images, expected
+            )
+            < 1e-5
         )
     denoiser = from_diffusers(pipe, prompts=["a red cat"])
     rule = Interval(APG(3.0), sigma=(0.4, 3.0))
@@ -147,4 +150,4 @@ def test_attached_guidance_is_its_own_cfg_and_other_rules_are_those_of_the_sampl
     with torch.no_grad():
         x, _ = integrate(denoiser, DDIM(), start(), knots, noise, rule, condition=torch.tensor([0]))
     with attach(pipe, rule):
-        assert scaled(pipe("a red cat", latents=start()).images, x) < 1e-5
+        assert relative_difference(pipe("a red cat", latents=start()).images, x) < 1e-5

@@ -1,4 +1,4 @@
-"""Our guidance in diffusers' pipelines: their CFG where it is right, our own loop's results for the other rules."""
+"""Attached guidance: CFG is the pipeline's own, other rules give the samples of diffcore's loop."""
 
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -27,16 +27,15 @@ from tests.helpers.tiny_pipelines import (
     PROMPT,
     dit_pipeline,
     flux,
-    own,
-    scaled,
+    relative_difference,
+    sampling_loop,
     sd3,
     seed,
     stable_diffusion,
 )
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:__array:DeprecationWarning"
-)  # theirs, in set_timesteps
+# diffusers' set_timesteps passes arrays in a deprecated way.
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
 TEXT = {"prompt_embeds": PROMPT, "negative_prompt_embeds": NEGATIVE, "output_type": "latent"}
 POOLED = {"pooled_prompt_embeds": PROMPT[:, 0], "negative_pooled_prompt_embeds": NEGATIVE[:, 0]}
@@ -52,13 +51,19 @@ def sd(**config):
 def own_text(pipe, rule, sampler, steps):
     """The latents of our own loop."""
 
-    def ask(unet, x, t, label):
+    def evaluate(unet, x, t, label):
         embeddings = NEGATIVE if label else PROMPT
         return unet(x, t, encoder_hidden_states=embeddings, return_dict=False)[0]
 
     process = DiffcoreScheduler.from_config(pipe.scheduler.config).settings.process
-    return own(
-        pipe.unet, ask, process, rule, sampler, steps, torch.randn(1, 4, 8, 8, generator=seed())
+    return sampling_loop(
+        pipe.unet,
+        evaluate,
+        process,
+        rule,
+        sampler,
+        steps,
+        torch.randn(1, 4, 8, 8, generator=seed()),
     )[0]
 
 
@@ -73,19 +78,22 @@ RULES = {
     "CFG++": (CFGPlusPlus(0.6), DDIM()),
     "Rescale": (Rescale(CFG(5.0)), DDIM()),
     "AdaptiveGuidance": (AdaptiveGuidance(CFG(3.0)), DDIM()),
-    "perturbed attention": (CFG(2.0, PerturbedAttention(("mid_block.attentions.0.transformer_blocks.0.attn1",))), DDIM()),
-}  # fmt: skip
+    "perturbed attention": (
+        CFG(2.0, PerturbedAttention(("mid_block.attentions.0.transformer_blocks.0.attn1",))),
+        DDIM(),
+    ),
+}
 
 
 @pytest.mark.parametrize("prediction", ("epsilon", "v_prediction"))
 @pytest.mark.parametrize("name", RULES)
-def test_stable_diffusion_gives_the_latents_of_our_own_loop(name, prediction):
+def test_stable_diffusion_gives_the_latents_of_the_sampling_loop(name, prediction):
     rule, sampler = RULES[name]
     pipe = sd(prediction_type=prediction)
     expected = own_text(pipe, rule, sampler, 5)
     with attach(pipe, guidance=rule, sampler=sampler):
-        mine = pipe(num_inference_steps=5, guidance_scale=7.5, generator=seed(), **TEXT).images
-    assert scaled(mine, expected) < 1e-5
+        actual = pipe(num_inference_steps=5, guidance_scale=7.5, generator=seed(), **TEXT).images
+    assert relative_difference(actual, expected) < 1e-5
 
 
 def sd_call(pipe, scale):
@@ -116,13 +124,13 @@ PIPES = {
 
 
 @pytest.mark.parametrize("name", PIPES)
-def test_our_cfg_is_theirs_and_detach_restores_theirs_bit_for_bit(name):
+def test_attached_cfg_is_the_pipelines_own_and_detach_restores_it_bit_for_bit(name):
     make, call = PIPES[name]
     pipe = make()
     before, scheduler = call(pipe, 3.0), pipe.scheduler
     attached = attach(pipe, guidance=CFG(3.0))
     ours, again = call(pipe, 3.0), call(pipe, 8.0)
-    assert scaled(ours, before) < 1e-4
+    assert relative_difference(ours, before) < 1e-4
     assert torch.equal(ours, again)  # their scale is not used
     attached.detach()
     attached.detach()
@@ -132,9 +140,9 @@ def test_our_cfg_is_theirs_and_detach_restores_theirs_bit_for_bit(name):
     assert not torch.equal(call(pipe, 8.0), before)
 
 
-def test_an_error_in_the_context_detaches_and_another_forward_is_kept():
+def test_an_error_in_the_context_detaches_and_a_hooked_forward_is_kept():
     pipe = sd()
-    hooked = pipe.unet.forward = lambda *args, own=pipe.unet.forward, **kwargs: own(
+    hooked = pipe.unet.forward = lambda *args, original=pipe.unet.forward, **kwargs: original(
         *args, **kwargs
     )  # as accelerate's
     with (
@@ -146,7 +154,7 @@ def test_an_error_in_the_context_detaches_and_another_forward_is_kept():
 
 
 @pytest.mark.parametrize("sampler", (DDIM(), Heun()), ids=str)
-def test_interval_asks_about_exactly_the_rows_that_it_needs(sampler):
+def test_interval_evaluates_exactly_the_samples_that_it_needs(sampler):
     pipe, rows, images = sd(), [], 3
     rule = Interval(CFG(3.0), sigma=BOUNDS)
     pipe.unet.conv_in.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
@@ -174,7 +182,7 @@ def test_interval_asks_about_exactly_the_rows_that_it_needs(sampler):
         assert set(rows) == {images, 2 * images}
 
 
-def test_what_is_passed_with_the_halves_goes_with_them():
+def test_arguments_with_both_halves_are_indexed_with_their_samples():
     """ControlNet's residuals and IP-adapter's image embeddings, as an outside loop passes them."""
     pipe, generator = sd(), seed(4)
     residual = torch.randn(2, 16, 4, 4, generator=generator)
@@ -224,7 +232,7 @@ THREADS = {
 
 
 @pytest.mark.parametrize("name", THREADS)
-def test_eight_threads_keep_their_own_memory(name):
+def test_eight_threads_have_a_memory_each(name):
     make, given = THREADS[name]
     pipe = make()
 
@@ -238,7 +246,7 @@ def test_eight_threads_keep_their_own_memory(name):
     assert all(torch.equal(a, b) for a, b in zip(serial, together, strict=True))
 
 
-def test_image_to_image_is_guided_from_where_it_begins():
+def test_image_to_image_is_guided_from_its_first_level():
     pipe = stable_diffusion(
         diffusers.DDIMScheduler(clip_sample=False, **SD), diffusers.StableDiffusionImg2ImgPipeline
     )
@@ -256,7 +264,7 @@ def test_image_to_image_is_guided_from_where_it_begins():
 
     before = call()
     with attach(pipe, guidance=CFG(3.0)):
-        assert scaled(call(), before) < 1e-4
+        assert relative_difference(call(), before) < 1e-4
 
 
 def again(pipe):
@@ -277,13 +285,16 @@ def pix2pix(pipe):
 
 
 BAD = [
-    (lambda pipe: attach(pix2pix(pipe)), "InstructPix2PixPipeline is in no record of a model family"),
+    (
+        lambda pipe: attach(pix2pix(pipe)),
+        "InstructPix2PixPipeline is in no record of a model family",
+    ),
     (again, "has attached guidance already: detach it first"),
     (unguided, "call it with guidance_scale above 1"),
     (lambda pipe: attach(pipe, CFGPlusPlus(0.6), Heun()), "breaks x = α x_0 .* use DDIM"),
     (lambda pipe: attach(pipe, CFGPlusPlus(0.6), EulerAncestral()), "breaks x = α x_0 .* use DDIM"),
     (lambda pipe: attach(pipe, GFCG(lambda x, level: x)), "reads class labels"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("misuse", "message"), BAD, ids=[message[:30] for _, message in BAD])
@@ -296,11 +307,11 @@ def test_a_pipeline_without_its_negative_half_runs_the_conditional_model():
     pipe = sd()
     plain = sd_call(pipe, 1.0)
     with attach(pipe, guidance=CFG(1.0)):
-        assert scaled(sd_call(pipe, 1.0), plain) < 1e-4
+        assert relative_difference(sd_call(pipe, 1.0), plain) < 1e-4
         assert math.isfinite(sd_call(pipe, 5.0).sum())
 
 
-def test_two_labels_of_one_seed_are_no_halves():
+def test_two_labels_with_one_seed_are_not_taken_for_halves():
     pipe = dit_pipeline(diffusers.DDIMScheduler(clip_sample=False))
     given = {
         "class_labels": [1, 2],
@@ -311,12 +322,12 @@ def test_two_labels_of_one_seed_are_no_halves():
     theirs = torch.from_numpy(pipe(**given, generator=[seed(0), seed(0)]).images)
     with attach(pipe, CFG(1.0)):
         ours = torch.from_numpy(pipe(**given, generator=[seed(0), seed(0)]).images)
-    assert scaled(ours, theirs) < 1e-5
+    assert relative_difference(ours, theirs) < 1e-5
     with attach(pipe, CFG(3.0)), pytest.raises(ValueError, match="needs the negative half"):
         pipe(**given, generator=[seed(0), seed(0)])
 
 
-def test_two_prompts_of_one_seed_are_refused_where_the_pipeline_says_not_what_it_asks():
+def test_two_prompts_with_one_seed_are_refused_if_the_halves_are_guessed():
     pipe = pixart(diffusers.DDIMScheduler(clip_sample=False))
     given = {"num_inference_steps": 3, "output_type": "latent", "use_resolution_binning": False}
     with attach(pipe, CFG(1.0)):

@@ -1,4 +1,4 @@
-"""Our guidance in Modular Diffusers: diffusers' own CFG, our own loop's results for the other rules, saved and loaded."""
+"""The guider: CFG is that of diffusers, other rules give the samples of diffcore's loop."""
 
 import diffusers
 import pytest
@@ -29,10 +29,10 @@ from diffcore.samplers import DDIM, DPMSolverPP
 from tests.helpers.tiny_pipelines import (
     NEGATIVE,
     PROMPT,
-    aligned,
-    own,
-    rows_of,
-    scaled,
+    align_parameters,
+    counted_samples,
+    relative_difference,
+    sampling_loop,
     sd3,
     sdxl,
     seed,
@@ -40,9 +40,8 @@ from tests.helpers.tiny_pipelines import (
     xl_unet,
 )
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:__array:DeprecationWarning"
-)  # theirs, in set_timesteps
+# diffusers' set_timesteps passes arrays in a deprecated way.
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 PROMPTS = {"prompt_embeds": PROMPT, "negative_prompt_embeds": NEGATIVE}
 POOLED = {"pooled_prompt_embeds": PROMPT[:, 0], "negative_pooled_prompt_embeds": NEGATIVE[:, 0]}
@@ -58,10 +57,10 @@ def modular(block, **components):
 
 
 def xl(scheduler=None, **config):
-    made = scheduler or diffusers.DDIMScheduler(
+    scheduler = scheduler or diffusers.DDIMScheduler(
         clip_sample=False, timestep_spacing="trailing", **SD | config
     )
-    return modular(StableDiffusionXLCoreDenoiseStep, unet=xl_unet(), scheduler=made, vae=vae())
+    return modular(StableDiffusionXLCoreDenoiseStep, unet=xl_unet(), scheduler=scheduler, vae=vae())
 
 
 def call(pipe, steps=4, **others):
@@ -74,10 +73,10 @@ def call(pipe, steps=4, **others):
 
 
 @pytest.mark.parametrize("kind", ("DDIM", "EulerDiscrete", "HeunDiscrete"))
-def test_our_cfg_is_the_classifier_free_guidance_of_diffusers(kind):
-    """Beside their schedulers, whose x may be x/α: the network is asked about x all the same.
+def test_cfg_is_the_classifier_free_guidance_of_diffusers(kind):
+    """With schedulers of diffusers, also those that keep x/α.
 
-    With Heun's 2N - 1 evaluations their guider stops after N, so the classic pipeline is the judge there.
+    Of Heun's 2N - 1 evaluations the guider of diffusers guides N, the classic pipeline all.
     """
     others = {"clip_sample": False} if kind == "DDIM" else {}
     scheduler = getattr(diffusers, f"{kind}Scheduler")(
@@ -88,12 +87,12 @@ def test_our_cfg_is_the_classifier_free_guidance_of_diffusers(kind):
         **text, guidance_scale=3.0, num_inference_steps=4, generator=seed(), output_type="latent"
     )
     pipe.update_components(guider=ClassifierFreeGuidance(3.0))
-    assert (scaled(call(pipe), theirs.images) < 1e-5) == (kind != "HeunDiscrete")
+    assert (relative_difference(call(pipe), theirs.images) < 1e-5) == (kind != "HeunDiscrete")
     pipe.update_components(guider=DiffcoreGuider.of(CFG(3.0), pipe.scheduler))
-    assert scaled(call(pipe), theirs.images) < 1e-5
+    assert relative_difference(call(pipe), theirs.images) < 1e-5
 
 
-def ask(unet, x, t, label):
+def evaluate(unet, x, t, label):
     prompt = NEGATIVE if label else PROMPT
     added = {"text_embeds": prompt[:, 0], "time_ids": torch.tensor([[16.0, 16, 0, 0, 16, 16]])}
     return unet(x, t, encoder_hidden_states=prompt, added_cond_kwargs=added, return_dict=False)[0]
@@ -113,7 +112,7 @@ RULES = {
 
 @pytest.mark.parametrize("prediction", ("epsilon", "v_prediction"))
 @pytest.mark.parametrize("name", RULES)
-def test_every_rule_gives_the_latents_of_our_own_loop_at_as_many_evaluations(name, prediction):
+def test_a_rule_gives_the_latents_and_evaluations_of_the_sampling_loop(name, prediction):
     rule, sampler = RULES[name]
     pipe = xl(prediction_type=prediction)
     guider = DiffcoreGuider.of(rule, pipe.scheduler)
@@ -122,16 +121,16 @@ def test_every_rule_gives_the_latents_of_our_own_loop_at_as_many_evaluations(nam
     )
     pipe.update_components(guider=guider, scheduler=ours)
     x = torch.randn(1, 4, 8, 8, generator=seed())
-    expected, rows = own(pipe.unet, ask, ours.settings.process, rule, sampler, 5, x)
-    with rows_of(pipe.unet) as asked:
-        mine = call(pipe, 5)
-    assert scaled(mine, expected) < 1e-5
-    assert sum(asked) == rows
-    assert torch.equal(call(pipe, 5), mine)  # another run begins without the memory of the last
+    expected, rows = sampling_loop(pipe.unet, evaluate, ours.settings.process, rule, sampler, 5, x)
+    with counted_samples(pipe.unet) as counts:
+        actual = call(pipe, 5)
+    assert relative_difference(actual, expected) < 1e-5
+    assert sum(counts) == rows
+    assert torch.equal(call(pipe, 5), actual)  # another run begins without the memory of the last
     assert not pipe.unet._forward_pre_hooks
 
 
-def test_sd3_is_a_flow():
+def test_cfg_of_a_flow_is_that_of_diffusers():
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     parts = sd3(scheduler)
     pipe = modular(
@@ -143,26 +142,26 @@ def test_sd3_is_a_flow():
     pipe.update_components(guider=ClassifierFreeGuidance(3.0))
     theirs = call(pipe)
     pipe.update_components(guider=DiffcoreGuider.of(CFG(3.0), pipe.scheduler))
-    assert scaled(call(pipe), theirs) < 1e-5
+    assert relative_difference(call(pipe), theirs) < 1e-5
 
 
-def test_it_is_saved_and_loaded_with_its_pipeline(tmp_path):
+def test_a_guider_is_saved_and_loaded_with_its_pipeline(tmp_path):
     pipe = xl()
     pipe.update_components(
         guider=DiffcoreGuider.of(Interval(APG(3.0), sigma=(0.4, 3.0)), pipe.scheduler)
     )
-    made = call(pipe)
+    samples = call(pipe)
     pipe.save_pretrained(str(tmp_path), overwrite_modular_index=True)
     again = StableDiffusionXLCoreDenoiseStep().init_pipeline(str(tmp_path))
     again.load_components()
     again.set_progress_bar_config(disable=True)
     assert again.guider.settings == pipe.guider.settings
-    aligned(again.unet)
-    assert torch.equal(call(again), made)
+    align_parameters(again.unet)
+    assert torch.equal(call(again), samples)
     assert again.guider.new(rule=CFG(2.0)).settings.rule == CFG(2.0)
 
 
-def test_a_run_that_ended_without_guidance_does_not_leave_the_negative_out_of_the_next():
+def test_a_call_that_ended_without_guidance_keeps_the_negative_prompt_of_the_next():
     pipe = xl()
     guider = DiffcoreGuider.of(Interval(CFG(3.0), sigma=(5.0, 9.0)), pipe.scheduler)
     assert guider.num_conditions == 2
@@ -191,8 +190,8 @@ def with_rule(rule):
     return pipe
 
 
-def test_a_run_that_begins_at_an_image_has_fewer_evaluations():
-    """The guider is told another number of steps than the scheduler took: levels come from the timesteps alone."""
+def test_a_call_that_begins_at_an_image_has_fewer_evaluations():
+    """The guider receives the wrong number of steps: levels come from the timesteps alone."""
     pipe = xl()
     classic = PROMPTS | POOLED | {"image": torch.rand(1, 3, 16, 16, generator=seed(5))}
     given = {"num_inference_steps": 5, "strength": 0.6}
@@ -206,28 +205,48 @@ def test_a_run_that_begins_at_an_image_has_fewer_evaluations():
     generator = seed()
     latents = retrieved(pipe.vae, classic["image"], generator)
     given |= PROMPTS | POOLED | SIZE | {"image_latents": latents}
-    assert scaled(pipe(**given, generator=generator, output="latents"), expected) < 1e-5
+    assert (
+        relative_difference(pipe(**given, generator=generator, output="latents"), expected) < 1e-5
+    )
 
 
 def retrieved(vae, image, generator):
-    """As pipelines encode an image."""
+    """Latents of an image, as pipelines encode it."""
     with torch.no_grad():
         return vae.config.scaling_factor * vae.encode(2 * image - 1).latent_dist.sample(generator)
 
 
 BAD = [
-    (lambda: attach(xl(), CFG(3.0)), r"accepts a guider: pipe.update_components\(guider=DiffcoreGuider.of\(CFG"),
-    (lambda: DiffcoreGuider(CFGPlusPlus(0.6), process()), "depends on the sampler's steps, which a guider does not"),
-    (lambda: DiffcoreGuider(LinearAG(CFG(3.0), ((), (0.0, 1.0))), process()), "depends on the sampler's steps"),
+    (
+        lambda: attach(xl(), CFG(3.0)),
+        r"accepts a guider: pipe.update_components\(guider=DiffcoreGuider.of\(CFG",
+    ),
+    (
+        lambda: DiffcoreGuider(CFGPlusPlus(0.6), process()),
+        "depends on the sampler's steps, which a guider does not",
+    ),
+    (
+        lambda: DiffcoreGuider(LinearAG(CFG(3.0), ((), (0.0, 1.0))), process()),
+        "depends on the sampler's steps",
+    ),
     (lambda: DiffcoreGuider(GFCG(lambda x, level: x), process()), "reads class labels"),
-    (lambda: DiffcoreGuider(ComposedConditions((3,), (1.0,)), process()), "needs Label.* use Unconditional"),
+    (
+        lambda: DiffcoreGuider(ComposedConditions((3,), (1.0,)), process()),
+        "needs Label.* use Unconditional",
+    ),
     (lambda: DiffcoreGuider({"class_path": "CGF"}, process()), "CFG"),
-    (without_negative, "needs the negative half, which the pipeline leaves out: pass negative_prompt"),
-    (lambda: DiffcoreGuider(CFG(3.0), process()).forward(torch.zeros(1)), "has not seen the network's input"),
-]  # fmt: skip
+    (
+        without_negative,
+        "needs the negative half, which the pipeline leaves out: pass negative_prompt",
+    ),
+    (
+        lambda: DiffcoreGuider(CFG(3.0), process()).forward(torch.zeros(1)),
+        "has not seen the network's input",
+    ),
+]
 
 
 @pytest.mark.parametrize(("misuse", "message"), BAD, ids=[message[:30] for _, message in BAD])
-def test_what_a_guider_cannot_do_is_refused(misuse, message):
+def test_rules_and_calls_that_a_guider_cannot_serve_are_refused(misuse, message):
     with pytest.raises(ValueError, match=message):
         misuse()

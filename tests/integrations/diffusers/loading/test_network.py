@@ -1,4 +1,4 @@
-"""Networks of diffusers in our loop: the process that the configs describe, and the same samples as their own schedulers."""
+"""Networks of diffusers as denoisers: the configs' process, the schedulers' samples."""
 
 import json
 import logging
@@ -17,16 +17,16 @@ from diffcore.samplers import DDIM, Euler
 from diffcore.sampling.generation import sample
 from diffcore.sampling.loop import integrate
 from diffcore.schedules import Discrete, Flow, Karras, Leading, Linspace, Shifted, Trailing
-from tests.helpers.tiny_pipelines import dit, theirs, unet, vae
+from tests.helpers.damaged_folders import UnpicklingBomb, edit_json
+from tests.helpers.tiny_pipelines import diffusers_loop, dit, unet, vae
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:__array:DeprecationWarning"
-)  # theirs, in set_timesteps
+# diffusers' set_timesteps passes arrays in a deprecated way.
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 C_NOISE = TimeConditioning("logsnr", -1 / 8)
 
 
 @torch.no_grad()
-def ours(denoiser, sampler, knots, x, condition=None, guidance=CFG(1.0)):
+def diffcore_loop(denoiser, sampler, knots, x, condition=None, guidance=CFG(1.0)):
     return integrate(
         denoiser, sampler, x, knots, Noise(torch.arange(len(x)), x.shape[1:]), guidance, condition
     )[0]
@@ -60,22 +60,26 @@ def test_a_tables_network_gives_the_samples_of_ddim(config, schedule, prediction
         (3, 8, 8),
     )
     assert process.time == TimeConditioning("index", config.get("num_train_timesteps", 1000))
-    mine = ours(denoiser, DDIM(), Trailing().knots(schedule, 5), x)
-    torch.testing.assert_close(mine, theirs(network, scheduler, 5, x), rtol=1e-5, atol=1e-4)
+    actual = diffcore_loop(denoiser, DDIM(), Trailing().knots(schedule, 5), x)
+    torch.testing.assert_close(
+        actual, diffusers_loop(network, scheduler, 5, x), rtol=1e-5, atol=1e-4
+    )
 
 
-def test_a_network_under_a_scheduler_of_y_is_asked_about_x_of_the_vp_process():
+def test_under_a_scheduler_of_y_the_network_is_evaluated_at_x_of_the_vp_process():
     scheduler = diffusers.EulerDiscreteScheduler(
         timestep_spacing="linspace", interpolation_type="linear"
     )
     network, x = unet(), start()
     denoiser = from_diffusers(network, scheduler)
     knots = Linspace().knots(denoiser.process.schedule, 4)  # indices 999, 666, 333, 0
-    mine = ours(denoiser, DDIM(), knots, knots[0].alpha * x * scheduler.init_noise_sigma)
-    torch.testing.assert_close(mine, theirs(network, scheduler, 4, x), rtol=1e-4, atol=1e-4)
+    actual = diffcore_loop(denoiser, DDIM(), knots, knots[0].alpha * x * scheduler.init_noise_sigma)
+    torch.testing.assert_close(
+        actual, diffusers_loop(network, scheduler, 4, x), rtol=1e-4, atol=1e-4
+    )
 
 
-def test_a_flow_network_is_told_T_sigma():
+def test_the_time_input_of_a_flow_network_is_T_sigma():
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     network, x, blends = unet(), start(), [1.0, 0.9, 0.6, 0.2]
     denoiser = from_diffusers(network, scheduler)
@@ -87,8 +91,10 @@ def test_a_flow_network_is_told_T_sigma():
     knots = tuple(
         denoiser.process.schedule.level(t) for t in (*blends, 0.0)
     )  # theirs are shifted after they are given
-    other = theirs(network, scheduler, None, x, sigmas=blends)
-    torch.testing.assert_close(ours(denoiser, DDIM(), knots, x), other, rtol=1e-4, atol=1e-4)
+    other = diffusers_loop(network, scheduler, None, x, sigmas=blends)
+    torch.testing.assert_close(
+        diffcore_loop(denoiser, DDIM(), knots, x), other, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_an_edm_network_is_preconditioned():
@@ -98,11 +104,13 @@ def test_an_edm_network_is_preconditioned():
     assert (denoiser.process.prediction, denoiser.process.time) == ("edm", C_NOISE)
     assert denoiser.process.sigma_data == 0.6
     knots = Karras().knots(denoiser.process.schedule, 4)
-    mine = ours(denoiser, Euler(), knots, x * scheduler.init_noise_sigma)
-    torch.testing.assert_close(mine, theirs(network, scheduler, 4, x), rtol=1e-4, atol=1e-3)
+    actual = diffcore_loop(denoiser, Euler(), knots, x * scheduler.init_noise_sigma)
+    torch.testing.assert_close(
+        actual, diffusers_loop(network, scheduler, 4, x), rtol=1e-4, atol=1e-3
+    )
 
 
-def test_a_continuous_euler_network_is_asked_in_the_vp_scaling():
+def test_a_continuous_euler_network_is_evaluated_in_the_vp_scaling():
     bounds = {"sigma_min": 0.01, "sigma_max": 80.0}
     scheduler = diffusers.EulerDiscreteScheduler(
         timestep_type="continuous", prediction_type="v_prediction", use_karras_sigmas=True, **bounds
@@ -111,12 +119,12 @@ def test_a_continuous_euler_network_is_asked_in_the_vp_scaling():
     denoiser = from_diffusers(network, scheduler)
     assert (denoiser.process.prediction, denoiser.process.time) == ("v_prediction", C_NOISE)
     knots = Karras(**bounds).knots(denoiser.process.schedule, 4)
-    other = theirs(network, scheduler, 4, x)  # its init_noise_sigma is right from now on
-    mine = ours(denoiser, DDIM(), knots, x * scheduler.init_noise_sigma * knots[0].alpha)
-    torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+    other = diffusers_loop(network, scheduler, 4, x)  # its init_noise_sigma is right from now on
+    actual = diffcore_loop(denoiser, DDIM(), knots, x * scheduler.init_noise_sigma * knots[0].alpha)
+    torch.testing.assert_close(actual, other, rtol=1e-4, atol=1e-4)
 
 
-def test_the_config_may_be_given_for_the_scheduler():
+def test_the_config_may_be_passed_in_place_of_the_scheduler():
     network, scheduler = (
         unet(),
         diffusers.DDIMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction"),
@@ -137,7 +145,7 @@ def dit_pipe():
 
 
 def test_dit_with_a_vae_gives_the_images_of_its_pipeline(dit_pipe):
-    """Class-conditional with CFG; the mean half of its output; null label 1000; latents of scaling_factor 0.3."""
+    """CFG on classes, null label 1000, the mean half of the output, scaling_factor 0.3."""
     denoiser = from_diffusers(dit_pipe)
     process = denoiser.process
     assert (process.classes, process.dropout, process.shape, process.sigma_data) == (
@@ -152,14 +160,14 @@ def test_dit_with_a_vae_gives_the_images_of_its_pipeline(dit_pipe):
         [3, 5], guidance_scale=4.0, num_inference_steps=4, generator=generator, output_type="np"
     ).images
     knots = Leading().knots(process.schedule, 4)
-    z = ours(denoiser, DDIM(), knots, start(2, (4, 8, 8)), torch.tensor([3, 5]), CFG(4.0))
-    mine = (Latents(dit_pipe.vae).decode(z).detach() / 2 + 0.5).clamp(0, 1)
+    z = diffcore_loop(denoiser, DDIM(), knots, start(2, (4, 8, 8)), torch.tensor([3, 5]), CFG(4.0))
+    actual = (Latents(dit_pipe.vae).decode(z).detach() / 2 + 0.5).clamp(0, 1)
     torch.testing.assert_close(
-        mine.permute(0, 2, 3, 1), torch.from_numpy(images), rtol=0, atol=1e-4
+        actual.permute(0, 2, 3, 1), torch.from_numpy(images), rtol=0, atol=1e-4
     )
 
 
-def test_a_class_conditional_unet_is_asked_for_its_null_label():
+def test_a_class_conditional_unet_needs_classes_and_dropout():
     network, scheduler = unet(num_class_embeds=5), diffusers.DDPMScheduler()
     with pytest.raises(ValueError, match=r"embeds 5 labels, .* Pass classes=4 and the dropout"):
         from_diffusers(network, scheduler)
@@ -172,7 +180,7 @@ def test_a_class_conditional_unet_is_asked_for_its_null_label():
         sample(undropped, steps=2, guidance=CFG(3.0), **arguments)
 
 
-def test_fields_are_overridden_aloud(caplog):
+def test_a_field_that_contradicts_the_configs_is_logged(caplog):
     with caplog.at_level(logging.WARNING):
         process = from_diffusers(
             unet(), diffusers.DDPMScheduler(), prediction="sample", sigma_data=0.7
@@ -222,73 +230,91 @@ def test_a_saved_pipeline_is_read_by_its_folder(tmp_path, dit_pipe):
         )
 
 
-class Bomb:
-    def __reduce__(self):
-        return exec, ("raise SystemExit('the pickle was opened')",)
-
-
 @pytest.fixture
 def folder(tmp_path):
     diffusers.DDPMPipeline(unet(), diffusers.DDPMScheduler()).save_pretrained(tmp_path)
     return tmp_path
 
 
-def edit(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
 def pickled(folder):
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    torch.save(Bomb(), folder / "unet" / "diffusion_pytorch_model.bin")
+    torch.save(UnpicklingBomb(), folder / "unet" / "diffusion_pytorch_model.bin")
 
 
 def remote(folder):
-    (folder / "unet" / "mine.py").write_text("raise SystemExit('the code was run')")
-    edit(folder / "model_index.json", unet=["mine", "Net"])
+    (folder / "unet" / "actual.py").write_text("raise SystemExit('the code was run')")
+    edit_json(folder / "model_index.json", unet=["actual", "Net"])
 
 
 BROKEN = [
-    (lambda f: (f / "model_index.json").unlink(), "model_index.json is missing: expected the folder of a diffusers pipeline"),
-    (lambda f: (f / "scheduler" / "scheduler_config.json").unlink(), "scheduler_config.json is missing"),
+    (
+        lambda f: (f / "model_index.json").unlink(),
+        "model_index.json is missing: expected the folder of a diffusers pipeline",
+    ),
+    (
+        lambda f: (f / "scheduler" / "scheduler_config.json").unlink(),
+        "scheduler_config.json is missing",
+    ),
     (lambda f: (f / "model_index.json").write_text("{"), "is not JSON"),
-    (lambda f: edit(f / "model_index.json", unet=[None, None]), "expected one of unet or transformer, and a scheduler"),
+    (
+        lambda f: edit_json(f / "model_index.json", unet=[None, None]),
+        "expected one of unet or transformer, and a scheduler",
+    ),
     (pickled, "pickled weights are not opened, convert them first"),
-    (remote, "names mine.Net as unet, which is no model of diffusers or transformers. Code"),
-    (lambda f: edit(f / "model_index.json", unet=["diffusers", "loaders"]), "is no model of diffusers"),
-    (lambda f: edit(f / "scheduler" / "scheduler_config.json", _class_name="Mine"), "_class_name is 'Mine'"),
-]  # fmt: skip
+    (remote, "names actual.Net as unet, which is no model of diffusers or transformers. Code"),
+    (
+        lambda f: edit_json(f / "model_index.json", unet=["diffusers", "loaders"]),
+        "is no model of diffusers",
+    ),
+    (
+        lambda f: edit_json(f / "scheduler" / "scheduler_config.json", _class_name="Mine"),
+        "_class_name is 'Mine'",
+    ),
+]
 
 
 @pytest.mark.parametrize(("damage", "message"), BROKEN, ids=[message[:30] for _, message in BROKEN])
-def test_a_folder_that_is_not_whole_or_not_data_is_refused(folder, damage, message):
+def test_a_folder_that_is_incomplete_or_holds_code_is_refused(folder, damage, message):
     damage(folder)
     with pytest.raises(ValueError, match=message):
         from_diffusers(folder)
 
 
 REFUSED = [
-    (diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True), "use_flow_sigmas, but prediction_type 'epsilon'"),
-    (diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction"), "a table of betas: set use_flow_sigmas"),
-    (diffusers.EDMEulerScheduler(prediction_type="v_prediction"), "prediction_type is 'v_prediction': an EDM"),
-    (diffusers.DDPMScheduler().config | {"prediction_type": "eps"}, "prediction_type is 'eps', expected epsilon, sample"),
+    (
+        diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True),
+        "use_flow_sigmas, but prediction_type 'epsilon'",
+    ),
+    (
+        diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction"),
+        "a table of betas: set use_flow_sigmas",
+    ),
+    (
+        diffusers.EDMEulerScheduler(prediction_type="v_prediction"),
+        "prediction_type is 'v_prediction': an EDM",
+    ),
+    (
+        diffusers.DDPMScheduler().config | {"prediction_type": "eps"},
+        "prediction_type is 'eps', expected epsilon, sample",
+    ),
     (diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "give mu"),
     (diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "is told 1 - σ"),
     (diffusers.DDIMScheduler(rescale_betas_zero_snr=True), "pure noise"),
     (diffusers.IPNDMScheduler(), "does not say what the network outputs"),
     ({"timesteps": 3}, "names no scheduler: pass the scheduler itself"),
     (None, "a network alone does not determine schedule, prediction, time"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
     ("scheduler", "message"), REFUSED, ids=[message[:30] for _, message in REFUSED]
 )
-def test_what_contradicts_itself_or_says_too_little_is_refused(scheduler, message):
+def test_a_config_that_is_contradictory_or_incomplete_is_refused(scheduler, message):
     with pytest.raises(ValueError, match=message):
         from_diffusers(nn.Identity(), scheduler, shape=(3, 8, 8))
 
 
-def test_a_network_without_a_config_takes_a_shape():
+def test_a_network_without_a_config_needs_a_shape():
     with pytest.raises(ValueError, match="pass shape"):
         from_diffusers(nn.Identity(), diffusers.DDPMScheduler())
     assert from_diffusers(nn.Identity(), diffusers.DDPMScheduler(), shape=(2,)).process.shape == (

@@ -39,7 +39,7 @@ from diffcore.schedules import (
     UniformLogSNR,
     ZeroTerminalSNR,
 )
-from tests.helpers.tiny_pipelines import aligned, quiet, theirs, unet
+from tests.helpers.tiny_pipelines import align_parameters, diffusers_loop, quiet, unet
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array:DeprecationWarning"
@@ -85,7 +85,7 @@ def test_an_outside_loop_gives_the_samples_of_our_own(sampler, steps, schedule):
         mine, asked = integrate(
             from_diffusers(network, scheduler), sampler, x, knots, Noise(torch.arange(2), (3, 8, 8))
         )
-    assert scaled(theirs(network, scheduler, steps, x), mine) < 1e-5
+    assert scaled(diffusers_loop(network, scheduler, steps, x), mine) < 1e-5
     assert len(scheduler.timesteps) == asked == sampler.evaluations(knots)
     assert scheduler.num_inference_steps == steps
 
@@ -115,8 +115,10 @@ def test_an_edm_network_is_asked_about_scaled_input():
     scheduler = DiffcoreScheduler.from_config(other.config, sampler=Euler())
     scheduler.set_timesteps(4)
     assert scheduler.init_noise_sigma == pytest.approx(math.hypot(80, 0.6))  # theirs is √(σ² + 1)
-    mine = theirs(network, scheduler, 4, x * other.init_noise_sigma / scheduler.init_noise_sigma)
-    assert scaled(mine, theirs(network, other, 4, x)) < 1e-4
+    mine = diffusers_loop(
+        network, scheduler, 4, x * other.init_noise_sigma / scheduler.init_noise_sigma
+    )
+    assert scaled(mine, diffusers_loop(network, other, 4, x)) < 1e-4
 
 
 def begun(scheduler, network, begin, x, announced):
@@ -319,7 +321,7 @@ def test_it_is_saved_and_loaded_with_its_pipeline(tmp_path):
     ]
     again = quiet(diffusers.DiffusionPipeline.from_pretrained(tmp_path))
     assert again.scheduler.settings == pipe.scheduler.settings
-    aligned(again.unet)
+    align_parameters(again.unet)
     np.testing.assert_array_equal(again(1, seed(), 3, output_type="np").images, before)
     assert from_diffusers(tmp_path).process == from_diffusers(pipe).process
     other = DiffcoreScheduler.from_config(again.scheduler.config, sampler=DDIM())
@@ -395,9 +397,11 @@ def test_churn_below_the_first_knot_works():
     network, x = unet(), torch.randn(2, 3, 8, 8, generator=seed())
     scheduler = DiffcoreScheduler(Euler(churn=2.0, churn_max=5.0), Leading())
     torch.manual_seed(0)
-    noisy = theirs(network, scheduler, 4, x)
+    noisy = diffusers_loop(network, scheduler, 4, x)
     assert scheduler.timesteps[-1] > 0  # raised, index 0 would be the last
-    assert not torch.equal(noisy, theirs(network, DiffcoreScheduler(Euler(), Leading()), 4, x))
+    assert not torch.equal(
+        noisy, diffusers_loop(network, DiffcoreScheduler(Euler(), Leading()), 4, x)
+    )
 
 
 def test_restarts_are_planned_and_cannot_be_begun_in_the_middle():
