@@ -1,18 +1,16 @@
-"""Samplers: pure state machines that integrate the reverse process, one file per family."""
+"""Samplers: pure state machines that integrate the reverse process, one file per solver family."""
 
-from diffcore.samplers.adams import AdamsBashforth
-from diffcore.samplers.ancestral import DDPM, EulerAncestral
-from diffcore.samplers.base import Sampler, SamplerWrapper, State
+from diffcore.samplers.adams import AdamsBashforth, AdamsMoulton
+from diffcore.samplers.base import Knots, Sampler, SamplerWrapper, State
 from diffcore.samplers.blending import AlphaBlending
-from diffcore.samplers.ddim import DDIM
-from diffcore.samplers.dpm_sde import DPMSolverSDE
-from diffcore.samplers.dpm_solver import DPMSolverPP
+from diffcore.samplers.ddim import DDIM, DDPM, EulerAncestral
+from diffcore.samplers.dpm_solver import DPMSolverPP, DPMSolverSDE
 from diffcore.samplers.edm import Euler, Heun
 from diffcore.samplers.gradient_estimation import GradientEstimation
-from diffcore.samplers.moulton import AdamsMoulton
 from diffcore.samplers.predictor_corrector import PredictorCorrector
 from diffcore.samplers.restart import Restart
 from diffcore.samplers.runge_kutta import AdaptiveRungeKutta
+from diffcore.samplers.segments import SegmentSampler
 from diffcore.samplers.unipc import UniPC
 
 __all__ = [
@@ -28,10 +26,12 @@ __all__ = [
     "EulerAncestral",
     "GradientEstimation",
     "Heun",
+    "Knots",
     "PredictorCorrector",
     "Restart",
     "Sampler",
     "SamplerWrapper",
+    "SegmentSampler",
     "State",
     "UniPC",
 ]

@@ -1,19 +1,21 @@
-"""Adams methods: integrate the polynomial through the last k predictions. LMS, DEIS, the flow form, iPNDM, DPM-Solver++(3M).
+"""Adams methods: they integrate the polynomial through the last k predictions exactly.
 
-The probability flow is linear in each of three pairs of a coordinate and what is held fixed in it:
+LMS, DEIS, the flow form, iPNDM and DPM-Solver++(3M) are Adams-Bashforth methods; Adams-Moulton adds a
+corrector. The probability flow is linear in each of three pairs of a coordinate and a held quantity:
 
     held          coordinate         measure m     exact integral over a step
     eps           y = x/α            u = σ/α       y_s = y + ∫ ε du
     velocity      z = x/(α+σ)        a = σ/(α+σ)   z_s = z + ∫ (ε - x_0) da
     x0            x/σ                1/u           x_s/σ_s = x/σ + ∫ x_0 d(1/u)
 
-A method holds one of them, interpolates it in a variable, and integrates the polynomial exactly against the measure.
+A method holds one of them, interpolates it in a variable, and integrates the polynomial exactly against
+the measure. Its first-order step holds the newest value constant.
 """
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
@@ -21,41 +23,70 @@ from torch import Tensor
 
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
-from diffcore.samplers.base import Sampler, State, interior, times
-from diffcore.samplers.lagrange import Rule, even_moments, moments, rule, weights
+from diffcore.samplers.base import Knots, Memory, Sampler, State, is_interior, multiply
+from diffcore.samplers.lagrange import (
+    QuadratureRule,
+    even_moments,
+    gauss_legendre,
+    lagrange_weights,
+    moments,
+)
 from diffcore.schedules import Level, Real
 
-Held = Literal["eps", "x0", "velocity"]
+__all__ = [
+    "Adams",
+    "AdamsBashforth",
+    "AdamsMoulton",
+    "HeldQuantity",
+    "History",
+    "KnotValue",
+    "Variable",
+    "exponential_moments",
+]
+
+HeldQuantity = Literal["eps", "x0", "velocity"]
+"""What a method holds and interpolates; velocity is ε - x_0."""
+
 Variable = Literal["u", "a", "logsnr", "t", "index"]
+"""The variable of the interpolating polynomial; index counts knots."""
 
 
-class Past(NamedTuple):
-    """What was held at a knot."""
+class KnotValue(NamedTuple):
+    """The held quantity at a knot."""
 
     level: Level
     value: Tensor
 
 
-History = tuple[Past, ...]
+History = tuple[KnotValue, ...]
 """The last knots, newest first."""
 
-PAST = range(0, -5, -1)
+PAST_INDICES = range(0, -5, -1)
+"""Indices of the knots of a history, counted from the newest."""
 
 
 @dataclass(frozen=True)
-class Adams(Sampler, ABC):
-    """What is held, in which variable, and the integral over a step of the polynomial through a history of it."""
+class Adams(Sampler[Memory], ABC):
+    """Base of Adams methods: held quantity, variable, and the integral of the polynomial through a history.
+
+    Args:
+        k: number of predictions that the polynomial interpolates.
+        held: eps, x0, or velocity (ε - x_0).
+        variable: variable of the polynomial: u, a, logsnr, t, or the step's index.
+    """
 
     k: Literal[1, 2, 3, 4, 5] = 2
-    held: Held = "velocity"
+    held: HeldQuantity = "velocity"
     variable: Variable = "a"
-    most: ClassVar[int] = 5
+    max_k: ClassVar[int] = 5
 
     def __post_init__(self) -> None:
-        if self.k not in range(1, self.most + 1):
-            raise ValueError(f"k is {self.k}, expected 1 to {self.most} predictions")
-        if self.held not in get_args(Held):
-            raise ValueError(f"held is {self.held!r}, expected one of {', '.join(get_args(Held))}")
+        if self.k not in range(1, self.max_k + 1):
+            raise ValueError(f"k is {self.k}, expected 1 to {self.max_k} predictions")
+        if self.held not in get_args(HeldQuantity):
+            raise ValueError(
+                f"held is {self.held!r}, expected one of {', '.join(get_args(HeldQuantity))}"
+            )
         if self.variable not in get_args(Variable):
             raise ValueError(
                 f"variable is {self.variable!r}, expected one of {', '.join(get_args(Variable))}"
@@ -63,27 +94,24 @@ class Adams(Sampler, ABC):
 
     @property
     def order(self) -> int:
-        order = self._order()
+        order = self._order_on_any_knots()
         return min(order, 2) if self.variable == "index" else order
 
     @abstractmethod
-    def _order(self) -> int:
-        """Of convergence on any knots, where the variable is not the index."""
-
-    def evaluations(self, knots: tuple[Level, ...]) -> int:
-        return len(knots) - 1
+    def _order_on_any_knots(self) -> int:
+        """Order of convergence on any knots, if the variable is not the index."""
 
     @property
-    def _everywhere(self) -> bool:
+    def _is_finite_at_ends(self) -> bool:
         """Whether variable and measure are finite from noise to data, both included."""
         return self.held == "velocity" and self.variable in ("a", "index")
 
-    def _held(self, prediction: Prediction) -> Tensor:
+    def _held_value(self, prediction: Prediction) -> Tensor:
         x0, eps = prediction
         return {"eps": eps, "x0": x0}[self.held] if self.held != "velocity" else eps - x0
 
     def _scale(self, level: Level) -> Real:
-        """C: x over the coordinate in which the flow is the integral of what is held."""
+        """c: x divided by the coordinate in which the flow is the integral of the held quantity."""
         match self.held:
             case "eps":
                 return level.alpha
@@ -92,47 +120,63 @@ class Adams(Sampler, ABC):
         return level.alpha + level.sigma
 
     def _correction(
-        self, history: History, s: Level, places: Iterable[int] = PAST
+        self, history: History, s: Level, indices: Iterable[int] = PAST_INDICES
     ) -> Tensor | float:
-        """What the polynomial adds to the first-order step from the history's first knot, the others being so many knots on."""
+        """What the polynomial adds to the first-order step from the history's first knot to s.
+
+        Args:
+            history: values that the polynomial interpolates; the step begins at the first.
+            s: level at the end of the step.
+            indices: index of each knot of the history relative to the first, for the variable index.
+
+        Returns:
+            c_s Σ_{j≥1} w_j (f_j - f_0), of the shape of x; 0 for a history of one value.
+        """
         (t, f), *past = history
         if not past:
             return 0.0
         scale = self._scale(s)
         nodes = [
-            _coordinate(level, place, self.variable)
-            for place, (level, _) in zip(places, history, strict=False)
+            _coordinate(level, index, self.variable)
+            for index, (level, _) in zip(indices, history, strict=False)
         ]
-        w = weights(nodes, self._moments(t, s, len(past)))
-        return sum(times(scale * w_j, f_j - f) for w_j, (_, f_j) in zip(w, past, strict=True))
+        w = lagrange_weights(nodes, self._moments(t, s, len(past)))
+        return sum(multiply(scale * w_j, f_j - f) for w_j, (_, f_j) in zip(w, past, strict=True))
 
     def _moments(self, t: Level, s: Level, count: int) -> list[Real]:
-        """Of the measure of the held quantity, over the variable, from t to s."""
+        """Moments M_1 .. M_count of the measure from t to s, in the variable.
+
+        Args:
+            t: level at the beginning of the step, the origin of the moments.
+            s: level at its end.
+            count: number of moments.
+        """
         if self.variable == "index" or (self.held, self.variable) in (
             ("eps", "u"),
             ("velocity", "a"),
         ):
             width = _coordinate(s, 1, self.variable) - _coordinate(t, 0, self.variable)
-            return even_moments(_measured(s, self.held) - _measured(t, self.held), width, count)
-        return moments(
-            _in_logsnr(t, s, self.held, self.variable), _coordinate(t, 0, self.variable), count
-        )
+            mass = _measure_variable(s, self.held) - _measure_variable(t, self.held)
+            return even_moments(mass, width, count)
+        rule = _measure_rule(t, s, self.held, self.variable)
+        return moments(rule, _coordinate(t, 0, self.variable), count)
 
 
 @dataclass(frozen=True)
-class AdamsBashforth(Adams):
-    """x_s = first-order step + c_s Σ_{j=1..k-1} w_j (f_j - f_0),  w_j = ∫ ℓ_j(v) dm; c = α, α+σ or σ for eps, velocity or x0.
+class AdamsBashforth(Adams[History]):
+    """x_s = first-order step + c_s Σ_{j=1..k-1} w_j (f_j - f_0),  w_j = ∫ ℓ_j(v) dm.
 
-    Of the same order k on any knots; the first steps have a shorter memory. In the variable `index` the knots count as
-    equally spaced, in the measure too: classical weights, and order 2 at most.
+    c = α, α+σ or σ for eps, velocity or x0. The order is k on any knots; the first steps use the fewer
+    values that exist then. In the variable `index` knots count as equally spaced, in the measure too:
+    classical weights, and order 2 at most.
 
-    A step that touches α = 0 or σ = 0 is the first-order step, and such a knot is not remembered in u or logsnr. The flow
-    form (velocity, a) needs no exception.
+    A step that touches α = 0 or σ = 0 is the first-order step, and the value at such a knot is not kept
+    if the variable is u or logsnr. The flow form (velocity, a) needs no exception.
 
     Args:
-        k: predictions used, 1 to 5; 1 is the first-order step.
-        held: eps, x0, or velocity (ε - x_0).
-        variable: what the held quantity is a polynomial of: u, a, logsnr, t, or the step's index.
+        k: number of predictions used, 1 to 5; 1 is the first-order step.
+        held: quantity that is interpolated: eps, x0, or velocity (ε - x_0).
+        variable: variable of the polynomial: u, a, logsnr, t, or the step's index.
     """
 
     @classmethod
@@ -142,75 +186,182 @@ class AdamsBashforth(Adams):
 
     @classmethod
     def flow(cls, k: Literal[1, 2, 3, 4, 5] = 2) -> "AdamsBashforth":
-        """ε - x_0 over a: what a rectified flow's velocity is."""
+        """The velocity ε - x_0 of a rectified flow, over a."""
         return cls(k, "velocity", "a")
 
     @classmethod
     def deis(
         cls, k: Literal[1, 2, 3, 4, 5] = 3, variable: Literal["logsnr", "t"] = "logsnr"
     ) -> "AdamsBashforth":
-        """DEIS: ε over λ (ρAB in log ρ, as in diffusers), or over t (tAB-DEIS). Zhang & Chen 2023 (2204.13902)."""
+        """DEIS: ε over λ (ρAB in log ρ, as in diffusers) or over t (tAB-DEIS).
+
+        Zhang & Chen 2023 (2204.13902).
+        """
         return cls(k, "eps", variable)
 
     @classmethod
     def ipndm(cls, k: Literal[1, 2, 3, 4, 5] = 4) -> "AdamsBashforth":
-        """iPNDM: ε with the classical weights of equal steps. Zhang & Chen 2023 (2204.13902), after 2202.09778."""
+        """iPNDM: ε with the classical weights of equal steps.
+
+        Zhang & Chen 2023 (2204.13902), after 2202.09778.
+        """
         return cls(k, "eps", "index")
 
-    def advance(self, state: State, prediction: Prediction, noise: Noise) -> State:
-        now = Past(state.level, self._held(prediction))
-        history: History = (now, *(state.memory or ()))
-        x = prediction.at(state.left[0])
-        if self._everywhere or not state.first_order:
-            x = x + self._correction(history, state.left[0])
-        remembered = history if self._remembers(state.level) else history[1:]
-        return state.reached(x, remembered[: self.k - 1])
+    def advance(
+        self, state: State[History], prediction: Prediction, noise: Noise
+    ) -> State[History]:
+        newest = KnotValue(state.level, self._held_value(prediction))
+        history: History = (newest, *(state.memory or ()))
+        knot = state.remaining[0]
+        x = prediction.at(knot)
+        if self._is_finite_at_ends or not state.is_first_order:
+            x = x + self._correction(history, knot)
+        kept = history if self._has_finite_variable(state.level) else history[1:]
+        return state.at_next_knot(x, kept[: self.k - 1])
 
-    def _order(self) -> int:
+    def _order_on_any_knots(self) -> int:
         return self.k
 
-    def _remembers(self, level: Level) -> bool:
-        return self.variable in ("a", "t", "index") or interior(level)
+    def _has_finite_variable(self, level: Level) -> bool:
+        return self.variable in ("a", "t", "index") or is_interior(level)
+
+
+class _MoultonMemory(NamedTuple):
+    """Memory of `AdamsMoulton`.
+
+    Args:
+        k: number of values that this run uses.
+        history: values at the last knots.
+        predicted: what the predictor added to the first-order step that led to the current knot.
+    """
+
+    k: int
+    history: History = ()
+    predicted: Tensor | float = 0.0
+
+
+@dataclass(frozen=True)
+class AdamsMoulton(Adams[_MoultonMemory]):
+    """Predictor-corrector Adams method: x_s = first-order step + c_s Σ_j w_j (f_j - f_0), applied twice.
+
+        predict    the polynomial through the last k values, which is AdamsBashforth(k)
+        correct    the polynomial through these and the value at s: of order k+1
+
+    c = α, α+σ or σ for eps, velocity or x0. There is one evaluation per step: x_s is corrected with the
+    value at its own prediction, which serves the next step too. The last knot is predicted only. In the
+    terms of Hairer, Nørsett & Wanner, Solving Ordinary Differential Equations I, III.1, this is PEC.
+    UniPC is this method for x_0 over λ except for its secants; from the third step on UniPC(3) is k = 3.
+
+    A step that touches α = 0 or σ = 0 is the first-order step of its prediction, and the value at such a
+    knot is not kept. The flow form (velocity, a) needs no exception.
+
+    A polynomial through many values far apart is inaccurate, above all under strong guidance. With
+    `every`, a run of n steps uses no more than 1 + n // every values.
+
+    Args:
+        k: number of values that the predictor uses, 1 to 4; the order is k + 1, in the variable `index` 2.
+        held: quantity that is interpolated: eps, x0, or velocity (ε - x_0).
+        variable: variable of the polynomial: u, a, logsnr, t, or the step's index.
+        every: number of steps for each value after the first; 0 uses k values in any run.
+    """
+
+    every: int = 0
+    max_k: ClassVar[int] = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.every < 0:
+            raise ValueError(
+                f"every is {self.every}, expected a number of steps, or 0 for k values in any run"
+            )
+
+    def start(self, x: Tensor, knots: Knots, noise: Noise) -> State[_MoultonMemory]:
+        k = min(self.k, 1 + (len(knots) - 1) // self.every) if self.every else self.k
+        return replace(super().start(x, knots, noise), memory=_MoultonMemory(k))
+
+    def forget(self, state: State[_MoultonMemory]) -> State[_MoultonMemory]:
+        return replace(state, memory=_MoultonMemory(state.require_memory().k))
+
+    def advance(
+        self, state: State[_MoultonMemory], prediction: Prediction, noise: Noise
+    ) -> State[_MoultonMemory]:
+        level, knot = state.level, state.remaining[0]
+        k, past, predicted = state.require_memory()
+        x = prediction.at(knot)
+        if state.is_first_order and not self._is_finite_at_ends:
+            return state.at_next_knot(x, _MoultonMemory(k))
+        newest = KnotValue(level, self._held_value(prediction))
+        if past:
+            # Relative to the beginning of the last step, the newest knot has index 1.
+            history: History = (past[0], newest, *past[1:])
+            corrected = self._correction(history, level, (0, 1, *PAST_INDICES[1:]))
+            x = x + multiply(self._scale(knot) / self._scale(level), corrected - predicted)
+        history = (newest, *past)[:k]
+        predicted = self._correction(history, knot)
+        return state.at_next_knot(x + predicted, _MoultonMemory(k, history, predicted))
+
+    def _order_on_any_knots(self) -> int:
+        return self.k + 1
 
 
 def exponential_moments(t: Level, s: Level, count: int) -> list[Real]:
-    """M_p = ∫ (λ - λ_t)^p d(α/σ): what holding x_0 over λ asks for."""
-    return moments(_in_logsnr(t, s, "x0", "logsnr"), t.logsnr, count)
+    """M_p = ∫ (λ - λ_t)^p d(α/σ) from t to s, p = 1 .. count: the moments for x_0 over λ.
+
+    Args:
+        t: level at the beginning of the step.
+        s: level at its end.
+        count: number of moments.
+    """
+    return moments(_measure_rule(t, s, "x0", "logsnr"), t.logsnr, count)
 
 
-def _in_logsnr(t: Level, s: Level, held: Held, variable: Variable) -> Rule:
-    """(v, dm) between two finite levels, by quadrature in λ."""
-    points = rule(t.logsnr, s.logsnr, DENSITIES[held])
+def _measure_rule(t: Level, s: Level, held: HeldQuantity, variable: Variable) -> QuadratureRule:
+    """(v, dm) between two levels of finite λ, by quadrature in λ.
+
+    Args:
+        t: level at the beginning.
+        s: level at the end.
+        held: held quantity, which determines the measure m.
+        variable: variable v of the polynomial.
+    """
+    points = gauss_legendre(t.logsnr, s.logsnr, MEASURE_DENSITIES[held])
     if variable == "t":
-        times_ = t.schedule.time(
-            torch.stack([torch.as_tensor(q, dtype=torch.float64) for q, _ in points])
-        )
-        v = times_.tolist() if times_.ndim == 1 else times_.unbind()
+        logsnrs = torch.stack([torch.as_tensor(q, dtype=torch.float64) for q, _ in points])
+        times = t.schedule.time(logsnrs)
+        v = times.tolist() if times.ndim == 1 else times.unbind()
         return zip(v, (dm for _, dm in points), strict=True)
     if variable == "logsnr":
         return points
-    return [(exp(-q / 2) if variable == "u" else 1 / (1 + exp(q / 2)), dm) for q, dm in points]
+    return [(_exp(-q / 2) if variable == "u" else 1 / (1 + _exp(q / 2)), dm) for q, dm in points]
 
 
-def exp(value: Real) -> Real:
+def _exp(value: Real) -> Real:
     """e^value of a number or a map."""
     return value.exp() if isinstance(value, Tensor) else math.exp(value)
 
 
-def _a_density(logsnr: Real) -> Real:
-    a = 1 / (1 + exp(logsnr / 2))
+def _velocity_density(logsnr: Real) -> Real:
+    """da/dλ = -a (1 - a) / 2."""
+    a = 1 / (1 + _exp(logsnr / 2))
     return -a * (1 - a) / 2
 
 
-DENSITIES: dict[Held, Callable[[Real], Real]] = {
-    "eps": lambda logsnr: -exp(-logsnr / 2) / 2,
-    "x0": lambda logsnr: exp(logsnr / 2) / 2,
-    "velocity": _a_density,
+MEASURE_DENSITIES: dict[HeldQuantity, Callable[[Real], Real]] = {
+    "eps": lambda logsnr: -_exp(-logsnr / 2) / 2,
+    "x0": lambda logsnr: _exp(logsnr / 2) / 2,
+    "velocity": _velocity_density,
 }
-"""dm/dλ."""
+"""dm/dλ for each held quantity."""
 
 
 def _coordinate(level: Level, index: int, variable: Variable) -> Real:
+    """Value of the polynomial's variable at a knot.
+
+    Args:
+        level: level of the knot.
+        index: index of the knot, relative to the beginning of the step.
+        variable: which variable.
+    """
     match variable:
         case "u":
             return level.ratio
@@ -223,8 +374,8 @@ def _coordinate(level: Level, index: int, variable: Variable) -> Real:
     return level.logsnr
 
 
-def _measured(level: Level, held: Held) -> Real:
-    """The measure's variable at a level."""
+def _measure_variable(level: Level, held: HeldQuantity) -> Real:
+    """m at a level: u, 1/u or a."""
     match held:
         case "eps":
             return level.ratio

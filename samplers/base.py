@@ -1,101 +1,210 @@
-"""A sampler is a pure state machine that integrates from knot to knot; it knows predictions and levels, and no network.
+"""The contract of samplers: pure state machines that integrate from knot to knot and know no network.
 
     state = sampler.start(x, knots, noise)
     while not state.done:
         state = sampler.advance(state, denoise(state.x, state.level), noise)
 
-In y = x/α, u = σ/α the probability flow is dy/du = ε; in z = x/(α+σ), a = σ/(α+σ) it is dz/da = ε - x_0. The first-order
-step is the same in all of them, x_s = α_s x_0 + σ_s ε, and that is its definition here.
+In y = x/α, u = σ/α the probability flow is dy/du = ε; in z = x/(α+σ), a = σ/(α+σ) it is
+dz/da = ε - x_0. The first-order step is the same in all of them, x_s = α_s x_0 + σ_s ε, and
+`Prediction.at` computes it in this form.
 """
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, overload
 
+import torch
 from torch import Tensor
 
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
 from diffcore.schedules import Level, Real
 
+if TYPE_CHECKING:  # the default lets annotations read `Sampler`, which command-line parsers need
+    from typing_extensions import TypeVar
+
+    Memory = TypeVar("Memory", default=Any)
+else:
+    from typing import TypeVar
+
+    Memory = TypeVar("Memory")
+
+__all__ = [
+    "Knots",
+    "Memory",
+    "Sampler",
+    "SamplerWrapper",
+    "State",
+    "add_noise",
+    "fresh_noise_share",
+    "is_clean",
+    "is_falling",
+    "is_interior",
+    "multiply",
+    "renoise_prediction",
+]
+
+Knots = tuple[Level, ...]
+"""The levels that a sampler visits, n+1 for n steps."""
+
 
 @dataclass(frozen=True)
-class State:
-    """Where a sampler is: ask the network about `x` at `level`, then advance.
+class State(Generic[Memory]):
+    """An immutable state of a sampler: x, the level to evaluate next, the remaining knots, the memory.
 
-    Nothing in it changes and nothing outside it is remembered, so it can be kept, copied and continued.
+    It holds everything that the sampler needs to continue, so it can be stored, copied and resumed.
 
     Args:
-        x: what the network is asked about.
-        level: the noise level it is asked about; the last knot once done.
-        left: the knots still to reach.
-        step: number of knots left behind, which keys the noise of the step.
-        memory: whatever a multistep or multistage method remembers.
+        x: input of the next network evaluation, (B, *shape); the result once `done`.
+        level: noise level of x, at which the network is evaluated next; the last knot once `done`.
+        remaining: the knots still to reach, in order.
+        step: number of knots passed so far, from 0; the noise of a step is keyed by it.
+        memory: what a multistep or multistage method keeps between evaluations; None at a fresh start.
     """
 
     x: Tensor
     level: Level
-    left: tuple[Level, ...]
+    remaining: Knots
     step: int = 0
-    memory: Any = None
+    memory: Memory | None = None
 
     @property
     def done(self) -> bool:
-        """Whether x is the result."""
-        return not self.left
+        """Whether x is the result: no knot remains."""
+        return not self.remaining
 
     @property
-    def first_order(self) -> bool:
-        """Whether the next step touches an end, α = 0 or σ = 0: what is smooth in u or λ takes the first-order step there."""
-        return not (interior(self.level) and interior(self.left[0]))
+    def is_first_order(self) -> bool:
+        """Whether the next step touches α = 0 or σ = 0, where u or λ is infinite.
 
-    def reached(self, x: Tensor, memory: Any = None) -> "State":
-        """The state at the next knot."""
-        return State(x, self.left[0], self.left[1:], self.step + 1, memory)
+        Methods that interpolate in u or λ take the first-order step there.
+        """
+        return not (is_interior(self.level) and is_interior(self.remaining[0]))
+
+    def at_next_knot(self, x: Tensor, memory: Memory | None = None) -> "State[Memory]":
+        """The state at the next knot, with this x and this memory."""
+        return State(x, self.remaining[0], self.remaining[1:], self.step + 1, memory)
+
+    def require_memory(self) -> Memory:
+        """The memory, for samplers whose `start` always sets one.
+
+        Raises:
+            ValueError: the memory is None, because the state was not made by the sampler's `start`.
+        """
+        if self.memory is None:
+            raise ValueError("the state has no memory: begin with sampler.start(x, knots, noise)")
+        return self.memory
 
 
-class Sampler(ABC):
-    """An integrator of the reverse process. Immutable: one object serves any number of runs and threads."""
+class Sampler(ABC, Generic[Memory]):
+    """A numerical integrator of the reverse process; `Memory` is the type of its `State.memory`.
 
-    adaptive: bool = False
-    """Whether it decides from the samples where to ask, and so how often."""
+    Samplers are immutable: one object serves any number of runs and threads.
+    """
 
     @property
     @abstractmethod
     def order(self) -> int:
-        """Order of convergence on a smooth flow (for a stochastic sampler, the weak order)."""
-
-    def start(self, x: Tensor, knots: tuple[Level, ...], noise: Noise) -> State:
-        """The state at the first knot, where x is. Knots: n+1 levels, strictly monotone in λ, any ends."""
-        return State(x, knots[0], knots[1:])
-
-    @abstractmethod
-    def advance(self, state: State, prediction: Prediction, noise: Noise) -> State:
-        """The next state, given the network's prediction at (state.x, state.level)."""
-
-    def forget(self, state: State) -> State:
-        """The state at a knot where the flow has a corner, without the past: no polynomial should go through both sides."""
-        return replace(state, memory=None)
+        """Order of convergence on a smooth flow; for a stochastic sampler, the weak order."""
 
     @property
-    def direct(self) -> bool:
-        """Whether a step is α_s x_0 + σ_s ε of its one prediction, fresh noise aside, and so takes an x_0 and an ε that do not
-        make x together (CFG++).
+    def is_adaptive(self) -> bool:
+        """Whether the levels that are evaluated, and their number, depend on the samples."""
+        return False
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether a step is exactly α_s x_0 + σ_s ε of its one prediction, plus fresh noise.
+
+        Only such samplers accept predictions with x ≠ α x_0 + σ ε (CFG++).
         """
         return self.order == 1
 
-    def uses_guidance(self, state: State) -> bool:
-        """Whether guidance acts on the prediction at this state; False asks for the conditional model's own."""
+    def uses_guidance(self, state: State[Memory]) -> bool:
+        """Whether guidance acts on the prediction at this state; if not, w = 1 is used there."""
         return True
 
+    def start(self, x: Tensor, knots: Knots, noise: Noise) -> State[Memory]:
+        """The state at the first knot.
+
+        Args:
+            x: sample at the first knot, (B, *shape).
+            knots: n+1 levels, strictly monotone in λ, with any first and last level.
+            noise: noise of the run.
+
+        Returns:
+            The state whose `x` and `level` the network is evaluated at first.
+        """
+        return State(x, knots[0], knots[1:])
+
     @abstractmethod
-    def evaluations(self, knots: tuple[Level, ...]) -> int:
-        """How many predictions a run over these knots asks for."""
+    def advance(self, state: State[Memory], prediction: Prediction, noise: Noise) -> State[Memory]:
+        """The state after one network evaluation.
+
+        Args:
+            state: the current state, which is not changed.
+            prediction: x_0 and ε at (state.x, state.level).
+            noise: noise of the run, the same object in each call.
+
+        Returns:
+            The state to evaluate next: at the next knot, or at a stage before it.
+        """
+
+    def forget(self, state: State[Memory]) -> State[Memory]:
+        """The state without memory of earlier steps.
+
+        The sampling loop calls it at a knot where the flow has a corner, because no polynomial
+        should be fitted through both sides of a corner.
+        """
+        return replace(state, memory=None)
+
+    def dry_run(self, knots: Knots) -> Iterator[State[Memory]]:
+        """Run the sampler on an empty batch and yield each state at which the network is evaluated.
+
+        The evaluated levels depend only on the knots, so these are the levels of any batch.
+        """
+        self._check_not_adaptive()
+        if len(knots) < 2:
+            return
+        # A batch axis of length 0 broadcasts against maps of levels if x has an axis for each of theirs.
+        axes = max(1, *(torch.as_tensor(knot.logsnr).ndim for knot in knots))
+        noise = Noise(torch.zeros(0, dtype=torch.int64), (1,) * axes)
+        state = self.start(noise.start(), knots, noise)
+        while not state.done:
+            yield state
+            state = self.advance(state, Prediction(state.x, state.x), noise)
+
+    def evaluation_levels(self, knots: Knots) -> tuple[Level, ...]:
+        """The levels at which the network is evaluated in a run over these knots, in order.
+
+        Raises:
+            ValueError: the sampler is adaptive, so the levels depend on the samples.
+        """
+        return tuple(state.level for state in self.dry_run(knots))
+
+    def evaluations(self, knots: Knots) -> int:
+        """The number of network evaluations for each sample in a run over these knots.
+
+        Raises:
+            ValueError: the sampler is adaptive, so the number depends on the samples.
+        """
+        return len(self.evaluation_levels(knots))
+
+    def _check_not_adaptive(self) -> None:
+        if self.is_adaptive:
+            raise ValueError(
+                f"the evaluations of {self} depend on the samples, so they are not known in advance: "
+                f"run it and read the number of evaluations from the result"
+            )
 
 
-class SamplerWrapper(Sampler):
-    """A sampler around another, `inner`, which makes its steps: what it promises of itself is what that one does."""
+class SamplerWrapper(Sampler[Memory]):
+    """A sampler around another one, `inner`, whose capabilities it has.
+
+    Subclasses are dataclasses with a field `inner`.
+    """
 
     inner: Sampler
 
@@ -104,67 +213,98 @@ class SamplerWrapper(Sampler):
         return self.inner.order
 
     @property
-    def adaptive(self) -> bool:  # type: ignore[override]
-        return self.inner.adaptive
+    def is_adaptive(self) -> bool:
+        return self.inner.is_adaptive
 
     @property
-    def direct(self) -> bool:
-        return self.inner.direct
+    def is_direct(self) -> bool:
+        return self.inner.is_direct
 
 
-def fresh(t: Level, s: Level) -> Real:
-    """1 - u_s²/u_t² = 1 - e^(λ_t - λ_s), u = σ/α: the share of the noise at s that a step from t of DDPM draws anew.
+def fresh_noise_share(t: Level, s: Level) -> Real:
+    """1 - u_s²/u_t² = 1 - e^(λ_t - λ_s), u = σ/α: the share of fresh noise in DDPM's step t -> s.
 
-    1 from pure noise and at the clean level. For maps of levels, 0 where both are clean.
+    Returns:
+        The share of the variance of the noise at s, within [0, 1]: 1 from pure noise and at the
+        clean level. For maps of levels, 0 where both levels are clean.
 
     Raises:
-        ValueError: noise rises from t to s, so there is none to replace.
+        ValueError: noise increases from t to s, so the step has no noise to replace.
     """
     gap = t.logsnr - s.logsnr
     if isinstance(gap, Tensor):
         gap = gap.masked_fill(gap.isnan(), 0.0)  # inf - inf
-        _check_falling(bool((gap <= 0).all()))
+        _check_decreasing(bool((gap <= 0).all()))
         return -gap.expm1()
-    _check_falling(gap <= 0)
+    _check_decreasing(gap <= 0)
     return -math.expm1(gap)
 
 
-def _check_falling(falls: bool) -> None:
-    if not falls:
+def _check_decreasing(decreasing: bool) -> None:
+    if not decreasing:
         raise ValueError(
-            "fresh noise needs knots that fall in noise: invert and renoise with a sampler that draws none (eta = 0)"
+            "fresh noise needs knots that fall in noise: to invert or to add noise, use a sampler "
+            "without fresh noise (eta = 0)"
         )
 
 
-def renoised(prediction: Prediction, share: Real, z: Tensor) -> Prediction:
-    """(x_0, √(1-share) ε + √share z): this share of the variance of the noise drawn anew."""
+def renoise_prediction(prediction: Prediction, share: Real, z: Tensor) -> Prediction:
+    """(x_0, √(1-share) ε + √share z): replace this share of the noise's variance by fresh noise.
+
+    Args:
+        prediction: x_0 and ε.
+        share: share of the variance, within [0, 1]; a number or a map that broadcasts against ε.
+        z: fresh standard normal noise, of the shape of ε.
+
+    Returns:
+        The prediction with the same x_0.
+    """
     share = share.to(z) if isinstance(share, Tensor) else share
     return Prediction(prediction.x0, (1 - share) ** 0.5 * prediction.eps + share**0.5 * z)
 
 
-def noisier(x: Tensor, here: Level, level: Level, z: Tensor) -> Tensor:
-    """(α'/α) x + √(σ'² - (σ α'/α)²) z: from the marginal at a level to the one at a noisier level, exactly."""
-    share = -math.expm1(float(level.logsnr) - float(here.logsnr))
-    return level.alpha / here.alpha * x + level.sigma * share**0.5 * z
+def add_noise(x: Tensor, level: Level, noisier: Level, z: Tensor) -> Tensor:
+    """(α'/α) x + √(σ'² - (σ α'/α)²) z: from the marginal at a level to that at a noisier one, exactly.
+
+    Args:
+        x: sample at `level`.
+        level: noise level of x, (α, σ).
+        noisier: noise level of the result, (α', σ').
+        z: standard normal noise, of the shape of x.
+
+    Returns:
+        The sample at the noisier level.
+    """
+    share = -math.expm1(float(noisier.logsnr) - float(level.logsnr))
+    return noisier.alpha / level.alpha * x + noisier.sigma * share**0.5 * z
 
 
-def clean(level: Level) -> bool:
-    """Whether a whole batch has no noise there: a step to it is x_0, and draws none."""
+def is_clean(level: Level) -> bool:
+    """Whether σ = 0 for the whole batch: a step to this level is x_0 and adds no noise."""
     return isinstance(level.sigma, float) and level.sigma == 0
 
 
-def interior(level: Level) -> bool:
-    """Whether neither α nor σ is 0, anywhere in a map of levels, so that u and λ are finite. Decided on the host."""
+def is_interior(level: Level) -> bool:
+    """Whether α and σ are nonzero everywhere in a map of levels, so that u and λ are finite.
+
+    The decision is made on the host.
+    """
     logsnr = level.logsnr
     return bool(logsnr.isfinite().all()) if isinstance(logsnr, Tensor) else math.isfinite(logsnr)
 
 
-def falls(knots: tuple[Level, ...]) -> bool:
-    """Whether the knots go towards the data, everywhere in maps of levels; decided on the host."""
+def is_falling(knots: Knots) -> bool:
+    """Whether noise decreases from the first knot to the last, everywhere in maps of levels."""
     rises = knots[0].logsnr < knots[-1].logsnr
     return bool(rises.all()) if isinstance(rises, Tensor) else rises
 
 
-def times(coefficient: Real, x: Tensor) -> Tensor:
-    """The product, where the coefficient may be a map of levels in float64 on the host."""
-    return (coefficient.to(x) if isinstance(coefficient, Tensor) else coefficient) * x
+@overload
+def multiply(coefficient: Real, x: Tensor) -> Tensor: ...
+@overload
+def multiply(coefficient: Real, x: Tensor | float) -> Tensor | float: ...
+def multiply(coefficient: Real, x: Tensor | float) -> Tensor | float:
+    """coefficient · x, where the coefficient is a number or a float64 map of levels on the host."""
+    if isinstance(coefficient, Tensor) and isinstance(x, Tensor):
+        coefficient = coefficient.to(x)
+    return coefficient * x

@@ -8,33 +8,38 @@ from torch import Tensor
 
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
-from diffcore.samplers.base import Sampler, State, clean, fresh
+from diffcore.samplers.base import Sampler, State, fresh_noise_share, is_clean
 from diffcore.samplers.ddim import check_eta
 from diffcore.schedules import Level
 
+__all__ = ["AlphaBlending"]
 
-class Left(NamedTuple):
-    """The knot that a midpoint step has left: z there, and its level."""
+
+class _StepStart(NamedTuple):
+    """z and the level at the beginning of a step whose midpoint is evaluated next."""
 
     z: Tensor
     level: Level
 
 
 @dataclass(frozen=True)
-class AlphaBlending(Sampler):
+class AlphaBlending(Sampler[_StepStart]):
     """Order 1: the first-order step. Order 2: z_s = z + (a_s - a)(ε - x_0) evaluated at the midpoint of a.
 
-    Heitz et al. 2023 (2305.03486; there a counts from noise). Both need no exception at α = 0 or σ = 0.
+    Heitz et al. 2023 (2305.03486; there a counts from noise). Both orders hold at α = 0 and σ = 0
+    without exception.
 
-    Stochastic blending (η > 0) deblends to a level d cleaner than the knot s, u_d² = u_s² (1 - η²(1 - u_s²/u_t²)) with
-    u = σ/α, and blends with fresh noise back up to it: x_s = (α_s/α_d) x_d + η σ_s √(1 - u_s²/u_t²) z. Whatever η, the noise
-    makes the marginal at s from the one at d exactly, so the weak order is the flow's: 2 with the midpoint rule, at no more
-    evaluations. With order 1 it is DDIM(η). (The paper's own stochastic form, its Algorithm 1, blends anew a pair (x_0, ε)
-    drawn from its posterior given x, which no network gives; its randomness vanishes as steps are added, this one's does not.)
+    Stochastic blending (η > 0) deblends to a level d cleaner than the knot s,
+    u_d² = u_s² (1 - η²(1 - u_s²/u_t²)) with u = σ/α, and blends with fresh noise back to s:
+    x_s = (α_s/α_d) x_d + η σ_s √(1 - u_s²/u_t²) z. The noise turns the marginal at d into the one at s
+    exactly for every η, so the weak order is that of the flow: 2 with the midpoint rule, at no more
+    evaluations. With order 1 it is DDIM(η). (The paper's own stochastic form, its Algorithm 1, blends
+    again a pair (x_0, ε) drawn from its posterior given x, which no network provides; its randomness
+    vanishes as steps are added, while this one's does not.)
 
     Args:
-        order: 1, or 2 for the midpoint rule at two evaluations a step.
-        eta: η within [0, 1], the share of fresh noise; above 0 the knots must fall in noise.
+        order: 1, or 2 for the midpoint rule with two evaluations per step.
+        eta: η within [0, 1], the amount of fresh noise; above 0 the knots must fall in noise.
     """
 
     order: Literal[1, 2] = 2
@@ -45,35 +50,40 @@ class AlphaBlending(Sampler):
             raise ValueError(f"order is {self.order}, expected 1 or 2")
         check_eta(self.eta)
 
-    def advance(self, state: State, prediction: Prediction, noise: Noise) -> State:
-        t, s = state.level if state.memory is None else state.memory.level, state.left[0]
-        still = self.eta == 0 or clean(s)
-        end = s if still else self._cleaner(t, s)
-        if self.order == 2 and state.memory is None:
+    def advance(
+        self, state: State[_StepStart], prediction: Prediction, noise: Noise
+    ) -> State[_StepStart]:
+        t, s = state.level if state.memory is None else state.memory.level, state.remaining[0]
+        is_deterministic = self.eta == 0 or is_clean(s)
+        end = s if is_deterministic else self._deblending_level(t, s)
+        if self.order == 1:
+            x = prediction.at(end)
+        elif state.memory is None:
             return self._to_midpoint(state, prediction, end)
-        x = prediction.at(end) if self.order == 1 else _step(state.memory, end, prediction)
-        return state.reached(x if still else self._blended(x, end, t, s, noise, state.step))
+        else:
+            x = _euler_step(state.memory, end, prediction)
+        if not is_deterministic:
+            spread = self.eta * s.sigma * fresh_noise_share(t, s) ** 0.5
+            x = (s.alpha / end.alpha) * x + spread * noise.between(t, s, state.step)
+        return state.at_next_knot(x)
 
-    def _cleaner(self, t: Level, s: Level) -> Level:
-        """The level d to deblend to."""
-        kept = 1 - self.eta**2 * fresh(t, s)
+    def _deblending_level(self, t: Level, s: Level) -> Level:
+        """The level d of stochastic blending, cleaner than s."""
+        kept = 1 - self.eta**2 * fresh_noise_share(t, s)
         return s.schedule.at(s.logsnr - math.log(kept) if kept > 0 else math.inf)
 
-    def _to_midpoint(self, state: State, prediction: Prediction, end: Level) -> State:
+    def _to_midpoint(
+        self, state: State[_StepStart], prediction: Prediction, end: Level
+    ) -> State[_StepStart]:
+        """The state at the midpoint of a between the current level and `end`."""
         t = state.level
-        left = Left(state.x / (t.alpha + t.sigma), t)
+        start = _StepStart(state.x / (t.alpha + t.sigma), t)
         middle = end.schedule.at_blend((t.blend + end.blend) / 2)
-        return replace(state, x=_step(left, middle, prediction), level=middle, memory=left)
-
-    def _blended(self, x: Tensor, d: Level, t: Level, s: Level, noise: Noise, step: int) -> Tensor:
-        spread = self.eta * s.sigma * fresh(t, s) ** 0.5
-        return (s.alpha / d.alpha) * x + spread * noise.between(t, s, step)
-
-    def evaluations(self, knots: tuple[Level, ...]) -> int:
-        return self.order * (len(knots) - 1)
+        x = _euler_step(start, middle, prediction)
+        return replace(state, x=x, level=middle, memory=start)
 
 
-def _step(left: Left, end: Level, prediction: Prediction) -> Tensor:
-    """Euler's step in a, from the knot left to a level."""
-    z = left.z + (end.blend - left.level.blend) * (prediction.eps - prediction.x0)
+def _euler_step(start: _StepStart, end: Level, prediction: Prediction) -> Tensor:
+    """x at `end` after Euler's step in a from the beginning of the step."""
+    z = start.z + (end.blend - start.level.blend) * (prediction.eps - prediction.x0)
     return (end.alpha + end.sigma) * z

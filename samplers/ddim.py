@@ -1,22 +1,31 @@
-"""DDIM: the first-order step, with as much fresh noise as eta asks for."""
+"""The first-order step with fresh noise: DDIM, and ancestral sampling as DDPM and k-diffusion write it."""
 
 from dataclasses import dataclass
 
 from diffcore.core.noise import Noise
-from diffcore.core.prediction import Prediction
-from diffcore.samplers.base import Sampler, State, clean, fresh, renoised
-from diffcore.schedules import Level
+from diffcore.core.prediction import Prediction, hypot
+from diffcore.samplers.base import (
+    Sampler,
+    State,
+    fresh_noise_share,
+    is_clean,
+    renoise_prediction,
+)
+from diffcore.schedules import Level, Real
+
+__all__ = ["DDIM", "DDPM", "EulerAncestral", "check_eta"]
 
 
 @dataclass(frozen=True)
-class DDIM(Sampler):
-    """x_s = α_s x_0 + σ_s (√(1 - η²(1-r²)) ε + η √(1-r²) z), r = u_s/u_t the ratio of σ/α: scaling-free.
+class DDIM(Sampler[None]):
+    """x_s = α_s x_0 + σ_s (√(1 - η²(1-r²)) ε + η √(1-r²) z), with r = u_s/u_t the ratio of u = σ/α.
 
-    Song et al. 2020 (2010.02502, eq. 12 and 16) in the vp scaling; η = 0 is the probability flow, η = 1 the ancestral
-    sampler of DDPM. From α = 0, r = 0: at η = 1 the step renoises in full. Knots may be maps of levels.
+    The step is the same in every scaling; in the vp scaling it is eq. 12 and 16 of Song et al. 2020
+    (2010.02502). η = 0 is the probability flow, η = 1 the ancestral sampler of DDPM. From α = 0,
+    r = 0, so at η = 1 the step replaces all noise. Knots may be maps of levels.
 
     Args:
-        eta: η within [0, 1]; above 0 the knots must fall in noise.
+        eta: η within [0, 1], the amount of fresh noise; above 0 the knots must fall in noise.
     """
 
     eta: float = 0.0
@@ -25,18 +34,69 @@ class DDIM(Sampler):
     def __post_init__(self) -> None:
         check_eta(self.eta)
 
-    def advance(self, state: State, prediction: Prediction, noise: Noise) -> State:
-        t, s = state.level, state.left[0]
-        if self.eta == 0 or clean(s):
-            return state.reached(prediction.at(s))
-        share = self.eta**2 * fresh(t, s)
-        return state.reached(renoised(prediction, share, noise.between(t, s, state.step)).at(s))
+    def advance(self, state: State[None], prediction: Prediction, noise: Noise) -> State[None]:
+        t, s = state.level, state.remaining[0]
+        if self.eta == 0 or is_clean(s):
+            return state.at_next_knot(prediction.at(s))
+        share = self.eta**2 * fresh_noise_share(t, s)
+        z = noise.between(t, s, state.step)
+        return state.at_next_knot(renoise_prediction(prediction, share, z).at(s))
 
-    def evaluations(self, knots: tuple[Level, ...]) -> int:
-        return len(knots) - 1
+
+@dataclass(frozen=True)
+class DDPM(Sampler[None]):
+    """x_s = α_s x_0 + σ_s r ε + √V z, r = u_s/u_t of u = σ/α, with the posterior variance V = β̃^(1-v) β^v.
+
+    In the vp scaling β̃ = σ_s² (1-r²) and β = σ_t² (1-r²) = 1 - ᾱ_t/ᾱ_s, whichever levels lie between
+    the knots; another scaling multiplies both by α_s² + σ_s². v = 0 is DDIM(1). β is exact for data of
+    unit variance, β̃ for data that is one point. The step to the clean level is x_0, whatever v.
+
+    Ho et al. 2020 (2006.11239, eq. 7 and section 3.2). iDDPM (2102.09672, eq. 15) learns v for each
+    pixel; here it is one number.
+
+    Args:
+        variance: v within [0, 1]. 0 is β̃ (diffusers' fixed_small), 1 is β (fixed_large), and values
+            between are geometric means of the two.
+    """
+
+    variance: float = 0.0
+    order = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.variance <= 1:
+            raise ValueError(
+                f"variance is {self.variance}, expected v within [0, 1]: 0 is β̃ (small), 1 is β (large)"
+            )
+
+    def advance(self, state: State[None], prediction: Prediction, noise: Noise) -> State[None]:
+        t, s = state.level, state.remaining[0]
+        if is_clean(s):
+            return state.at_next_knot(prediction.at(s))
+        z = (_vp_sigma(t) / _vp_sigma(s)) ** self.variance * noise.between(t, s, state.step)
+        share = fresh_noise_share(t, s)
+        return state.at_next_knot(renoise_prediction(prediction, share, z).at(s))
+
+
+@dataclass(frozen=True)
+class EulerAncestral(DDIM):
+    """In y = x/α, u = σ/α: y_s = y + (u_down - u) ε + u_up z, with u_down² + u_up² = u_s².
+
+    u_up = η u_s √(1 - u_s²/u_t²), as in k-diffusion and diffusers. Inserting y = x_0 + u ε gives
+    y_s = x_0 + u_down ε + u_up z, so this is DDIM(η) with another default.
+
+    Args:
+        eta: η within [0, 1], the amount of fresh noise; above 0 the knots must fall in noise.
+    """
+
+    eta: float = 1.0
 
 
 def check_eta(eta: float) -> None:
-    """Raise where eta is no share."""
+    """Raise ValueError if η is not within [0, 1]."""
     if not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta}, expected a share of fresh noise within [0, 1]")
+        raise ValueError(f"eta is {eta}, expected an amount of fresh noise within [0, 1]")
+
+
+def _vp_sigma(level: Level) -> Real:
+    """σ of the level in the vp scaling."""
+    return level.sigma / hypot(level.alpha, level.sigma)

@@ -1,44 +1,55 @@
-"""DPM-Solver++: x_0 is held and expanded over λ, of which x_s/σ_s = x/σ + ∫ x_0 d(α/σ) is the exact solution.
+"""DPM-Solver++ for the probability flow and for the reverse SDE: x_0 is held and extrapolated over λ.
 
-With h = (λ_s - λ_t)/2, the first-order step is x_s = (σ_s/σ_t) x + α_s (1 - e^{-h}) x_0, and is DDIM.
+x_s/σ_s = x/σ + ∫ x_0 d(α/σ) is the exact solution of the flow. With h = (λ_s - λ_t)/2, the first-order
+step is x_s = (σ_s/σ_t) x + α_s (1 - e^{-h}) x_0, which is DDIM.
 """
 
+import math
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
 
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
-from diffcore.samplers.adams import History, Past, exponential_moments
-from diffcore.samplers.base import Sampler, State, interior, times
-from diffcore.samplers.lagrange import weights
+from diffcore.samplers.adams import History, KnotValue, exponential_moments
+from diffcore.samplers.base import (
+    Sampler,
+    State,
+    fresh_noise_share,
+    is_clean,
+    is_interior,
+    multiply,
+    renoise_prediction,
+)
+from diffcore.samplers.lagrange import lagrange_weights
 from diffcore.schedules import Level, Real
 
+__all__ = ["DPMSolverPP", "DPMSolverSDE", "data_gain", "polynomial_term", "secant_term"]
 
-class _Stage(NamedTuple):
-    """The first half of a singlestep step."""
+Variant = Literal["1", "2S", "2M", "3M", "3M published"]
+
+
+class _FirstStage(NamedTuple):
+    """Level and prediction at the beginning of a singlestep step."""
 
     level: Level
     prediction: Prediction
 
 
-Variant = Literal["1", "2S", "2M", "3M", "3M published"]
-
-
 @dataclass(frozen=True)
-class DPMSolverPP(Sampler):
-    """x_s = first-order step + α_s (1 - e^{-h}) (D - x_0), D the x_0 that the step goes towards.
+class DPMSolverPP(Sampler[History | _FirstStage]):
+    """x_s = first-order step + α_s (1 - e^{-h}) (D - x_0), D the estimate of x_0 over the step.
 
-        2S   D = x_0 asked at the middle of λ, two evaluations a step
-        2M   D = x_0 + (x_0 - x_0') h / 2h',  x_0' the last knot's, h' the last step
+        2S   D = x_0 evaluated at the middle of λ, two evaluations per step
+        2M   D = x_0 + (x_0 - x_0') h / 2h',  x_0' at the last knot, h' the last step
         3M   the quadratic through three x_0, integrated exactly: Adams-Bashforth(3) in (x_0, λ), of order 3
 
-    Lu et al. 2022 (2211.01095, Algorithms 1 and 2; Appendix B for the third order). `3M published` has the coefficients in
-    print, in k-diffusion and in diffusers, where the quadratic term counts half (φ_3 for 2φ_3): that is of order 2.
+    Lu et al. 2022 (2211.01095, Algorithms 1 and 2; Appendix B for the third order). `3M published` has
+    the coefficients in print, in k-diffusion and in diffusers, where the quadratic term counts half
+    (φ_3 instead of 2φ_3): that is of order 2.
 
-    A step that touches α = 0 or σ = 0 is the first-order step, and such a knot is not remembered.
+    A step that touches α = 0 or σ = 0 is the first-order step, and x_0 at such a knot is not kept.
 
     Args:
         variant: 1, 2S, 2M, 3M, or 3M published.
@@ -56,67 +67,185 @@ class DPMSolverPP(Sampler):
     def order(self) -> int:
         return {"1": 1, "3M": 3}.get(self.variant, 2)
 
-    def advance(self, state: State, prediction: Prediction, noise: Noise) -> State:
-        if self.variant == "2S":
-            return _singlestep(state, prediction)
-        now, knot = Past(state.level, prediction.x0), state.left[0]
-        history: History = (now, *(state.memory or ()))
+    def advance(
+        self, state: State[History | _FirstStage], prediction: Prediction, noise: Noise
+    ) -> State[History | _FirstStage]:
+        memory, knot = state.memory, state.remaining[0]
+        if isinstance(memory, _FirstStage):
+            return _second_stage(state, memory, prediction)
+        if self.variant == "2S" and not state.is_first_order:
+            return _to_second_stage(state, prediction)
+        history: History = (KnotValue(state.level, prediction.x0), *(memory or ()))
         x = prediction.at(knot)
-        if not state.first_order:
+        if self.variant == "2S":
+            return state.at_next_knot(x)
+        if not state.is_first_order:
             x = x + self._correction(history, knot)
-        remembered = history if interior(state.level) else ()
-        return state.reached(x, remembered[: int(self.variant[0]) - 1])
-
-    def evaluations(self, knots: tuple[Level, ...]) -> int:
-        if self.variant != "2S":
-            return len(knots) - 1
-        return sum(2 if interior(t) and interior(s) else 1 for t, s in pairwise(knots))
+        kept = history if is_interior(state.level) else ()
+        return state.at_next_knot(x, kept[: int(self.variant[0]) - 1])
 
     def _correction(self, history: History, s: Level) -> Tensor | float:
+        """α_s (1 - e^{-h}) (D - x_0) of the multistep variants, with the values that exist."""
         match self.variant, len(history):
             case "2M", 2:
-                return secant(history, s, gain(history[0].level, s) / 2)
+                return secant_term(history, s, data_gain(history[0].level, s) / 2)
             case "3M published", 3:
-                return exact(history, s) - _missing(history, s)
-        return exact(history, s)
+                return polynomial_term(history, s) - _unpublished_half(history, s)
+        return polynomial_term(history, s)
 
 
-def gain(t: Level, s: Level) -> Real:
-    """α_s (1 - e^{-h}): what a step adds for each unit of x_0."""
+def data_gain(t: Level, s: Level) -> Real:
+    """α_s (1 - e^{-h}): what a step from t to s adds for each unit of x_0."""
     return s.alpha - t.alpha * s.sigma / t.sigma
 
 
-def secant(history: History, s: Level, coefficient: Real) -> Tensor:
-    """What h dx_0/d(λ/2) from the last two knots adds, times a coefficient."""
+def secant_term(history: History, s: Level, coefficient: Real) -> Tensor:
+    """coefficient · h dx_0/d(λ/2), the slope by the last two knots.
+
+    Args:
+        history: x_0 at the last knots, of which two are used.
+        s: level at the end of the step.
+        coefficient: factor of the result.
+
+    Returns:
+        What the slope adds to the step, of the shape of x.
+    """
     (t, x0), (before, x0_before) = history[:2]
-    return times(coefficient * (s.logsnr - t.logsnr) / (t.logsnr - before.logsnr), x0 - x0_before)
+    weight = coefficient * (s.logsnr - t.logsnr) / (t.logsnr - before.logsnr)
+    return multiply(weight, x0 - x0_before)
 
 
-def exact(history: History, s: Level) -> Tensor | float:
-    """σ_s ∫ (p(λ) - x_0) d(α/σ), p the polynomial in λ through the history."""
+def polynomial_term(history: History, s: Level) -> Tensor | float:
+    """σ_s ∫ (p(λ) - x_0) d(α/σ), p the polynomial in λ through the history; 0 for one value."""
     (t, x0), *past = history
     if not past:
         return 0.0
-    w = weights([level.logsnr for level, _ in history], exponential_moments(t, s, len(past)))
-    return sum(times(s.sigma * w_j, x0_j - x0) for w_j, (_, x0_j) in zip(w, past, strict=True))
+    nodes = [level.logsnr for level, _ in history]
+    w = lagrange_weights(nodes, exponential_moments(t, s, len(past)))
+    return sum(multiply(s.sigma * w_j, x0_j - x0) for w_j, (_, x0_j) in zip(w, past, strict=True))
 
 
-def _missing(history: History, s: Level) -> Tensor:
-    """Half the integral of the quadratic term, x_0[t, t', t''] (λ-λ_t)²: what the published third order leaves out."""
+def _unpublished_half(history: History, s: Level) -> Tensor:
+    """Half the integral of the quadratic term x_0[t, t', t''] (λ-λ_t)², which `3M published` omits."""
     (t, x0), (t1, x1), (t2, x2) = history
     r1, r2 = t1.logsnr - t.logsnr, t2.logsnr - t.logsnr
     half = s.sigma * exponential_moments(t, s, 2)[1] / 2
-    return times(half / (r1 * (r1 - r2)), x1 - x0) - times(half / (r2 * (r1 - r2)), x2 - x0)
+    return multiply(half / (r1 * (r1 - r2)), x1 - x0) - multiply(half / (r2 * (r1 - r2)), x2 - x0)
 
 
-def _singlestep(state: State, prediction: Prediction) -> State:
-    knot = state.left[0]
-    if state.memory is None:
-        if state.first_order:
-            return state.reached(prediction.at(knot))
-        middle = knot.schedule.at((state.level.logsnr + knot.logsnr) / 2)
-        return replace(
-            state, x=prediction.at(middle), level=middle, memory=_Stage(state.level, prediction)
-        )
-    t, first = state.memory
-    return state.reached(first.at(knot) + times(gain(t, knot), prediction.x0 - first.x0))
+def _to_second_stage(
+    state: State[History | _FirstStage], prediction: Prediction
+) -> State[History | _FirstStage]:
+    """The state at the middle of λ between the current level and the next knot."""
+    knot = state.remaining[0]
+    middle = knot.schedule.at((state.level.logsnr + knot.logsnr) / 2)
+    memory = _FirstStage(state.level, prediction)
+    return replace(state, x=prediction.at(middle), level=middle, memory=memory)
+
+
+def _second_stage(
+    state: State[History | _FirstStage], first: _FirstStage, prediction: Prediction
+) -> State[History | _FirstStage]:
+    """The state at the next knot, by x_0 at the middle of λ.
+
+    Args:
+        state: the state at the middle.
+        first: level and prediction at the beginning of the step.
+        prediction: prediction at the middle.
+    """
+    t, knot = first.level, state.remaining[0]
+    change = multiply(data_gain(t, knot), prediction.x0 - first.prediction.x0)
+    return state.at_next_knot(first.prediction.at(knot) + change)
+
+
+DataHistory = tuple[tuple[float, Tensor], ...]
+"""(λ, x_0) at the last knots, newest first."""
+
+
+@dataclass(frozen=True)
+class DPMSolverSDE(Sampler[DataHistory]):
+    """DPM-Solver++ for the reverse SDE: the linear part and the noise are integrated exactly.
+
+        x_s = (σ_s/σ_t) e^(-ηh) x + (1+η) α_s ∫ e^(-(1+η)(h-τ)) x_0(τ) dτ + σ_s √(1 - e^(-2ηh)) z,
+        τ from 0 to h = (λ_s-λ_t)/2
+
+    x_0(τ) is the polynomial through the last `steps` predictions. η = 0 is the multistep DPM-Solver++,
+    one step at η = 1 is DDIM(1). The quadratic's weight is that of the integral, twice the published one.
+    Pure noise has no information on the slope of x_0 in λ, so that prediction is not kept; the step to
+    the clean level is x_0.
+
+    The weak order is 2 with two steps and, for η > 0, with three too: the last differences of x_0
+    contain the noise of the last steps. Three steps still have a smaller error.
+
+    Lu et al. 2022 (2211.01095, appendix) for η = 1; k-diffusion's 2M SDE and 3M SDE for any η and for
+    three steps.
+
+    Args:
+        steps: number of predictions used, 1 to 3 (2 is 2M, 3 is 3M).
+        eta: η ≥ 0, the amount of fresh noise: 0 is the flow, 1 the reverse SDE. Above 0 the knots must
+            fall in noise.
+        solver: weight of the slope with two steps: heun integrates it, midpoint gives it half of the
+            step's weight.
+    """
+
+    steps: Literal[1, 2, 3] = 2
+    eta: float = 1.0
+    solver: Literal["midpoint", "heun"] = "midpoint"
+
+    def __post_init__(self) -> None:
+        if self.steps not in (1, 2, 3):
+            raise ValueError(f"steps is {self.steps}, expected 1, 2 or 3 predictions")
+        if not 0 <= self.eta < math.inf:
+            raise ValueError(
+                f"eta is {self.eta}, expected η ≥ 0 (0 is the flow, 1 the reverse SDE)"
+            )
+        if self.solver not in ("midpoint", "heun"):
+            raise ValueError(f"solver is {self.solver!r}, expected midpoint or heun")
+
+    @property
+    def order(self) -> int:
+        return min(self.steps, 2) if self.eta else self.steps
+
+    def advance(
+        self, state: State[DataHistory], prediction: Prediction, noise: Noise
+    ) -> State[DataHistory]:
+        t, s = state.level, state.remaining[0]
+        if is_clean(s):
+            return state.at_next_knot(prediction.at(s))
+        first_order = prediction
+        if self.eta > 0:
+            share = 1 - (1 - fresh_noise_share(t, s)) ** self.eta
+            z = noise.between(t, s, state.step)
+            first_order = renoise_prediction(prediction, share, z)
+        past = state.memory or ()
+        logsnr = float(t.logsnr)
+        correction = self._correction(prediction.x0, logsnr, float(s.logsnr), past)
+        x = first_order.at(s) + s.alpha * correction
+        kept = ((logsnr, prediction.x0), *past) if logsnr > -math.inf else ()
+        return state.at_next_knot(x, kept[: self.steps - 1] or None)
+
+    def _correction(self, x0: Tensor, t: float, s: float, past: DataHistory) -> Tensor | float:
+        """What slope and curvature of x_0 in λ add to the step, divided by α_s.
+
+        Args:
+            x0: prediction at the beginning of the step.
+            t: λ at the beginning of the step.
+            s: λ at its end.
+            past: earlier values, newest first.
+        """
+        if not past:
+            return 0.0
+        H = (1 + self.eta) * (s - t) / 2
+        flat_weight = -math.expm1(-H)
+        slope_weight = 1 - flat_weight / H
+        (logsnr1, x1), *older = past
+        near = (x0 - x1) * ((s - t) / (t - logsnr1))
+        if not older:
+            is_midpoint = self.steps == 2 and self.solver == "midpoint"
+            return (flat_weight / 2 if is_midpoint else slope_weight) * near
+        ((logsnr2, x2),) = older
+        far = (x1 - x2) * ((s - t) / (logsnr1 - logsnr2))
+        r0, r = (t - logsnr1) / (s - t), (t - logsnr2) / (s - t)
+        curvature = (near - far) / r
+        slope = near + r0 * curvature
+        return slope_weight * slope + (1 - 2 * slope_weight / H) * curvature

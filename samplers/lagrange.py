@@ -1,10 +1,10 @@
-"""Integrals of the polynomial through a multistep method's memory.
+"""Integrals of the polynomial through a multistep method's values.
 
     ∫ f dm ≈ Σ_j w_j f_j,   w_j = ∫ ℓ_j(v) dm,   ℓ_j the Lagrange polynomial with ℓ_j(v_j) = 1 and 0 at the other nodes
 
-The weights add up to ∫ dm. So a multistep step is the first-order step and a correction, Σ_{j≥1} w_j (f_j - f_0), which is
-how it is written here: nothing large cancels, and with an empty memory it *is* the first-order step. All that is asked of
-the measure are its moments M_p = ∫ (v - v_0)^p dm, p ≥ 1.
+The weights add up to ∫ dm. A multistep step is therefore the first-order step plus a correction,
+Σ_{j≥1} w_j (f_j - f_0), and is computed in this form: nothing large cancels, and with no earlier values it
+*is* the first-order step. Of the measure only the moments M_p = ∫ (v - v_0)^p dm, p ≥ 1, are needed.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -14,21 +14,40 @@ from numpy.polynomial.legendre import leggauss
 
 from diffcore.schedules import Real
 
-GAUSS = tuple(((1 + float(x)) / 2, float(w) / 2) for x, w in zip(*leggauss(16), strict=True))
-"""Points and weights on [0, 1]: exact to rounding for an exponential measure over a step as wide as Δλ = 40."""
+__all__ = ["QuadratureRule", "even_moments", "gauss_legendre", "lagrange_weights", "moments"]
 
-Rule = Iterable[tuple[Real, Real]]
+GAUSS = tuple(((1 + float(x)) / 2, float(w) / 2) for x, w in zip(*leggauss(16), strict=True))
+"""Points and weights on [0, 1]: exact to rounding for an exponential measure over a step of Δλ = 40."""
+
+QuadratureRule = Iterable[tuple[Real, Real]]
 """Pairs (v, dm) of a quadrature rule."""
 
 
-def rule(start: Real, end: Real, density: Callable[[Real], Real]) -> list[tuple[Real, Real]]:
-    """(q, ρ(q) dq) at the Gauss-Legendre points from start to end."""
+def gauss_legendre(
+    start: Real, end: Real, density: Callable[[Real], Real]
+) -> list[tuple[Real, Real]]:
+    """Gauss-Legendre quadrature of a density ρ(q).
+
+    Args:
+        start: beginning of the interval of q.
+        end: its end.
+        density: ρ, a function of q.
+
+    Returns:
+        (q, ρ(q) dq) at each quadrature point.
+    """
     width = end - start
     return [(q, density(q) * (width * w)) for q, w in ((start + width * x, w) for x, w in GAUSS)]
 
 
-def moments(measure: Rule, origin: Real, count: int) -> list[Real]:
-    """M_1 .. M_count of a quadrature rule."""
+def moments(measure: QuadratureRule, origin: Real, count: int) -> list[Real]:
+    """M_p = ∫ (v - origin)^p dm, p = 1 .. count, of a quadrature rule.
+
+    Args:
+        measure: pairs (v, dm).
+        origin: origin of the moments.
+        count: number of moments.
+    """
     totals: list[Real] = [0.0] * count
     for v, term in measure:
         for p in range(count):
@@ -38,18 +57,30 @@ def moments(measure: Rule, origin: Real, count: int) -> list[Real]:
 
 
 def even_moments(mass: Real, width: Real, count: int) -> list[Real]:
-    """M_p = mass · width^p / (p+1): of a measure spread evenly over the variable."""
+    """M_p = mass · width^p / (p+1), p = 1 .. count, of a measure spread evenly over the variable.
+
+    Args:
+        mass: ∫ dm over the step.
+        width: length of the step in the variable.
+        count: number of moments.
+    """
     return [mass * width**p / (p + 1) for p in range(1, count + 1)]
 
 
-def weights(nodes: Sequence[Real], moments: Sequence[Real]) -> list[Real]:
+def lagrange_weights(nodes: Sequence[Real], moments: Sequence[Real]) -> list[Real]:
     """w_j = ∫ ℓ_j dm for the nodes after the first, which is the origin of the moments."""
     offsets = [node - nodes[0] for node in nodes[1:]]
     return [_weight(r, offsets[:j] + offsets[j + 1 :], moments) for j, r in enumerate(offsets)]
 
 
 def _weight(r: Real, others: Sequence[Real], moments: Sequence[Real]) -> Real:
-    """∫ of ℓ(s) = s Π (s - o) / (r Π (r - o)), o the other offsets."""
+    """∫ ℓ(s) dm of ℓ(s) = s Π (s - o) / (r Π (r - o)), with o the other offsets.
+
+    Args:
+        r: offset of the node from the first one.
+        others: offsets of the other nodes.
+        moments: M_1, M_2, ... about the first node.
+    """
     coefficients: list[Real] = [1.0]  # of s, s², ...
     for o in others:
         coefficients = [

@@ -1,41 +1,41 @@
-"""Restart: around a sampler of the flow, noise is added back over an interval of levels and integrated away again."""
+"""Restart: a flow sampler with an interval of levels that is noised and integrated again, several times."""
 
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from torch import Tensor
 
 from diffcore.core.noise import Noise
-from diffcore.core.prediction import Prediction
-from diffcore.samplers.base import Sampler, SamplerWrapper, State, noisier
+from diffcore.samplers.base import Knots, Sampler, State
 from diffcore.samplers.blending import AlphaBlending
-from diffcore.schedules import Level
+from diffcore.samplers.segments import SegmentPosition, SegmentSampler
 
-Run = tuple[Level, ...]
-CLOSE = 1e-9  # in λ: a knot that is u_min but for rounding
+__all__ = ["Restart"]
 
+KNOT_TOLERANCE = 1e-9
+"""In λ: knots nearer to u_min than this are u_min."""
 
-class Memory(NamedTuple):
-    """Where the inner sampler is in its run, and the runs that follow."""
-
-    inner: State
-    later: tuple[Run, ...]
+RHO = 7
+"""Karras' ρ of the levels within an interval."""
 
 
 @dataclass(frozen=True)
-class Restart(SamplerWrapper):
-    """At u_min: K times y + √(u_max² - u_min²) z, then `inner` from u_max down to u_min again; y = x/α, u = σ/α.
+class Restart(SegmentSampler):
+    """At u_min, K times: y + √(u_max² - u_min²) z, then `inner` from u_max to u_min; y = x/α, u = σ/α.
 
-    Xu et al. 2023 (2306.14878, Algorithms 1 and 2). The noise makes the marginal at u_max from the one at u_min exactly, and
-    contracts what errors the run has gathered; so the inner sampler should add none of its own. Levels within an interval are
-    Karras' (ρ = 7). The grid gets u_min as a knot where it has none (the official code moves u_min to the nearest knot), and
-    its steps is one less than the number of levels that the paper counts.
+    The added noise turns the marginal at u_min into the one at u_max exactly, and contracts the
+    errors accumulated so far. The inner sampler should therefore add no noise. Levels within an
+    interval are Karras' (ρ = 7). u_min becomes a knot if it is not one already; the official code
+    moves u_min to the nearest knot instead, and counts the levels of an interval where `steps`
+    counts its steps, one fewer.
+
+    Xu et al. 2023 (2306.14878, Algorithms 1 and 2).
 
     Args:
-        inner: integrates between the jumps; its memory starts anew after each.
-        intervals: (u_min, u_max, steps, K) each, within the levels of the run; for data of standard deviation 0.5. The default
-            is the paper's for CIFAR-10.
+        inner: sampler that integrates between the jumps; its memory is empty after each jump.
+        intervals: one (u_min, u_max, steps, K) per interval: σ/α at its two ends, the steps from
+            u_max to u_min, and the number of repetitions K. The interval must lie within the levels
+            of the run. The default is the paper's for CIFAR-10, where data has standard deviation 0.5.
     """
 
     inner: Sampler = AlphaBlending(2)
@@ -47,72 +47,57 @@ class Restart(SamplerWrapper):
             low, high, steps, repeats = interval
             if not (0 < low < high < math.inf and steps >= 1 and repeats >= 1):
                 raise ValueError(
-                    f"interval is {interval}, expected (u_min, u_max, steps, repeats) with 0 < u_min < u_max < inf"
-                    f" and at least 1 step and 1 repeat"
+                    f"interval is {interval}, expected (u_min, u_max, steps, repeats) with "
+                    f"0 < u_min < u_max < inf and at least 1 step and 1 repeat"
                 )
 
-    def start(self, x: Tensor, knots: Run, noise: Noise) -> State:
-        first, *rest = self._runs(knots)
-        later = tuple(rest)
-        return _outer(self.inner.start(x, first, _of_run(noise, later)), later)
-
-    def advance(self, state: State, prediction: Prediction, noise: Noise) -> State:
-        inner, later = state.memory
-        inner = self.inner.advance(inner, prediction, _of_run(noise, later))
-        if inner.done and later:
-            run, *rest = later
-            x = inner.x
-            if run[0].logsnr < inner.level.logsnr:
-                z = noise.branch(2 * len(later)).between(inner.level, run[0], inner.step)
-                x = noisier(inner.x, inner.level, run[0], z)
-            later = tuple(rest)
-            inner = replace(self.inner.start(x, run, _of_run(noise, later)), step=inner.step)
-        return _outer(inner, later)
-
-    def forget(self, state: State) -> State:
-        return replace(
-            state, memory=state.memory._replace(inner=self.inner.forget(state.memory.inner))
-        )
-
-    def uses_guidance(self, state: State) -> bool:
-        return self.inner.uses_guidance(state.memory.inner)
-
-    def evaluations(self, knots: Run) -> int:
-        return sum(self.inner.evaluations(run) for run in self._runs(knots))
-
-    def _runs(self, knots: Run) -> list[Run]:
-        """Runs of the inner sampler, one after the other: noise is added wherever the next begins above the last's end."""
-        runs = [knots]
+    def segments(self, knots: Knots) -> list[Knots]:
+        segments = [knots]
         for interval in sorted(self.intervals, reverse=True):
-            runs += _restarts(runs.pop(), *interval)
-        return [run for run in runs if len(run) > 1]
+            segments += _split(segments.pop(), *interval)
+        return [segment for segment in segments if len(segment) > 1]
+
+    def _inner_noise(self, noise: Noise, position: SegmentPosition) -> Noise:
+        return noise.branch(2 * len(position.later) + 1)
+
+    def _jump_noise(self, noise: Noise, position: SegmentPosition) -> Tensor:
+        inner, start = position.inner, position.later[0][0]
+        return noise.branch(2 * len(position.later)).between(inner.level, start, inner.step)
+
+    def _start_segment(self, x: Tensor, segment: Knots, noise: Noise, step: int) -> State:
+        return replace(super()._start_segment(x, segment, noise, step), step=step)
 
 
-def _restarts(knots: Run, low: float, high: float, steps: int, repeats: int) -> list[Run]:
-    """The run down to `low`, the repeats from `high` to it, and the rest of the run."""
+def _split(knots: Knots, low: float, high: float, steps: int, repeats: int) -> list[Knots]:
+    """Split a segment at an interval: down to `low`, the repeats from `high` to `low`, the rest.
+
+    Args:
+        knots: the segment.
+        low: u_min.
+        high: u_max.
+        steps: steps of each repeat.
+        repeats: K.
+
+    Returns:
+        1 + repeats + 1 segments; the first and last may have a single knot.
+
+    Raises:
+        ValueError: the interval is not within the segment.
+    """
     schedule = knots[0].schedule
     bottom, top = (-2 * math.log(u) for u in (low, high))
     if not knots[0].logsnr <= top < bottom <= knots[-1].logsnr:
         raise ValueError(
-            f"the interval of σ/α from {low} to {high} is not within the run, from {knots[0].ratio:g} to "
-            f"{knots[-1].ratio:g}: leave it out, or choose knots that fall in noise from above it to below it"
+            f"the interval of σ/α from {low} to {high} is not within the run, which goes from "
+            f"{knots[0].ratio:g} to {knots[-1].ratio:g}: remove the interval, or choose knots whose "
+            f"noise decreases from above it to below it"
         )
-    sigmas = [
-        (high ** (1 / 7) + i / steps * (low ** (1 / 7) - high ** (1 / 7))) ** 7
+    ratios = [
+        (high ** (1 / RHO) + i / steps * (low ** (1 / RHO) - high ** (1 / RHO))) ** RHO
         for i in range(1, steps)
     ]
     end = schedule.at(bottom)
-    again = (schedule.at(top), *(schedule.at(-2 * math.log(u)) for u in sigmas), end)
-    before = tuple(knot for knot in knots if knot.logsnr < bottom - CLOSE)
-    after = tuple(knot for knot in knots if knot.logsnr > bottom + CLOSE)
-    return [(*before, end), *[again] * repeats, (end, *after)]
-
-
-def _of_run(noise: Noise, later: tuple[Run, ...]) -> Noise:
-    """Each run of the inner sampler draws noise of its own."""
-    return noise.branch(2 * len(later) + 1)
-
-
-def _outer(inner: State, later: tuple[Run, ...]) -> State:
-    left = (*inner.left, *(knot for run in later for knot in run))
-    return State(inner.x, inner.level, left, inner.step, Memory(inner, later))
+    repeat = (schedule.at(top), *(schedule.at(-2 * math.log(u)) for u in ratios), end)
+    before = tuple(knot for knot in knots if knot.logsnr < bottom - KNOT_TOLERANCE)
+    after = tuple(knot for knot in knots if knot.logsnr > bottom + KNOT_TOLERANCE)
+    return [(*before, end), *[repeat] * repeats, (end, *after)]

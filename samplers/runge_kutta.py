@@ -1,8 +1,8 @@
-"""Adaptive Runge-Kutta: an embedded pair on dz/da = ε - x_0, z = x/(α+σ), a = σ/(α+σ), with steps chosen by their error.
+"""Adaptive Runge-Kutta: an embedded pair on dz/da = ε - x_0, z = x/(α+σ), a = σ/(α+σ), with error control.
 
     k_1 = v(z, a),   k_i = v(z + h Σ_j a_ij k_j, a + c_i h),   z' = z + h Σ_i b_i k_i,   error = h Σ_i e_i k_i
 
-The last stage of both pairs is asked at z' itself, so it begins the next step.
+The last stage of both pairs is evaluated at z' itself, so it is also the first stage of the next step.
 """
 
 import math
@@ -15,48 +15,68 @@ from torch import Tensor
 
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
-from diffcore.samplers.base import Sampler, State, interior
+from diffcore.samplers.base import Knots, Sampler, State, is_interior
 from diffcore.schedules import Level
 
+__all__ = ["PAIRS", "AdaptiveRungeKutta"]
 
-class _Pair(NamedTuple):
-    """Coefficients: the rows a_ij, the last one being b, and e = b less the weights of the lower order."""
+
+class _EmbeddedPair(NamedTuple):
+    """Coefficients of an embedded pair.
+
+    Args:
+        order: order of convergence of the higher-order method.
+        rows: the rows a_ij, from the second stage on; the last row is b.
+        error: e, which is b minus the weights of the lower-order method.
+    """
 
     order: int
     rows: tuple[tuple[float, ...], ...]
     error: tuple[float, ...]
 
 
-def _floats(text: str) -> tuple[float, ...]:
+def _fractions(text: str) -> tuple[float, ...]:
+    """Numbers from fractions separated by spaces."""
     return tuple(float(Fraction(word)) for word in text.split())
 
 
 PAIRS = {
-    "BogackiShampine": _Pair(  # 1989: 3(2), four stages
+    "BogackiShampine": _EmbeddedPair(  # 1989: 3(2), four stages
         3,
-        (_floats("1/2"), _floats("0 3/4"), _floats("2/9 1/3 4/9")),
-        _floats("-5/72 1/12 1/9 -1/8"),
+        (_fractions("1/2"), _fractions("0 3/4"), _fractions("2/9 1/3 4/9")),
+        _fractions("-5/72 1/12 1/9 -1/8"),
     ),
-    "DormandPrince": _Pair(  # 1980: 5(4), seven stages
+    "DormandPrince": _EmbeddedPair(  # 1980: 5(4), seven stages
         5,
         (
-            _floats("1/5"),
-            _floats("3/40 9/40"),
-            _floats("44/45 -56/15 32/9"),
-            _floats("19372/6561 -25360/2187 64448/6561 -212/729"),
-            _floats("9017/3168 -355/33 46732/5247 49/176 -5103/18656"),
-            _floats("35/384 0 500/1113 125/192 -2187/6784 11/84"),
+            _fractions("1/5"),
+            _fractions("3/40 9/40"),
+            _fractions("44/45 -56/15 32/9"),
+            _fractions("19372/6561 -25360/2187 64448/6561 -212/729"),
+            _fractions("9017/3168 -355/33 46732/5247 49/176 -5103/18656"),
+            _fractions("35/384 0 500/1113 125/192 -2187/6784 11/84"),
         ),
-        _floats("71/57600 0 -71/16695 71/1920 -17253/339200 22/525 -1/40"),
+        _fractions("71/57600 0 -71/16695 71/1920 -17253/339200 22/525 -1/40"),
     ),
 }
-SAFETY, SHRINK, GROW = 0.9, 0.2, 5.0
-LEAST = 1e-9
-"""A step of a below this will not meet its tolerance: what is left of the error is rounding."""
+"""The embedded pairs by name."""
+
+SAFETY, MIN_FACTOR, MAX_FACTOR = 0.9, 0.2, 5.0
+"""Of the step-size control: safety factor, and bounds of the ratio of consecutive step sizes."""
+
+MIN_STEP = 1e-9
+"""A step of a below this cannot meet its tolerance: what remains of the error is rounding."""
 
 
 class _Attempt(NamedTuple):
-    """A step under way: from (z, a) by h, with the slopes found so far. At a knot the memory is the |h| to begin with."""
+    """A step whose stages are being evaluated.
+
+    Args:
+        z: z at the beginning of the step.
+        a: a at the beginning of the step.
+        h: length of the step in a.
+        slopes: k_1, k_2, ... evaluated so far.
+    """
 
     z: Tensor
     a: float
@@ -65,25 +85,30 @@ class _Attempt(NamedTuple):
 
 
 @dataclass(frozen=True)
-class AdaptiveRungeKutta(Sampler):
-    """Steps of a as long as the root mean square of error / (atol + rtol max(|z|, |z'|)) is at most 1 in every row.
+class AdaptiveRungeKutta(Sampler[_Attempt | float]):
+    """Runge-Kutta whose steps keep the root mean square of error / (atol + rtol max(|z|, |z'|)) at most 1.
 
-    It lands on every knot and asks afresh there: give it few (one step is enough). Evaluations are counted as they happen.
-    A row that is alone in its batch chooses its own steps; in a batch the steps are those of the worst row, so a sample
-    depends on what is beside it, within the tolerance. The decisions read the sample: this sampler alone synchronises with
-    the device. It needs no exception at α = 0; the network is not asked at a knot that is reached at α = 0 or σ = 0, and the
+    Every sample of the batch meets the tolerance. The sampler reaches every knot and starts a new step
+    there, so give it few knots (one step is enough). Evaluations are counted as they happen.
+
+    A sample that is alone in its batch determines its own steps. In a larger batch the sample with the
+    largest error determines them, so a sample depends on the others, within the tolerance. Because the
+    decisions depend on the samples, this sampler, unlike all others, synchronises with the device.
+
+    No exception is needed at α = 0. A knot at α = 0 or σ = 0 is never evaluated when it is reached: the
     last `atol` of a before it is the first-order step.
 
     Args:
-        pair: BogackiShampine, of order 3, or DormandPrince, of order 5.
-        rtol: tolerance relative to |z|, of one step.
-        atol: absolute tolerance of z, of one step.
+        pair: the embedded pair, BogackiShampine (1989, order 3) or DormandPrince (1980, order 5).
+        rtol: tolerance of one step relative to |z|.
+        atol: absolute tolerance of one step in z.
     """
+
+    # The memory is an _Attempt within a step; at a knot, the length |h| of the first step from it.
 
     pair: Literal["BogackiShampine", "DormandPrince"] = "DormandPrince"
     rtol: float = 1e-3
     atol: float = 1e-3
-    adaptive = True
 
     def __post_init__(self) -> None:
         if self.pair not in PAIRS:
@@ -93,14 +118,18 @@ class AdaptiveRungeKutta(Sampler):
         if not 0 < self.atol < 0.5:
             raise ValueError(f"atol is {self.atol}, expected a tolerance within (0, 0.5)")
 
-    def forget(self, state: State) -> State:
-        return state  # a step sees nothing of those before but their size
+    @property
+    def is_adaptive(self) -> bool:
+        return True
 
     @property
     def order(self) -> int:
         return PAIRS[self.pair].order
 
-    def start(self, x: Tensor, knots: tuple[Level, ...], noise: Noise) -> State:
+    def forget(self, state: State[_Attempt | float]) -> State[_Attempt | float]:
+        return state  # a step depends on earlier ones only by its first length
+
+    def start(self, x: Tensor, knots: Knots, noise: Noise) -> State[_Attempt | float]:
         rounding = 10 * torch.finfo(x.dtype).eps
         if max(self.rtol, self.atol) < rounding:
             raise ValueError(
@@ -109,91 +138,120 @@ class AdaptiveRungeKutta(Sampler):
             )
         return super().start(x, knots, noise)
 
-    def advance(self, state: State, prediction: Prediction, noise: Noise) -> State:
+    def advance(
+        self, state: State[_Attempt | float], prediction: Prediction, noise: Noise
+    ) -> State[_Attempt | float]:
         velocity = prediction.eps - prediction.x0
         if not isinstance(state.memory, _Attempt):
-            return self._begun(state, prediction, velocity)
+            return self._begin_step(state, prediction, velocity, state.memory)
         attempt = state.memory._replace(slopes=(*state.memory.slopes, velocity))
         if len(attempt.slopes) <= len(PAIRS[self.pair].rows):
-            return self._ask(state, attempt)
-        return self._judged(state, attempt, prediction)
+            return self._to_next_stage(state, attempt)
+        return self._finish_attempt(state, attempt, prediction)
 
-    def evaluations(self, knots: tuple[Level, ...]) -> int:
-        raise ValueError(
-            f"{self} asks as often as its tolerance needs: run it and read the evaluations of the samples"
-        )
+    def _begin_step(
+        self,
+        state: State[_Attempt | float],
+        prediction: Prediction,
+        velocity: Tensor,
+        length: float | None,
+    ) -> State[_Attempt | float]:
+        """Begin a step at a knot; if an end is less than `atol` away, take the first-order step to it.
 
-    def _begun(self, state: State, prediction: Prediction, velocity: Tensor) -> State:
-        """The first stage from a knot, or the first-order step where the next one is an end less than `atol` away."""
-        level, knot = state.level, state.left[0]
-        a = _number(level)
-        left = self._target(knot) - a
-        if left == 0 or (left > 0) != (_number(knot) > a):
-            return state.reached(prediction.at(knot))
-        h = _divided(left, state.memory or max(self.rtol, self.atol) ** (1 / self.order))
-        return self._ask(state, _Attempt(state.x / (level.alpha + level.sigma), a, h, (velocity,)))
+        Args:
+            state: the state at the knot.
+            prediction: x_0 and ε there.
+            velocity: ε - x_0.
+            length: |h| of the first step; None is a guess from the tolerance.
+        """
+        level, knot = state.level, state.remaining[0]
+        a = _to_number(level)
+        rest = self._target(knot) - a
+        if rest == 0 or (rest > 0) != (_to_number(knot) > a):
+            return state.at_next_knot(prediction.at(knot))
+        h = _divide(rest, length or max(self.rtol, self.atol) ** (1 / self.order))
+        attempt = _Attempt(state.x / (level.alpha + level.sigma), a, h, (velocity,))
+        return self._to_next_stage(state, attempt)
 
     def _target(self, knot: Level) -> float:
-        """A where the pair stops: at the knot, or `atol` before an end."""
-        a = _number(knot)
-        return a if interior(knot) else min(max(a, self.atol), 1 - self.atol)
+        """The a at which the pair stops: the knot's, or `atol` before an end."""
+        a = _to_number(knot)
+        return a if is_interior(knot) else min(max(a, self.atol), 1 - self.atol)
 
-    def _ask(self, state: State, attempt: _Attempt) -> State:
-        """The state that asks for the next stage."""
+    def _to_next_stage(
+        self, state: State[_Attempt | float], attempt: _Attempt
+    ) -> State[_Attempt | float]:
+        """The state at which the attempt's next stage is evaluated."""
         pair, i, h = PAIRS[self.pair], len(attempt.slopes), attempt.h
         row = pair.rows[i - 1]
         z = attempt.z + sum(
             h * a_ij * k for a_ij, k in zip(row, attempt.slopes, strict=True) if a_ij
         )
-        level = self._level(state.left[0], attempt.a + h * sum(row))
+        level = self._level(state.remaining[0], attempt.a + h * sum(row))
         return replace(state, x=(level.alpha + level.sigma) * z, level=level, memory=attempt)
 
     def _level(self, knot: Level, a: float) -> Level:
-        """The level at a; the knot itself where rounding is all that differs."""
-        return (
-            knot
-            if interior(knot) and abs(a - _number(knot)) < LEAST / 10
-            else knot.schedule.at_blend(a)
-        )
+        """The level at a, or the knot itself if they differ only by rounding."""
+        is_knot = is_interior(knot) and abs(a - _to_number(knot)) < MIN_STEP / 10
+        return knot if is_knot else knot.schedule.at_blend(a)
 
-    def _judged(self, state: State, attempt: _Attempt, prediction: Prediction) -> State:
-        """On to the next step if this one's error is within the tolerance, else once more and shorter."""
-        knot, (z, a, h, slopes), pair = state.left[0], attempt, PAIRS[self.pair]
+    def _finish_attempt(
+        self, state: State[_Attempt | float], attempt: _Attempt, prediction: Prediction
+    ) -> State[_Attempt | float]:
+        """Accept a step whose error is within the tolerance, or repeat it with a shorter h.
+
+        Args:
+            state: the state at z', where the last stage was evaluated.
+            attempt: the step with all its slopes.
+            prediction: x_0 and ε at z'.
+        """
+        knot, (z, a, h, slopes), pair = state.remaining[0], attempt, PAIRS[self.pair]
         after = state.x / (state.level.alpha + state.level.sigma)
         error = sum(
             (h * e * k for e, k in zip(pair.error, slopes, strict=True)), torch.zeros_like(after)
         )
-        size = self._size(error, z, after)
-        wanted = (
-            h * min(max(SAFETY * size ** (-1 / pair.order), SHRINK), GROW) if size > 0 else h * GROW
+        size = self._relative_size(error, z, after)
+        factor = (
+            min(max(SAFETY * size ** (-1 / pair.order), MIN_FACTOR), MAX_FACTOR)
+            if size > 0
+            else MAX_FACTOR
         )
+        length = abs(h * factor)
         target = self._target(knot)
         if size <= 1:
             z, a, slopes = after, a + h, slopes[-1:]
-            if abs(target - a) < LEAST / 10:
-                x = state.x if interior(knot) else prediction.at(knot)
-                return state.reached(x, abs(wanted))
-        elif not abs(wanted) > LEAST:  # also NaN
+            if abs(target - a) < MIN_STEP / 10:
+                x = state.x if is_interior(knot) else prediction.at(knot)
+                return state.at_next_knot(x, length)
+        elif not length > MIN_STEP:  # also NaN
             raise ValueError(
-                f"{self} cannot meet its tolerance at a = {a:g}: raise rtol and atol, or see whether the network is finite"
+                f"{self} cannot meet its tolerance at a = {a:g}: raise rtol and atol, or check that the "
+                f"network's output is finite"
             )
-        return self._ask(state, _Attempt(z, a, _divided(target - a, abs(wanted)), slopes[:1]))
+        return self._to_next_stage(state, _Attempt(z, a, _divide(target - a, length), slopes[:1]))
 
-    def _size(self, error: Tensor, before: Tensor, after: Tensor) -> float:
-        """The worst row's error in units of the tolerance; 1/0 where it is not a number, so that the step shrinks."""
+    def _relative_size(self, error: Tensor, before: Tensor, after: Tensor) -> float:
+        """The greatest error of a sample in units of the tolerance; inf if it is not a number.
+
+        Args:
+            error: error of z', (B, *shape).
+            before: z at the beginning of the step.
+            after: z' at its end.
+        """
         scale = self.atol + self.rtol * before.abs().maximum(after.abs())
         size = float((error / scale).flatten(1).square().mean(1).sqrt().max())
         return size if math.isfinite(size) else math.inf
 
 
-def _divided(left: float, h: float) -> float:
-    """What is left in equal steps of at most h."""
-    return left / max(math.ceil(abs(left) / h - 1e-9), 1)
+def _divide(rest: float, length: float) -> float:
+    """The step when `rest` is divided into equal steps no longer than `length`."""
+    return rest / max(math.ceil(abs(rest) / length - 1e-9), 1)
 
 
-def _number(level: Level) -> float:
+def _to_number(level: Level) -> float:
+    """a of a level, which must be a number."""
     if isinstance(level.blend, Tensor):
         raise TypeError(
-            "adaptive steps are for a whole batch at one level, not for a map of levels: use another sampler"
+            "adaptive steps need the whole batch at one level, not a map of levels: use another sampler"
         )
     return level.blend

@@ -7,35 +7,44 @@ from torch import Tensor
 
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
-from diffcore.samplers.adams import History, Past
-from diffcore.samplers.base import Sampler, State, times
-from diffcore.samplers.dpm_solver import exact, gain, secant
+from diffcore.samplers.adams import History, KnotValue
+from diffcore.samplers.base import Sampler, State, multiply
+from diffcore.samplers.dpm_solver import data_gain, polynomial_term, secant_term
 from diffcore.schedules import Level, Real
 
+__all__ = ["UniPC"]
 
-class _Memory(NamedTuple):
-    """The knots before, and the predictor's term beyond the first-order step that led here."""
+
+class _UniPCMemory(NamedTuple):
+    """Memory of `UniPC`.
+
+    Args:
+        history: x_0 at the last knots, newest first.
+        predicted: what the predictor added to the first-order step that led to the current knot.
+    """
 
     history: History
     predicted: Tensor | float
 
 
 @dataclass(frozen=True)
-class UniPC(Sampler):
-    """Predict x_s from the last p values of x_0; once x_0 is asked there, correct x_s with it, and step on from that.
+class UniPC(Sampler[_UniPCMemory]):
+    """Predict x_s from the last p values of x_0; correct it with x_0 at that prediction; step on from it.
 
         UniP-p   σ_s ∫ (p(λ) - x_0) d(α/σ), p through the last p values
         UniC-p   the same with the value at s as well, of order p+1
 
-    Zhao et al. 2023 (2302.04867, Algorithms 5 to 8, data prediction). UniP-2 and UniC-1 take B(h)/2 for the integral, B(h) = h
-    (bh1) or 1 - e^{-h} (bh2), h = (λ_s - λ_t)/2; in all others B(h) cancels. One evaluation a step: the last knot is
-    predicted only. UniP-2 with bh2 is DPM-Solver++(2M).
+    UniP-2 and UniC-1 take B(h)/2 for the integral, B(h) = h (bh1) or 1 - e^{-h} (bh2), h = (λ_s - λ_t)/2;
+    in all others B(h) cancels. There is one evaluation per step: the last knot is predicted only. UniP-2
+    with bh2 is DPM-Solver++(2M).
 
-    A step that touches α = 0 or σ = 0 is the first-order step, and such a knot is not remembered.
+    A step that touches α = 0 or σ = 0 is the first-order step, and x_0 at such a knot is not kept.
+
+    Zhao et al. 2023 (2302.04867, Algorithms 5 to 8, data prediction).
 
     Args:
-        p: order of the predictor, 1 to 3; the method's is p + 1.
-        B: bh1, or bh2.
+        p: order of the predictor, 1 to 3; the order of the method is p + 1.
+        B: the function B(h): bh1 is h, bh2 is 1 - e^{-h}.
     """
 
     p: Literal[1, 2, 3] = 2
@@ -51,34 +60,36 @@ class UniPC(Sampler):
     def order(self) -> int:
         return self.p + 1
 
-    def advance(self, state: State, prediction: Prediction, noise: Noise) -> State:
-        level, knot = state.level, state.left[0]
-        now = Past(level, prediction.x0)
-        x, history = prediction.at(knot), (now,)
+    def advance(
+        self, state: State[_UniPCMemory], prediction: Prediction, noise: Noise
+    ) -> State[_UniPCMemory]:
+        level, knot = state.level, state.remaining[0]
+        newest = KnotValue(level, prediction.x0)
+        x = prediction.at(knot)
+        history: History = (newest,)
         if state.memory is not None:
             past, predicted = state.memory
-            x = x + times(knot.sigma / level.sigma, self._corrected(past, now) - predicted)
-            history = (now, *past)[: self.p]
-        if state.first_order:
-            return state.reached(x)
-        predicted = self._predicted(history, knot)
-        return state.reached(x + predicted, _Memory(history, predicted))
+            correction = self._corrector_term(past, newest) - predicted
+            x = x + multiply(knot.sigma / level.sigma, correction)
+            history = (newest, *past)[: self.p]
+        if state.is_first_order:
+            return state.at_next_knot(x)
+        predicted = self._predictor_term(history, knot)
+        return state.at_next_knot(x + predicted, _UniPCMemory(history, predicted))
 
-    def evaluations(self, knots: tuple[Level, ...]) -> int:
-        return len(knots) - 1
-
-    def _predicted(self, history: History, s: Level) -> Tensor | float:
+    def _predictor_term(self, history: History, s: Level) -> Tensor | float:
+        """What UniP adds to the first-order step to s."""
         if len(history) == 2:
-            return secant(history, s, self._b(history[0].level, s) / 2)
-        return exact(history, s)
+            return secant_term(history, s, self._scaled_b(history[0].level, s) / 2)
+        return polynomial_term(history, s)
 
-    def _corrected(self, past: History, now: Past) -> Tensor | float:
-        """The same integral, over the step that led to `now`, with its value."""
+    def _corrector_term(self, past: History, newest: KnotValue) -> Tensor | float:
+        """What UniC adds to the first-order step that led to the newest knot."""
         t, x0 = past[0]
         if len(past) == 1:
-            return times(self._b(t, now.level) / 2, now.value - x0)
-        return exact((past[0], now, *past[1:]), now.level)
+            return multiply(self._scaled_b(t, newest.level) / 2, newest.value - x0)
+        return polynomial_term((past[0], newest, *past[1:]), newest.level)
 
-    def _b(self, t: Level, s: Level) -> Real:
+    def _scaled_b(self, t: Level, s: Level) -> Real:
         """α_s B(h)."""
-        return s.alpha * (s.logsnr - t.logsnr) / 2 if self.B == "bh1" else gain(t, s)
+        return s.alpha * (s.logsnr - t.logsnr) / 2 if self.B == "bh1" else data_gain(t, s)

@@ -125,7 +125,7 @@ def replay(
 
 def _map(sampler: DDIM, state: State, prediction: Prediction, x0: Tensor, noise: Noise) -> Tensor:
     """The z that takes the state to the noisy copy of x_0 at the next knot; 0 where that is clean, for none is drawn."""
-    knot, zero = state.left[0], torch.zeros_like(x0)
+    knot, zero = state.remaining[0], torch.zeros_like(x0)
     if knot.sigma == 0:
         return zero
 

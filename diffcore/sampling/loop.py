@@ -105,7 +105,7 @@ def settled(sampler: Sampler, state: State, corners: frozenset[float]) -> State:
     if (
         not corners
         or state.done
-        or state.level is state.left[0]
+        or state.level is state.remaining[0]
         or float(state.level.logsnr) not in corners
     ):
         return state
@@ -171,7 +171,7 @@ def step_of(
     """
     same = before is not None and before.index == state.step
     start = before.start if before is not None and same else state.level
-    return Step(process, state.level, start, state.left[0], state.step, len(knots) - 1)
+    return Step(process, state.level, start, state.remaining[0], state.step, len(knots) - 1)
 
 
 def planned(
@@ -181,16 +181,14 @@ def planned(
 
     Counted by a run of no samples: samplers ask by the knots alone.
     """
-    if sampler.adaptive:
+    if sampler.is_adaptive:
         return None
-    noise = Noise(torch.zeros(0, dtype=torch.int64), process.shape)
-    state, step, total = sampler.start(noise.start(), knots, noise), None, 0
-    while not state.done:
+    step, total = None, 0
+    for state in sampler.dry_run(knots):
         step = step_of(process, knots, state, step)
         total += 1 + (
             len(guidance.required_references(step, None)) if sampler.uses_guidance(state) else 0
         )
-        state = sampler.advance(state, Prediction(state.x, state.x), noise)
     return total
 
 
@@ -229,13 +227,13 @@ def check_guidance(
     guidance.check(process, condition)
     if sampler is None:
         return
-    if not guidance.is_consistent and not sampler.direct:
+    if not guidance.is_consistent and not sampler.is_direct:
         raise ValueError(
             f"{guidance} breaks x = α x_0 + σ ε, which {sampler} relies on: use a sampler of first-order steps such as DDIM(), "
             f"or CFG"
         )
     if guidance.requires_one_evaluation_per_step and (
-        sampler.adaptive or sampler.evaluations(knots) != len(knots) - 1
+        sampler.is_adaptive or sampler.evaluations(knots) != len(knots) - 1
     ):
         raise ValueError(
             f"{guidance} counts on one evaluation a step: use a sampler such as DDIM(), not {sampler}"

@@ -101,7 +101,7 @@ def test_evaluations_used_are_those_planned_with_each_sampler(sampler_name, rule
         batch_size=2,
         dtype=torch.float64,
     )
-    assert made.planned == (None if sampler.adaptive else made.evaluations)
+    assert made.planned == (None if sampler.is_adaptive else made.evaluations)
     assert made.x.isfinite().all()
 
 
@@ -225,7 +225,7 @@ def test_a_direct_sampler_reads_x0_and_eps_of_its_last_prediction_alone(sampler)
     for shift in (0.0, 1.0):
         state = sampler.start(NOISE.start() + shift, KNOTS, NOISE)
         while not state.done:
-            now = shift if len(state.left) > 1 else 0.0
+            now = shift if len(state.remaining) > 1 else 0.0
             before, state = state, sampler.advance(state, _pair(state, now), NOISE)
         results.append(sampler.advance(before, _pair(before, 0.0), NOISE).x)
     torch.testing.assert_close(*results, rtol=0, atol=1e-12)

@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise, product
+from typing import get_args
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from diffcore.samplers import (
     State,
     UniPC,
 )
-from diffcore.samplers.adams import Held, Variable
+from diffcore.samplers.adams import HeldQuantity, Variable
 from diffcore.sampling.loop import integrate
 from diffcore.schedules import Cosine, Explicit, Flow, Karras, Trailing, UniformBlend
 from tests.helpers.oracles import SCALINGS, flow, mixture, process
@@ -30,7 +31,7 @@ from tests.samplers.test_base import SAMPLERS
 from tests.samplers.test_orders import ORDERS
 
 NOISE = Noise(torch.arange(64), (2,), dtype=torch.float64)
-EVERY_PAIR = list(product(Held.__args__, Variable.__args__))
+EVERY_PAIR = list(product(get_args(HeldQuantity), get_args(Variable)))
 
 
 def final(sampler, knots, oracle=None):

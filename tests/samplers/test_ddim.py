@@ -37,7 +37,7 @@ def test_a_step_is_equation_12_and_16_of_the_paper(t, s, eta):
     sigma = eta * math.sqrt((1 - bar_s) / (1 - bar_t)) * math.sqrt(1 - bar_t / bar_s)
     expected = math.sqrt(bar_s) * X0 + math.sqrt(1 - bar_s - sigma**2) * EPS + sigma * NOISE.step(5)
     torch.testing.assert_close(state.x, expected, rtol=1e-11, atol=1e-11)
-    assert (state.level, state.left, state.step, state.done) == (s, (), 6, True)
+    assert (state.level, state.remaining, state.step, state.done) == (s, (), 6, True)
 
 
 @pytest.mark.parametrize("scaling", ("ve", "flow"))

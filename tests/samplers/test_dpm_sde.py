@@ -34,7 +34,7 @@ def test_a_step_is_the_integral_of_the_polynomial_through_the_last_predictions(s
     sampler, levels = DPMSolverSDE(steps, eta, "heun"), [Cosine().at(logsnr) for logsnr in LOGSNRS]
     state = State(EPS, levels[0], tuple(levels[1:]))
     for _ in range(3):
-        t, s = state.level, state.left[0]
+        t, s = state.level, state.remaining[0]
         x, step = state.x, state.step
         x0 = polynomial(t.logsnr, steps - 1)
         state = sampler.advance(state, Prediction(x0, (x - t.alpha * x0) / t.sigma), NOISE)

@@ -37,7 +37,7 @@ def test_a_correction_is_langevins_step_with_its_noise_cut(snr):
         s.sigma * math.sqrt(2 * tau - tau**2)
     )
     torch.testing.assert_close(z, NOISE.branch(1).step(1), rtol=1e-10, atol=1e-10)
-    assert (after.level, after.left, after.step) == (state.level, state.left, state.step)
+    assert (after.level, after.remaining, after.step) == (state.level, state.remaining, state.step)
 
 
 def chain(oracle, level, ratio, count):
@@ -65,7 +65,9 @@ def corrected(sampler, prediction, level, z):
 
     state = sampler.start(z, (level, Cosine().at(9.0)), Given())
     pending = state.memory._replace(corrections=1)
-    return sampler.advance(type(state)(z, level, state.left, 1, pending), prediction, Given()).x
+    return sampler.advance(
+        type(state)(z, level, state.remaining, 1, pending), prediction, Given()
+    ).x
 
 
 @pytest.mark.parametrize("logsnr", (-2.0, 1.0, 5.0))

@@ -494,7 +494,7 @@ def test_a_callback_sees_every_state_and_prediction_and_changes_nothing(sampler)
     assert torch.equal(watched.x, sample(oracle, sampler, **arguments).x)
     assert len(seen) == watched.evaluations == sampler.evaluations(watched.knots)
     for step, state, prediction in seen:
-        assert step == state.step == len(watched.knots) - 1 - len(state.left)
+        assert step == state.step == len(watched.knots) - 1 - len(state.remaining)
         torch.testing.assert_close(prediction, oracle(state.x, state.level), rtol=0, atol=0)
 
 
@@ -511,7 +511,7 @@ def test_a_callback_that_says_true_stops_the_run_with_x_at_its_level(stop):
     assert result.evaluations == len(denoiser.network.rows) == stop + 1
     assert kept[-1].level == result.knots[stop]
     assert torch.equal(result.x, kept[-1].x)
-    knots, noise = kept[-1].left, Noise(torch.tensor(SEEDS[:4]), (2,))
+    knots, noise = kept[-1].remaining, Noise(torch.tensor(SEEDS[:4]), (2,))
     rest, _ = integrate(denoiser, DDIM(), result.x, (kept[-1].level, *knots), noise)
     assert torch.equal(rest, sample(denoiser, DDIM(), steps=5, seeds=SEEDS[:4], batch_size=4).x)
 

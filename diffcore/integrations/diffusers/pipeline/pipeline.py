@@ -297,7 +297,7 @@ class DiffcorePipeline(DiffusionPipeline):
                 told = float(process.time(before.level))
                 answer = callback(self, before.step, told, {"latents": after.x})
                 after = replace(after, x=answer.get("latents", after.x))
-            return replace(after, left=()) if self._interrupt else after
+            return replace(after, remaining=()) if self._interrupt else after
 
         return tell
 

@@ -1,6 +1,6 @@
 """A sampler whose steps are told of as they end: progress bars and callbacks of pipelines."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -37,5 +37,5 @@ class Followed(SamplerWrapper):
     def uses_guidance(self, state: State) -> bool:
         return self.inner.uses_guidance(state)
 
-    def evaluations(self, knots: tuple[Level, ...]) -> int:
-        return self.inner.evaluations(knots)
+    def dry_run(self, knots: tuple[Level, ...]) -> Iterator[State]:
+        return self.inner.dry_run(knots)  # a dry run has no steps to report

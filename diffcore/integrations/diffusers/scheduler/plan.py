@@ -5,7 +5,7 @@ them (image-to-image, a refiner): at the beginning of a step the sampler starts 
 the first-order step, and the sampler starts at its end.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,11 +15,9 @@ from torch import Tensor
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
 from diffcore.core.process import Process
-from diffcore.samplers import Sampler, State
+from diffcore.samplers import Knots, Sampler, State
 from diffcore.sampling.loop import check_levels, corners, settled
 from diffcore.schedules import Level
-
-Knots = tuple[Level, ...]
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class Plan:
             ValueError: the network cannot be asked at one of them, or the sampler changes x before it asks.
         """
         check_levels(process, knots)
-        plan = cls(process, sampler, knots, tuple(_states(sampler, knots)), corners(knots, levels))
+        plan = cls(process, sampler, knots, tuple(sampler.dry_run(knots)), corners(knots, levels))
         if plan.states[0].level != knots[0]:
             raise ValueError(
                 f"{sampler} adds noise before its first question, which a pipeline has asked by then: set churn_max below "
@@ -81,7 +79,7 @@ class Plan:
         if position == 0:
             return self.visited
         state = self.states[position]
-        knots = (state.level, *state.left)
+        knots = (state.level, *state.remaining)
         if self._levels(position, knots) != [state.level for state in self.states[position:]]:
             raise ValueError(
                 f"{self.sampler} cannot begin at evaluation {position} of {len(self.states)}, it would ask about other levels "
@@ -91,19 +89,8 @@ class Plan:
 
     def _levels(self, position: int, knots: Knots) -> list[Level]:
         if self.aligned(position):
-            return [state.level for state in _states(self.sampler, knots)]
-        return [knots[0], *(state.level for state in _states(self.sampler, knots[1:]))]
-
-
-def _states(sampler: Sampler, knots: Knots) -> Iterator[State]:
-    """The states that are asked about, with no samples in them."""
-    if len(knots) < 2:
-        return
-    noise = Noise(torch.zeros(0, dtype=torch.int64), (1,))
-    state = sampler.start(noise.start(), knots, noise)
-    while not state.done:
-        yield state
-        state = sampler.advance(state, Prediction(state.x, state.x), noise)
+            return list(self.sampler.evaluation_levels(knots))
+        return [knots[0], *self.sampler.evaluation_levels(knots[1:])]
 
 
 @dataclass
@@ -169,9 +156,11 @@ class Call:
         """The next state, which is kept."""
         sampler = self.plan.sampler
         if self.finishing:
-            self.finishing, state = False, state.reached(prediction.at(state.left[0]))
+            self.finishing, state = False, state.at_next_knot(prediction.at(state.remaining[0]))
             self.state = (
-                state if state.done else sampler.start(state.x, (state.level, *state.left), noise)
+                state
+                if state.done
+                else sampler.start(state.x, (state.level, *state.remaining), noise)
             )
         else:
             self.state = settled(

@@ -40,7 +40,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", tuple(self.levels))
-        if self.sampler.adaptive:
+        if self.sampler.is_adaptive:
             raise ValueError(
                 f"{self.sampler} decides as it goes where to ask, and a pipeline must know before: use another"
             )
