@@ -188,7 +188,7 @@ def test_the_loop_never_reads_the_sample():
         ),
         (
             lambda: RePaint(DDIM(), IMAGE, torch.ones(3, 2, dtype=torch.bool)),
-            r"mask has shape \(3, 2\), expected to fit",
+            r"mask has shape \(3, 2\), expected one that broadcasts to",
         ),
         (lambda: paint(jump=0), "jump and resamplings are 0 and 3"),
         (lambda: paint(resamplings=0), "jump and resamplings are 2 and 0"),
