@@ -255,7 +255,7 @@ def test_a_vanishing_correction_moves_x_under_cfg_plus_plus():
         (inputs, *_) = visited(DDIM(), rule, KNOTS[1:])
         prediction, _ = rule.combine(inputs, None)
         change = (
-            (PredictorCorrector(snr=1e-6)._corrected(state, prediction, NOISE) - state.x)
+            (PredictorCorrector(snr=1e-6)._correct(state, prediction, NOISE).x - state.x)
             .abs()
             .max()
         )
