@@ -258,11 +258,11 @@ class LinearAG(GuidanceWrapper[LinearAGMemory]):
         """
         pairs = [_output_pair(space, inputs) for inputs in path]
         predicted = range(1, len(pairs) // 2, 2) if skip is None else skip
-        rows = [
+        coefficients = [
             _least_squares(pairs[max(0, i - depth) : i + 1][::-1]) if i in predicted else ()
             for i in range(len(pairs))
         ]
-        return cls(rule, tuple(rows), space)
+        return cls(rule, tuple(coefficients), space)
 
     def _inner_references(self, step: Step, memory: LinearAGMemory | None) -> tuple[Reference, ...]:
         return self.inner.required_references(step, None if memory is None else memory.inner)

@@ -40,7 +40,7 @@ class Interval(GuidanceWrapper[Any]):
             None for no bound.
         variable: quantity that the bounds limit: sigma is σ/α, logsnr is λ.
         sigma_data: standard deviation of the data for which bounds of σ/α are stated, such as 0.5
-            for EDM2; they are multiplied by the process's own over it. None leaves them unscaled.
+            for EDM2; they are multiplied by the deviation of the process over it. None leaves them.
         sigma: (low, high) of σ/α, in place of `low` and `high`.
         logsnr: (low, high) of λ, in place of `low` and `high`.
     """

@@ -44,7 +44,7 @@ def test_the_mean_shift_and_the_contrastive_components_of_linear_cfg(scaling, u,
         D - D_c = (w - 1) [ (S_c - S_ref)(y - m_c) + (I - S_ref)(m_c - m_ref) ]
 
     which are the contrastive principal components (S_c - S_ref has eigenvalues of both signs) and
-    the mean shift. Both are read from the guided prediction, which is affine, and compared with NumPy.
+    the mean shift. Both are read from the guided prediction, an affine map, and compared to NumPy.
     """
     model = Linear(scaling)
     level = model.process.schedule.at(-2 * np.log(u))

@@ -1,7 +1,7 @@
 """Every guidance rule with settings, and every pair of one rule around another.
 
-`RULES` has each rule of the package, `WRAPPERS` each rule that holds rules, `REFUSED` the pairs that
-are refused at construction.
+`RULES` has each rule of the package, `NEUTRAL` each rule that holds rules, `REFUSED` the pairs
+(outer, inner) whose construction raises an error.
 """
 
 import inspect
