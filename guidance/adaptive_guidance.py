@@ -51,17 +51,18 @@ class AdaptiveGuidance(GuidanceWrapper[AdaptiveGuidanceMemory]):
 
         cos(F_c, F_ref) ≥ threshold:   the conditional model from the next evaluation on
 
-    Source: Castillo et al. 2023 (2312.12487). Each sample stops by its own cosine, so a sample does
-    not depend on the others. The reference is no longer evaluated once all samples of the batch have
-    stopped, so smaller batches save more. The smaller call of the network then changes last bits:
-    use calls of a fixed size where bits matter.
+    Source: Castillo et al. 2023 (2312.12487). Each sample stops by its own cosine, so a sample
+    does not depend on the others. The reference is no longer evaluated once all samples of the
+    batch have stopped, so smaller batches save more. The smaller call of the network then changes
+    last bits: use calls of a fixed size where bits matter.
 
     The paper measures ε and stops at 0.991. There the cosine is above 0.992 at λ ≤ -3 whatever the
     images are, as both predictions are nearly x, so guidance would stop at the first step. On v the
     cosine rises with λ; on a trained network it may fall again where the noise is small. Calibrate
     the threshold on your model with `AdaptiveGuidance.cosine` over `diffcore.sampling.loop.watch`.
 
-    The decision needs data: until it has stopped, each evaluation reads one boolean from the device.
+    The decision needs data: until it has stopped, each evaluation reads one boolean from the
+    device.
 
     Args:
         inner: rule that is wrapped; it has one reference.
@@ -148,11 +149,11 @@ class LinearAG(GuidanceWrapper[LinearAGMemory]):
 
         F_ref,i ≈ b + a_0 F_c,i + Σ_j (a_j F_c,i-j + b_j F_ref,i-j)   at chosen steps i
 
-    Source: Castillo et al. 2023 (2312.12487, section 5). The coefficients are scalars for each step,
-    fitted by least squares on some hundred sampled paths (`LinearAG.fit`). Later steps read predicted
-    references in place of evaluated ones. The coefficients belong to one sampler with one evaluation
-    in each step, one grid and one number of steps. The paper regresses ε; here F is v by default,
-    which determines x_0 and ε at each level.
+    Source: Castillo et al. 2023 (2312.12487, section 5). The coefficients are scalars for each
+    step, fitted by least squares on some hundred sampled paths (`LinearAG.fit`). Later steps read
+    predicted references in place of evaluated ones. The coefficients belong to one sampler with
+    one evaluation in each step, one grid and one number of steps. The paper regresses ε; here F
+    is v by default, which determines x_0 and ε at each level.
 
     Args:
         inner: rule that is wrapped; it has one reference.
@@ -168,7 +169,8 @@ class LinearAG(GuidanceWrapper[LinearAGMemory]):
         "LinearAG": "its reference is predicted already; use one LinearAG",
         "AdaptiveGuidance": "agreement with a predicted reference means little; use "
         "AdaptiveGuidance(LinearAG(...))",
-        "Interval": "steps outside it leave gaps in the history; use LinearAG alone, or Interval alone",
+        "Interval": "steps outside it leave gaps in the history; use LinearAG alone, or Interval "
+        "alone",
         "ClassifierGuidance": "it has no reference to predict; use it alone",
         "ComposedConditions": "it has several references; use CFG or APG inside",
         "Sum": "it has several references; use CFG or APG inside",
@@ -182,8 +184,8 @@ class LinearAG(GuidanceWrapper[LinearAGMemory]):
         for i, row in enumerate(coefficients):
             if len(row) % 2 or not all(map(math.isfinite, row)):
                 raise ValueError(
-                    f"coefficients of step {i} are {row}, expected finite (b, a_0) and two more for "
-                    f"each past step"
+                    f"coefficients of step {i} are {row}, expected finite (b, a_0) and two more "
+                    "for each past step"
                 )
             if len(row) > 2 * (i + 1):
                 raise ValueError(
@@ -273,9 +275,9 @@ class LinearAG(GuidanceWrapper[LinearAGMemory]):
         """The reference by the affine map whose coefficients are `row`."""
         if len(row) > 2 * (len(past) + 1):
             raise ValueError(
-                f"LinearAG reads {len(row) // 2 - 1} past steps at step {inputs.step.index}, and its "
-                f"rule evaluated a reference at {len(past)} of them: use a rule that does so at each "
-                f"step (w other than 1, zero_init=0)"
+                f"LinearAG reads {len(row) // 2 - 1} past steps at step {inputs.step.index}, and "
+                f"its rule evaluated a reference at {len(past)} of them: use a rule that does so "
+                "at each step (w other than 1, zero_init=0)"
             )
         level, sigma_data = inputs.step.level, inputs.step.process.sigma_data
         F = target(self.space, *inputs.conditional, level, sigma_data)
@@ -299,7 +301,7 @@ def _output_pair(space: PredictionType, inputs: GuidanceInput) -> OutputPair:
 
 
 def _least_squares(pairs: Sequence[OutputPair]) -> tuple[float, ...]:
-    """(b, a_0, a_1, b_1, ...) that predict F_ref of the first pair from its F_c and the past pairs."""
+    """(b, a_0, a_1, b_1, ...) that predict F_ref of the first pair from its F_c and past pairs."""
     (F_c, F_ref), past = pairs[0], pairs[1:]
     columns = [torch.ones_like(F_c), F_c, *(value for pair in past for value in pair)]
     A = torch.stack([column.double().flatten().cpu() for column in columns], 1)

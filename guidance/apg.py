@@ -13,15 +13,15 @@ __all__ = ["APG"]
 
 @dataclass(frozen=True)
 class APG(Contrast[Tensor]):
-    """Adaptive projected guidance: CFG on x_0 without the part along D_c, with momentum and a bound.
+    """Adaptive projected guidance: CFG on x_0 without the part along D_c, with momentum.
 
         d ← D_c - D_ref,   m ← d + β m,   d ← m min(1, r/‖m‖)
         D = D_c + (w - 1)(d_⊥ + η d_∥)
 
-    ‖·‖ is taken over each sample; d_∥ and d_⊥ are the parts of d along and across D_c. The part along
-    D_c saturates the image and is left out (η = 0). A negative β pushes against the directions of
-    earlier evaluations. r bounds the size of an update. The memory is m before it is bounded, updated
-    at each evaluation. η = 1, β = 0, r = inf is CFG.
+    ‖·‖ is taken over each sample; d_∥ and d_⊥ are the parts of d along and across D_c. The part
+    along D_c saturates the image and is left out (η = 0). A negative β pushes against the
+    directions of earlier evaluations. r bounds the size of an update. The memory is m before it
+    is bounded, updated at each evaluation. η = 1, β = 0, r = inf is CFG.
 
     Source: Sadat et al. 2024 (2410.02416, Algorithm 1). r is an absolute norm in the paper, so it
     depends on the resolution: 2.5 for 4x64x64 is 2.5/128 with `relative`.
@@ -46,11 +46,13 @@ class APG(Contrast[Tensor]):
         super().__post_init__()
         if not math.isfinite(self.eta):
             raise ValueError(
-                f"eta is {self.eta}, expected a finite number (0 removes the parallel part, 1 keeps it)"
+                f"eta is {self.eta}, expected a finite number (0 removes the parallel part, 1 "
+                "keeps it)"
             )
         if not -1 < self.momentum < 1:
             raise ValueError(
-                f"momentum is {self.momentum}, expected a number within (-1, 1), below 0 as published"
+                f"momentum is {self.momentum}, expected a number within (-1, 1), below 0 as "
+                "published"
             )
         if not self.threshold > 0:
             raise ValueError(
@@ -59,7 +61,9 @@ class APG(Contrast[Tensor]):
 
     @classmethod
     def sdxl(cls, scale: float) -> "APG":
-        """The setting for Stable Diffusion XL: r = 15, β = -0.5 (Table 10, quoted in diffusers#9626).
+        """The setting for Stable Diffusion XL: r = 15, β = -0.5.
+
+        Source: Table 10 of the paper, as quoted in diffusers#9626.
 
         Returns:
             The rule with this setting and the given scale w.

@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 Memory = TypeVar("Memory", default=Any)
-"""Type of the state that a rule carries from one evaluation to the next; None for a rule without state."""
+"""Type of the state of a rule between evaluations; None for a rule without state."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Guidance(ABC, Generic[Memory]):
 
     @property
     def reads_condition(self) -> bool:
-        """Whether the rule itself reads the labels. A network without classes then accepts labels."""
+        """Whether the rule reads the labels; a network without classes then accepts them too."""
         return False
 
     @property
@@ -141,8 +141,8 @@ class Guidance(ABC, Generic[Memory]):
             memory: state of the rule after the previous evaluation; None at the start of a run.
 
         Returns:
-            The guided prediction (the x_0 to step towards, and the ε to renoise with), and the state
-            of the rule after this evaluation.
+            The guided prediction (the x_0 to step towards, and the ε to renoise with), and the
+            state of the rule after this evaluation.
         """
 
     def levels(self, process: Process) -> tuple[float, ...]:
@@ -318,5 +318,5 @@ def dot_per_sample(a: Tensor, b: Tensor) -> Tensor:
 
 
 def expand_per_sample(values: Tensor, x: Tensor) -> Tensor:
-    """One value for each sample, reshaped from (B,) to (B, 1, ..., 1) so that it broadcasts to x."""
+    """One value for each sample, reshaped from (B,) to (B, 1, ..., 1) to broadcast to x."""
     return values.reshape(-1, *[1] * (x.ndim - 1))

@@ -17,10 +17,11 @@ class CFGPlusPlus(Guidance[None]):
 
         x_s = α_s (x_0,ref + w (x_0,c - x_0,ref)) + σ_s ε_ref
 
-    Source: Chung et al. 2024 (2406.08070, Algorithm 2); w = 0.6 is used where CFG has 7.5. w = 0 is
-    the unconditional first-order step. w = 1 steps to the conditional x_0; it is not the conditional
-    model. The pair breaks x = α x_0 + σ ε, so it has no limit of small steps and is for first-order
-    samplers only: a step from u = σ/α to u' is a step of CFG with w' = w u/(u - u').
+    Source: Chung et al. 2024 (2406.08070, Algorithm 2); w = 0.6 is used where CFG has 7.5.
+    w = 0 is the unconditional first-order step. w = 1 steps to the conditional x_0; it is not the
+    conditional model. The pair breaks x = α x_0 + σ ε, so it has no limit of small steps and is
+    for first-order samplers only: a step from u = σ/α to u' is a step of CFG with w' =
+    w u/(u - u').
 
     Args:
         scale: w within [0, 1]: a number, a scale schedule, or in Python any function of λ.
@@ -58,6 +59,6 @@ def _check_interpolates(scale: float) -> None:
     """Raise ValueError unless 0 ≤ w ≤ 1."""
     if not 0 <= scale <= 1:
         raise ValueError(
-            f"scale is {scale}, expected w within [0, 1]: CFG++ interpolates, and 0.6 is like a CFG "
-            f"of 7.5"
+            f"scale is {scale}, expected w within [0, 1]: CFG++ interpolates, and 0.6 is like a "
+            "CFG of 7.5"
         )

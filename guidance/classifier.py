@@ -1,4 +1,4 @@
-"""Guidance by a classifier: by its gradient (classifier and minority guidance), or forward only (GFCG)."""
+"""Guidance by the gradient of a classifier, or by its logits alone (GFCG)."""
 
 import math
 from collections.abc import Callable
@@ -63,9 +63,10 @@ class ClassifierGuidance(Guidance[None]):
     input = "x": the classifier was trained on noisy data and receives x and the level; the gradient
     is exact. At pure noise (α = 0) the change is 0/0 and is left out: that evaluation gives the
     conditional model.
+
     input = "x0": a classifier of clean data receives the prediction of x_0, as in 2310.11311. The
-    gradient does not pass through the network: ∂x_0/∂x is α s²/(α² s² + σ²), s the standard deviation
-    of the data, which is exact for data N(·, s² I) and finite at each level.
+    gradient does not pass through the network: ∂x_0/∂x is α s²/(α² s² + σ²), s the standard
+    deviation of the data, which is exact for data N(·, s² I) and finite at each level.
 
     The gradient is not an evaluation of the network: a step costs one evaluation at each w.
 
@@ -110,8 +111,8 @@ class ClassifierGuidance(Guidance[None]):
     def check(self, process: Process, condition: Condition) -> None:
         if self.label is None and condition is None:
             raise ValueError(
-                f"{type(self).__name__} needs a class to move towards: pass one label for each sample "
-                f"(--labels), or set label"
+                f"{type(self).__name__} needs a class to move towards: pass one label for each "
+                "sample (--labels), or set label"
             )
 
     def combine(self, inputs: GuidanceInput, memory: None) -> tuple[Prediction, None]:
@@ -145,9 +146,9 @@ class ClassifierGuidance(Guidance[None]):
             (gradient,) = torch.autograd.grad(value, point, allow_unused=True)
         if gradient is None:
             raise ValueError(
-                "the classifier's log-probability does not depend on its input by torch functions, so "
-                "it is not differentiable: remove detach or numpy from it, or use GFCG, which needs no "
-                "gradient"
+                "the classifier's log-probability does not depend on its input by torch "
+                "functions, so it is not differentiable: remove detach or numpy from it, or use "
+                "GFCG, which needs no gradient"
             )
         return gradient.to(point)
 
@@ -178,16 +179,17 @@ class ClassifierGuidance(Guidance[None]):
 class MinorityGuidance(ClassifierGuidance):
     """Minority guidance is classifier guidance towards rare samples.
 
-        l(x_0) = E ‖x_0 - x̂_0(α x_0 + σ ε)‖²,   cut by its quantiles into K classes,   ∇_x ln p(k | x)
+        l(x_0) = E ‖x_0 - x̂_0(α x_0 + σ ε)‖²,   cut by its quantiles into K classes
+        score ← score + w ∇_x ln p(k | x)
 
-    Rare samples are those that a denoiser reconstructs badly. Source: Um, Lee & Ye 2023 (2301.12334,
-    eq. 5 to 8). The classifier is trained on noisy samples and the minority class of each, computed by
-    `minority_score` and `minority_classes`. The paper measures the error by LPIPS; here it is the
-    squared error, which needs no other network.
+    Rare samples are those that a denoiser reconstructs badly. Source: Um, Lee & Ye 2023
+    (2301.12334, eq. 5 to 8). The classifier is trained on noisy samples and the minority class of
+    each, computed by `minority_score` and `minority_classes`. The paper measures the error by
+    LPIPS; here it is the squared error, which needs no other network.
 
     Args:
-        classifier: function (x, level) -> logits (B, K) of the minority classes; on the command line
-            its import path, whose module is named by --trust.
+        classifier: function (x, level) -> logits (B, K) of the minority classes; on the command
+            line its import path, whose module is named by --trust.
         scale: w ≥ 0: a number, a scale schedule, or in Python any function of λ. Here 0 is no
             guidance and 1 is Bayes' rule.
         label: minority class to move towards, required; K - 1 is the rarest.
@@ -253,25 +255,28 @@ class GFCGMemory(NamedTuple):
 class GFCG(Guidance[GFCGMemory]):
     """Gradient-free classifier guidance: a classifier chooses the reference class and the scale.
 
-        D = D_r + w' (D_y - D_r),   r = argmax_{k ≠ y} p(k | x_0),   w' = 1 + (w - 1)(1 - p(y | x_0))
+        D = D_r + w' (D_y - D_r)
+        r = argmax_{k ≠ y} p(k | x_0),   w' = 1 + (w - 1)(1 - p(y | x_0))
 
-    Source: Shenoy et al. 2024 (2411.15393). A classifier of clean data is applied, forward only, to
-    the prediction of x_0. The class that it confuses most with y becomes the reference, and the scale
-    adapts to the confusion. The formula of w' is a choice of this library, not the paper's: it guides
-    in full where the classifier is sure of another class, and not at all where it is sure of y.
+    Source: Shenoy et al. 2024 (2411.15393). A classifier of clean data is applied, forward only,
+    to the prediction of x_0. The class that it confuses most with y becomes the reference, and
+    the scale adapts to the confusion. The formula of w' is a choice of this library, not the
+    paper's: it guides in full where the classifier is sure of another class, and not at all where
+    it is sure of y.
 
-    The classifier's result at the previous evaluation decides, so that both classes share one forward.
-    The first step is the conditional model; later steps cost two evaluations. No condition dropout is
-    needed. Where the rule starts later (within an Interval, at a corrector), its first evaluation is
-    the conditional model too, and its reference is evaluated without effect.
+    The classifier's result at the previous evaluation decides, so that both classes share one
+    forward. The first step is the conditional model; later steps cost two evaluations. No
+    condition dropout is needed. Where the rule starts later (within an Interval, at a corrector),
+    its first evaluation is the conditional model too, and its reference is evaluated without
+    effect.
 
     Args:
         classifier: function (x_0, level) -> logits (B, K) of the network's classes; on the command
             line its import path, whose module is named by --trust.
         scale: w ≥ 0: a number, a scale schedule, or in Python any function of λ; 1 is the
             conditional model, at one evaluation.
-        weaker: denoiser of a weaker network for the reference, or the folder of its run; "" uses the
-            same network.
+        weaker: denoiser of a weaker network for the reference, or the folder of its run; "" uses
+            the same network.
     """
 
     classifier: Classifier

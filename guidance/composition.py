@@ -22,8 +22,8 @@ class ComposedConditions(Guidance[None]):
         D = D_ref + w (D_cond - D_ref) + Σ_i w_i (D_i - D_ref),   on x_0 and on ε alike
 
     Source: Liu et al. 2022 (2206.01714, eq. 11 and 13). A weight above 0 requires both conditions
-    (conjunction), a weight below 0 one without the other (negation). At one level it is the score of
-    p(x) Π_i (p(x | i)/p(x))^(w_i); a sampled path does not follow that density, as for CFG. An
+    (conjunction), a weight below 0 one without the other (negation). At one level it is the score
+    of p(x) Π_i (p(x | i)/p(x))^(w_i); a sampled path does not follow that density, as for CFG. An
     evaluation costs 2 + the number of labels calls of the network.
 
     Args:
@@ -45,8 +45,8 @@ class ComposedConditions(Guidance[None]):
         object.__setattr__(self, "weights", tuple(self.weights))
         if not self.labels or len(self.labels) != len(self.weights):
             raise ValueError(
-                f"labels are {self.labels} and weights {self.weights}, expected one weight for each "
-                f"label"
+                f"labels are {self.labels} and weights {self.weights}, expected one weight for "
+                "each label"
             )
         if not all(math.isfinite(w) for w in self.weights):
             raise ValueError(

@@ -36,8 +36,8 @@ class Interval(GuidanceWrapper[Any]):
         inner: rule that is applied inside the interval.
         low: lower bound, of σ/α (the bound itself is outside) or of λ (the bound itself is inside);
             None for no bound.
-        high: upper bound, of σ/α (the bound itself is inside) or of λ (the bound itself is outside);
-            None for no bound.
+        high: upper bound, of σ/α (the bound itself is inside) or of λ (the bound itself is
+            outside); None for no bound.
         variable: quantity that the bounds limit: sigma is σ/α, logsnr is λ.
         sigma_data: standard deviation of the data for which bounds of σ/α are stated, such as 0.5
             for EDM2; they are multiplied by the deviation of the process over it. None leaves them.
@@ -80,8 +80,8 @@ class Interval(GuidanceWrapper[Any]):
             self.variable == "logsnr" or not 0 < self.sigma_data < math.inf
         ):
             raise ValueError(
-                f"sigma_data is {self.sigma_data}, expected a positive standard deviation, and bounds "
-                f"of sigma: leave it out"
+                f"sigma_data is {self.sigma_data}, expected a positive standard deviation, and "
+                "bounds of sigma: leave it out"
             )
 
     def _set_bounds(self, variable: BoundVariable, bounds: tuple[float, float] | None) -> None:

@@ -98,8 +98,9 @@ class PerturbedAttention(AlteredNetwork):
     CFG(1 + s, PerturbedAttention()) is the paper's D + s (D - D_perturbed).
 
     Args:
-        layers: names of modules; * and ? match any characters. The default is the paper's, the middle
-            block of a U-Net; name the layers of a transformer, such as transformer_blocks.12.*.
+        layers: names of modules; * and ? match any characters. The default is the paper's, the
+            middle block of a U-Net; name the layers of a transformer, such as
+            transformer_blocks.12.*.
     """
 
     layers: tuple[str, ...] = ("mid_block.*",)
@@ -198,6 +199,6 @@ def _ordered_like(output: Any, hidden: Tensor, encoder: Any, module: nn.Module) 
             if [value.shape for value in pair] == [value.shape for value in output]:
                 return pair
     raise ValueError(
-        f"a layer {type(module).__name__} returns {type(output).__name__}, so it cannot be skipped: "
-        f"name layers that return a tensor"
+        f"a layer {type(module).__name__} returns {type(output).__name__}, so it cannot be "
+        "skipped: name layers that return a tensor"
     )

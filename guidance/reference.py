@@ -102,8 +102,8 @@ def check_reference(reference: Any) -> None:
     """
     if not isinstance(reference, Reference):
         raise TypeError(
-            f"reference is {reference!r}, expected a reference such as Unconditional(), Label(3) or "
-            f"WeakerNetwork(network)"
+            f"reference is {reference!r}, expected a reference such as Unconditional(), Label(3) "
+            "or WeakerNetwork(network)"
         )
 
 
@@ -114,14 +114,14 @@ class Unconditional(Reference):
     def check(self, process: Process, condition: Condition, rule: str) -> None:
         if condition is None:
             raise ValueError(
-                f"{rule} needs a condition to strengthen: pass one label for each sample (--labels, "
-                f"--prompt), or use CFG(1.0)"
+                f"{rule} needs a condition to strengthen: pass one label for each sample "
+                "(--labels, --prompt), or use CFG(1.0)"
             )
         if not process.dropout:
             raise ValueError(
                 f"{rule} needs the unconditional prediction, but this network was trained without "
-                f"condition dropout: use CFG(1.0), or train with dropout above 0 (0.1 is usual), or "
-                f"choose another reference (Label, WeakerNetwork)"
+                "condition dropout: use CFG(1.0), or train with dropout above 0 (0.1 is usual), "
+                "or choose another reference (Label, WeakerNetwork)"
             )
 
     def query(self, denoiser: Denoise, condition: Tensor | None, x: Tensor) -> Query:
@@ -203,7 +203,8 @@ class WeakerNetwork(Reference):
     def check(self, process: Process, condition: Condition, rule: str) -> None:
         if isinstance(self.network, str):
             raise ValueError(
-                f"{rule} names the run {self.network!r}: pass Run(Path({self.network!r})).denoiser()"
+                f"{rule} names the run {self.network!r}: pass "
+                f"Run(Path({self.network!r})).denoiser()"
             )
         weaker = self.network.process
         if weaker.shape != process.shape:
@@ -213,8 +214,8 @@ class WeakerNetwork(Reference):
             )
         if condition is not None and weaker.classes != process.classes:
             raise ValueError(
-                f"{rule} compares networks of {process.classes} and {weaker.classes} classes, whose "
-                f"labels differ: train the weaker one on the same classes"
+                f"{rule} compares networks of {process.classes} and {weaker.classes} classes, "
+                "whose labels differ: train the weaker one on the same classes"
             )
 
     def check_level(self, level: Level) -> None:

@@ -149,6 +149,7 @@ def scale_at(scale: ScaleLike, level: Level) -> float:
     value = float(scale(float(level.logsnr)))
     if not 0 <= value < math.inf:
         raise ValueError(
-            f"scale is {value} at λ = {float(level.logsnr):g}, expected a finite w ≥ 0 at every level"
+            f"scale is {value} at λ = {float(level.logsnr):g}, expected a finite w ≥ 0 at every "
+            "level"
         )
     return value
