@@ -1,4 +1,4 @@
-"""`accelerate launch scripts/train.py digits ...` does the same work as `diffcore train digits ...`."""
+"""The command `diffcore train`, for accelerate: `accelerate launch scripts/train.py digits`."""
 
 import sys
 

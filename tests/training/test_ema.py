@@ -1,4 +1,4 @@
-"""The averaged weights: the closed form, in float32 whatever the module's dtype, and swapped in without a trace."""
+"""Averaged weights: their closed form, their precision, and their use in place of the weights."""
 
 import pytest
 import torch
@@ -7,23 +7,23 @@ from torch import nn
 from diffcore.training.ema import EMA, Decay
 
 
-class Ramp(nn.Module):
-    """A weight that is the step, a half-precision neighbour, and a counter."""
+class Settable(nn.Module):
+    """A weight and a counter that the test sets."""
 
     def __init__(self, dtype=torch.float32):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(3, dtype=dtype))
-        self.register_buffer("seen", torch.tensor(0))
+        self.register_buffer("count", torch.tensor(0))
 
-    def set(self, value, seen=0):
+    def set(self, value, count=0):
         with torch.no_grad():
             self.weight.fill_(value)
-            self.seen.fill_(seen)
+            self.count.fill_(count)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.9])
-def test_on_a_ramp_the_average_is_its_closed_form(decay):
-    module, slope = Ramp(), 0.25
+def test_the_average_of_linearly_growing_weights_is_its_closed_form(decay):
+    module, slope = Settable(), 0.25
     average = EMA(module, Decay(decay, warmup=False))
     for step in range(1, 31):
         module.set(slope * step)
@@ -42,8 +42,8 @@ def test_the_decay_warms_up_to_its_limit():
     assert {Decay(0.9, warmup=False)(step) for step in (0, 1, 100)} == {0.9}
 
 
-def test_warm_up_forgets_the_initial_weights_and_weighs_each_step_as_stated():
-    module = Ramp()
+def test_with_warmup_the_average_follows_its_recursion_and_forgets_the_initial_weights():
+    module = Settable()
     module.set(5.0)
     average, expected = EMA(module, Decay(0.999)), 5.0
     for step in range(1, 20):
@@ -56,40 +56,39 @@ def test_warm_up_forgets_the_initial_weights_and_weighs_each_step_as_stated():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_average_of_a_half_precision_module_is_float32_and_moves(dtype):
-    module = Ramp(dtype)
+    module = Settable(dtype)
     module.set(1.0)
     average = EMA(module, Decay(0.9999, warmup=False))
     module.set(2.0)
     for step in range(5000):
         average.update(step)
     assert average.shadow["weight"].dtype == torch.float32
-    assert average.shadow["weight"][0].item() == pytest.approx(
-        2 - 0.9999**5000, abs=1e-3
-    )  # 1.39; in bfloat16 1.0
+    value = average.shadow["weight"][0].item()
+    assert value == pytest.approx(2 - 0.9999**5000, abs=1e-3)  # 1.39; in bfloat16 it stays at 1.0
 
 
 def test_counters_are_copied_not_averaged():
-    module = Ramp()
+    module = Settable()
     average = EMA(module, Decay(0.9))
-    module.set(1.0, seen=7)
+    module.set(1.0, count=7)
     average.update(1)
-    assert average.shadow["seen"].item() == 7
-    assert average.shadow["seen"].dtype == torch.int64
+    assert average.shadow["count"].item() == 7
+    assert average.shadow["count"].dtype == torch.int64
 
 
 def test_the_average_is_not_an_alias_of_the_weights():
-    module = Ramp()
+    module = Settable()
     average = EMA(module, Decay(0.9))
-    module.set(3.0, seen=3)
+    module.set(3.0, count=3)
     assert average.shadow["weight"].tolist() == [0, 0, 0]
-    assert average.shadow["seen"].item() == 0
+    assert average.shadow["count"].item() == 0
 
 
-def moved(dtype=torch.float32):
+def module_and_average(dtype=torch.float32):
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).to(dtype)
     average = EMA(module, Decay(0.9))
-    module(torch.randn(16, 4, dtype=dtype))  # moves the running mean and counts a batch
+    module(torch.randn(16, 4, dtype=dtype))  # changes the running mean and the batch counter
     with torch.no_grad():
         module[0].weight.add_(torch.randn(4, 4))
     return module, average
@@ -97,8 +96,8 @@ def moved(dtype=torch.float32):
 
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_weights_come_back_bit_for_bit(dtype, fails):
-    module, average = moved(dtype)
+def test_after_applied_the_weights_are_restored_bit_for_bit(dtype, fails):
+    module, average = module_and_average(dtype)
     before = {name: value.clone() for name, value in module.state_dict().items()}
     pointers = [parameter.data_ptr() for parameter in module.parameters()]
     if fails:
@@ -111,13 +110,12 @@ def test_the_weights_come_back_bit_for_bit(dtype, fails):
             assert not torch.equal(module[0].weight, before["0.weight"])
     for name, value in module.state_dict().items():
         assert torch.equal(value, before[name]), name
-    assert [
-        parameter.data_ptr() for parameter in module.parameters()
-    ] == pointers  # the optimizer's own tensors
+    # The optimizer refers to these tensors.
+    assert [parameter.data_ptr() for parameter in module.parameters()] == pointers
 
 
-def test_what_happens_to_the_weights_inside_does_not_reach_the_average():
-    module, average = moved()
+def test_changing_the_weights_inside_applied_does_not_change_the_average():
+    module, average = module_and_average()
     before = average.shadow["0.weight"].clone()
     with average.applied(), torch.no_grad():
         module[0].weight.zero_()

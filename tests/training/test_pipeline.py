@@ -1,4 +1,4 @@
-"""The pipeline/ that a run leaves: its averaged network, as diffusers loads it."""
+"""The diffusers pipeline that a run writes: its averaged network, and why a run may write none."""
 
 import shutil
 
@@ -12,25 +12,23 @@ from diffcore.run import Run
 from diffcore.samplers import AdaptiveRungeKutta
 from diffcore.sampling.generation import GRID, SAMPLER, sample
 from tests.helpers.tiny_pipelines import unet
-from tests.training.test_trainer import trained as train
+from tests.helpers.training_runs import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_a_run_leaves_a_pipeline_that_gives_its_samples(trained):
+def test_the_pipeline_of_a_run_gives_its_samples(trained):
     pipe, denoiser = DiffcorePipeline.from_pretrained(trained / "pipeline"), Run(trained).denoiser()
     pipe.set_progress_bar_config(disable=True)
     assert pipe.process == denoiser.process
-    made = pipe(class_labels=[0, 7], seeds=[0, 1], output_type="latent").images
-    ways = {"steps": 25, "guidance": CFG(1.5)}  # the recipe's
-    assert torch.equal(
-        made,
-        sample(denoiser, SAMPLER, GRID, seeds=[0, 1], condition=[0, 7], batch_size=2, **ways).x,
-    )
+    images = pipe(class_labels=[0, 7], seeds=[0, 1], output_type="latent").images
+    recipe = {"steps": 25, "guidance": CFG(1.5)}
+    inputs = {"seeds": [0, 1], "condition": [0, 7], "batch_size": 2}
+    assert torch.equal(images, sample(denoiser, SAMPLER, GRID, **inputs, **recipe).x)
     assert sorted(path.name for path in trained.glob(".pipeline*")) == []
 
 
-def test_a_pipeline_is_replaced_whole_with_what_an_interrupted_write_left(trained, tmp_path):
+def test_a_new_pipeline_replaces_the_old_one_and_interrupted_writes(trained, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
     (folder / "pipeline" / "old").touch()
@@ -42,17 +40,19 @@ def test_a_pipeline_is_replaced_whole_with_what_an_interrupted_write_left(traine
     assert DiffcorePipeline.from_pretrained(folder / "pipeline").process == pipe.process
 
 
-REASONS = [
-    ({}, "the network is a Network, and a pipeline holds ModelMixins"),
-    ({"network": lambda: unet(in_channels=1, out_channels=1, num_class_embeds=11), "sampler": AdaptiveRungeKutta()},
-     "decides as it goes where to ask"),
-]  # fmt: skip
+REASONS = {
+    "the network is a RecordingNetwork, and a pipeline holds ModelMixins": {},
+    "decides as it goes where to ask": {
+        "network": lambda: unet(in_channels=1, out_channels=1, num_class_embeds=11),
+        "sampler": AdaptiveRungeKutta(),
+    },
+}
 
 
-@pytest.mark.parametrize(("options", "reason"), REASONS, ids=[reason for _, reason in REASONS])
-def test_a_run_without_a_pipeline_says_why_at_its_end(tmp_path, capsys, options, reason):
-    train(tmp_path / "run", steps=2, save_every=1, **options)
-    said = [line for line in capsys.readouterr().err.splitlines() if "diffcore: no " in line]
-    assert len(said) == 1
-    assert reason in said[0]
+@pytest.mark.parametrize("reason", REASONS)
+def test_a_run_that_writes_no_pipeline_prints_the_reason_at_its_end(tmp_path, capsys, reason):
+    train(tmp_path / "run", steps=2, save_every=1, **REASONS[reason])
+    lines = [line for line in capsys.readouterr().err.splitlines() if "diffcore: no " in line]
+    assert len(lines) == 1
+    assert reason in lines[0]
     assert not (tmp_path / "run" / "pipeline").exists()

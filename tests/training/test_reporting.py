@@ -1,4 +1,4 @@
-"""What a run says of itself: losses by place whatever the ranks, what is not finite, and metrics that a resume rewinds."""
+"""Reports: losses in the order of the global batch, non-finite steps, and metrics.jsonl."""
 
 import json
 import math
@@ -12,40 +12,40 @@ STEPS, BATCH = 3, 8
 
 
 def table(steps=STEPS):
-    """(steps, 1 + B): the norm 100·step, then 10·step + place."""
+    """(steps, 1 + B): the norm 100·step, then the losses 10·step + index in the batch."""
     step = torch.arange(steps)[:, None]
     return torch.cat((100.0 * step, 10.0 * step + torch.arange(BATCH)), 1)
 
 
 def windows(world, parts, past=None):
-    """A window a rank, filled as the trainer fills it; `gather` stacks what all of them hold."""
-    made = []
+    """One window for each rank, filled like in training; `gather` stacks the rows of all ranks."""
+    ranks = []
 
     def gather(_):
-        return torch.stack([torch.stack(window.rows) for window in made])
+        return torch.stack([torch.stack(window.rows) for window in ranks])
 
     micro = BATCH // world // parts
     for rank in range(world):
         window = LossWindow(parts, gather)
         window.restore(past)
-        made.append(window)
+        ranks.append(window)
         for row in table():
             places = [
                 (part * world + rank) * micro + j for part in range(parts) for j in range(micro)
             ]
             window.add(row[1:][places], row[0])
-    return made
+    return ranks
 
 
 @pytest.mark.parametrize(
     ("world", "parts"), [(1, 1), (1, 4), (4, 1), (2, 2), (2, 4), (1, 8), (8, 1)]
 )
-def test_columns_are_places_in_the_global_batch_whatever_the_split(world, parts):
+def test_columns_are_in_the_order_of_the_global_batch_for_every_split(world, parts):
     for window in windows(world, parts):
         assert torch.equal(window.gathered(), table())
 
 
-def test_a_window_continues_what_an_earlier_process_gathered():
+def test_a_window_continues_the_steps_of_a_checkpoint():
     past = table(2) + 0.5
     (window,) = windows(1, 2, past)
     assert torch.equal(window.gathered(), torch.cat((past, table())))
@@ -56,7 +56,7 @@ def test_a_window_continues_what_an_earlier_process_gathered():
 
 
 @pytest.mark.parametrize("empty", [None, torch.zeros(0), torch.zeros(0, 9)])
-def test_an_empty_past_is_no_past(empty):
+def test_restoring_an_empty_window_changes_nothing(empty):
     (window,) = windows(1, 1, empty)
     assert torch.equal(window.gathered(), table())
 
@@ -82,10 +82,10 @@ def test_a_norm_that_is_not_finite_points_at_the_largest_loss():
 
 @pytest.fixture
 def metrics(tmp_path):
-    made = Metrics(tmp_path / "metrics.jsonl")
+    metrics = Metrics(tmp_path / "metrics.jsonl")
     for step in (5, 10, 15):
-        made.write({"step": step, "loss": 1 / step})
-    return made
+        metrics.write({"step": step, "loss": 1 / step})
+    return metrics
 
 
 def steps(metrics):

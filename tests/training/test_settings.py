@@ -1,0 +1,125 @@
+"""Settings, data and networks that cannot be trained are refused before anything is written."""
+
+import math
+
+import pytest
+import torch
+
+from diffcore.core.process import Process
+from diffcore.guidance import CFG
+from tests.helpers.training_runs import GREY, ListDataset, RecordingNetwork, make_trainer, train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps is 0, expected at least 1"),
+        ({"batch_size": 0}, "batch_size is 0, expected at least 1"),
+        ({"accumulation": 0}, "accumulation is 0, expected at least 1"),
+        ({"patience": 0}, "patience is 0, expected at least 1"),
+        ({"log_every": 0}, "log_every is 0, expected at least 1"),
+        ({"save_every": 0}, "save_every is 0, expected at least 1"),
+        ({"keep": 0}, "keep is 0, expected at least 1"),
+        ({"sample_steps": 0}, "sample_steps is 0, expected at least 1"),
+        ({"workers": -1}, "workers is -1, expected at least 0"),
+        ({"sample_every": -1}, "sample_every is -1, expected at least 0"),
+        ({"clip": 0.0}, "clip is 0.0, expected a positive norm"),
+        ({"clip": math.nan}, "clip is nan, expected a positive norm"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**63}, "seed is 9223372036854775808"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ((), "ListDataset is empty"),
+        (
+            ((torch.zeros(1, 8, 9), 0),),
+            r"\(1, 8, 9\), expected a float tensor .* \(1, 8, 8\)",
+        ),
+        (((GREY.byte(), 0),), "torch.uint8 .*, expected a float tensor"),
+        ((("an image", 0),), "is str, expected a float tensor"),
+        (
+            ((GREY + 1.01, 0),),
+            r"lies in \[1.01, 1.01\], expected within the process's range \[-1, 1\]",
+        ),
+        (((GREY - 1.01, 0),), r"lies in \[-1.01, -1.01\], expected within"),
+        (((GREY, 10),), r"label 10, expected 0 .. 9"),
+        (((GREY, -2),), r"label -2, expected 0 .. 9"),
+        ((GREY,), r"label -1, expected 0 .. 9"),
+    ],
+)
+def test_data_that_does_not_fit_the_process_is_refused(tmp_path, items, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path / "run", data=ListDataset(*items))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("label", [10, 11, -1])
+def test_a_label_out_of_range_is_refused_in_every_item(tmp_path, label):
+    """The trainer checks the first item when it is built, and the others when they are read."""
+    with pytest.raises(ValueError, match=rf"label {label}, expected 0 \.\. 9"):
+        train(tmp_path, data=ListDataset((GREY, 0), (GREY, label)))
+
+
+def test_a_dropout_without_classes_is_refused(tmp_path):
+    process = Process(shape=(1, 8, 8), dropout=0.1)
+    message = "dropout is 0.1, .* there is no condition to drop"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, process=process)
+
+
+@pytest.mark.parametrize(
+    ("process", "guidance", "remedy"),
+    [
+        (Process(shape=(1, 8, 8), prediction="epsilon"), CFG(1.0), "predicts epsilon"),
+        (Process(shape=(1, 8, 8), classes=10), CFG(2.0), "without condition dropout"),
+    ],
+    ids=["epsilon from pure noise", "guidance without dropout"],
+)
+def test_previews_that_cannot_be_sampled_are_refused(tmp_path, process, guidance, remedy):
+    with pytest.raises(ValueError, match=remedy):
+        make_trainer(tmp_path, process=process, guidance=guidance, sample_every=2)
+    make_trainer(tmp_path, process=process, guidance=guidance, sample_every=0)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="an accelerator supports fp16")
+def test_fp16_on_a_cpu_is_refused(tmp_path):
+    message = "precision is fp16, which a CPU does not support: use bf16 or no"
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path / "run", precision="fp16")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_cannot_be_split_is_refused(tmp_path):
+    message = "batch_size is 16, expected a multiple of 1 ranks x 3 micro-batches"
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path / "run", batch_size=16, accumulation=3)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_accumulation_in_the_environment_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(ValueError, match="ACCELERATE_GRADIENT_ACCUMULATION_STEPS"):
+        train(tmp_path)
+
+
+class WideNetwork(RecordingNetwork):
+    """Its output has twice as many channels as x."""
+
+    def forward(self, x, time, class_labels=None):
+        return super().forward(x, time, class_labels).repeat(1, 2, 1, 1)
+
+
+def test_a_network_whose_output_has_another_shape_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"\(2, 2, 8, 8\).*process's shape"):
+        train(tmp_path / "run", network=WideNetwork)
+    assert not (tmp_path / "run" / "config.yaml").exists()
