@@ -1,4 +1,4 @@
-"""`python scripts/benchmark.py overhead|steps|pipeline|guidance|accuracy`: the tables of docs/benchmarks.md."""
+"""`python scripts/benchmark.py NAME`: measure a table of docs/benchmarks.md."""
 
 import argparse
 import json
@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from benchmarks.training_speed import Comparison, coverage, intervals, overhead
+from benchmarks.comparison import Comparison, coverage
+from benchmarks.table import markdown_table
 
 
-class Parser(argparse.ArgumentParser):
+class _BenchmarkParser(argparse.ArgumentParser):
     """A parser whose errors are one line, with exit status 1."""
 
     def error(self, message: str) -> NoReturn:
@@ -22,171 +23,130 @@ class Parser(argparse.ArgumentParser):
 
 
 def main() -> None:
-    """Measure, print the tables and the command that made them; a slow ratio or a wide error is a result and no error."""
-    parser = Parser(description=__doc__)
-    commands = parser.add_subparsers(required=True)
-    _add_overhead(
-        commands.add_parser(
-            "overhead", help="digits network, training and sampling, beside bare PyTorch"
-        )
-    )
-    _add_steps(
-        commands.add_parser(
-            "steps", help="50 steps with a network that does nothing, beside diffusers"
-        )
-    )
-    _add_pipeline(
-        commands.add_parser(
-            "pipeline", help="a StableDiffusionPipeline with our scheduler, beside diffusers'"
-        )
-    )
-    _add_guidance(
-        commands.add_parser(
-            "guidance", help="digits network, Interval against CFG over the same knots"
-        )
-    )
-    _add_accuracy(
-        commands.add_parser(
-            "accuracy", help="distance to the exact flow by evaluations, beside diffusers"
-        )
-    )
-    for command in commands.choices.values():
-        command.add_argument(
-            "--threads",
-            type=int,
-            default=torch.get_num_threads(),
-            help="of the processor (default all)",
-        )
-        command.add_argument("--out", type=Path, help="JSON of every measurement")
+    """Measure and print tables with the command that made them; slow ratios are no errors."""
+    parser = _parser()
     arguments = parser.parse_args()
     if arguments.threads < 1:
         parser.error(f"threads is {arguments.threads}, expected at least 1")
     torch.set_num_threads(arguments.threads)
+    warnings.simplefilter("ignore")  # of diffusers
     try:
-        facts = arguments.measure(arguments)
+        result = arguments.measure(arguments)
     except ValueError as error:
         parser.error(str(error))
     if arguments.out:
-        facts = {
-            "command": shlex.join(["python", *sys.argv]),
-            "where": _where(arguments.threads),
-            **facts,
-        }
+        facts = {"command": _command(), "where": _describe_machine(arguments.threads), **result}
         arguments.out.write_text(json.dumps(facts, indent=2) + "\n")
 
 
-def _where(threads: int) -> str:
+def _parser() -> argparse.ArgumentParser:
+    parser = _BenchmarkParser(description="Measure a table of docs/benchmarks.md and print it.")
+    benchmarks = parser.add_subparsers(required=True, metavar="NAME")
+    for measure, text, pairs in (
+        (overhead, "training and sampling of the digits network, beside bare PyTorch", 40),
+        (steps, "50 steps with a network without cost, beside diffusers", 100),
+        (pipeline, "a StableDiffusionPipeline with diffcore's scheduler, beside diffusers", 40),
+        (guidance, "Interval beside CFG over the same knots, on the digits network", 40),
+        (accuracy, "distance to the exact flow by evaluations, beside diffusers", None),
+    ):
+        benchmark = benchmarks.add_parser(measure.__name__, help=text, description=text)
+        benchmark.set_defaults(measure=measure)
+        threads = torch.get_num_threads()
+        options: dict[str, tuple[type, object, str]] = {
+            "--threads": (int, threads, f"processor threads (default {threads})"),
+            "--out": (Path, None, "JSON file of all measurements (default none)"),
+        }
+        if pairs:
+            help_text = f"measured pairs, at least 30 (default {pairs})"
+            options["--pairs"] = (int, pairs, help_text)
+        if measure is overhead:
+            options["--steps"] = (int, 1, "training steps of one measurement (default 1)")
+        if measure in (overhead, guidance):
+            options["--samples"] = (int, 64, "samples of one measurement (default 64)")
+        if measure is accuracy:
+            starts = "starts of each oracle, twice as many of the digits (default 128)"
+            options["--starts"] = (int, 128, starts)
+            picture = "picture of the best of each side over evaluations (default none)"
+            options["--picture"] = (Path, None, picture)
+        for option, (cls, default, help_text) in options.items():
+            benchmark.add_argument(option, type=cls, default=default, help=help_text)
+    return parser
+
+
+def overhead(arguments: argparse.Namespace) -> dict[str, object]:
+    """Compare training and sampling with bare PyTorch, and return facts for JSON."""
+    from benchmarks.training_speed import measure_overhead
+
+    comparisons = measure_overhead(arguments.pairs, arguments.steps, arguments.samples)
+    return _print_comparisons(arguments, comparisons, ("ours, ms", "bare, ms", "at most"))
+
+
+def steps(arguments: argparse.Namespace) -> dict[str, object]:
+    """Compare the cost of steps with diffusers, and return facts for JSON."""
+    from benchmarks.step_overhead import measure_steps
+
+    comparisons = measure_steps(arguments.pairs)
+    return _print_comparisons(arguments, comparisons, ("ours, ms", "diffusers, ms", "at most"))
+
+
+def pipeline(arguments: argparse.Namespace) -> dict[str, object]:
+    """Compare the cost of pipeline calls with diffusers, and return facts for JSON."""
+    from benchmarks.pipeline_overhead import measure_pipelines
+
+    comparisons = measure_pipelines(arguments.pairs)
+    return _print_comparisons(arguments, comparisons, ("ours, ms", "diffusers, ms", "at most"))
+
+
+def guidance(arguments: argparse.Namespace) -> dict[str, object]:
+    """Compare Interval with CFG, and return facts for JSON."""
+    from benchmarks.training_speed import measure_intervals
+
+    comparisons = measure_intervals(arguments.pairs, arguments.samples)
+    return _print_comparisons(arguments, comparisons, ("Interval, ms", "CFG, ms", "evaluations"))
+
+
+def accuracy(arguments: argparse.Namespace) -> dict[str, object]:
+    """Measure the distance to the exact flow, and return facts for JSON."""
+    from benchmarks import accuracy_report as report
+    from benchmarks.accuracy import measure_accuracy, measure_diffcore
+    from benchmarks.schedulers import measure_diffusers
+
+    sides = {"ours": measure_diffcore, "diffusers": measure_diffusers}
+    measurements = list(measure_accuracy(sides, arguments.starts))
+    default, digit_starts = report.default_name(), 2 * arguments.starts
+    print(f"`{_command()}`: {arguments.starts} starts; default: {default}\n")
+    print(report.format_summary(measurements, default, digit_starts))
+    for oracle in dict.fromkeys(measurement.oracle for measurement in measurements):
+        print(f"\n{oracle}\n\n{report.format_methods(measurements, oracle)}")
+    ranking = report.rank_combinations(measurements, digit_starts)[:20]
+    rows = [[f"{mean:.2f}", f"{maximum:.2f}", name] for mean, maximum, name in ranking]
+    header = ["over our closest: geometric mean", "maximum", "sampler and grid"]
+    print(f"\n{markdown_table(header, rows)}")
+    if arguments.picture:
+        report.draw(measurements, default, arguments.picture)
+    rows_json = [vars(measurement) for measurement in measurements]
+    return {"starts": arguments.starts, "default": default, "rows": rows_json}
+
+
+def _print_comparisons(
+    arguments: argparse.Namespace, comparisons: Sequence[Comparison], names: tuple[str, str, str]
+) -> dict[str, object]:
+    """Print the table of comparisons; `names` are its columns of both sides and of the bound."""
+    machine = _describe_machine(arguments.threads)
+    print(f"`{_command()}`: {arguments.pairs} pairs, {machine}\n")
+    interval = f"{coverage(arguments.pairs):.0%} interval"
+    header = ["work", names[0], names[1], "ratio", interval, names[2]]
+    print(markdown_table(header, [comparison.cells for comparison in comparisons]))
+    return {"comparisons": [comparison.to_json() for comparison in comparisons]}
+
+
+def _command() -> str:
+    return shlex.join(["python", *sys.argv])
+
+
+def _describe_machine(threads: int) -> str:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return f"{threads} threads, {device}, torch {torch.__version__}, {platform.machine()}"
-
-
-def _add_overhead(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--pairs", type=int, default=40, help="interleaved pairs, at least 30 (default 40)"
-    )
-    command.add_argument(
-        "--steps", type=int, default=1, help="training steps of a measurement (default 1)"
-    )
-    command.add_argument(
-        "--rows", type=int, default=64, help="samples of a measurement (default 64)"
-    )
-    command.set_defaults(
-        measure=lambda a: _compared(
-            a, overhead(a.pairs, a.steps, a.rows), ("ours, ms", "bare, ms", "at most")
-        )
-    )
-
-
-def _add_steps(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--pairs", type=int, default=100, help="interleaved pairs, at least 30 (default 100)"
-    )
-
-    def measure(arguments: argparse.Namespace) -> dict[str, object]:
-        from benchmarks.step_overhead import steps
-
-        return _compared(
-            arguments, steps(arguments.pairs), ("ours, ms", "diffusers, ms", "at most")
-        )
-
-    command.set_defaults(measure=measure)
-
-
-def _add_pipeline(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--pairs", type=int, default=40, help="interleaved pairs, at least 30 (default 40)"
-    )
-
-    def measure(arguments: argparse.Namespace) -> dict[str, object]:
-        from benchmarks.pipeline_overhead import pipelines
-
-        warnings.simplefilter("ignore")  # diffusers' own
-        return _compared(
-            arguments, pipelines(arguments.pairs), ("ours, ms", "diffusers, ms", "at most")
-        )
-
-    command.set_defaults(measure=measure)
-
-
-def _add_guidance(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--pairs", type=int, default=40, help="interleaved pairs, at least 30 (default 40)"
-    )
-    command.add_argument(
-        "--rows", type=int, default=64, help="samples of a measurement (default 64)"
-    )
-    heads = ("Interval, ms", "CFG, ms", "evaluations")
-    command.set_defaults(measure=lambda a: _compared(a, intervals(a.pairs, a.rows), heads))
-
-
-def _compared(
-    arguments: argparse.Namespace, comparisons: Sequence[Comparison], heads: tuple[str, str, str]
-) -> dict[str, object]:
-    """Print the table of comparisons."""
-    print(
-        f"`{shlex.join(['python', *sys.argv])}`: {arguments.pairs} pairs, {_where(arguments.threads)}\n"
-    )
-    print(
-        f"| | {heads[0]} | {heads[1]} | ratio | {coverage(arguments.pairs):.0%} interval | {heads[2]} |"
-    )
-    print("|---|---|---|---|---|---|")
-    print("\n".join(comparison.row() for comparison in comparisons))
-    return {"comparisons": [found.facts() for found in comparisons]}
-
-
-def _add_accuracy(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--starts",
-        type=int,
-        default=128,
-        help="starting points of each oracle, twice as many of the digits (default 128)",
-    )
-    command.add_argument(
-        "--picture", type=Path, help="of the closest of each side over evaluations"
-    )
-
-    def measure(arguments: argparse.Namespace) -> dict[str, object]:
-        from benchmarks import accuracy_report as report
-        from benchmarks.accuracy import accuracy, ours
-        from benchmarks.schedulers import theirs
-
-        warnings.simplefilter("ignore")  # diffusers' own
-        rows = list(accuracy({"ours": ours, "diffusers": theirs}, arguments.starts))
-        default = report.default_name()
-        print(
-            f"`{shlex.join(['python', *sys.argv])}`: {arguments.starts} starts; default: {default}\n"
-        )
-        print(report.summary(rows, default, 2 * arguments.starts))
-        for oracle in dict.fromkeys(row.oracle for row in rows):
-            print(f"\n{oracle}\n\n{report.by_method(rows, oracle)}")
-        print("\n| over our closest: geometric mean | most | |\n|---|---|---|")
-        for mean, most, name in report.ranking(rows, 2 * arguments.starts)[:20]:
-            print(f"| {mean:.2f} | {most:.2f} | {name} |")
-        if arguments.picture:
-            report.picture(rows, default, arguments.picture)
-        return {"starts": arguments.starts, "default": default, "rows": [vars(row) for row in rows]}
-
-    command.set_defaults(measure=measure)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ def main() -> int:
         return 1
     if score.distance > arguments.maximum_distance * score.real_distance:
         print(
-            f"evaluate: the distance is above {arguments.maximum_distance} times that of real scans",
+            f"evaluate: the distance is above {arguments.maximum_distance} times that of real "
+            "scans",
             file=sys.stderr,
         )
         return 1

@@ -11,8 +11,8 @@ PICTURES = Path("docs/pictures")
 def main() -> None:
     """Run the study that the first word names, and print its tables."""
     parser = argparse.ArgumentParser(
-        description="Run a study of docs/experiments and print its tables. Studies with --out continue "
-        "the measurements that the file contains.",
+        description="Run a study of docs/experiments and print its tables. Studies with --out "
+        "continue the measurements that the file contains.",
         allow_abbrev=False,
     )
     studies = parser.add_subparsers(required=True, metavar="NAME")

@@ -1,4 +1,4 @@
-"""`python scripts/sample.py runs/digits ...` does the same work as `diffcore sample runs/digits ...`."""
+"""`python scripts/sample.py RUN ...` does the same work as `diffcore sample RUN ...`."""
 
 import sys
 

@@ -7,7 +7,7 @@ __all__ = ["frechet_distance"]
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """The squared Fréchet distance between the Gaussians with the means and covariances of two sets.
+    """The Fréchet distance between Gaussians with the means and covariances of two sets.
 
         |m_a - m_b|² + tr(C_a + C_b - 2 (C_a C_b)^½)
 

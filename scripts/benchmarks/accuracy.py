@@ -1,8 +1,9 @@
-"""How close samplers come to the exact flow for a number of network evaluations, by oracles whose denoiser is exact.
+"""The distance of samplers to the exact flow for a number of evaluations of an exact denoiser.
 
-Every run begins on one trajectory, at λ of DDPM's linear table's last entry (σ/α = 157), and ends at clean data; what begins at
-more noise, as flow-matching schedulers do at α = 0, begins on the same trajectory there. So all are to reach one x_0, and the
-measure is their distance to it. A sampler has the most steps that its evaluations allow.
+All runs start on one trajectory, at λ of the last entry of DDPM's linear table (σ/α = 157), and end
+at clean data. Methods that start at more noise, as flow-matching schedulers do at α = 0, start
+there on the same trajectory. Thus all runs should reach one x_0, and the error is their distance to
+it. A sampler takes as many steps as its evaluations allow.
 """
 
 import math
@@ -50,19 +51,20 @@ from diffcore.training.data import Digits
 
 COUNTS = (5, 8, 10, 15, 20, 30, 50)
 START = Discrete().logsnr(1.0)
-ALMOST_CLEAN = 30.0
-"""λ where the reference stops integrating and takes x_0: what is left is σ²/α² = 1e-13 over the data's least variance."""
+NEARLY_CLEAN = 30.0
+"""λ where the exact flow takes x_0; σ²/α² = 1e-13 over the data's smallest variance remains."""
 TOLERANCE = 1e-9
 SAMPLES = 10**6
-"""Seeds of the x_0 that the starts are noised from; those of the noise count from 0."""
+"""First seed of the x_0 that the starts are noised from; the seeds of the noise count from 0."""
 
 
-class Score(NamedTuple):
-    """How far a run's ends are from the flow's.
+class FlowError(NamedTuple):
+    """The distance between the ends of a run and those of the exact flow.
 
     Args:
-        median: distance, over the starts.
-        flips: share of starts that end nearest to another point of the data than the flow does; None without such points.
+        median: median distance over the starts.
+        flips: share of starts whose nearest data point differs from that of the exact flow; None if
+            the data is no set of points.
     """
 
     median: float
@@ -70,18 +72,18 @@ class Score(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Row:
-    """One measurement.
+class Measurement:
+    """The error of one sampler on one grid.
 
     Args:
-        side: ours, or diffusers.
-        method: the sampler.
-        grid: its knots.
-        oracle: the problem.
-        count: evaluations allowed.
-        evaluations: evaluations taken.
-        median: distance to the flow's end.
-        flips: see Score.
+        side: ours or diffusers.
+        method: name of the sampler.
+        grid: name of the grid.
+        oracle: name of the problem.
+        count: largest number of evaluations.
+        evaluations: number of evaluations of the run.
+        median: median distance to the exact flow.
+        flips: share of flips, see FlowError.
     """
 
     side: str
@@ -95,26 +97,27 @@ class Row:
 
     @property
     def name(self) -> str:
-        """Sampler and grid."""
+        """The names of sampler and grid."""
         return f"{self.method}, {self.grid}"
 
     @property
     def error(self) -> float:
-        """What methods are compared by: the share of flips where the data are points, which a run reaches or misses."""
+        """The number that methods are compared by: flips for a set of data points, else distance."""
         return self.median if self.flips is None else self.flips
 
 
-# The problems --------------------------------------------------------------------------------------------------------
+# The problems -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Starts at λ = START, and where the exact flow takes them.
+    """Starts at λ = START, and the exact flow from there.
 
     Args:
-        oracle: the exact denoiser.
-        starts: their number.
-        points: data points whose basins are told apart, or none.
+        oracle: exact denoiser.
+        starts: number of starts.
+        points: (M, *shape) data points, whose basins count as flips, or None.
+        known: points of the trajectories that are already computed, by λ.
     """
 
     oracle: Oracle
@@ -124,29 +127,36 @@ class Problem:
 
     @property
     def schedule(self) -> Schedule:
-        """Of the oracle's process."""
+        """The schedule of the oracle's process."""
         return self.oracle.process.schedule
 
     @property
     def noise(self) -> Noise:
-        """A seed a start."""
+        """The noise of the starts, each with its own seed."""
         return Noise(torch.arange(self.starts), self.oracle.process.shape, dtype=torch.float64)
 
     @cached_property
     def start(self) -> Tensor:
-        """α x_0 + σ z at START in the schedule's scaling."""
+        """(N, *shape) α x_0 + σ z at START, in the schedule's scaling."""
         level = self.schedule.at(START)
         x0 = self.oracle.sample(torch.arange(self.starts) + SAMPLES)
         return level.alpha * x0 + level.sigma * self.noise.start()
 
     @cached_property
     def end(self) -> Tensor:
-        """x_0 of the flow."""
-        last = self.schedule.at(ALMOST_CLEAN)
+        """(N, *shape) ends x_0 of the exact flow."""
+        last = self.schedule.at(NEARLY_CLEAN)
         return self.oracle(self.at(last), last).x0
 
     def at(self, level: Level) -> Tensor:
-        """X of the trajectories at a level, in its scaling."""
+        """Evaluate the trajectories.
+
+        Args:
+            level: noise level.
+
+        Returns:
+            (N, *shape) x at the level, in its scaling.
+        """
         logsnr = float(level.logsnr)
         if logsnr not in self.known:
             first, last = self.schedule.at(START), self.schedule.at(logsnr)
@@ -155,20 +165,39 @@ class Problem:
             )
         return math.hypot(float(level.alpha), float(level.sigma)) * self.known[logsnr]
 
-    def score(self, x: Tensor) -> Score:
-        """Of a run's ends."""
+    def measure_error(self, x: Tensor) -> FlowError:
+        """Measure the ends of a run.
+
+        Args:
+            x: (N, *shape) ends.
+
+        Returns:
+            The error.
+        """
         distance = (x - self.end).flatten(1).norm(dim=1).median().item()
         if self.points is None:
-            return Score(distance, None)
+            return FlowError(distance, None)
         ends, exact = (
             torch.cdist(value.flatten(1), self.points.flatten(1)).argmin(1)
             for value in (x, self.end)
         )
-        return Score(distance, (ends != exact).double().mean().item())
+        return FlowError(distance, (ends != exact).double().mean().item())
 
 
 def flow(oracle: Oracle, x: Tensor, start: Level, end: Level) -> Tensor:
-    """The exact flow within a schedule: DOP853 on dz/da = ε - x_0, z = x/(α+σ), a = σ/(α+σ), which is finite at both ends."""
+    """Integrate the exact flow within a schedule.
+
+    DOP853 solves dz/da = ε - x_0 with z = x/(α+σ) and a = σ/(α+σ), which is finite at both ends.
+
+    Args:
+        oracle: exact denoiser.
+        x: (N, *shape) points at the first level.
+        start: first level.
+        end: last level.
+
+    Returns:
+        (N, *shape) points at the last level.
+    """
 
     def velocity(a: float, z: np.ndarray) -> np.ndarray:
         level = start.schedule.at_blend(a)
@@ -185,9 +214,13 @@ def flow(oracle: Oracle, x: Tensor, start: Level, end: Level) -> Tensor:
 
 
 def problems(starts: int = 128) -> dict[str, Problem]:
-    """A 2-D mixture of three, a 64-D mixture of six with spectra that fall as 1/k, and the digits' closed-form denoiser.
+    """Create a 2-D mixture, a 64-D mixture with spectra that fall as 1/k, and the digits.
 
-    The digits have twice as many starts: a share of flips is known to one start.
+    Args:
+        starts: number of starts; the digits have twice as many, since a share of flips is coarse.
+
+    Returns:
+        The problems by name.
     """
     digits = Digits("train").x0.double()
     return {
@@ -200,25 +233,37 @@ def problems(starts: int = 128) -> dict[str, Problem]:
 
 
 def plane() -> GaussianMixture:
-    """Three anisotropic Gaussians in 2-D."""
+    """Create a mixture of three anisotropic Gaussians in 2-D.
+
+    Returns:
+        The exact denoiser.
+    """
     means = torch.tensor([[1.0, 0.5], [-1.0, 0.8], [0.2, -1.2]], dtype=torch.float64)
     spreads = [(0.6, 0.2, 0.4), (0.4, 0.3, -1.0), (0.5, 0.25, 2.0)]
     return GaussianMixture(
         means,
-        torch.stack([_turned(*spread) for spread in spreads]),
+        torch.stack([_covariance(*spread) for spread in spreads]),
         torch.tensor([0.5, 0.3, 0.2]),
         process=Process(shape=(2,)),
     )
 
 
-def _turned(long: float, short: float, angle: float) -> Tensor:
+def _covariance(long: float, short: float, angle: float) -> Tensor:
     cos, sin = math.cos(angle), math.sin(angle)
     axes = torch.tensor([[cos, -sin], [sin, cos]], dtype=torch.float64)
     return axes @ torch.diag(torch.tensor([long**2, short**2], dtype=torch.float64)) @ axes.T
 
 
 def spectra(count: int = 6, size: int = 64) -> GaussianMixture:
-    """Gaussians with standard deviations 0.8/k along axes of their own, as images' spectra fall."""
+    """Create a mixture of Gaussians with standard deviations 0.8/k along random axes, like images.
+
+    Args:
+        count: number of Gaussians.
+        size: number of dimensions.
+
+    Returns:
+        The exact denoiser.
+    """
     generator = torch.Generator().manual_seed(0)
     means = 0.35 * torch.randn(count, size, generator=generator, dtype=torch.float64)
     axes, _ = torch.linalg.qr(
@@ -228,7 +273,7 @@ def spectra(count: int = 6, size: int = 64) -> GaussianMixture:
     return GaussianMixture(means, (axes * variances) @ axes.mT, process=Process(shape=(size,)))
 
 
-# Our side ------------------------------------------------------------------------------------------------------------
+# The side of diffcore -----------------------------------------------------------------------------
 
 SAMPLERS: tuple[Sampler, ...] = (
     DDIM(),
@@ -255,7 +300,7 @@ SAMPLERS: tuple[Sampler, ...] = (
     AdamsMoulton(2, "x0", "a"),
     AdamsMoulton(2, "x0", "logsnr"),
 )
-WIDEST = math.exp(-START / 2)
+LARGEST_SIGMA = math.exp(-START / 2)
 GRIDS: dict[str, tuple[CoordinateGrid, Schedule]] = {
     "Trailing, Cosine": (Trailing(), Cosine()),
     "Trailing, linear table": (Trailing(), Discrete()),
@@ -263,8 +308,8 @@ GRIDS: dict[str, tuple[CoordinateGrid, Schedule]] = {
     "UniformBlend(1.25, 0.5)": (UniformBlend(1.25, 0.5), Cosine()),
     "UniformBlend(1.5, 0.37)": (UniformBlend(1.5, 0.37), Cosine()),
     "UniformLogSNR(high=7)": (UniformLogSNR(START, 7.0), Cosine()),
-    "Karras()": (Karras(sigma_max=WIDEST), Cosine()),
-    "Karras(0.01, rho=4)": (Karras(0.01, WIDEST, 4.0), Cosine()),
+    "Karras()": (Karras(sigma_max=LARGEST_SIGMA), Cosine()),
+    "Karras(0.01, rho=4)": (Karras(0.01, LARGEST_SIGMA, 4.0), Cosine()),
     "Quadratic, Cosine": (Quadratic(), Cosine()),
     "BetaSpacing, Cosine": (BetaSpacing(), Cosine()),
     "AlignYourSteps('svd')": (AlignYourSteps("svd"), Cosine()),
@@ -274,7 +319,17 @@ GRIDS: dict[str, tuple[CoordinateGrid, Schedule]] = {
 def knots_for(
     sampler: Sampler, grid: CoordinateGrid, schedule: Schedule, count: int
 ) -> tuple[Level, ...] | None:
-    """From START to clean, as many as `count` evaluations allow; nothing where not even one step is."""
+    """Place as many knots from START to clean as so many evaluations allow.
+
+    Args:
+        sampler: the sampler.
+        grid: rule that places the knots.
+        schedule: schedule of the knots.
+        count: largest number of evaluations.
+
+    Returns:
+        The knots, or None if not even one step is possible.
+    """
     grid = grid if isinstance(schedule, Discrete) else Within(grid, low=START)
     for steps in range(count, 0, -1):
         knots = grid.knots(schedule, steps)
@@ -283,10 +338,18 @@ def knots_for(
     return None
 
 
-def ours(
+def measure_diffcore(
     problem: Problem, counts: tuple[int, ...] = COUNTS
-) -> Iterator[tuple[str, str, int, int, Score]]:
-    """(sampler, grid, count, evaluations, score) of all combinations."""
+) -> Iterator[tuple[str, str, int, int, FlowError]]:
+    """Measure all samplers of diffcore on all grids.
+
+    Args:
+        problem: exact denoiser and starts.
+        counts: numbers of evaluations.
+
+    Yields:
+        (sampler, grid, count, evaluations, error) of each run that is possible.
+    """
     for sampler in SAMPLERS:
         for name, (grid, schedule) in GRIDS.items():
             for count in counts:
@@ -295,17 +358,27 @@ def ours(
                     x, evaluations = integrate(
                         problem.oracle, sampler, problem.at(knots[0]), knots, problem.noise
                     )
-                    yield str(sampler), name, count, evaluations, problem.score(x)
+                    yield str(sampler), name, count, evaluations, problem.measure_error(x)
 
 
-Side = Callable[[Problem, tuple[int, ...]], Iterator[tuple[str, str, int, int, Score]]]
+Side = Callable[[Problem, tuple[int, ...]], Iterator[tuple[str, str, int, int, FlowError]]]
 
 
-def accuracy(
+def measure_accuracy(
     sides: dict[str, Side], starts: int = 128, counts: tuple[int, ...] = COUNTS, **given: Problem
-) -> Iterator[Row]:
-    """Every measurement of every side; of the standard problems where none are given."""
+) -> Iterator[Measurement]:
+    """Measure both sides.
+
+    Args:
+        sides: function that measures a side, by name.
+        starts: number of starts of the standard problems.
+        counts: numbers of evaluations.
+        **given: problems by name; default: the standard problems.
+
+    Yields:
+        The measurements.
+    """
     for oracle, problem in (given or problems(starts)).items():
-        for side, measured in sides.items():
-            for method, grid, count, evaluations, score in measured(problem, counts):
-                yield Row(side, method, grid, oracle, count, evaluations, *score)
+        for side, measure in sides.items():
+            for method, grid, count, evaluations, error in measure(problem, counts):
+                yield Measurement(side, method, grid, oracle, count, evaluations, *error)

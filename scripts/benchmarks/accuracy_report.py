@@ -1,4 +1,4 @@
-"""Tables and the picture of what `benchmarks.accuracy` measured."""
+"""Tables and picture of the measurements of `benchmarks.accuracy`."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -6,151 +6,213 @@ from itertools import groupby
 from pathlib import Path
 from statistics import geometric_mean
 
-from benchmarks.accuracy import GRIDS, Row
+from benchmarks.accuracy import GRIDS, Measurement
+from benchmarks.table import markdown_table
+from diffcore.cli.figures import create_figure
 from diffcore.sampling.generation import GRID, SAMPLER
 
-STEADY = 1e-12
-"""A distance that is only rounding."""
+ROUNDING = 1e-12
+"""A distance that consists of rounding errors."""
 
 
 def default_name() -> str:
-    """Sampler and grid that `sample` takes unless told otherwise, as the measurements name them."""
+    """Find the name of the default sampler and grid of `sample` in the measurements.
+
+    Returns:
+        The name.
+    """
     return f"{SAMPLER}, {next(name for name, (grid, _) in GRIDS.items() if grid == GRID)}"
 
 
-def cells(rows: Iterable[Row]) -> dict[tuple[str, int], list[Row]]:
-    """The rows of each oracle and count whose error is a number."""
-    found: dict[tuple[str, int], list[Row]] = {}
-    for row in rows:
-        if math.isfinite(row.median):
-            found.setdefault((row.oracle, row.count), []).append(row)
-    return found
+def group_cells(measurements: Iterable[Measurement]) -> dict[tuple[str, int], list[Measurement]]:
+    """Group measurements by problem and evaluations.
+
+    Args:
+        measurements: measurements of all sides.
+
+    Returns:
+        The measurements with finite errors, by (oracle, count).
+    """
+    cells: dict[tuple[str, int], list[Measurement]] = {}
+    for measurement in measurements:
+        if math.isfinite(measurement.median):
+            cells.setdefault((measurement.oracle, measurement.count), []).append(measurement)
+    return cells
 
 
-def best(rows: Iterable[Row], side: str) -> Row:
-    """The closest of a side; among as many flips, the one of the smaller median."""
-    return min((row for row in rows if row.side == side), key=lambda row: (row.error, row.median))
+def find_best(measurements: Iterable[Measurement], side: str) -> Measurement:
+    """Find the smallest error of a side; among equal flips, the smallest median distance.
+
+    Args:
+        measurements: measurements of one cell.
+        side: ours or diffusers.
+
+    Returns:
+        The best measurement.
+    """
+    candidates = (measurement for measurement in measurements if measurement.side == side)
+    return min(candidates, key=lambda measurement: (measurement.error, measurement.median))
 
 
-def ratio(row: Row, other: Row, starts: int) -> float:
-    """Error over error, where a share of flips is known to one start."""
-    least = STEADY if row.flips is None else 1 / starts
-    return (row.error + least) / (other.error + least)
+def error_ratio(measurement: Measurement, other: Measurement, starts: int) -> float:
+    """Divide two errors, to which the resolution is added: one start for flips, rounding otherwise.
+
+    Args:
+        measurement: numerator.
+        other: denominator.
+        starts: number of starts.
+
+    Returns:
+        The ratio.
+    """
+    resolution = ROUNDING if measurement.flips is None else 1 / starts
+    return (measurement.error + resolution) / (other.error + resolution)
 
 
-def summary(rows: Sequence[Row], default: str, starts: int) -> str:
-    """Side by side, at each count and oracle: our closest, diffusers' closest, and the default, as Markdown."""
-    lines = [
-        "| oracle | evaluations | closest of ours | error | closest of diffusers | error | default | over our closest |"
-    ]
-    lines.append("|---|---|---|---|---|---|---|---|")
-    for (oracle, count), cell in cells(rows).items():
-        ours, theirs = best(cell, "ours"), best(cell, "diffusers")
-        mine = next(row for row in cell if row.name == default)
-        lines.append(
-            f"| {oracle} | {count} | {ours.name} | {shown(ours)} | {theirs.name} | {shown(theirs)} | {shown(mine)} "
-            f"| {ratio(mine, ours, starts):.2f} |"
-        )
-    return "\n".join(lines)
+def format_summary(measurements: Sequence[Measurement], default: str, starts: int) -> str:
+    """Format the best of ours, the best of diffusers and the default for each problem and count.
+
+    Args:
+        measurements: measurements of both sides.
+        default: name of the default sampler and grid.
+        starts: number of starts.
+
+    Returns:
+        The table as Markdown.
+    """
+    header = ["oracle", "evaluations", "closest of ours", "error", "closest of diffusers"]
+    header += ["error", "default", "over our closest"]
+    rows = []
+    for (oracle, count), cell in group_cells(measurements).items():
+        ours, theirs = find_best(cell, "ours"), find_best(cell, "diffusers")
+        mine = _find_named(cell, default)
+        row = [oracle, str(count), ours.name, format_error(ours), theirs.name]
+        row += [format_error(theirs), format_error(mine), f"{error_ratio(mine, ours, starts):.2f}"]
+        rows.append(row)
+    return markdown_table(header, rows)
 
 
-def shown(row: Row) -> str:
-    """The error: a distance, or the share of flips and the median distance."""
-    return f"{row.median:.2g}" if row.flips is None else f"{row.flips:.1%} ({row.median:.2g})"
+def format_error(measurement: Measurement) -> str:
+    """Format an error: the median distance, or the share of flips with the distance.
+
+    Args:
+        measurement: a measurement.
+
+    Returns:
+        The text of a cell.
+    """
+    if measurement.flips is None:
+        return f"{measurement.median:.2g}"
+    return f"{measurement.flips:.1%} ({measurement.median:.2g})"
 
 
-def by_method(rows: Sequence[Row], oracle: str) -> str:
-    """Each sampler of each side with its best grid over all counts: the error at every count, as Markdown."""
-    own = [row for row in rows if row.oracle == oracle]
-    counts = sorted({row.count for row in own})
-    lines = [
-        "| | sampler | grid | " + " | ".join(map(str, counts)) + " |",
-        "|---|---|---|" + "---|" * len(counts),
-    ]
-    for (side, method), group in groupby(own, key=lambda row: (row.side, row.method)):
-        grid, errors = min(
-            _by_grid(list(group)).items(), key=lambda item: _typical(item[1].values())
-        )
-        row = " | ".join(shown(errors[count]) if count in errors else "" for count in counts)
-        lines.append(f"| {side} | {method} | {grid} | {row} |")
-    return "\n".join(lines)
+def format_methods(measurements: Sequence[Measurement], oracle: str) -> str:
+    """Format the errors of each sampler with its best grid over all counts.
+
+    Args:
+        measurements: measurements of both sides.
+        oracle: name of the problem.
+
+    Returns:
+        The table as Markdown, with a column for each count.
+    """
+    selected = [measurement for measurement in measurements if measurement.oracle == oracle]
+    counts = sorted({measurement.count for measurement in selected})
+    rows = []
+    for (side, method), group in groupby(selected, key=lambda it: (it.side, it.method)):
+        grids: dict[str, dict[int, Measurement]] = {}
+        for measurement in group:
+            grids.setdefault(measurement.grid, {})[measurement.count] = measurement
+        grid, errors = min(grids.items(), key=lambda item: _typical_error(item[1].values()))
+        cells = [format_error(errors[count]) if count in errors else "" for count in counts]
+        rows.append([side, method, grid, *cells])
+    return markdown_table(["side", "sampler", "grid", *map(str, counts)], rows)
 
 
-def _by_grid(rows: list[Row]) -> dict[str, dict[int, Row]]:
-    found: dict[str, dict[int, Row]] = {}
-    for row in rows:
-        found.setdefault(row.grid, {})[row.count] = row
-    return found
+def _typical_error(measurements: Iterable[Measurement]) -> float:
+    """The geometric mean of the errors, infinite if one of them is not finite."""
+    errors = [it.error if math.isfinite(it.median) else math.inf for it in measurements]
+    if not math.isfinite(sum(errors)):
+        return math.inf
+    return geometric_mean([error + 1e-6 for error in errors])
 
 
-def _typical(rows: Iterable[Row]) -> float:
-    errors = [row.error if math.isfinite(row.median) else math.inf for row in rows]
-    return (
-        geometric_mean([error + 1e-6 for error in errors])
-        if math.isfinite(sum(errors))
-        else math.inf
-    )
+def rank_combinations(
+    measurements: Sequence[Measurement], starts: int, side: str = "ours"
+) -> list[tuple[float, float, str]]:
+    """Rank combinations of sampler and grid by their errors over the best of ours in all cells.
+
+    Args:
+        measurements: measurements of both sides.
+        starts: number of starts.
+        side: ours or diffusers.
+
+    Returns:
+        (geometric mean, maximum, name) of the ratios of each combination that all cells contain,
+        best first.
+    """
+    ratios: dict[str, list[float]] = {}
+    cells = group_cells(measurements)
+    for cell in cells.values():
+        closest = find_best(cell, "ours")
+        for measurement in cell:
+            if measurement.side == side:
+                ratio = error_ratio(measurement, closest, starts)
+                ratios.setdefault(measurement.name, []).append(ratio)
+    complete = {name: each for name, each in ratios.items() if len(each) == len(cells)}
+    return sorted((geometric_mean(each), max(each), name) for name, each in complete.items())
 
 
-def ranking(rows: Sequence[Row], starts: int, side: str = "ours") -> list[tuple[float, float, str]]:
-    """(geometric mean, maximum, name) of each combination's error over our closest, in all cells that it was measured in."""
-    found: dict[str, list[float]] = {}
-    every = cells(rows)
-    for cell in every.values():
-        closest = best(cell, "ours")
-        for row in cell:
-            if row.side == side:
-                found.setdefault(row.name, []).append(ratio(row, closest, starts))
-    whole = {name: ratios for name, ratios in found.items() if len(ratios) == len(every)}
-    return sorted((geometric_mean(ratios), max(ratios), name) for name, ratios in whole.items())
+def draw(measurements: Sequence[Measurement], default: str, path: Path) -> None:
+    """Draw the error over evaluations: the best of each side, the default, and DDIM.
 
-
-def picture(rows: Sequence[Row], default: str, path: Path) -> None:
-    """Error over evaluations, a panel an oracle: the closest of each side, the default, and DDIM."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    Args:
+        measurements: measurements of both sides.
+        default: name of the default sampler and grid.
+        path: image to write.
+    """
     from matplotlib import pyplot
 
-    every = cells(rows)
-    oracles = list(dict.fromkeys(oracle for oracle, _ in every))
-    figure, axes = pyplot.subplots(
-        1, len(oracles), figsize=(4 * len(oracles), 3.6), constrained_layout=True
-    )
-    lines: dict[str, tuple[Callable[[list[Row]], Row], dict[str, object]]] = {
-        "closest of ours": (lambda cell: best(cell, "ours"), {"color": "black", "marker": "o"}),
+    cells = group_cells(measurements)
+    oracles = list(dict.fromkeys(oracle for oracle, _ in cells))
+    figure, axes = create_figure(len(oracles), width=4, height=3.6)
+    lines: dict[str, tuple[Callable[[list[Measurement]], Measurement], dict[str, object]]] = {
+        "closest of ours": (
+            lambda cell: find_best(cell, "ours"),
+            {"color": "black", "marker": "o"},
+        ),
         "default": (
-            lambda cell: _named(cell, default),
+            lambda cell: _find_named(cell, default),
             {"color": "black", "marker": "s", "linestyle": ":"},
         ),
         "closest of diffusers": (
-            lambda cell: best(cell, "diffusers"),
+            lambda cell: find_best(cell, "diffusers"),
             {"color": "0.45", "marker": "^", "linestyle": "--"},
         ),
         "DDIM, Trailing": (
-            lambda cell: _named(cell, "DDIM(eta=0.0), Trailing, Cosine"),
+            lambda cell: _find_named(cell, "DDIM(eta=0.0), Trailing, Cosine"),
             {"color": "0.7", "marker": "x", "linestyle": "-."},
         ),
     }
     for oracle, axis in zip(oracles, axes, strict=True):
-        counts = [count for name, count in every if name == oracle]
-        for label, (pick, style) in lines.items():
-            axis.plot(
-                counts, [pick(every[oracle, count]).error for count in counts], label=label, **style
-            )
+        counts = [count for name, count in cells if name == oracle]
+        for label, (select, style) in lines.items():
+            errors = [select(cells[oracle, count]).error for count in counts]
+            axis.plot(counts, errors, label=label, **style)
         axis.set(title=oracle, xlabel="network evaluations", xscale="log")
         axis.set_xticks(counts, [str(count) for count in counts])
         axis.minorticks_off()
-        flips = every[oracle, counts[0]][0].flips is not None
-        axis.set(
-            ylabel="share of basin flips" if flips else "median distance to the exact flow's end"
-        )
-        axis.set_yscale("symlog", linthresh=0.005) if flips else axis.set_yscale("log")
-        axis.set_ylim(bottom=0 if flips else None)
+        if cells[oracle, counts[0]][0].flips is None:
+            axis.set_ylabel("median distance to the exact flow's end")
+            axis.set_yscale("log")
+        else:
+            axis.set_ylabel("share of basin flips")
+            axis.set_yscale("symlog", linthresh=0.005)
+            axis.set_ylim(bottom=0)
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
-def _named(rows: Iterable[Row], name: str) -> Row:
-    return next(row for row in rows if row.name == name)
+def _find_named(measurements: Iterable[Measurement], name: str) -> Measurement:
+    return next(measurement for measurement in measurements if measurement.name == name)

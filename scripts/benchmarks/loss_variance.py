@@ -1,10 +1,11 @@
-"""How much the choice of levels lowers the variance of a batch's loss: independent levels over stratified ones, same weight."""
+"""The variance of a batch's loss with independent noise levels over that with stratified levels."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.table import markdown_table
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.noise import Stream, normal
 from diffcore.core.prediction import target
@@ -33,11 +34,15 @@ SCHEDULES: tuple[Schedule, ...] = (
     *(Cosine(), Flow(), Laplace(), Normal(), Cauchy(), LogLinear(-8.0, 8.0)),
     *(Rho(), Sigmoid(), Mode(), Beta(), PowerCosine()),
 )
-WEIGHTS: Mapping[str, Weight] = {"ε": MSE("epsilon"), "v": MSE("v_prediction"), "Min-SNR": MinSNR()}
+WEIGHTS: tuple[Weight, ...] = (MSE("epsilon"), MSE("v_prediction"), MinSNR())
 
 
 class Posterior(nn.Module):
-    """The network that outputs E[v | x] for pixels N(0, s²): its losses vary as those of a trained network do."""
+    """The network E[v | x] for pixels N(0, s²), whose losses vary like those of training.
+
+    Args:
+        level: noise level of x.
+    """
 
     def __init__(self, level: Level) -> None:
         super().__init__()
@@ -49,29 +54,42 @@ class Posterior(nn.Module):
         return target("v_prediction", level.alpha * STD**2 * z, level.sigma * z, level, STD)
 
 
-def ratio(schedule: Schedule, weight: Weight, steps: int = 100) -> float:
-    """Variance of the mean loss of a batch over steps: with independent levels over with stratified ones."""
+def variance_ratio(schedule: Schedule, weight: Weight, steps: int = 100) -> float:
+    """Measure the variance of the mean loss of a batch over steps.
+
+    Args:
+        schedule: distribution of the levels.
+        weight: loss weight.
+        steps: number of batches.
+
+    Returns:
+        The variance with independent levels over that with stratified levels.
+    """
     process = Process(schedule, shape=SHAPE)
-    one, other = (
+    independent, stratified = (
         _losses(process, Objective(weight, levels), steps).var()
         for levels in ("independent", "stratified")
     )
-    return float(one / other)
+    return float(independent / stratified)
 
 
-def rows(steps: int = 100, schedules: Iterable[Schedule] = SCHEDULES) -> Iterator[str]:
-    """The table, row by row; every schedule is truncated to |λ| ≤ 8."""
-    yield (
-        "| schedule | "
-        + " | ".join(f"{name} error" if name != "Min-SNR" else name for name in WEIGHTS)
-        + " |"
-    )
-    yield "|---|" + "---|" * len(WEIGHTS)
+def measure_table(steps: int = 100, schedules: Iterable[Schedule] = SCHEDULES) -> str:
+    """Measure all schedules, truncated to |λ| ≤ 8, and weights.
+
+    Args:
+        steps: number of batches of each measurement.
+        schedules: schedules to measure.
+
+    Returns:
+        The table as Markdown.
+    """
+    header = ["schedule", "ε error", "v error", "Min-SNR"]
+    rows = []
     for schedule in schedules:
-        ratios = [
-            ratio(Truncated(schedule, -8.0, 8.0), weight, steps) for weight in WEIGHTS.values()
-        ]
-        yield f"| {schedule} | " + " | ".join(f"{value:.1f}" for value in ratios) + " |"
+        truncated = Truncated(schedule, -8.0, 8.0)
+        ratios = [variance_ratio(truncated, weight, steps) for weight in WEIGHTS]
+        rows.append([str(schedule), *(f"{ratio:.1f}" for ratio in ratios)])
+    return markdown_table(header, rows)
 
 
 def _losses(process: Process, objective: Objective, steps: int) -> Tensor:
@@ -81,7 +99,7 @@ def _losses(process: Process, objective: Objective, steps: int) -> Tensor:
     )
 
 
-def _loss(process: Process, objective: Objective, place: SampleKey) -> Tensor:
-    x0 = STD * normal(1, Stream.ORACLE, place.position, process.shape, dtype=torch.float64)
-    draw = objective.draw(process, place)
+def _loss(process: Process, objective: Objective, key: SampleKey) -> Tensor:
+    x0 = STD * normal(1, Stream.ORACLE, key.position, process.shape, dtype=torch.float64)
+    draw = objective.draw(process, key)
     return objective(Denoiser(Posterior(draw.level), process), x0, None, draw).mean()

@@ -1,4 +1,4 @@
-"""Samplers on a trained network under guidance, which no oracle stands for: a network is less smooth, and guidance amplifies.
+"""Samplers on a trained network with guidance, which is less smooth than any oracle.
 
 error = |x_0' - x_0|, the median over seeds; x_0 by order 2 in a over 200 steps from the same seed
 """
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from benchmarks.table import markdown_table
 from diffcore.core.denoiser import Denoise
 from diffcore.guidance import CFG
 from diffcore.samplers import DDIM, AdamsBashforth, AdamsMoulton, DPMSolverPP, Sampler, UniPC
@@ -26,7 +27,7 @@ SCALES = (1.0, 1.5, 3.0, 7.5)
 STEPS = (5, 8, 15, 25)
 
 
-def errors(
+def measure_errors(
     denoiser: Denoise,
     sampler: Sampler,
     grid: Grid,
@@ -34,22 +35,56 @@ def errors(
     scale: float,
     exact: Tensor,
 ) -> list[float]:
-    """At each number of steps, over the rows of the reference."""
-    found = [sampled(denoiser, sampler, grid, n, scale, len(exact)) for n in steps]
-    return [(x - exact).flatten(1).norm(dim=1).median().item() for x in found]
+    """Measure the median error at each number of steps.
+
+    Args:
+        denoiser: trained network.
+        sampler: sampler to measure.
+        grid: rule that places the knots.
+        steps: numbers of steps.
+        scale: guidance scale w.
+        exact: (N, *shape) ends of the guided flow, by `exact_samples`.
+
+    Returns:
+        The error for each number of steps.
+    """
+    samples = [draw_samples(denoiser, sampler, grid, n, scale, len(exact)) for n in steps]
+    return [(x - exact).flatten(1).norm(dim=1).median().item() for x in samples]
 
 
-def reference(denoiser: Denoise, scale: float, seeds: int, steps: int = 200) -> Tensor:
-    """Where the guided flow ends."""
-    return sampled(denoiser, AdamsBashforth(2), Trailing(), steps, scale, seeds)
+def exact_samples(denoiser: Denoise, scale: float, seeds: int, steps: int = 200) -> Tensor:
+    """Compute the ends of the guided flow with many steps.
+
+    Args:
+        denoiser: trained network.
+        scale: guidance scale w.
+        seeds: number of seeds.
+        steps: number of steps.
+
+    Returns:
+        (seeds, *shape) samples.
+    """
+    return draw_samples(denoiser, AdamsBashforth(2), Trailing(), steps, scale, seeds)
 
 
-def sampled(
+def draw_samples(
     denoiser: Denoise, sampler: Sampler, grid: Grid, steps: int, scale: float, seeds: int
 ) -> Tensor:
-    """A sample a seed, label after label."""
+    """Draw one sample for each seed, with the labels in turn.
+
+    Args:
+        denoiser: trained network.
+        sampler: the sampler.
+        grid: rule that places the knots.
+        steps: number of steps.
+        scale: guidance scale w.
+        seeds: number of seeds.
+
+    Returns:
+        (seeds, *shape) samples.
+    """
     labels = (torch.arange(seeds) % denoiser.process.classes).tolist()
-    made = sample(
+    return sample(
         denoiser,
         sampler,
         grid,
@@ -58,26 +93,35 @@ def sampled(
         condition=labels,
         guidance=CFG(scale),
         batch_size=seeds,
-    )
-    return made.x
+    ).x
 
 
-def table(
+def measure_table(
     denoiser: Denoise,
     seeds: int = 60,
     scales: Sequence[float] = SCALES,
     steps: Sequence[int] = STEPS,
 ) -> str:
-    """Of every sampler and grid, as Markdown: a column for each scale and number of steps."""
-    head = " | ".join(f"w = {w:g}, {n} steps" for w in scales for n in steps)
-    lines = [f"| sampler | grid | {head} |", "|---|---|" + "---|" * (len(scales) * len(steps))]
-    exact = {w: reference(denoiser, w, seeds) for w in scales}
+    """Measure all samplers on all grids.
+
+    Args:
+        denoiser: trained network.
+        seeds: number of seeds.
+        scales: guidance scales w.
+        steps: numbers of steps.
+
+    Returns:
+        The table as Markdown, with a column for each scale and number of steps.
+    """
+    exact = {w: exact_samples(denoiser, w, seeds) for w in scales}
+    rows = []
     for grid in GRIDS:
         for sampler in SAMPLERS:
             cells = [
-                f"{e:.2g}"
+                f"{error:.2g}"
                 for w in scales
-                for e in errors(denoiser, sampler, grid, steps, w, exact[w])
+                for error in measure_errors(denoiser, sampler, grid, steps, w, exact[w])
             ]
-            lines.append(f"| {sampler} | {grid} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            rows.append([str(sampler), str(grid), *cells])
+    header = [f"w = {w:g}, {n} steps" for w in scales for n in steps]
+    return markdown_table(["sampler", "grid", *header], rows)

@@ -1,6 +1,7 @@
-"""What a call of a diffusers pipeline costs with our scheduler: StableDiffusion with a tiny network, beside diffusers' own.
+"""The cost of a StableDiffusionPipeline call with diffcore's scheduler and with that of diffusers.
 
-Both sides are the same pipeline class, network, prompts and generator, and make the same latents to rounding.
+Both sides have the same pipeline class, tiny network, prompts and generator, and make equal latents
+to rounding.
 """
 
 from collections.abc import Callable
@@ -10,14 +11,14 @@ import diffusers
 import torch
 from torch import Tensor
 
-from benchmarks.training_speed import Comparison, check_pairs, interleaved
+from benchmarks.comparison import Comparison, check_pairs, time_pairs
 from diffcore.guidance import CFG
 from diffcore.integrations.diffusers import DiffcoreScheduler, attach
 from diffcore.samplers import DDIM, DPMSolverPP, Sampler
 
 STEPS = 25
 SIZE = 16
-"""Of the latents, in each direction."""
+"""Height and width of the latents."""
 SCALE = 7.5
 TABLE = {
     "beta_schedule": "scaled_linear",
@@ -27,30 +28,32 @@ TABLE = {
 }
 
 
-class Case(NamedTuple):
-    """What is compared.
+class SchedulerPair(NamedTuple):
+    """A scheduler of diffusers and the equal sampler of diffcore.
 
     Args:
-        theirs: a scheduler of diffusers.
-        options: of its config.
-        sampler: ours that does the same.
-        attached: whether guidance is ours too.
-        bound: the ratio that ours should not exceed.
+        scheduler: class name of the scheduler.
+        options: its options beside the table of betas.
+        sampler: sampler of diffcore.
+        attached: whether diffcore guides too, by `attach`.
+        bound: ratio that diffcore should not exceed.
     """
 
-    theirs: str
+    scheduler: str
     options: dict[str, Any]
     sampler: Sampler
     attached: bool = False
     bound: float = 1.0
 
 
-CASES = {
-    "DDIM": Case("DDIMScheduler", {"clip_sample": False, "timestep_spacing": "trailing"}, DDIM()),
-    "DPM++ 2M": Case(
+PAIRS = {
+    "DDIM": SchedulerPair(
+        "DDIMScheduler", {"clip_sample": False, "timestep_spacing": "trailing"}, DDIM()
+    ),
+    "DPM++ 2M": SchedulerPair(
         "DPMSolverMultistepScheduler", {"timestep_spacing": "trailing"}, DPMSolverPP("2M")
     ),
-    "DDIM, our CFG attached": Case(
+    "DDIM, our CFG attached": SchedulerPair(
         "DDIMScheduler",
         {"clip_sample": False, "timestep_spacing": "trailing"},
         DDIM(),
@@ -60,36 +63,59 @@ CASES = {
 }
 
 
-def pipelines(pairs: int = 40, steps: int = STEPS) -> list[Comparison]:
-    """A call of each case, with CFG.
+def measure_pipelines(pairs: int = 40, steps: int = STEPS) -> list[Comparison]:
+    """Compare a call with CFG for each scheduler.
+
+    Args:
+        pairs: measured pairs of each comparison, at least 30.
+        steps: sampler steps of a call.
+
+    Returns:
+        The comparisons.
 
     Raises:
-        ValueError: too few pairs.
+        ValueError: there are too few pairs.
     """
     check_pairs(pairs)
     return [
-        Comparison(f"{name}, {steps} steps", case.bound, *interleaved(*sides(case, steps), pairs))
-        for name, case in CASES.items()
+        Comparison(
+            f"{name}, {steps} steps", pair.bound, *time_pairs(*create_calls(pair, steps), pairs)
+        )
+        for name, pair in PAIRS.items()
     ]
 
 
-def sides(case: Case, steps: int = STEPS) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """A call with our scheduler, and one with theirs."""
-    unet = network()
-    theirs = pipeline(unet, getattr(diffusers, case.theirs)(**TABLE, **case.options))
-    ours = pipeline(network() if case.attached else unet, theirs.scheduler)
+def create_calls(
+    pair: SchedulerPair, steps: int = STEPS
+) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """Create the calls that are compared.
+
+    Args:
+        pair: scheduler and sampler.
+        steps: sampler steps of a call.
+
+    Returns:
+        The call with diffcore's scheduler, and the call with that of diffusers.
+    """
+    unet = build_unet()
+    theirs = build_pipeline(unet, getattr(diffusers, pair.scheduler)(**TABLE, **pair.options))
+    ours = build_pipeline(build_unet() if pair.attached else unet, theirs.scheduler)
     ours.unet.load_state_dict(unet.state_dict())
-    if case.attached:
-        attach(ours, CFG(SCALE), case.sampler)
+    if pair.attached:
+        attach(ours, CFG(SCALE), pair.sampler)
     else:
         ours.scheduler = DiffcoreScheduler.from_config(
-            theirs.scheduler.config, sampler=case.sampler
+            theirs.scheduler.config, sampler=pair.sampler
         )
-    return (lambda: called(ours, steps)), (lambda: called(theirs, steps))
+    return (lambda: call(ours, steps)), (lambda: call(theirs, steps))
 
 
-def network() -> Any:
-    """Thirty-six thousand parameters: what a step costs beside it shows."""
+def build_unet() -> Any:
+    """Build a network of 36 thousand parameters, beside which the cost of a step is visible.
+
+    Returns:
+        The network, in evaluation mode.
+    """
     made: Any = diffusers.UNet2DConditionModel(  # type: ignore[no-untyped-call]
         sample_size=SIZE,
         block_out_channels=(8, 16),
@@ -104,8 +130,16 @@ def network() -> Any:
     return made.eval()
 
 
-def pipeline(unet: Any, scheduler: Any) -> Any:
-    """Without text encoder, and with a VAE that is not used."""
+def build_pipeline(unet: Any, scheduler: Any) -> Any:
+    """Build a pipeline without text encoder, and with a VAE that is not used.
+
+    Args:
+        unet: network.
+        scheduler: scheduler.
+
+    Returns:
+        The StableDiffusionPipeline.
+    """
     vae: Any = diffusers.AutoencoderKL(  # type: ignore[no-untyped-call]
         block_out_channels=(8, 8),
         norm_num_groups=4,
@@ -120,11 +154,19 @@ def pipeline(unet: Any, scheduler: Any) -> Any:
     return made
 
 
-def called(pipe: Any, steps: int) -> Tensor:
-    """Latents of fixed prompts and noise."""
+def call(pipe: Any, steps: int) -> Tensor:
+    """Call a pipeline with fixed prompts and noise.
+
+    Args:
+        pipe: the pipeline.
+        steps: sampler steps.
+
+    Returns:
+        The latents (1, 4, SIZE, SIZE).
+    """
     generator = torch.Generator().manual_seed(0)
     prompt, negative = (torch.randn(1, 5, 8, generator=generator) for _ in range(2))
-    made: Tensor = pipe(
+    latents: Tensor = pipe(
         prompt_embeds=prompt,
         negative_prompt_embeds=negative,
         guidance_scale=SCALE,
@@ -132,4 +174,4 @@ def called(pipe: Any, steps: int) -> Tensor:
         generator=generator,
         output_type="latent",
     ).images
-    return made
+    return latents

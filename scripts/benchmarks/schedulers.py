@@ -1,7 +1,8 @@
-"""Diffusers' deterministic schedulers on an exact denoiser: a thin adapter, asked at exactly the level that each steps from.
+"""The deterministic schedulers of diffusers with an exact denoiser at their own levels.
 
-Their tables are their own: DDPM's linear betas, σ as they space it. Only what could not be compared is set: clipping is off,
-EDM's schedulers begin at the same σ, and one that ends at a noisy level (DEIS, SA-Solver) has its last x denoised once more.
+They keep their own tables: DDPM's linear betas, and σ as they space it. Three settings make them
+comparable: clipping is off, EDM's schedulers begin at the common σ, and if a scheduler ends at a
+noisy level (DEIS, SA-Solver), its last x is denoised once more.
 """
 
 import math
@@ -14,7 +15,7 @@ from typing import Any
 import diffusers
 from torch import Tensor
 
-from benchmarks.accuracy import COUNTS, WIDEST, Problem, Score
+from benchmarks.accuracy import COUNTS, LARGEST_SIGMA, FlowError, Problem
 from diffcore.core.prediction import PredictionType, target
 from diffcore.schedules import Cosine, Level, Scaling
 
@@ -23,17 +24,17 @@ BETAS = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
 
 
 @dataclass(frozen=True)
-class Scheduler:
-    """One of diffusers' with its options, and what it takes x and the network's output to be.
+class ConfiguredScheduler:
+    """A scheduler of diffusers with its options, and its conventions for x and the network output.
 
     Args:
-        method: its name here.
-        grid: its spacing's name here.
-        build: makes it, anew for each run since it holds the run's state.
-        scaling: of its x.
-        output: what it is given.
-        ratio: σ/α at call i, t its timestep.
-        steps: how `set_timesteps` is told the number of steps.
+        method: name of the method in the tables.
+        grid: name of the spacing in the tables.
+        build: function that builds the scheduler; a scheduler holds the state of one run.
+        scaling: scaling of its x.
+        output: network output that it expects.
+        ratio: function that returns σ/α at call i with timestep t.
+        set_steps: function that sets the number of steps.
     """
 
     method: str
@@ -42,61 +43,91 @@ class Scheduler:
     scaling: Scaling = "vp"
     output: PredictionType = "epsilon"
     ratio: Callable[[Any, int, Tensor], float] = lambda scheduler, i, t: float(scheduler.sigmas[i])
-    steps: Callable[[Any, int], None] = lambda scheduler, n: scheduler.set_timesteps(n)
+    set_steps: Callable[[Any, int], None] = lambda scheduler, n: scheduler.set_timesteps(n)
 
-    def ready(self, count: int) -> Any:
-        """With the most steps that `count` calls allow, at one call a step, one more in all, or two; nothing where none is."""
+    def prepare(self, count: int) -> Any:
+        """Build the scheduler with the largest number of steps that so many evaluations allow.
+
+        A step takes one evaluation or two, or one more is needed at the end.
+
+        Args:
+            count: number of evaluations.
+
+        Returns:
+            The scheduler, or None if not even one step is possible.
+        """
         for n in (count, count - 1, (count + 1) // 2):
             scheduler = self.build()
             try:
-                self.steps(scheduler, n)
+                self.set_steps(scheduler, n)
             except (ValueError, IndexError):
                 continue
-            if len(scheduler.timesteps) + (self.rest(scheduler) > 0) <= count:
+            if len(scheduler.timesteps) + (self.last_ratio(scheduler) > 0) <= count:
                 return scheduler
         return None
 
-    def rest(self, scheduler: Any) -> float:
-        """σ/α of the last level."""
-        return float(scheduler.sigmas[-1]) if self.ratio is Scheduler.ratio else 0.0
+    def last_ratio(self, scheduler: Any) -> float:
+        """The ratio σ/α of the last level, a number."""
+        return float(scheduler.sigmas[-1]) if self.ratio is ConfiguredScheduler.ratio else 0.0
 
     def level(self, ratio: float) -> Level:
-        """Where σ/α is this, in the scheduler's scaling."""
+        """Find a level in the scheduler's scaling.
+
+        Args:
+            ratio: σ/α.
+
+        Returns:
+            The level.
+        """
         return Cosine(scaling=self.scaling).at(
             -2 * math.log(ratio) if ratio < math.inf else -math.inf
         )
 
     def run(self, problem: Problem, scheduler: Any) -> tuple[Tensor, int]:
-        """The loop of a pipeline: x at the end, and the evaluations."""
+        """Run the loop of a pipeline.
+
+        Args:
+            problem: exact denoiser and starts.
+            scheduler: scheduler that `prepare` built.
+
+        Returns:
+            x at the end, and the number of evaluations.
+        """
         x, oracle = None, problem.oracle
         for i, t in enumerate(scheduler.timesteps):
             level = self.level(self.ratio(scheduler, i, t))
             x = problem.at(level) if x is None else x
-            scheduler.scale_model_input(x, t) if hasattr(
-                scheduler, "scale_model_input"
-            ) else None  # some insist
+            if hasattr(scheduler, "scale_model_input"):
+                scheduler.scale_model_input(x, t)  # some schedulers refuse to step without it
             output = target(self.output, *oracle(x, level), level, SIGMA_DATA)
             x = scheduler.step(output, t, x, return_dict=False)[0].double()
         assert x is not None
-        rest = self.rest(scheduler)
-        return (oracle(x, self.level(rest)).x0 if rest else x), len(scheduler.timesteps) + (
-            rest > 0
-        )
+        last = self.last_ratio(scheduler)
+        x = oracle(x, self.level(last)).x0 if last else x
+        return x, len(scheduler.timesteps) + (last > 0)
 
 
-def theirs(
+def measure_diffusers(
     problem: Problem, counts: tuple[int, ...] = COUNTS
-) -> Iterator[tuple[str, str, int, int, Score]]:
-    """(scheduler, spacing, count, evaluations, score) of all that can be run."""
+) -> Iterator[tuple[str, str, int, int, FlowError]]:
+    """Measure all schedulers of diffusers.
+
+    Args:
+        problem: exact denoiser and starts.
+        counts: numbers of evaluations.
+
+    Yields:
+        (scheduler, spacing, count, evaluations, error) of each run that is possible.
+    """
     for entry in SCHEDULERS:
         for count in counts:
-            scheduler = entry.ready(count)
+            scheduler = entry.prepare(count)
             if scheduler is not None:
                 x, evaluations = entry.run(problem, scheduler)
-                yield entry.method, entry.grid, count, evaluations, problem.score(x)
+                yield entry.method, entry.grid, count, evaluations, problem.measure_error(x)
 
 
-# The list ------------------------------------------------------------------------------------------------------------
+# The list -----------------------------------------------------------------------------------------
 
 SPACED = {
     "linspace": {"timestep_spacing": "linspace"},
@@ -108,24 +139,24 @@ LU = {"Lu": {"use_lu_lambdas": True}}
 
 
 def _table(scheduler: Any, i: int, t: Tensor) -> float:
-    """Of the cumulative product at the timestep."""
+    """σ/α from the cumulative product at the timestep."""
     alpha_bar = float(scheduler.alphas_cumprod[int(t)].double())
     return math.sqrt((1 - alpha_bar) / alpha_bar)
 
 
 def _stage(scheduler: Any, i: int, t: Tensor) -> float:
-    """KDPM2's: a knot, then its midpoint."""
+    """σ/α of KDPM2: that of a knot, then that of its midpoint."""
     return float((scheduler.sigmas_interpol if i % 2 else scheduler.sigmas)[i])
 
 
 def _blend(scheduler: Any, i: int, t: Tensor) -> float:
-    """Of σ = a."""
+    """σ/α of flow schedulers, whose σ is a."""
     a = float(scheduler.sigmas[i])
     return a / (1 - a) if a < 1 else math.inf
 
 
 def _cosine(scheduler: Any, i: int, t: Tensor) -> float:
-    """IPNDM's: σ = sin²(πt/2) of a vp process."""
+    """σ/α of IPNDM, whose betas are σ = sin²(πt/2) of a vp process."""
     sigma, alpha = float(scheduler.betas[i]), float(scheduler.alphas[i])
     return sigma / alpha if alpha else math.inf
 
@@ -136,25 +167,30 @@ def _of(
     grids: dict[str, Any],
     given: Mapping[str, Any] = MappingProxyType({}),
     **fields: Any,
-) -> list[Scheduler]:
+) -> list[ConfiguredScheduler]:
     make = getattr(diffusers, name)
-    return [Scheduler(method, grid, partial(make, **BETAS, **given, **options), **fields)
+    return [ConfiguredScheduler(method, grid, partial(make, **BETAS, **given, **options), **fields)
             for grid, options in grids.items()]  # fmt: skip
 
 
-def _edm(method: str, name: str, **given: Any) -> list[Scheduler]:
+def _edm(method: str, name: str, **given: Any) -> list[ConfiguredScheduler]:
     make = getattr(diffusers, name)
-    return [Scheduler(method, grid, partial(make, sigma_max=WIDEST, sigma_schedule=grid, **given), "ve", "edm")
-            for grid in ("karras", "exponential")]  # fmt: skip
+    builds = {
+        grid: partial(make, sigma_max=LARGEST_SIGMA, sigma_schedule=grid, **given)
+        for grid in ("karras", "exponential")
+    }
+    return [ConfiguredScheduler(method, grid, build, "ve", "edm") for grid, build in builds.items()]
 
 
-def _flow(method: str, name: str, grid: str = "flow", **given: Any) -> list[Scheduler]:
+def _flow(method: str, name: str, grid: str = "flow", **given: Any) -> list[ConfiguredScheduler]:
     make = getattr(diffusers, name)
-    return [Scheduler(method, grid, lambda: make(**given), "flow", "flow_prediction", _blend)]
+    return [
+        ConfiguredScheduler(method, grid, lambda: make(**given), "flow", "flow_prediction", _blend)
+    ]
 
 
 MULTI = {"prediction_type": "sample"}
-SCHEDULERS: list[Scheduler] = [
+SCHEDULERS: list[ConfiguredScheduler] = [
     *_of("DDIM", "DDIMScheduler", SPACED, {"clip_sample": False}, ratio=_table),
     *_of("PNDM", "PNDMScheduler", {"trailing": SPACED["trailing"]},
          {"skip_prk_steps": True, "set_alpha_to_one": True}, ratio=_table),
@@ -169,23 +205,25 @@ SCHEDULERS: list[Scheduler] = [
       for s in _of(f"DPM++ {order}S", "DPMSolverSinglestepScheduler", {"linspace": {}} | SIGMAS,
                    MULTI | {"solver_order": order, "lower_order_final": True}, output="sample")),
     *(s for order in (2, 3)
-      for s in _of(f"UniPC {order}", "UniPCMultistepScheduler", SPACED | SIGMAS, MULTI | {"solver_order": order},
-                   output="sample")),
+      for s in _of(f"UniPC {order}", "UniPCMultistepScheduler", SPACED | SIGMAS,
+                   MULTI | {"solver_order": order}, output="sample")),
     *(s for order in (2, 3)
-      for s in _of(f"DEIS {order}", "DEISMultistepScheduler", SPACED | SIGMAS, MULTI | {"solver_order": order},
-                   output="sample")),
+      for s in _of(f"DEIS {order}", "DEISMultistepScheduler", SPACED | SIGMAS,
+                   MULTI | {"solver_order": order}, output="sample")),
     *_of("SA-Solver", "SASolverScheduler", SPACED | SIGMAS,
-         MULTI | {"predictor_order": 3, "corrector_order": 3, "tau_func": lambda t: 0.0}, output="sample"),
-    Scheduler("IPNDM", "own", diffusers.IPNDMScheduler, "vp", "v_prediction", _cosine),
+         MULTI | {"predictor_order": 3, "corrector_order": 3, "tau_func": lambda t: 0.0},
+         output="sample"),
+    ConfiguredScheduler("IPNDM", "own", diffusers.IPNDMScheduler, "vp", "v_prediction", _cosine),
     *_edm("EDM Euler", "EDMEulerScheduler"),
-    *(s for order in (2, 3) for s in _edm(f"EDM DPM++ {order}M", "EDMDPMSolverMultistepScheduler", solver_order=order)),
+    *(s for order in (2, 3)
+      for s in _edm(f"EDM DPM++ {order}M", "EDMDPMSolverMultistepScheduler", solver_order=order)),
     *_flow("flow Euler", "FlowMatchEulerDiscreteScheduler"),
     *_flow("flow Heun", "FlowMatchHeunDiscreteScheduler"),
     *(s for order in (2, 3)
       for s in _flow(f"DPM++ {order}M midpoint", "DPMSolverMultistepScheduler", solver_order=order,
                      use_flow_sigmas=True, prediction_type="flow_prediction")),
     *(s for order in (2, 3)
-      for s in _flow(f"UniPC {order}", "UniPCMultistepScheduler", solver_order=order, use_flow_sigmas=True,
-                     prediction_type="flow_prediction")),
+      for s in _flow(f"UniPC {order}", "UniPCMultistepScheduler", solver_order=order,
+                     use_flow_sigmas=True, prediction_type="flow_prediction")),
 ]  # fmt: skip
-"""Left out: spacing `leading`, which begins at less noise; UniPC bh1, NaN at clean; DPM-Solver in ε, which ends noisy."""
+"""Excluded: spacing `leading` (starts at less noise), UniPC bh1 (NaN), DPM-Solver in ε (noisy)."""

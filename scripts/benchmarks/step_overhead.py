@@ -1,6 +1,7 @@
-"""What a step costs beside the network: 50 steps of DDIM with a network that does nothing, by this library and by diffusers.
+"""The cost of a step without its network: 50 DDIM steps by diffcore and by diffusers.
 
-Both ask the same network in the same order and make the same samples to rounding; knots and timesteps are made beforehand.
+Both sides call the same network in the same order and make equal samples to rounding; knots and
+timesteps are computed before the measurement.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
-from benchmarks.training_speed import Comparison, check_pairs, interleaved
+from benchmarks.comparison import Comparison, check_pairs, time_pairs
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import PredictionType
@@ -23,44 +24,64 @@ from diffcore.schedules import Discrete, Trailing
 STEPS = 50
 SHAPES = ((1, 1, 8, 8), (1, 4, 64, 64), (8, 4, 64, 64))
 LARGE = 16_384
-"""Elements up to which the bound holds: beyond, both only move memory."""
+"""Number of elements up to which the bound holds; larger samples measure memory transfer only."""
 
 
-class Nothing(nn.Module):
-    """Answers x itself."""
+class IdentityNetwork(nn.Module):
+    """A network without cost: its output is x."""
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         return x
 
 
-def steps(
+def measure_steps(
     pairs: int = 100, shapes: Sequence[tuple[int, ...]] = SHAPES, sampler: Sampler = DDIM()
 ) -> list[Comparison]:
-    """Fifty steps of each shape, for a network of ε and one of v.
+    """Compare 50 steps for each shape, with ε and with v as the network output.
+
+    Args:
+        pairs: measured pairs of each comparison, at least 30.
+        shapes: shapes of the samples, with the batch.
+        sampler: sampler of diffcore that equals DDIM.
+
+    Returns:
+        The comparisons.
 
     Raises:
-        ValueError: too few pairs.
+        ValueError: there are too few pairs.
     """
     check_pairs(pairs)
-    kinds: tuple[PredictionType, ...] = ("epsilon", "v_prediction")
-    return [_compared(shape, kind, pairs, sampler) for shape in shapes for kind in kinds]
+    predictions: tuple[PredictionType, ...] = ("epsilon", "v_prediction")
+    return [
+        _compare(shape, prediction, pairs, sampler)
+        for shape in shapes
+        for prediction in predictions
+    ]
 
 
-def _compared(
-    shape: tuple[int, ...], kind: PredictionType, pairs: int, sampler: Sampler
+def _compare(
+    shape: tuple[int, ...], prediction: PredictionType, pairs: int, sampler: Sampler
 ) -> Comparison:
-    name = f"{'x'.join(map(str, shape))}, {'ε' if kind == 'epsilon' else 'v'}"
+    name = f"{'x'.join(map(str, shape))}, {'ε' if prediction == 'epsilon' else 'v'}"
     bound = 0.5 if prod(shape) <= LARGE else float("inf")
-    return Comparison(
-        name, bound, *interleaved(ours(shape, kind, sampler), theirs(shape, kind), pairs)
-    )
+    sides = diffcore_loop(shape, prediction, sampler), diffusers_loop(shape, prediction)
+    return Comparison(name, bound, *time_pairs(*sides, pairs))
 
 
-def ours(
-    shape: tuple[int, ...], kind: PredictionType, sampler: Sampler = DDIM()
+def diffcore_loop(
+    shape: tuple[int, ...], prediction: PredictionType, sampler: Sampler = DDIM()
 ) -> Callable[[], Tensor]:
-    """The loop over knots at the entries of DDPM's linear table."""
-    denoiser = Denoiser(Nothing(), Process(Discrete(), kind, shape=shape[1:]))
+    """Create diffcore's loop over 50 entries of DDPM's linear table.
+
+    Args:
+        shape: shape of the samples, with the batch.
+        prediction: output of the network.
+        sampler: the sampler.
+
+    Returns:
+        A function that draws the samples.
+    """
+    denoiser = Denoiser(IdentityNetwork(), Process(Discrete(), prediction, shape=shape[1:]))
     noise = Noise(torch.arange(shape[0]), shape[1:])
     x, knots = noise.start(), Trailing().knots(Discrete(), STEPS)
 
@@ -71,13 +92,21 @@ def ours(
     return loop
 
 
-def theirs(shape: tuple[int, ...], kind: PredictionType) -> Callable[[], Tensor]:
-    """Diffusers' documented loop, over the same entries."""
+def diffusers_loop(shape: tuple[int, ...], prediction: PredictionType) -> Callable[[], Tensor]:
+    """Create the documented loop of diffusers over the same entries.
+
+    Args:
+        shape: shape of the samples, with the batch.
+        prediction: output of the network.
+
+    Returns:
+        A function that draws the samples.
+    """
     scheduler: Any = DDIMScheduler(  # type: ignore[no-untyped-call]
-        prediction_type=kind, timestep_spacing="trailing", clip_sample=False
+        prediction_type=prediction, timestep_spacing="trailing", clip_sample=False
     )
     scheduler.set_timesteps(STEPS)
-    network, start = Nothing(), Noise(torch.arange(shape[0]), shape[1:]).start()
+    network, start = IdentityNetwork(), Noise(torch.arange(shape[0]), shape[1:]).start()
 
     @torch.no_grad()
     def loop() -> Tensor:

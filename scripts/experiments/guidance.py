@@ -90,7 +90,7 @@ RULES: dict[str, Callable[[float, Denoiser], Guidance]] = {
     "AutoGuidance": AutoGuidance,
     ADAPTIVE: lambda w, weaker: AdaptiveGuidance(CFG(w), THRESHOLD),
 }
-"""Compared rules, as functions of w and the weaker network. At w = 1 each is the conditional model."""
+"""Compared rules as functions of w and the weaker network; w = 1 is the conditional model."""
 
 
 def train_pair(seed: int, steps: tuple[int, int] = TRAINING_STEPS) -> NetworkPair:

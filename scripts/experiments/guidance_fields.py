@@ -1,6 +1,7 @@
-"""Pictures of guidance rules on a mixture in two dimensions, where every prediction is exact: the guided field, and samples.
+"""Pictures of guided fields and samples of a mixture in two dimensions with exact predictions.
 
-Class 0, which is wanted, has a common component and a rare one, each beside a component of class 1.
+The samples are conditioned on class 0, which has a common and a rare component, each beside a
+component of class 1.
 """
 
 import math
@@ -41,60 +42,66 @@ SPREAD = 0.07 * torch.eye(2).expand(4, 2, 2)
 WEIGHTS, LABELS = torch.tensor([0.35, 0.15, 0.25, 0.25]), torch.tensor([0, 0, 1, 1])
 MIXTURE = GaussianMixture(MEANS, SPREAD, WEIGHTS, LABELS, PROCESS)
 WEAKER = GaussianMixture(MEANS, 4 * SPREAD, WEIGHTS, LABELS, PROCESS)
-COMPONENTS = GaussianMixture(
-    MEANS[:2], SPREAD[:2], WEIGHTS[:2], torch.arange(2), PROCESS
-)  # of class 0: common 0, rare 1
+COMPONENTS = GaussianMixture(MEANS[:2], SPREAD[:2], WEIGHTS[:2], torch.arange(2), PROCESS)
+"""The components of class 0: 0 is common, 1 is rare."""
 CLEAN = PROCESS.schedule.at(math.inf)
 SPAN = 2.4
 COUNT, STEPS = 400, 40
 
 
 def class_of(x: Tensor, level: Level) -> Tensor:
-    """Logits of the classes of noisy x."""
+    """The logits (N, 2) of the classes of noisy x."""
     return _logits(MIXTURE, x, level)
 
 
 def class_of_x0(x0: Tensor, level: Level) -> Tensor:
-    """Logits of the classes of clean data, as a classifier off the shelf gives them."""
+    """The logits (N, 2) of the classes of clean data, as an ordinary classifier computes them."""
     return _logits(MIXTURE, x0, CLEAN)
 
 
 def rarity_of(x: Tensor, level: Level) -> Tensor:
-    """Logits of the component of class 0, the rare one last: the exact classifier for MinorityGuidance."""
+    """The logits (N, 2) of the components of class 0, the exact classifier of MinorityGuidance."""
     return _logits(COMPONENTS, x, level)
 
 
-class Panel(NamedTuple):
-    """A rule, and what samples by it."""
+class GuidedSampler(NamedTuple):
+    """A guidance rule and the sampler that uses it."""
 
     rule: Guidance
     sampler: Sampler = DDIM()
 
 
 PANELS = {
-    "conditional, w = 1": Panel(CFG(1.0)),
-    "CFG, w = 3": Panel(CFG(3.0)),
-    "Rescale(CFG), φ = 0.7": Panel(Rescale(CFG(3.0))),
-    "APG, w = 3": Panel(APG(3.0)),
-    "Interval(CFG), (0.3, 1.6]": Panel(Interval(CFG(3.0), sigma=(0.3, 1.6))),
-    "AdaptiveGuidance(CFG), 0.97": Panel(AdaptiveGuidance(CFG(3.0), 0.97)),
-    "AutoGuidance, w = 2": Panel(AutoGuidance(2.0, WEAKER)),
-    "CFG from label 1, w = 1.5": Panel(CFG(1.5, Label(1))),
-    "Composed: less of label 1": Panel(ComposedConditions((1,), (-0.25,), 2.0)),
-    "CFGPlusPlus, w = 0.6": Panel(CFGPlusPlus(0.6)),
-    "CFGZeroStar, w = 3": Panel(CFGZeroStar(3.0)),
-    "CFG(3), 5 corrections": Panel(CFG(3.0), PredictorCorrector(corrections=5, guides="corrector")),
-    "classifier of x_0, w = 2": Panel(ClassifierGuidance(class_of_x0, 2.0, input="x0")),
-    "GFCG, w = 3": Panel(GFCG(class_of_x0, 3.0)),
-    "MinorityGuidance, w = 1": Panel(MinorityGuidance(rarity_of, 1.0, label=1)),
+    "conditional, w = 1": GuidedSampler(CFG(1.0)),
+    "CFG, w = 3": GuidedSampler(CFG(3.0)),
+    "Rescale(CFG), φ = 0.7": GuidedSampler(Rescale(CFG(3.0))),
+    "APG, w = 3": GuidedSampler(APG(3.0)),
+    "Interval(CFG), (0.3, 1.6]": GuidedSampler(Interval(CFG(3.0), sigma=(0.3, 1.6))),
+    "AdaptiveGuidance(CFG), 0.97": GuidedSampler(AdaptiveGuidance(CFG(3.0), 0.97)),
+    "AutoGuidance, w = 2": GuidedSampler(AutoGuidance(2.0, WEAKER)),
+    "CFG from label 1, w = 1.5": GuidedSampler(CFG(1.5, Label(1))),
+    "Composed: less of label 1": GuidedSampler(ComposedConditions((1,), (-0.25,), 2.0)),
+    "CFGPlusPlus, w = 0.6": GuidedSampler(CFGPlusPlus(0.6)),
+    "CFGZeroStar, w = 3": GuidedSampler(CFGZeroStar(3.0)),
+    "CFG(3), 5 corrections": GuidedSampler(
+        CFG(3.0), PredictorCorrector(corrections=5, guides="corrector")
+    ),
+    "classifier of x_0, w = 2": GuidedSampler(ClassifierGuidance(class_of_x0, 2.0, input="x0")),
+    "GFCG, w = 3": GuidedSampler(GFCG(class_of_x0, 3.0)),
+    "MinorityGuidance, w = 1": GuidedSampler(MinorityGuidance(rarity_of, 1.0, label=1)),
 }
 
 
 def draw_fields(folder: Path, logsnr: float = 0.0) -> None:
-    """Write guidance-fields.png: where a step to half of the noise leads, from points x/α at one level."""
+    """Write guidance-fields.png: the change of points x/α by a step to half of the noise.
+
+    Args:
+        folder: folder of the pictures.
+        logsnr: λ of the points.
+    """
     here, there = (PROCESS.schedule.at(value) for value in (logsnr, logsnr + 2 * math.log(2)))
     y = _lattice(13)
-    made, axes = _panels()
+    figure, axes = _panels()
     for axis, (title, panel) in zip(axes, PANELS.items(), strict=True):
         change = _next(panel.rule, y, here, there) - y
         _contours(axis, here)
@@ -102,22 +109,26 @@ def draw_fields(folder: Path, logsnr: float = 0.0) -> None:
             *y.T, *change.T, angles="xy", scale_units="xy", scale=2.5, width=0.004, color="black"
         )
         axis.set_title(title, fontsize=9)
-    save_figure(made, folder / "guidance-fields.png", dpi=80)
+    save_figure(figure, folder / "guidance-fields.png", dpi=80)
 
 
 def draw_samples(folder: Path) -> None:
-    """Write guidance-samples.png: samples of class 0 by each rule, all from the same seeds."""
-    made, axes = _panels()
+    """Write guidance-samples.png: samples of class 0 by each rule from common seeds.
+
+    Args:
+        folder: folder of the pictures.
+    """
+    figure, axes = _panels()
     for axis, (title, panel) in zip(axes, PANELS.items(), strict=True):
-        x = samples(panel)
+        x = draw_class_0(panel)
         _contours(axis, CLEAN)
         axis.plot(*x.T, ".", color="black", markersize=2.5)
         axis.set_title(f"{title}: {float((x[:, 0] > 0.5).float().mean()):.0%} rare", fontsize=9)
-    save_figure(made, folder / "guidance-samples.png", dpi=80)
+    save_figure(figure, folder / "guidance-samples.png", dpi=80)
 
 
-def samples(panel: Panel) -> Tensor:
-    """Samples of class 0, (COUNT, 2)."""
+def draw_class_0(panel: GuidedSampler) -> Tensor:
+    """Draw (COUNT, 2) samples of class 0."""
     labels = torch.zeros(COUNT, dtype=torch.int64)
     return sample(
         MIXTURE,
@@ -132,7 +143,7 @@ def samples(panel: Panel) -> Tensor:
 
 
 def _next(rule: Guidance, y: Tensor, here: Level, there: Level) -> Tensor:
-    """The first-order step in y = x/α, by a rule that is asked for the second time."""
+    """The first-order step in y = x/α, after an evaluation that fills the memory of the rule."""
     x, labels, memory = here.alpha * y, torch.zeros(len(y), dtype=torch.int64), None
     for index in (0, 1):
         step = Step(PROCESS, here, here, there, index, 2)
@@ -141,15 +152,15 @@ def _next(rule: Guidance, y: Tensor, here: Level, there: Level) -> Tensor:
 
 
 def _panels() -> tuple[Any, Any]:
-    made, axes = create_figure(5, math.ceil(len(PANELS) / 5), width=3.1, height=3.2)
+    figure, axes = create_figure(5, math.ceil(len(PANELS) / 5), width=3.1, height=3.2)
     axes = axes[: len(PANELS)]
     for axis in axes:
         axis.set(xlim=(-SPAN, SPAN), ylim=(-SPAN, SPAN), aspect="equal")
-    return made, axes
+    return figure, axes
 
 
 def _contours(axis: Any, level: Level) -> None:
-    """Densities of y = x/α: class 0 filled, class 1 dashed."""
+    """Draw the densities of y = x/α: class 0 filled, class 1 dashed."""
     y = _lattice(81)
     for label, draw, style in (
         (0, axis.contourf, {"cmap": "Greys", "alpha": 0.6}),

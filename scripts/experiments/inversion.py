@@ -1,6 +1,7 @@
 """Errors of images that are inverted and sampled again, or replayed from edit-friendly noise maps.
 
-error = |x_0' - x_0| / |x_0|, where DDIM samples x_0' over the same knots from the result of `invert`
+error = |x_0' - x_0| / |x_0|, where DDIM samples x_0' over the same knots from the result of
+`invert`
 """
 
 from collections.abc import Iterator, Sequence

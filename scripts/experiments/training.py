@@ -1,8 +1,8 @@
 """How soon each combination of schedule, loss weight and objective makes good samples of digits.
 
-All runs share the network, data order, noise and learning rate. After 100, 200, 400 and 800 steps the
-averaged network draws 500 digits over common λ knots; measured are their Fréchet distances to the
-training scans and to the held-out scans.
+All runs share the network, data order, noise and learning rate. After 100, 200, 400 and 800 steps
+the averaged network draws 500 digits over common λ knots; measured are their Fréchet distances to
+the training scans and to the held-out scans.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping

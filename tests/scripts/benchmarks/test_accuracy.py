@@ -1,4 +1,4 @@
-"""The accuracy measurement: its reference is the exact flow, everything begins and ends where it should, the report adds up."""
+"""The accuracy benchmark: exact flow, start and end of all runs, tables and picture."""
 
 import math
 
@@ -9,24 +9,24 @@ from benchmarks.accuracy import (
     GRIDS,
     SAMPLERS,
     START,
+    FlowError,
+    Measurement,
     Problem,
-    Row,
-    Score,
-    accuracy,
     flow,
     knots_for,
+    measure_accuracy,
+    measure_diffcore,
     problems,
     spectra,
 )
-from benchmarks.accuracy import ours as ours_of
-from benchmarks.schedulers import SCHEDULERS, theirs
+from benchmarks.schedulers import SCHEDULERS, measure_diffusers
 
 from diffcore.core.oracle import Empirical, GaussianMixture
 from diffcore.core.process import Process
 from diffcore.samplers import DDIM, Heun
 from diffcore.schedules import Cosine
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers'
+pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers
 DEVIATIONS, MEAN = (
     torch.tensor([0.6, 0.2], dtype=torch.float64),
     torch.tensor([[0.4, -0.3]], dtype=torch.float64),
@@ -35,14 +35,14 @@ DEVIATIONS, MEAN = (
 
 @pytest.fixture(scope="module")
 def gaussian():
-    """Its flow is known in closed form."""
+    """A problem whose flow is known in closed form."""
     return Problem(
         GaussianMixture(MEAN, torch.diag(DEVIATIONS**2)[None], process=Process(shape=(2,))), 16
     )
 
 
 def exact(problem, level):
-    """x - α m goes as the standard deviation √(α² s² + σ²) of each axis."""
+    """Along the flow, x - α m is proportional to the standard deviation √(α² s² + σ²)."""
     first = Cosine().at(START)
     spread = [(it.alpha**2 * DEVIATIONS**2 + it.sigma**2).sqrt() for it in (first, level)]
     return level.alpha * MEAN + (problem.start - first.alpha * MEAN) * spread[1] / spread[0]
@@ -57,7 +57,9 @@ def test_the_reference_is_the_exact_flow(gaussian):
         torch.testing.assert_close(gaussian.at(level), exact(gaussian, level), rtol=0, atol=1e-8)
     vp, ve = Cosine().at(1.0), Cosine(scaling="ve").at(1.0)
     torch.testing.assert_close(gaussian.at(ve), gaussian.at(vp) / vp.alpha, rtol=1e-12, atol=1e-12)
-    assert gaussian.score(gaussian.end + torch.tensor([3.0, 4.0])) == pytest.approx((5.0, None))
+    assert gaussian.measure_error(gaussian.end + torch.tensor([3.0, 4.0])) == pytest.approx(
+        (5.0, None)
+    )
 
 
 def test_flips_are_ends_nearest_to_another_point():
@@ -66,20 +68,20 @@ def test_flips_are_ends_nearest_to_another_point():
     torch.testing.assert_close(problem.end.abs(), points[1].expand(8, 2), rtol=0, atol=1e-12)
     x = problem.end.clone()
     x[:2] *= -0.1
-    assert problem.score(x) == Score(pytest.approx(0.0, abs=1e-12), 0.25)
+    assert problem.measure_error(x) == FlowError(pytest.approx(0.0, abs=1e-12), 0.25)
 
 
 @pytest.mark.parametrize(
     "entry", [e for e in SCHEDULERS if e.grid != "beta"], ids=lambda e: f"{e.method}, {e.grid}"
 )
 def test_every_scheduler_of_diffusers_comes_closer_with_more_evaluations(entry, gaussian):
-    """Asked at another level, or given another output, it would not; beta spacing of σ errs however many there are."""
-    found = []
+    """A wrong level or output would prevent that; beta spacing errs at any number of evaluations."""
+    errors = []
     for count in (6, 24):
-        x, evaluations = entry.run(gaussian, entry.ready(count))
+        x, evaluations = entry.run(gaussian, entry.prepare(count))
         assert count - 2 < evaluations <= count
-        found.append(gaussian.score(x).median)
-    assert found[1] < found[0] / 1.25
+        errors.append(gaussian.measure_error(x).median)
+    assert errors[1] < errors[0] / 1.25
 
 
 @pytest.mark.parametrize("count", (1, 5, 8))
@@ -96,10 +98,16 @@ def test_a_sampler_has_the_most_steps_that_its_evaluations_allow(count):
     assert len(knots_for(Heun(), *GRIDS["Karras()"], 5)) == 4  # two, two, one
 
 
-def test_both_sides_are_measured_row_by_row(gaussian, monkeypatch):
+def test_both_sides_are_measured_on_all_grids(gaussian, monkeypatch):
     monkeypatch.setattr("benchmarks.accuracy.SAMPLERS", (DDIM(),))
     monkeypatch.setattr("benchmarks.schedulers.SCHEDULERS", SCHEDULERS[:2])
-    rows = list(accuracy({"ours": ours_of, "diffusers": theirs}, counts=(5, 10), gaussian=gaussian))
+    rows = list(
+        measure_accuracy(
+            {"ours": measure_diffcore, "diffusers": measure_diffusers},
+            counts=(5, 10),
+            gaussian=gaussian,
+        )
+    )
     assert [row.side for row in rows] == ["ours"] * 2 * len(GRIDS) + ["diffusers"] * 4
     same = [
         row
@@ -109,7 +117,7 @@ def test_both_sides_are_measured_row_by_row(gaussian, monkeypatch):
     assert same[0].median == pytest.approx(same[1].median, rel=1e-3)  # DDIM is DDIM
 
 
-def test_the_standard_problems_are_what_they_say():
+def test_the_standard_problems_have_their_documented_sizes():
     made = problems(4)
     assert [problem.oracle.process.shape for problem in made.values()] == [(2,), (64,), (1, 8, 8)]
     assert made["digits"].points.shape == (1500, 1, 8, 8)
@@ -117,26 +125,26 @@ def test_the_standard_problems_are_what_they_say():
     assert spectra().eigenvalues[:, 0].sqrt() == pytest.approx(0.8 / 64)
 
 
-def test_a_flow_of_no_length_is_nothing(gaussian):
+def test_the_flow_from_a_level_to_itself_is_the_identity(gaussian):
     level = Cosine().at(START)
     assert flow(gaussian.oracle, gaussian.start, level, level) is gaussian.start
 
 
-# The report ----------------------------------------------------------------------------------------------------------
+# The report ---------------------------------------------------------------------------------------
 
-ROWS = [
-    Row("ours", "A", "g", "plain", 5, 5, 0.2, None),
-    Row("ours", "A", "h", "plain", 5, 5, 0.1, None),
-    Row("ours", "B", "h", "plain", 5, 4, math.nan, None),
-    Row("diffusers", "C", "g", "plain", 5, 5, 0.3, None),
-    Row("ours", "A", "g", "points", 5, 5, 0.5, 0.0),
-    Row("ours", "A", "h", "points", 5, 5, 0.2, 0.25),
-    Row("diffusers", "C", "g", "points", 5, 5, 0.1, 0.5),
+MEASUREMENTS = [
+    Measurement("ours", "A", "g", "plain", 5, 5, 0.2, None),
+    Measurement("ours", "A", "h", "plain", 5, 5, 0.1, None),
+    Measurement("ours", "B", "h", "plain", 5, 4, math.nan, None),
+    Measurement("diffusers", "C", "g", "plain", 5, 5, 0.3, None),
+    Measurement("ours", "A", "g", "points", 5, 5, 0.5, 0.0),
+    Measurement("ours", "A", "h", "points", 5, 5, 0.2, 0.25),
+    Measurement("diffusers", "C", "g", "points", 5, 5, 0.1, 0.5),
 ]
 
 
 def test_the_summary_holds_the_closest_of_each_side_and_the_default():
-    lines = report.summary(ROWS, "A, h", 4).splitlines()
+    lines = report.format_summary(MEASUREMENTS, "A, h", 4).splitlines()
     assert lines[2] == "| plain | 5 | A, h | 0.1 | C, g | 0.3 | 0.1 | 1.00 |"
     assert (
         lines[3] == "| points | 5 | A, g | 0.0% (0.5) | C, g | 50.0% (0.1) | 25.0% (0.2) | 2.00 |"
@@ -144,13 +152,13 @@ def test_the_summary_holds_the_closest_of_each_side_and_the_default():
 
 
 def test_the_ranking_is_over_all_cells():
-    ranked = report.ranking(ROWS, 4)
+    ranked = report.rank_combinations(MEASUREMENTS, 4)
     assert [name for _, _, name in ranked] == ["A, g", "A, h"]  # B is not finite; both means are √2
     assert ranked[0][:2] == pytest.approx((2**0.5, 2.0))
 
 
 def test_each_method_is_shown_with_its_best_grid():
-    lines = report.by_method(ROWS, "plain").splitlines()
+    lines = report.format_methods(MEASUREMENTS, "plain").splitlines()
     assert lines[2:] == [
         "| ours | A | h | 0.1 |",
         "| ours | B | h | nan |",
@@ -163,7 +171,9 @@ def test_the_default_is_measured():
 
 
 def test_the_picture_is_drawn(tmp_path):
-    rows = [*ROWS, *(Row("ours", "DDIM(eta=0.0)", "Trailing, Cosine", name, 5, 5, 1.0, flips)
-                     for name, flips in (("plain", None), ("points", 1.0)))]  # fmt: skip
-    report.picture(rows, "A, h", tmp_path / "accuracy.png")
+    ddim = [
+        Measurement("ours", "DDIM(eta=0.0)", "Trailing, Cosine", name, 5, 5, 1.0, flips)
+        for name, flips in (("plain", None), ("points", 1.0))
+    ]
+    report.draw([*MEASUREMENTS, *ddim], "A, h", tmp_path / "accuracy.png")
     assert (tmp_path / "accuracy.png").stat().st_size > 5000

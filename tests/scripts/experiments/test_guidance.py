@@ -1,4 +1,4 @@
-"""The study of guidance: measurements, counts, tables and pictures; and the pictures of a mixture."""
+"""The study of guidance: measurements, counts, tables, and pictures."""
 
 from functools import partial
 
@@ -198,7 +198,7 @@ def test_pictures_are_drawn(tmp_path, monkeypatch):
 
 
 def test_the_classifiers_of_the_mixture_are_exact():
-    """At clean data beside a component both classifiers name it; p(class 0) is its weight at pure noise."""
+    """Clean data belongs to the nearest component; p(class 0) is its weight at pure noise."""
     x = fields.MEANS
     assert fields.class_of_x0(x, None).argmax(1).tolist() == [0, 0, 1, 1]
     assert fields.rarity_of(x[:2], fields.CLEAN).argmax(1).tolist() == [0, 1]

@@ -1,0 +1,202 @@
+"""Times of the same work by two sides, measured in alternation in one process.
+
+    r_i = (seconds of ours in pair i) / (seconds of the other side in pair i)
+
+Reported are the median of r and the interval [r_(k), r_(n+1-k)] of the sorted ratios with the
+largest k that covers the median with probability 1 - 2 P(Bin(n, ½) < k) ≥ 95 %, whatever the
+distribution.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+
+__all__ = [
+    "WARMUP_PAIRS",
+    "Comparison",
+    "check_pairs",
+    "coverage",
+    "median_interval",
+    "median_rank",
+    "repeat",
+    "synchronize",
+    "time_pairs",
+]
+
+MINIMUM_PAIRS = 30
+WARMUP_PAIRS = 3
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Seconds of both sides in each pair.
+
+    Args:
+        name: name of the work.
+        bound: ratio that ours should not exceed.
+        ours: seconds of one unit of work by diffcore.
+        other: seconds of the same work by the other side.
+    """
+
+    name: str
+    bound: float
+    ours: tuple[float, ...]
+    other: tuple[float, ...]
+
+    @property
+    def ratios(self) -> list[float]:
+        """The seconds of ours over those of the other side, for each pair."""
+        return [ours / other for ours, other in zip(self.ours, self.other, strict=True)]
+
+    @property
+    def ratio(self) -> float:
+        """The median of the ratios."""
+        return median(self.ratios)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The interval that covers the median of the ratios' distribution."""
+        return median_interval(self.ratios)
+
+    @property
+    def cells(self) -> list[str]:
+        """The cells of a table: name, milliseconds of both sides, ratio, interval, bound."""
+        low, high = self.interval
+        return [
+            self.name,
+            f"{1000 * median(self.ours):.1f}",
+            f"{1000 * median(self.other):.1f}",
+            f"{self.ratio:.3f}",
+            f"{low:.3f} to {high:.3f}",
+            str(self.bound),
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Convert to plain data.
+
+        Returns:
+            The fields, the ratio and its interval.
+        """
+        return {
+            **asdict(self),
+            "ratio": self.ratio,
+            "interval": self.interval,
+            "coverage": coverage(len(self.ours)),
+        }
+
+
+def median_rank(count: int, confidence: float = CONFIDENCE) -> int:
+    """The largest k such that the k-th smallest and k-th largest values enclose the median.
+
+    Args:
+        count: number of values.
+        confidence: probability with which they do so.
+
+    Returns:
+        The rank k, counted from 1.
+
+    Raises:
+        ValueError: not even the extremes do so (fewer than 6 values at 95 %).
+    """
+    outside, rank = 0.0, 0
+    while 2 * (outside + math.comb(count, rank) / 2**count) <= 1 - confidence:
+        outside += math.comb(count, rank) / 2**count
+        rank += 1
+    if not rank:
+        raise ValueError(
+            f"{count} values have no interval of the median at {confidence:.0%}: measure more"
+        )
+    return rank
+
+
+def coverage(count: int) -> float:
+    """The probability, a number in [0, 1], that the interval of `count` values covers the median."""
+    return 1 - 2 * sum(math.comb(count, j) for j in range(median_rank(count))) / 2**count
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The order statistics that enclose the median of the values' distribution.
+
+    Args:
+        values: independent draws, at least 6.
+
+    Returns:
+        Lower and upper end.
+    """
+    rank, ordered = median_rank(len(values)), sorted(values)
+    return ordered[rank - 1], ordered[-rank]
+
+
+def time_pairs(
+    ours: Callable[[], object],
+    other: Callable[[], object],
+    pairs: int,
+    warmup: int = WARMUP_PAIRS,
+    clock: Callable[[], float] = perf_counter,
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Measure both sides in alternation: ours first in even pairs, the other first in odd pairs.
+
+    Args:
+        ours: work by diffcore.
+        other: the same work by the other side.
+        pairs: number of measured pairs.
+        warmup: number of pairs before them, which are dropped.
+        clock: returns the time in seconds.
+
+    Returns:
+        Seconds of ours and of the other side in each measured pair.
+    """
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for pair in range(warmup + pairs):
+        for side in (0, 1) if pair % 2 == 0 else (1, 0):
+            start = clock()
+            (ours, other)[side]()
+            seconds[side].append(clock() - start)
+    return tuple(seconds[0][warmup:]), tuple(seconds[1][warmup:])
+
+
+def check_pairs(pairs: int) -> None:
+    """Refuse fewer pairs than a result needs.
+
+    Args:
+        pairs: number of pairs.
+
+    Raises:
+        ValueError: there are fewer than 30.
+    """
+    if pairs < MINIMUM_PAIRS:
+        raise ValueError(
+            f"pairs is {pairs}, expected at least {MINIMUM_PAIRS}: fewer cannot separate a ratio "
+            "of 1.03 from the scatter"
+        )
+
+
+def repeat(step: Callable[[], object], count: int) -> Callable[[], None]:
+    """Combine steps into one unit of work, which ends when the accelerator has finished them.
+
+    Args:
+        step: one step.
+        count: number of steps.
+
+    Returns:
+        The unit of work.
+    """
+
+    def work() -> None:
+        for _ in range(count):
+            step()
+        synchronize()
+
+    return work
+
+
+def synchronize() -> None:
+    """Wait for the accelerator, if there is one."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
