@@ -102,7 +102,7 @@ class Measurement:
 
     @property
     def error(self) -> float:
-        """The number that methods are compared by: flips for a set of data points, else distance."""
+        """The number to compare: flips if the data is a set of points, else the median distance."""
         return self.median if self.flips is None else self.flips
 
 

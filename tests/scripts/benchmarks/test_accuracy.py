@@ -75,7 +75,7 @@ def test_flips_are_ends_nearest_to_another_point():
     "entry", [e for e in SCHEDULERS if e.grid != "beta"], ids=lambda e: f"{e.method}, {e.grid}"
 )
 def test_every_scheduler_of_diffusers_comes_closer_with_more_evaluations(entry, gaussian):
-    """A wrong level or output would prevent that; beta spacing errs at any number of evaluations."""
+    """A wrong level or output would prevent that; beta spacing errs at every count."""
     errors = []
     for count in (6, 24):
         x, evaluations = entry.run(gaussian, entry.prepare(count))
