@@ -17,10 +17,10 @@ from diffcore.core.process import Process
 from diffcore.io.parser import ComponentParser
 from diffcore.io.safetensors import read_weights
 
-Optimizer = Callable[
+OptimizerFactory = Callable[
     [Iterable[nn.Parameter], float], torch.optim.Optimizer
 ]  # of parameters and learning rate
-Network = Callable[[], nn.Module]
+NetworkFactory = Callable[[], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ class Run:
     def network(self) -> nn.Module:
         """A network of this run's architecture, with new weights."""
         parser = ComponentParser(exit_on_error=False)
-        parser.add_argument("--network", type=Network)
-        network: Network = parser.instantiate(
+        parser.add_argument("--network", type=NetworkFactory)
+        network: NetworkFactory = parser.instantiate(
             parser.parse_object({"network": self.settings()["network"]})
         ).network
         return network()
@@ -98,10 +98,12 @@ class Run:
     def denoiser(
         self, device: torch.device | str = "cpu", network: nn.Module | None = None
     ) -> Denoiser:
-        """The averaged network with its process, ready to sample; a run made in Python, without a config, needs its `network`.
+        """The averaged network with its process, ready to sample; a run made in Python, without a
+        config, needs its `network`.
 
         Raises:
-            ValueError: the folder is not a run's, or its weights are not what was written or do not fit the network.
+            ValueError: the folder is not a run's, or its weights are not what was written or do not
+                fit the network.
         """
         network = self.network() if network is None else network
         process = Process.load(self.process)
@@ -112,7 +114,8 @@ class Run:
         )
         if wrong:
             raise ValueError(
-                f"{self.weights} does not fit the network of {self.config}: {len(wrong)} tensors are missing, unknown or "
+                f"{self.weights} does not fit the network of {self.config}: {len(wrong)} tensors "
+                "are missing, unknown or "
                 f"of another shape, such as {wrong[0]}"
             )
         network.load_state_dict(tensors)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from diffcore.core.denoiser import Denoise
+from diffcore.core.denoiser import DenoiserProtocol
 from diffcore.core.prediction import Prediction
 from diffcore.guidance.base import Contrast, GuidanceInput
 from diffcore.guidance.reference import NETWORK_FIELD, Reference, Unconditional, WeakerNetwork
@@ -76,7 +76,7 @@ class AutoGuidance(CFG):
     """
 
     reference: Reference = field(init=False, default=Unconditional())
-    weaker: str | Denoise = field(default="", metadata=NETWORK_FIELD)
+    weaker: str | DenoiserProtocol = field(default="", metadata=NETWORK_FIELD)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from diffcore.core.denoiser import Denoise
+from diffcore.core.denoiser import DenoiserProtocol
 from diffcore.core.prediction import Prediction
 from diffcore.core.process import Process
 from diffcore.guidance.base import (
@@ -207,7 +207,11 @@ class MinorityGuidance(ClassifierGuidance):
 
 
 def minority_score(
-    denoiser: Denoise, x0: Tensor, eps: Tensor, level: Level, condition: Tensor | None = None
+    denoiser: DenoiserProtocol,
+    x0: Tensor,
+    eps: Tensor,
+    level: Level,
+    condition: Tensor | None = None,
 ) -> Tensor:
     """‖x_0 - x̂_0(α x_0 + σ ε)‖² / n, the error with which a denoiser reconstructs each sample.
 
@@ -281,7 +285,7 @@ class GFCG(Guidance[GFCGMemory]):
 
     classifier: Classifier
     scale: ScaleLike = 2.0
-    weaker: str | Denoise = field(default="", metadata=NETWORK_FIELD, repr=False)
+    weaker: str | DenoiserProtocol = field(default="", metadata=NETWORK_FIELD, repr=False)
 
     def __post_init__(self) -> None:
         check_scale(self.scale)

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from diffcore.core.denoiser import Denoise
+from diffcore.core.denoiser import DenoiserProtocol
 from diffcore.core.prediction import Prediction
 from diffcore.guidance.reference import Query, Reference
 from diffcore.schedules import Level
@@ -39,7 +40,7 @@ class AlteredNetwork(Reference):
         if not self.layers:
             raise ValueError("layers is empty, expected names of modules, such as mid_block.*")
 
-    def query(self, denoiser: Denoise, condition: Tensor | None, x: Tensor) -> Query:
+    def query(self, denoiser: DenoiserProtocol, condition: Tensor | None, x: Tensor) -> Query:
         return Query(_AlteredDenoiser(denoiser, self), condition)
 
     @contextmanager
@@ -144,12 +145,21 @@ class SkippedLayers(AlteredNetwork):
 class _AlteredDenoiser:
     """A denoiser whose network is altered during each evaluation."""
 
-    def __init__(self, denoiser: Denoise, alteration: AlteredNetwork) -> None:
+    def __init__(self, denoiser: DenoiserProtocol, alteration: AlteredNetwork) -> None:
         self.denoiser, self.alteration, self.process = denoiser, alteration, denoiser.process
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the inner denoiser."""
+        return self.denoiser.device
+
+    @property
+    def network(self) -> nn.Module | None:
+        """The network of the inner denoiser."""
+        return self.denoiser.network
+
     def __call__(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Prediction:
-        network = getattr(self.denoiser, "network", None)
-        if not isinstance(network, nn.Module):
+        if (network := self.network) is None:
             raise ValueError(
                 f"{self.alteration} needs a network with layers: use Unconditional, Label or "
                 f"WeakerNetwork"

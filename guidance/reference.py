@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from diffcore.core.denoiser import Denoise, null_condition
+from diffcore.core.denoiser import DenoiserProtocol, null_condition
 from diffcore.core.prediction import Prediction
 from diffcore.core.process import Process
 from diffcore.schedules import Level
@@ -52,7 +52,7 @@ class Query(NamedTuple):
         condition: (B,) labels, or None without a condition.
     """
 
-    denoiser: Denoise
+    denoiser: DenoiserProtocol
     condition: Tensor | None
 
 
@@ -81,7 +81,7 @@ class Reference(ABC):
         return
 
     @abstractmethod
-    def query(self, denoiser: Denoise, condition: Tensor | None, x: Tensor) -> Query:
+    def query(self, denoiser: DenoiserProtocol, condition: Tensor | None, x: Tensor) -> Query:
         """Choose the network and the condition whose prediction is the reference.
 
         Args:
@@ -124,7 +124,7 @@ class Unconditional(Reference):
                 "or choose another reference (Label, WeakerNetwork)"
             )
 
-    def query(self, denoiser: Denoise, condition: Tensor | None, x: Tensor) -> Query:
+    def query(self, denoiser: DenoiserProtocol, condition: Tensor | None, x: Tensor) -> Query:
         return Query(denoiser, null_condition(denoiser.process, len(x), x.device))
 
 
@@ -149,7 +149,7 @@ class Label(Reference):
                 f"classes: use labels below {process.classes}"
             )
 
-    def query(self, denoiser: Denoise, condition: Tensor | None, x: Tensor) -> Query:
+    def query(self, denoiser: DenoiserProtocol, condition: Tensor | None, x: Tensor) -> Query:
         return Query(denoiser, torch.full((len(x),), self.label, device=x.device))
 
 
@@ -178,7 +178,7 @@ class LabelPerSample(Reference):
         if self.base is not None:
             self.base.check_level(level)
 
-    def query(self, denoiser: Denoise, condition: Tensor | None, x: Tensor) -> Query:
+    def query(self, denoiser: DenoiserProtocol, condition: Tensor | None, x: Tensor) -> Query:
         base = (
             Query(denoiser, condition)
             if self.base is None
@@ -198,7 +198,7 @@ class WeakerNetwork(Reference):
         network: denoiser of the weaker network; on the command line the folder of its run.
     """
 
-    network: str | Denoise = field(metadata=NETWORK_FIELD)
+    network: str | DenoiserProtocol = field(metadata=NETWORK_FIELD)
 
     def check(self, process: Process, condition: Condition, rule: str) -> None:
         if isinstance(self.network, str):
@@ -223,7 +223,7 @@ class WeakerNetwork(Reference):
         weaker = self.network.process
         weaker.check_level(weaker.schedule.at(level.logsnr), "for the weaker network, a knot")
 
-    def query(self, denoiser: Denoise, condition: Tensor | None, x: Tensor) -> Query:
+    def query(self, denoiser: DenoiserProtocol, condition: Tensor | None, x: Tensor) -> Query:
         assert not isinstance(self.network, str)  # `check` raises an error for a folder
         return Query(_LevelMatchedDenoiser(self.network), condition)
 
@@ -235,8 +235,18 @@ class WeakerNetwork(Reference):
 class _LevelMatchedDenoiser:
     """A denoiser that accepts x and levels of another process."""
 
-    def __init__(self, denoiser: Denoise) -> None:
+    def __init__(self, denoiser: DenoiserProtocol) -> None:
         self.denoiser, self.process = denoiser, denoiser.process
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the inner denoiser."""
+        return self.denoiser.device
+
+    @property
+    def network(self) -> nn.Module | None:
+        """The network of the inner denoiser."""
+        return self.denoiser.network
 
     def __call__(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Prediction:
         if self.process.schedule == level.schedule:
@@ -293,7 +303,7 @@ def _concatenate_conditions(queries: Sequence[Query], x: Tensor) -> Tensor | Non
 
 
 def _evaluate(
-    denoiser: Denoise, x: Tensor, level: Level, condition: Tensor | None, micro_batch: int
+    denoiser: DenoiserProtocol, x: Tensor, level: Level, condition: Tensor | None, micro_batch: int
 ) -> Prediction:
     """Evaluate in calls of exactly `micro_batch` samples, the last one padded; 0 is one call."""
     if not micro_batch:
@@ -307,7 +317,7 @@ def _evaluate(
     return Prediction(*(torch.cat(values)[: len(x)] for values in zip(*parts, strict=True)))
 
 
-def load_weaker_networks(part: Part, load: Callable[[str], Denoise]) -> Part:
+def load_weaker_networks(part: Part, load: Callable[[str], DenoiserProtocol]) -> Part:
     """Replace each run folder in a rule or reference by the denoiser of that run.
 
     Args:
@@ -329,7 +339,7 @@ def load_weaker_networks(part: Part, load: Callable[[str], Denoise]) -> Part:
     return replace(part, **changes) if changes else part
 
 
-def _load_value(value: Any, holds_network: bool, load: Callable[[str], Denoise]) -> Any:
+def _load_value(value: Any, holds_network: bool, load: Callable[[str], DenoiserProtocol]) -> Any:
     if holds_network and isinstance(value, str):
         return load(value)
     if isinstance(value, tuple):
@@ -338,7 +348,7 @@ def _load_value(value: Any, holds_network: bool, load: Callable[[str], Denoise])
     return load_weaker_networks(value, load)
 
 
-def find_weaker_networks(part: Any) -> Iterator[Denoise]:
+def find_weaker_networks(part: Any) -> Iterator[DenoiserProtocol]:
     """Iterate over the networks that a rule or reference evaluates beside the guided one.
 
     Yields:

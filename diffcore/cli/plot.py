@@ -187,7 +187,7 @@ def effective_weight(training: TrainingLevels, on: PredictionType, logsnr: Tenso
         The weight, in the shape of `logsnr`; w(λ) within the schedule if the objective is corrected
         for p.
     """
-    weight = training.objective.weight.on(on, logsnr, training.process.sigma_data)
+    weight = training.objective.weight.target_weight(on, logsnr, training.process.sigma_data)
     density = training.process.schedule.density(logsnr)
     return weight * (density > 0) if training.objective.corrected else weight * density
 
@@ -238,7 +238,9 @@ def draw_weights(
     styles = list(line_styles(len(weights) + len(trainings)))
     if weights:
         for weight, style in zip(weights, styles, strict=False):
-            axes[0].plot(LOGSNR, weight.on(on, LOGSNR, sigma_data), label=_legend(weight), **style)
+            axes[0].plot(
+                LOGSNR, weight.target_weight(on, LOGSNR, sigma_data), label=_legend(weight), **style
+            )
         title = f"weight on the squared error of {TARGETS[on]}"
         axes[0].set(title=title, ylabel="w(λ)", xlabel=LOGSNR_LABEL)
         axes[0].set(yscale="log", ylim=(1e-4, 1e4))

@@ -1,4 +1,6 @@
-"""The denoiser: any network with its process, asked about x at a level, answers with a Prediction(x0, eps)."""
+"""Denoisers: x at a noise level -> Prediction(x0, eps). `Denoiser` makes one of a network and its
+process.
+"""
 
 from typing import Any, Protocol
 
@@ -9,23 +11,67 @@ from diffcore.core.prediction import Prediction, predict, scale_input
 from diffcore.core.process import Process
 from diffcore.schedules import Level, Real
 
+__all__ = ["Denoiser", "DenoiserProtocol", "extract_tensor", "null_condition"]
 
-class Denoise(Protocol):
-    """What samplers and guidance ask: a network's Denoiser, or an exact one of diffcore.core.oracle."""
+
+class DenoiserProtocol(Protocol):
+    """The interface of a denoiser, which samplers and guidance rules evaluate.
+
+    `Denoiser` and the exact denoisers of `diffcore.core.oracle` implement it. A class that derives
+    from it inherits the defaults of `device` and `network`.
+    """
 
     process: Process
+    """The diffusion process that the denoiser belongs to."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device on which x and the condition are expected; the host by default."""
+        return torch.device("cpu")
+
+    @property
+    def network(self) -> nn.Module | None:
+        """The network, or None for a denoiser without one, such as a closed formula."""
+        return None
 
     def __call__(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Prediction:
-        """The x_0 and ε in x, of shape (B, *shape), given labels of shape (B,) or nothing."""
+        """E[x_0 | x] and E[ε | x], both of the shape and dtype of x.
+
+        Args:
+            x: noisy samples (B, *shape).
+            level: noise level of all samples, or levels that broadcast against x.
+            condition: int64 class labels (B,); None for no condition.
+        """
         ...
 
 
 class Denoiser(nn.Module):
-    """(x_0, ε) = predict(network(x, time, class_labels=condition), x, level).
+    """A network with its process, as a denoiser.
 
-    The network is any module whose forward takes x, one number a row for the level, and, if the process has classes, the
-    keyword `class_labels`; it returns a tensor, a tuple that begins with it, or an object with it as `sample`, as
-    diffusers' networks do. x and the prediction keep the dtype of x; the network gets its own.
+        (x_0, ε) = predict(network(x, time, class_labels=condition), x, level)
+
+    The network is any module whose forward takes x (B, *shape), the time conditioning (B,) of the
+    noise level, and, if the process has classes, the keyword `class_labels` (B,). It returns a
+    tensor of the shape of x, a tuple that begins with it, or an object with it as attribute
+    `sample`, as the networks of diffusers do. The network is evaluated in the dtype of its
+    parameters, and the prediction has the dtype of x.
+
+    Args:
+        network: the network, on any device.
+        process: the diffusion process that the network was trained on.
+
+    Raises:
+        ValueError: a diffusers network embeds fewer labels than the classes and the null label. Set
+            its `num_class_embeds` to classes + 1.
+
+    Example:
+        >>> process = Process(shape=(1, 8, 8), prediction="sample")
+        >>> class Zero(nn.Module):
+        ...     def forward(self, x, time):
+        ...         return torch.zeros_like(x)
+        >>> denoiser = Denoiser(Zero(), process)
+        >>> denoiser(torch.ones(2, 1, 8, 8), process.schedule.level(0.5)).x0.shape
+        torch.Size([2, 1, 8, 8])
     """
 
     def __init__(self, network: nn.Module, process: Process) -> None:
@@ -36,42 +82,67 @@ class Denoiser(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the network's parameters are."""
+        """The device of the network's parameters, or the host if it has none."""
         return next((p.device for p in self.network.parameters()), torch.device("cpu"))
 
     def forward(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Prediction:
+        """The prediction (x_0, ε), both of the shape and dtype of x.
+
+        Args:
+            x: noisy samples (B, *shape).
+            level: noise level of all samples, or levels that broadcast against x.
+            condition: int64 class labels (B,); None for the null label.
+        """
+        output = self.output(x, level, condition)
         process = self.process
-        return predict(
-            process.prediction, self.output(x, level, condition), x, level.to(x), process.sigma_data
-        )
+        return predict(process.prediction, output, x, level.to(x), process.sigma_data)
 
     def output(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Tensor:
-        """The network's own F at x, in the dtype of x."""
+        """The network's output F at x, of the shape and dtype of x.
+
+        Args:
+            x: noisy samples (B, *shape), not scaled.
+            level: noise level of all samples, or levels that broadcast against x.
+            condition: int64 class labels (B,); None for the null label.
+
+        Raises:
+            ValueError: the output has another shape than x. Set the network's channels and size.
+        """
         process = self.process
         scaled = scale_input(process.prediction, x, level.to(x), process.sigma_data)
         if condition is None:
-            condition = null_condition(self.process, len(x), x.device)
+            condition = null_condition(process, len(x), x.device)
         arguments = {} if condition is None else {"class_labels": condition}
         dtype = next((p.dtype for p in self.network.parameters()), x.dtype)
-        answer = self.network(scaled.to(dtype), _rows(self.process.time(level), x), **arguments)
-        output = tensor_of(answer)
+        time = _time_tensor(process.time(level), x)
+        output = extract_tensor(self.network(scaled.to(dtype), time, **arguments))
         if output.shape != x.shape:
             raise ValueError(
-                f"the network answers {tuple(output.shape)} to x of shape {tuple(x.shape)}: set its channels and size to the "
-                f"process's shape {self.process.shape}"
+                f"the network's output has shape {tuple(output.shape)}, expected that of x, "
+                f"{tuple(x.shape)}: set its channels and size to the process's shape "
+                f"{process.shape}"
             )
         return output.to(x.dtype)
 
 
 def null_condition(
-    process: Process, rows: int, device: torch.device | None = None
+    process: Process, batch_size: int, device: torch.device | None = None
 ) -> Tensor | None:
-    """The condition that means "no condition": the null label, or nothing if the process has no classes."""
-    return torch.full((rows,), process.classes, device=device) if process.classes else None
+    """The null label (batch_size,), or None if the process has no classes.
+
+    Args:
+        process: process of the network.
+        batch_size: number of samples.
+        device: device of the labels; the host by default.
+    """
+    return torch.full((batch_size,), process.classes, device=device) if process.classes else None
 
 
-def _rows(time: Real, x: Tensor) -> Tensor:
-    """One number a row, (B,), in float32 or better (bf16 holds no index above 256); a map of levels stays a map."""
+def _time_tensor(time: Real, x: Tensor) -> Tensor:
+    """The time conditioning (B,), or of the shape of a map of levels.
+
+    It is float32 or better, since bfloat16 holds no index above 256 exactly.
+    """
     dtype = torch.promote_types(x.dtype, torch.float32)
     if not isinstance(time, Tensor):
         return torch.full((len(x),), time, dtype=dtype, device=x.device)
@@ -79,20 +150,25 @@ def _rows(time: Real, x: Tensor) -> Tensor:
 
 
 def _check_embeddings(network: nn.Module, process: Process) -> None:
-    """Diffusers' networks say how many labels they embed: the classes, and the null label."""
+    """Raise if a network of diffusers, which declares its number of labels, has too few of them."""
     embeddings = getattr(getattr(network, "config", None), "num_class_embeds", None)
     if process.classes and embeddings is not None and embeddings <= process.classes:
         raise ValueError(
-            f"the network embeds {embeddings} labels (num_class_embeds), expected {process.classes + 1}: "
-            f"{process.classes} classes and the null label"
+            f"the network embeds {embeddings} labels (num_class_embeds), expected "
+            f"{process.classes + 1}: {process.classes} classes and the null label"
         )
 
 
-def tensor_of(answer: Any) -> Tensor:
-    """A network's answer: a tensor, or one first in a tuple or as `sample`."""
-    answer = answer[0] if isinstance(answer, tuple) else getattr(answer, "sample", answer)
-    if not isinstance(answer, Tensor):
+def extract_tensor(output: Any) -> Tensor:
+    """The tensor in a network's output: the output itself, its first item, or its `sample`.
+
+    Raises:
+        TypeError: the output holds no tensor there. Return one of these three forms.
+    """
+    output = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+    if not isinstance(output, Tensor):
         raise TypeError(
-            f"the network answers a {type(answer).__name__}, expected a tensor, or one first or as `sample`"
+            f"the network's output is a {type(output).__name__}, expected a tensor, a tuple that "
+            f"begins with one, or an object with one as attribute `sample`"
         )
-    return answer
+    return output

@@ -1,7 +1,9 @@
-"""Exact denoisers: distributions whose E[x_0 | x] and E[ε | x] at x = α x_0 + σ ε are known in closed form.
+"""Exact denoisers: distributions whose E[x_0 | x] and E[ε | x] at x = α x_0 + σ ε are known in
+closed form.
 
-Tests, benchmarks and pictures compare samplers and guidance with them. Each answers as a network's Denoiser does, given
-labels or none, so conditional and unconditional fields, and exact guided ones, come from one object.
+Tests, benchmarks and pictures compare samplers and guidance with them. Each answers as a network's
+Denoiser does, given labels or none, so conditional and unconditional fields, and exact guided ones,
+come from one object.
 """
 
 import math
@@ -10,14 +12,16 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from diffcore.core.noise import Stream, normal, uniform
+from diffcore.core.denoiser import DenoiserProtocol
 from diffcore.core.prediction import Prediction
 from diffcore.core.process import Process
+from diffcore.core.random import Stream, normal, uniform
 from diffcore.schedules import Level, Real
 
 
-class Oracle(ABC):
-    """A mixture of known components, each with a class label; a condition keeps the components of its class.
+class Oracle(DenoiserProtocol, ABC):
+    """A mixture of known components, each with a class label; a condition keeps the components of
+    its class.
 
     The label `process.classes` means no condition.
     """
@@ -63,14 +67,16 @@ class Oracle(ABC):
 class GaussianMixture(Oracle):
     """p(x_0) = Σ_k π_k N(m_k, C_k), so that x has components N(α m_k, α² C_k + σ² I).
 
-    E[x_0 | x, k] = m_k + α C_k (α² C_k + σ² I)⁻¹ (x - α m_k), in the eigenbasis of C_k: exact from λ = -inf to +inf.
+    E[x_0 | x, k] = m_k + α C_k (α² C_k + σ² I)⁻¹ (x - α m_k), in the eigenbasis of C_k: exact from
+    λ = -inf to +inf.
 
     Args:
         means: (K, *shape).
         covariances: (K, D, D), positive definite, D the size of one x_0.
         weights: (K,), normalised here; equal by default.
         labels: (K,) class of each component; all 0 by default.
-        process: the schedule and the labels' meaning; a cosine schedule with as many classes as there are labels by default.
+        process: the schedule and the labels' meaning; a cosine schedule with as many classes as
+            there are labels by default.
     """
 
     def __init__(
@@ -117,7 +123,9 @@ class GaussianMixture(Oracle):
         return x0.unflatten(1, self.process.shape).to(self.dtype)
 
     def _whiten(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
-        """Coordinates (B, K, D) of x - α m_k along the axes of component k, and the variances there."""
+        """Coordinates (B, K, D) of x - α m_k along the axes of component k, and the variances
+        there.
+        """
         alpha, sigma = (_column(value, x) for value in (level.alpha, level.sigma))
         z = torch.einsum(
             "bkd,kde->bke", x.double().flatten(1)[:, None] - alpha * self.means, self.axes
@@ -132,11 +140,13 @@ class GaussianMixture(Oracle):
         return log_normal + self._log_prior(len(z), condition)
 
 
-class Empirical(Oracle):
-    """p(x_0) = (1/N) Σ_i δ(x_0 - d_i): the closed-form denoiser of a data set, a softmax over its points.
+class EmpiricalDistribution(Oracle):
+    """p(x_0) = (1/N) Σ_i δ(x_0 - d_i): the closed-form denoiser of a data set, a softmax over its
+    points.
 
-    E[x_0 | x] = Σ_i r_i d_i with ln r_i = (α x·d_i - α² |d_i|² / 2) / σ² + const, taken about the data's mean in float64:
-    no difference of large squares, so it is stable far from the data. There is nothing to denoise at σ = 0.
+    E[x_0 | x] = Σ_i r_i d_i with ln r_i = (α x·d_i - α² |d_i|² / 2) / σ² + const, taken about the
+    data's mean in float64: no difference of large squares, so it is stable far from the data. There
+    is nothing to denoise at σ = 0.
 
     Args:
         points: (N, *shape), the data.

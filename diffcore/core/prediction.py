@@ -1,13 +1,15 @@
-"""Predictions: what a network says about x = α x_0 + σ ε, and the five quantities F that a network can output.
+"""Predictions: what a network says about x = α x_0 + σ ε, and the five quantities F that a network
+can output.
 
     epsilon            F = ε
     sample             F = x_0
-    v_prediction       F = α_v ε - σ_v x_0,  α_v² = sigmoid(λ), σ_v² = sigmoid(-λ)      the vp process's v, in any scaling
-    flow_prediction    F = ε - x_0
-    edm                F = (x_0 - c_skip x) / c_out, network asked about c_in x          Karras et al. 2022, eq. 7
+    v_prediction       F = α_v ε - σ_v x_0,  α_v² = sigmoid(λ), σ_v² = sigmoid(-λ)      the vp
+    process's v, in any scaling flow_prediction    F = ε - x_0 edm                F = (x_0 - c_skip
+    x) / c_out, network asked about c_in x          Karras et al. 2022, eq. 7
 
-Each pair (x, F) gives x_0 and ε once, each by the formula that is stable there; samplers and guidance see nothing else.
-With n² = α² + σ² (edm: σ² + α² s², s the standard deviation of the data) the formulas hold in every scaling.
+Each pair (x, F) gives x_0 and ε once, each by the formula that is stable there; samplers and
+guidance see nothing else. With n² = α² + σ² (edm: σ² + α² s², s the standard deviation of the data)
+the formulas hold in every scaling.
 """
 
 import math
@@ -31,47 +33,50 @@ class Prediction(NamedTuple):
     def at(self, level: Level) -> Tensor:
         """α x_0 + σ ε at another level: the first-order step of every sampler."""
         level = level.to(self.x0)
-        return plus(level.alpha * self.x0, level.sigma, self.eps)
+        return add_scaled(level.alpha * self.x0, level.sigma, self.eps)
 
 
-def plus(x: Tensor, b: Real, y: Tensor) -> Tensor:
-    """X + b y, in one pass over memory where b is a number: a step should cost little beside the network."""
+def add_scaled(x: Tensor, b: Real, y: Tensor) -> Tensor:
+    """X + b y, in one pass over memory where b is a number: a step should cost little beside the
+    network.
+    """
     return x + b * y if isinstance(b, Tensor) else torch.add(x, y, alpha=b)
 
 
 def predict(
-    kind: PredictionType, output: Tensor, x: Tensor, level: Level, sigma_data: float
+    prediction_type: PredictionType, output: Tensor, x: Tensor, level: Level, sigma_data: float
 ) -> Prediction:
     """(x_0, ε) from the network's output F at x.
 
-    Stable from λ = -inf to +inf, except `epsilon` where α = 0 and `sample` where σ = 0: no network can know there.
+    Stable from λ = -inf to +inf, except `epsilon` where α = 0 and `sample` where σ = 0: no network
+    can know there.
     """
     alpha, sigma, F = level.alpha, level.sigma, output
-    match kind:
+    match prediction_type:
         case "epsilon":
-            return Prediction(plus(x, -sigma, F) / alpha, F)
+            return Prediction(add_scaled(x, -sigma, F) / alpha, F)
         case "sample":
             return Prediction(F, (x - alpha * F) / sigma)
         case "v_prediction":
             n = hypot(alpha, sigma)
             a, s = alpha / n, sigma / n
-            return Prediction(plus((a / n) * x, -s, F), plus((s / n) * x, a, F))
+            return Prediction(add_scaled((a / n) * x, -s, F), add_scaled((s / n) * x, a, F))
         case "flow_prediction":
             n = alpha + sigma
-            return Prediction(plus(x, -sigma, F) / n, plus(x, alpha, F) / n)
+            return Prediction(add_scaled(x, -sigma, F) / n, add_scaled(x, alpha, F) / n)
         case "edm":
             n, s = edm_norm(level, sigma_data), sigma_data
-            x0 = plus(((alpha * s / n) * (s / n)) * x, sigma * s / n, F)
-            return Prediction(x0, plus((sigma / n / n) * x, -alpha * s / n, F))
-    raise ValueError(_unknown(kind))
+            x0 = add_scaled(((alpha * s / n) * (s / n)) * x, sigma * s / n, F)
+            return Prediction(x0, add_scaled((sigma / n / n) * x, -alpha * s / n, F))
+    raise ValueError(_unknown(prediction_type))
 
 
 def target(
-    kind: PredictionType, x0: Tensor, eps: Tensor, level: Level, sigma_data: float
+    prediction_type: PredictionType, x0: Tensor, eps: Tensor, level: Level, sigma_data: float
 ) -> Tensor:
     """The F that a network should output where x = α x_0 + σ ε."""
     alpha, sigma = level.alpha, level.sigma
-    match kind:
+    match prediction_type:
         case "epsilon":
             return eps
         case "sample":
@@ -84,12 +89,14 @@ def target(
         case "edm":
             n, s = edm_norm(level, sigma_data), sigma_data
             return (sigma / (s * n)) * x0 - (alpha * s / n) * eps
-    raise ValueError(_unknown(kind))
+    raise ValueError(_unknown(prediction_type))
 
 
-def log_gain(kind: PredictionType, logsnr: Tensor, sigma_data: float) -> Tensor:
-    """Ln |∂x_0/∂F|² at fixed x: what turns a weight on the squared x_0 error into one on the squared error of F."""
-    match kind:
+def log_gain(prediction_type: PredictionType, logsnr: Tensor, sigma_data: float) -> Tensor:
+    """Ln |∂x_0/∂F|² at fixed x: what turns a weight on the squared x_0 error into one on the
+    squared error of F.
+    """
+    match prediction_type:
         case "epsilon":
             return -logsnr
         case "sample":
@@ -101,11 +108,13 @@ def log_gain(kind: PredictionType, logsnr: Tensor, sigma_data: float) -> Tensor:
         case "edm":
             shift = 2 * math.log(sigma_data)
             return shift + logsigmoid(-logsnr - shift)
-    raise ValueError(_unknown(kind))
+    raise ValueError(_unknown(prediction_type))
 
 
 def edm_norm(level: Level, sigma_data: float) -> Real:
-    """N = √(σ² + α² s²), the standard deviation of x: a preconditioned network is asked about x / n."""
+    """N = √(σ² + α² s²), the standard deviation of x: a preconditioned network is asked about x /
+    n.
+    """
     return hypot(level.alpha * sigma_data, level.sigma)
 
 
@@ -140,7 +149,9 @@ def unscale_input(kind: PredictionType, scaled: Tensor, level: Level, sigma_data
 
 
 def hypot(a: Real, b: Real) -> Real:
-    """√(a² + b²); of tensors, whose a² may overflow, in one function, of numbers in a form that torch.compile can trace."""
+    """√(a² + b²); of tensors, whose a² may overflow, in one function, of numbers in a form that
+    torch.compile can trace.
+    """
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.hypot(b)
     assert not isinstance(a, Tensor)
@@ -148,5 +159,7 @@ def hypot(a: Real, b: Real) -> Real:
     return math.sqrt(a * a + b * b)
 
 
-def _unknown(kind: str) -> str:
-    return f"prediction is {kind!r}, expected one of {', '.join(get_args(PredictionType))}"
+def _unknown(prediction_type: str) -> str:
+    return (
+        f"prediction is {prediction_type!r}, expected one of {', '.join(get_args(PredictionType))}"
+    )

@@ -1,4 +1,6 @@
-"""The process record: everything about a trained network that its weights do not say. It travels with them as JSON."""
+"""The process record: everything about a trained network that its weights do not say. It travels
+with them as JSON.
+"""
 
 import json
 import math
@@ -22,13 +24,14 @@ class TimeConditioning:
     """How the network is told its noise level.
 
     index: scale·t - 1, which is the index into a table of `scale` levels (diffusers: 0 .. 999).
-    t: scale·t.  blend: scale·a of a = σ/(α+σ), whatever the schedule (diffusers' flow networks: 0 .. 1000).
-    logsnr: scale·λ (EDM's c_noise = ln(σ/α)/4 is scale = -1/8).  sigma: scale·σ/α.
+    t: scale·t.  blend: scale·a of a = σ/(α+σ), whatever the schedule (diffusers' flow networks: 0
+    .. 1000). logsnr: scale·λ (EDM's c_noise = ln(σ/α)/4 is scale = -1/8).  sigma: scale·σ/α.
 
     Args:
         variable: index, t, blend, logsnr or sigma.
         scale: the factor.
-        clamp: |λ| is clamped to this for logsnr and sigma; without it those cannot be asked at λ = ±inf.
+        clamp: |λ| is clamped to this for logsnr and sigma; without it those cannot be asked at λ =
+            ±inf.
     """
 
     variable: TimeVariable = "index"
@@ -38,7 +41,8 @@ class TimeConditioning:
     def __post_init__(self) -> None:
         if self.variable not in get_args(TimeVariable):
             raise ValueError(
-                f"variable is {self.variable!r}, expected one of {', '.join(get_args(TimeVariable))}"
+                f"variable is {self.variable!r}, expected one of "
+                f"{', '.join(get_args(TimeVariable))}"
             )
         if not math.isfinite(self.scale) or self.scale == 0:
             raise ValueError(f"scale is {self.scale}, expected a finite factor other than 0")
@@ -46,7 +50,7 @@ class TimeConditioning:
             raise ValueError(f"clamp is {self.clamp}, expected a positive bound on |λ|")
 
     @property
-    def reaches_noise(self) -> bool:
+    def can_express_pure_noise(self) -> bool:
         """Whether the network can be told λ = -inf."""
         return self.variable in ("index", "t", "blend") or self.clamp < math.inf
 
@@ -65,7 +69,9 @@ class TimeConditioning:
                 return self.scale * _exp(self._clamped(level.logsnr) / -2)
 
     def level(self, schedule: Schedule, number: Real) -> Level:
-        """The level of `schedule` that the network is told by `number`, within the clamp: the inverse."""
+        """The level of `schedule` that the network is told by `number`, within the clamp: the
+        inverse.
+        """
         number = number.to("cpu", torch.float64) if isinstance(number, Tensor) else number
         value = number / self.scale
         match self.variable:
@@ -88,7 +94,8 @@ class TimeConditioning:
 
 @dataclass(frozen=True)
 class Process:
-    """What a network was trained on: x = α x_0 + σ ε of a schedule, what it outputs, and how it is asked.
+    """What a network was trained on: x = α x_0 + σ ε of a schedule, what it outputs, and how it is
+    asked.
 
     Args:
         schedule: the noise levels of training.
@@ -124,7 +131,8 @@ class Process:
     def _check_fields(self) -> None:
         if self.prediction not in get_args(PredictionType):
             raise ValueError(
-                f"prediction is {self.prediction!r}, expected one of {', '.join(get_args(PredictionType))}"
+                f"prediction is {self.prediction!r}, expected one of "
+                f"{', '.join(get_args(PredictionType))}"
             )
         if not self.shape or min(self.shape) < 1:
             raise ValueError(
@@ -143,30 +151,35 @@ class Process:
         if not 0 <= self.dropout <= 1:
             raise ValueError(f"dropout is {self.dropout}, expected a probability within [0, 1]")
 
-    def check_level(self, level: Level, what: str = "the first knot") -> None:
-        """Raise where a network of this process cannot be asked: at λ = -inf three things must be finite."""
+    def check_level(self, level: Level, name: str = "the first knot") -> None:
+        """Raise where a network of this process cannot be asked: at λ = -inf three things must be
+        finite.
+        """
         noisiest, cleanest = level.logsnr_range
         if cleanest == math.inf:
-            self._check_clean(what)
+            self._check_clean(name)
         if noisiest != -math.inf:
             return
         remedy = "train on Truncated levels, or start from a grid whose first level is finite (Karras, UniformLogSNR)"
         if self.prediction == "epsilon":
             raise ValueError(
-                f"{what} is pure noise (α = 0), where a network that predicts epsilon knows nothing of x_0: "
+                f"{name} is pure noise (α = 0), where a network that predicts epsilon knows "
+                "nothing of x_0: "
                 f"use v_prediction, sample, flow_prediction or edm, or {remedy}"
             )
-        if not self.time.reaches_noise:
+        if not self.time.can_express_pure_noise:
             raise ValueError(
-                f"{what} is pure noise (λ = -inf), which time conditioning by {self.time.variable} cannot express: "
+                f"{name} is pure noise (λ = -inf), which time conditioning by {self.time.variable} "
+                "cannot express: "
                 f"condition on index, t or blend, declare a clamp, or {remedy}"
             )
         if self.schedule.scaling == "ve":
             raise ValueError(
-                f"{what} is pure noise (λ = -inf), where the ve scaling has σ = inf: use the scaling vp or flow, or {remedy}"
+                f"{name} is pure noise (λ = -inf), where the ve scaling has σ = inf: use the "
+                f"scaling vp or flow, or {remedy}"
             )
 
-    def _check_clean(self, what: str) -> None:
+    def _check_clean(self, name: str) -> None:
         unknown = self.time.variable == "logsnr" and self.time.clamp == math.inf
         if self.prediction == "sample" or unknown:
             why = (
@@ -175,7 +188,8 @@ class Process:
                 else "a network that predicts sample"
             )
             raise ValueError(
-                f"{what} is clean (λ = inf), which {why} cannot say anything of: start from a finite λ"
+                f"{name} is clean (λ = inf), which {why} cannot say anything of: start from a "
+                "finite λ"
             )
 
     def save(self, path: Path) -> None:

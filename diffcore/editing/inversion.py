@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffcore.core.denoiser import Denoise
+from diffcore.core.denoiser import DenoiserProtocol
 from diffcore.core.prediction import hypot
 from diffcore.guidance import CFG, Guidance, Step, find_weaker_networks
 from diffcore.sampling.generation import evaluating
@@ -36,7 +36,7 @@ class Inversion(NamedTuple):
 
 @torch.no_grad()
 def invert(
-    denoiser: Denoise,
+    denoiser: DenoiserProtocol,
     x0: Tensor,
     knots: tuple[Level, ...],
     iterations: int = 1,

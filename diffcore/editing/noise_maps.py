@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
-from diffcore.core.denoiser import Denoise
+from diffcore.core.denoiser import DenoiserProtocol
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
 from diffcore.guidance import CFG, Guidance, find_weaker_networks
@@ -65,7 +65,7 @@ class NoiseMaps:
 
 @torch.no_grad()
 def extract(
-    denoiser: Denoise,
+    denoiser: DenoiserProtocol,
     x0: Tensor,
     knots: tuple[Level, ...],
     noise: Noise,
@@ -110,7 +110,7 @@ def extract(
 
 @torch.no_grad()
 def replay(
-    denoiser: Denoise,
+    denoiser: DenoiserProtocol,
     maps: NoiseMaps,
     guidance: Guidance = CFG(1.0),
     condition: Tensor | None = None,
@@ -147,7 +147,10 @@ def _stochastic(eta: float) -> DDIM:
 
 
 def _check(
-    denoiser: Denoise, knots: tuple[Level, ...], guidance: Guidance, condition: Tensor | None
+    denoiser: DenoiserProtocol,
+    knots: tuple[Level, ...],
+    guidance: Guidance,
+    condition: Tensor | None,
 ) -> None:
     check_falling(knots)
     if knots[-1].sigma != 0:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffcore.core.denoiser import Denoise
-from diffcore.core.noise import permutation
+from diffcore.core.denoiser import DenoiserProtocol
+from diffcore.core.random import permutation
 from diffcore.evaluation.frechet_distance import frechet_distance
 from diffcore.evaluation.label_accuracy import LabelClassifier
 from diffcore.guidance import CFG, Guidance
@@ -47,7 +47,7 @@ class DigitScore:
 
 
 def score_digits(
-    denoiser: Denoise,
+    denoiser: DenoiserProtocol,
     sampler: Sampler = DDIM(),
     grid: Grid = Trailing(),
     steps: int = 25,

@@ -1,1 +1,3 @@
-"""Training objectives: the loss, its weight over noise levels, couplings, and the sampling of levels."""
+"""Training objectives: the loss, its weight over noise levels, couplings, and the sampling of
+levels.
+"""

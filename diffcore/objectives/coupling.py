@@ -1,5 +1,5 @@
-"""Couplings: which noise meets which sample of the data. Both keep their own distribution, so what is learned is a model of
-the same data; the pairs decide how straight the paths between them are.
+"""Couplings: which noise meets which sample of the data. Both keep their own distribution, so what
+is learned is a model of the same data; the pairs decide how straight the paths between them are.
 """
 
 from abc import ABC, abstractmethod
@@ -21,7 +21,7 @@ class Coupling(ABC):
 
 
 @dataclass(frozen=True)
-class Independent(Coupling):
+class IndependentCoupling(Coupling):
     """Any noise meets any sample."""
 
     def __call__(self, x0: Tensor, noise: Tensor, condition: Tensor | None) -> Tensor:
@@ -30,11 +30,13 @@ class Independent(Coupling):
 
 @dataclass(frozen=True)
 class OptimalTransport(Coupling):
-    """Within groups of samples, the permutation that minimises Σ |x_0 - ε|²: exact, and within a class if there are any.
+    """Within groups of samples, the permutation that minimises Σ |x_0 - ε|²: exact, and within a
+    class if there are any.
 
-    Tong et al. 2024 (2302.00482, section 3.2.3), Pooladian et al. 2023 (2304.14772), by assignment, not by draws from the plan:
-    every noise is used once. Groups are consecutive places of the global batch, so ranks and accumulation change nothing as
-    long as a group is on one rank. Few samples of a class in a group gain little. One transfer to the host a step.
+    Tong et al. 2024 (2302.00482, section 3.2.3), Pooladian et al. 2023 (2304.14772), by assignment,
+    not by draws from the plan: every noise is used once. Groups are consecutive places of the
+    global batch, so ranks and accumulation change nothing as long as a group is on one rank. Few
+    samples of a class in a group gain little. One transfer to the host a step.
 
     Args:
         group: samples paired together, at least 2.
@@ -49,7 +51,8 @@ class OptimalTransport(Coupling):
     def __call__(self, x0: Tensor, noise: Tensor, condition: Tensor | None) -> Tensor:
         if len(x0) % self.group:
             raise ValueError(
-                f"{len(x0)} samples are no multiple of {self}'s group: choose a group that divides the micro-batch "
+                f"{len(x0)} samples are no multiple of {self}'s group: choose a group that divides "
+                "the micro-batch "
                 f"(batch_size over ranks and accumulation)"
             )
         from scipy.optimize import linear_sum_assignment

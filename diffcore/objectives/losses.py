@@ -1,4 +1,6 @@
-"""What the error of the network's own target costs, element by element. All cost e² where e is small."""
+"""What the error of the network's own target costs, element by element. All cost e² where e is
+small.
+"""
 
 import math
 from abc import ABC, abstractmethod
@@ -9,7 +11,9 @@ from torch import Tensor
 
 
 class Loss(ABC):
-    """ρ(e) of an error e; a loss other than the squared one weighs errors in the network's own target."""
+    """ρ(e) of an error e; a loss other than the squared one weighs errors in the network's own
+    target.
+    """
 
     @abstractmethod
     def __call__(self, error: Tensor) -> Tensor:
@@ -17,7 +21,7 @@ class Loss(ABC):
 
 
 @dataclass(frozen=True)
-class Squared(Loss):
+class SquaredError(Loss):
     """ρ(e) = e²: the network learns the posterior mean."""
 
     def __call__(self, error: Tensor) -> Tensor:
@@ -45,7 +49,8 @@ class Huber(Loss):
 
 @dataclass(frozen=True)
 class PseudoHuber(Loss):
-    """ρ(e) = 2δ²(√(1 + (e/δ)²) - 1), smooth. Charbonnier et al. 1997; for diffusion: Khrapov et al. 2024 (2403.16728).
+    """ρ(e) = 2δ²(√(1 + (e/δ)²) - 1), smooth. Charbonnier et al. 1997; for diffusion: Khrapov et al.
+    2024 (2403.16728).
 
     Args:
         delta: δ > 0, in units of the target.

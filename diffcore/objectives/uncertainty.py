@@ -1,6 +1,8 @@
-"""Learned uncertainty: the loss of each noise level is divided by what it is expected to be, learned beside the network.
+"""Learned uncertainty: the loss of each noise level is divided by what it is expected to be,
+learned beside the network.
 
-L' = L / e^{u(λ)} + u(λ),  least at u(λ) = ln E[L | λ], where every level's gradient has the same size
+L' = L / e^{u(λ)} + u(λ),  least at u(λ) = ln E[L | λ], where every level's gradient has the same
+size
 """
 
 import math
@@ -9,11 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from diffcore.core.noise import Stream, normal, uniform
+from diffcore.core.random import Stream, normal, uniform
 
 
 class LogVariance(nn.Module):
-    """u(λ), (B,) of λ (B,): linear in the features √2 cos(2π(f_i λ/8 + φ_i)) with f_i ~ N(0, 1), φ_i ~ U(0, 1); 0 at first."""
+    """u(λ), (B,) of λ (B,): linear in the features √2 cos(2π(f_i λ/8 + φ_i)) with f_i ~ N(0, 1),
+    φ_i ~ U(0, 1); 0 at first.
+    """
 
     frequency: Tensor
     phase: Tensor
@@ -37,7 +41,8 @@ class LogVariance(nn.Module):
 
 @dataclass(frozen=True)
 class Uncertainty:
-    """u(λ) of EDM2 (Karras et al. 2024, 2312.02696, eq. 21 and appendix B.2), trained by the network's optimizer.
+    """u(λ) of EDM2 (Karras et al. 2024, 2312.02696, eq. 21 and appendix B.2), trained by the
+    network's optimizer.
 
     Args:
         features: random Fourier features of λ.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from diffcore.core.denoiser import Denoise, null_condition
+from diffcore.core.denoiser import DenoiserProtocol, null_condition
 from diffcore.core.noise import Noise
 from diffcore.core.process import Process
 from diffcore.guidance import CFG, Guidance, find_weaker_networks
@@ -41,7 +41,7 @@ class Samples(NamedTuple):
 
 
 def sample(
-    denoiser: Denoise,
+    denoiser: DenoiserProtocol,
     sampler: Sampler = SAMPLER,
     grid: Grid = GRID,
     steps: int = 25,
@@ -90,7 +90,7 @@ def sample(
     if rows < 0:
         raise ValueError(f"rows is {rows}, expected the rows of one forward, or 0 for all at once")
     image = None if image is None else _images(process, knots[0], len(seeds), image)
-    device = getattr(denoiser, "device", torch.device("cpu"))
+    device = denoiser.device
     chunks, evaluations = [], 0
     bar = tqdm(total=len(seeds), unit="sample", disable=not progress)
     with torch.no_grad(), evaluating(denoiser, *find_weaker_networks(guidance)), bar:

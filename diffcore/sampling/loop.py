@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffcore.core.denoiser import Denoise
+from diffcore.core.denoiser import DenoiserProtocol
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
 from diffcore.core.process import Process
@@ -35,7 +35,7 @@ SAME = 1e-9
 
 
 def integrate(
-    denoiser: Denoise,
+    denoiser: DenoiserProtocol,
     sampler: Sampler,
     x: Tensor,
     knots: tuple[Level, ...],
@@ -64,7 +64,7 @@ def integrate(
 
 
 def watch(
-    denoiser: Denoise,
+    denoiser: DenoiserProtocol,
     sampler: Sampler,
     x: Tensor,
     knots: tuple[Level, ...],
@@ -113,7 +113,7 @@ def settled(sampler: Sampler, state: State, corners: frozenset[float]) -> State:
 
 
 def guided_prediction(
-    denoiser: Denoise,
+    denoiser: DenoiserProtocol,
     guidance: Guidance,
     x: Tensor,
     level: Level,
@@ -139,7 +139,7 @@ def guided_prediction(
 
 
 def evaluate_references(
-    denoiser: Denoise,
+    denoiser: DenoiserProtocol,
     guidance: Guidance,
     x: Tensor,
     condition: Tensor | None,

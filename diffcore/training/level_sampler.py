@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffcore.core.process import Process
-from diffcore.objectives.level_sampling import Learned
+from diffcore.objectives.level_sampling import ResamplerState
 from diffcore.objectives.objective import Objective, SampleKey
 from diffcore.training.reporting import LossWindow
 
@@ -40,7 +40,9 @@ class LevelSampler:
         gather: Callable[[Tensor], Tensor],
     ) -> None:
         self.objective, self.process, self.seed, self.batch = objective, process, seed, batch
-        self.learned: Learned | None = objective.resampler.start() if objective.resampler else None
+        self.learned: ResamplerState | None = (
+            objective.resampler.initial_state() if objective.resampler else None
+        )
         self.window = LossWindow(parts, gather)
 
     def add(self, step: int, losses: Tensor) -> None:
@@ -54,7 +56,7 @@ class LevelSampler:
         if resampler is None:
             return
         self.window.add(losses, torch.zeros((), device=losses.device))
-        if step % resampler.every == 0:
+        if step % resampler.update_interval == 0:
             self._learn(step)
 
     def _learn(self, step: int) -> None:
@@ -82,7 +84,7 @@ class LevelSampler:
             λ with three decimals, or a phrase that says why it is unknown.
         """
         resampler = self.objective.resampler
-        if resampler and place.step < step - step % resampler.every:
+        if resampler and place.step < step - step % resampler.update_interval:
             return "unknown (the level sampler has been updated since)"
         times = self.process.schedule.training_times(self.objective.times(place, self.learned))
         return f"{float(self.process.schedule.logsnr(times)):.3f}"

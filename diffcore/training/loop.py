@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffcore.core.denoiser import Denoiser
-from diffcore.core.noise import Stream, derived
+from diffcore.core.random import Stream, derive_seed
 from diffcore.io.safetensors import write_weights
 from diffcore.training import checkpoint, pipeline
 from diffcore.training.data.order import Batch, load_batches
@@ -132,4 +132,6 @@ def _network_seed(state: TrainState, part: int) -> int:
     accelerator, accumulation = state.accelerator, state.settings.accumulation
     micro_batch = state.step * accumulation + part
     position = micro_batch * accelerator.num_processes + accelerator.process_index
-    return derived(state.settings.seed, Stream.MODEL, 1 + position)  # 0 keys the initial weights
+    return derive_seed(
+        state.settings.seed, Stream.MODEL, 1 + position
+    )  # 0 keys the initial weights

@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from diffcore.core.denoiser import Denoiser
-from diffcore.core.noise import Stream, derived
 from diffcore.core.process import Process
+from diffcore.core.random import Stream, derive_seed
 from diffcore.objectives.objective import SampleKey
 from diffcore.training.data.order import DataOrder
 from diffcore.training.data.source import prepare_data
@@ -148,7 +148,7 @@ def _check_batch(settings: "Trainer", ranks: int) -> None:
 def _build_modules(
     settings: "Trainer", label_wrapper: LabelWrapper
 ) -> tuple[list[nn.Module], torch.optim.Optimizer]:
-    torch.manual_seed(derived(settings.seed, Stream.MODEL, 0))
+    torch.manual_seed(derive_seed(settings.seed, Stream.MODEL, 0))
     modules = [settings.network()]
     _check_network(modules[0], label_wrapper, settings.process)
     if settings.objective.uncertainty:

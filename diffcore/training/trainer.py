@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from diffcore.core.process import Process
 from diffcore.guidance import CFG, Guidance
 from diffcore.objectives.objective import Objective
-from diffcore.run import Network, Optimizer, Run
+from diffcore.run import NetworkFactory, OptimizerFactory, Run
 from diffcore.samplers import Sampler
 from diffcore.sampling import generation
 from diffcore.sampling.generation import GRID, SAMPLER
@@ -101,10 +101,10 @@ class Trainer:
         ).train()
     """
 
-    network: Network
+    network: NetworkFactory
     data: Dataset  # type: ignore[type-arg]  # jsonargparse reads the bare class
     process: Process
-    optimizer: Optimizer
+    optimizer: OptimizerFactory
     folder: Path
     steps: int
     objective: Objective = field(default_factory=Objective)

@@ -18,7 +18,7 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from diffcore.core.noise import Noise
-from diffcore.core.oracle import Empirical, GaussianMixture, Oracle
+from diffcore.core.oracle import EmpiricalDistribution, GaussianMixture, Oracle
 from diffcore.core.process import Process
 from diffcore.samplers import (
     DDIM,
@@ -227,7 +227,9 @@ def problems(starts: int = 128) -> dict[str, Problem]:
         "mixture": Problem(plane(), starts),
         "64-D": Problem(spectra(), starts),
         "digits": Problem(
-            Empirical(digits, process=Process(shape=tuple(digits.shape[1:]))), 2 * starts, digits
+            EmpiricalDistribution(digits, process=Process(shape=tuple(digits.shape[1:]))),
+            2 * starts,
+            digits,
         ),
     }
 

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from benchmarks.table import markdown_table
 from diffcore.core.denoiser import Denoiser
-from diffcore.core.noise import Stream, normal
 from diffcore.core.prediction import target
 from diffcore.core.process import Process
+from diffcore.core.random import Stream, normal
 from diffcore.objectives.objective import Objective, SampleKey
 from diffcore.objectives.weighting import MSE, MinSNR, Weight
 from diffcore.schedules import (

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.table import markdown_table
-from diffcore.core.denoiser import Denoise
+from diffcore.core.denoiser import DenoiserProtocol
 from diffcore.guidance import CFG
 from diffcore.samplers import DDIM, AdamsBashforth, AdamsMoulton, DPMSolverPP, Sampler, UniPC
 from diffcore.sampling.generation import GRID, sample
@@ -28,7 +28,7 @@ STEPS = (5, 8, 15, 25)
 
 
 def measure_errors(
-    denoiser: Denoise,
+    denoiser: DenoiserProtocol,
     sampler: Sampler,
     grid: Grid,
     steps: Sequence[int],
@@ -52,7 +52,7 @@ def measure_errors(
     return [(x - exact).flatten(1).norm(dim=1).median().item() for x in samples]
 
 
-def exact_samples(denoiser: Denoise, scale: float, seeds: int, steps: int = 200) -> Tensor:
+def exact_samples(denoiser: DenoiserProtocol, scale: float, seeds: int, steps: int = 200) -> Tensor:
     """Compute the ends of the guided flow with many steps.
 
     Args:
@@ -68,7 +68,7 @@ def exact_samples(denoiser: Denoise, scale: float, seeds: int, steps: int = 200)
 
 
 def draw_samples(
-    denoiser: Denoise, sampler: Sampler, grid: Grid, steps: int, scale: float, seeds: int
+    denoiser: DenoiserProtocol, sampler: Sampler, grid: Grid, steps: int, scale: float, seeds: int
 ) -> Tensor:
     """Draw one sample for each seed, with the labels in turn.
 
@@ -97,7 +97,7 @@ def draw_samples(
 
 
 def measure_table(
-    denoiser: Denoise,
+    denoiser: DenoiserProtocol,
     seeds: int = 60,
     scales: Sequence[float] = SCALES,
     steps: Sequence[int] = STEPS,

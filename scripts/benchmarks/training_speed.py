@@ -104,7 +104,7 @@ def compare_draws(state: TrainState, pairs: int, warmup: int = WARMUP_PAIRS) -> 
         key = SampleKey(settings.seed, next(steps), index, settings.batch_size)
         draws = objective.draw(process, key, state.accelerator.device, state.level_sampler.learned)
         assert isinstance(draws.level.logsnr, Tensor)
-        objective.weight.on(process.prediction, draws.level.logsnr, process.sigma_data)
+        objective.weight.target_weight(process.prediction, draws.level.logsnr, process.sigma_data)
         synchronize()
 
     seconds = time_pairs(draw, repeat(step_function(state), 1), pairs, warmup)

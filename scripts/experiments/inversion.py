@@ -14,7 +14,7 @@ from benchmarks.accuracy import plane
 from benchmarks.table import markdown_table
 from torch import Tensor
 
-from diffcore.core.denoiser import Denoise, Denoiser
+from diffcore.core.denoiser import Denoiser, DenoiserProtocol
 from diffcore.core.noise import Noise
 from diffcore.editing.inversion import invert
 from diffcore.editing.noise_maps import extract, replay
@@ -49,7 +49,7 @@ class RoundTrip:
 
 
 def measure_round_trip(
-    denoiser: Denoise,
+    denoiser: DenoiserProtocol,
     x0: Tensor,
     labels: Tensor | None,
     steps: int,
@@ -79,7 +79,7 @@ def measure_round_trip(
 
 
 def measure_round_trips(
-    denoiser: Denoise,
+    denoiser: DenoiserProtocol,
     x0: Tensor,
     labels: Tensor | None = None,
     steps: Sequence[int] = STEPS,
@@ -102,7 +102,9 @@ def measure_round_trips(
             yield measure_round_trip(denoiser, x0, labels, n, count)
 
 
-def measure_replay(denoiser: Denoise, x0: Tensor, labels: Tensor | None, steps: int) -> float:
+def measure_replay(
+    denoiser: DenoiserProtocol, x0: Tensor, labels: Tensor | None, steps: int
+) -> float:
     """Measure the error of noise maps (η = 1) that are extracted and replayed.
 
     Args:

@@ -23,8 +23,8 @@ from diffcore.evaluation.digits import to_scan_units
 from diffcore.evaluation.frechet_distance import frechet_distance
 from diffcore.objectives.coupling import OptimalTransport
 from diffcore.objectives.level_sampling import LearnedSchedule, SecondMoment
-from diffcore.objectives.objective import Levels, Objective
-from diffcore.objectives.weighting import MSE, P2, Debiased, MinSNR
+from diffcore.objectives.objective import Objective, TimeSampling
+from diffcore.objectives.weighting import MSE, P2, DebiasedWeight, MinSNR
 from diffcore.samplers import DDIM
 from diffcore.sampling.generation import sample
 from diffcore.schedules import Cosine, Discrete, Laplace, Normal, Schedule, UniformLogSNR
@@ -60,7 +60,9 @@ VARIANTS: dict[str, TrainingVariant] = {
     "linear, ε": TrainingVariant(Discrete(), "epsilon", Objective(MSE("epsilon"))),
     "cosine, v": TrainingVariant(Cosine(), "v_prediction", Objective(MSE("v_prediction"))),
     "cosine, v, Min-SNR": TrainingVariant(Cosine(), "v_prediction", Objective(MinSNR())),
-    "cosine, v, Debiased": TrainingVariant(Cosine(), "v_prediction", Objective(Debiased())),
+    "cosine, v, DebiasedWeight": TrainingVariant(
+        Cosine(), "v_prediction", Objective(DebiasedWeight())
+    ),
     "cosine, v, P2": TrainingVariant(Cosine(), "v_prediction", Objective(P2())),
     "Laplace(0, 0.5), v": TrainingVariant(
         Laplace(), "v_prediction", Objective(MSE("v_prediction"))
@@ -87,7 +89,7 @@ digits_unet = partial(small_unet, 8, 1, (24, 56), 11)
 
 def digits_trainer(
     variant: TrainingVariant,
-    levels: Levels,
+    levels: TimeSampling,
     seed: int,
     folder: Path,
     steps: int,
@@ -135,7 +137,7 @@ def digits_trainer(
 
 def measure(
     variant: TrainingVariant,
-    levels: Levels,
+    levels: TimeSampling,
     seed: int,
     points: Iterable[int] = POINTS,
     per_label: int = 50,
@@ -205,7 +207,7 @@ def run_study(
         for levels in ("independent", "stratified")
     ]
 
-    def measure_cell(name: str, levels: Levels, seed: int) -> list[dict[str, Any]]:
+    def measure_cell(name: str, levels: TimeSampling, seed: int) -> list[dict[str, Any]]:
         return [{"distances": measure(variants[name], levels, seed, points)}]
 
     return continue_study(out, ("arm", "levels", "seed"), cells, measure_cell)

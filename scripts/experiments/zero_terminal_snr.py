@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from diffcore.cli.figures import create_figure, save_figure
-from diffcore.core.denoiser import Denoise
-from diffcore.core.noise import Stream, uniform
-from diffcore.core.oracle import Empirical
+from diffcore.core.denoiser import DenoiserProtocol
+from diffcore.core.oracle import EmpiricalDistribution
 from diffcore.core.prediction import PredictionType
 from diffcore.core.process import Process
+from diffcore.core.random import Stream, uniform
 from diffcore.objectives.objective import Objective
 from diffcore.objectives.weighting import MSE
 from diffcore.samplers import DDIM
@@ -120,7 +120,9 @@ def _process(schedule: Schedule, prediction: PredictionType) -> Process:
     return Process(schedule, prediction, shape=(3, SIZE, SIZE), sigma_data=1.0)
 
 
-def create_denoiser(variant: SchedulePair, seed: int, steps: int = TRAINING_STEPS) -> Denoise:
+def create_denoiser(
+    variant: SchedulePair, seed: int, steps: int = TRAINING_STEPS
+) -> DenoiserProtocol:
     """Train a network, or build the exact denoiser of the training images.
 
     Args:
@@ -133,7 +135,7 @@ def create_denoiser(variant: SchedulePair, seed: int, steps: int = TRAINING_STEP
     """
     if variant.prediction is None:
         process = _process(variant.schedule, "v_prediction")
-        return Empirical(BrightnessFields().x0, process=process)
+        return EmpiricalDistribution(BrightnessFields().x0, process=process)
     with TemporaryDirectory() as folder:
         return train_averaged(
             Trainer(

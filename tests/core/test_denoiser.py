@@ -1,4 +1,6 @@
-"""The denoiser: whatever a network outputs and however it is told its level, the same x_0 and ε come out."""
+"""The denoiser: whatever a network outputs and however it is told its level, the same x_0 and ε
+come out.
+"""
 
 import math
 from types import SimpleNamespace
@@ -57,7 +59,9 @@ def test_every_prediction_type_of_one_oracle_is_the_same_prediction(logsnr, kind
 def test_c3_every_prediction_type_in_every_scaling_takes_the_same_trajectory(
     kind, scaling, sampler
 ):
-    """From one x/√(α²+σ²) at λ = -9; the network told t, the oracle told λ, so t(λ) is inverted as well."""
+    """From one x/√(α²+σ²) at λ = -9; the network told t, the oracle told λ, so t(λ) is inverted as
+    well.
+    """
     denoiser, truth = exact(kind, scaling), mixture()
     knots, vp = (KNOTS.knots(p.schedule, 7) for p in (denoiser.process, truth.process))
     scale = (knots[0].alpha ** 2 + knots[0].sigma ** 2) ** 0.5

@@ -1,4 +1,6 @@
-"""A level may be a map, a λ for every pixel (SVNR, 2306.16052): it goes through each part as one number would."""
+"""A level may be a map, a λ for every pixel (SVNR, 2306.16052): it goes through each part as one
+number would.
+"""
 
 import math
 
@@ -40,7 +42,7 @@ class Pixels:
 
 
 def knots(schedule, steps: int, last: float = math.inf) -> tuple[Level, ...]:
-    """Levels from λ = -6 to 6, each pixel with an offset of its own, then clean."""
+    """TimeSampling from λ = -6 to 6, each pixel with an offset of its own, then clean."""
     logsnrs = [-6 + 12 * i / (steps - 1) for i in range(steps)]
     return (
         *(schedule.at(logsnr + OFFSETS) for logsnr in logsnrs),
@@ -55,7 +57,9 @@ def knots(schedule, steps: int, last: float = math.inf) -> tuple[Level, ...]:
 )
 @pytest.mark.parametrize("schedule", [Cosine(), Flow(), Normal(scaling="ve")], ids=repr)
 def test_each_pixel_of_a_map_is_sampled_as_it_would_be_alone(sampler, schedule):
-    """At a last knot of λ = 8 for all: pixels are independent, so pixel k follows the knots of its own offset."""
+    """At a last knot of λ = 8 for all: pixels are independent, so pixel k follows the knots of its
+    own offset.
+    """
     denoiser, levels = Pixels(Process(schedule, shape=SHAPE)), knots(schedule, 9, last=8.0)
     x = levels[0].sigma * NOISE.start()
     found, _ = integrate(denoiser, sampler, x, levels, NOISE)

@@ -1,4 +1,6 @@
-"""The exact denoisers against formulas, quadrature and high-precision sums that share no code with them."""
+"""The exact denoisers against formulas, quadrature and high-precision sums that share no code with
+them.
+"""
 
 import math
 
@@ -7,7 +9,7 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
-from diffcore.core.oracle import Empirical, GaussianMixture
+from diffcore.core.oracle import EmpiricalDistribution, GaussianMixture
 from diffcore.schedules import Cosine
 from tests.helpers.oracles import COVARIANCES, LABELS, MEANS, SCALINGS, WEIGHTS, mixture, process
 
@@ -25,7 +27,9 @@ def level_at(logsnr, scaling="vp"):
 
 
 def by_hand(x, level, keep):
-    """ln p, E[x_0 | x] and E[ε | x] of the mixture of the components in `keep`, by solving with α²C + σ²I."""
+    """ln p, E[x_0 | x] and E[ε | x] of the mixture of the components in `keep`, by solving with α²C
+    + σ²I.
+    """
     a, s = level.alpha, level.sigma
     total = a**2 * COVARIANCES + s**2 * torch.eye(2, dtype=torch.float64)
     log_joint, x0, eps = [], [], []
@@ -77,7 +81,9 @@ def test_each_row_has_its_own_condition_and_level():
 @pytest.mark.parametrize("logsnr", (-3.0, 0.0, 3.0))
 @pytest.mark.parametrize("dimension", (1, 2))
 def test_mixture_agrees_with_quadrature_over_x0(dimension, logsnr):
-    """The trapezoid rule on a Gaussian is exact to rounding once its spacing is below the standard deviation (0.2)."""
+    """The trapezoid rule on a Gaussian is exact to rounding once its spacing is below the standard
+    deviation (0.2).
+    """
     means, covariances = MEANS[:, :dimension], COVARIANCES[:, :dimension, :dimension]
     oracle, level = (
         GaussianMixture(means, covariances, WEIGHTS, process=process(shape=(dimension,))),
@@ -106,7 +112,7 @@ def test_mixture_agrees_with_quadrature_over_x0(dimension, logsnr):
 @pytest.mark.parametrize("logsnr", LOGSNRS)
 @pytest.mark.parametrize("condition", (None, torch.tensor([0, 1, 2, 1])))
 @pytest.mark.parametrize(
-    "oracle", (mixture(), Empirical(POINTS, CLASSES)), ids=("mixture", "empirical")
+    "oracle", (mixture(), EmpiricalDistribution(POINTS, CLASSES)), ids=("mixture", "empirical")
 )
 def test_score_is_the_gradient_of_the_log_density(oracle, condition, logsnr, scaling):
     level, x = level_at(logsnr, scaling), X.clone().requires_grad_()
@@ -137,13 +143,14 @@ def test_mixture_samples_have_its_moments(condition):
     mean = w @ MEANS[keep]
     outer = MEANS[keep][:, :, None] * MEANS[keep][:, None]
     covariance = (w[:, None, None] * (COVARIANCES[keep] + outer)).sum(0) - mean[:, None] * mean
-    # Variances are below 1.2 and fourth moments below 4, so 5 standard errors are below 0.05 and 0.08.
+    # Variances are below 1.2 and fourth moments below 4, so 5 standard errors are below 0.05 and
+    # 0.08.
     torch.testing.assert_close(x.mean(0), mean, rtol=0, atol=0.05)
     torch.testing.assert_close(x.T.cov(), covariance, rtol=0, atol=0.08)
 
 
 @pytest.mark.parametrize(
-    "oracle", (mixture(), Empirical(POINTS, CLASSES)), ids=("mixture", "empirical")
+    "oracle", (mixture(), EmpiricalDistribution(POINTS, CLASSES)), ids=("mixture", "empirical")
 )
 def test_a_sample_is_a_function_of_its_own_seed(oracle):
     seeds = torch.tensor([5, 3, 8, 1])
@@ -215,7 +222,7 @@ def exact_sums(x, points, level):
 @pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize("logsnr", LOGSNRS)
 def test_empirical_agrees_with_a_softmax_in_60_digits(logsnr, scaling):
-    level, oracle = level_at(logsnr, scaling), Empirical(POINTS)
+    level, oracle = level_at(logsnr, scaling), EmpiricalDistribution(POINTS)
     for x in X:
         log_density, x0, eps = exact_sums(x, POINTS, level)
         assert oracle(x[None], level).x0[0].tolist() == pytest.approx(x0, rel=1e-10, abs=1e-10)
@@ -226,8 +233,14 @@ def test_empirical_agrees_with_a_softmax_in_60_digits(logsnr, scaling):
 @pytest.mark.parametrize("logsnr", (-6.0, 0.0, 3.0))
 @pytest.mark.parametrize(("offset", "close"), [(100.0, 1e-9), (1e6, 1e-6)])
 def test_empirical_is_stable_far_from_data_that_is_far_from_the_origin(offset, close, logsnr):
-    """Squares of 1e6 leave 1e-4 of a logit in float64; taken about the data's mean, x itself limits it to 1e-10 σ^-2."""
-    level, points, oracle = level_at(logsnr), POINTS + offset, Empirical(POINTS + offset)
+    """Squares of 1e6 leave 1e-4 of a logit in float64; taken about the data's mean, x itself limits
+    it to 1e-10 σ^-2.
+    """
+    level, points, oracle = (
+        level_at(logsnr),
+        POINTS + offset,
+        EmpiricalDistribution(POINTS + offset),
+    )
     for x in level.alpha * offset + torch.tensor(
         [[1e3, 0.0], [-600.0, 800.0], [0.1, 0.2]], dtype=torch.float64
     ):
@@ -238,29 +251,32 @@ def test_empirical_is_stable_far_from_data_that_is_far_from_the_origin(offset, c
 
 def test_empirical_in_float32_loses_only_the_last_bits_of_its_input():
     x, level = X.float(), level_at(2.0)
-    prediction = Empirical(POINTS + 100)(x, level)
+    prediction = EmpiricalDistribution(POINTS + 100)(x, level)
     assert prediction.x0.dtype == prediction.eps.dtype == torch.float32
     torch.testing.assert_close(
-        prediction.x0, Empirical(POINTS + 100)(x.double(), level).x0.float(), rtol=0, atol=0
+        prediction.x0,
+        EmpiricalDistribution(POINTS + 100)(x.double(), level).x0.float(),
+        rtol=0,
+        atol=0,
     )
 
 
 def test_empirical_at_small_noise_is_the_nearest_point():
     x = POINTS + torch.tensor([1e-3, -1e-3], dtype=torch.float64)
-    torch.testing.assert_close(Empirical(POINTS)(x, level_at(30.0)).x0, POINTS, **CLOSE)
+    torch.testing.assert_close(EmpiricalDistribution(POINTS)(x, level_at(30.0)).x0, POINTS, **CLOSE)
 
 
 def test_empirical_keeps_the_points_of_the_condition():
     level, labels = level_at(-1.0), torch.tensor([0, 1, 2, 0])
-    answer = Empirical(POINTS, CLASSES)(X, level, labels)
+    answer = EmpiricalDistribution(POINTS, CLASSES)(X, level, labels)
     for i, keep in enumerate(([0, 1], [2, 3, 4], [0, 1, 2, 3, 4], [0, 1])):
         torch.testing.assert_close(
-            answer.x0[i], Empirical(POINTS[keep])(X[i : i + 1], level).x0[0], **CLOSE
+            answer.x0[i], EmpiricalDistribution(POINTS[keep])(X[i : i + 1], level).x0[0], **CLOSE
         )
 
 
 def test_empirical_at_pure_noise_knows_the_mean_and_all_the_noise():
-    x0, eps = Empirical(POINTS)(X, level_at(-math.inf))
+    x0, eps = EmpiricalDistribution(POINTS)(X, level_at(-math.inf))
     torch.testing.assert_close(x0, POINTS.mean(0).expand(4, 2), **CLOSE)
     torch.testing.assert_close(eps, X, **CLOSE)
 
@@ -268,11 +284,11 @@ def test_empirical_at_pure_noise_knows_the_mean_and_all_the_noise():
 @pytest.mark.parametrize("method", ("__call__", "score", "log_density"))
 def test_empirical_refuses_sigma_0(method):
     with pytest.raises(ValueError, match="σ = 0"):
-        getattr(Empirical(POINTS), method)(X, level_at(math.inf))
+        getattr(EmpiricalDistribution(POINTS), method)(X, level_at(math.inf))
 
 
 def test_empirical_samples_are_its_points_equally_often_within_the_class():
-    oracle, n = Empirical(POINTS, CLASSES), 3000
+    oracle, n = EmpiricalDistribution(POINTS, CLASSES), 3000
     drawn = oracle.sample(torch.arange(n), torch.full((n,), 1))
     counts = [(drawn - point).abs().amax(1).lt(1e-12).sum().item() for point in POINTS]
     assert counts[:2] == [0, 0]
@@ -284,6 +300,6 @@ def test_empirical_samples_are_its_points_equally_often_within_the_class():
 
 @pytest.mark.parametrize(("condition", "labels"), [(None, {0, 1}), (2, {0, 1}), (0, {0})])
 def test_component_labels_say_which_classes_are_drawn(condition, labels):
-    oracle = Empirical(LABELS[:, None].double(), LABELS)
+    oracle = EmpiricalDistribution(LABELS[:, None].double(), LABELS)
     given = None if condition is None else torch.full((50,), condition)
     assert set(oracle.sample(torch.arange(50), given).round().long().flatten().tolist()) == labels

@@ -92,7 +92,9 @@ def largest_errors(kind, level, dtype):
 
 
 def lost(kind, logsnr):
-    """What the division by α or σ of the other quantity costs: e^(-λ/2) for epsilon's x_0, e^(λ/2) for sample's ε."""
+    """What the division by α or σ of the other quantity costs: e^(-λ/2) for epsilon's x_0, e^(λ/2)
+    for sample's ε.
+    """
     x0_factor = math.exp(max(0, -logsnr / 2)) if kind == "epsilon" else 1
     eps_factor = math.exp(max(0, logsnr / 2)) if kind == "sample" else 1
     return x0_factor, eps_factor
@@ -116,8 +118,9 @@ def test_float32_levels_of_a_batch_keep_their_digits_too(kind, scaling, logsnr):
     assert eps_error <= 1e-6 * eps_factor
 
 
-# Wrong: v_prediction and edm square a float32 σ, which overflows from λ = -88.7 in the ve scaling (σ itself from -177), and
-# answer with x_0 = ε = 0 or so, an error of 4, where flow_prediction is right.
+# Wrong: v_prediction and edm square a float32 σ, which overflows from λ = -88.7 in the ve scaling
+# (σ itself from -177), and answer with x_0 = ε = 0 or so, an error of 4, where flow_prediction is
+# right.
 @pytest.mark.parametrize("kind", ["v_prediction", "flow_prediction", "edm"])
 def test_float32_levels_of_a_batch_reach_minus_170_in_ve(kind):
     level = at("ve", torch.tensor([[[-170.0]]], dtype=torch.float64))

@@ -1,4 +1,6 @@
-"""The process record: what it tells the network, what it refuses, and that JSON gives it back as it was."""
+"""The process record: what it tells the network, what it refuses, and that JSON gives it back as it
+was.
+"""
 
 import json
 import math
@@ -90,7 +92,7 @@ def test_A3_every_index_of_a_table_is_told_as_itself():
     ids=repr,
 )
 def test_pure_noise_can_be_told_as_index_as_t_or_within_a_clamp(time, reaches):
-    assert time.reaches_noise == reaches
+    assert time.can_express_pure_noise == reaches
     assert math.isfinite(time(Cosine().level(1.0))) == reaches
 
 
@@ -148,7 +150,8 @@ PURE_NOISE = [  # (fields, message), one for each of the three finite things tha
     ),
     (
         {"time": EDM},
-        "time conditioning by logsnr cannot express: condition on index, t or blend, declare a clamp",
+        "time conditioning by logsnr cannot express: condition on index, t or blend, declare a "
+        "clamp",
     ),
     (
         {"time": TimeConditioning("sigma", 1.0)},
@@ -282,7 +285,8 @@ def test_A2_a_corrupt_record_is_refused_by_name(text, reason, tmp_path):
         Process.load(path)
 
 
-# Wrong: fields that a record lacks are silently filled with Process's defaults: `{}` loads as a cosine v-prediction network.
+# Wrong: fields that a record lacks are silently filled with Process's defaults: `{}` loads as a
+# cosine v-prediction network.
 @pytest.mark.parametrize("field", ["schedule", "prediction"])
 def test_A2_a_record_that_lacks_a_field_is_refused(field, tmp_path):
     path = tmp_path / "process.json"

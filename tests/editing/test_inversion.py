@@ -8,7 +8,7 @@ import torch
 
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.noise import Noise
-from diffcore.core.oracle import Empirical
+from diffcore.core.oracle import EmpiricalDistribution
 from diffcore.editing.inversion import invert
 from diffcore.guidance import CFG
 from diffcore.samplers import DDIM, AlphaBlending
@@ -202,7 +202,7 @@ def test_what_cannot_be_inverted_is_refused(changes, message):
 
 def test_rows_that_would_diverge_are_solved_all_the_same():
     """Between the basins of a data set F is steep: with g as it begins, the largest residual is 0.26 after 60 iterations."""
-    oracle = Empirical(mixture().sample(torch.arange(20)), process=process(classes=0))
+    oracle = EmpiricalDistribution(mixture().sample(torch.arange(20)), process=process(classes=0))
     knots = Within(UniformLogSNR(), -8.0, 2.0).knots(Cosine(), 8)
     x = knots[-1].alpha * oracle.sample(SEEDS) + knots[-1].sigma * NOISE.start()
     residual = invert(oracle, x, knots, 60).residual.max(0).values

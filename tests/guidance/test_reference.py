@@ -64,7 +64,7 @@ def test_a_negative_label_is_the_reference_and_needs_no_dropout(label):
 
 @pytest.mark.parametrize("schedule", (Cosine(), Flow(), Cosine(scaling="ve")), ids=str)
 def test_autoguidance_accepts_a_weaker_network_of_another_schedule(schedule):
-    """Levels are matched in λ and x is rescaled, so the schedule does not matter."""
+    """TimeSampling are matched in λ and x is rescaled, so the schedule does not matter."""
     guided, _, evaluations = guided_prediction(
         ORACLE, AutoGuidance(2.1, weak_of(process(schedule))), X, LEVEL, LABELS, None
     )

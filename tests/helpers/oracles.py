@@ -7,7 +7,7 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 
-from diffcore.core.denoiser import Denoise
+from diffcore.core.denoiser import DenoiserProtocol
 from diffcore.core.oracle import GaussianMixture
 from diffcore.core.prediction import Prediction
 from diffcore.core.process import Process, TimeConditioning
@@ -64,7 +64,7 @@ def gaussian(mean: Sequence[float], cov: Tensor, record: Process | None = None) 
     )
 
 
-def flow(denoise: Denoise, x: Tensor, start: Level, end: Level) -> Tensor:
+def flow(denoise: DenoiserProtocol, x: Tensor, start: Level, end: Level) -> Tensor:
     """The exact probability flow from one level to another: DOP853 on dz/da = ε - x_0, z = x/(α+σ), a = σ/(α+σ)."""
 
     def velocity(a: float, z: np.ndarray) -> np.ndarray:
@@ -92,7 +92,7 @@ class ExactNetwork(nn.Module):
     The targets and the inverse of the time conditioning are written out here, apart from the library's.
     """
 
-    def __init__(self, oracle: Denoise, record: Process) -> None:
+    def __init__(self, oracle: DenoiserProtocol, record: Process) -> None:
         super().__init__()
         self.oracle, self.process = oracle, record
         self.calls: list[tuple[Tensor, Tensor, Tensor | None]] = []

@@ -19,7 +19,7 @@ from diffcore.objectives.weighting import (
     ELBO,
     MSE,
     P2,
-    Debiased,
+    DebiasedWeight,
     MinSNR,
     SigmoidWeight,
     SoftMinSNR,
@@ -42,7 +42,10 @@ NESTED = Shifted(ZeroTerminalSNR(Discrete(end=0.01)), -1.5)
         ),
         Objective(SigmoidWeight(-1.0), resampler=LearnedSchedule(rate=0.2), loss=PseudoHuber()),
         Objective(
-            Debiased(), coupling=OptimalTransport(32), perturbation=0.1, uncertainty=Uncertainty(16)
+            DebiasedWeight(),
+            coupling=OptimalTransport(32),
+            perturbation=0.1,
+            uncertainty=Uncertainty(16),
         ),
         *(Objective(kind()) for kind in (EDM, ELBO, SoftMinSNR, TruncatedSNR)),
         TimeConditioning("sigma", -0.125, 20.0),

@@ -1,4 +1,6 @@
-"""Couplings: the exact assignment, within its group and its class, and nothing else about the noise is changed."""
+"""Couplings: the exact assignment, within its group and its class, and nothing else about the noise
+is changed.
+"""
 
 from dataclasses import replace
 from itertools import permutations
@@ -9,9 +11,9 @@ from scipy import stats
 from torch import nn
 
 from diffcore.core.denoiser import Denoiser
-from diffcore.core.noise import Stream, normal
 from diffcore.core.process import Process
-from diffcore.objectives.coupling import Independent, OptimalTransport
+from diffcore.core.random import Stream, normal
+from diffcore.objectives.coupling import IndependentCoupling, OptimalTransport
 from diffcore.objectives.objective import Objective, SampleKey
 from diffcore.objectives.weighting import MSE
 
@@ -72,7 +74,9 @@ def test_a_group_is_paired_as_if_it_were_alone():
 
 
 def test_the_marginal_law_of_the_noise_is_unchanged():
-    """Of all noises: each is used once. Of the noise in one place of the group, whatever meets it: still normal."""
+    """Of all noises: each is used once. Of the noise in one place of the group, whatever meets it:
+    still normal.
+    """
     x0 = normals(0, 8, 2) + torch.tensor([5.0, 0.0])
     meets = [
         OptimalTransport(8)(
@@ -98,7 +102,7 @@ def test_paths_are_straighter_the_larger_the_group(group):
     )
     noise = normals(1, 512, 2)
     ratio = cost(x0, OptimalTransport(group)(x0, noise, None)) / cost(
-        x0, Independent()(x0, noise, None)
+        x0, IndependentCoupling()(x0, noise, None)
     )
     assert ratio < {8: 0.4, 32: 0.28, 128: 0.25}[group]
 
@@ -128,7 +132,7 @@ def test_E7_data_that_is_not_finite_is_left_to_the_trainer_to_report(broken):
 
 def test_independent_pairs_are_the_draws_own():
     x0, noise = normals(0, 4, 2), normals(1, 4, 2)
-    assert Independent()(x0, noise, None) is noise
+    assert IndependentCoupling()(x0, noise, None) is noise
 
 
 class Remember(nn.Module):
@@ -139,7 +143,9 @@ class Remember(nn.Module):
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
 def test_E3_a_split_of_the_batch_that_keeps_groups_whole_changes_no_pair(parts):
-    """The target is the coupled noise, so that with a network that answers 0 the loss is its mean square."""
+    """The target is the coupled noise, so that with a network that answers 0 the loss is its mean
+    square.
+    """
     process = Process(shape=(2,), prediction="epsilon", classes=2, dropout=0.5)
     objective = Objective(MSE("epsilon"), coupling=OptimalTransport(8))
     x0, labels = normals(0, 32, 2).float(), torch.arange(32) % 2
@@ -166,7 +172,9 @@ def test_E3_a_split_of_the_batch_that_keeps_groups_whole_changes_no_pair(parts):
 
 
 def test_pairs_are_made_before_the_condition_is_dropped():
-    """Who loses the condition keeps the noise of its class: pairing across classes would leak the class."""
+    """Who loses the condition keeps the noise of its class: pairing across classes would leak the
+    class.
+    """
     process = Process(shape=(2,), prediction="epsilon", classes=2, dropout=0.5)
     x0, labels = normals(0, 16, 2).float(), torch.arange(16) % 2
     seen = []

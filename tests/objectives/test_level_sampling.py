@@ -1,4 +1,6 @@
-"""Resamplers: Q and q belong together, any state leaves the expectation as it is, and the variance falls as theory says."""
+"""Resamplers: Q and q belong together, any state leaves the expectation as it is, and the variance
+falls as theory says.
+"""
 
 import math
 from dataclasses import replace
@@ -34,12 +36,12 @@ def uniform(count):
 @every_kind
 def test_masses_are_a_distribution_above_its_floor(kind):
     resampler = kind(bins=7, floor=0.2)
-    for state in (resampler.start(), learned(resampler)):
+    for state in (resampler.initial_state(), learned(resampler)):
         masses = resampler.masses(state)
         assert masses.sum().item() == pytest.approx(1, abs=1e-14)
         assert (masses >= 0.2 / 7).all()
     torch.testing.assert_close(
-        resampler.masses(resampler.start()), torch.full((7,), 1 / 7, dtype=torch.float64)
+        resampler.masses(resampler.initial_state()), torch.full((7,), 1 / 7, dtype=torch.float64)
     )
     assert resampler.masses(learned(resampler)).max() > 0.3
 
@@ -71,15 +73,15 @@ def test_drawn_times_have_the_density(kind):
 def test_times_stay_inside_and_a_new_resampler_changes_none(kind):
     resampler = kind(bins=10, floor=0.05)
     u = torch.tensor([0.0, 2.0**-60, 0.1, 0.5, 1 - 2.0**-53, 1.0], dtype=torch.float64)
-    for state in (resampler.start(), learned(resampler), learned(resampler, 1)):
+    for state in (resampler.initial_state(), learned(resampler), learned(resampler, 1)):
         t = resampler.times(state, u)
         assert ((t > 0) & (t < 1)).all()
         assert Cosine().logsnr(t).isfinite().all()
     torch.testing.assert_close(
-        resampler.times(resampler.start(), uniform(999)), uniform(999), rtol=0, atol=1e-15
+        resampler.times(resampler.initial_state(), uniform(999)), uniform(999), rtol=0, atol=1e-15
     )
     assert torch.equal(
-        resampler.density(resampler.start(), uniform(999), None).round(decimals=12),
+        resampler.density(resampler.initial_state(), uniform(999), None).round(decimals=12),
         torch.ones(999).double(),
     )
 
@@ -103,7 +105,9 @@ def test_a_tables_density_is_the_probability_of_its_cells(kind, bins, steps):
 @pytest.mark.parametrize("schedule", [Cosine(), Discrete(steps=30)], ids=repr)
 @pytest.mark.parametrize("levels", ["independent", "stratified"])
 def test_A5_any_learned_state_leaves_the_expectation_as_it_is(kind, schedule, levels):
-    """E[L/q] over replicates of a whole batch is ∫ L(t) dt, of a table its mean, within 4 standard errors."""
+    """E[L/q] over replicates of a whole batch is ∫ L(t) dt, of a table its mean, within 4 standard
+    errors.
+    """
     resampler = kind(bins=12, floor=0.05)  # cells of a table of 30 straddle its bins
     state, process = (
         learned(resampler),
@@ -116,7 +120,7 @@ def test_A5_any_learned_state_leaves_the_expectation_as_it_is(kind, schedule, le
 
     means = []
     for step in range(300):
-        draw = objective.draw(process, SampleKey(2, step, torch.arange(32), 32), learned=state)
+        draw = objective.draw(process, SampleKey(2, step, torch.arange(32), 32), state=state)
         means.append((loss(draw.level.t.flatten()) * draw.importance).mean().item())
     entries = torch.arange(1, 31, dtype=torch.float64) / 30
     exact = math.log(1.05 / 0.05) + 0.9 if schedule.steps is None else loss(entries).mean().item()
@@ -140,7 +144,9 @@ def test_a_tables_level_on_the_edge_of_a_bin_is_the_bins_last():
 
 
 class IDDPM:
-    """improved-diffusion's loss-second-moment sampler of T timesteps, written from the paper's section 4."""
+    """improved-diffusion's loss-second-moment sampler of T timesteps, written from the paper's
+    section 4.
+    """
 
     def __init__(self, steps, history, uniform_prob):
         self.steps, self.history, self.uniform_prob = steps, history, uniform_prob
@@ -164,7 +170,7 @@ def test_second_moment_is_iddpms(history):
     """Through warm-up and beyond, with batches in which bins come many times, once or never."""
     reference = IDDPM(12, history, 0.01)
     resampler = SecondMoment(bins=12, history=history, floor=0.01)
-    state, generator = resampler.start(), torch.Generator().manual_seed(0)
+    state, generator = resampler.initial_state(), torch.Generator().manual_seed(0)
     warm = []
     for _ in range(30):
         t = torch.rand(20, dtype=torch.float64, generator=generator)
@@ -189,7 +195,7 @@ def known(t):
 
 def taught(resampler, updates, batch=512, seed=0):
     """What is learned from losses e^(-4.6 t) (1 + z/2) at stratified draws of its own density."""
-    state, generator = resampler.start(), torch.Generator().manual_seed(seed)
+    state, generator = resampler.initial_state(), torch.Generator().manual_seed(seed)
     for _ in range(updates):
         u = (
             torch.rand(1, dtype=torch.float64, generator=generator) + torch.arange(batch) / batch
@@ -209,7 +215,9 @@ RESAMPLERS = [
 
 @pytest.mark.parametrize("resampler", RESAMPLERS, ids=repr)
 def test_what_is_learned_is_the_root_of_the_second_moment(resampler):
-    """π ∝ √E[L²] of each bin, then the floor; the variance falls by what that is worth: ∫L² / ∫L²/q = 4.2 at best here."""
+    """π ∝ √E[L²] of each bin, then the floor; the variance falls by what that is worth: ∫L² / ∫L²/q
+    = 4.2 at best here.
+    """
     state = taught(resampler, 150)
     fine = uniform(20_000)
     moments = known(fine).square().unflatten(0, (resampler.bins, -1)).mean(1).sqrt()
@@ -236,7 +244,7 @@ def test_the_drawn_variance_is_the_predicted_one():
         torch.randn(200_000, generator=generator),
     )
     mean = (1 - math.exp(-4.6)) / 4.6
-    for which in (resampler.start(), state):
+    for which in (resampler.initial_state(), state):
         t = resampler.times(which, u)
         values = known(t) / math.sqrt(1.25) * (1 + z / 2) / resampler.density(which, t, None)
         fine = uniform(20_000)
@@ -287,7 +295,7 @@ def test_E7_losses_that_are_not_finite_do_not_poison(kind, broken):
 def test_a_batch_without_a_loss_teaches_nothing(kind, value):
     resampler = kind(bins=5)
     state = resampler.update(
-        resampler.start(), uniform(50), torch.full((50,), value, dtype=torch.float64)
+        resampler.initial_state(), uniform(50), torch.full((50,), value, dtype=torch.float64)
     )
     torch.testing.assert_close(resampler.masses(state), torch.full((5,), 0.2, dtype=torch.float64))
 
@@ -296,8 +304,8 @@ def test_a_batch_without_a_loss_teaches_nothing(kind, value):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bins": 1}, "bins and every are 1 and 10, expected at least 2 and 1"),
-        ({"bins": 4, "every": 0}, "bins and every are 4 and 0, expected at least 2 and 1"),
+        ({"bins": 1}, "bins and update_interval are 1 and 10, expected at least 2 and 1"),
+        ({"bins": 4, "update_interval": 0}, "bins and update_interval are 4 and 0, expected at least 2 and 1"),
         ({"floor": 0.0}, r"floor is 0.0, expected a share of uniform draws within \(0, 1\)"),
         ({"floor": 1.0}, "floor is 1.0"),
         ({"floor": math.nan}, "floor is nan"),

@@ -1,4 +1,6 @@
-"""Losses of the network's error: scipy's formulas times 2, e² where e is small, and no cancellation in float32."""
+"""Losses of the network's error: scipy's formulas times 2, e² where e is small, and no cancellation
+in float32.
+"""
 
 import math
 
@@ -10,7 +12,7 @@ from torch import nn
 
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.process import Process
-from diffcore.objectives.losses import Huber, PseudoHuber, Squared
+from diffcore.objectives.losses import Huber, PseudoHuber, SquaredError
 from diffcore.objectives.objective import Objective, SampleKey
 from diffcore.objectives.weighting import MSE, MinSNR
 
@@ -30,7 +32,7 @@ def test_robust_losses_are_twice_scipys(loss, formula, delta):
     np.testing.assert_allclose(found.numpy()[near], 2 * formula(delta, ERRORS)[near], rtol=1e-8)
 
 
-@pytest.mark.parametrize("loss", [Squared(), Huber(0.5), PseudoHuber(0.5)], ids=repr)
+@pytest.mark.parametrize("loss", [SquaredError(), Huber(0.5), PseudoHuber(0.5)], ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_small_errors_cost_their_square_to_the_last_bits(loss, dtype):
     """The difference √(1 + (e/δ)²) - 1 is 0 in float32 for e below 3e-4 δ."""
@@ -63,7 +65,7 @@ class Cosines(nn.Module):
         return x.cos()
 
 
-@pytest.mark.parametrize("loss", [Squared(), Huber(0.3), PseudoHuber(0.3)], ids=repr)
+@pytest.mark.parametrize("loss", [SquaredError(), Huber(0.3), PseudoHuber(0.3)], ids=repr)
 def test_the_objective_weighs_what_each_element_of_the_error_costs(loss):
     """w_F mean ρ(F̂ - F): of elements, not of a sample's norm; the default is the squared error."""
     process = Process(shape=(1, 3, 3), prediction="epsilon")
@@ -75,5 +77,5 @@ def test_the_objective_weighs_what_each_element_of_the_error_costs(loss):
     expected = (5 / draw.level.logsnr.exp()).clamp(max=1).flatten() * cost
     losses = objective(Denoiser(Cosines(), process), x0, None, draw)
     torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=0)
-    assert Objective().loss == Squared()
+    assert Objective().loss == SquaredError()
     assert Objective().weight == MSE("v_prediction")

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import diffcore.objectives.objective
 from diffcore.core.denoiser import Denoiser
-from diffcore.core.noise import Stream, normal
 from diffcore.core.prediction import predict, target
 from diffcore.core.process import Process, TimeConditioning
+from diffcore.core.random import Stream, normal
 from diffcore.objectives.objective import Objective, SampleKey
 from diffcore.objectives.weighting import MSE, MinSNR, Weight
 from diffcore.schedules import Cosine, Discrete, Flow, Laplace, Normal, ZeroTerminalSNR
@@ -32,7 +32,8 @@ def at(place: SampleKey, rows) -> SampleKey:
 def test_A5_stratified_times_are_even_over_the_global_batch(step):
     """Sorted, they are one comb of spacing 1/B: the smallest within the first 1/B.
 
-    Would be a bug: place / batch is computed in the default dtype, so the comb is uneven by 3e-8, and by 2e-3 in bfloat16.
+    Would be a bug: place / batch is computed in the default dtype, so the comb is uneven by 3e-8,
+    and by 2e-3 in bfloat16.
     """
     times = Objective().times(SampleKey(SEED, step, torch.arange(BATCH), BATCH)).sort().values
     comb = times[0] + torch.arange(BATCH, dtype=torch.float64) / BATCH
@@ -63,7 +64,9 @@ def test_independent_times_are_uniform_and_uncorrelated_within_the_batch():
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_E3_any_split_of_the_batch_draws_the_same_samples(levels, ranks, accumulation):
-    """Bit for bit, but for the last bit of a vectorised function, which depends on the place in its tensor."""
+    """Bit for bit, but for the last bit of a vectorised function, which depends on the place in its
+    tensor.
+    """
     process = Process(classes=3, dropout=0.5, shape=(1, 2, 3))
     whole = Objective(levels=levels).draw(process, PLACE)
     size = BATCH // (ranks * accumulation)
@@ -75,7 +78,7 @@ def test_E3_any_split_of_the_batch_draws_the_same_samples(levels, ranks, accumul
             value = getattr(whole.level, name)[rows]
             torch.testing.assert_close(getattr(part.level, name), value, rtol=1e-14, atol=1e-14)
         assert torch.equal(part.noise, whole.noise[rows])
-        assert torch.equal(part.dropped, whole.dropped[rows])
+        assert torch.equal(part.dropout_mask, whole.dropout_mask[rows])
 
 
 def test_a_draw_has_the_documented_key_and_other_steps_and_seeds_draw_others():
@@ -153,13 +156,15 @@ def test_B1_an_infinite_weight_at_a_level_that_is_never_drawn_is_accepted(schedu
 
 
 def test_B2_weights_follow_the_schedule_after_its_transform():
-    """Min-SNR of the last entry, drawn by the first sample when u is 1: 0 on v with zero terminal SNR, else SNR/(SNR+1)."""
+    """Min-SNR of the last entry, drawn by the first sample when u is 1: 0 on v with zero terminal
+    SNR, else SNR/(SNR+1).
+    """
     last = torch.tensor([1.0], dtype=torch.float64)
     snr = Discrete().level(1.0).ratio ** -2
-    assert MinSNR().on("v_prediction", ZERO.logsnr(last), 0.5).item() == 0
-    assert MinSNR().on("v_prediction", Discrete().logsnr(last), 0.5).item() == pytest.approx(
-        snr / (snr + 1), rel=1e-9
-    )
+    assert MinSNR().target_weight("v_prediction", ZERO.logsnr(last), 0.5).item() == 0
+    assert MinSNR().target_weight(
+        "v_prediction", Discrete().logsnr(last), 0.5
+    ).item() == pytest.approx(snr / (snr + 1), rel=1e-9)
 
 
 @pytest.mark.parametrize("levels", ["stratified", "independent"])
@@ -168,7 +173,7 @@ def test_D5_dropout_is_per_sample_at_its_rate_and_independent(levels):
     process = Process(classes=10, dropout=p, shape=(1,))
     places = [SampleKey(SEED, step, torch.arange(200), 200) for step in range(n // 200)]
     steps = [Objective(levels=levels).draw(process, place) for place in places]
-    dropped = torch.cat([draw.dropped for draw in steps]).double().numpy()
+    dropped = torch.cat([draw.dropout_mask for draw in steps]).double().numpy()
     assert dropped.mean() == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / n))
     levels = torch.cat([draw.level.t.flatten() for draw in steps]).numpy()
     noise = torch.cat([draw.noise.flatten() for draw in steps]).numpy()
@@ -180,7 +185,8 @@ def test_D5_dropout_is_per_sample_at_its_rate_and_independent(levels):
 def test_D5_dropout_of_none_and_of_all_is_exact(p):
     process = Process(classes=10, dropout=p, shape=(1,))
     assert (
-        Objective().draw(process, SampleKey(SEED, 0, torch.arange(2000), 2000)).dropped == bool(p)
+        Objective().draw(process, SampleKey(SEED, 0, torch.arange(2000), 2000)).dropout_mask
+        == bool(p)
     ).all()
 
 
@@ -201,13 +207,13 @@ def test_D5_the_null_label_replaces_dropped_labels_and_gets_the_gradient():
     network = Labelled(4)
     labels = torch.arange(BATCH) % 4
     draw = Objective().draw(process, PLACE)
-    assert 0 < draw.dropped.sum() < BATCH
+    assert 0 < draw.dropout_mask.sum() < BATCH
     Objective()(
         Denoiser(network, process), torch.zeros(BATCH, 1, 2, 2), labels, draw
     ).sum().backward()
-    assert torch.equal(network.labels, torch.where(draw.dropped, 4, labels))
+    assert torch.equal(network.labels, torch.where(draw.dropout_mask, 4, labels))
     assert torch.equal(labels, torch.arange(BATCH) % 4)  # the caller's labels are untouched
-    seen = set(labels[~draw.dropped].tolist()) | {4}
+    seen = set(labels[~draw.dropout_mask].tolist()) | {4}
     assert network.embedding.weight.grad.flatten().nonzero().flatten().tolist() == sorted(seen)
 
 
@@ -229,7 +235,9 @@ WEIGHTS = {  # on the x_0 error
 @pytest.mark.parametrize("weight", WEIGHTS, ids=repr)
 @pytest.mark.parametrize("schedule", [Normal(), Flow(), Normal(scaling="ve")], ids=repr)
 def test_the_loss_is_the_weighted_squared_x0_error(kind, weight, schedule):
-    """In numpy and float64 from α, σ of the draw; float32 rounding of a few ulp of x over a small error leaves 1e-4."""
+    """In numpy and float64 from α, σ of the draw; float32 rounding of a few ulp of x over a small
+    error leaves 1e-4.
+    """
     process = Process(schedule=schedule, prediction=kind, shape=(2, 3, 2), sigma_data=0.6)
     x0 = torch.randn(BATCH, 2, 3, 2, generator=torch.Generator().manual_seed(0))
     draw = Objective(weight).draw(process, PLACE)
@@ -272,7 +280,8 @@ class Exact(nn.Module):
         return target(process.prediction, self.point.expand_as(x), eps, level, process.sigma_data)
 
 
-# Wrong: Objective.__call__ rounds the output to float32 (`output.float()`), so a float64 run is off by 1e-8, not 1e-16.
+# Wrong: Objective.__call__ rounds the output to float32 (`output.float()`), so a float64 run is off
+# by 1e-8, not 1e-16.
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_exact_network_of_a_single_point_has_no_loss_in_float64(kind):
     process = Process(schedule=Laplace(), prediction=kind, shape=(1, 2, 2))
@@ -309,12 +318,14 @@ class Posterior(nn.Module):
         (Cosine(), "v_prediction", MinSNR(), lambda logsnr: np.minimum(np.exp(logsnr), 5)),
         (Flow(), "flow_prediction", MSE("sample"), lambda logsnr: 1 + 0 * logsnr),
     ],
-    ids=str,
+    ids=["Laplace epsilon", "Cosine v", "Flow"],
 )
 def test_A5_the_expected_loss_is_the_integral_of_weight_times_density(
     schedule, kind, weight, w, levels
 ):
-    """The best network errs by the posterior variance s²/(1 + s² SNR); ∫ w p s²/(1 + s² SNR) dλ by quadrature."""
+    """The best network errs by the posterior variance s²/(1 + s² SNR); ∫ w p s²/(1 + s² SNR) dλ by
+    quadrature.
+    """
     n, s = 2000, Posterior.std
     process = Process(schedule=schedule, prediction=kind, shape=(1, 4, 4))
     objective = Objective(weight, levels)
@@ -336,7 +347,8 @@ def test_A5_the_expected_loss_is_the_integral_of_weight_times_density(
     )
 
 
-# Would be a bug: draw.level.to(x0) and _rows round the time to the dtype of x0: index 749 is told as 748 or 752.
+# Would be a bug: draw.level.to(x0) and _rows round the time to the dtype of x0: index 749 is told
+# as 748 or 752.
 def test_A6_half_precision_images_do_not_round_the_time_that_the_network_is_told():
     process = Process(schedule=Discrete(), classes=2, shape=(1, 2, 2))
     network = Labelled(2)

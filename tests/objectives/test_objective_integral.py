@@ -1,4 +1,6 @@
-"""What the objective estimates: the integral of weight, density and error, whatever draws the levels; and its variance."""
+"""What the objective estimates: the integral of weight, density and error, whatever draws the
+levels; and its variance.
+"""
 
 import math
 
@@ -9,9 +11,9 @@ from scipy import integrate, stats
 from torch import Tensor, nn
 
 from diffcore.core.denoiser import Denoiser
-from diffcore.core.noise import Stream, normal
 from diffcore.core.prediction import target
 from diffcore.core.process import Process
+from diffcore.core.random import Stream, normal
 from diffcore.objectives.level_sampling import LearnedSchedule, SecondMoment
 from diffcore.objectives.objective import Objective, SampleKey
 from diffcore.objectives.weighting import ELBO, MSE, MinSNR
@@ -98,7 +100,7 @@ def estimates(objective, process, steps, learned=None):
         x0 = Biased.mean + Biased.std * normal(
             5, Stream.ORACLE, place.position, process.shape, dtype=torch.float64
         )
-        draw = objective.draw(process, place, learned=learned)
+        draw = objective.draw(process, place, state=learned)
         means.append(
             objective(Denoiser(Biased(process, draw.level), process), x0, None, draw).mean().item()
         )
@@ -130,7 +132,9 @@ def test_A5_a_resampler_changes_no_integral(resampler, corrected):
     z = torch.linspace(-1.5, 1.5, 12, dtype=torch.float64).sin()
     learned = {"logits": z, "losses": z.exp()[:, None].expand(-1, 2)}
     objective = Objective(MinSNR(), corrected=corrected, resampler=resampler)
-    means = estimates(objective, process, 60, {name: learned[name] for name in resampler.start()})
+    means = estimates(
+        objective, process, 60, {name: learned[name] for name in resampler.initial_state()}
+    )
     mass = process.schedule.inner.cdf(BOUND) - process.schedule.inner.cdf(-BOUND)
     law = stats.hypsecant(scale=2)
 
@@ -143,7 +147,9 @@ def test_A5_a_resampler_changes_no_integral(resampler, corrected):
 
 @pytest.mark.parametrize("schedule", [Cosine(), Flow(), Laplace(), Normal()], ids=repr)
 def test_A5_stratified_levels_lower_the_variance_of_the_loss(schedule):
-    """Plain ε error, a batch of 64 with 64 dimensions: 3 (Laplace) to 16 (Rho) over 400 steps; what is left is the noise's."""
+    """Plain ε error, a batch of 64 with 64 dimensions: 3 (Laplace) to 16 (Rho) over 400 steps; what
+    is left is the noise's.
+    """
     process, kind = Process(schedule, "epsilon", shape=(1, 8, 8)), "epsilon"
     one, other = (
         estimates(Objective(MSE(kind), levels), process, 40).var()
@@ -155,12 +161,14 @@ def test_A5_stratified_levels_lower_the_variance_of_the_loss(schedule):
 class Fixed(Objective):
     """An objective whose times are given, to integrate by a rule of quadrature."""
 
-    def times(self, place, learned=None):
-        return place.index.double()
+    def times(self, key, state=None):
+        return key.index.double()
 
 
 def nodes(count):
-    """Gauss-Legendre on both halves of [0, 1] in x, t = x²(3 - 2x), smooth where λ(t) is steep: times and weights."""
+    """Gauss-Legendre on both halves of [0, 1] in x, t = x²(3 - 2x), smooth where λ(t) is steep:
+    times and weights.
+    """
     x, w = np.polynomial.legendre.leggauss(count)
     x, w = np.concatenate((x + 1, x + 3)) / 4, np.concatenate((w, w)) / 4
     return torch.from_numpy(x**2 * (3 - 2 * x)), torch.from_numpy(w * 6 * x * (1 - x))
@@ -169,7 +177,9 @@ def nodes(count):
 @every_schedule
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_the_bound_of_an_exact_denoiser_is_the_same_under_every_schedule(schedule, kind):
-    """VDM's invariance: ½ ∫ |ε - ε̂|² dλ of three pairs (x_0, ε), a mixture's posterior mean, by quadrature in t and in λ."""
+    """VDM's invariance: ½ ∫ |ε - ε̂|² dλ of three pairs (x_0, ε), a mixture's posterior mean, by
+    quadrature in t and in λ.
+    """
     pairs = 3
     t, w = nodes(120)
     record = oracles.process(schedule, prediction=kind)
@@ -193,7 +203,7 @@ def test_the_bound_of_an_exact_denoiser_is_the_same_under_every_schedule(schedul
         Denoiser(Network(), record),
         many,
         torch.zeros(len(many), dtype=torch.int64),
-        draw._replace(noise=noise, dropped=never),
+        draw._replace(noise=noise, dropout_mask=never),
     )
     found = (losses.unflatten(0, (pairs, -1)) * w).sum(1)
 

@@ -1,4 +1,6 @@
-"""The objective's options: perturbed and offset noise, half precision, maps of levels, and what is refused."""
+"""The objective's options: perturbed and offset noise, half precision, maps of levels, and what is
+refused.
+"""
 
 import math
 from dataclasses import dataclass, replace
@@ -10,8 +12,8 @@ from scipy import stats
 from torch import Tensor, nn
 
 from diffcore.core.denoiser import Denoiser
-from diffcore.core.noise import Stream, normal
 from diffcore.core.process import Process
+from diffcore.core.random import Stream, normal
 from diffcore.objectives.coupling import OptimalTransport
 from diffcore.objectives.level_sampling import LearnedSchedule, SecondMoment
 from diffcore.objectives.objective import Draw, Objective, SampleKey
@@ -49,7 +51,7 @@ class Affine(nn.Module):
         return x.cos() + time.view(-1, 1, 1, 1) / 1000 + 0.1
 
 
-# The noise ------------------------------------------------------------------------------------------------------------
+# The noise
 
 
 class Zero(nn.Module):
@@ -158,7 +160,7 @@ def test_neither_a_draw_nor_a_loss_uses_or_moves_the_global_generator():
         torch.manual_seed(seed)
         before = torch.get_rng_state()
         x0 = torch.linspace(-1, 1, BATCH * 4).view(BATCH, 1, 2, 2)
-        draw = objective.draw(record, PLACE, learned=LearnedSchedule().start())
+        draw = objective.draw(record, PLACE, state=LearnedSchedule().initial_state())
         found.append(objective(Denoiser(Zero(), record), x0, None, draw))
         assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(*found)
@@ -167,7 +169,9 @@ def test_neither_a_draw_nor_a_loss_uses_or_moves_the_global_generator():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_A6_half_precision_data_is_noised_weighed_and_compared_in_float32(kind, dtype):
-    """As if the data had been float32 from the start: nothing of α, σ, w and the importance is rounded to half."""
+    """As if the data had been float32 from the start: nothing of α, σ, w and the importance is
+    rounded to half.
+    """
     objective, record = (
         Objective(MinSNR(), corrected=True),
         Process(Laplace(), kind, shape=(1, 2, 2)),
@@ -189,7 +193,7 @@ def test_A6_half_precision_data_is_noised_weighed_and_compared_in_float32(kind, 
     torch.testing.assert_close(losses.double(), exact, rtol=1e-3, atol=0)
 
 
-# A map of levels ------------------------------------------------------------------------------------------------------
+# A map of levels
 
 
 class Map(nn.Module):
@@ -248,7 +252,7 @@ def test_a_map_of_levels_goes_through_schedule_network_loss_and_prediction(kind,
     np.testing.assert_allclose(prediction.at(level), x, rtol=1e-8, atol=1e-9)
 
 
-# Refused --------------------------------------------------------------------------------------------------------------
+# Refused
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""Learned uncertainty: at rest u(λ) = ln E[L | λ], and every level's gradient is divided by what its loss is expected to be."""
+"""Learned uncertainty: at rest u(λ) = ln E[L | λ], and every level's gradient is divided by what
+its loss is expected to be.
+"""
 
 import math
 
@@ -8,8 +10,8 @@ import torch
 from torch import nn
 
 from diffcore.core.denoiser import Denoiser
-from diffcore.core.noise import Stream, normal, uniform
 from diffcore.core.process import Process
+from diffcore.core.random import Stream, normal, uniform
 from diffcore.objectives.objective import Objective, SampleKey
 from diffcore.objectives.uncertainty import LogVariance, Uncertainty
 from diffcore.objectives.weighting import MinSNR
@@ -78,7 +80,9 @@ def test_a_low_precision_run_keeps_it_in_float32():
     "expected", [lambda v: -v / 4 - 1, lambda v: np.tanh(v) * 2, lambda v: 0 * v + 3], ids=range(3)
 )
 def test_at_rest_it_is_the_logarithm_of_the_expected_loss(expected):
-    """Trained alone on L = e^(expected) χ²/4 of 4 degrees of freedom, λ even on ±8: within 0.1 of ln E[L | λ]."""
+    """Trained alone on L = e^(expected) χ²/4 of 4 degrees of freedom, λ even on ±8: within 0.1 of
+    ln E[L | λ].
+    """
     u = LogVariance(64)
     optimizer = torch.optim.Adam(u.parameters(), lr=0.03)
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,6 @@
-"""One w(λ) on the x_0 error: its value on every target as published, its limits, and what "the same weight" means."""
+"""One w(λ) on the x_0 error: its value on every target as published, its limits, and what "the same
+weight" means.
+"""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from diffcore.objectives.weighting import (
     ELBO,
     MSE,
     P2,
-    Debiased,
+    DebiasedWeight,
     MinSNR,
     SigmoidWeight,
     SoftMinSNR,
@@ -157,7 +159,7 @@ GOLDEN = {  # weight -> the factor on the squared error of each target, and its 
         "sample": (lambda snr: snr / (3 + snr), 0, 1),
     },
     P2(gamma=0.0): {"epsilon": (lambda snr: snr**0, 1, 1)},
-    Debiased(): {
+    DebiasedWeight(): {
         "epsilon": (lambda snr: 1 / np.sqrt(snr), inf, 0),
         "sample": (np.sqrt, 0, inf),
         "v_prediction": (lambda snr: np.sqrt(snr) / v(snr), 0, 0),
@@ -177,7 +179,7 @@ every_case = pytest.mark.parametrize(
 def test_B1_weight_on_every_target_is_the_published_one(weight, kind, formula, noise, clean):
     levels = torch.cat((LEVELS, FAR_LEVELS))
     np.testing.assert_allclose(
-        weight.on(kind, levels, S), formula(levels.exp().numpy()), rtol=1e-12
+        weight.target_weight(kind, levels, S), formula(levels.exp().numpy()), rtol=1e-12
     )
 
 
@@ -245,7 +247,7 @@ NUMBERS = [  # on ε, x_0, v, flow and edm (s = 0.5) at SNR 0.25, 1, 20: to comp
         ],
     ),
     (
-        Debiased(),
+        DebiasedWeight(),
         [
             [2, 1, 0.22360679775],
             [0.5, 1, 4.472135955],
@@ -283,15 +285,15 @@ NUMBERS = [  # on ε, x_0, v, flow and edm (s = 0.5) at SNR 0.25, 1, 20: to comp
 def test_B1_known_numbers(weight, table):
     levels = torch.tensor([0.25, 1.0, 20.0], dtype=torch.float64).log()
     for kind, row in zip(KINDS, table, strict=True):
-        assert weight.on(kind, levels, 0.5).tolist() == pytest.approx(row, rel=1e-9)
+        assert weight.target_weight(kind, levels, 0.5).tolist() == pytest.approx(row, rel=1e-9)
 
 
 @every_case
 def test_B1_limits_at_zero_and_infinite_snr_are_right(weight, kind, formula, noise, clean):
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        limits = weight.on(kind, torch.tensor([-inf, inf], dtype=dtype), S)
+        limits = weight.target_weight(kind, torch.tensor([-inf, inf], dtype=dtype), S)
         assert limits.tolist() == pytest.approx([noise, clean], rel=1e-13)
-    near = weight.on(
+    near = weight.target_weight(
         kind, torch.tensor([-70.0, 70.0], dtype=torch.float64), S
     )  # e^-35 = 6e-16 from the limit
     for value, limit in zip(near.tolist(), (noise, clean), strict=True):
@@ -301,11 +303,13 @@ def test_B1_limits_at_zero_and_infinite_snr_are_right(weight, kind, formula, noi
 def test_B1_min_snr_golden_values():
     """γ = 5 at SNR 1/4, 5, 20: min(1, γ/SNR) on ε, min(SNR, γ)/(SNR+1) on v, min(SNR, γ) on x_0."""
     levels = torch.tensor([0.25, 5.0, 20.0], dtype=torch.float64).log()
-    assert MinSNR().on("epsilon", levels, S).tolist() == pytest.approx([1, 1, 1 / 4], rel=1e-14)
-    assert MinSNR().on("v_prediction", levels, S).tolist() == pytest.approx(
+    assert MinSNR().target_weight("epsilon", levels, S).tolist() == pytest.approx(
+        [1, 1, 1 / 4], rel=1e-14
+    )
+    assert MinSNR().target_weight("v_prediction", levels, S).tolist() == pytest.approx(
         [1 / 5, 5 / 6, 5 / 21], rel=1e-14
     )
-    assert MinSNR().on("flow_prediction", levels, S).tolist() == pytest.approx(
+    assert MinSNR().target_weight("flow_prediction", levels, S).tolist() == pytest.approx(
         [1 / 9, 5 / (1 + 5**0.5) ** 2, 5 / (1 + 20**0.5) ** 2], rel=1e-14
     )
     assert MinSNR()(levels).tolist() == pytest.approx([0.25, 5, 5], rel=1e-14)
@@ -315,7 +319,7 @@ def test_B1_min_snr_golden_values():
 @pytest.mark.parametrize("weight", GOLDEN, ids=repr)
 def test_a_weight_is_its_own_value_on_the_x0_error(weight):
     levels = torch.cat((LEVELS, torch.tensor([-inf, inf])))
-    assert torch.equal(weight(levels), weight.on("sample", levels, S))
+    assert torch.equal(weight(levels), weight.target_weight("sample", levels, S))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -323,7 +327,7 @@ def test_mse_on_its_own_target_is_exactly_1(kind):
     levels = torch.tensor(
         [-inf, -300.0, -90.0, -1.0, 0.0, 3.0, 90.0, 300.0, inf], dtype=torch.float64
     )
-    assert MSE(kind).on(kind, levels, S).tolist() == [1] * 9
+    assert MSE(kind).target_weight(kind, levels, S).tolist() == [1] * 9
 
 
 @dataclass(frozen=True)
@@ -339,7 +343,7 @@ class Power(Weight):
 @pytest.mark.parametrize(
     ("weight", "kind", "noise", "clean"),
     [
-        (Power(0.5), "epsilon", inf, 0),  # Debiased: 1/√SNR on ε
+        (Power(0.5), "epsilon", inf, 0),  # DebiasedWeight: 1/√SNR on ε
         (Power(0.5), "v_prediction", 0, 0),
         (Power(0.5), "sample", 0, inf),
         (Power(1.5), "epsilon", 0, inf),
@@ -349,15 +353,17 @@ class Power(Weight):
     ids=str,
 )
 def test_limits_of_any_power_of_the_snr_are_0_or_infinite(weight, kind, noise, clean):
-    assert weight.on(kind, torch.tensor([-inf, inf]), S).tolist() == [noise, clean]
+    assert weight.target_weight(kind, torch.tensor([-inf, inf]), S).tolist() == [noise, clean]
 
 
 def loss_and_gradient(weight, kind, logsnr, x0, eps, guess):
-    """The loss of a network whose implied x_0 is `guess` at α x_0 + σ ε, and its gradient by that x_0."""
+    """The loss of a network whose implied x_0 is `guess` at α x_0 + σ ε, and its gradient by that
+    x_0.
+    """
     level = Cosine().at(logsnr)
     x = level.alpha * x0 + level.sigma * eps
     raw = target(kind, guess, (x - level.alpha * guess) / level.sigma, level, S).requires_grad_()
-    factor = weight.on(kind, torch.tensor([logsnr], dtype=torch.float64), S)
+    factor = weight.target_weight(kind, torch.tensor([logsnr], dtype=torch.float64), S)
     loss = (factor * (raw - target(kind, x0, eps, level, S)) ** 2).mean()
     (by_raw,) = torch.autograd.grad(loss, raw)
     implied = predict(kind, raw, x, level, S).x0
@@ -397,7 +403,7 @@ def test_B1_the_same_weight_is_the_same_loss_and_gradient_for_every_target(weigh
     ids=str,
 )
 def test_limits_are_right_whatever_the_level_at_which_a_weight_bends(weight, kind, noise, clean):
-    limits = weight.on(kind, torch.tensor([-inf, inf]), S).tolist()
+    limits = weight.target_weight(kind, torch.tensor([-inf, inf]), S).tolist()
     assert limits == pytest.approx([noise, clean], rel=1e-12, abs=0)
 
 
@@ -406,7 +412,8 @@ def test_limits_are_right_whatever_the_level_at_which_a_weight_bends(weight, kin
 def test_the_sigmoid_weight_is_a_soft_min_snr(kind, bias):
     levels = torch.cat((LEVELS, FAR_LEVELS, torch.tensor([-inf, inf])))
     one, other = (
-        weight.on(kind, levels, S) for weight in (SigmoidWeight(bias), SoftMinSNR(math.exp(bias)))
+        weight.target_weight(kind, levels, S)
+        for weight in (SigmoidWeight(bias), SoftMinSNR(math.exp(bias)))
     )
     torch.testing.assert_close(one, other, rtol=1e-13, atol=0)
 
@@ -414,8 +421,13 @@ def test_the_sigmoid_weight_is_a_soft_min_snr(kind, bias):
 @pytest.mark.parametrize("sigma_data", [0.1, 0.5, 2.0])
 @pytest.mark.parametrize("weight", [EDM(), MSE("edm")], ids=repr)
 def test_edms_weight_times_its_preconditioning_is_1(weight, sigma_data):
-    """λ(σ) c_out(σ)² = 1 in the paper's terms, whatever the data's standard deviation, and so in the network's space."""
-    assert weight.on("edm", torch.cat((LEVELS, FAR_LEVELS)), sigma_data).tolist() == [1] * 13
+    """λ(σ) c_out(σ)² = 1 in the paper's terms, whatever the data's standard deviation, and so in
+    the network's space.
+    """
+    assert (
+        weight.target_weight("edm", torch.cat((LEVELS, FAR_LEVELS)), sigma_data).tolist()
+        == [1] * 13
+    )
     sigma = (-LEVELS / 2).exp()
     c_out = sigma * sigma_data / (sigma**2 + sigma_data**2).sqrt()
     torch.testing.assert_close(
@@ -426,7 +438,7 @@ def test_edms_weight_times_its_preconditioning_is_1(weight, sigma_data):
 @pytest.mark.parametrize("value", [0.0, -5.0, inf, math.nan])
 @pytest.mark.parametrize(
     ("build", "name"),
-    [(MinSNR, "gamma"), (SoftMinSNR, "gamma"), (TruncatedSNR, "least"), (P2, "k")],
+    [(MinSNR, "gamma"), (SoftMinSNR, "gamma"), (TruncatedSNR, "minimum"), (P2, "k")],
     ids=lambda v: getattr(v, "__name__", v),
 )
 def test_parameters_that_are_not_positive_are_refused(build, name, value):

@@ -208,7 +208,7 @@ def test_pure_noise_enters_memory_only_where_the_variable_is_finite(sampler, kep
     "sampler", [sampler for sampler in SAMPLERS if sampler in ORDERS and sampler != DDIM()], ids=str
 )
 def test_a_map_of_levels_takes_every_row_along_its_own_knots(sampler):
-    """Levels as float64 tensors, one a row: each row does what it would alone."""
+    """TimeSampling as float64 tensors, one a row: each row does what it would alone."""
     oracle, x = mixture(), NOISE.start()[:3]
     rows = [(-4.0, -2.5, -1.0, 0.0, 1.5), (-3.0, -2.0, -0.5, 0.2, 2.0), (-6.0, -1.0, 0.0, 3.0, 4.0)]
     alone = torch.cat(

@@ -336,7 +336,7 @@ def test_more_steps_than_a_table_has_are_refused(grid):
 
 
 def test_a_network_trained_on_one_schedule_is_sampled_on_another_s_levels():
-    """Levels are matched in λ, so knots of Flow's uniform a serve a network of the cosine schedule."""
+    """TimeSampling are matched in λ, so knots of Flow's uniform a serve a network of the cosine schedule."""
     grid = Explicit(tuple(knot.logsnr for knot in Trailing().knots(Flow(), 20)))
     record = process(Cosine())
     denoiser = Denoiser(ExactNetwork(mixture(record), record), record)

@@ -24,8 +24,8 @@ from diffcore.training.trainer import Trainer
 from tests.helpers.training_runs import crash_after, hashes, read_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-MOMENT = SecondMoment(bins=4, history=2, every=4)
-LEARNED = LearnedSchedule(bins=6, every=4)
+MOMENT = SecondMoment(bins=4, history=2, update_interval=4)
+LEARNED = LearnedSchedule(bins=6, update_interval=4)
 PROCESS = Process(shape=(1, 8, 8))
 UNKNOWN = "unknown (the level sampler has been updated since)"
 
@@ -84,7 +84,7 @@ def test_the_resampler_learns_from_unweighted_losses_at_the_times_that_were_draw
     drawn = []
     for step in range(12):
         key = SampleKey(5, step, torch.arange(8), 8)
-        draw = sampler.objective.draw(process, key, learned=sampler.learned)
+        draw = sampler.objective.draw(process, key, state=sampler.learned)
         times = draw.level.t.flatten()
         drawn.append(times)
         sampler.add(step + 1, ((2 - times) * draw.importance).float())
@@ -135,7 +135,7 @@ def test_the_level_of_a_sample_is_known_until_the_resampler_is_updated():
     def key(step):
         return SampleKey(5, step, torch.tensor([3]), 8)
 
-    sampler = make_level_sampler(SecondMoment(bins=2, history=1, every=4))
+    sampler = make_level_sampler(SecondMoment(bins=2, history=1, update_interval=4))
     logsnr = sampler.describe(key(2), 3)
     times = sampler.objective.times(key(2))
     assert float(logsnr) == pytest.approx(float(Cosine().logsnr(times)), abs=1e-3)

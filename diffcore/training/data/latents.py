@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from diffcore.core.noise import Stream, normal
+from diffcore.core.random import Stream, normal
 from diffcore.io.files import hash_file
 from diffcore.training.data.cache import Cache, digest
 from diffcore.training.data.captions import captions as captions_of

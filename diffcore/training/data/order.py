@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from diffcore.core.noise import Stream, permutation, uniform
+from diffcore.core.random import Stream, permutation, uniform
 from diffcore.training.data.source import DataSource, split_item
 
 __all__ = ["Batch", "DataOrder", "is_mirrored", "load_batches"]

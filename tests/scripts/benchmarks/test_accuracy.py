@@ -21,7 +21,7 @@ from benchmarks.accuracy import (
 )
 from benchmarks.schedulers import SCHEDULERS, measure_diffusers
 
-from diffcore.core.oracle import Empirical, GaussianMixture
+from diffcore.core.oracle import EmpiricalDistribution, GaussianMixture
 from diffcore.core.process import Process
 from diffcore.samplers import DDIM, Heun
 from diffcore.schedules import Cosine
@@ -64,7 +64,7 @@ def test_the_reference_is_the_exact_flow(gaussian):
 
 def test_flips_are_ends_nearest_to_another_point():
     points = torch.tensor([[-1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
-    problem = Problem(Empirical(points, process=Process(shape=(2,))), 8, points)
+    problem = Problem(EmpiricalDistribution(points, process=Process(shape=(2,))), 8, points)
     torch.testing.assert_close(problem.end.abs(), points[1].expand(8, 2), rtol=0, atol=1e-12)
     x = problem.end.clone()
     x[:2] *= -0.1

@@ -51,7 +51,7 @@ def test_both_sides_do_the_same_work(tmp_path):
     places = torch.arange(state.settings.batch_size)
     draw = state.settings.objective.draw(state.settings.process, state.sample_key(places))
     rows = torch.tensor([state.order.index(int(place)) for place in places])
-    labels = bare.labels[rows].masked_fill(draw.dropped, state.settings.process.classes)
+    labels = bare.labels[rows].masked_fill(draw.dropout_mask, state.settings.process.classes)
     found = bare.update(bare.x0[rows], labels, draw.level.t.flatten().float(), draw.noise)
     step_function(state)()
     norm, losses = state.window.rows[0][0], state.window.rows[0][1:]

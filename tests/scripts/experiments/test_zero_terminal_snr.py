@@ -20,7 +20,7 @@ from experiments.zero_terminal_snr import (
 )
 
 from diffcore.core.denoiser import Denoiser
-from diffcore.core.oracle import Empirical
+from diffcore.core.oracle import EmpiricalDistribution
 
 EXACT = "zero terminal SNR, exact"
 
@@ -85,7 +85,7 @@ def test_equal_seeds_give_equal_networks():
     )
     assert all(same)
     assert not all(differ)
-    assert isinstance(create_denoiser(VARIANTS[EXACT], 0), Empirical)
+    assert isinstance(create_denoiser(VARIANTS[EXACT], 0), EmpiricalDistribution)
 
 
 def test_a_study_continues_its_file_and_is_tabulated_and_drawn(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffcore.core.noise import Stream, normal
+from diffcore.core.random import Stream, normal
 from diffcore.integrations.diffusers import Latents, encode_prompts
 from diffcore.integrations.diffusers.loading.index import PipelineIndex
 from diffcore.training.data import DataOrder, cache, load_batches

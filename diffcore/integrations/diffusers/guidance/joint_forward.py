@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from diffcore.core.denoiser import tensor_of
+from diffcore.core.denoiser import extract_tensor
 from diffcore.core.prediction import Prediction, predict, scale_input, target, unscale_input
 from diffcore.core.process import Process
 from diffcore.guidance import (
@@ -77,6 +77,11 @@ class PipelineDenoiser:
     output: Any = None
 
     @property
+    def device(self) -> torch.device:
+        """The device of the pipeline's input."""
+        return self.x.device
+
+    @property
     def batch_size(self) -> int:
         """Number of samples, B."""
         return len(self.x) // (2 if self.process.classes else 1)
@@ -101,7 +106,7 @@ class PipelineDenoiser:
         full = torch.cat([scaled.to(self.x.dtype), self.x[indices, x.shape[1] :]], 1)
         output = self.forward(full, *args, **kwargs)
         self.output = output if self.output is None else self.output
-        mean = tensor_of(output)[:, : x.shape[1]].to(x.dtype)
+        mean = extract_tensor(output)[:, : x.shape[1]].to(x.dtype)
         return predict(process.prediction, mean, x, level, process.sigma_data)
 
     def pipeline_output(self, guided: Tensor) -> Any:
@@ -114,7 +119,7 @@ class PipelineDenoiser:
             An object of the type of the network's output, with the guided output in both halves,
             in its dtype, and with its variance channels.
         """
-        output = tensor_of(self.output)
+        output = extract_tensor(self.output)
         variance = output[: self.batch_size, guided.shape[1] :]
         full = torch.cat([guided.to(output.dtype), variance], 1)
         full = torch.cat([full] * (len(self.x) // self.batch_size))

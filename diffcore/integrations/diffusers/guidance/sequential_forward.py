@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffcore.core.denoiser import tensor_of
+from diffcore.core.denoiser import extract_tensor
 from diffcore.core.prediction import Prediction
 from diffcore.guidance import Guidance, GuidanceInput, Unconditional, evaluate_queries
 from diffcore.guidance.reference import Query
@@ -92,7 +92,7 @@ class SequentialGuidedForward(GuidedForward):
         indices = range(len(rule.required_references(step, state.memory)))
         references = tuple(half.references.get(i, negative) for i in indices)
         given = GuidanceInput(x, step, half.conditional, references)
-        tensor_of(half.output).copy_(guided_output(rule, given, state))
+        extract_tensor(half.output).copy_(guided_output(rule, given, state))
         state.waiting_rule = None
         return half.output
 

@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from diffcore.core.denoiser import Denoiser, tensor_of
+from diffcore.core.denoiser import Denoiser, extract_tensor
 from diffcore.core.process import Process
 from diffcore.integrations.diffusers.families import ClassCondition, family_of, network_config
 from diffcore.integrations.diffusers.loading.folder import PipelineParts, parts_of, read_folder
@@ -234,7 +234,7 @@ class MeanOutput(nn.Module):
             time: time input (B,).
             condition: the network's other arguments.
         """
-        return tensor_of(self.network(x, time, **condition))[:, : x.shape[1]]
+        return extract_tensor(self.network(x, time, **condition))[:, : x.shape[1]]
 
 
 def mean_network(network: nn.Module, process: Process) -> nn.Module:

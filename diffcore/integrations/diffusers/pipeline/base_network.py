@@ -15,7 +15,7 @@ from typing import Any
 import diffusers
 from torch import Tensor, nn
 
-from diffcore.core.denoiser import tensor_of
+from diffcore.core.denoiser import extract_tensor
 from diffcore.core.network import ExportableNetwork
 from diffcore.core.process import Process
 from diffcore.integrations.diffusers.families import family_of
@@ -124,7 +124,9 @@ class Pretrained(ExportableNetwork):
                 "the network is conditioned on text, not on labels: sample its pipeline/ with --prompt, "
                 "or use PromptNetwork(network, prompts)"
             )
-        return tensor_of(family.wrap(network)(x, timestep=timestep, **condition))[:, : x.shape[1]]
+        return extract_tensor(family.wrap(network)(x, timestep=timestep, **condition))[
+            :, : x.shape[1]
+        ]
 
     @cached_property
     def content_hash(self) -> str:
