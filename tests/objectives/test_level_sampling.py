@@ -305,7 +305,10 @@ def test_a_batch_without_a_loss_teaches_nothing(kind, value):
     ("options", "message"),
     [
         ({"bins": 1}, "bins and update_interval are 1 and 10, expected at least 2 and 1"),
-        ({"bins": 4, "update_interval": 0}, "bins and update_interval are 4 and 0, expected at least 2 and 1"),
+        (
+            {"bins": 4, "update_interval": 0},
+            "bins and update_interval are 4 and 0, expected at least 2 and 1",
+        ),
         ({"floor": 0.0}, r"floor is 0.0, expected a share of uniform draws within \(0, 1\)"),
         ({"floor": 1.0}, "floor is 1.0"),
         ({"floor": math.nan}, "floor is nan"),

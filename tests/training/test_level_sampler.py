@@ -106,7 +106,7 @@ def test_losses_of_all_ranks_are_in_the_order_of_the_global_batch():
             return learned
 
     sampler = make_level_sampler(
-        RecordingMoment(bins=2, every=1), parts=2, gather=lambda rows: torch.stack(ranks)
+        RecordingMoment(bins=2, update_interval=1), parts=2, gather=lambda rows: torch.stack(ranks)
     )
     sampler.add(1, torch.tensor([0.0, 1, 4, 5]))
     assert updates[0].tolist() == list(range(8))
