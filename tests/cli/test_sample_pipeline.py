@@ -235,7 +235,7 @@ REFUSED = {
     "unconditional": (
         "dit",
         "",
-        "needs a condition to strengthen: pass one label a sample (--labels, --prompt)",
+        "needs a condition to strengthen: pass one label for each sample (--labels, --prompt)",
     ),
     "odd size": (
         "sd",

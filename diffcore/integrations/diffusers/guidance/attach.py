@@ -120,13 +120,13 @@ def _family(pipe: Any, guidance: Guidance) -> ModelFamily:
 
 
 def _scheduler(
-    own: Any, guidance: Guidance, sampler: Sampler | None, grid: Grid | None
+    pipeline_scheduler: Any, guidance: Guidance, sampler: Sampler | None, grid: Grid | None
 ) -> DiffcoreScheduler:
     """A DiffcoreScheduler for the pipeline's own scheduler, with the rule's levels as knots."""
     chosen: dict[str, Any] = {
         name: part for name, part in (("sampler", sampler), ("grid", grid)) if part is not None
     }
-    scheduler = DiffcoreScheduler.from_config(config_of(own), **chosen)
+    scheduler = DiffcoreScheduler.from_config(config_of(pipeline_scheduler), **chosen)
     settings = scheduler.settings
     check_rule(guidance)
     if not guidance.is_consistent and settings.sampler not in FIRST_ORDER:

@@ -21,6 +21,7 @@ from diffcore.guidance import (
 from diffcore.integrations.diffusers import DiffcoreScheduler, attach
 from diffcore.samplers import DDIM, AlphaBlending, DPMSolverPP, EulerAncestral, Heun
 from diffcore.sampling.loop import planned
+from diffcore.schedules import Trailing
 from tests.helpers.text_networks import pixart
 from tests.helpers.tiny_pipelines import (
     NEGATIVE,
@@ -335,3 +336,20 @@ def test_two_prompts_with_one_seed_are_refused_if_the_halves_are_guessed():
             pipe(["a", "b"], guidance_scale=1.0, generator=[seed(0), seed(0)], **given)
         pipe(["a", "b"], guidance_scale=1.0, generator=[seed(0), seed(1)], **given)
         pipe(["a", "b"], guidance_scale=2.0, generator=[seed(0), seed(0)], **given)
+
+
+def test_an_edm_network_is_guided_at_x_and_not_at_its_scaled_input():
+    pipe = stable_diffusion(diffusers.EDMEulerScheduler(sigma_data=1.0))
+    scheduler = DiffcoreScheduler.from_config(pipe.scheduler.config)
+
+    def evaluate(unet, x, t, label):
+        scaled = x / (1 + (8 * t).exp()).sqrt()  # t = ln(σ) / 4
+        embeddings = NEGATIVE if label else PROMPT
+        return unet(scaled, t, encoder_hidden_states=embeddings, return_dict=False)[0]
+
+    rule, process = APG(3.0), scheduler.settings.process
+    x = torch.randn(1, 4, 8, 8, generator=seed()) * scheduler.init_noise_sigma
+    expected, _ = sampling_loop(pipe.unet, evaluate, process, rule, DDIM(), 4, x)
+    with attach(pipe, guidance=rule, sampler=DDIM(), grid=Trailing()):
+        actual = pipe(num_inference_steps=4, guidance_scale=3.0, generator=seed(), **TEXT).images
+    assert relative_difference(actual, expected) < 1e-5
