@@ -1,6 +1,7 @@
 """Fine-tuning of a pipeline: what a run trains on, what it writes, which families it trains."""
 
 import json
+import re
 
 import diffusers
 import pytest
@@ -13,6 +14,7 @@ from diffcore.integrations.diffusers.scheduler.scheduler_config import config_of
 from diffcore.io.safetensors import read_weights
 from diffcore.schedules import Discrete, Flow, Shifted, ZeroTerminalSNR
 from diffcore.training import checkpoint
+from tests.conftest import ROOT, forget_accelerate
 from tests.helpers import text_networks
 from tests.helpers.captioned_images import OLD
 from tests.helpers.finetune_runs import run_command
@@ -100,3 +102,12 @@ def test_a_pipeline_trains_on_its_own_process_if_the_file_defines_none(workspace
         for name, value in network_of(pipe).state_dict().items()
     ]
     assert sum(changed) > len(changed) / 2
+
+
+def test_the_python_example_of_the_documentation_trains_an_adapter(workspace):
+    page = (ROOT / "docs/training-text.md").read_text()
+    (example,) = re.findall(r"^```py\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+    assert "steps=10_000" in example
+    forget_accelerate()
+    exec(example.replace("steps=10_000", "steps=1"), {})
+    assert (workspace / "runs/python" / ADAPTER).is_file()
