@@ -148,6 +148,7 @@ class CallState:
 
     Args:
         process: the process, of one class if both halves are present, else of none.
+        guidance_argument: argument of the pipeline's call that makes it prepare the negative half.
         memory: the rule's memory.
         step: the step that holds the latest evaluation.
         evaluation: what the pipeline's first network call of this evaluation left; None before it.
@@ -157,6 +158,7 @@ class CallState:
     """
 
     process: Process
+    guidance_argument: str
     memory: Any = None
     step: Step | None = None
     evaluation: Any = None
@@ -175,11 +177,11 @@ class CallState:
         if self.expected_batch not in (None, count):
             raise ValueError(
                 f"the {count} samples begin with equal noise in both halves, so they were taken "
-                f"for the two halves of guidance: call the pipeline with guidance_scale above 1, "
-                f"or pass a different seed for each sample"
+                f"for the two halves of guidance: call the pipeline with {self.guidance_argument} "
+                f"above 1, or pass a different seed for each sample"
             )
         if self.waiting_rule is not None:
-            raise ValueError(missing_negative(self.waiting_rule))
+            raise ValueError(missing_negative(self.waiting_rule, self.guidance_argument))
         self.evaluation = None
 
 
@@ -266,10 +268,11 @@ class GuidedForward:
             for step in steps
             for reference in self.guidance.required_references(step, None)
         ):
-            raise ValueError(missing_negative(self.guidance))
+            raise ValueError(missing_negative(self.guidance, self.family.guidance_argument))
         is_guessed = has_both and labels is None and self.has_negative_half() is None
         return CallState(
             self._checked_process(call, has_both),
+            self.family.guidance_argument,
             expected_batch=len(x) // 2 if is_guessed else None,
         )
 
@@ -297,19 +300,20 @@ class GuidedForward:
         return bool(second) and len(x) % 2 == 0 and torch.equal(first, second[0])
 
 
-def missing_negative(rule: Guidance) -> str:
+def missing_negative(rule: Guidance, guidance_argument: str) -> str:
     """The error message for a pipeline that passes no negative half.
 
     Args:
         rule: the rule that needs it.
+        guidance_argument: argument of the pipeline's call that makes it prepare the negative half.
 
     Returns:
         One line, with the remedy.
     """
     return (
         f"{rule} needs the negative half, which the pipeline leaves out: call it with "
-        f"guidance_scale above 1 (Flux: true_cfg_scale, and a negative prompt), whose value is not "
-        f"used; or attach CFG(1.0)"
+        f"{guidance_argument} above 1, whose value is not used, and with a negative prompt if it "
+        f"has none by default; or attach CFG(1.0)"
     )
 
 

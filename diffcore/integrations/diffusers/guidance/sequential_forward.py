@@ -99,4 +99,4 @@ class SequentialGuidedForward(GuidedForward):
     def _begin(self, call: Call, x: Tensor, labels: Tensor | None) -> CallState:
         # Whether the negative half comes is known only when it does; each call has B samples.
         self._checked_process(call, has_both=True)
-        return CallState(call.plan.process)
+        return CallState(call.plan.process, self.family.guidance_argument)

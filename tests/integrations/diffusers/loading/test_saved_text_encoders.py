@@ -80,7 +80,7 @@ BROKEN = [
     (pickled, "text_encoder cannot be read .*; pickled weights are not opened, convert them first"),
     (
         remote,
-        "names transformers.AutoModel as text_encoder, which is no model of diffusers or transformers",
+        "names transformers.AutoModel as text_encoder, which is no model of diffusers",
     ),
     (lambda f: shutil.rmtree(f / "text_encoder"), "text_encoder cannot be read"),
     (unread, "tokenizer holds no tokenizer, expected one of vocab.json"),
