@@ -1,1 +1,4 @@
-"""Training on accelerate: the same run whatever the ranks, the accumulation and the interruptions."""
+"""Training on accelerate.
+
+A run gives the same weights for every number of ranks and micro-batches, and if it is interrupted.
+"""

@@ -1,7 +1,9 @@
 """Checkpoints: safetensors and JSON only, atomic, and every file hashed.
 
-    checkpoints/step-00000400/  model.safetensors  ema.safetensors  training.safetensors
-    manifest.json
+    checkpoints/step-00000400/model.safetensors
+                              ema.safetensors
+                              training.safetensors
+                              manifest.json
 
 A folder is written under a temporary name, flushed, and renamed, so that a folder with that name is
 complete. manifest.json holds the training state, and the size and SHA-256 of each file and of
@@ -20,6 +22,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from diffcore.io.files import CorruptFileError, sync_folder, write_and_sync
+
+__all__ = ["Checkpoint", "name", "newest", "prune", "read", "set_aside", "write"]
 
 MANIFEST = "manifest.json"
 
@@ -58,7 +62,10 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def read(folder: Path) -> Checkpoint:
-    """The checkpoint in `folder`; every byte is verified.
+    """Read the checkpoint in `folder` and verify every byte.
+
+    Returns:
+        The tensors and the state that `write` stored.
 
     Raises:
         CorruptFileError: A file is missing, truncated or changed; the message contains its path.
@@ -71,8 +78,14 @@ def read(folder: Path) -> Checkpoint:
 
 
 def newest(folder: Path, message: Callable[[str], None]) -> Checkpoint | None:
-    """The newest whole checkpoint in `folder`, or None; `message` prints each newer one that is
-    corrupt.
+    """Read the newest checkpoint that is whole.
+
+    Args:
+        folder: folder of the checkpoints.
+        message: prints a line for each newer checkpoint that is corrupt.
+
+    Returns:
+        The checkpoint, or None if there is no whole one.
     """
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
@@ -83,9 +96,7 @@ def newest(folder: Path, message: Callable[[str], None]) -> Checkpoint | None:
 
 
 def set_aside(folder: Path, step: int) -> None:
-    """Rename the corrupt checkpoints after `step`, from which the run resumes, so that they are not
-    counted.
-    """
+    """Rename the checkpoints after `step`, which are corrupt, so that `prune` does not count them."""
     for path in folder.glob("step-*"):
         if path.name > name(step):
             aside = path.with_name(f"broken-{path.name}")
@@ -94,7 +105,7 @@ def set_aside(folder: Path, step: int) -> None:
 
 
 def name(step: int) -> str:
-    """The folder name of the checkpoint after `step` steps; the names sort like the steps."""
+    """The folder name of a checkpoint, by its number of steps; the names sort like the numbers."""
     return f"step-{step:08d}"
 
 

@@ -1,9 +1,10 @@
-"""Ranks, precision and sharding: the one place that knows accelerate and the distributed state of a
-network.
+"""Ranks, precision and sharding: the set-up of accelerate, and the state of a distributed network.
 
-Data parallelism (DDP) works today. FSDP or another strategy is added here: `make_accelerator`
-admits it, `wrap` passes the modules through accelerate, and `capture_state` and `restore_state`
-gather and scatter the state that a checkpoint holds.
+Data parallelism (DDP) is supported. To add FSDP or another strategy, change this module:
+`make_accelerator` refuses every other strategy today, `wrap` passes the modules through accelerate,
+and `capture_state` and `restore_state` gather and scatter the tensors of a checkpoint; they use
+torch.distributed.checkpoint, which supports sharded tensors. The average of the weights (`ema.py`) is
+elementwise and works on shards.
 """
 
 import os
@@ -113,9 +114,14 @@ def wrap(
 
 
 def capture_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> GatheredState:
-    """The whole state of a network and its optimizer, gathered on the host of the first rank.
+    """Gather the whole state of a network and its optimizer. Every rank must call it.
 
-    Every rank must call it.
+    Args:
+        network: network, possibly sharded.
+        optimizer: optimizer of its parameters.
+
+    Returns:
+        The state on the host of the first rank; the other ranks receive nothing.
     """
     model, state = get_state_dict(network, optimizer, options=FULL_ON_HOST)
     # Ranks other than the first receive nothing.
@@ -132,7 +138,13 @@ def capture_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> Gathe
 def restore_state(
     network: nn.Module, optimizer: torch.optim.Optimizer, state: GatheredState
 ) -> None:
-    """Load into a network and its optimizer what `capture_state` returned. Every rank must call it."""
+    """Restore the state of a network and its optimizer. Every rank must call it.
+
+    Args:
+        network: network, possibly sharded.
+        optimizer: optimizer of its parameters.
+        state: whole state, as `capture_state` returns it on the first rank.
+    """
     by_parameter: dict[str, Any] = {}
     for name, value in state.optimizer.items():
         parameter, key = name.rsplit(".", 1)

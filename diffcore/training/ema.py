@@ -11,15 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+__all__ = ["EMA", "Decay"]
+
 
 @dataclass(frozen=True)
 class Decay:
     """Decay β(step) of the averaged weights, a function of the optimizer step.
 
     Args:
-        decay: limit of β, within [0, 1); a larger value averages over more steps.
-        warmup: True limits β to (1 + step) / (10 + step), which removes the initial weights from
-            the average.
+        decay: limit of β in average ← β average + (1-β) weights, within [0, 1); a larger value
+            averages over more steps.
+        warmup: true limits β to (1 + step) / (10 + step), so that the average forgets the initial
+            weights quickly.
     """
 
     decay: float = 0.9999
@@ -35,10 +38,10 @@ class Decay:
 
 
 class EMA:
-    """The averaged state of a module: floating tensors are averaged in float32, others (counters)
-    are copied.
+    """The averaged state of a module.
 
-    The average is elementwise, so that a rank that holds a shard averages its shard.
+    Floating tensors are averaged in float32; other tensors (counters) are copied. The average is
+    elementwise, so that a rank that holds a shard averages its shard.
 
     Args:
         module: module whose state is averaged.
@@ -73,21 +76,22 @@ class EMA:
 
     @torch.no_grad()
     def load(self, shadow: Mapping[str, Tensor]) -> None:
-        """Replace the average by a saved one."""
+        """Replace the average by that of a checkpoint."""
         for name, value in shadow.items():
             self.shadow[name].copy_(value)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Load the averaged weights into the module; on exit, also after an error, its own weights
-        return bit for bit.
+        """Context in which the module has the averaged weights.
+
+        On exit, also after an error, its own weights are restored bit for bit.
         """
-        own = {name: value.clone() for name, value in self.module.state_dict().items()}
+        weights = {name: value.clone() for name, value in self.module.state_dict().items()}
         self.module.load_state_dict(self.shadow)
         try:
             yield
         finally:
-            self.module.load_state_dict(own)
+            self.module.load_state_dict(weights)
 
 
 def _averaged(value: Tensor) -> Tensor:

@@ -1,6 +1,4 @@
-"""The sampler of training levels in a run: what the objective's resampler has learned from the
-losses.
-"""
+"""The adaptive distribution of the training levels: it updates the objective's resampler."""
 
 from collections.abc import Callable
 
@@ -12,14 +10,17 @@ from diffcore.objectives.level_sampling import ResamplerState
 from diffcore.objectives.objective import Objective, SampleKey
 from diffcore.training.reporting import LossWindow
 
+__all__ = ["LevelSampler"]
+
 PREFIX = "resampler."
+"""Prefix of its tensors in a checkpoint."""
 
 
 class LevelSampler:
     """The distribution of the training levels of a run, the same on every rank.
 
-    With a resampler, it gathers the losses of all ranks every few steps and updates the resampler.
-    Without one, it does nothing.
+    With a resampler, it gathers the losses of all ranks every `update_interval` steps and updates
+    the resampler. Without one, the distribution does not change.
 
     Args:
         objective: training objective, with or without a resampler.
@@ -50,7 +51,7 @@ class LevelSampler:
 
         Args:
             step: number of steps taken, including this one.
-            losses: losses of this rank.
+            losses: (samples,) losses of this rank.
         """
         resampler = self.objective.resampler
         if resampler is None:
@@ -62,47 +63,56 @@ class LevelSampler:
     def _learn(self, step: int) -> None:
         table = self.window.gathered()[:, 1:].double()
         index = torch.arange(self.batch)
-        places = [
+        keys = [
             SampleKey(self.seed, past, index, self.batch) for past in range(step - len(table), step)
         ]
-        times = torch.cat([self.objective.times(place, self.learned) for place in places])
-        drawn = self.process.schedule.training_times(times)
-        losses = table.flatten() * self.objective.oversampling(self.process, drawn, self.learned)
+        # Times are keyed, so they are computed again instead of being stored with the losses.
+        uniform = torch.cat([self.objective.times(key, self.learned) for key in keys])
+        times = self.process.schedule.training_times(uniform)
+        losses = table.flatten() * self.objective.oversampling(self.process, times, self.learned)
         assert self.objective.resampler is not None
         assert self.learned is not None
-        self.learned = self.objective.resampler.update(self.learned, drawn, losses)
+        self.learned = self.objective.resampler.update(self.learned, times, losses)
         self.window.restore(None)
 
-    def describe(self, place: SampleKey, step: int) -> str:
+    def describe(self, key: SampleKey, step: int) -> str:
         """λ of one sample as text; unknown if the resampler was updated since it was drawn.
 
         Args:
-            place: key of the sample.
+            key: key of the sample.
             step: number of steps taken.
 
         Returns:
-            λ with three decimals, or a phrase that says why it is unknown.
+            λ with three decimals, or the reason why it is unknown.
         """
         resampler = self.objective.resampler
-        if resampler and place.step < step - step % resampler.update_interval:
+        if resampler and key.step < step - step % resampler.update_interval:
             return "unknown (the level sampler has been updated since)"
-        times = self.process.schedule.training_times(self.objective.times(place, self.learned))
+        times = self.process.schedule.training_times(self.objective.times(key, self.learned))
         return f"{float(self.process.schedule.logsnr(times)):.3f}"
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that a checkpoint stores; empty without a resampler. Every rank must call it."""
+        """The tensors that a checkpoint stores, by name. Every rank must call it.
+
+        Returns:
+            The losses since the last update and the state of the resampler; {} without a resampler.
+        """
         if self.learned is None:
             return {}
-        kept = {"window": self.window.gathered(), **self.learned}
-        return {PREFIX + name: value for name, value in kept.items()}
+        stored = {"window": self.window.gathered(), **self.learned}
+        return {PREFIX + name: value for name, value in stored.items()}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `tensors` returned, and remove it from a checkpoint's tensors."""
-        own = {
+        """Restore what `tensors` returned.
+
+        Args:
+            tensors: tensors of a checkpoint; those of this class are removed from it.
+        """
+        stored = {
             name.removeprefix(PREFIX): tensors.pop(name)
             for name in list(tensors)
             if name.startswith(PREFIX)
         }
-        if own:
-            self.window.restore(own.pop("window"))
-            self.learned = own
+        if stored:
+            self.window.restore(stored.pop("window"))
+            self.learned = stored

@@ -1,6 +1,4 @@
-"""The training loop: optimizer steps, their order, and when the run reports, draws previews and
-saves.
-"""
+"""The training loop: optimizer steps, and when the run reports, draws previews and saves."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -47,17 +45,25 @@ def run(state: TrainState, reporter: Reporter) -> None:
 
 
 def training_batches(state: TrainState, stop: int) -> Iterator[Batch]:
-    """The micro-batches of this rank from the step of `state` to `stop` - 1."""
+    """The micro-batches of this rank.
+
+    Args:
+        state: state of the run; the micro-batches begin at its step.
+        stop: step at which they end, exclusive.
+
+    Returns:
+        An iterator over `accumulation` micro-batches for each step.
+    """
     settings = state.settings
     return load_batches(settings.source, state.order.steps(state.step, stop), settings.workers)
 
 
 def advance(state: TrainState, denoiser: Denoiser, batches: Iterator[Batch]) -> None:
-    """Take one optimizer step: the network, its average, and what the next report consists of.
+    """Take one optimizer step: update the network, its average, and the losses to be reported.
 
     Args:
         state: state of the run; changed in place.
-        denoiser: the training network, as `state.denoiser` makes it.
+        denoiser: training network, from `state.denoiser`.
         batches: micro-batches of this rank; `accumulation` of them are read.
     """
     losses, norm = _optimize(state, denoiser, islice(batches, state.settings.accumulation))
@@ -68,9 +74,7 @@ def advance(state: TrainState, denoiser: Denoiser, batches: Iterator[Batch]) -> 
 
 
 def save(state: TrainState, reporter: Reporter) -> None:
-    """Write a checkpoint, the averaged weights and the pipeline; every rank gathers, the first
-    writes.
-    """
+    """Write a checkpoint, the averaged weights and the pipeline. Every rank must call it."""
     settings, run_folder = state.settings, state.settings.run
     content = checkpoint_of(state)
     if state.accelerator.is_main_process:
@@ -85,7 +89,7 @@ def save(state: TrainState, reporter: Reporter) -> None:
 def _optimize(
     state: TrainState, denoiser: Denoiser, batches: Iterator[Batch]
 ) -> tuple[Tensor, Tensor]:
-    """One optimizer step: the losses of this rank's samples, and the gradient norm before clipping."""
+    """One optimizer step: losses (samples,) of this rank, gradient norm () before clipping."""
     settings, accelerator = state.settings, state.accelerator
     for group in state.optimizer.param_groups:
         group["lr"] = settings.lr(state.step, settings.steps)
@@ -108,7 +112,7 @@ def _losses(state: TrainState, denoiser: Denoiser, batch: Batch) -> Tensor:
     """The weighted losses (B,) of a micro-batch."""
     settings, device = state.settings, state.accelerator.device
     objective, process = settings.objective, settings.process
-    key = state.sample_key(batch.place)
+    key = state.sample_key(batch.batch_index)
     draw = objective.draw(process, key, device, state.level_sampler.learned)
     check_labels(batch.label, batch.index, process)
     label = batch.label.to(device) if process.classes else None
@@ -128,10 +132,9 @@ def _zero_non_finite_gradient(state: TrainState) -> None:
 
 
 def _network_seed(state: TrainState, part: int) -> int:
-    """Seed of the random numbers inside the network, such as dropout, in one micro-batch of a rank."""
+    """Seed of the random numbers inside the network, such as dropout, in a micro-batch."""
     accelerator, accumulation = state.accelerator, state.settings.accumulation
     micro_batch = state.step * accumulation + part
     position = micro_batch * accelerator.num_processes + accelerator.process_index
-    return derive_seed(
-        state.settings.seed, Stream.MODEL, 1 + position
-    )  # 0 keys the initial weights
+    # Position 0 keys the initial weights.
+    return derive_seed(state.settings.seed, Stream.MODEL, 1 + position)

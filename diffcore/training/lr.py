@@ -1,26 +1,30 @@
-"""The learning rate as a function of the optimizer step, so that a resumed run has nothing to
-restore.
-"""
+"""The learning rate, a function of the optimizer step: a resumed run has nothing to restore."""
 
 import math
 from dataclasses import dataclass
 from typing import Literal, get_args
+
+__all__ = ["LearningRate", "Shape"]
 
 Shape = Literal["constant", "cosine", "rsqrt"]
 
 
 @dataclass(frozen=True)
 class LearningRate:
-    """lr(step) = peak · min(1, (step+1)/warmup) · shape.
+    """A linear warmup to a peak, and a decay.
 
-    constant: 1.  cosine: (1 + cos(π s)) / 2 with s = (step - warmup) / (steps - warmup).
-    rsqrt: 1 / √max(step / hold, 1) (EDM2, 2312.02696, eq. 67).
+        lr(step) = peak · min(1, (step+1)/warmup) · shape
+
+        constant:  1
+        cosine:    (1 + cos(π s)) / 2,   s = (step - warmup) / (steps - warmup)
+        rsqrt:     1 / √max(step / hold, 1)     (EDM2, 2312.02696, eq. 67)
 
     Args:
         peak: largest learning rate.
         warmup: number of optimizer steps over which the learning rate rises linearly.
-        shape: constant, cosine or rsqrt; its value over the steps after the warmup.
-        hold: number of steps before the learning rate of rsqrt decreases.
+        shape: decay after the warmup: constant (none), cosine (to 0 at the end of the run), or
+            rsqrt (inverse square root of the step).
+        hold: number of steps after which rsqrt begins to decrease; the other shapes ignore it.
     """
 
     peak: float = 1e-3
@@ -42,7 +46,15 @@ class LearningRate:
             )
 
     def __call__(self, step: int, steps: int) -> float:
-        """The learning rate of optimizer step `step` of `steps`; steps are counted from 0."""
+        """The learning rate of an optimizer step.
+
+        Args:
+            step: index of the step, from 0.
+            steps: number of steps of the run.
+
+        Returns:
+            The learning rate, at most `peak`.
+        """
         rise = min(1.0, (step + 1) / max(self.warmup, 1))
         match self.shape:
             case "constant":

@@ -1,4 +1,4 @@
-"""Previews during training: four samples of each of the first classes or captions, one row each."""
+"""Previews during training: one row of four samples for each of the first classes or captions."""
 
 from collections.abc import Callable
 

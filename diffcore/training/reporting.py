@@ -36,13 +36,13 @@ class NonFinite(NamedTuple):
 
     Args:
         step: optimizer step.
-        place: index of the sample in the global batch: the first with a loss that is not finite,
-            else the one with the largest loss.
+        batch_index: index of the sample in the global batch: the first with a loss that is not
+            finite, else the one with the largest loss.
         loss: loss of that sample.
     """
 
     step: int
-    place: int
+    batch_index: int
     loss: float
 
 
@@ -61,13 +61,19 @@ class LossWindow:
         self.past: Tensor | None = None
 
     def add(self, losses: Tensor, norm: Tensor) -> None:
-        """Append a step: losses (micro-batches x samples,) of this rank, and the gradient norm ()."""
+        """Append a step.
+
+        Args:
+            losses: (samples,) losses of this rank, micro-batch after micro-batch.
+            norm: () gradient norm.
+        """
         self.rows.append(torch.cat((norm.detach().float().view(1), losses)))
 
     def gathered(self) -> Tensor:
-        """(steps, 1 + B) on the host: the norm, then the losses in the order of the global batch.
+        """The steps of the window, of all ranks. Every rank must call it.
 
-        Every rank must call it.
+        Returns:
+            (steps, 1 + B) on the host: the norm, then the losses in the order of the global batch.
         """
         past = torch.zeros(0, 1) if self.past is None else self.past
         if not self.rows:
@@ -96,8 +102,8 @@ def find_non_finite(table: Tensor, first: int) -> list[NonFinite]:
     found = []
     for offset, (norm, losses) in enumerate(zip(table[:, 0], table[:, 1:], strict=True)):
         if not (norm.isfinite() and losses.isfinite().all()):
-            place = int(torch.where(losses.isfinite(), losses, torch.inf).argmax())
-            found.append(NonFinite(first + offset, place, float(losses[place])))
+            index = int(torch.where(losses.isfinite(), losses, torch.inf).argmax())
+            found.append(NonFinite(first + offset, index, float(losses[index])))
     return found
 
 
@@ -115,7 +121,11 @@ class Metrics:
         self.path = path
 
     def reports(self) -> list[dict[str, float | None]]:
-        """The reports in the file; a line that a crash cut short is left out."""
+        """The reports in the file, without a line that a crash cut short.
+
+        Returns:
+            One dictionary for each line.
+        """
         lines = self.path.read_text().splitlines() if self.path.is_file() else []
         return [report for line in lines if (report := _parsed(line)) is not None]
 
@@ -154,7 +164,7 @@ class Reporter:
 
     @contextmanager
     def progress(self, state: "TrainState") -> Iterator[None]:
-        """Show a progress bar of the samples from the step of `state` to the last one."""
+        """Context with a progress bar of the samples from the step of `state` to the last one."""
         batch = self.settings.batch_size
         with tqdm(
             total=self.settings.steps * batch,
@@ -167,7 +177,7 @@ class Reporter:
             yield
 
     def count(self, samples: int) -> None:
-        """Move the progress bar on."""
+        """Advance the progress bar by a number of samples."""
         self.bar.update(samples)
 
     def message(self, text: str) -> None:
@@ -247,8 +257,8 @@ class Reporter:
 
 def _describe(state: "TrainState", found: NonFinite) -> str:
     """Step, sample, level and loss of a step that was not finite."""
-    settings, place = state.settings, torch.tensor([found.place])
-    key = SampleKey(settings.seed, found.step, place, settings.batch_size)
+    settings, batch_index = state.settings, torch.tensor([found.batch_index])
+    key = SampleKey(settings.seed, found.step, batch_index, settings.batch_size)
     level = state.level_sampler.describe(key, state.step)
     index = state.order.index(int(key.position))
     return f"step {found.step}, sample {index} of the data at λ = {level}, loss {found.loss}"

@@ -42,8 +42,9 @@ CHANGEABLE = {
     "trackers",
     "workers",
 }
-"""Settings that may change on resume: they do not enter the weights (`steps` only by the learning
-rate).
+"""Settings that may change on resume.
+
+They do not enter the weights, except `steps`, which enters only the learning rate.
 """
 
 
@@ -78,7 +79,11 @@ def start_or_resume(state: TrainState, message: Callable[[str], None]) -> None:
 
 
 def checkpoint_of(state: TrainState) -> Checkpoint:
-    """The content of a checkpoint of the state. Every rank must call it."""
+    """Gather everything that a resumed run needs. Every rank must call it.
+
+    Returns:
+        The content of a checkpoint; it is whole only on the first rank.
+    """
     window, levels = state.window.gathered(), state.level_sampler.tensors()
     captured = capture_state(state.trained, state.optimizer.optimizer)
     return Checkpoint(

@@ -1,6 +1,4 @@
-"""The state of a training run: everything that its steps change, built once and complete from then
-on.
-"""
+"""The state of a training run: everything that its steps change, built once and then complete."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,22 +70,34 @@ class TrainState:
 
     @property
     def trained(self) -> nn.Module:
-        """One module with everything that the optimizer trains; its names are those of the
-        checkpoint.
-        """
+        """Everything that the optimizer trains as one module, with the names of the checkpoint."""
         if self.uncertainty is None:
             return self.network
         uncertainty = self.accelerator.unwrap_model(self.uncertainty)
         return nn.ModuleDict({"network": self.network, "uncertainty": uncertainty})
 
     def denoiser(self, network: nn.Module) -> Denoiser:
-        """A network with the process of the run, wrapped so that it accepts the labels of the data."""
+        """The denoiser of a network that accepts the labels of the data.
+
+        Args:
+            network: the training network, or the network without what accelerate wrapped around it.
+
+        Returns:
+            The denoiser with the process of the run.
+        """
         return Denoiser(self.label_wrapper(network), self.settings.process)
 
-    def sample_key(self, place: Tensor) -> SampleKey:
-        """Key of the random numbers of samples at indices `place` (B,) of this step's global batch."""
+    def sample_key(self, batch_index: Tensor) -> SampleKey:
+        """Key of the random numbers of samples of the present step.
+
+        Args:
+            batch_index: (B,) index of each sample in the global batch.
+
+        Returns:
+            The key.
+        """
         settings = self.settings
-        return SampleKey(settings.seed, self.step, place, settings.batch_size)
+        return SampleKey(settings.seed, self.step, batch_index, settings.batch_size)
 
 
 def build_state(settings: "Trainer") -> TrainState:
@@ -159,9 +169,7 @@ def _build_modules(
 
 @torch.no_grad()
 def _check_network(network: nn.Module, label_wrapper: LabelWrapper, process: Process) -> None:
-    """Evaluate the network once before anything is written, so that a misfit with the process fails
-    here.
-    """
+    """Evaluate the network once, so that one that does not fit the process fails before the run."""
     x = torch.zeros(2, *process.shape)
     denoiser = Denoiser(label_wrapper(network.eval()), process)
     denoiser.output(x, process.schedule.level(0.5))

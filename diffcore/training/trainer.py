@@ -1,6 +1,4 @@
-"""The settings of a training run, and the run itself in six lines: build, start or resume, loop,
-end.
-"""
+"""`Trainer`: the settings of a training run, and the run itself."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -48,12 +46,11 @@ MINIMUM = {
 
 @dataclass(frozen=True, eq=False)
 class Trainer:
-    """Trains a network on data. The folder holds the run; `resume` continues it as if it had not
-    stopped.
+    """Settings of a training run; `train` starts the run, or resumes it from its last checkpoint.
 
     Data order, noise levels, noise, condition dropout and augmentation are functions of (seed,
-    position), the learning rate is one of the step. Ranks, accumulation, workers and restarts
-    change nothing but rounding.
+    position); the learning rate is a function of the step. Ranks, accumulation, workers and
+    restarts therefore change only the rounding.
 
     Args:
         network: class and options of the network; its initial weights are a function of the seed.
@@ -64,27 +61,28 @@ class Trainer:
             defines.
         folder: directory that the run is written to.
         steps: number of optimizer steps of the whole run.
-        objective: training loss: its weight, noise levels, coupling.
+        objective: training loss: its weight, distribution of noise levels, coupling.
         lr: learning rate as a function of the step.
         ema: decay of the averaged weights.
         batch_size: number of samples of an optimizer step, over all ranks and micro-batches.
         accumulation: number of micro-batches into which a rank splits its part of the batch.
         clip: largest norm of the gradient; a larger gradient is scaled down. `.inf` does not clip.
-        precision: no (float32), bf16 or fp16, by autocast.
+        precision: data type of the network's evaluation by autocast: no (float32), bf16 or fp16.
         seed: 64-bit seed of everything random in the run.
-        workers: number of processes that read data on each rank; 0 reads in the training process.
+        workers: number of processes that load data on each rank; 0 loads in the training process.
         patience: number of steps in a row that are not finite after which the run stops; each of
             them counts as a step with zero gradient.
         log_every: number of steps between two lines of metrics.jsonl.
         sample_every: number of steps between two preview images; 0 for none.
         save_every: number of steps between two checkpoints.
         keep: number of checkpoints that are kept.
-        trackers: names of accelerate's trackers, such as tensorboard or wandb; [] for none.
+        trackers: names of trackers of accelerate, such as tensorboard or wandb; [] for none.
         sampler: sampler of preview images and, by default, of `diffcore sample`.
         grid: knots of preview images and, by default, of `diffcore sample`.
         sample_steps: number of steps of preview images and, by default, of `diffcore sample`.
         guidance: guidance rule of preview images and, by default, of `diffcore sample`.
-        resume: true continues the run in the folder; false starts a new run.
+        resume: true continues the run in the folder; false starts a new run, and refuses a folder
+            that holds one.
         config: YAML of these settings, which is written to config.yaml.
 
     Raises:
@@ -145,7 +143,7 @@ class Trainer:
 
     @cached_property
     def run(self) -> Run:
-        """The folder of the run."""
+        """Paths of the files in the run's folder."""
         return Run(Path(self.folder))
 
     @cached_property

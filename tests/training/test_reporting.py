@@ -67,7 +67,7 @@ def test_a_step_that_is_not_finite_is_found_with_its_sample():
     broken[2, 1 + 3] = math.inf
     broken[2, 1 + 6] = math.nan
     found = find_non_finite(broken, first=40)
-    assert [(item.step, item.place) for item in found] == [(41, 5), (42, 3)]
+    assert [(item.step, item.batch_index) for item in found] == [(41, 5), (42, 3)]
     assert math.isnan(found[0].loss)
     assert found[1].loss == math.inf
     assert find_non_finite(table(), 40) == []

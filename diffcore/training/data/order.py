@@ -24,13 +24,13 @@ class Batch:
         x0: (B, *shape) clean data.
         label: (B,) labels; -1 where the data has none.
         index: (B,) index of each sample in the data set.
-        place: (B,) index of each sample in the global batch.
+        batch_index: (B,) index of each sample in the global batch.
     """
 
     x0: Tensor
     label: Tensor
     index: Tensor
-    place: Tensor
+    batch_index: Tensor
 
 
 class DataOrder(Sampler[list[tuple[int, int]]]):
@@ -68,8 +68,8 @@ class DataOrder(Sampler[list[tuple[int, int]]]):
 
     def index(self, position: int) -> int:
         """Index of the item at a position of the run."""
-        epoch, place = divmod(position, self.size)
-        return int(self._permutation(epoch)[place])
+        epoch, offset = divmod(position, self.size)
+        return int(self._permutation(epoch)[offset])
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step in self.span:

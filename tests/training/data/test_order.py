@@ -74,9 +74,12 @@ def test_a_batch_says_where_its_samples_stand():
     order = DataOrder(len(data), 0, 8, 2, 1, 2)
     for step, parts in enumerate(zip(*[load_batches(data, order.steps(0, 3), 0)] * 2, strict=True)):
         for part, batch in enumerate(parts):
-            assert batch.place.tolist() == [4 * part + 2, 4 * part + 3]  # the second rank of two
+            assert batch.batch_index.tolist() == [
+                4 * part + 2,
+                4 * part + 3,
+            ]  # the second rank of two
             assert batch.index.tolist() == [
-                order.index(8 * step + place) for place in batch.place.tolist()
+                order.index(8 * step + index) for index in batch.batch_index.tolist()
             ]
             assert torch.equal(batch.x0, data.x0[batch.index])
             assert torch.equal(batch.label, data.labels[batch.index])
