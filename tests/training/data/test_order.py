@@ -99,5 +99,5 @@ def test_workers_change_nothing():
         return list(load_batches(data, order, workers))
 
     for ours, theirs in zip(made(0), made(2), strict=True):
-        for name in ("x0", "label", "index", "place"):
+        for name in ("x0", "label", "index", "batch_index"):
             assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
