@@ -19,7 +19,7 @@ from diffcore.guidance import CFG, Guidance
 from diffcore.io.files import write_folder
 from diffcore.io.parser import ComponentParser
 from diffcore.samplers import DDIM, DDPM, Sampler
-from diffcore.sampling.generation import GRID, SAMPLER
+from diffcore.sampling.generation import DEFAULT_GRID, DEFAULT_SAMPLER
 from diffcore.schedules import Grid
 
 if TYPE_CHECKING:
@@ -45,8 +45,8 @@ class ExportRequest:
 
     out: Path
     format: Literal["diffcore", "diffusers"] = "diffcore"
-    sampler: Sampler = field(default_factory=lambda: SAMPLER)
-    grid: Grid = field(default_factory=lambda: GRID)
+    sampler: Sampler = field(default_factory=lambda: DEFAULT_SAMPLER)
+    grid: Grid = field(default_factory=lambda: DEFAULT_GRID)
     steps: int = 25
     guidance: Guidance = field(default_factory=CFG)
 

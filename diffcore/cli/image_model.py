@@ -141,7 +141,7 @@ def load_image_model(folder: Path, options: PipelineOptions, device: torch.devic
         return _load_pipeline(_read_pipeline(folder), options, device)
     run, given = Run(folder), [f"--{name}" for name, value in vars(options).items() if value]
     is_plain = not given and not (run.pipeline / "vae").is_dir()
-    if not folder.is_dir() or (is_plain and images.drawable(Process.load(run.process))):
+    if not folder.is_dir() or (is_plain and images.is_image(Process.load(run.process))):
         return ImageModel(run.denoiser(device))  # raises if there is no such folder
     if is_pipeline(run.pipeline):
         return _load_pipeline(_read_pipeline(run.pipeline), options, device)

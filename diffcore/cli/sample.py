@@ -26,7 +26,7 @@ from diffcore.io.parser import ComponentParser
 from diffcore.io.safetensors import write_weights
 from diffcore.samplers import Sampler
 from diffcore.sampling import images
-from diffcore.sampling.generation import GRID, SAMPLER, sample
+from diffcore.sampling.generation import DEFAULT_GRID, DEFAULT_SAMPLER, sample
 from diffcore.schedules import CoordinateGrid, Grid, Level, Within
 
 __all__ = ["SampleRequest", "main"]
@@ -56,7 +56,7 @@ class SampleRequest:
         start: noise level σ/α of the noise added to the image; 0: the first level of the grid.
         batch_size: number of samples drawn together. Another batch size changes samples by rounding
             errors only.
-        rows: largest batch of one network call, which guidance doubles; 0: no limit. Lower it to
+        micro_batch: largest batch of one network call, which guidance doubles; 0: no limit. Lower it to
             save memory.
         path: whether the noise of stochastic steps follows one Brownian path per seed, so that more
             steps give a nearby sample.
@@ -75,14 +75,14 @@ class SampleRequest:
     width: int = 0
     per_label: int = 1
     seeds: IntegerList = field(default_factory=IntegerList)
-    sampler: Sampler = field(default_factory=lambda: SAMPLER)
-    grid: Grid = field(default_factory=lambda: GRID)
+    sampler: Sampler = field(default_factory=lambda: DEFAULT_SAMPLER)
+    grid: Grid = field(default_factory=lambda: DEFAULT_GRID)
     steps: int = 25
     guidance: Guidance = field(default_factory=CFG)
     image: Path | None = None
     start: float = 0.0
     batch_size: int = 64
-    rows: int = 0
+    micro_batch: int = 0
     path: bool = False
     out: Path = Path("samples.png")
     threads: int = 0
@@ -195,7 +195,7 @@ def _sample(folder: Path, request: SampleRequest) -> None:
     _check_out(request.out, model.image_process)
     image = None
     if request.image is not None:
-        image = model.encode(images.load(request.image, model.image_process))
+        image = model.encode(images.load_image(request.image, model.image_process))
     samples = sample(
         model.denoiser,
         request.sampler,
@@ -209,7 +209,7 @@ def _sample(folder: Path, request: SampleRequest) -> None:
         ),
         image=image,
         batch_size=request.batch_size,
-        rows=request.rows,
+        micro_batch=request.micro_batch,
         path=request.path,
         progress=sys.stderr.isatty(),
     )
@@ -236,14 +236,14 @@ def _write(x: Tensor, request: SampleRequest, model: ImageModel) -> None:
     elif out.suffix == ".png":
         columns = request.per_label if request.unique_labels else min(len(x), 10)
         names = request.label_names or [""] * math.ceil(len(x) / columns)
-        images.save(images.grid(x, process, names, columns), out)
+        images.save_image(images.draw_grid(x, process, names, columns), out)
     else:
         condition = "prompt" if request.prompt else "label"
         for seed, label, pixels in zip(
-            request.sample_seeds, labels.tolist(), images.pixels(x, process), strict=True
+            request.sample_seeds, labels.tolist(), images.to_pixels(x, process), strict=True
         ):
             prefix = f"{condition}-{label}-" if request.unique_labels else ""
-            images.save(images.image(pixels), out / f"{prefix}seed-{seed}.png")
+            images.save_image(images.to_image(pixels), out / f"{prefix}seed-{seed}.png")
 
 
 def _check_labels(labels: IntegerList, model: ImageModel) -> None:
@@ -264,7 +264,7 @@ def _check_out(out: Path, process: Process) -> None:
     if out.suffix not in (".png", ".safetensors", ""):
         raise ValueError(f"out is {out}, expected a .png, a .safetensors, or a folder")
     if out.suffix != ".safetensors":
-        images.check(process)
+        images.check_image(process)
     if out.suffix and out.is_dir():
         raise ValueError(f"out is {out}, which is a folder")
 

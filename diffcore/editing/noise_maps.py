@@ -10,13 +10,13 @@ from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
 from diffcore.guidance import CFG, Guidance, find_weaker_networks
 from diffcore.samplers import DDIM, State
-from diffcore.sampling.generation import evaluating, noised
+from diffcore.sampling.generation import add_noise, evaluation_mode
 from diffcore.sampling.loop import (
     check_guidance,
     check_levels,
+    current_step,
     guided_prediction,
     integrate,
-    step_of,
 )
 from diffcore.schedules import Level, check_falling
 
@@ -93,11 +93,11 @@ def extract(
     """
     sampler = _stochastic(eta)
     _check(denoiser, knots, guidance, condition)
-    x = noised(x0, knots[0], noise)
+    x = add_noise(x0, knots[0], noise)
     x0, state, step, memory, maps = x0.to(x), sampler.start(x, knots, noise), None, None, []
-    with evaluating(denoiser, *find_weaker_networks(guidance)):
+    with evaluation_mode(denoiser, *find_weaker_networks(guidance)):
         while not state.done:
-            step = step_of(denoiser.process, knots, state, step)
+            step = current_step(denoiser.process, knots, state, step)
             prediction, memory, _ = guided_prediction(
                 denoiser, guidance, state.x, state.level, condition, memory, step
             )
@@ -116,7 +116,7 @@ def replay(
     condition: Tensor | None = None,
 ) -> Tensor:
     """The image that the maps were extracted from, to rounding, under the same condition; under another, an edited one."""
-    with evaluating(denoiser, *find_weaker_networks(guidance)):
+    with evaluation_mode(denoiser, *find_weaker_networks(guidance)):
         x, _ = integrate(
             denoiser, _stochastic(maps.eta), maps.x, maps.knots, maps.noise, guidance, condition
         )

@@ -1,5 +1,5 @@
 """Sampling: from seeds to samples, the loop under it, and image output."""
 
-from diffcore.sampling.generation import GRID, SAMPLER, Samples, sample
+from diffcore.sampling.generation import DEFAULT_GRID, DEFAULT_SAMPLER, Samples, sample
 
-__all__ = ["GRID", "SAMPLER", "Samples", "sample"]
+__all__ = ["DEFAULT_GRID", "DEFAULT_SAMPLER", "Samples", "sample"]

@@ -1,4 +1,4 @@
-"""From seeds to samples: which knots, what is drawn, what is refused before the first step, and how the batch is cut."""
+"""From seeds to samples: `sample`, its checks before the first step, and its chunks."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,24 +14,44 @@ from diffcore.core.process import Process
 from diffcore.guidance import CFG, Guidance, find_weaker_networks
 from diffcore.guidance.reference import Condition
 from diffcore.samplers import AdamsMoulton, Sampler
-from diffcore.sampling.loop import SAME, Callback, check_guidance, check_levels, integrate, planned
+from diffcore.sampling.loop import (
+    SAME_LEVEL,
+    Callback,
+    check_guidance,
+    check_levels,
+    count_evaluations,
+    integrate_unchecked,
+)
 from diffcore.schedules import Grid, Level, UniformBlend
 
-SAMPLER: Sampler = AdamsMoulton(3, every=10)
-"""The default, with GRID: chosen by distance to the exact flow's end for equal evaluations (docs/benchmarks.md)."""
+__all__ = [
+    "DEFAULT_GRID",
+    "DEFAULT_SAMPLER",
+    "Samples",
+    "add_noise",
+    "check_sampling",
+    "evaluation_mode",
+    "insert_levels",
+    "sample",
+]
 
-GRID: Grid = UniformBlend(1.25, 0.5)
-"""The default: knots from pure noise to clean, densest in λ where the noise is half of the data."""
+DEFAULT_SAMPLER: Sampler = AdamsMoulton(3, every=10)
+"""Default sampler. With DEFAULT_GRID it ends nearest to the exact flow at equal evaluations
+(docs/benchmarks.md).
+"""
+
+DEFAULT_GRID: Grid = UniformBlend(1.25, 0.5)
+"""Default grid: from pure noise to clean, densest in λ at σ/α = 0.5."""
 
 
 class Samples(NamedTuple):
-    """What `sample` made.
+    """The result of `sample`.
 
     Args:
-        x: (N, *shape) on the host, a row a seed.
-        knots: the levels visited, those that the guidance adds included.
-        evaluations: network evaluations for each sample, on average where a rule decided from what it saw.
-        planned: those known beforehand, of all references that no rule saw reason to leave out; None where the sampler decides.
+        x: (N, *shape) samples on the host, one for each seed.
+        knots: levels between which the sampler stepped, including those that guidance adds.
+        evaluations: mean number of network evaluations for each sample.
+        planned: number of evaluations if no rule stops early; None for an adaptive sampler.
     """
 
     x: Tensor
@@ -42,8 +62,8 @@ class Samples(NamedTuple):
 
 def sample(
     denoiser: DenoiserProtocol,
-    sampler: Sampler = SAMPLER,
-    grid: Grid = GRID,
+    sampler: Sampler = DEFAULT_SAMPLER,
+    grid: Grid = DEFAULT_GRID,
     steps: int = 25,
     *,
     seeds: Sequence[int],
@@ -51,91 +71,123 @@ def sample(
     guidance: Guidance = CFG(1.0),
     image: Tensor | None = None,
     batch_size: int = 64,
-    rows: int = 0,
+    micro_batch: int = 0,
     dtype: torch.dtype = torch.float32,
     path: bool = False,
     progress: bool = False,
     callback: Callback | None = None,
 ) -> Samples:
-    """One sample a seed, each a function of its own seed and condition alone.
+    """Draw one sample for each seed. A sample is a function of its seed and its condition alone.
 
-    The network is always asked about `batch_size` rows (and as many for each of its references, in one forward), the last
-    chunk padded: equal sizes give equal bits, whichever samples are beside it; another size agrees to rounding.
+    The network is always evaluated on `batch_size` samples (and as many for each reference, in the
+    same call); the last chunk is padded. Equal batch sizes give equal bits, whatever else is in the
+    batch; another size agrees to rounding.
 
     Args:
-        denoiser: a network with its process, or an oracle.
-        sampler: the integrator.
-        grid: which levels it visits.
-        steps: how many steps it takes.
-        seeds: one integer of 64 bits a sample.
-        condition: one class label a sample (the null label is no condition); without it the samples are unconditional.
-        guidance: how the condition is strengthened; CFG(1) is the conditional model. Levels where it changes its mode
-            become knots.
-        image: x_0 to start from (image-to-image), (N, *shape) or one for all. The first x is α x_0 + σ z at the first knot, so
-            the grid says how much of the image is kept: Within(grid, low=λ of that noise).
-        batch_size: samples that are integrated together.
-        rows: of one forward, where `batch_size` and its references are too many; 0 asks about all of them at once.
-        dtype: of the samples while they are integrated.
-        path: whether the noise of a stochastic sampler's steps is the increments of one path (see Noise), so that the same seed
-            with more steps gives a nearby sample.
-        progress: whether to show a bar.
-        callback: sees each step of each chunk of `batch_size` rows, and can stop that chunk.
+        denoiser: network with its process, or an exact denoiser.
+        sampler: numerical integrator.
+        grid: rule that places the knots.
+        steps: number of steps.
+        seeds: N integers of 64 bits, one for each sample.
+        condition: N class labels (the null label is no condition); None: unconditional samples.
+        guidance: guidance rule; CFG(1) is the conditional model. Levels at which the rule changes
+            its mode become knots.
+        image: x_0 to start from (image-to-image), (N, *shape) or (*shape). The first x is α x_0 + σ
+            z at the first knot, so that the grid determines how much of the image is kept:
+            Within(grid, low=λ of that noise).
+        batch_size: number of samples that are integrated together.
+        micro_batch: number of samples in each call of the network; 0: `batch_size` and its
+            references in one call.
+        dtype: dtype of the samples during integration.
+        path: True draws the noise of stochastic samplers as increments of one Brownian path for
+            each seed (see Noise), so that the same seed with more steps gives a nearby sample.
+        progress: True shows a progress bar.
+        callback: receives each step of each chunk of `batch_size` samples, and can stop that chunk.
+
+    Returns:
+        The samples, their knots, and the number of network evaluations.
 
     Raises:
-        ValueError: before the first step, where this process cannot be sampled so; the message has the remedy.
+        ValueError: The arguments do not fit together. It is raised before the first step, with the
+            remedy.
+
+    Example:
+        sample(Run(Path("runs/digits")).denoiser(), seeds=range(16), condition=[3] * 16,
+        guidance=CFG(2.0))
     """
     process = denoiser.process
-    knots = with_levels(grid.knots(process.schedule, steps), guidance.levels(process))
-    labels = check(process, knots, seeds, condition, guidance, batch_size, sampler)
-    if rows < 0:
-        raise ValueError(f"rows is {rows}, expected the rows of one forward, or 0 for all at once")
+    knots = insert_levels(grid.knots(process.schedule, steps), guidance.levels(process))
+    labels = check_sampling(process, knots, seeds, condition, guidance, batch_size, sampler)
+    if micro_batch < 0:
+        raise ValueError(
+            f"micro_batch is {micro_batch}, expected a number of samples, or 0 for one call of the network"
+        )
     image = None if image is None else _images(process, knots[0], len(seeds), image)
     device = denoiser.device
     chunks, evaluations = [], 0
     bar = tqdm(total=len(seeds), unit="sample", disable=not progress)
-    with torch.no_grad(), evaluating(denoiser, *find_weaker_networks(guidance)), bar:
+    with torch.no_grad(), evaluation_mode(denoiser, *find_weaker_networks(guidance)), bar:
         for chunk in _chunks(len(seeds), batch_size):
             noise = Noise(torch.tensor(seeds)[chunk], process.shape, device, dtype, path)
             first = knots[0]
             x = (
                 noise.first_sample(first, process.sigma_data)
                 if image is None
-                else noised(image[chunk], first, noise)
+                else add_noise(image[chunk], first, noise)
             )
             chosen = None if labels is None else labels[chunk].to(device)
-            x, asked = integrate(
-                denoiser, sampler, x, knots, noise, guidance, chosen, rows, callback
+            x, count = integrate_unchecked(
+                denoiser, sampler, x, knots, noise, guidance, chosen, micro_batch, callback
             )
             chunks.append(x.cpu())
             real = min(batch_size, len(seeds) - int(chunk[0]))
-            evaluations += asked * real
+            evaluations += count * real
             bar.update(real)
     return Samples(
         torch.cat(chunks)[: len(seeds)],
         knots,
         evaluations / len(seeds),
-        planned(process, sampler, knots, guidance),
+        count_evaluations(process, sampler, knots, guidance),
     )
 
 
-def noised(image: Tensor, level: Level, noise: Noise) -> Tensor:
-    """α x_0 + σ z at a level, z the noise that a run starts from: σ of it exactly, whatever the sampler."""
+def add_noise(image: Tensor, level: Level, noise: Noise) -> Tensor:
+    """α x_0 + σ z, where z is the noise from which sampling starts.
+
+    Args:
+        image: (B, *shape) x_0.
+        level: level of the result.
+        noise: noise of the samples.
+
+    Returns:
+        (B, *shape) noisy samples, in the dtype and on the device of `noise`.
+    """
     z = noise.start()
     return level.alpha * image.to(z) + level.sigma * z
 
 
-def with_levels(knots: tuple[Level, ...], logsnrs: Sequence[float]) -> tuple[Level, ...]:
-    """The knots, and between them those levels that are not there yet."""
+def insert_levels(knots: tuple[Level, ...], logsnrs: Sequence[float]) -> tuple[Level, ...]:
+    """The knots with further levels inserted between them.
+
+    Args:
+        knots: strictly monotone levels.
+        logsnrs: λ of the levels to insert; those at a knot or outside of the range are left out.
+
+    Returns:
+        Strictly monotone levels in the direction of `knots`.
+    """
     found = {float(knot.logsnr): knot for knot in knots}
     for logsnr in logsnrs:
-        if min(found) < logsnr < max(found) and all(abs(known - logsnr) > SAME for known in found):
+        if min(found) < logsnr < max(found) and all(
+            abs(known - logsnr) > SAME_LEVEL for known in found
+        ):
             found[logsnr] = knots[0].schedule.at(logsnr)
     return tuple(
         found[logsnr] for logsnr in sorted(found, reverse=bool(knots[0].logsnr > knots[-1].logsnr))
     )
 
 
-def check(
+def check_sampling(
     process: Process,
     knots: tuple[Level, ...],
     seeds: Sequence[int],
@@ -144,7 +196,23 @@ def check(
     batch_size: int,
     sampler: Sampler | None = None,
 ) -> Tensor | None:
-    """The labels (N,), once everything that could be refused has been."""
+    """Check all arguments of sampling, and return the labels.
+
+    Args:
+        process: process of the network.
+        knots: levels between which the sampler steps.
+        seeds: one integer for each sample.
+        condition: one label for each sample, or None.
+        guidance: guidance rule.
+        batch_size: number of samples that are integrated together.
+        sampler: numerical integrator; None: not checked.
+
+    Returns:
+        The labels (N,), the null label without a condition; None without classes.
+
+    Raises:
+        ValueError: An argument is out of range, or the arguments do not fit together.
+    """
     check_levels(process, knots)
     if not len(seeds):
         raise ValueError("seeds is empty, expected one integer a sample")
@@ -167,7 +235,8 @@ def _labels(process: Process, count: int, condition: Condition, read: bool) -> T
         raise ValueError("condition was given, but this network has no classes: leave it out")
     if labels.shape != (count,):
         raise ValueError(
-            f"condition has shape {tuple(labels.shape)}, expected one label for each of {count} seeds"
+            f"condition has shape {tuple(labels.shape)}, expected one label for each of {count} "
+            "seeds"
         )
     if not process.classes:
         return labels  # of the classifier
@@ -183,25 +252,34 @@ def _labels(process: Process, count: int, condition: Condition, read: bool) -> T
 def _images(process: Process, first: Level, count: int, image: Tensor) -> Tensor:
     if image.shape not in (process.shape, (1, *process.shape), (count, *process.shape)):
         raise ValueError(
-            f"image has shape {tuple(image.shape)}, expected {process.shape}, or one of these for each of {count} seeds"
+            f"image has shape {tuple(image.shape)}, expected {process.shape}, or one of these for "
+            f"each of {count} seeds"
         )
     if first.alpha == 0:
         raise ValueError(
-            "the first knot is pure noise, which keeps nothing of the image: start at a finite level, Within(grid, low=λ)"
+            "the first knot is pure noise, which keeps nothing of the image: start at a finite "
+            "level, Within(grid, low=λ)"
         )
     return image.expand(count, *process.shape)
 
 
 def _chunks(count: int, size: int) -> Iterator[Tensor]:
-    """Rows of each network call, always `size` of them: the last chunk repeats the last row."""
+    """Indices of the samples of each chunk, always `size` of them: the last chunk repeats the last
+    index.
+    """
     for start in range(0, count, size):
         yield torch.arange(start, start + size).clamp(max=count - 1)
 
 
 @contextmanager
-def evaluating(*asked: object) -> Iterator[None]:
-    """Without the networks' dropout; a network that evaluates already is not touched, so threads can share it."""
-    training = [network for network in asked if isinstance(network, nn.Module) and network.training]
+def evaluation_mode(*denoisers: object) -> Iterator[None]:
+    """Put networks into evaluation mode, and restore their modes on exit.
+
+    A network in evaluation mode is not changed, so that threads can share it.
+    """
+    training = [
+        network for network in denoisers if isinstance(network, nn.Module) and network.training
+    ]
     modes = [(module, module.training) for network in training for module in network.modules()]
     for network in training:
         network.eval()

@@ -1,10 +1,12 @@
-"""The one loop: whatever the sampler and the guidance, and every number of evaluations.
+"""The sampling loop for any sampler and guidance rule; it counts network evaluations.
 
-state = sampler.start(x, knots, noise)
-while not state.done:
-state = sampler.advance(state, guided prediction at (state.x, state.level), noise)
+    state = sampler.start(x, knots, noise)
+    while not state.done:
+        prediction = guided prediction at (state.x, state.level)
+        state = sampler.advance(state, prediction, noise)
 
-Where guidance changes its mode the flow has a corner: from there the sampler goes on without its past.
+Where guidance changes its mode, the slope of the flow jumps: from there a multistep sampler
+continues without its memory.
 """
 
 import math
@@ -24,14 +26,31 @@ from diffcore.guidance.reference import Condition, Query
 from diffcore.samplers import Sampler, State
 from diffcore.schedules import Level
 
+__all__ = [
+    "SAME_LEVEL",
+    "Callback",
+    "check_guidance",
+    "check_levels",
+    "count_evaluations",
+    "current_step",
+    "evaluate_references",
+    "find_mode_changes",
+    "forget_at_mode_change",
+    "guided_prediction",
+    "integrate",
+    "integrate_unchecked",
+    "watch",
+]
+
 Callback = Callable[[int, State, Prediction], bool | None]
-"""Called after each prediction, before the step that uses it, with the number of knots left behind, the state (x and the level
-asked about) and the prediction. True stops the run there: its result is state.x, which is at state.level, and the x_0 of the
-prediction is the callback's to keep."""
+"""Called after each prediction, before the step that uses it.
 
+It receives the number of knots passed, the state (x and the level of the evaluation) and the
+prediction. True stops the loop, whose result then is state.x, at state.level.
+"""
 
-SAME = 1e-9
-"""In λ: a level nearer than this to a knot is that knot."""
+SAME_LEVEL = 1e-9
+"""Tolerance in λ: a level nearer than this to a knot is the knot."""
 
 
 def integrate(
@@ -42,24 +61,77 @@ def integrate(
     noise: Noise,
     guidance: Guidance = CFG(1.0),
     condition: Tensor | None = None,
-    rows: int = 0,
+    micro_batch: int = 0,
     callback: Callback | None = None,
 ) -> tuple[Tensor, int]:
-    """The loop: x at the first knot to x at the last, and the network evaluations it took for each sample."""
+    """Integrate x from the first knot to the last.
+
+    Args:
+        denoiser: network with its process, or an exact denoiser.
+        sampler: numerical integrator.
+        x: (B, *shape) samples at the first knot.
+        knots: levels between which the sampler steps.
+        noise: noise of stochastic samplers, keyed by the seeds of the samples.
+        guidance: guidance rule; CFG(1) is the conditional model.
+        condition: (B,) labels, or None.
+        micro_batch: number of samples in each call of the network; 0: B and its references in one
+            call.
+        callback: receives each prediction, and can stop the loop.
+
+    Returns:
+        x (B, *shape) at the last knot, and the number of network evaluations for each sample.
+
+    Raises:
+        ValueError: The process, the knots, the condition, the guidance and the sampler do not fit
+            together.
+    """
     check_levels(denoiser.process, knots)
     check_guidance(denoiser.process, knots, condition, guidance, sampler)
-    bends = corners(knots, guidance.levels(denoiser.process))
+    return integrate_unchecked(
+        denoiser, sampler, x, knots, noise, guidance, condition, micro_batch, callback
+    )
+
+
+def integrate_unchecked(
+    denoiser: DenoiserProtocol,
+    sampler: Sampler,
+    x: Tensor,
+    knots: tuple[Level, ...],
+    noise: Noise,
+    guidance: Guidance,
+    condition: Tensor | None,
+    micro_batch: int = 0,
+    callback: Callback | None = None,
+) -> tuple[Tensor, int]:
+    """`integrate` for arguments that were checked: the loop itself.
+
+    Args:
+        denoiser: network with its process.
+        sampler: numerical integrator.
+        x: (B, *shape) samples at the first knot.
+        knots: levels between which the sampler steps.
+        noise: noise of stochastic samplers.
+        guidance: guidance rule.
+        condition: (B,) labels, or None.
+        micro_batch: number of samples in each call of the network; 0 for one call.
+        callback: receives each prediction, and can stop the loop.
+
+    Returns:
+        x (B, *shape) at the last knot, and the number of network evaluations for each sample.
+    """
+    mode_changes = find_mode_changes(knots, guidance.levels(denoiser.process))
     state, step, memory, evaluations = sampler.start(x, knots, noise), None, None, 0
     while not state.done:
         rule = guidance if sampler.uses_guidance(state) else CFG(1.0)
-        step = step_of(denoiser.process, knots, state, step)
-        prediction, memory, asked = guided_prediction(
-            denoiser, rule, state.x, state.level, condition, memory, step, rows
+        step = current_step(denoiser.process, knots, state, step)
+        prediction, memory, count = guided_prediction(
+            denoiser, rule, state.x, state.level, condition, memory, step, micro_batch
         )
-        evaluations += asked
+        evaluations += count
         if callback is not None and callback(state.step, state, prediction):
             break
-        state = settled(sampler, sampler.advance(state, prediction, noise), bends)
+        state = sampler.advance(state, prediction, noise)
+        state = forget_at_mode_change(sampler, state, mode_changes)
     return state.x, evaluations
 
 
@@ -72,41 +144,73 @@ def watch(
     guidance: Guidance,
     condition: Tensor | None = None,
 ) -> Iterator[GuidanceInput]:
-    """What the guidance sees at each evaluation of a run: to fit LinearAG, or a threshold of AdaptiveGuidance.
+    """The input of the guidance rule at each evaluation, to fit LinearAG or a threshold of
+    AdaptiveGuidance.
 
-    Where the sampler wants no guidance (see `Sampler.guided`), that is no reference.
+    Args:
+        denoiser: network with its process, or an exact denoiser.
+        sampler: numerical integrator.
+        x: (B, *shape) samples at the first knot.
+        knots: levels between which the sampler steps.
+        noise: noise of stochastic samplers.
+        guidance: guidance rule.
+        condition: (B,) labels, or None.
+
+    Returns:
+        An iterator over the inputs; an input has no references where the sampler uses no guidance.
+
+    Raises:
+        ValueError: As `integrate`.
     """
     check_levels(denoiser.process, knots)
     check_guidance(denoiser.process, knots, condition, guidance, sampler)
-    bends = corners(knots, guidance.levels(denoiser.process))
+    mode_changes = find_mode_changes(knots, guidance.levels(denoiser.process))
     state, step, memory = sampler.start(x, knots, noise), None, None
     while not state.done:
         with torch.no_grad():
             rule = guidance if sampler.uses_guidance(state) else CFG(1.0)
-            step = step_of(denoiser.process, knots, state, step)
-            seen = evaluate_references(denoiser, rule, state.x, condition, memory, step)
-            prediction, memory = rule.combine(seen, memory)
-            state = settled(sampler, sampler.advance(state, prediction, noise), bends)
-        yield seen
+            step = current_step(denoiser.process, knots, state, step)
+            inputs = evaluate_references(denoiser, rule, state.x, condition, memory, step)
+            prediction, memory = rule.combine(inputs, memory)
+            state = sampler.advance(state, prediction, noise)
+            state = forget_at_mode_change(sampler, state, mode_changes)
+        yield inputs
 
 
-def corners(knots: tuple[Level, ...], logsnrs: Sequence[float]) -> frozenset[float]:
-    """λ of the knots at which guidance changes its mode."""
+def find_mode_changes(knots: tuple[Level, ...], logsnrs: Sequence[float]) -> frozenset[float]:
+    """λ of the knots at which guidance changes its mode.
+
+    Args:
+        knots: levels between which the sampler steps.
+        logsnrs: λ at which the rule changes its mode (`Guidance.levels`).
+
+    Returns:
+        λ of the knots that are at one of `logsnrs`.
+    """
     return frozenset(
         float(knot.logsnr)
         for knot in knots
         for logsnr in logsnrs
-        if abs(float(knot.logsnr) - logsnr) <= SAME
+        if abs(float(knot.logsnr) - logsnr) <= SAME_LEVEL
     )
 
 
-def settled(sampler: Sampler, state: State, corners: frozenset[float]) -> State:
-    """The state, without its past if it stands at a corner, between two steps (Heun asks about a step's end within it)."""
+def forget_at_mode_change(sampler: Sampler, state: State, mode_changes: frozenset[float]) -> State:
+    """The state, without its memory if it starts a step at a change of the guidance mode.
+
+    Args:
+        sampler: sampler whose memory it is.
+        state: state after a step. Within a step (Heun evaluates the end of a step) it is unchanged.
+        mode_changes: λ as `find_mode_changes` returns them.
+
+    Returns:
+        The state from which the loop continues.
+    """
     if (
-        not corners
+        not mode_changes
         or state.done
         or state.level is state.remaining[0]
-        or float(state.level.logsnr) not in corners
+        or float(state.level.logsnr) not in mode_changes
     ):
         return state
     return sampler.forget(state)
@@ -120,22 +224,27 @@ def guided_prediction(
     condition: Tensor | None,
     memory: Any,
     step: Step | None = None,
-    rows: int = 0,
+    micro_batch: int = 0,
 ) -> tuple[Prediction, Any, int]:
-    """The guided prediction, the rule's memory after it, and the evaluations it cost: 1, and 1 for each reference.
+    """Evaluate the network and the references, and combine them.
 
-    Without a step it is one from the level to itself.
+    Args:
+        denoiser: network with its process.
+        guidance: guidance rule.
+        x: (B, *shape) samples at `level`.
+        level: level of the evaluation.
+        condition: (B,) labels, or None.
+        memory: memory of the rule; None at the first evaluation.
+        step: step of the evaluation; default: a step from `level` to itself.
+        micro_batch: number of samples in each call of the network; 0 for one call.
+
+    Returns:
+        The guided prediction, the memory of the rule after it, and the number of network
+        evaluations: 1, and 1 for each reference.
     """
-    seen = evaluate_references(
-        denoiser,
-        guidance,
-        x,
-        condition,
-        memory,
-        step or Step(denoiser.process, level, level, level),
-        rows,
-    )
-    return *guidance.combine(seen, memory), 1 + len(seen.references)
+    step = step or Step(denoiser.process, level, level, level)
+    inputs = evaluate_references(denoiser, guidance, x, condition, memory, step, micro_batch)
+    return *guidance.combine(inputs, memory), 1 + len(inputs.references)
 
 
 def evaluate_references(
@@ -145,47 +254,70 @@ def evaluate_references(
     condition: Tensor | None,
     memory: Any,
     step: Step,
-    rows: int = 0,
+    micro_batch: int = 0,
 ) -> GuidanceInput:
-    """What the guidance is to see: the conditional prediction, and those references that it asks for."""
+    """Evaluate the conditional prediction and the references that the rule requires.
+
+    Args:
+        denoiser: network with its process.
+        guidance: guidance rule.
+        x: (B, *shape) samples at the level of the step.
+        condition: (B,) labels, or None.
+        memory: memory of the rule.
+        step: step of the evaluation.
+        micro_batch: number of samples in each call of the network; 0 for one call.
+
+    Returns:
+        The input of the rule.
+    """
     references = guidance.required_references(step, memory)
-    told = condition if denoiser.process.classes else None  # labels may be for the rule alone
+    label = condition if denoiser.process.classes else None  # labels may be for the rule alone
     queries = [
-        Query(denoiser, told),
-        *(reference.query(denoiser, told, x) for reference in references),
+        Query(denoiser, label),
+        *(reference.query(denoiser, label, x) for reference in references),
     ]
-    conditional, *others = evaluate_queries(queries, x, step.level, rows)
+    conditional, *others = evaluate_queries(queries, x, step.level, micro_batch)
     return GuidanceInput(x, step, conditional, tuple(others), condition)
 
 
-def step_of(
+def current_step(
     process: Process, knots: tuple[Level, ...], state: State, before: Step | None = None
 ) -> Step:
-    """The step that a state is in: every level that it asks about until the next knot belongs to it.
+    """The step of a state. All evaluations until the next knot belong to it.
 
     Args:
-        process: of the network.
-        knots: of the run.
-        state: what is asked about next.
-        before: the step of the evaluation before this one.
+        process: process of the network.
+        knots: levels between which the sampler steps.
+        state: state before the evaluation.
+        before: step of the previous evaluation, if any.
+
+    Returns:
+        The step.
     """
-    same = before is not None and before.index == state.step
-    start = before.start if before is not None and same else state.level
+    is_same = before is not None and before.index == state.step
+    start = before.start if before is not None and is_same else state.level
     return Step(process, state.level, start, state.remaining[0], state.step, len(knots) - 1)
 
 
-def planned(
+def count_evaluations(
     process: Process, sampler: Sampler, knots: tuple[Level, ...], guidance: Guidance
 ) -> int | None:
-    """The network evaluations for each sample, where no rule stops early; None where the sampler decides from what it sees.
+    """The number of network evaluations for each sample, by a dry run on an empty batch.
 
-    Counted by a run of no samples: samplers ask by the knots alone.
+    Args:
+        process: process of the network.
+        sampler: numerical integrator.
+        knots: levels between which the sampler steps.
+        guidance: guidance rule.
+
+    Returns:
+        The number if no rule stops early; None for an adaptive sampler.
     """
     if sampler.is_adaptive:
         return None
     step, total = None, 0
     for state in sampler.dry_run(knots):
-        step = step_of(process, knots, state, step)
+        step = current_step(process, knots, state, step)
         total += 1 + (
             len(guidance.required_references(step, None)) if sampler.uses_guidance(state) else 0
         )
@@ -198,12 +330,15 @@ def _steps(process: Process, knots: tuple[Level, ...]) -> Iterator[Step]:
 
 
 def check_levels(process: Process, knots: tuple[Level, ...]) -> None:
-    """Raise where a network of this process cannot be asked at a knot; the last one is reached and not asked about."""
-    for place, knot in enumerate(knots[:-1]):
-        process.check_level(knot, f"knot {place}" if place else "the first knot")
+    """Raise ValueError if a network of this process cannot be evaluated at a knot; at the last one
+    it is not.
+    """
+    for index, knot in enumerate(knots[:-1]):
+        process.check_level(knot, f"knot {index}" if index else "the first knot")
     if knots[-1].schedule.scaling == "ve" and knots[-1].logsnr_range[0] == -math.inf:
         raise ValueError(
-            "the last knot is pure noise (λ = -inf), where the ve scaling has σ = inf: end at a finite λ"
+            "the last knot is pure noise (λ = -inf), where the ve scaling has σ = inf: end at a "
+            "finite λ"
         )
 
 
@@ -214,27 +349,37 @@ def check_guidance(
     guidance: Guidance,
     sampler: Sampler | None,
 ) -> None:
-    """Raise where the guidance needs what there is not: a reference at some step, a condition, another sampler."""
-    asked = [
+    """Raise ValueError if a rule lacks a reference, a condition, or a sampler that it works with.
+
+    Args:
+        process: process of the network.
+        knots: levels between which the sampler steps.
+        condition: labels, or None.
+        guidance: guidance rule.
+        sampler: numerical integrator; None: not checked.
+    """
+    required = [
         (reference, step.level)
         for step in _steps(process, knots)
         for reference in guidance.required_references(step, None)
     ]
-    for reference in dict.fromkeys(reference for reference, _ in asked):
+    for reference in dict.fromkeys(reference for reference, _ in required):
         reference.check(process, condition, str(guidance))
-    for reference, level in asked:
+    for reference, level in required:
         reference.check_level(level)
     guidance.check(process, condition)
     if sampler is None:
         return
     if not guidance.is_consistent and not sampler.is_direct:
         raise ValueError(
-            f"{guidance} breaks x = α x_0 + σ ε, which {sampler} relies on: use a sampler of first-order steps such as DDIM(), "
+            f"{guidance} breaks x = α x_0 + σ ε, which {sampler} relies on: use a sampler of "
+            "first-order steps such as DDIM(), "
             f"or CFG"
         )
     if guidance.requires_one_evaluation_per_step and (
         sampler.is_adaptive or sampler.evaluations(knots) != len(knots) - 1
     ):
         raise ValueError(
-            f"{guidance} counts on one evaluation a step: use a sampler such as DDIM(), not {sampler}"
+            f"{guidance} requires one evaluation per step: use a sampler such as DDIM(), not "
+            f"{sampler}"
         )

@@ -17,7 +17,7 @@ ROWS, COLUMNS, LETTERS = 10, 4, 24
 
 def is_drawable(data: DataSource, process: Process) -> bool:
     """True if samples are images, or latents that the data set decodes."""
-    return data.is_latent or images.drawable(process)
+    return data.is_latent or images.is_image(process)
 
 
 def preview(denoiser: Denoiser, data: DataSource, draw: Callable[..., Samples]) -> Image.Image:
@@ -39,7 +39,9 @@ def preview(denoiser: Denoiser, data: DataSource, draw: Callable[..., Samples]) 
     if data.is_latent:
         x = data.decode(x)
         process = Process(shape=tuple(x.shape[1:]))
-    return images.grid(x, process, [_name(data, row) if condition else "" for row in rows], COLUMNS)
+    return images.draw_grid(
+        x, process, [_name(data, row) if condition else "" for row in rows], COLUMNS
+    )
 
 
 def _name(data: DataSource, label: int) -> str:

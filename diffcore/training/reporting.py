@@ -252,7 +252,7 @@ class Reporter:
         )
         with state.average.applied():
             image = preview(state.denoiser(state.network), settings.source, draw)
-        images.save(image, settings.run.samples / f"{checkpoint_name(state.step)}.png")
+        images.save_image(image, settings.run.samples / f"{checkpoint_name(state.step)}.png")
 
 
 def _describe(state: "TrainState", found: NonFinite) -> str:

@@ -13,7 +13,7 @@ from diffcore.objectives.objective import Objective
 from diffcore.run import NetworkFactory, OptimizerFactory, Run
 from diffcore.samplers import Sampler
 from diffcore.sampling import generation
-from diffcore.sampling.generation import GRID, SAMPLER
+from diffcore.sampling.generation import DEFAULT_GRID, DEFAULT_SAMPLER
 from diffcore.schedules import Grid
 from diffcore.training import loop
 from diffcore.training.data.source import (
@@ -120,8 +120,8 @@ class Trainer:
     save_every: int = 1000
     keep: int = 2
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
-    sampler: Sampler = field(default_factory=lambda: SAMPLER)
-    grid: Grid = field(default_factory=lambda: GRID)
+    sampler: Sampler = field(default_factory=lambda: DEFAULT_SAMPLER)
+    grid: Grid = field(default_factory=lambda: DEFAULT_GRID)
     sample_steps: int = 25
     guidance: Guidance = field(default_factory=CFG)
     resume: bool = False
@@ -169,7 +169,7 @@ class Trainer:
         return state
 
     def _check_previews(self) -> None:
-        generation.check(
+        generation.check_sampling(
             self.process,
             self.grid.knots(self.process.schedule, self.sample_steps),
             [0],

@@ -9,7 +9,7 @@ from statistics import geometric_mean
 from benchmarks.accuracy import GRIDS, Measurement
 from benchmarks.table import markdown_table
 from diffcore.cli.figures import create_figure
-from diffcore.sampling.generation import GRID, SAMPLER
+from diffcore.sampling.generation import DEFAULT_GRID, DEFAULT_SAMPLER
 
 ROUNDING = 1e-12
 """A distance that consists of rounding errors."""
@@ -21,7 +21,7 @@ def default_name() -> str:
     Returns:
         The name.
     """
-    return f"{SAMPLER}, {next(name for name, (grid, _) in GRIDS.items() if grid == GRID)}"
+    return f"{DEFAULT_SAMPLER}, {next(name for name, (grid, _) in GRIDS.items() if grid == DEFAULT_GRID)}"
 
 
 def group_cells(measurements: Iterable[Measurement]) -> dict[tuple[str, int], list[Measurement]]:

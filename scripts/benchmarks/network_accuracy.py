@@ -12,7 +12,7 @@ from benchmarks.table import markdown_table
 from diffcore.core.denoiser import DenoiserProtocol
 from diffcore.guidance import CFG
 from diffcore.samplers import DDIM, AdamsBashforth, AdamsMoulton, DPMSolverPP, Sampler, UniPC
-from diffcore.sampling.generation import GRID, sample
+from diffcore.sampling.generation import DEFAULT_GRID, sample
 from diffcore.schedules import Grid, Trailing
 
 SAMPLERS: tuple[Sampler, ...] = (
@@ -22,7 +22,7 @@ SAMPLERS: tuple[Sampler, ...] = (
     *(AdamsBashforth(k) for k in (2, 3, 4)),
     *(AdamsMoulton(k) for k in (1, 2, 3)),
 )
-GRIDS: tuple[Grid, ...] = (Trailing(), GRID)
+GRIDS: tuple[Grid, ...] = (Trailing(), DEFAULT_GRID)
 SCALES = (1.0, 1.5, 3.0, 7.5)
 STEPS = (5, 8, 15, 25)
 

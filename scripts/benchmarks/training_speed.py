@@ -24,7 +24,7 @@ from diffcore.guidance import CFG, Guidance, Interval
 from diffcore.io.parser import ComponentParser
 from diffcore.objectives.objective import SampleKey
 from diffcore.samplers import DDIM
-from diffcore.sampling.generation import sample, with_levels
+from diffcore.sampling.generation import insert_levels, sample
 from diffcore.sampling.loop import integrate
 from diffcore.schedules import Trailing, UniformLogSNR
 from diffcore.training.loop import advance, training_batches
@@ -186,7 +186,7 @@ def _compare_interval(
     denoiser: Denoiser, bounds: tuple[float, float], pairs: int, samples: int
 ) -> Comparison:
     rule = Interval(CFG(3.0), sigma=bounds)
-    knots = with_levels(
+    knots = insert_levels(
         UniformLogSNR(-9.0, 7.0).knots(denoiser.process.schedule, 20), rule.levels(denoiser.process)
     )
     labels = (torch.arange(samples) % denoiser.process.classes).to(denoiser.device)

@@ -33,7 +33,7 @@ from diffcore.guidance import (
     find_weaker_networks,
 )
 from diffcore.samplers import DDIM
-from diffcore.sampling.generation import evaluating, sample
+from diffcore.sampling.generation import evaluation_mode, sample
 from diffcore.sampling.loop import watch
 from diffcore.training.data import Digits
 from experiments.study import continue_study, small_unet, train_averaged
@@ -189,7 +189,7 @@ def count_references(
     knots = KNOTS.knots(denoiser.process.schedule, STEPS)
     noise = Noise(seeds, denoiser.process.shape)
     x = noise.first_sample(knots[0], denoiser.process.sigma_data)
-    with evaluating(denoiser, *find_weaker_networks(rule)):
+    with evaluation_mode(denoiser, *find_weaker_networks(rule)):
         path = list(watch(denoiser, DDIM(), x, knots, noise, rule, labels))
     agrees = [rule.cosine(seen) >= rule.threshold for seen in path if seen.references]
     if not agrees:

@@ -12,7 +12,7 @@ from PIL import Image
 from diffcore.guidance import APG
 from diffcore.io.safetensors import read_weights
 from diffcore.run import Run
-from diffcore.sampling.generation import GRID, SAMPLER
+from diffcore.sampling.generation import DEFAULT_GRID, DEFAULT_SAMPLER
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -261,7 +261,7 @@ def test_another_seed_or_label_gives_another_sample(diffcore, trained):
 def test_sampler_steps_and_guidance_default_to_those_of_the_run(diffcore, trained):
     ended = diffcore("sample", trained, "--labels=1", "--out=x.png")
     assert (
-        f"1 samples of 50 network evaluations each, 50 planned ({SAMPLER}, {GRID}, 25 steps, "
+        f"1 samples of 50 network evaluations each, 50 planned ({DEFAULT_SAMPLER}, {DEFAULT_GRID}, 25 steps, "
         "CFG(scale=1.5" in ended.out
     )
 

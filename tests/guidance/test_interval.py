@@ -23,7 +23,7 @@ from diffcore.samplers import (
     Restart,
     UniPC,
 )
-from diffcore.sampling.generation import sample, with_levels
+from diffcore.sampling.generation import insert_levels, sample
 from diffcore.sampling.loop import integrate
 from diffcore.schedules import Cosine, Explicit, Karras, Trailing, UniformBlend, UniformLogSNR
 from tests.helpers.oracles import ExactNetwork, Pair, flow, mixture, process
@@ -139,7 +139,7 @@ def test_a_bound_that_is_a_knot_already_or_outside_the_run_is_not_added():
 def test_knots_stay_in_their_order(rising):
     logsnrs = (-3.0, 0.0, 3.0) if rising is False else (3.0, 0.0, -3.0)
     knots = Explicit(logsnrs).knots(Cosine(), 2)
-    added = [knot.logsnr for knot in with_levels(knots, (1.0, -1.0, 0.0, 5.0))]
+    added = [knot.logsnr for knot in insert_levels(knots, (1.0, -1.0, 0.0, 5.0))]
     assert added == [-3.0, -1.0, 0.0, 1.0, 3.0][:: -1 if rising else 1]
 
 
@@ -230,7 +230,7 @@ def test_exact_variance_of_an_interval_on_two_gaussians():
     )
     pair = Pair()
     rule = Interval(CFG(w), sigma=(low, high))
-    knots = with_levels(Trailing().knots(pair.process.schedule, 200), rule.levels(pair.process))
+    knots = insert_levels(Trailing().knots(pair.process.schedule, 200), rule.levels(pair.process))
     x, _ = integrate(pair, AlphaBlending(2), noise.start(), knots, noise, rule, labels)
     ratio = (1 + low**2) * (2 + high**2) / ((1 + high**2) * (2 + low**2))
     torch.testing.assert_close(

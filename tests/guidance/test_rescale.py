@@ -12,7 +12,7 @@ from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction, PredictionType
 from diffcore.guidance import CFG, ClassifierGuidance, GuidanceInput, Interval, Rescale, Step
 from diffcore.samplers import AlphaBlending
-from diffcore.sampling.generation import sample, with_levels
+from diffcore.sampling.generation import insert_levels, sample
 from diffcore.sampling.loop import guided_prediction, integrate
 from diffcore.schedules import Trailing
 from tests.helpers.oracles import ExactNetwork, Pair, mixture, process
@@ -117,7 +117,7 @@ def test_phi_1_on_centred_gaussians_of_equal_shape_is_the_conditional_model():
 
     noise = Noise(torch.arange(3), (2,), dtype=torch.float64)
     rule = Rescale(CFG(4.0), 1.0)
-    knots = with_levels(Trailing().knots(pair.process.schedule, 200), ())
+    knots = insert_levels(Trailing().knots(pair.process.schedule, 200), ())
     x, _ = integrate(Twice(), AlphaBlending(2), noise.start(), knots, noise, rule, labels)
     plain, _ = integrate(Twice(), AlphaBlending(2), noise.start(), knots, noise, CFG(1.0), labels)
     guided_alone, _ = integrate(

@@ -30,7 +30,7 @@ from diffcore.guidance import (
 from diffcore.io.specs import from_spec, to_spec
 from diffcore.samplers import DDIM, AlphaBlending
 from diffcore.sampling.generation import sample
-from diffcore.sampling.loop import guided_prediction, planned, watch
+from diffcore.sampling.loop import count_evaluations, guided_prediction, watch
 from diffcore.schedules import Cosine, Explicit, Trailing, UniformLogSNR
 from tests.helpers.guidance_rules import (
     GRID,
@@ -161,7 +161,7 @@ def test_calls_of_any_size_give_the_same_samples(name, rows):
     rule = RULES[name]
     record = process()
     network = ExactNetwork(mixture(record), record)
-    made = draw(rule, Denoiser(network, record), rows=rows)
+    made = draw(rule, Denoiser(network, record), micro_batch=rows)
     torch.testing.assert_close(made.x, draw(rule).x, rtol=0, atol=1e-8)
     assert {len(x) for x, _, _ in network.calls} == {rows}
 
@@ -292,11 +292,11 @@ def test_a_wrapper_with_neutral_settings_gives_the_samples_of_its_rule(outer, in
 def test_a_plan_counts_every_reference_of_every_evaluation():
     """The midpoint rule evaluates twice in each step, and each evaluation may have references."""
     knots = UniformLogSNR(-4.0, 4.0).knots(RECORD.schedule, 5)  # σ/α = 7.4, 2.7, 1, 0.37, 0.14, 0
-    assert planned(RECORD, AlphaBlending(2), knots, Interval(CFG(2.0), sigma=(0.3, 3.0))) == 2 * (
-        1 + 2 + 2 + 2 + 1
-    )
-    assert planned(RECORD, DDIM(), knots, ComposedConditions((0, 1), (1.0, 1.0))) == 5 * 4
-    assert planned(RECORD, DDIM(), knots, GFCG(classifier)) == 1 + 4 * 2
+    assert count_evaluations(
+        RECORD, AlphaBlending(2), knots, Interval(CFG(2.0), sigma=(0.3, 3.0))
+    ) == 2 * (1 + 2 + 2 + 2 + 1)
+    assert count_evaluations(RECORD, DDIM(), knots, ComposedConditions((0, 1), (1.0, 1.0))) == 5 * 4
+    assert count_evaluations(RECORD, DDIM(), knots, GFCG(classifier)) == 1 + 4 * 2
 
 
 def test_guided_prediction_needs_no_step_and_passes_the_memory_on():

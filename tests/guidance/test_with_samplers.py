@@ -37,7 +37,7 @@ from diffcore.samplers import (
     Restart,
     UniPC,
 )
-from diffcore.sampling.generation import sample, with_levels
+from diffcore.sampling.generation import insert_levels, sample
 from diffcore.sampling.loop import check_guidance, integrate, watch
 from diffcore.schedules import Cosine, Karras, Trailing, UniformLogSNR
 from tests.helpers.guidance_rules import ORACLE, WEAKER, classifier
@@ -115,7 +115,7 @@ def visited(sampler, rule, knots):
 def test_an_interval_decides_once_a_step_by_the_first_evaluation(sampler):
     """All evaluations of a step are in one mode, also after churn and in the steps of a restart."""
     rule = Interval(CFG(3.0), sigma=BOUNDS)
-    knots = with_levels(Karras().knots(ORACLE.process.schedule, 6), rule.levels(ORACLE.process))
+    knots = insert_levels(Karras().knots(ORACLE.process.schedule, 6), rule.levels(ORACLE.process))
     modes = []
     for _, group in groupby(visited(sampler, rule, knots), key=lambda inputs: inputs.step.index):
         inputs = list(group)
@@ -288,7 +288,7 @@ def test_a_weaker_network_that_cannot_be_evaluated_at_a_knot_is_refused_before_t
 def test_gfcg_in_an_interval_begins_with_the_conditional_model():
     """Its first evaluation inside is the conditional model, its second is guided."""
     rule = Interval(GFCG(classifier, 3.0), sigma=BOUNDS)
-    knots = with_levels(Karras().knots(ORACLE.process.schedule, 8), rule.levels(ORACLE.process))
+    knots = insert_levels(Karras().knots(ORACLE.process.schedule, 8), rule.levels(ORACLE.process))
     memory, changed = None, []
     for inputs in visited(DDIM(), rule, knots):
         guided, memory = rule.combine(inputs, memory)

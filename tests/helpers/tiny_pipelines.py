@@ -8,7 +8,7 @@ import torch
 
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import predict
-from diffcore.sampling.generation import with_levels
+from diffcore.sampling.generation import insert_levels
 from diffcore.sampling.loop import integrate
 from diffcore.schedules import Trailing
 
@@ -249,7 +249,7 @@ class HalvesDenoiser:
 def sampling_loop(network, evaluate, process, rule, sampler, steps, x):
     """Samples of diffcore's loop over Trailing knots, and the number of evaluated samples."""
     denoise = HalvesDenoiser(network, evaluate, process, tuple(x.shape[1:]))
-    knots = with_levels(Trailing().knots(process.schedule, steps), rule.levels(process))
+    knots = insert_levels(Trailing().knots(process.schedule, steps), rule.levels(process))
     noise, labels = (
         Noise(torch.arange(len(x)), tuple(x.shape[1:])),
         torch.zeros(len(x), dtype=torch.int64),

@@ -17,14 +17,14 @@ def process(channels=1, size=8, low=-1.0, high=1.0):
 def test_the_range_becomes_0_to_255_and_what_is_beyond_is_cut(low, high):
     unit = torch.tensor([-9.0, 0.0, 0.25, 0.5, 1.0, 9.0])
     x = (low + (high - low) * unit).view(6, 1, 1, 1).expand(6, 1, 8, 8)
-    made = images.pixels(x, process(low=low, high=high))
+    made = images.to_pixels(x, process(low=low, high=high))
     assert (made.shape, made.dtype) == ((6, 8, 8, 1), np.uint8)
     assert made[:, 0, 0, 0].tolist() == [0, 0, 64, 128, 255, 255]
 
 
 def test_every_byte_comes_back():
     data = torch.arange(256).view(4, 1, 8, 8)
-    made = images.pixels(data / 127.5 - 1, process())
+    made = images.to_pixels(data / 127.5 - 1, process())
     assert made.transpose(0, 3, 1, 2).flatten().tolist() == list(range(256))
 
 
@@ -33,7 +33,7 @@ def test_what_is_no_image_is_refused_with_the_remedy(shape):
     with pytest.raises(
         ValueError, match=r"not images of 1 or 3 channels: write \.safetensors instead"
     ):
-        images.check(Process(shape=shape))
+        images.check_image(Process(shape=shape))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -41,7 +41,7 @@ def test_what_is_no_image_is_refused_with_the_remedy(shape):
 def test_a_grid_has_each_sample_in_its_place(channels, names):
     values = torch.linspace(-1, 1, 5)  # three rows of two, the last one shorter
     x = values.view(5, 1, 1, 1).expand(5, channels, 8, 8)
-    sheet = np.array(images.grid(x, process(channels), names, 2))
+    sheet = np.array(images.draw_grid(x, process(channels), names, 2))
     tile, margin = 40, images.MARGIN
     left = sheet.shape[1] - 2 * (tile + margin)
     assert (left > margin) == any(names)
@@ -61,20 +61,20 @@ def test_a_grid_has_each_sample_in_its_place(channels, names):
 
 def test_small_samples_are_enlarged_and_large_ones_are_not():
     sizes = [
-        images.grid(torch.zeros(1, 1, size, size), process(size=size), [""], 1).size[0]
+        images.draw_grid(torch.zeros(1, 1, size, size), process(size=size), [""], 1).size[0]
         for size in (8, 20, 40, 64)
     ]
     assert sizes == [48, 48, 48, 72]
 
 
 def test_a_picture_is_whole_or_not_there(tmp_path, monkeypatch):
-    picture = images.image(images.pixels(torch.zeros(1, 3, 8, 8), process(3))[0])
-    images.save(picture, tmp_path / "new/a.png")
+    picture = images.to_image(images.to_pixels(torch.zeros(1, 3, 8, 8), process(3))[0])
+    images.save_image(picture, tmp_path / "new/a.png")
     with Image.open(tmp_path / "new/a.png") as back:
         assert np.array_equal(np.array(back), np.array(picture))
     monkeypatch.setattr(Image.Image, "save", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        images.save(picture, tmp_path / "new/b.png")
+        images.save_image(picture, tmp_path / "new/b.png")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.png"]
 
 
@@ -83,8 +83,8 @@ def test_a_saved_picture_loads_as_its_x0(channels, tmp_path):
     record = Process(shape=(channels, 4, 6), low=-2.0, high=6.0)
     data = torch.arange(24 * channels).view(channels, 4, 6) * 3
     x = record.low + data / 255 * 8
-    images.save(images.image(images.pixels(x[None], record)[0]), tmp_path / "x.png")
-    loaded = images.load(tmp_path / "x.png", record)
+    images.save_image(images.to_image(images.to_pixels(x[None], record)[0]), tmp_path / "x.png")
+    loaded = images.load_image(tmp_path / "x.png", record)
     assert loaded.shape == record.shape
     torch.testing.assert_close(loaded, x, rtol=0, atol=1e-5)
 
@@ -101,12 +101,12 @@ def test_a_saved_picture_loads_as_its_x0(channels, tmp_path):
 def test_a_picture_of_another_size_or_mode_is_refused(mode, size, message, tmp_path):
     Image.new(mode, size).save(tmp_path / "x.png")
     with pytest.raises(ValueError, match=message):
-        images.load(tmp_path / "x.png", process())
+        images.load_image(tmp_path / "x.png", process())
 
 
 def test_what_is_no_picture_is_refused(tmp_path):
     (tmp_path / "x.png").write_text("no picture")
     with pytest.raises(ValueError, match=r"x.png is not a picture that can be read"):
-        images.load(tmp_path / "x.png", process())
+        images.load_image(tmp_path / "x.png", process())
     with pytest.raises(ValueError, match="is not a picture that can be read"):
-        images.load(tmp_path / "none.png", process())
+        images.load_image(tmp_path / "none.png", process())

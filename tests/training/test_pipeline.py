@@ -10,7 +10,7 @@ from diffcore.integrations.diffusers import DiffcorePipeline
 from diffcore.io.files import write_folder
 from diffcore.run import Run
 from diffcore.samplers import AdaptiveRungeKutta
-from diffcore.sampling.generation import GRID, SAMPLER, sample
+from diffcore.sampling.generation import DEFAULT_GRID, DEFAULT_SAMPLER, sample
 from tests.helpers.tiny_pipelines import unet
 from tests.helpers.training_runs import train
 
@@ -24,7 +24,9 @@ def test_the_pipeline_of_a_run_gives_its_samples(trained):
     images = pipe(class_labels=[0, 7], seeds=[0, 1], output_type="latent").images
     recipe = {"steps": 25, "guidance": CFG(1.5)}
     inputs = {"seeds": [0, 1], "condition": [0, 7], "batch_size": 2}
-    assert torch.equal(images, sample(denoiser, SAMPLER, GRID, **inputs, **recipe).x)
+    assert torch.equal(
+        images, sample(denoiser, DEFAULT_SAMPLER, DEFAULT_GRID, **inputs, **recipe).x
+    )
     assert sorted(path.name for path in trained.glob(".pipeline*")) == []
 
 

@@ -32,7 +32,7 @@ from diffcore.guidance import (
 from diffcore.integrations.diffusers.families import ModelFamily
 from diffcore.integrations.diffusers.scheduler.plan import Call
 from diffcore.integrations.diffusers.scheduler.scheduler import DiffcoreScheduler
-from diffcore.sampling.loop import check_guidance, evaluate_references, step_of
+from diffcore.sampling.loop import check_guidance, current_step, evaluate_references
 from diffcore.schedules import Level
 
 __all__ = [
@@ -227,7 +227,7 @@ class GuidedForward:
             self.network, self.forward, state.process, x, args, kwargs, conditional_first
         )
         if state.evaluation is None:
-            state.step = step_of(state.process, call.knots, sampler_state, state.step)
+            state.step = current_step(state.process, call.knots, sampler_state, state.step)
         rule = self.guidance if call.plan.sampler.uses_guidance(sampler_state) else CFG(1.0)
         return self._evaluate(rule, denoiser, state)
 
@@ -262,7 +262,7 @@ class GuidedForward:
             ValueError: the rule cannot guide this call.
         """
         has_both = self._has_both_halves(x, labels)
-        steps = (step_of(call.plan.process, call.knots, state) for state in call.plan.states)
+        steps = (current_step(call.plan.process, call.knots, state) for state in call.plan.states)
         if not has_both and any(
             isinstance(reference, Unconditional)
             for step in steps

@@ -13,7 +13,7 @@ from torch import nn
 from diffcore.integrations.diffusers.families import TextCondition, family_of
 from diffcore.integrations.diffusers.loading.folder import network_of
 from diffcore.integrations.diffusers.loading.prompts import Prompts
-from diffcore.sampling.generation import evaluating
+from diffcore.sampling.generation import evaluation_mode
 
 __all__ = ["EMBEDDED_GUIDANCE_SCALE", "encode_prompts"]
 
@@ -57,7 +57,7 @@ def encode_prompts(
         )
     condition = family.condition
     assert isinstance(condition, TextCondition)
-    with torch.no_grad(), evaluating(nn.ModuleList(_text_encoders(pipeline, condition))):
+    with torch.no_grad(), evaluation_mode(nn.ModuleList(_text_encoders(pipeline, condition))):
         encoded = [condition.encode(pipeline, text, False) for text in prompts]
         encoded += [condition.encode(pipeline, negative, True)]
     size = size or _network_size(pipeline, network)

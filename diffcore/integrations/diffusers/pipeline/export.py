@@ -27,7 +27,7 @@ from diffcore.integrations.diffusers.scheduler.generator_noise import Drawn
 from diffcore.integrations.diffusers.scheduler.scheduler_config import C_NOISE
 from diffcore.integrations.diffusers.scheduler.settings import Settings
 from diffcore.samplers import DDIM, DDPM, EulerAncestral, Sampler
-from diffcore.sampling.generation import evaluating
+from diffcore.sampling.generation import evaluation_mode
 from diffcore.sampling.loop import integrate
 from diffcore.schedules import (
     Discrete,
@@ -267,7 +267,7 @@ def _ours(denoiser: Denoiser, scheduler: Any, x: Tensor, labels: Tensor | None) 
     sampler = DDPM() if isinstance(scheduler, diffusers.DDPMScheduler) else DDIM()
     labels = None if labels is None else labels.to(x.device)
     knots = (*levels, process.schedule.at(math.inf))
-    with torch.no_grad(), evaluating(denoiser):
+    with torch.no_grad(), evaluation_mode(denoiser):
         return integrate(
             Denoiser(denoiser.network, process), sampler, x, knots, noise, condition=labels
         )[0]

@@ -32,7 +32,13 @@ from diffcore.io.specs import from_spec, to_spec
 from diffcore.run import Run
 from diffcore.samplers import Sampler, State
 from diffcore.sampling import images
-from diffcore.sampling.generation import GRID, SAMPLER, check, evaluating, with_levels
+from diffcore.sampling.generation import (
+    DEFAULT_GRID,
+    DEFAULT_SAMPLER,
+    check_sampling,
+    evaluation_mode,
+    insert_levels,
+)
 from diffcore.sampling.loop import integrate
 from diffcore.schedules import Grid, Level
 
@@ -103,8 +109,8 @@ class DiffcorePipeline(DiffusionPipeline):
     def of(
         cls,
         denoiser: Denoiser,
-        sampler: Sampler = SAMPLER,
-        grid: Grid = GRID,
+        sampler: Sampler = DEFAULT_SAMPLER,
+        grid: Grid = DEFAULT_GRID,
         num_inference_steps: int = 25,
         guidance: Guidance = CFG(1.0),
         vae: ModelMixin | None = None,
@@ -254,14 +260,14 @@ class DiffcorePipeline(DiffusionPipeline):
         count = _count(
             batch_size=batch_size, class_labels=class_labels, seeds=seeds, generator=generator
         )
-        knots = with_levels(self._knots(num_inference_steps, grid), rule.levels(process))
+        knots = insert_levels(self._knots(num_inference_steps, grid), rule.levels(process))
         numbers, condition = range(count) if seeds is None else seeds, _labels(class_labels, count)
-        labels = check(process, knots, numbers, condition, rule, count, sampler)
+        labels = check_sampling(process, knots, numbers, condition, rule, count, sampler)
         self._check_output(output_type)
         noise = self._noise(process, count, seeds, generator)
         labels, x = _on(labels, noise.device), noise.first_sample(knots[0], process.sigma_data)
         with (
-            evaluating(denoiser, *find_weaker_networks(rule)),
+            evaluation_mode(denoiser, *find_weaker_networks(rule)),
             self.progress_bar(total=len(knots) - 1) as bar,
         ):
             followed = Followed(sampler, self._told(process, bar.update, callback_on_step_end))
@@ -316,7 +322,7 @@ class DiffcorePipeline(DiffusionPipeline):
             raise ValueError(
                 f"output_type is {output_type!r}, expected one of {', '.join(get_args(OutputType))}"
             )
-        if output_type != "latent" and not images.drawable(pictured := self._pictured):
+        if output_type != "latent" and not images.is_image(pictured := self._pictured):
             raise ValueError(
                 f"samples of shape {pictured.shape} are not images of 1 or 3 channels: pass output_type='latent' for x_0"
             )
@@ -326,8 +332,8 @@ class DiffcorePipeline(DiffusionPipeline):
         if self.vae is not None:
             x = Latents(self.vae).decode(x.to(self.vae.dtype))
         if output_type == "pil":
-            return [images.image(array) for array in images.pixels(x, pictured)]
-        unit = images.unit(x, pictured)
+            return [images.to_image(array) for array in images.to_pixels(x, pictured)]
+        unit = images.to_unit_range(x, pictured)
         return unit if output_type == "pt" else unit.permute(0, 2, 3, 1).cpu().numpy()
 
 

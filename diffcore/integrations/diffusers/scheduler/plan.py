@@ -16,7 +16,7 @@ from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
 from diffcore.core.process import Process
 from diffcore.samplers import Knots, Sampler, State
-from diffcore.sampling.loop import check_levels, corners, settled
+from diffcore.sampling.loop import check_levels, find_mode_changes, forget_at_mode_change
 from diffcore.schedules import Level
 
 
@@ -48,7 +48,9 @@ class Plan:
             ValueError: the network cannot be asked at one of them, or the sampler changes x before it asks.
         """
         check_levels(process, knots)
-        plan = cls(process, sampler, knots, tuple(sampler.dry_run(knots)), corners(knots, levels))
+        plan = cls(
+            process, sampler, knots, tuple(sampler.dry_run(knots)), find_mode_changes(knots, levels)
+        )
         if plan.states[0].level != knots[0]:
             raise ValueError(
                 f"{sampler} adds noise before its first question, which a pipeline has asked by then: set churn_max below "
@@ -163,7 +165,7 @@ class Call:
                 else sampler.start(state.x, (state.level, *state.remaining), noise)
             )
         else:
-            self.state = settled(
+            self.state = forget_at_mode_change(
                 sampler, sampler.advance(state, prediction, noise), self.plan.corners
             )
         return self.state

@@ -8,7 +8,7 @@ from diffcore.core.prediction import PredictionType
 from diffcore.core.process import Process, TimeConditioning
 from diffcore.io.specs import from_spec, to_spec
 from diffcore.samplers import Sampler
-from diffcore.sampling.generation import with_levels
+from diffcore.sampling.generation import insert_levels
 from diffcore.schedules import Grid, Level, Schedule, Shifted
 
 
@@ -74,7 +74,7 @@ class Settings:
 
     def ended(self, knots: tuple[Level, ...]) -> tuple[Level, ...]:
         """The knots with `levels` among them, and `last` in place of the clean one unless the one before it is as clean."""
-        knots = with_levels(knots, self.levels)
+        knots = insert_levels(knots, self.levels)
         if self.last is None or knots[-1].logsnr < math.inf or not knots[-2].logsnr < self.last:
             return knots
         return (*knots[:-1], self.schedule.at(self.last))

@@ -19,7 +19,7 @@ from diffcore.integrations.diffusers.families import (
     register_family,
 )
 from diffcore.samplers import DDIM
-from diffcore.sampling.generation import sample, with_levels
+from diffcore.sampling.generation import insert_levels, sample
 from diffcore.sampling.loop import integrate
 from tests.helpers.tiny_pipelines import relative_difference, seed, seeded
 
@@ -145,7 +145,7 @@ def test_attached_guidance_is_its_own_cfg_and_other_rules_are_those_of_the_sampl
     rule = Interval(APG(3.0), sigma=(0.4, 3.0))
     process = denoiser.process
     knots = tuple(process.schedule.level(t) for t in (*SIGMAS, 0.0))
-    knots = with_levels(knots, rule.levels(process))
+    knots = insert_levels(knots, rule.levels(process))
     noise = Noise(torch.zeros(1), (3, 4, 4))
     with torch.no_grad():
         x, _ = integrate(denoiser, DDIM(), start(), knots, noise, rule, condition=torch.tensor([0]))

@@ -20,7 +20,7 @@ from diffcore.guidance import (
 )
 from diffcore.integrations.diffusers import DiffcoreScheduler, attach
 from diffcore.samplers import DDIM, AlphaBlending, DPMSolverPP, EulerAncestral, Heun
-from diffcore.sampling.loop import planned
+from diffcore.sampling.loop import count_evaluations
 from diffcore.schedules import Trailing
 from tests.helpers.text_networks import pixart
 from tests.helpers.tiny_pipelines import (
@@ -177,7 +177,7 @@ def test_interval_evaluates_exactly_the_samples_that_it_needs(sampler):
         - 1
     )
     assert len(knots) == 6 + 1 + 2  # both bounds are knots
-    assert sum(rows) == images * planned(process, sampler, knots, rule)
+    assert sum(rows) == images * count_evaluations(process, sampler, knots, rule)
     if sampler == DDIM():
         assert sum(rows) == images * (8 + inside)
         assert set(rows) == {images, 2 * images}

@@ -22,7 +22,7 @@ from diffcore.integrations.diffusers import (
 )
 from diffcore.samplers import DDIM, DDPM, AdaptiveRungeKutta, DPMSolverPP, Heun
 from diffcore.sampling import images
-from diffcore.sampling.generation import GRID, sample
+from diffcore.sampling.generation import DEFAULT_GRID, sample
 from diffcore.schedules import Cosine, Discrete, Karras, Trailing, UniformLogSNR
 from tests.helpers.tiny_pipelines import dit, quiet, unet, vae
 
@@ -135,12 +135,12 @@ def test_images_come_in_every_type(plain):
     made = {
         kind: plain(seeds=[0, 1], output_type=kind).images for kind in ("latent", "pt", "np", "pil")
     }
-    assert torch.equal(made["pt"], images.unit(made["latent"], PLAIN))
+    assert torch.equal(made["pt"], images.to_unit_range(made["latent"], PLAIN))
     assert made["np"].shape == (2, 8, 8, 3)
     assert np.array_equal(made["np"], made["pt"].permute(0, 2, 3, 1).numpy())
     assert [picture.size for picture in made["pil"]] == [(8, 8)] * 2
     assert np.array_equal(
-        np.stack([np.asarray(p) for p in made["pil"]]), images.pixels(made["latent"], PLAIN)
+        np.stack([np.asarray(p) for p in made["pil"]]), images.to_pixels(made["latent"], PLAIN)
     )
     assert torch.equal(plain(seeds=[0, 1], output_type="pt", return_dict=False)[0], made["pt"])
 
@@ -181,7 +181,7 @@ def test_each_step_is_told_of_and_may_change_x(plain):
         return {"latents": values["latents"] / 2}
 
     made = plain(seeds=[0], output_type="latent", sampler=Heun(), callback_on_step_end=halve).images
-    knots = GRID.knots(PLAIN.schedule, 3)
+    knots = DEFAULT_GRID.knots(PLAIN.schedule, 3)
     assert [step for step, _, _ in calls] == [0, 1, 2]
     assert [calls[0][1], calls[-1][1]] == [
         told(knots[0]),
