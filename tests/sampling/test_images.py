@@ -106,7 +106,7 @@ def test_a_picture_of_another_size_or_mode_is_refused(mode, size, message, tmp_p
 
 def test_what_is_no_picture_is_refused(tmp_path):
     (tmp_path / "x.png").write_text("no picture")
-    with pytest.raises(ValueError, match=r"x.png is not a picture that can be read"):
+    with pytest.raises(ValueError, match=r"x.png is not a readable image"):
         images.load_image(tmp_path / "x.png", process())
-    with pytest.raises(ValueError, match="is not a picture that can be read"):
+    with pytest.raises(ValueError, match="is not a readable image"):
         images.load_image(tmp_path / "none.png", process())
