@@ -68,7 +68,7 @@ def test_the_options_of_the_objective_are_components(diffcore):
         "bins": 50,
         "history": 10,
         "floor": 0.001,
-        "every": 10,
+        "update_interval": 10,
     }
     assert settings["loss"]["init_args"] == {"delta": 1.0}
     assert (settings["perturbation"], settings["corrected"], settings["uncertainty"]) == (
@@ -113,7 +113,7 @@ def test_a_component_keeps_the_options_of_the_file_unless_its_class_changes(
         ),
         (
             ("--objective.resampler=SecondMoment", "--objective.resampler.bins=1"),
-            "bins and every are 1 and 10",
+            "bins and update_interval are 1 and 10",
         ),
         (
             ("--objective.corrected=true", "--process.schedule=Discrete"),
