@@ -1,10 +1,9 @@
-"""A cache: tensors by key, in safetensors shards. What one run has made of an image or a text, the
-next reads.
+"""A cache of tensors by key, in safetensors shards: what one run encoded, later runs read.
 
-    folder/0b5c1e....safetensors     some entries: "<key>.<name>" is a tensor of one
+    folder/0b5c1e....safetensors     some entries: "<key>.<name>" is one tensor
 
-A key is a hash of all that an entry is made of, so no entry is ever out of date: a changed image,
-another size or other weights of the encoder have another key.
+A key is a hash of everything that an entry is made of, so that no entry is out of date: a changed
+image, another size or other weights of the encoder have another key.
 """
 
 import hashlib
@@ -20,8 +19,10 @@ from tqdm import tqdm
 from diffcore.io.files import CorruptFileError, hash_file
 from diffcore.io.safetensors import read_weights, write_weights
 
+__all__ = ["Cache", "digest"]
+
 SHARD = 256
-"""Entries of a shard, and so what a build that is stopped can lose."""
+"""Number of entries in a shard; an interrupted build loses at most as many."""
 
 Entry = Mapping[str, Tensor]
 
@@ -30,7 +31,7 @@ class Cache:
     """The entries of a folder.
 
     Args:
-        folder: of the shards; it need not exist.
+        folder: folder of the shards; it need not exist.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -39,19 +40,25 @@ class Cache:
         self.rescan()
 
     def rescan(self) -> None:
-        """Find the entries that were written since."""
+        """Find the entries that other processes have written."""
         known = {path for place in self.places.values() for path in place.values()}
         for path in sorted(set(self.folder.glob("*.safetensors")) - known):
             self._add(path, _open(path).keys())
 
     def missing(self, keys: Iterable[str]) -> list[str]:
-        """The keys without an entry, each once, in their order."""
+        """The distinct keys without an entry, in their order."""
         return [key for key in dict.fromkeys(keys) if key not in self.places]
 
     def make(
         self, keys: Sequence[str], entries: Callable[[Sequence[str]], Iterable[Entry]], what: str
     ) -> None:
-        """Make and write the entries of keys, a shard at a time, which is whole or not there."""
+        """Compute and write the entries of keys; each shard is written atomically.
+
+        Args:
+            keys: keys without an entry.
+            entries: computes the entries of some keys, in order.
+            what: plural noun for the progress bar.
+        """
         with tqdm(
             total=len(keys), desc=f"caching {what}", disable=not keys, mininterval=0.5
         ) as bar:
@@ -72,7 +79,7 @@ class Cache:
         """The tensors of an entry, by name.
 
         Raises:
-            ValueError: its shard is not what was written.
+            ValueError: Its shard is not what was written; delete it.
         """
         for path in self.places[key].values():
             _verify(path)
@@ -87,7 +94,9 @@ class Cache:
 
 
 def digest(*parts: str | Path) -> str:
-    """A hash of texts, and of files or of all files below a folder, with their names."""
+    """Hash (32 hexadecimal digits) of texts, and of the names and contents of files or of all files
+    below a folder.
+    """
     whole = hashlib.sha256()
     for part in parts:
         for text in [part] if isinstance(part, str) else map(_described, _files(part)):
@@ -105,21 +114,21 @@ def _described(path: Path) -> str:
 
 @cache
 def _verify(path: Path) -> None:
-    """Read a shard whole, once a process, and compare its hash."""
+    """Read a whole shard once in each process, and compare its hash."""
     try:
         read_weights(path)
     except CorruptFileError:
         raise ValueError(
-            f"{path} of the cache is not what was written: delete it, and it is made again"
+            f"{path} of the cache is not what was written: delete it, and it is computed again"
         ) from None
 
 
 @lru_cache(maxsize=64)
 def _open(path: Path) -> Any:
-    """A shard, read where it is asked for."""
+    """An open shard, whose tensors are read on demand."""
     try:
         return safe_open(path, "pt")
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path} of the cache cannot be read ({error}): delete it, and it is made again"
+            f"{path} of the cache cannot be read ({error}): delete it, and it is computed again"
         ) from None

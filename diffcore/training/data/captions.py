@@ -1,8 +1,10 @@
-"""Captions of a folder's images: in a metadata file, as Hugging Face datasets' "imagefolder" has
-them, or beside each image.
+"""Captions of the images of a folder: from metadata files, or from a text file beside each image.
 
-metadata.jsonl   {"file_name": "cats/1.png", "text": "a cat"}     a line an image, named from the
-file's own folder metadata.csv     file_name,text cats/1.txt       a cat
+    metadata.jsonl   {"file_name": "cats/1.png", "text": "a cat"}    one line for each image
+    metadata.csv     file_name,text                                  one row for each image
+    cats/1.txt       a cat                                           beside cats/1.png
+
+A metadata file has the format of the "imagefolder" builder of datasets: file names are relative to its folder.
 """
 
 import csv
@@ -11,24 +13,33 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+__all__ = ["read_captions"]
+
 COLUMN = "text"
 
 
-def captions(folder: Path, images: Sequence[Path]) -> list[str]:
-    """The caption of each image, or none at all where the folder has no captions.
+def read_captions(folder: Path, images: Sequence[Path]) -> list[str]:
+    """Read the captions of images.
+
+    Args:
+        folder: folder that is searched for metadata files.
+        images: paths of the images.
+
+    Returns:
+        One caption for each image; empty if the folder has no captions.
 
     Raises:
-        ValueError: some images have a caption and others none, or a metadata file cannot be read.
+        ValueError: Only some images have a caption, or a metadata file cannot be read.
     """
     files = sorted([*folder.rglob("metadata.jsonl"), *folder.rglob("metadata.csv")])
-    said = (
+    found = (
         {path: text for file in files for path, text in _metadata(file)}
         if files
         else _beside(images)
     )
-    bare = [path.name for path in images if path not in said]
-    if not said or not bare:
-        return [said[path] for path in images] if said else []
+    bare = [path.name for path in images if path not in found]
+    if not found or not bare:
+        return [found[path] for path in images] if found else []
     raise ValueError(
         f"{len(bare)} of the {len(images)} images of {folder} have no caption, such as {bare[0]}: "
         "give each a "

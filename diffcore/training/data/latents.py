@@ -1,7 +1,7 @@
-"""Images as a diffusers VAE encodes them, and their captions as the text encoders do: made once,
-read by every later run.
+"""Images encoded by a diffusers VAE, and their captions encoded by the text encoders: once, for
+every later run.
 
-z = mean + std ξ,   ξ ~ N(0, I) anew at each visit of an image
+z = mean + std ξ,   ξ ~ N(0, I), drawn anew at each position of the run
 """
 
 import time
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from diffcore.core.random import Stream, normal
 from diffcore.io.files import hash_file
 from diffcore.training.data.cache import Cache, digest
-from diffcore.training.data.captions import captions as captions_of
+from diffcore.training.data.captions import read_captions
 from diffcore.training.data.image_folder import Fit, ImageFolder, Unreadable
 from diffcore.training.data.order import is_mirrored
 from diffcore.training.data.source import DataSource
@@ -25,43 +25,45 @@ if TYPE_CHECKING:
     from diffcore.integrations.diffusers.loading.prompts import Prompts
     from diffcore.integrations.diffusers.loading.vae import Latents
 
+__all__ = ["LatentDataset"]
+
 NULL = "\0"
-"""Stands for the empty prompt as the null condition, which some pipelines encode in another way
-than as a caption.
+"""Key of the null condition: some pipelines encode the empty prompt in another way than a caption.
 """
 
 LARGE = 2**30
-"""Bytes of embeddings that stay on the host; a network's call then waits for its labels."""
+"""Size in bytes from which the embeddings stay on the host; each call of the network then copies
+its rows.
+"""
 
-GLANCE = 2.0
-"""Seconds between two looks at what the first process has made."""
+POLL_SECONDS = 2.0
+"""Seconds between two checks of what the first rank has encoded."""
 
 Entries = Iterator[dict[str, Tensor]]
 
 
 class LatentDataset(DataSource):
-    """The latents of a folder's images; an image's label is the place of its caption in `texts`, or
-    else its sub-folder's.
+    """The latents of a folder of images, labelled by caption, or by sub-folder without captions.
 
-    Latents are cached under the content of the image, its size and fit, and the VAE's config and
-    weights; embeddings under the caption and the files of the text encoders. What changes is made
-    again, what does not is read, and no encoder is loaded for it. Each is made by itself, so that
-    it does not depend on what is beside it, and of several processes the first makes all.
+    A label is an index into `texts`. Latents are cached under the content of the image, its size
+    and fit, and the config and weights of the VAE; embeddings under the caption and the files of
+    the text encoders. Only what is missing is encoded, and no encoder is loaded if nothing is. Each
+    entry is encoded by itself, so that it does not depend on the others; the first rank encodes
+    all.
 
     Args:
-        folder: of the images, as ImageFolder reads it, with captions in metadata.jsonl,
-            metadata.csv or a .txt beside each.
-        pipeline: folder of the diffusers pipeline whose VAE and text encoders encode.
-        size: height and width of the images in pixels; 0 for what the pipeline's network was made
-            for.
-        fit: crop, pad or exact, as of ImageFolder.
-        flip: whether to mirror left and right half of the time; both are encoded.
-        captions: whether to read captions, where there are any.
+        folder: folder of the images, as ImageFolder reads it, with captions in metadata.jsonl or
+            metadata.csv, or in a .txt file beside each image.
+        pipeline: folder of the diffusers pipeline whose VAE and text encoders are used.
+        size: height and width of the images in pixels; 0 for the size of the pipeline's network.
+        fit: crop, pad or exact, as in ImageFolder.
+        flip: True mirrors half of the images; both versions are encoded.
+        captions: True reads captions if there are any; False labels by sub-folder.
         unreadable: refuse images that cannot be read, or skip them.
-        cache: folder for what is made, on a disk that all processes share.
+        cache: folder of the cache, on a disk that all ranks share.
 
     Raises:
-        ValueError: no images, unreadable ones, some without a caption, or no VAE.
+        ValueError: There are no images, unreadable ones, some without a caption, or no VAE.
     """
 
     def __init__(
@@ -81,23 +83,21 @@ class LatentDataset(DataSource):
         self.files = ImageFolder(
             folder, size or self.pipeline.image_size, "RGB", fit, unreadable=unreadable
         )
-        said = captions_of(Path(folder), self.files.paths) if captions else []
-        self.texts = tuple(sorted(set(said)))
-        places = {text: place for place, text in enumerate(self.texts)}
-        self.labels = [places[text] for text in said] or self.files.labels
+        found = read_captions(Path(folder), self.files.paths) if captions else []
+        self.texts = tuple(sorted(set(found)))
+        labels = {text: label for label, text in enumerate(self.texts)}
+        self.labels = [labels[text] for text in found] or self.files.labels
         self.keys = [
             digest(hash_file(path), fit, str(self.files.size)) for path in self.files.paths
         ]
         self.rows = (
-            [digest(text, str(self.files.size)) for text in (*self.texts, NULL)] if said else []
+            [digest(text, str(self.files.size)) for text in (*self.texts, NULL)] if found else []
         )
         self.latents = Cache(Path(cache) / "latents" / digest(*self.pipeline.paths("vae")))
-        text = self.pipeline.paths("text_encoder", "tokenizer") if said else []
-        told = (
-            self.pipeline.content,
-            self.pipeline.config(self.pipeline.network_name),
-        )  # which decide what is told
-        self.embeddings = Cache(Path(cache) / "embeddings" / digest(*map(str, told), *text))
+        text = self.pipeline.paths("text_encoder", "tokenizer") if found else []
+        # The classes of the pipeline and the config of its network determine what is encoded.
+        configs = (self.pipeline.content, self.pipeline.config(self.pipeline.network_name))
+        self.embeddings = Cache(Path(cache) / "embeddings" / digest(*map(str, configs), *text))
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -119,12 +119,12 @@ class LatentDataset(DataSource):
 
     @property
     def content_hash(self) -> str:
-        """A hash of all that items and the bank are made of, by which a resumed run knows its data."""
+        """Hash of everything that the items and the embeddings are made of."""
         made = (self.latents.folder.name, self.embeddings.folder.name if self.rows else "")
         return digest(*made, *self.keys, *map(str, self.labels), *self.rows)
 
     def prompts(self) -> "Prompts":
-        """The bank that labels are places in, with the empty prompt as the null condition."""
+        """The embeddings that labels index, with the empty prompt as the null condition."""
         from diffcore.integrations.diffusers.loading.prompts import Prompts
 
         rows = [self.embeddings.read(key) for key in self.rows]
@@ -133,8 +133,13 @@ class LatentDataset(DataSource):
         )
 
     def label_wrapper(self, device: torch.device) -> Callable[[nn.Module], nn.Module]:
-        """Makes of a network that is told text one that is asked by label; the bank is on the
-        device unless it is large.
+        """A function that wraps a text-conditioned network so that it accepts labels.
+
+        Args:
+            device: device of the network; the embeddings are copied to it unless they are large.
+
+        Returns:
+            The wrapper; the identity without captions.
         """
         from diffcore.integrations.diffusers.loading.prompts import PromptNetwork
 
@@ -150,12 +155,12 @@ class LatentDataset(DataSource):
 
     @property
     def vae(self) -> nn.Module:
-        """What makes images of latents, for the pipeline that a run leaves."""
+        """The VAE, which a run copies into its diffusers pipeline."""
         return self.pipeline.read("vae")
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
-        """The images (N, 3, H, W) of latents, as the VAE decodes them."""
+        """Images (N, 3, H, W) of latents (N, C, h, w), decoded by the VAE."""
         vae = self._vae(x.device)
         return torch.cat([vae.decode(one) for one in x.split(1)])
 
@@ -163,21 +168,21 @@ class LatentDataset(DataSource):
 
     @property
     def is_ready(self) -> bool:
-        """Whether all is there to be read."""
+        """True if every latent and embedding is in the cache."""
         return not (self.latents.missing(self._images()) or self.embeddings.missing(self.rows))
 
     def prepare(self, device: torch.device, is_main_process: bool) -> None:
-        """Make what is missing; every process but the first waits until it is there."""
+        """Encode what is missing on the first rank; the others wait for it."""
         if is_main_process:
             self._make_latents(device)
             self._make_embeddings(device)
         while not self.is_ready:
-            time.sleep(GLANCE)
+            time.sleep(POLL_SECONDS)
             self.latents.rescan()
             self.embeddings.rescan()
 
     def _images(self) -> dict[str, tuple[int, bool]]:
-        """Each key of the latents, with its image's index and whether that is mirrored."""
+        """Key of each latent -> (index of its image, True if it is mirrored)."""
         keys = {key: (index, False) for index, key in enumerate(self.keys)}
         return keys | (
             {_mirrored(key): (index, True) for key, (index, _) in keys.items()} if self.flip else {}

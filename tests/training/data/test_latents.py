@@ -257,7 +257,7 @@ def test_a_build_that_is_stopped_leaves_whole_shards_and_goes_on_from_them(
 
 
 def test_other_processes_wait_for_the_first(place, monkeypatch):
-    monkeypatch.setattr(encoded, "GLANCE", 0.01)
+    monkeypatch.setattr(encoded, "POLL_SECONDS", 0.01)
     first, second = data(place), data(place)
     waiting = threading.Thread(target=second.prepare, args=(CPU, False))
     waiting.start()
