@@ -56,8 +56,8 @@ class SampleRequest:
         start: noise level σ/α of the noise added to the image; 0: the first level of the grid.
         batch_size: number of samples drawn together. Another batch size changes samples by rounding
             errors only.
-        micro_batch: largest batch of one network call, which guidance doubles; 0: no limit. Lower it to
-            save memory.
+        micro_batch: number of samples in one network call, those of guidance included; 0: all of a
+            batch. A lower number saves memory.
         path: whether the noise of stochastic steps follows one Brownian path per seed, so that more
             steps give a nearby sample.
         out: where to write: one image of all samples (.png), a folder for one image per sample, or

@@ -21,7 +21,8 @@ def default_name() -> str:
     Returns:
         The name.
     """
-    return f"{DEFAULT_SAMPLER}, {next(name for name, (grid, _) in GRIDS.items() if grid == DEFAULT_GRID)}"
+    grids = {grid: name for name, (grid, _) in GRIDS.items()}
+    return f"{DEFAULT_SAMPLER}, {grids[DEFAULT_GRID]}"
 
 
 def group_cells(measurements: Iterable[Measurement]) -> dict[tuple[str, int], list[Measurement]]:

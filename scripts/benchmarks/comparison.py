@@ -116,7 +116,7 @@ def median_rank(count: int, confidence: float = CONFIDENCE) -> int:
 
 
 def coverage(count: int) -> float:
-    """The probability, a number in [0, 1], that the interval of `count` values covers the median."""
+    """The probability (a number) that the interval of `count` values covers the median."""
     return 1 - 2 * sum(math.comb(count, j) for j in range(median_rank(count))) / 2**count
 
 

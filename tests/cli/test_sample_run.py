@@ -166,7 +166,7 @@ def test_samples_start_from_an_image_at_the_given_level(diffcore, trained):
         (("--start=0.5",), "there is no image to start from: pass --image"),
         (("--start=-1", "--image=white.png"), "start is -1.0, expected σ/α above 0"),
         (("--image=white.png",), "first knot is pure noise, which keeps nothing of the image"),
-        (("--image=none.png", "--start=1"), "none.png is not a picture"),
+        (("--image=none.png", "--start=1"), "none.png is not a readable image"),
         (("--image=wide.png", "--start=1"), "is 9 x 8 of mode L, expected 8 x 8"),
         (
             ("--image=white.png", "--start=1", "--grid=Explicit", "--grid.logsnrs=[0,1,2,3]"),
@@ -261,8 +261,8 @@ def test_another_seed_or_label_gives_another_sample(diffcore, trained):
 def test_sampler_steps_and_guidance_default_to_those_of_the_run(diffcore, trained):
     ended = diffcore("sample", trained, "--labels=1", "--out=x.png")
     assert (
-        f"1 samples of 50 network evaluations each, 50 planned ({DEFAULT_SAMPLER}, {DEFAULT_GRID}, 25 steps, "
-        "CFG(scale=1.5" in ended.out
+        "1 samples of 50 network evaluations each, 50 planned "
+        f"({DEFAULT_SAMPLER}, {DEFAULT_GRID}, 25 steps, CFG(scale=1.5" in ended.out
     )
 
 
