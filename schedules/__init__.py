@@ -14,8 +14,8 @@ from diffcore.schedules.transforms import (
     Rescaled,
     Shifted,
     Truncated,
-    ZeroTerminalSNR,
 )
+from diffcore.schedules.zero_terminal_snr import ZeroTerminalSNR
 
 __all__ = [
     "AlignYourSteps",

@@ -1,9 +1,8 @@
 """Noise schedules: x_t = α(t) x_0 + σ(t) ε for t in [0, 1], where t = 0 is data and t = 1 is noise.
 
-    λ(t) = log α(t)² / σ(t)²        "logsnr": natural logarithm of the squared ratio, decreasing in
-    t
+    λ(t) = log α(t)² / σ(t)²        "logsnr", a natural logarithm; it decreases in t
 
-Drawing t ~ U(0, 1) and reading λ(t) draws λ from the density p(λ) = -dt/dλ, so a schedule *is* a
+Drawing t ~ U(0, 1) and evaluating λ(t) draws λ from the density p(λ) = -dt/dλ, so a schedule *is* a
 distribution of noise levels: λ(t) is its quantile function at 1 - t. The scaling selects one of
 three equivalent processes with that λ(t):
 
@@ -11,7 +10,7 @@ three equivalent processes with that λ(t):
     flow   α = sigmoid(λ/2),  σ = sigmoid(-λ/2)       α + σ = 1
     ve     α = 1,             σ = exp(-λ/2)           not defined at λ = -inf
 
-Everything here is computed on the host in float64, whatever the dtype of the input.
+All values are computed on the host in float64, for any dtype of the input.
 """
 
 import math
@@ -68,15 +67,15 @@ class Level:
     """One noise level of a schedule: x = α x_0 + σ ε at λ = `logsnr`, which is reached at time t.
 
     The values are Python floats when a whole batch is at one level (sampling), or float64 host
-    tensors that broadcast against x (training: shape (B, 1, 1, 1); a map of levels: the shape of
-    x).
+    tensors that broadcast against x: shape (B, 1, 1, 1) in training, the shape of x for a map of
+    levels.
 
     Args:
         logsnr: λ = log α²/σ².
         t: time in [0, 1]; 0 is data, 1 is noise.
         alpha: α, the coefficient of x_0.
         sigma: σ, the coefficient of ε.
-        schedule: schedule that the level belongs to; it makes neighbouring levels.
+        schedule: schedule that the level belongs to; samplers compute further levels with it.
     """
 
     logsnr: Real
@@ -99,16 +98,19 @@ class Level:
 
     @property
     def logsnr_range(self) -> tuple[float, float]:
-        """The smallest and the largest λ of a map of levels, on the host; of a single level, λ
-        twice.
-        """
+        """The smallest and the largest λ, as Python floats; both are λ if the level is a float."""
         if isinstance(self.logsnr, Tensor):
             return float(self.logsnr.min()), float(self.logsnr.max())
         return self.logsnr, self.logsnr
 
     def to(self, x: Tensor) -> "Level":
-        """The same level with its tensors on the device and in the dtype of x; Python floats stay
-        as they are.
+        """Move the tensors of the level to the device and the dtype of `x`.
+
+        Args:
+            x: tensor whose device and dtype are used.
+
+        Returns:
+            The same level; Python floats stay as they are.
         """
         if not isinstance(self.logsnr, Tensor):
             return self
@@ -120,8 +122,10 @@ class Level:
 
 
 class Schedule(ABC):
-    """A noise schedule x_t = α(t) x_0 + σ(t) ε. A subclass implements λ(t), its exact inverse t(λ)
-    and the density p(λ) = -dt/dλ.
+    """A noise schedule x_t = α(t) x_0 + σ(t) ε.
+
+    A subclass implements `_logsnr`, λ(t); `_time`, its exact inverse t(λ); and `_density`,
+    p(λ) = -dt/dλ. Each maps a float64 host tensor to one of the same shape.
 
     Every public method maps a float to a float, and a tensor to a float64 tensor of the same shape
     on the host.
@@ -129,9 +133,7 @@ class Schedule(ABC):
 
     scaling: Scaling
     steps: int | None = None
-    """Number of levels of a table, whose entry i is at t = (i + 1) / steps; None for a continuous
-    schedule.
-    """
+    """Number of entries of a table, entry i at t = (i + 1) / steps; None: a continuous schedule."""
 
     @abstractmethod
     def _logsnr(self, t: Tensor) -> Tensor: ...
@@ -143,12 +145,13 @@ class Schedule(ABC):
     def _density(self, logsnr: Tensor) -> Tensor: ...
 
     def logsnr(self, t: R) -> R:
-        """λ(t) for t in [0, 1]; the shape of `t`. Raises ValueError outside of [0, 1]."""
+        """λ(t) for t in [0, 1], in the shape of `t`. Raises ValueError outside [0, 1]."""
         return _on_host(self._logsnr_checked, t)
 
     def time(self, logsnr: R) -> R:
-        """t(λ), the inverse of λ(t), in the shape of `logsnr`; 0 above and 1 below the range of the
-        schedule.
+        """t(λ), the inverse of λ(t), in the shape of `logsnr`.
+
+        Above the largest λ of the schedule the result is 0, below the smallest it is 1.
         """
         return _on_host(self._time, logsnr)
 
@@ -165,8 +168,10 @@ class Schedule(ABC):
         return _on_host(lambda u: self._logsnr_checked(1 - u), u)
 
     def training_times(self, u: Tensor) -> Tensor:
-        """Training times of u ~ U(0, 1), in the shape of `u`: u itself, or for a table the next
-        larger time of an entry.
+        """Map u ~ U(0, 1) to training times, in the shape of `u`.
+
+        A continuous schedule returns u. A table returns the time of the next entry at or above u,
+        so that each of its entries is drawn equally often.
         """
         return u if self.steps is None else (u * self.steps).ceil().clamp(min=1) / self.steps
 

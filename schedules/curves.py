@@ -1,8 +1,8 @@
-"""Schedules given as a curve in t of γ = α² (vp) or of a = σ/(α+σ) (flow), with their densities.
+"""Schedules given as a curve of γ = α² (vp) or of a = σ/(α+σ) (flow) in t, with their densities.
 
-Where a formula subtracts neighbours (the ends of a normalised curve), the difference is written as
-a product, so that both tails keep their digits. An inverse without a closed form is a bracketed
-root in logit t.
+Where a formula subtracts neighbouring values (the ends of a normalised curve), the difference is
+written as a product, so that both tails keep their digits. An inverse without a closed form is a
+bracketed root in logit t.
 """
 
 import math
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffcore.schedules.base import Scaling
 from diffcore.schedules.distributions import Distribution
-from diffcore.schedules.roots import logit_time
+from diffcore.schedules.roots import invert_in_logit_time
 
 __all__ = ["Beta", "Mode", "PowerCosine", "Sigmoid"]
 
@@ -24,14 +24,18 @@ HALF_PI = math.pi / 2
 class Sigmoid(Distribution):
     """γ(t) = (S(e/τ) - S(x/τ)) / (S(e/τ) - S(s/τ)), x = s + t(e-s), S the logistic function.
 
-    With w = (e-s)/2τ and c = ln cosh(s/2τ) - ln cosh(e/2τ), λ(t) = ln sinh((1-t)w) - ln sinh(tw) +
-    c and p(λ) = 1 / w(coth(tw) + coth((1-t)w)). Chen 2023 (2301.10972, Algorithm 1), whose clipping
-    at 1e-9 is left out.
+    With w = (e-s)/2τ and c = ln cosh(s/2τ) - ln cosh(e/2τ),
+
+        λ(t) = ln sinh((1-t)w) - ln sinh(tw) + c
+        p(λ) = 1 / w(coth(tw) + coth((1-t)w))
+
+    Chen 2023 (2301.10972, Algorithm 1) without its clipping at 1e-9.
 
     Args:
-        start: s, the argument of the logistic function at t = 0.
-        end: e > s, its argument at t = 1.
+        start: s, the argument x of the logistic function at t = 0.
+        end: e > s, the argument x of the logistic function at t = 1.
         tau: τ > 0, the temperature; a larger value is closer to γ = 1 - t.
+        scaling: vp, ve or flow.
     """
 
     start: float = -3.0
@@ -59,26 +63,27 @@ class Sigmoid(Distribution):
         return _log_sinh((1 - t) * self._w) - _log_sinh(t * self._w) + self._c
 
     def _time(self, logsnr: Tensor) -> Tensor:
-        return _part(logsnr - self._c, self._w)
+        return _solve_sinh_ratio(logsnr - self._c, self._w)
 
     def _density(self, logsnr: Tensor) -> Tensor:
         z, w = logsnr - self._c, self._w
-        coth = 1 / (w * _part(z, w)).tanh() + 1 / (w * _part(-z, w)).tanh()
+        t, rest = _solve_sinh_ratio(z, w), _solve_sinh_ratio(-z, w)  # rest = 1 - t, with its digits
+        coth = 1 / (w * t).tanh() + 1 / (w * rest).tanh()
         return 1 / (w * coth)
 
 
 @dataclass(frozen=True)
 class PowerCosine(Distribution):
-    """γ(t) = (y(x) - y(e)) / (y(s) - y(e)), y(x) = cos(πx/2)^2τ, x = s + t(e-s); p(λ) = γ(1-γ) /
-    |dγ/dt|.
+    """γ(t) = (y(x) - y(e)) / (y(s) - y(e)), y(x) = cos(πx/2)^2τ, x = s + t(e-s).
 
-    Chen 2023 (2301.10972, Algorithm 1), whose clipping at 1e-9 is left out; s = 0, e = 1, τ = 1 is
-    Cosine.
+    p(λ) = γ(1-γ) / |dγ/dt|. Chen 2023 (2301.10972, Algorithm 1) without its clipping at 1e-9. The
+    defaults s = 0, e = 1, τ = 1 are the schedule Cosine.
 
     Args:
-        start: s ≥ 0; the angle at t = 0 is πs/2.
-        end: e ≤ 1, above s; the angle at t = 1 is πe/2.
+        start: s within [0, e); the angle at t = 0 is πs/2.
+        end: e within (s, 1]; the angle at t = 1 is πe/2.
         tau: τ > 0, half of the exponent.
+        scaling: vp, ve or flow.
     """
 
     start: float = 0.0
@@ -90,7 +95,7 @@ class PowerCosine(Distribution):
         _check_span(self.start, self.end, self.tau)
         if not (self.start >= 0 and self.end <= 1):
             raise ValueError(
-                f"start and end are {self.start} and {self.end}, expected within [0, 1]"
+                f"start and end are {self.start} and {self.end}, expected numbers within [0, 1]"
             )
 
     @property
@@ -120,10 +125,10 @@ class PowerCosine(Distribution):
         return self._log_ratio + rise + (-(-rise).expm1()).log() - below.log()
 
     def _log_y(self, past: Tensor) -> Tensor:
-        """ln y(x) - ln y(s) at an angle past s."""
+        """ln y(x) - ln y(s) at the angle `past` beyond πs/2."""
         fall = (
             2 * (past / 2).sin() ** 2 + math.tan(HALF_PI * self.start) * past.sin()
-        )  # 1 - cos x / cos s
+        )  # 1 - cos(πx/2) / cos(πs/2)
         return 2 * self.tau * (-fall).clamp(min=-1).log1p()
 
     def _time(self, logsnr: Tensor) -> Tensor:
@@ -145,29 +150,30 @@ class PowerCosine(Distribution):
         return torch.nn.functional.logsigmoid(logsnr) + (-self._log_ratio.expm1()).log()
 
     def _log_y_of(self, logsnr: Tensor) -> Tensor:
-        """ln y(x) - ln y(s) at a level."""
+        """ln y(x) - ln y(s) at the level λ."""
         clean = ((-logsnr).sigmoid() * self._log_ratio.expm1()).log1p()
         noisy = torch.logaddexp(self._log_gamma_span(logsnr), self._log_ratio)
         return torch.where(logsnr > 0, clean, noisy)
 
     def _angle(self, log_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """cos and sin of the angle πx/2, and cos s - cos x."""
+        """cos(πx/2), sin(πx/2) and cos(πs/2) - cos(πx/2), from ln y(x) - ln y(s)."""
         fall = -self._cos_s * (log_y / (2 * self.tau)).expm1()
         cos_x = self._cos_s * (log_y / (2 * self.tau)).exp()
-        versine = 2 * math.sin(HALF_PI * self.start / 2) ** 2 + fall  # 1 - cos x
+        versine = 2 * math.sin(HALF_PI * self.start / 2) ** 2 + fall  # 1 - cos(πx/2)
         return cos_x, (versine * (1 + cos_x)).sqrt(), fall
 
 
 @dataclass(frozen=True)
 class Mode(Distribution):
-    """σ/(α+σ) = a(t) = t - s(sin²(πt/2) - t): uniform at s = 0, heavier in the middle for s > 0, at
-    the ends for s < 0.
+    """σ/(α+σ) = a(t) = t - s(sin²(πt/2) - t), the mode sampling of SD3.
 
-    λ(t) = 2 ln((1-a)/a), p(λ) = a(1-a) / 2a'(t). SD3's mode sampling: Esser et al. 2024
-    (2403.03206, eq. 20, with 1 - u = t).
+    λ(t) = 2 ln((1-a)/a), p(λ) = a(1-a) / 2a'(t). Esser et al. 2024 (2403.03206, eq. 20, with
+    1 - u = t).
 
     Args:
-        scale: s within [-1, 2/(π-2)], where a(t) is monotone; SD3 tries several, 1.29 among them.
+        scale: s within [-1, 2/(π-2)], where a(t) is monotone: a is uniform for s = 0, denser in the
+            middle for s > 0 and at the ends for s < 0; 1.29 is one of the values of the paper.
+        scaling: vp, ve or flow.
     """
 
     scale: float = 1.29
@@ -182,10 +188,10 @@ class Mode(Distribution):
             )
 
     def _logsnr(self, t: Tensor) -> Tensor:
-        return self._of_times(t, 1 - t)
+        return self._logsnr_of(t, 1 - t)
 
     def _time(self, logsnr: Tensor) -> Tensor:
-        return logit_time(self._of_times, logsnr)
+        return invert_in_logit_time(self._logsnr_of, logsnr)
 
     def _density(self, logsnr: Tensor) -> Tensor:
         t = self._time(logsnr.abs())  # the density is symmetric, and t near 0 keeps its digits
@@ -193,7 +199,7 @@ class Mode(Distribution):
         slope = 1 + self.scale - self.scale * HALF_PI * (math.pi * t).sin()
         return (a * rest / (2 * slope)).masked_fill(a * rest == 0, 0.0)
 
-    def _of_times(self, t: Tensor, rest: Tensor) -> Tensor:
+    def _logsnr_of(self, t: Tensor, rest: Tensor) -> Tensor:
         return 2 * (self._blend(rest) / self._blend(t)).log()  # a(1-t) = 1 - a(t)
 
     def _blend(self, t: Tensor) -> Tensor:
@@ -202,15 +208,15 @@ class Mode(Distribution):
 
 @dataclass(frozen=True)
 class Beta(Distribution):
-    """σ/(α+σ) = a ~ Beta(p, q): t is its distribution function, λ = 2 ln((1-a)/a), p(λ) = a^p
-    (1-a)^q / 2B(p, q).
+    """a = σ/(α+σ) ~ Beta(p, q): t is the distribution function of a, λ = 2 ln((1-a)/a).
 
-    p = q = 1 is Flow. Beta(1.5, 1) draws more noisy levels, as π0 does (Black et al. 2024,
-    2410.24164, appendix B, without its cut-off).
+    p(λ) = a^p (1-a)^q / 2B(p, q). p = q = 1 is Flow. Beta(1.5, 1) draws more noisy levels, as π0
+    does (Black et al. 2024, 2410.24164, appendix B, without its cut-off).
 
     Args:
         p: exponent at the clean end, > 0; a larger value draws fewer clean levels.
         q: exponent at the noisy end, > 0; a larger value draws fewer noisy levels.
+        scaling: vp, ve or flow.
     """
 
     p: float = 1.5
@@ -248,8 +254,8 @@ class Beta(Distribution):
         return (self.p * log_a + self.q * log_rest - float(betaln(self.p, self.q))).exp() / 2
 
 
-def _part(z: Tensor, w: float) -> Tensor:
-    """t with ln sinh((1-t)w) - ln sinh(tw) = z: 2tw = ln(1 + 2 sinh w / (e^z + e^-w))."""
+def _solve_sinh_ratio(z: Tensor, w: float) -> Tensor:
+    """Solve ln sinh((1-t)w) - ln sinh(tw) = z for t: 2tw = ln(1 + 2 sinh w / (e^z + e^-w))."""
     return (2 * math.sinh(w) / (z.exp() + math.exp(-w))).log1p() / (2 * w)
 
 

@@ -1,7 +1,7 @@
 """Schedules in closed form: each is the quantile function λ(t) of a density p(λ).
 
-t = 0 is λ = +inf and t = 1 is λ = -inf. Both tails keep their digits, because no formula subtracts
-from 1 a computed number near 1.
+Unless a class states bounds, t = 0 is λ = +inf and t = 1 is λ = -inf. Both tails keep their digits,
+because no formula subtracts from 1 a computed number near 1.
 """
 
 import math
@@ -17,7 +17,7 @@ __all__ = ["Cauchy", "Cosine", "Distribution", "Flow", "Laplace", "LogLinear", "
 
 @dataclass(frozen=True)
 class Distribution(Schedule):
-    """A schedule in closed form, in any of the three scalings.
+    """Base class of the continuous schedules; each can be used in any of the three scalings.
 
     Args:
         scaling: vp, ve or flow.
@@ -31,14 +31,15 @@ class Distribution(Schedule):
 
 @dataclass(frozen=True)
 class Cosine(Distribution):
-    """λ(t) = μ + (2/s) ln cot(πt/2), by default α = cos(πt/2), σ = sin(πt/2); p(λ) = s
-    sech(s(λ-μ)/2) / 2π.
+    """λ(t) = μ + (2/s) ln cot(πt/2); by default α = cos(πt/2) and σ = sin(πt/2).
 
-    Nichol & Dhariwal 2021 (2102.09672) without its offset; the hyperbolic secant density is Kingma
-    & Gao 2023. Shifted and scaled: Hang & Gu 2024 (2407.03297).
+    p(λ) = s sech(s(λ-μ)/2) / 2π. Nichol & Dhariwal 2021 (2102.09672) without its offset; the
+    hyperbolic secant density is Kingma & Gao 2023; shifted and scaled, Hang & Gu 2024 (2407.03297).
 
     Args:
-        shift: μ, the median of λ. scale: s > 0; a larger value concentrates the levels around μ.
+        shift: μ, the median of λ.
+        scale: s > 0; a larger value concentrates the levels around μ.
+        scaling: vp, ve or flow.
     """
 
     shift: float = 0.0
@@ -64,9 +65,12 @@ class Cosine(Distribution):
 
 @dataclass(frozen=True)
 class Flow(Distribution):
-    """λ(t) = 2 ln((1-t)/t), so that σ/(α+σ) = t: rectified flow and IADB; p(λ) is logistic of scale
-    2. Its default scaling is `flow`: x_t = (1-t) x_0 + t ε. Liu et al. 2022 (2209.03003), Heitz et
-    al. 2023 (2305.03486).
+    """λ(t) = 2 ln((1-t)/t), so that σ/(α+σ) = t: rectified flow and α-blending (IADB).
+
+    p(λ) is logistic with scale 2. Liu et al. 2022 (2209.03003), Heitz et al. 2023 (2305.03486).
+
+    Args:
+        scaling: vp, ve or flow; the default, flow, is x_t = (1-t) x_0 + t ε.
     """
 
     scaling: Scaling = field(default="flow", kw_only=True)
@@ -85,12 +89,13 @@ class Flow(Distribution):
 class Laplace(Distribution):
     """λ(t) = μ - b sgn(½-t) ln(1 - 2|t-½|); p(λ) = exp(-|λ-μ|/b) / 2b.
 
-    Hang & Gu 2024 (2407.03297): importance sampling of logSNR, μ = 0 and b = 0.5 at 256², b = 0.75
-    at 512².
+    Hang & Gu 2024 (2407.03297), importance sampling of logSNR: μ = 0, b = 0.5 for 256² pixels and
+    0.75 for 512².
 
     Args:
-        mean: μ, the median of λ.
+        mean: μ, the mean and median of λ.
         scale: b > 0; the standard deviation of λ is √2 b.
+        scaling: vp, ve or flow.
     """
 
     mean: float = 0.0
@@ -118,12 +123,13 @@ class Laplace(Distribution):
 class Normal(Distribution):
     """λ(t) = μ + s Φ⁻¹(1-t); p(λ) = N(μ, s²).
 
-    A log-normal σ/α and a logit-normal σ/(α+σ) both are a normal λ: `edm` and `logit_normal` take
-    their parameters.
+    A log-normal σ/α and a logit-normal σ/(α+σ) both have a normal λ; `edm` and `logit_normal` build
+    the schedule from their parameters.
 
     Args:
         mean: μ, the mean of λ.
         std: s > 0, the standard deviation of λ.
+        scaling: vp, ve or flow.
     """
 
     mean: float = 0.0
@@ -136,21 +142,32 @@ class Normal(Distribution):
 
     @classmethod
     def edm(cls, P_mean: float = -1.2, P_std: float = 1.2) -> "Normal":
-        """The schedule with ln(σ/α) ~ N(P, S²), which is λ ~ N(-2P, (2S)²), in the ve scaling.
+        """Build the schedule with ln(σ/α) ~ N(P, S²), which is λ ~ N(-2P, (2S)²).
 
         Karras et al. 2022 (2206.00364, Table 1: -1.2, 1.2), EDM2 (2312.02696: -0.4, 1.0 on 512²
-        latents; -0.8, 1.6 on 64²), for data of standard deviation 0.5; for data of standard
-        deviation s add ln 2s to P.
+        latents; -0.8, 1.6 on 64²).
+
+        Args:
+            P_mean: P for data of standard deviation 0.5; for standard deviation s add ln 2s.
+            P_std: S > 0.
+
+        Returns:
+            The schedule in the ve scaling.
         """
         return cls(-2 * P_mean, 2 * P_std, scaling="ve")
 
     @classmethod
     def logit_normal(cls, mean: float = 0.0, std: float = 1.0) -> "Normal":
-        """The schedule with logit(σ/(α+σ)) ~ N(m, s²), which is λ ~ N(-2m, (2s)²), in the flow
-        scaling.
+        """Build the schedule with logit(σ/(α+σ)) ~ N(m, s²), which is λ ~ N(-2m, (2s)²).
 
-        Esser et al. 2024
-        (2403.03206, eq. 19).
+        Esser et al. 2024 (2403.03206, eq. 19).
+
+        Args:
+            mean: m; a larger value draws noisier levels.
+            std: s > 0.
+
+        Returns:
+            The schedule in the flow scaling.
         """
         return cls(-2 * mean, 2 * std, scaling="flow")
 
@@ -172,6 +189,7 @@ class Cauchy(Distribution):
     Args:
         mean: μ, the median of λ (the distribution has no mean).
         scale: γ > 0, half of the interquartile range of λ.
+        scaling: vp, ve or flow.
     """
 
     mean: float = 0.0
@@ -198,14 +216,15 @@ class Cauchy(Distribution):
 
 @dataclass(frozen=True)
 class LogLinear(Distribution):
-    """λ(t) = λ_max + t (λ_min - λ_max): ln(σ/α) is linear in t; p(λ) is uniform on [λ_min, λ_max].
+    """λ(t) = λ_max + t (λ_min - λ_max): ln(σ/α) is linear in t, p(λ) is uniform.
 
-    VDM's fixed schedule (Kingma et al. 2021, 2107.00630: -γ from 13.3 to -5), and `ve` of Song et
-    al. 2021.
+    The fixed schedule of VDM (Kingma et al. 2021, 2107.00630: -γ from 13.3 to -5); `ve` is the
+    variance-exploding schedule of Song et al. 2021.
 
     Args:
-        low: λ_min, the noisiest level, λ(1).
-        high: λ_max, the cleanest level, λ(0).
+        low: λ_min, λ of the noisiest level, at t = 1; finite.
+        high: λ_max, λ of the cleanest level, at t = 0; finite.
+        scaling: vp, ve or flow.
     """
 
     low: float = -5.0
@@ -220,8 +239,14 @@ class LogLinear(Distribution):
 
     @classmethod
     def ve(cls, sigma_min: float = 0.01, sigma_max: float = 50.0) -> "LogLinear":
-        """The schedule σ(t) = σ_min (σ_max/σ_min)^t in the ve scaling. Song et al. 2021
-        (2011.13456); σ_max is about the largest distance between two data points.
+        """Build the schedule σ(t) = σ_min (σ_max/σ_min)^t. Song et al. 2021 (2011.13456).
+
+        Args:
+            sigma_min: σ at t = 0, above 0.
+            sigma_max: σ at t = 1, finite; about the largest distance between two data points.
+
+        Returns:
+            The schedule in the ve scaling.
         """
         _check_sigmas(sigma_min, sigma_max)
         return cls(-2 * math.log(sigma_max), -2 * math.log(sigma_min), scaling="ve")
@@ -239,16 +264,16 @@ class LogLinear(Distribution):
 
 @dataclass(frozen=True)
 class Rho(Distribution):
-    """u(t)^(1/ρ) = u_min^(1/ρ) + t (u_max^(1/ρ) - u_min^(1/ρ)), u = σ/α = e^(-λ/2): the Karras grid
-    made continuous.
+    """u(t)^(1/ρ) = u_min^(1/ρ) + t (u_max^(1/ρ) - u_min^(1/ρ)), u = σ/α = e^(-λ/2).
 
-    p(λ) = u^(1/ρ) / 2ρ(u_max^(1/ρ) - u_min^(1/ρ)) between the bounds. Karras et al. 2022
-    (2206.00364, eq. 5).
+    The grid `Karras` as a continuous schedule; p(λ) = u^(1/ρ) / 2ρ(u_max^(1/ρ) - u_min^(1/ρ))
+    between the bounds. Karras et al. 2022 (2206.00364, eq. 5).
 
     Args:
-        sigma_min: u_min > 0, for data of standard deviation 0.5.
-        sigma_max: u_max, finite.
+        sigma_min: u_min > 0, σ/α at t = 0; the default is for data of standard deviation 0.5.
+        sigma_max: u_max, σ/α at t = 1, finite; the default is for the same data.
         rho: ρ > 0; a larger value draws more levels near the data, and ρ → ∞ is LogLinear.
+        scaling: vp, ve or flow.
     """
 
     sigma_min: float = 0.002
@@ -298,5 +323,6 @@ def _check_positive(name: str, value: float) -> None:
 def _check_sigmas(sigma_min: float, sigma_max: float) -> None:
     if not 0 < sigma_min < sigma_max < math.inf:
         raise ValueError(
-            f"sigma_min and sigma_max are {sigma_min} and {sigma_max}, expected 0 < min < max < inf"
+            f"sigma_min and sigma_max are {sigma_min} and {sigma_max}, expected "
+            "0 < sigma_min < sigma_max < inf"
         )

@@ -1,14 +1,13 @@
-"""Grids place the knots of a sampler: n steps are n+1 levels, strictly monotone in λ, the last one
-clean.
+"""Grids place the knots of a sampler: n+1 levels for n steps, strictly monotone in λ.
 
-Knots are levels of the schedule that the network was trained with, in float64 on the host. Samplers
-step between neighbouring knots and never recompute one. Almost every grid is uniform in a
-coordinate c of the level:
+Knots are levels of the schedule that the network was trained with, in float64 on the host. The last
+knot is clean, unless a grid is given other bounds. Samplers step between neighbouring knots and
+never recompute one. Almost every grid is uniform in a coordinate c of the level:
 
-    c_i = ((g-i) c(first) + i c(last)) / g,  i = 0 .. g        g = n, or n-1 where a clean knot
-    follows the last
+    c_i = ((g-i) c(first) + i c(last)) / g,  i = 0 .. g
 
-so that a grid is a coordinate with two bounds, and `Within` moves the bounds.
+where g = n, or g = n-1 if a clean knot follows the last one. Such a grid is a coordinate with two
+bounds, and `Within` changes the bounds.
 """
 
 import math
@@ -25,26 +24,24 @@ CLEAN = math.inf
 
 
 class Grid(ABC):
-    """A rule that places the knots for a schedule and a number of steps, by default from the
-    noisiest level to clean data.
-    """
+    """A rule that places the knots for a schedule and a number of steps."""
 
     @abstractmethod
     def _levels(self, schedule: Schedule, steps: int) -> list[Level]: ...
 
     def knots(self, schedule: Schedule, steps: int) -> tuple[Level, ...]:
-        """The knots of `schedule` for a number of steps.
+        """Compute the knots for a schedule and a number of steps.
 
         Args:
-            schedule: schedule of the network.
-            steps: number of steps n, at least 1.
+            schedule: schedule that the network was trained with.
+            steps: number of steps n, at least 1; at most T on a table of T entries.
 
         Returns:
             n + 1 levels, strictly monotone in λ.
 
         Raises:
-            ValueError: `steps` is below 1 or exceeds the length of a table, or a knot is outside
-                the range of the schedule.
+            ValueError: `steps` is below 1 or above the number of entries of a table, or a knot is
+                noisier than the schedule. The message contains the bound.
         """
         if steps < 1:
             raise ValueError(f"steps is {steps}, expected at least 1")
@@ -54,7 +51,7 @@ class Grid(ABC):
 
 
 class GridSpan(NamedTuple):
-    """The bounds of a grid.
+    """The bounds of a grid that is uniform in a coordinate.
 
     Args:
         first: first knot.
@@ -68,17 +65,18 @@ class GridSpan(NamedTuple):
 
 
 class CoordinateGrid(Grid):
-    """Knots that are uniform in a coordinate c of the level. A subclass implements c, its inverse
-    and the bounds.
+    """A grid that is uniform in a coordinate c of the level.
+
+    A subclass implements `_coordinate`, c of a level; `_at`, its inverse; and `_span`, the bounds.
     """
 
     @abstractmethod
     def _coordinate(self, level: Level) -> float:
-        """c of a level, strictly monotone in λ."""
+        """The coordinate c of a level, strictly monotone in λ."""
 
     @abstractmethod
     def _at(self, schedule: Schedule, coordinate: float) -> Level:
-        """The level with coordinate c, the inverse of `_coordinate`."""
+        """The level at the coordinate c."""
 
     @abstractmethod
     def _span(self, schedule: Schedule) -> GridSpan: ...
@@ -99,13 +97,12 @@ class CoordinateGrid(Grid):
 
 @dataclass(frozen=True)
 class Within(CoordinateGrid):
-    """A grid with other bounds: knots uniform in the same coordinate, whose first and last level
-    are given.
+    """Another grid between other bounds: the knots are uniform in the same coordinate.
 
-    Image-to-image starts at `low` = λ of the noise that was added to the image; a finite `high`
-    stops early. An infinite bound is replaced by the bound of the inner grid, so that with Karras
-    or Linspace a clean knot still follows the last noisy one. On a table the knots are between its
-    entries.
+    Image-to-image sampling starts at `low`, the λ at which the image was noised; sampling with a
+    finite `high` stops early. An infinite bound is that of the inner grid, so that with Karras or
+    Linspace a clean knot still follows the last noisy one. On a table the knots are not restricted
+    to its entries.
 
     Args:
         grid: inner grid; any grid except Explicit, which has no coordinate.
@@ -142,18 +139,17 @@ class Within(CoordinateGrid):
         if not first.logsnr < last.logsnr:
             raise ValueError(
                 f"{self} has its first knot at λ = {first.logsnr:g} and its last noisy one at λ = "
-                f"{last.logsnr:g}: "
-                f"give a lower `low`, a higher `high`, or a grid with other bounds"
+                f"{last.logsnr:g}: give a lower `low`, a higher `high`, or a grid with other bounds"
             )
         return GridSpan(first, last, clean)
 
 
 @dataclass(frozen=True)
 class Explicit(Grid):
-    """Knots that are given as values of λ, strictly monotone in either direction, with any bounds.
+    """Knots at given values of λ, strictly monotone in either direction.
 
     Args:
-        logsnrs: n+1 values of λ = log α²/σ²; -inf is pure noise, +inf is clean data.
+        logsnrs: n+1 values of λ = log α²/σ² for n steps; -inf is pure noise, +inf is clean data.
     """
 
     logsnrs: tuple[float, ...]
@@ -166,14 +162,14 @@ class Explicit(Grid):
     def _levels(self, schedule: Schedule, steps: int) -> list[Level]:
         if steps != len(self.logsnrs) - 1:
             raise ValueError(
-                f"steps is {steps}, but Explicit has {len(self.logsnrs)} knots: pass "
+                f"steps is {steps}, but Explicit has {len(self.logsnrs)} knots: pass steps = "
                 f"{len(self.logsnrs) - 1}"
             )
         return [schedule.at(logsnr) for logsnr in self.logsnrs]
 
 
 def check_falling(knots: tuple[Level, ...]) -> None:
-    """Raise ValueError unless there are at least two knots, each less noisy than the one before."""
+    """Raise ValueError unless there are two or more knots, each less noisy than the one before."""
     if len(knots) < 2 or not all(t.logsnr < s.logsnr for t, s in pairwise(knots)):
         raise ValueError(
             f"knots are at λ = {[knot.logsnr for knot in knots]}, expected two or more that fall "

@@ -1,4 +1,4 @@
-"""Grids that are uniform in a function of the noise level, independent of the time of the schedule."""
+"""Grids that are uniform in a function of λ or σ/α, independent of the time of the schedule."""
 
 import math
 from dataclasses import dataclass
@@ -14,24 +14,24 @@ from diffcore.schedules.grids import CLEAN, CoordinateGrid, GridSpan
 __all__ = ["AlignYourSteps", "Karras", "UniformBlend", "UniformLogSNR"]
 
 Table = Literal["sd15", "sdxl", "svd"]
-PUBLISHED: dict[str, tuple[float, ...]] = {
+PUBLISHED_TABLES: dict[str, tuple[float, ...]] = {
     "sd15": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
     "sdxl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),
     "svd": (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002),
 }
-ROUNDED = 1e-3
-"""Tolerance in λ: a first level this near to the terminal level is replaced by it (a published
-14.615 is 14.6146 rounded).
+ROUNDING_TOLERANCE = 1e-3
+"""Tolerance in λ within which the first entry of a table is the terminal level of the schedule.
+
+The published tables are rounded: their 14.615 stands for 14.6146.
 """
 
 
 @dataclass(frozen=True)
 class Karras(CoordinateGrid):
-    """Karras grid: u_i = (u_max^(1/ρ) + i/(n-1) (u_min^(1/ρ) - u_max^(1/ρ)))^ρ of u = σ/α, then
-    clean.
+    """u_i = (u_max^(1/ρ) + i/(n-1) (u_min^(1/ρ) - u_max^(1/ρ)))^ρ, u = σ/α, then a clean knot.
 
-    Karras et al. 2022 (2206.00364, eq. 5). The bounds are for data of standard deviation 0.5; for
-    data of standard deviation s multiply them by 2s. One step is [sigma_max, clean].
+    Karras et al. 2022 (2206.00364, eq. 5). The default bounds are for data of standard deviation
+    0.5; for data of standard deviation s multiply them by 2s. One step is [sigma_max, clean].
 
     Args:
         sigma_min: σ/α of the last noisy knot, above 0.
@@ -47,7 +47,7 @@ class Karras(CoordinateGrid):
         if not 0 < self.sigma_min < self.sigma_max < math.inf:
             raise ValueError(
                 f"sigma_min and sigma_max are {self.sigma_min} and {self.sigma_max}, expected 0 < "
-                "min < max < inf"
+                "sigma_min < sigma_max < inf"
             )
         if not 0 < self.rho < math.inf:
             raise ValueError(f"rho is {self.rho}, expected a positive finite number")
@@ -66,8 +66,9 @@ class Karras(CoordinateGrid):
 
 @dataclass(frozen=True)
 class UniformLogSNR(CoordinateGrid):
-    """λ_i uniform from `low` to `high`, then clean. Lu et al. 2022 (2206.00927). One step is [low,
-    clean].
+    """λ_i = ((n-1-i) low + i high) / (n-1), uniform in λ, then a clean knot.
+
+    Lu et al. 2022 (2206.00927). One step is [low, clean].
 
     Args:
         low: λ of the first knot, finite.
@@ -95,19 +96,19 @@ class UniformLogSNR(CoordinateGrid):
 
 @dataclass(frozen=True)
 class UniformBlend(CoordinateGrid):
-    """a_i = a_0 (n-i)/n of a = v/(1+v), v = (u/center)^(1/ρ), u = σ/α, from the terminal level to
-    clean.
+    """a_i = a_0 (n-i)/n, a = v/(1+v), v = (u/center)^(1/ρ), u = σ/α, from the terminal level.
 
-    With ρ = 1 and center 1, a is σ/(α+σ), and this is the grid of iterative α-(de)blending
-    (2305.03486; its α is 1 - a), on which AlphaBlending keeps its order down to the clean knot. It
-    places the knots of Trailing on the schedule Flow, for any schedule. In general the knots are
-    uniform quantiles of λ of a logistic distribution of mean -2 ln center and scale 2ρ: a larger ρ
-    puts more knots near noise and near the data, where the coordinate is that of Karras, u^(1/ρ),
-    but it stays finite at pure noise (a = 1). On a table the knots are between its entries.
+    With ρ = 1 and center = 1, a is σ/(α+σ), and this is the grid of iterative α-(de)blending
+    (2305.03486; its α is 1 - a), on which AlphaBlending keeps its order down to the clean knot. For
+    any schedule it places the knots where Trailing places them on the schedule Flow.
+
+    In general the knots are uniform quantiles of a logistic distribution of λ with mean
+    -2 ln center and scale 2ρ. Near the data the coordinate is that of Karras, u^(1/ρ), but it stays
+    finite at pure noise (a = 1). On a table the knots are not restricted to its entries.
 
     Args:
-        rho: ρ > 0; a larger value puts more knots near noise and near the data. center: σ/α > 0 at
-            which the knots are densest in λ; 1 is for data of standard deviation 1.
+        rho: ρ > 0; a larger value puts more knots near noise and near the data.
+        center: σ/α > 0 at which the knots are densest in λ; 1 is for data of standard deviation 1.
     """
 
     rho: float = 1.0
@@ -134,16 +135,15 @@ class UniformBlend(CoordinateGrid):
 
 @dataclass(frozen=True)
 class AlignYourSteps(CoordinateGrid):
-    """Align Your Steps: ln u_i is interpolated in i/n from 11 knots optimised for one model, u =
-    σ/α; the last knot is clean.
+    """Align Your Steps: ln u_i, u = σ/α, interpolates 11 knots that were optimised for one model.
 
-    Sabour et al. 2024 (2404.14507): the tables of its project page, and its log-linear
-    interpolation to other numbers of steps. With 10 steps the knots are the table, except that the
-    clean knot replaces its last entry.
+    Sabour et al. 2024 (2404.14507): the tables of the paper's project page, and its log-linear
+    interpolation in i/n to other numbers of steps. With 10 steps the knots are the table, except
+    that a clean knot replaces its last entry.
 
     Args:
-        table: sd15, sdxl, svd, or the decreasing positive σ/α that were optimised for another
-            model.
+        table: sd15, sdxl or svd, the published tables of three models, or the decreasing positive
+            σ/α that were optimised for another model.
     """
 
     table: Table | tuple[float, ...] = "sd15"
@@ -151,26 +151,26 @@ class AlignYourSteps(CoordinateGrid):
     def __post_init__(self) -> None:
         if not isinstance(self.table, str):
             object.__setattr__(self, "table", tuple(float(sigma) for sigma in self.table))
-        elif self.table not in PUBLISHED:
+        elif self.table not in PUBLISHED_TABLES:
             raise ValueError(
-                f"table is {self.table!r}, expected {', '.join(PUBLISHED)}, or the falling values "
-                "of σ/α"
+                f"table is {self.table!r}, expected {', '.join(PUBLISHED_TABLES)}, or decreasing "
+                "values of σ/α"
             )
-        falls = all(a > b > 0 for a, b in pairwise(self._sigmas))
-        if not falls or len(self._sigmas) < 2:
+        decreases = all(a > b > 0 for a, b in pairwise(self._sigmas))
+        if not decreases or len(self._sigmas) < 2:
             raise ValueError(
-                f"table is {self._sigmas}, expected at least 2 values of σ/α that fall and stay "
-                "above 0"
+                f"table is {self._sigmas}, expected at least 2 values of σ/α that decrease and "
+                "stay above 0"
             )
 
     @property
     def _sigmas(self) -> tuple[float, ...]:
-        return PUBLISHED[self.table] if isinstance(self.table, str) else self.table
+        return PUBLISHED_TABLES[self.table] if isinstance(self.table, str) else self.table
 
     def _coordinate(self, level: Level) -> float:
-        """Position in the table, from 0 to its number of steps, where clean is."""
+        """Position in the table, from 0 at its first entry to its number of steps at clean data."""
         logsnrs = _logsnrs(self._sigmas)
-        if level.logsnr < logsnrs[0] + ROUNDED:
+        if level.logsnr < logsnrs[0] + ROUNDING_TOLERANCE:
             return 0.0
         return float(np.interp(level.logsnr, logsnrs, np.arange(len(logsnrs))))
 
@@ -180,8 +180,8 @@ class AlignYourSteps(CoordinateGrid):
 
     def _span(self, schedule: Schedule) -> GridSpan:
         first, terminal = _at_ratio(schedule, self._sigmas[0]), schedule.level(1.0)
-        nearly = abs(float(first.logsnr) - float(terminal.logsnr)) < ROUNDED
-        return GridSpan(terminal if nearly else first, schedule.at(CLEAN), clean=False)
+        is_terminal = abs(float(first.logsnr) - float(terminal.logsnr)) < ROUNDING_TOLERANCE
+        return GridSpan(terminal if is_terminal else first, schedule.at(CLEAN), clean=False)
 
 
 def _at_ratio(schedule: Schedule, ratio: float) -> Level:

@@ -6,26 +6,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["inverse", "logit_time", "newton"]
+__all__ = ["invert", "invert_by_newton", "invert_in_logit_time"]
 
 Function = Callable[[Tensor], Tensor]
-FAR = 340.0  # bound of |logit t|: the squares of t and 1-t are representable
-HALVINGS = 200  # at most; a bracket within a factor of 2 closes in 53
+LOGIT_BOUND = 340.0  # bound of |logit t|: the squares of t and 1-t are representable
+MAXIMUM_STEPS = 200  # of Newton's method; halving alone closes a bracket within a factor 2 in 53
 
 
-def inverse(f: Function, y: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """x within [low, high] with f(x) = y, elementwise, for a monotone f, by Chandrupatla's method
-    (scipy).
+def invert(f: Function, y: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Solve f(x) = y for x within [low, high], elementwise, by Chandrupatla's method (scipy).
 
     Args:
-        f: monotone function of float64 tensors. It is elementwise, because it is evaluated on
+        f: monotone function of float64 tensors. It must be elementwise, because it is evaluated on
             selections of the elements.
         y: values of f, float64 on the host.
         low: lower bounds, in the shape of `y`.
         high: upper bounds, in the shape of `y`.
 
     Returns:
-        x in the shape of `y`; the nearer bound where `y` is outside of f([low, high]).
+        x in the shape of `y`; the nearer bound where `y` is outside f([low, high]).
     """
     from scipy.optimize.elementwise import find_root
 
@@ -33,16 +32,16 @@ def inverse(f: Function, y: Tensor, low: Tensor, high: Tensor) -> Tensor:
         return (f(torch.from_numpy(x)) - torch.from_numpy(y)).numpy()
 
     with np.errstate(all="ignore"):  # the interpolation divides by 0 where a bracket has closed
-        found = find_root(difference, (low.numpy(), high.numpy()), args=(y.numpy(),))
+        root = find_root(difference, (low.numpy(), high.numpy()), args=(y.numpy(),))
     nearer = torch.where((f(low) - y).abs() <= (f(high) - y).abs(), low, high)
-    return torch.where(torch.as_tensor(found.success), torch.as_tensor(found.x), nearer)
+    return torch.where(torch.as_tensor(root.success), torch.as_tensor(root.x), nearer)
 
 
-def newton(f: Function, rate: Function, y: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """x within [low, high] with f(x) = y, elementwise, for a decreasing f with f' = -rate.
+def invert_by_newton(f: Function, rate: Function, y: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Solve f(x) = y for x within [low, high], elementwise, by Newton's method with a bracket.
 
-    Newton's method, which halves the bracket where a step would leave it (f is flat, or has a
-    kink). A tight bracket takes a few steps.
+    The bracket is halved where a Newton step would leave it (f is flat, or has a kink). From a
+    narrow bracket a few steps suffice.
 
     Args:
         f: decreasing elementwise function of float64 tensors.
@@ -56,7 +55,7 @@ def newton(f: Function, rate: Function, y: Tensor, low: Tensor, high: Tensor) ->
     """
     x = low + (high - low) / 2
     last, done = torch.full_like(y, torch.inf), torch.zeros_like(y, dtype=torch.bool)
-    for _ in range(HALVINGS):
+    for _ in range(MAXIMUM_STEPS):
         excess = f(x) - y
         low, high = torch.where(excess >= 0, x, low), torch.where(excess <= 0, x, high)
         step = x + excess / rate(x)
@@ -72,8 +71,8 @@ def newton(f: Function, rate: Function, y: Tensor, low: Tensor, high: Tensor) ->
     return x
 
 
-def logit_time(logsnr: Callable[[Tensor, Tensor], Tensor], y: Tensor) -> Tensor:
-    """t with λ(t, 1-t) = y. The root is found in z = logit t, so that both tails keep their digits.
+def invert_in_logit_time(logsnr: Callable[[Tensor, Tensor], Tensor], y: Tensor) -> Tensor:
+    """Solve λ(t, 1-t) = y for t. The root is in z = logit t, so that both tails keep their digits.
 
     Args:
         logsnr: λ as a function of t and 1 - t, decreasing in t.
@@ -82,6 +81,6 @@ def logit_time(logsnr: Callable[[Tensor, Tensor], Tensor], y: Tensor) -> Tensor:
     Returns:
         t in [0, 1], in the shape of `y`.
     """
-    far = torch.full_like(y, FAR)
-    z = inverse(lambda z: logsnr(z.sigmoid(), (-z).sigmoid()), y, -far, far)
+    bound = torch.full_like(y, LOGIT_BOUND)
+    z = invert(lambda z: logsnr(z.sigmoid(), (-z).sigmoid()), y, -bound, bound)
     return torch.where(y.isinf(), (y < 0).double(), z.sigmoid())

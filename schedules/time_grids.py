@@ -1,6 +1,4 @@
-"""Grids that are uniform in a function of the schedule's time t; on a table the knots are its
-entries.
-"""
+"""Grids that are uniform in a function of the time t; on a table the knots are its entries."""
 
 import math
 from abc import abstractmethod
@@ -24,8 +22,9 @@ __all__ = [
 
 
 class TimeGrid(CoordinateGrid):
-    """Knots at times of a continuous schedule, or at entries of a table: entry i of T is at t =
-    (i+1)/T.
+    """A grid in the time t of a continuous schedule, or in the index i of a table, t = (i+1)/T.
+
+    A subclass implements `_indices` and, if it is not uniform in t, the coordinate and its inverse.
     """
 
     @abstractmethod
@@ -38,7 +37,8 @@ class TimeGrid(CoordinateGrid):
             return self._times(schedule, steps)
         if steps > total:
             raise ValueError(
-                f"{self} cannot take {steps} steps: the schedule is a table of {total} levels"
+                f"{self} cannot take {steps} steps: the schedule is a table of {total} levels, "
+                "which is the largest number of steps"
             )
         return [
             *(schedule.level((i + 1) / total) for i in self._indices(steps, total)),
@@ -60,9 +60,10 @@ class TimeGrid(CoordinateGrid):
 
 @dataclass(frozen=True)
 class Trailing(TimeGrid):
-    """t_i = (n-i)/n; on a table of T the indices round(T (n-i)/n) - 1, in integers, then clean.
+    """t_i = (n-i)/n; on a table of T the indices round(T (n-i)/n) - 1, then a clean knot.
 
-    Lin et al. 2023 (2305.08891, Table 2). The first knot is the terminal level for every n.
+    Lin et al. 2023 (2305.08891, Table 2). The first knot is the terminal level for any n. The
+    indices are computed in integers.
     """
 
     def _indices(self, steps: int, total: int) -> Iterable[int]:
@@ -70,8 +71,9 @@ class Trailing(TimeGrid):
 
 
 class BoundedTimeGrid(TimeGrid):
-    """Knots down to a last noisy knot at time `last`, then clean; on a table the last noisy knot is
-    an entry.
+    """A grid with a last noisy knot at the time `last`, followed by a clean one.
+
+    On a table the last noisy knot is an entry, and `last` has no effect.
     """
 
     last: float
@@ -86,14 +88,13 @@ class BoundedTimeGrid(TimeGrid):
 
 @dataclass(frozen=True)
 class Linspace(BoundedTimeGrid):
-    """n uniform times from t = 1 to the cleanest level, then clean; on a table of T the indices T-1
-    .. 0, rounded.
+    """t_i = 1 - (1 - last) i/(n-1), then a clean knot; on a table of T the indices from T-1 to 0.
 
-    iDDPM (2102.09672). A continuous schedule has no cleanest noisy level, so `last` is the time of
-    the last noisy knot.
+    iDDPM (2102.09672). The indices are round((T-1) (n-1-i)/(n-1)). A continuous schedule has no
+    cleanest noisy level, so that `last` is the time of the last noisy knot.
 
     Args:
-        last: time in (0, 1) of the last noisy knot on a continuous schedule.
+        last: time in (0, 1) of the last noisy knot on a continuous schedule; no effect on a table.
     """
 
     last: float = 1e-3
@@ -108,17 +109,16 @@ class Linspace(BoundedTimeGrid):
 
 @dataclass(frozen=True)
 class Leading(BoundedTimeGrid):
-    """t_i = last + (1 - last) (n-1-i)/n, then clean; on a table of T the indices (n-1-i) ⌊T/n⌋ +
-    offset.
+    """t_i = last + (1 - last) (n-1-i)/n, then clean; on a table the indices (n-1-i) ⌊T/n⌋ + offset.
 
     The grid of DDIM and Stable Diffusion (2305.08891, Table 2). The first knot is about one step
-    short of the terminal level, so that sampling starts with less noise than the noisiest level of
+    below the terminal level, so that sampling starts with less noise than the noisiest level of
     training.
 
     Args:
         offset: index of the last noisy entry of a table (steps_offset of diffusers; 1 for Stable
-            Diffusion).
-        last: time in (0, 1) of the last noisy knot on a continuous schedule.
+            Diffusion), at least 0; no effect on a continuous schedule.
+        last: time in (0, 1) of the last noisy knot on a continuous schedule; no effect on a table.
     """
 
     offset: int = 0
@@ -145,8 +145,7 @@ class Leading(BoundedTimeGrid):
 
 @dataclass(frozen=True)
 class Quadratic(TimeGrid):
-    """Uniform in √t: t_i = ((n-i)/n)²; on a table of T the indices round((T-1) ((n-1-i)/(n-1))²),
-    then clean.
+    """t_i = ((n-i)/n)², uniform in √t; on a table of T round((T-1) ((n-1-i)/(n-1))²), then clean.
 
     DDIM (2010.02502, appendix D: τ_i = ⌊c i²⌋, c such that the last is close to T; here it is T-1).
     Indices that round to the same entry move to the nearest free entries.
@@ -167,12 +166,11 @@ class Quadratic(TimeGrid):
 
 @dataclass(frozen=True)
 class BetaSpacing(TimeGrid):
-    """t_i = I⁻¹((n-i)/n; a, b), the quantiles of a Beta distribution: the knots are dense at both
-    ends of t.
+    """t_i = I⁻¹((n-i)/n; a, b), quantiles of a Beta distribution: dense at both ends of t.
 
-    Lee et al. 2024, "Beta Sampling is All You Need" (2407.12173): a = b = 0.6. On a table the
-    indices round(T t_i) - 1, and indices that round to the same entry move to the nearest free
-    entries.
+    Lee et al. 2024, "Beta Sampling is All You Need" (2407.12173): a = b = 0.6. On a table of T the
+    indices are round(T t_i) - 1, then clean; indices that round to the same entry move to the
+    nearest free entries.
 
     Args:
         a: first exponent, > 0; below 1 the knots are dense at t = 0.
@@ -197,11 +195,12 @@ class BetaSpacing(TimeGrid):
         return schedule.level(float(betaincinv(self.a, self.b, coordinate)))
 
 
-def _distinct(falling: list[int], total: int) -> list[int]:
-    """Strictly decreasing indices of range(total) near the given ones, the first one unchanged:
-    taken entries move down, negative ones up.
+def _distinct(decreasing: list[int], total: int) -> list[int]:
+    """Strictly decreasing indices of range(total) near the given ones; the first is unchanged.
+
+    Repeated indices move down, then negative ones move up.
     """
-    indices = list(falling)
+    indices = list(decreasing)
     for i in range(1, len(indices)):
         indices[i] = min(indices[i], indices[i - 1] - 1)
     floor = range(len(indices) - 1, -1, -1)

@@ -8,7 +8,7 @@ import torch
 from scipy import optimize, stats
 
 from diffcore.schedules import Beta, Cosine, Flow, Mode, PowerCosine, Shifted, Sigmoid
-from diffcore.schedules.roots import inverse, logit_time, newton
+from diffcore.schedules.roots import invert, invert_by_newton, invert_in_logit_time
 
 t = np.linspace(0.005, 0.995, 199)
 times = torch.from_numpy(t)
@@ -175,7 +175,7 @@ def test_curves_of_no_length_are_refused(make, options, complaint):
 
 def test_curves_beyond_their_range_are_refused():
     with pytest.raises(
-        ValueError, match=r"start and end are -0.1 and 1.0, expected within \[0, 1\]"
+        ValueError, match=r"start and end are -0.1 and 1.0, expected numbers within \[0, 1\]"
     ):
         PowerCosine(-0.1)
     with pytest.raises(ValueError, match="expected at most 600: a larger value"):
@@ -188,15 +188,15 @@ def test_curves_beyond_their_range_are_refused():
 
 def test_roots_are_found_to_the_last_bits():
     y = torch.tensor([-3.0, 0.0, 1e-9, 7.0], dtype=torch.float64)
-    root = inverse(lambda x: x**3, y, torch.full_like(y, -10), torch.full_like(y, 10))
+    root = invert(lambda x: x**3, y, torch.full_like(y, -10), torch.full_like(y, 10))
     torch.testing.assert_close(root**3, y, rtol=1e-14, atol=1e-40)
     far = torch.tensor(
         [-200.0, -40.0, 0.0, 60.0, 1000.0], dtype=torch.float64
     )  # the last beyond what t can say
-    found = logit_time(lambda t, rest: 2 * (rest / t).log(), far)
+    found = invert_in_logit_time(lambda t, rest: 2 * (rest / t).log(), far)
     torch.testing.assert_close(found[:-1], (-far[:-1] / 2).sigmoid(), rtol=1e-13, atol=0)
     assert 0 < found[-1] < 1e-140
-    ends = logit_time(
+    ends = invert_in_logit_time(
         lambda t, rest: 2 * (rest / t).log(),
         torch.tensor([math.inf, -math.inf], dtype=torch.float64),
     )
@@ -213,9 +213,11 @@ def test_newton_closes_a_bracket_around_a_jump_of_the_slope_a_gap_and_a_tail():
         return torch.where(x < 0, 1.0, torch.where(x < 1, 0.0, f(x)))
 
     y = torch.tensor([3.0, 0.5 + 1e-9, 0.5 - 1e-9, 0.1, 1e-20], dtype=torch.float64)
-    root = newton(f, rate, y, torch.full_like(y, -1000), torch.full_like(y, 900))
+    root = invert_by_newton(f, rate, y, torch.full_like(y, -1000), torch.full_like(y, 900))
     torch.testing.assert_close(f(root), y, rtol=1e-14, atol=1e-15)
-    assert 0 <= newton(f, rate, y[:1] * 0 + 0.5, y[:1] * 0 - 10, y[:1] * 0 + 10).item() <= 1
+    assert (
+        0 <= invert_by_newton(f, rate, y[:1] * 0 + 0.5, y[:1] * 0 - 10, y[:1] * 0 + 10).item() <= 1
+    )
 
 
 def test_a_shift_of_a_curve_is_a_shift():

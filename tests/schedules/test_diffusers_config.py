@@ -488,9 +488,13 @@ def test_classes_without_a_schedule_here_are_refused_in_one_line(name):
         (
             {"_class_name": "DDPMScheduler"},
             1.0,
-            "mu is 1.0, but this DDPMScheduler does not shift dynamically",
+            "mu is 1.0, but the config of DDPMScheduler does not set use_dynamic_shifting",
         ),
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, 0.5, "mu is 0.5, but this FlowMatch"),
+        (
+            {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+            0.5,
+            "mu is 0.5, but the config of FlowMatch",
+        ),
         (
             {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 0.0},
             None,

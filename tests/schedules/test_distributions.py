@@ -154,7 +154,7 @@ def test_ve_is_geometric_in_sigma():
     ("low", "high"), [(0.0, 1.0), (2.0, 1.0), (1.0, math.inf), (math.nan, 1.0)]
 )
 def test_sigmas_out_of_order_are_refused(make, low, high):
-    with pytest.raises(ValueError, match="expected 0 < min < max < inf"):
+    with pytest.raises(ValueError, match="expected 0 < sigma_min < sigma_max < inf"):
         make(low, high)
 
 

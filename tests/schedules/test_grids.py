@@ -208,7 +208,7 @@ def test_explicit_knots_that_are_not_monotone_are_refused(logsnrs):
 def test_explicit_needs_two_knots_and_the_matching_number_of_steps():
     with pytest.raises(ValueError, match="logsnrs has 1 knots, expected at least 2"):
         Explicit((1.0,))
-    with pytest.raises(ValueError, match="steps is 5, but Explicit has 3 knots: pass 2"):
+    with pytest.raises(ValueError, match="steps is 5, but Explicit has 3 knots: pass steps = 2"):
         Explicit((-1.0, 0.0, 1.0)).knots(Cosine(), 5)
 
 
@@ -249,7 +249,7 @@ def test_levels_noisier_than_the_schedule_has_are_refused_with_its_bound():
         (
             Karras(),
             {"sigma_min": 0.0},
-            "sigma_min and sigma_max are 0.0 and 80.0, expected 0 < min < max < inf",
+            "sigma_min and sigma_max are 0.0 and 80.0, expected 0 < sigma_min < sigma_max < inf",
         ),
         (Karras(), {"sigma_max": math.inf}, "sigma_min and sigma_max are 0.002 and inf"),
         (Karras(), {"sigma_min": 90.0}, "sigma_min and sigma_max are 90.0 and 80.0"),
@@ -513,11 +513,11 @@ def test_within_composes():
         (lambda: BetaSpacing(b=math.inf), "a and b are 0.6 and inf"),
         (
             lambda: AlignYourSteps("sd3"),
-            "table is 'sd3', expected sd15, sdxl, svd, or the falling values",
+            "table is 'sd3', expected sd15, sdxl, svd, or decreasing values",
         ),
         (lambda: AlignYourSteps((1.0,)), "expected at least 2 values"),
-        (lambda: AlignYourSteps((1.0, 2.0)), "that fall and stay above 0"),
-        (lambda: AlignYourSteps((1.0, 0.0)), "that fall and stay above 0"),
+        (lambda: AlignYourSteps((1.0, 2.0)), "that decrease and stay above 0"),
+        (lambda: AlignYourSteps((1.0, 0.0)), "that decrease and stay above 0"),
         (lambda: Quadratic().knots(Discrete(steps=20), 21), "cannot take 21 steps"),
     ],
 )
