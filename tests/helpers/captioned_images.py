@@ -1,14 +1,19 @@
-"""A handful of images with captions, and the folder of a tiny text-to-image pipeline to encode them."""
+"""Five images with captions, a tiny text-to-image pipeline, and the data set of both."""
 
 import json
 
 import diffusers
 import numpy as np
+import torch
 from PIL import Image
 
+from diffcore.training.data.latents import LatentDataset
 from tests.helpers import text_networks
 
 CAPTIONS = ("a red cat", "a blue cat", "a red cat", "a dog", "")
+DISTINCT_CAPTIONS = ("", "a blue cat", "a dog", "a red cat")
+"""The captions that labels index."""
+
 OLD = {
     "beta_schedule": "scaled_linear",
     "beta_start": 0.00085,
@@ -18,10 +23,9 @@ OLD = {
 
 
 def write_pipeline(folder, **config):
-    """StableDiffusion's parts and scheduler: epsilon, noise that does not reach zero SNR."""
-    text_networks.sd(diffusers.PNDMScheduler(skip_prk_steps=True, **OLD), **config).save_pretrained(
-        folder
-    )
+    """Write a Stable Diffusion pipeline: it predicts epsilon, and its terminal SNR is not zero."""
+    scheduler = diffusers.PNDMScheduler(skip_prk_steps=True, **OLD)
+    text_networks.sd(scheduler, **config).save_pretrained(folder)
     return folder
 
 
@@ -31,12 +35,26 @@ def write_image(path, seed):
 
 
 def write_images(folder, captions=CAPTIONS):
-    """Images of 18 x 16, each with a text beside it."""
+    """Write images of 18 x 16 pixels, each with a text file beside it."""
     for number, caption in enumerate(captions):
         write_image(folder / f"{number}.png", number)
         (folder / f"{number}.txt").write_text(f"{caption}\n")
     return folder
 
 
+def latent_dataset(folder, **options):
+    """The data set of `images` and `pipeline` in a folder, with its cache there."""
+    defaults = {"cache": str(folder / "cache")}
+    return LatentDataset(str(folder / "images"), str(folder / "pipeline"), **(defaults | options))
+
+
+def prepared_dataset(folder, **options):
+    """`latent_dataset` with all entries of its cache."""
+    data = latent_dataset(folder, **options)
+    data.prepare(torch.device("cpu"), True)
+    return data
+
+
 def change_json(path, **fields):
+    """Set fields of a JSON file."""
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))

@@ -1,4 +1,4 @@
-"""Commands that fine-tune a tiny text-to-image pipeline, and their samples by diffcore and diffusers."""
+"""Commands that fine-tune a tiny text-to-image pipeline, and samples of the runs."""
 
 from pathlib import Path
 
@@ -20,9 +20,6 @@ from tests.helpers.captioned_images import write_images, write_pipeline
 from tests.helpers.tiny_pipelines import quiet
 
 STEPS, STEPS_PER_CHECKPOINT = 4, 2
-CAPTIONS = ("", "a blue cat", "a dog", "a red cat")
-"""The distinct captions of the images; a label is an index into them."""
-
 SHORT = (
     f"--steps={STEPS}",
     "--batch-size=4",
@@ -60,7 +57,7 @@ def run_command(*arguments):
 
 
 def write_finetune_runs():
-    """Write `pipeline`, `images`, their `cache`, `runs/full` and `runs/lora` to the current folder."""
+    """Write `pipeline`, `images`, their `cache` and the runs of `OPTIONS` to the current folder."""
     write_pipeline(Path("pipeline"))
     write_images(Path("images"))
     for name, options in OPTIONS.items():

@@ -18,9 +18,8 @@ from diffcore.run import Run
 from diffcore.training.data.latents import LatentDataset
 from diffcore.training.lr import LearningRate
 from diffcore.training.trainer import Trainer
-from tests.helpers.captioned_images import write_image
+from tests.helpers.captioned_images import DISTINCT_CAPTIONS, write_image
 from tests.helpers.finetune_runs import (
-    CAPTIONS,
     OPTIONS,
     diffcore_sample,
     diffusers_sample,
@@ -31,7 +30,7 @@ from tests.helpers.training_runs import hashes
 
 
 def load_exported(name):
-    """The run's pipeline, or the pipeline that it started from with the run's scheduler and adapter."""
+    """The pipeline that a run wrote, or the original one with its scheduler and adapter."""
     if name == "full":
         return diffusers.StableDiffusionPipeline.from_pretrained("runs/full/pipeline")
     pipe = diffusers.StableDiffusionPipeline.from_pretrained("pipeline")
@@ -46,7 +45,7 @@ def test_diffusers_loads_the_pipeline_of_a_run_and_gives_its_samples(workspace):
     assert isinstance(pipe.scheduler, diffusers.DDIMScheduler)
     assert (config.prediction_type, config.rescale_betas_zero_snr) == ("v_prediction", True)
     assert config.timestep_spacing == "trailing"
-    for label, prompt in enumerate(CAPTIONS):
+    for label, prompt in enumerate(DISTINCT_CAPTIONS):
         x, noise = diffcore_sample(workspace / "runs/full", label)
         atol = 5e-6 * x.abs().max().item()
         torch.testing.assert_close(diffusers_sample(pipe, prompt, noise), x, rtol=0, atol=atol)
@@ -60,7 +59,7 @@ def test_diffusers_loads_the_pipeline_of_a_run_and_gives_its_samples(workspace):
 
 
 def test_diffusers_loads_the_adapter_of_a_run_and_gives_its_samples(workspace):
-    x, noise = diffcore_sample(workspace / "runs/lora", CAPTIONS.index("a dog"))
+    x, noise = diffcore_sample(workspace / "runs/lora", DISTINCT_CAPTIONS.index("a dog"))
     pipe, scale = load_exported("lora"), x.abs().max().item()
     adapted = diffusers_sample(pipe, "a dog", noise)
     torch.testing.assert_close(adapted, x, rtol=0, atol=5e-6 * scale)

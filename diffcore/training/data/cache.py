@@ -1,9 +1,9 @@
-"""A cache of tensors by key, in safetensors shards: what one run encoded, later runs read.
+"""A cache of tensors by key, in safetensors shards: a run reads what an earlier run computed.
 
-    folder/0b5c1e....safetensors     some entries: "<key>.<name>" is one tensor
+    folder/0b5c1e....safetensors     several entries; "<key>.<name>" is one tensor of an entry
 
-A key is a hash of everything that an entry is made of, so that no entry is out of date: a changed
-image, another size or other weights of the encoder have another key.
+A key is a hash of everything that the entry is computed from. An entry is therefore never out of
+date: a changed image, another size or other weights of the encoder have another key.
 """
 
 import hashlib
@@ -19,45 +19,55 @@ from tqdm import tqdm
 from diffcore.io.files import CorruptFileError, hash_file
 from diffcore.io.safetensors import read_weights, write_weights
 
-__all__ = ["Cache", "digest"]
+__all__ = ["Cache", "hash_content"]
 
 SHARD = 256
-"""Number of entries in a shard; an interrupted build loses at most as many."""
+"""Number of entries in a shard: what an interrupted computation loses at most."""
 
 Entry = Mapping[str, Tensor]
 
 
 class Cache:
-    """The entries of a folder.
+    """The cached entries of a folder.
 
     Args:
         folder: folder of the shards; it need not exist.
+
+    Raises:
+        ValueError: A shard cannot be read; the message contains its path.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.places: dict[str, dict[str, Path]] = {}
+        self.shards: dict[str, dict[str, Path]] = {}  # key -> name of a tensor -> shard
         self.rescan()
 
     def rescan(self) -> None:
-        """Find the entries that other processes have written."""
-        known = {path for place in self.places.values() for path in place.values()}
+        """Add the entries that other ranks or runs have written."""
+        known = {path for tensors in self.shards.values() for path in tensors.values()}
         for path in sorted(set(self.folder.glob("*.safetensors")) - known):
             self._add(path, _open(path).keys())
 
     def missing(self, keys: Iterable[str]) -> list[str]:
-        """The distinct keys without an entry, in their order."""
-        return [key for key in dict.fromkeys(keys) if key not in self.places]
+        """Find the keys that have no entry.
 
-    def make(
+        Args:
+            keys: keys, possibly several times.
+
+        Returns:
+            Each such key once, in order.
+        """
+        return [key for key in dict.fromkeys(keys) if key not in self.shards]
+
+    def compute(
         self, keys: Sequence[str], entries: Callable[[Sequence[str]], Iterable[Entry]], what: str
     ) -> None:
-        """Compute and write the entries of keys; each shard is written atomically.
+        """Compute the entries of keys and write them, one shard after the other.
 
         Args:
             keys: keys without an entry.
-            entries: computes the entries of some keys, in order.
-            what: plural noun for the progress bar.
+            entries: computes the entries of some keys, in their order.
+            what: noun for the progress bar.
         """
         with tqdm(
             total=len(keys), desc=f"caching {what}", disable=not keys, mininterval=0.5
@@ -70,36 +80,46 @@ class Cache:
                         f"{key}.{name}": value.cpu().clone() for name, value in entry.items()
                     }
                     bar.update()
-                path = self.folder / f"{digest(*part)}.safetensors"
+                path = self.folder / f"{hash_content(*part)}.safetensors"
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_weights(path, tensors)
                 self._add(path, tensors)
 
     def read(self, key: str) -> dict[str, Tensor]:
-        """The tensors of an entry, by name.
+        """Read an entry.
+
+        Args:
+            key: key of an entry that is not missing.
+
+        Returns:
+            Its tensors by name.
 
         Raises:
-            ValueError: Its shard is not what was written; delete it.
+            ValueError: The shard is not what was written.
         """
-        for path in self.places[key].values():
+        shards = self.shards[key]
+        for path in shards.values():
             _verify(path)
-        return {
-            name: _open(path).get_tensor(f"{key}.{name}") for name, path in self.places[key].items()
-        }
+        return {name: _open(path).get_tensor(f"{key}.{name}") for name, path in shards.items()}
 
     def _add(self, path: Path, tensors: Iterable[str]) -> None:
         for tensor in tensors:
             key, _, name = tensor.partition(".")
-            self.places.setdefault(key, {})[name] = path
+            self.shards.setdefault(key, {})[name] = path
 
 
-def digest(*parts: str | Path) -> str:
-    """Hash (32 hexadecimal digits) of texts, and of the names and contents of files or of all files
-    below a folder.
+def hash_content(*parts: str | Path) -> str:
+    """Hash of texts and of the content of files.
+
+    Args:
+        parts: texts; files, hashed with their names; folders, of which all files are hashed.
+
+    Returns:
+        32 hexadecimal digits of SHA-256.
     """
     whole = hashlib.sha256()
     for part in parts:
-        for text in [part] if isinstance(part, str) else map(_described, _files(part)):
+        for text in [part] if isinstance(part, str) else map(_describe, _files(part)):
             whole.update(f"{len(text)} {text}".encode())
     return whole.hexdigest()[:32]
 
@@ -108,13 +128,13 @@ def _files(path: Path) -> list[Path]:
     return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
 
 
-def _described(path: Path) -> str:
+def _describe(path: Path) -> str:
     return f"{path.name} {hash_file(path)}"
 
 
 @cache
 def _verify(path: Path) -> None:
-    """Read a whole shard once in each process, and compare its hash."""
+    """Read a whole shard and compare its hash, once in each process."""
     try:
         read_weights(path)
     except CorruptFileError:
@@ -125,7 +145,7 @@ def _verify(path: Path) -> None:
 
 @lru_cache(maxsize=64)
 def _open(path: Path) -> Any:
-    """An open shard, whose tensors are read on demand."""
+    """A shard whose tensors are read one by one."""
     try:
         return safe_open(path, "pt")
     except (SafetensorError, OSError) as error:

@@ -1,10 +1,11 @@
-"""Captions of the images of a folder: from metadata files, or from a text file beside each image.
+"""Captions of the images in a folder, from a metadata file or from a text file beside each image.
 
-    metadata.jsonl   {"file_name": "cats/1.png", "text": "a cat"}    one line for each image
-    metadata.csv     file_name,text                                  one row for each image
-    cats/1.txt       a cat                                           beside cats/1.png
+    metadata.jsonl    {"file_name": "cats/1.png", "text": "a cat"}     one line for each image
+    metadata.csv      file_name,text                                   a header, and one row each
+    cats/1.txt        a cat
 
-A metadata file has the format of the "imagefolder" builder of datasets: file names are relative to its folder.
+File names are relative to the folder of the metadata file, like in the "imagefolder" builder of the
+datasets library.
 """
 
 import csv
@@ -26,33 +27,33 @@ def read_captions(folder: Path, images: Sequence[Path]) -> list[str]:
         images: paths of the images.
 
     Returns:
-        One caption for each image; empty if the folder has no captions.
+        One caption for each image, in order; [] if no image has a caption.
 
     Raises:
-        ValueError: Only some images have a caption, or a metadata file cannot be read.
+        ValueError: Only some images have a caption, or a file cannot be read.
     """
     files = sorted([*folder.rglob("metadata.jsonl"), *folder.rglob("metadata.csv")])
-    found = (
-        {path: text for file in files for path, text in _metadata(file)}
+    captions = (
+        {path: text for file in files for path, text in _read_metadata(file)}
         if files
-        else _beside(images)
+        else _read_text_files(images)
     )
-    bare = [path.name for path in images if path not in found]
-    if not found or not bare:
-        return [found[path] for path in images] if found else []
-    raise ValueError(
-        f"{len(bare)} of the {len(images)} images of {folder} have no caption, such as {bare[0]}: "
-        "give each a "
-        f"{'line in ' + files[0].name if files else '.txt file'}, or set captions: false"
-    )
+    without = [path.name for path in images if path not in captions]
+    if captions and without:
+        remedy = f"line in {files[0].name}" if files else ".txt file"
+        raise ValueError(
+            f"{len(without)} of the {len(images)} images of {folder} have no caption, such as "
+            f"{without[0]}: give each a {remedy}, or set captions: false"
+        )
+    return [captions[path] for path in images] if captions else []
 
 
-def _beside(images: Iterable[Path]) -> dict[Path, str]:
+def _read_text_files(images: Iterable[Path]) -> dict[Path, str]:
     texts = {path: path.with_suffix(".txt") for path in images}
     return {path: _read(text).strip() for path, text in texts.items() if text.is_file()}
 
 
-def _metadata(file: Path) -> Iterator[tuple[Path, str]]:
+def _read_metadata(file: Path) -> Iterator[tuple[Path, str]]:
     for number, row in enumerate(_rows(file), 1):
         name, text = row.get("file_name"), row.get(COLUMN)
         if not isinstance(name, str) or not isinstance(text, str):
@@ -65,9 +66,8 @@ def _metadata(file: Path) -> Iterator[tuple[Path, str]]:
 
 def _rows(file: Path) -> list[dict[str, object]]:
     try:
-        text = _read(
-            file
-        )  # a caption may hold any line break but the file's own, and in CSV that too
+        text = _read(file)
+        # Only "\n" ends a line of JSON, and a CSV field may contain any line break.
         lines = [line for line in text.split("\n") if line.strip()]
         rows = (
             list(csv.DictReader(io.StringIO(text)))
@@ -78,7 +78,7 @@ def _rows(file: Path) -> list[dict[str, object]]:
         raise ValueError(f"{file} cannot be read: {error}") from None
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError(
-            f"{file} holds lines that are no objects: expected file_name and {COLUMN} in each"
+            f"{file} has lines that are not JSON objects: expected file_name and {COLUMN} in each"
         )
     return rows
 

@@ -14,10 +14,9 @@ HELD_OUT = 297
 
 
 class Digits(DataSource):
-    """The UCI handwritten digits of scikit-learn: 1797 scans of 8x8 pixels in 10 classes, scaled to
-    [-1, 1].
+    """The UCI handwritten digits of scikit-learn: 1797 scans in 10 classes, 8x8 pixels in [-1, 1].
 
-    The last 297 scans are held out. Most of the first 1500 are by other writers.
+    The last 297 scans are held out; they are by other writers than most of the first 1500.
 
     Args:
         split: train (the first 1500 scans) or test (the last 297).

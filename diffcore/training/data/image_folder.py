@@ -19,10 +19,9 @@ Unreadable = Literal["refuse", "skip"]
 
 
 class ImageFolder(DataSource):
-    """Images of a folder, scaled to [-1, 1]; labels are its sub-folders, in the order of their
-    names.
+    """Images of a folder, scaled to [-1, 1], with the index of the sub-folder as the label.
 
-    Without sub-folders every label is 0.
+    Sub-folders are sorted by name. Without sub-folders every label is 0.
 
     Args:
         folder: folder that is searched for images, read by the "imagefolder" builder of datasets.
@@ -30,7 +29,7 @@ class ImageFolder(DataSource):
         channels: RGB or L; every image is converted to it, and transparency is dropped.
         fit: crop (scale the shorter side, crop the centre), pad (scale the longer side, fill with
             black) or exact (refuse an image of another size).
-        flip: True mirrors half of the images, keyed by the position in the run.
+        flip: true mirrors half of the images, keyed by the position in the run.
         unreadable: refuse images that cannot be read, or skip them.
 
     Raises:
@@ -49,7 +48,7 @@ class ImageFolder(DataSource):
         _check_choices(channels=(channels, ("RGB", "L")), fit=(fit, get_args(Fit)))
         _check_choices(unreadable=(unreadable, get_args(Unreadable)))
         if size < 1:
-            raise ValueError(f"size is {size}, expected pixels")
+            raise ValueError(f"size is {size}, expected a positive number of pixels")
         self.size, self.channels, self.fit, self.flip = size, channels, fit, flip
         self.images = _readable(_load(Path(folder)), unreadable, folder)
 
@@ -79,7 +78,16 @@ class ImageFolder(DataSource):
         return x0.float() / 127.5 - 1, item.get("label", 0)
 
     def item(self, index: int, seed: int, position: int) -> tuple[Tensor, int]:
-        """The item, mirrored or not, at a position of the run."""
+        """The item at a position of the run.
+
+        Args:
+            index: index of the image.
+            seed: seed of the run.
+            position: number of samples of the run before this one.
+
+        Returns:
+            x_0 (C, size, size), mirrored for half of the positions if `flip` is set, and the label.
+        """
         x0, label = self[index]
         return x0.flip(-1) if self.flip and is_mirrored(seed, position) else x0, label
 
@@ -111,41 +119,40 @@ def _load(folder: Path) -> Any:
             f"{folder} holds no images: expected files ending in {', '.join(sorted(suffixes))}"
         )
     datasets.disable_progress_bars()
-    # Named files, or datasets takes a folder or file called "test" for a split and leaves it out.
+    # Without a list of files, datasets takes a folder or file called "test" for another split.
     images = datasets.load_dataset("imagefolder", data_files={"train": files}, split="train")
     return images.cast_column("image", datasets.Image(decode=False))
 
 
 def _readable(images: Any, policy: str, folder: str) -> Any:
-    broken = [place for place, item in enumerate(images) if not _reads(item["image"])]
+    """The images that can be read; raises ValueError if others are to be refused."""
+    broken = {index for index, item in enumerate(images) if not _is_readable(item["image"])}
     if not broken:
         return images
-    names = ", ".join(Path(images[place]["image"]["path"]).name for place in broken[:10])
-    found = f"{folder} has {len(broken)} unreadable of {len(images)} images: {names}{', ...' if len(broken) > 10 else ''}"
+    names = [Path(images[index]["image"]["path"]).name for index in sorted(broken)[:10]]
+    listed = ", ".join([*names, "..."] if len(broken) > 10 else names)
+    message = f"{folder} has {len(broken)} unreadable of {len(images)} images: {listed}"
     if policy == "refuse" or len(broken) == len(images):
-        raise ValueError(f"{found}; mend or delete them, or set unreadable: skip")
-    print(f"{found}; skipped")
-    return images.select([place for place in range(len(images)) if place not in set(broken)])
+        raise ValueError(f"{message}; repair or delete them, or set unreadable: skip")
+    print(f"{message}; skipped")
+    return images.select([index for index in range(len(images)) if index not in broken])
 
 
 def _open(image: dict[str, Any]) -> Any:
-    """The decoded image, 8 bits a channel."""
+    """The decoded image with 8 bits per channel."""
     from PIL import Image
 
     with Image.open(BytesIO(image["bytes"] or Path(image["path"]).read_bytes())) as opened:
         opened.load()
-        deep = opened.mode.startswith("I")  # 16 bits: Pillow's own conversion cuts at 255
-        return (
-            Image.fromarray((np.asarray(opened) / 257).round().astype(np.uint8))
-            if deep
-            else opened.copy()
-        )
+        if opened.mode.startswith("I"):  # 16 bits, which Pillow would clip at 255
+            return Image.fromarray((np.asarray(opened) / 257).round().astype(np.uint8))
+        return opened.copy()
 
 
-def _reads(image: dict[str, Any]) -> bool:
+def _is_readable(image: dict[str, Any]) -> bool:
     try:
         _open(image)
-    except Exception:  # Pillow raises many kinds for a file that is no image
+    except Exception:  # Pillow raises many types of errors for a file that is not an image
         return False
     return True
 

@@ -1,7 +1,6 @@
-"""Images encoded by a diffusers VAE, and their captions encoded by the text encoders: once, for
-every later run.
+"""A data set of VAE latents with captions as labels; latents and text embeddings are cached.
 
-z = mean + std ξ,   ξ ~ N(0, I), drawn anew at each position of the run
+z = mean + std ξ,   ξ ~ N(0, I), drawn anew at each visit of an image
 """
 
 import time
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from diffcore.core.random import Stream, normal
 from diffcore.io.files import hash_file
-from diffcore.training.data.cache import Cache, digest
+from diffcore.training.data.cache import Cache, hash_content
 from diffcore.training.data.captions import read_captions
 from diffcore.training.data.image_folder import Fit, ImageFolder, Unreadable
 from diffcore.training.data.order import is_mirrored
@@ -28,42 +27,44 @@ if TYPE_CHECKING:
 __all__ = ["LatentDataset"]
 
 NULL = "\0"
-"""Key of the null condition: some pipelines encode the empty prompt in another way than a caption.
+"""Text whose key is that of the null condition.
+
+The null condition is the empty prompt. Some pipelines encode it otherwise than an empty caption.
 """
 
-LARGE = 2**30
-"""Size in bytes from which the embeddings stay on the host; each call of the network then copies
-its rows.
-"""
+LARGE_BANK = 2**30
+"""Number of bytes above which the text embeddings stay on the host."""
 
 POLL_SECONDS = 2.0
-"""Seconds between two checks of what the first rank has encoded."""
+"""Time between two looks for the entries that the first rank writes."""
 
 Entries = Iterator[dict[str, Tensor]]
 
 
 class LatentDataset(DataSource):
-    """The latents of a folder of images, labelled by caption, or by sub-folder without captions.
+    """The latents of the images in a folder, with a caption or a sub-folder as the label of each.
 
-    A label is an index into `texts`. Latents are cached under the content of the image, its size
-    and fit, and the config and weights of the VAE; embeddings under the caption and the files of
-    the text encoders. Only what is missing is encoded, and no encoder is loaded if nothing is. Each
-    entry is encoded by itself, so that it does not depend on the others; the first rank encodes
-    all.
+    A label is an index into `texts`, the distinct captions, or without captions the index of a
+    sub-folder. Latents are cached by the content of the image, its size and fit, and the config and
+    weights of the VAE; text embeddings by the caption and the files of the text encoders. Only
+    missing entries are computed, each alone, and by the first rank; encoders are loaded only then.
 
     Args:
-        folder: folder of the images, as ImageFolder reads it, with captions in metadata.jsonl or
-            metadata.csv, or in a .txt file beside each image.
-        pipeline: folder of the diffusers pipeline whose VAE and text encoders are used.
-        size: height and width of the images in pixels; 0 for the size of the pipeline's network.
-        fit: crop, pad or exact, as in ImageFolder.
-        flip: True mirrors half of the images; both versions are encoded.
-        captions: True reads captions if there are any; False labels by sub-folder.
+        folder: folder of the images, read like `ImageFolder` reads it; captions are in
+            metadata.jsonl, metadata.csv, or a .txt file beside each image.
+        pipeline: folder of the diffusers pipeline whose VAE and text encoders encode.
+        size: height and width of the images in pixels; 0 for the size that the network of the
+            pipeline was made for.
+        fit: crop (scale the shorter side, crop the centre), pad (scale the longer side, fill with
+            black) or exact (refuse an image of another size).
+        flip: true mirrors half of the images, keyed by the position in the run; both are encoded.
+        captions: false ignores captions, so that the sub-folders are the labels.
         unreadable: refuse images that cannot be read, or skip them.
-        cache: folder of the cache, on a disk that all ranks share.
+        cache: folder for latents and text embeddings, on a disk that all ranks share.
 
     Raises:
-        ValueError: There are no images, unreadable ones, some without a caption, or no VAE.
+        ValueError: There are no images, some cannot be read, only some have a caption, or the
+            pipeline has no VAE.
     """
 
     def __init__(
@@ -83,113 +84,127 @@ class LatentDataset(DataSource):
         self.files = ImageFolder(
             folder, size or self.pipeline.image_size, "RGB", fit, unreadable=unreadable
         )
-        found = read_captions(Path(folder), self.files.paths) if captions else []
-        self.texts = tuple(sorted(set(found)))
-        labels = {text: label for label, text in enumerate(self.texts)}
-        self.labels = [labels[text] for text in found] or self.files.labels
-        self.keys = [
-            digest(hash_file(path), fit, str(self.files.size)) for path in self.files.paths
-        ]
-        self.rows = (
-            [digest(text, str(self.files.size)) for text in (*self.texts, NULL)] if found else []
+        texts = read_captions(Path(folder), self.files.paths) if captions else []
+        self.texts = tuple(sorted(set(texts)))
+        indices = {text: index for index, text in enumerate(self.texts)}
+        self.labels = [indices[text] for text in texts] or self.files.labels
+        pixels = str(self.files.size)
+        self.latent_keys = [hash_content(hash_file(path), fit, pixels) for path in self.files.paths]
+        self.text_keys = (
+            [hash_content(text, pixels) for text in (*self.texts, NULL)] if texts else []
         )
-        self.latents = Cache(Path(cache) / "latents" / digest(*self.pipeline.paths("vae")))
-        text = self.pipeline.paths("text_encoder", "tokenizer") if found else []
-        # The classes of the pipeline and the config of its network determine what is encoded.
-        configs = (self.pipeline.content, self.pipeline.config(self.pipeline.network_name))
-        self.embeddings = Cache(Path(cache) / "embeddings" / digest(*map(str, configs), *text))
+        self.latents = Cache(Path(cache) / "latents" / hash_content(*self.pipeline.paths("vae")))
+        self.embeddings = Cache(Path(cache) / "embeddings" / self._text_encoder_hash())
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.latent_keys)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """The mean of the latents, and the label."""
-        return self.latents.read(self.keys[index])["mean"], self.labels[index]
+        return self.latents.read(self.latent_keys[index])["mean"], self.labels[index]
 
     is_latent = True
 
     def item(self, index: int, seed: int, position: int) -> tuple[Tensor, int]:
-        """The latents drawn at a position of the run, and the label."""
-        key = self.keys[index]
-        entry = self.latents.read(
-            _mirrored(key) if self.flip and is_mirrored(seed, position) else key
-        )
+        """The latents drawn at a position of the run, and the label.
+
+        Args:
+            index: index of the image.
+            seed: seed of the run.
+            position: number of samples of the run before this one.
+
+        Returns:
+            z (*shape) and the label.
+        """
+        key = self.latent_keys[index]
+        if self.flip and is_mirrored(seed, position):
+            key = _mirrored(key)
+        entry = self.latents.read(key)
         mean, std = entry["mean"], entry["std"]
         return mean + std * normal(seed, Stream.LATENT, position, mean.shape)[0], self.labels[index]
 
     @property
     def content_hash(self) -> str:
-        """Hash of everything that the items and the embeddings are made of."""
-        made = (self.latents.folder.name, self.embeddings.folder.name if self.rows else "")
-        return digest(*made, *self.keys, *map(str, self.labels), *self.rows)
+        """Hash of everything that the items and the text embeddings are computed from."""
+        encoders = (
+            self.latents.folder.name,
+            self.embeddings.folder.name if self.text_keys else "",
+        )
+        return hash_content(*encoders, *self.latent_keys, *map(str, self.labels), *self.text_keys)
 
     def prompts(self) -> "Prompts":
-        """The embeddings that labels index, with the empty prompt as the null condition."""
+        """Read the text embeddings.
+
+        Returns:
+            The bank that a label is an index into; its last row is the null condition.
+        """
         from diffcore.integrations.diffusers.loading.prompts import Prompts
 
-        rows = [self.embeddings.read(key) for key in self.rows]
+        rows = [self.embeddings.read(key) for key in self.text_keys]
         return Prompts(
             {name: torch.stack([row[name] for row in rows]) for name in rows[0]}, self.texts
         )
 
     def label_wrapper(self, device: torch.device) -> Callable[[nn.Module], nn.Module]:
-        """A function that wraps a text-conditioned network so that it accepts labels.
+        """A function that wraps a text-conditional network so that it accepts labels.
 
         Args:
-            device: device of the network; the embeddings are copied to it unless they are large.
+            device: device of the network; text embeddings are copied to it unless they are large.
 
         Returns:
-            The wrapper; the identity without captions.
+            The function; the identity without captions.
         """
         from diffcore.integrations.diffusers.loading.prompts import PromptNetwork
 
         if not self.texts:
             return lambda network: network
         bank = self.prompts()
-        small = sum(value.nbytes for value in bank.tensors.values()) < LARGE
+        is_small = sum(value.nbytes for value in bank.tensors.values()) < LARGE_BANK
         return partial(
             PromptNetwork,
-            prompts=bank.map(lambda value: value.to(device)) if small else bank,
+            prompts=bank.map(lambda value: value.to(device)) if is_small else bank,
             move_prompts=False,
         )
 
     @property
     def vae(self) -> nn.Module:
-        """The VAE, which a run copies into its diffusers pipeline."""
+        """Decoder of the latents, which a run writes into its pipeline."""
         return self.pipeline.read("vae")
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
-        """Images (N, 3, H, W) of latents (N, C, h, w), decoded by the VAE."""
+        """Images (N, 3, H, W) in [-1, 1] of latents (N, C, h, w)."""
         vae = self._vae(x.device)
         return torch.cat([vae.decode(one) for one in x.split(1)])
 
-    # Making
-
     @property
     def is_ready(self) -> bool:
-        """True if every latent and embedding is in the cache."""
-        return not (self.latents.missing(self._images()) or self.embeddings.missing(self.rows))
+        """True if every entry is cached."""
+        return not (self.latents.missing(self._images()) or self.embeddings.missing(self.text_keys))
 
     def prepare(self, device: torch.device, is_main_process: bool) -> None:
-        """Encode what is missing on the first rank; the others wait for it."""
+        """Compute the missing entries on one rank; the others wait until they are written.
+
+        Args:
+            device: device on which the encoders run.
+            is_main_process: True on the rank that computes.
+        """
         if is_main_process:
-            self._make_latents(device)
-            self._make_embeddings(device)
+            self._encode_images(device)
+            self._encode_texts(device)
         while not self.is_ready:
             time.sleep(POLL_SECONDS)
             self.latents.rescan()
             self.embeddings.rescan()
 
     def _images(self) -> dict[str, tuple[int, bool]]:
-        """Key of each latent -> (index of its image, True if it is mirrored)."""
-        keys = {key: (index, False) for index, key in enumerate(self.keys)}
-        return keys | (
-            {_mirrored(key): (index, True) for key, (index, _) in keys.items()} if self.flip else {}
-        )
+        """Key of the latents -> index of the image, and whether it is mirrored."""
+        keys = {key: (index, False) for index, key in enumerate(self.latent_keys)}
+        mirrored = {_mirrored(key): (index, True) for key, (index, _) in keys.items()}
+        return keys | mirrored if self.flip else keys
 
     @torch.no_grad()
-    def _make_latents(self, device: torch.device) -> None:
+    def _encode_images(self, device: torch.device) -> None:
         images = self._images()
         if missing := self.latents.missing(images):
             vae = self._vae(device)
@@ -200,30 +215,31 @@ class LatentDataset(DataSource):
                     mean, std = vae.posterior(image.flip(-1) if mirror else image)
                     yield {"mean": mean[0], "std": std[0]}
 
-            self.latents.make(missing, entries, "latents")
+            self.latents.compute(missing, entries, "latents")
 
-    def _make_embeddings(self, device: torch.device) -> None:
+    def _encode_texts(self, device: torch.device) -> None:
         from diffcore.integrations.diffusers import encode_prompts
 
-        if missing := self.embeddings.missing(self.rows):
+        if missing := self.embeddings.missing(self.text_keys):
             pipeline = self.pipeline.read_text_pipeline().to(device)
-            texts, size = (
-                dict(zip(self.rows, self.texts, strict=False)),
-                (self.files.size, self.files.size),
-            )
+            texts = dict(zip(self.text_keys, self.texts, strict=False))  # without the null key
+            size = (self.files.size, self.files.size)
 
-            def entries(
-                keys: Sequence[str],
-            ) -> Entries:  # the null row, which encode_prompts puts last, is the last of all
-                bank = encode_prompts(
-                    pipeline, [texts[key] for key in keys if key in texts], size=size
-                )
-                return (
-                    {name: value[place] for name, value in bank.tensors.items()}
-                    for place in range(len(keys))
-                )
+            def entries(keys: Sequence[str]) -> Entries:
+                captions = [texts[key] for key in keys if key in texts]
+                # The bank ends with the null condition, and the null key is the last of all keys.
+                bank = encode_prompts(pipeline, captions, size=size)
+                for row in range(len(keys)):
+                    yield {name: value[row] for name, value in bank.tensors.items()}
 
-            self.embeddings.make(missing, entries, "captions")
+            self.embeddings.compute(missing, entries, "captions")
+
+    def _text_encoder_hash(self) -> str:
+        """Hash of everything besides the caption that its embeddings depend on."""
+        paths = self.pipeline.paths("text_encoder", "tokenizer") if self.texts else []
+        # The class of the pipeline and the config of the network select the inputs of the network.
+        configs = (self.pipeline.content, self.pipeline.config(self.pipeline.network_name))
+        return hash_content(*map(str, configs), *paths)
 
     def _vae(self, device: torch.device) -> "Latents":
         from diffcore.integrations.diffusers.loading.vae import Latents
@@ -232,4 +248,4 @@ class LatentDataset(DataSource):
 
 
 def _mirrored(key: str) -> str:
-    return digest(key, "mirrored")
+    return hash_content(key, "mirrored")

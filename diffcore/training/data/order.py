@@ -1,6 +1,4 @@
-"""The order in which a run reads its data: a pure function of (seed, step), for any ranks and
-workers.
-"""
+"""The order in which a run reads its data, a function of (seed, step) for all ranks and workers."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,10 +32,10 @@ class Batch:
 
 
 class DataOrder(Sampler[list[tuple[int, int]]]):
-    """The (index, position) pairs of each micro-batch of a rank; position counts the samples of the
-    run.
+    """The (index, position) pairs of each micro-batch of a rank.
 
-    Every epoch is a keyed permutation. Part p of rank r of step s holds the indices
+    The index is that of the item in the data set; the position counts the samples of the run. Every
+    epoch is a keyed permutation. Part p of rank r of step s holds the indices
     (p·world + r)·micro + j of the global batch, so that the global batch is the same for every
     split.
 
@@ -62,12 +60,20 @@ class DataOrder(Sampler[list[tuple[int, int]]]):
         )
 
     def steps(self, start: int, stop: int) -> "DataOrder":
-        """This order, restricted to the optimizer steps from `start` to `stop` - 1."""
+        """Restrict this order to some optimizer steps, in place.
+
+        Args:
+            start: first step.
+            stop: step after the last one.
+
+        Returns:
+            This order.
+        """
         self.span = range(start, stop)
         return self
 
     def index(self, position: int) -> int:
-        """Index of the item at a position of the run."""
+        """Index of the item at a position of the run, a number below `size`."""
         epoch, offset = divmod(position, self.size)
         return int(self._permutation(epoch)[offset])
 
@@ -103,16 +109,12 @@ def load_batches(data: DataSource, order: DataOrder, workers: int) -> Iterator[B
 
 
 def is_mirrored(seed: int, position: int) -> bool:
-    """True if the image at a position of the run is mirrored, which is so for half of the
-    positions.
-    """
+    """True if the image at a position of the run is mirrored; True for half of the positions."""
     return bool(uniform(seed, Stream.AUGMENT, position) < 0.5)
 
 
 class _PositionedItems(Dataset[tuple[Tensor, int, int, int]]):
-    """A data source indexed by (index, position): what is random about an item depends on its
-    position alone.
-    """
+    """A data source indexed by (index, position); what is random depends only on the position."""
 
     def __init__(self, data: DataSource, seed: int, batch: int) -> None:
         self.data, self.seed, self.batch = data, seed, batch

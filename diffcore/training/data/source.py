@@ -1,5 +1,4 @@
-"""The data protocol of training: what a data set must provide, and what it may provide with
-defaults.
+"""The data protocol of training: what a data set must provide, and what it may provide.
 
 Any map-style torch `Dataset` whose items are x_0 or (x_0, label) is a data set: `as_data_source`
 adapts it. A data set that augments, encodes, or has captions derives from `DataSource` and
@@ -59,7 +58,7 @@ class DataSource(Dataset[Any]):
 
     @property
     def vae(self) -> Any:
-        """Decoder of the latents, which a run writes into its diffusers pipeline; None without one."""
+        """Decoder of the latents, which a run writes into its pipeline; None without one."""
         return None
 
     @property
@@ -136,7 +135,7 @@ def as_data_source(data: Dataset[Any]) -> DataSource:
 
 
 def split_item(item: Any) -> tuple[Tensor, int]:
-    """(x_0, label) of an item; the label is -1 if it has none."""
+    """(x_0, label) of an item, a tensor of shape (*shape) and a number; -1 without a label."""
     return (item[0], int(item[1])) if isinstance(item, (tuple, list)) else (item, -1)
 
 
@@ -169,8 +168,9 @@ def process_with_captions(process: Process, data: DataSource) -> Process:
 
 
 def check_data(data: DataSource, process: Process) -> None:
-    """Raise ValueError if the first item does not fit the process; data that is not ready is not
-    read.
+    """Raise ValueError if the first item does not fit the process.
+
+    Data that is not ready is not checked.
     """
     if not data.is_ready:
         return
