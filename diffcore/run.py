@@ -1,4 +1,4 @@
-"""A run's folder: what training leaves and sampling reads.
+"""The folder of a training run, which training writes and sampling reads.
 
 config.yaml  process.json  ema.safetensors  pipeline/  checkpoints/  samples/  metrics.jsonl
 """
@@ -17,10 +17,12 @@ from diffcore.core.process import Process
 from diffcore.io.parser import ComponentParser
 from diffcore.io.safetensors import read_weights
 
-OptimizerFactory = Callable[
-    [Iterable[nn.Parameter], float], torch.optim.Optimizer
-]  # of parameters and learning rate
+__all__ = ["NetworkFactory", "OptimizerFactory", "Run"]
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]
+"""Builds an optimizer from the parameters and the learning rate."""
 NetworkFactory = Callable[[], nn.Module]
+"""Builds a network with newly initialised weights."""
 
 
 @dataclass(frozen=True)
@@ -28,14 +30,14 @@ class Run:
     """The folder of a training run.
 
     Args:
-        folder: its path.
+        folder: path of the folder.
     """
 
     folder: Path
 
     @property
     def config(self) -> Path:
-        """What `diffcore train --config` reads to make the same run."""
+        """The configuration from which `diffcore train --config` repeats the run."""
         return self.folder / "config.yaml"
 
     @property
@@ -45,34 +47,37 @@ class Run:
 
     @property
     def weights(self) -> Path:
-        """The averaged weights."""
+        """The exponential moving average of the weights."""
         return self.folder / "ema.safetensors"
 
     @property
     def pipeline(self) -> Path:
-        """The averaged network as a pipeline of diffusers."""
+        """The averaged network as a diffusers pipeline."""
         return self.folder / "pipeline"
 
     @property
     def checkpoints(self) -> Path:
-        """A folder a checkpoint."""
+        """The folder of the checkpoints, one subfolder each."""
         return self.folder / "checkpoints"
 
     @property
     def samples(self) -> Path:
-        """Pictures made along the way."""
+        """The folder of the preview samples."""
         return self.folder / "samples"
 
     @property
     def metrics(self) -> Path:
-        """One line of JSON a report."""
+        """The training metrics, one JSON object per line."""
         return self.folder / "metrics.jsonl"
 
     def settings(self) -> dict[str, Any]:
-        """The plain data of config.yaml.
+        """The contents of config.yaml as plain data.
+
+        Returns:
+            The settings by name.
 
         Raises:
-            ValueError: it is missing or not YAML.
+            ValueError: the file is missing, is not YAML, or does not define a network.
         """
         if not self.folder.is_dir():
             raise ValueError(f"{self.folder} is not a run's folder: it does not exist")
@@ -83,11 +88,18 @@ class Run:
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{self.config} is not YAML: {error}") from None
         if not isinstance(settings, dict) or "network" not in settings:
-            raise ValueError(f"{self.config} names no network")
+            raise ValueError(f"{self.config} has no entry `network`: add the class of the network")
         return settings
 
     def network(self) -> nn.Module:
-        """A network of this run's architecture, with new weights."""
+        """A network of the architecture in config.yaml.
+
+        Returns:
+            The network with newly initialised weights.
+
+        Raises:
+            ValueError: the configuration is missing or does not define a network.
+        """
         parser = ComponentParser(exit_on_error=False)
         parser.add_argument("--network", type=NetworkFactory)
         network: NetworkFactory = parser.instantiate(
@@ -98,12 +110,19 @@ class Run:
     def denoiser(
         self, device: torch.device | str = "cpu", network: nn.Module | None = None
     ) -> Denoiser:
-        """The averaged network with its process, ready to sample; a run made in Python, without a
-        config, needs its `network`.
+        """The denoiser with the averaged weights, in evaluation mode.
+
+        Args:
+            device: device of the network.
+            network: network of the run's architecture, needed if the folder has no config.yaml, as
+                for a `Trainer` built in Python; by default it is built from config.yaml.
+
+        Returns:
+            The denoiser of the network and the saved process.
 
         Raises:
-            ValueError: the folder is not a run's, or its weights are not what was written or do not
-                fit the network.
+            ValueError: a file of the run is missing or corrupt, or the weights do not fit the
+                network.
         """
         network = self.network() if network is None else network
         process = Process.load(self.process)
@@ -115,8 +134,7 @@ class Run:
         if wrong:
             raise ValueError(
                 f"{self.weights} does not fit the network of {self.config}: {len(wrong)} tensors "
-                "are missing, unknown or "
-                f"of another shape, such as {wrong[0]}"
+                f"are missing, unknown or of another shape, such as {wrong[0]}"
             )
         network.load_state_dict(tensors)
         return Denoiser(network, process).to(device).eval()

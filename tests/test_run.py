@@ -1,4 +1,4 @@
-"""A run's folder is read back to the network that was trained, or refused by name."""
+"""A run's folder gives back the trained network; errors name the file that is at fault."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ def run(trained, tmp_path):
     return Run(tmp_path / "run")
 
 
-def test_the_averaged_network_comes_back_ready_to_sample(run):
+def test_the_denoiser_has_the_averaged_weights_and_the_saved_process(run):
     denoiser = run.denoiser()
     assert denoiser.process == Process.load(run.process)
     assert not denoiser.training
@@ -34,10 +34,9 @@ def test_a_new_network_has_the_runs_architecture_and_new_weights(run):
     assert not torch.equal(new["conv_in.weight"], old["conv_in.weight"])
 
 
-# process.json of a list or null is a TypeError in from_spec, which names no file.
 @pytest.mark.parametrize("name", ["process.json", "config.yaml", "ema.safetensors"])
 @pytest.mark.parametrize("content", [None, "", "{", "[1, 2]", "null"])
-def test_a_file_that_is_missing_or_something_else_is_named(run, name, content):
+def test_the_error_names_a_file_that_is_missing_or_corrupt(run, name, content):
     if content is None:
         (run.folder / name).unlink()
     else:
@@ -51,7 +50,7 @@ def test_a_folder_that_does_not_exist_is_refused(tmp_path):
         Run(tmp_path / "nowhere").denoiser()
 
 
-def test_weights_of_another_network_are_refused_in_one_sentence(run):
+def test_weights_of_another_network_are_refused(run):
     write_weights(
         run.weights, {name: value[:1] for name, value in read_weights(run.weights).items()}
     )
@@ -61,7 +60,7 @@ def test_weights_of_another_network_are_refused_in_one_sentence(run):
         run.denoiser()
 
 
-def test_a_misspelt_field_of_the_record_is_named_with_the_nearest(run):
+def test_the_error_of_a_misspelt_field_names_it_and_the_nearest_field(run):
     record = json.loads(run.process.read_text())
     record["predicton"] = record.pop("prediction")
     run.process.write_text(json.dumps(record))
@@ -69,7 +68,7 @@ def test_a_misspelt_field_of_the_record_is_named_with_the_nearest(run):
         run.denoiser()
 
 
-def test_E12_a_run_can_name_no_code_of_its_own(run):
+def test_a_configuration_cannot_call_functions_outside_diffcore(run):
     run.config.write_text("network: os.getcwd\n")
     with pytest.raises(ValueError, match=r"os\.getcwd"):
         run.denoiser()

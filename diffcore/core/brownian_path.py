@@ -1,9 +1,9 @@
 """A Brownian motion W over the clock e^λ, by Lévy's construction on a binary tree of levels.
 
-A level stands at the node k = round(2^DEPTH sigmoid(λ/4)) of the tree, k = 0 at pure noise and
-k = 2^DEPTH at the clean level. Each node m has one independent standard normal ξ_m, and W at a node
-is a linear combination of the normals on the way to it. The functions below compute coefficients
-alone; `Noise` draws the normals.
+A level is mapped to the node k = round(2^DEPTH sigmoid(λ/4)) of the tree; k = 0 is pure noise and
+k = 2^DEPTH the clean level. Each node m has one independent standard normal ξ_m, and W at a node
+is a linear combination of the normals on the way to it. The functions below compute only the
+coefficients; `Noise` draws the normals.
 """
 
 import math
@@ -16,11 +16,15 @@ from diffcore.schedules import Level
 __all__ = ["DEPTH", "increment_coefficients", "node", "node_time", "path_coefficients"]
 
 DEPTH = 20
-"""Depth of the tree: levels closer than 1e-5 in λ about 0, or 1e-3 about ±22, share a node."""
+"""Depth of the tree: levels closer than 1e-5 in λ near 0, or 1e-3 near ±22, have the same node."""
 
 
 def node(level: Level) -> int:
-    """The node of a level, an integer from 0 (pure noise) to 2^DEPTH (clean)."""
+    """The number of the node of a level, an integer from 0 (pure noise) to 2^DEPTH (clean).
+
+    Raises:
+        ValueError: the level is a map with one λ per element. Use path=False.
+    """
     if isinstance(level.logsnr, Tensor):
         raise ValueError(
             "path=True needs one noise level for the whole batch, got a map of levels: use "
@@ -30,7 +34,7 @@ def node(level: Level) -> int:
 
 
 def node_time(k: int) -> float:
-    """e^λ at node k, the time of the Brownian motion: 0 at pure noise, inf at the clean level."""
+    """The number e^λ at node k, the time of the Brownian motion: 0 at pure noise, inf if clean."""
     return (k / (2**DEPTH - k)) ** 4 if k < 2**DEPTH else math.inf
 
 
@@ -68,15 +72,17 @@ def increment_coefficients(t: Level, s: Level) -> dict[int, float]:
     The sum is standard normal, and independent over intervals that do not overlap. The order of the
     arguments does not matter.
 
+    Returns:
+        The coefficients by the number of the node, without those that are 0.
+
     Raises:
-        ValueError: one level is clean, or both share a node. Use path=False.
+        ValueError: one level is clean, or both have the same node. Use path=False.
     """
     low, high = sorted((node(t), node(s)))
     if high == 2**DEPTH:
         raise ValueError(
             f"path=True has no noise for a step between λ = {t.logsnr} and {s.logsnr}, since a "
-            "step to "
-            f"the clean level needs none: end at a finite λ, or use path=False"
+            "step to the clean level needs none: end at a finite λ, or use path=False"
         )
     if low == high:
         raise ValueError(

@@ -1,5 +1,6 @@
-"""Denoisers: x at a noise level -> Prediction(x0, eps). `Denoiser` makes one of a network and its
-process.
+"""Denoisers: functions from x at a noise level to a prediction (x_0, ε).
+
+`Denoiser` combines a network with its process.
 """
 
 from typing import Any, Protocol
@@ -46,7 +47,7 @@ class DenoiserProtocol(Protocol):
 
 
 class Denoiser(nn.Module):
-    """A network with its process, as a denoiser.
+    """The denoiser defined by a network and its diffusion process.
 
         (x_0, ε) = predict(network(x, time, class_labels=condition), x, level)
 
@@ -128,12 +129,15 @@ class Denoiser(nn.Module):
 def null_condition(
     process: Process, batch_size: int, device: torch.device | None = None
 ) -> Tensor | None:
-    """The null label (batch_size,), or None if the process has no classes.
+    """The null label of each sample, an int64 tensor of shape (batch_size,).
 
     Args:
         process: process of the network.
         batch_size: number of samples.
         device: device of the labels; the host by default.
+
+    Returns:
+        The labels, or None if the process has no classes.
     """
     return torch.full((batch_size,), process.classes, device=device) if process.classes else None
 
@@ -141,7 +145,7 @@ def null_condition(
 def _time_tensor(time: Real, x: Tensor) -> Tensor:
     """The time conditioning (B,), or of the shape of a map of levels.
 
-    It is float32 or better, since bfloat16 holds no index above 256 exactly.
+    The dtype is at least float32, since bfloat16 represents integers exactly only up to 256.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     if not isinstance(time, Tensor):
@@ -150,7 +154,7 @@ def _time_tensor(time: Real, x: Tensor) -> Tensor:
 
 
 def _check_embeddings(network: nn.Module, process: Process) -> None:
-    """Raise if a network of diffusers, which declares its number of labels, has too few of them."""
+    """Raise ValueError if a diffusers network has fewer label embeddings than classes + 1."""
     embeddings = getattr(getattr(network, "config", None), "num_class_embeds", None)
     if process.classes and embeddings is not None and embeddings <= process.classes:
         raise ValueError(
@@ -162,8 +166,11 @@ def _check_embeddings(network: nn.Module, process: Process) -> None:
 def extract_tensor(output: Any) -> Tensor:
     """The tensor in a network's output: the output itself, its first item, or its `sample`.
 
+    Returns:
+        The network's output F, of the shape of its input.
+
     Raises:
-        TypeError: the output holds no tensor there. Return one of these three forms.
+        TypeError: the output contains no such tensor. Return one of these three forms.
     """
     output = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
     if not isinstance(output, Tensor):

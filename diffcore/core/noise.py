@@ -1,4 +1,4 @@
-"""The noise of a sampling run: one independent, keyed sequence of standard normals for each seed."""
+"""The noise of sampling: one independent, keyed sequence of standard normals for each seed."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -15,13 +15,12 @@ from diffcore.schedules import Level
 __all__ = ["Noise"]
 
 BLOCK = 2**16
-"""Numbers of a Brownian path that are drawn in one call."""
+"""Maximum number of normals of a Brownian path that are drawn in one call."""
 
 
 @dataclass(frozen=True)
 class Noise:
-    """The noise of one sampling run. Each sample's noise depends on its own seed and the step
-    alone.
+    """The noise of one sampling trajectory per seed; it depends only on the seed and the step.
 
     With `path`, the noise of a step from level t to level s is the normalised increment of one
     Brownian motion of each seed over the clock e^λ = α²/σ²,
@@ -29,9 +28,9 @@ class Noise:
         z = (W(s) - W(t)) / √(e^λ_s - e^λ_t)
 
     It is independent from step to step, and a function of (seed, t, s): a finer grid with the same
-    seed follows the same motion, and the samples converge as steps are added. In this clock, steps
-    of DDIM(1) compose exactly as long as x_0 stays. A step draws about 2·DEPTH normals instead of
-    one.
+    seed uses the same motion, and the samples converge as the number of steps grows. In this clock,
+    steps of DDIM(1) compose exactly while x_0 is constant. A step draws about 2·DEPTH normals per
+    element instead of one.
 
     Args:
         seeds: 64-bit seeds, an int64 tensor of shape (B,), one for each sample.
@@ -59,7 +58,7 @@ class Noise:
     channel: int = 0
 
     def start(self) -> Tensor:
-        """Standard normal noise (B, *shape) for the first x of the run."""
+        """Standard normal noise (B, *shape) for the first x of the trajectory."""
         return normal(self.seeds, Stream.START, 0, self.shape, self.device, self.dtype)
 
     def step(self, index: int) -> Tensor:
@@ -76,7 +75,8 @@ class Noise:
             step: number of the step, which is the key of the noise unless `path` is set.
 
         Raises:
-            ValueError: `path` is set, and a level is clean or both levels are too close.
+            ValueError: `path` is set, and a level is clean or the levels are too close. Use
+                path=False.
         """
         if not self.path:
             return self.step(step)
@@ -88,9 +88,16 @@ class Noise:
         )
 
     def branch(self, index: int) -> "Noise":
-        """The index-th independent noise of the same seeds, for a step that needs several normals.
+        """An independent noise of the same seeds, for a step that needs several normals.
 
-        Branches can be nested three deep.
+        Args:
+            index: number of the branch, from 0 to 4094; branches can be nested three deep.
+
+        Returns:
+            The noise of branch `index`, with the same shape, device and dtype.
+
+        Raises:
+            ValueError: the index is out of range, or the nesting is deeper. Use fewer branches.
         """
         if not 0 <= index < 2**12 - 1 or self.channel >= 2**27:
             raise ValueError(
@@ -100,7 +107,8 @@ class Noise:
         return replace(self, channel=(self.channel << 12) + index + 1)
 
     def first_sample(self, level: Level, sigma_data: float) -> Tensor:
-        """√(α² s² + σ²) z: the first x (B, *shape), as noisy as the data at that level.
+        """√(α² s² + σ²) z of shape (B, *shape): the first x, with the standard deviation of noisy
+        data.
 
         Args:
             level: first level of the grid.

@@ -1,9 +1,8 @@
-"""Exact denoisers: distributions whose E[x_0 | x] and E[ε | x] at x = α x_0 + σ ε are known in
-closed form.
+"""Exact denoisers: distributions for which E[x_0 | x] and E[ε | x] have a closed form.
 
-Tests, benchmarks and pictures compare samplers and guidance with them. Each answers as a network's
-Denoiser does, given labels or none, so conditional and unconditional fields, and exact guided ones,
-come from one object.
+Tests, benchmarks and figures compare samplers and guidance with them. An oracle has the interface
+of a network's `Denoiser`: with labels it is conditional, and with None or the null label
+unconditional, so the exact guided field follows from one object.
 """
 
 import math
@@ -18,12 +17,19 @@ from diffcore.core.process import Process
 from diffcore.core.random import Stream, normal, uniform
 from diffcore.schedules import Level, Real
 
+__all__ = ["EmpiricalDistribution", "GaussianMixture", "Oracle"]
+
 
 class Oracle(DenoiserProtocol, ABC):
-    """A mixture of known components, each with a class label; a condition keeps the components of
-    its class.
+    """A mixture of known components, each with a class label.
 
-    The label `process.classes` means no condition.
+    A condition restricts the mixture to the components of its class; the null label
+    `process.classes` restricts nothing.
+
+    Args:
+        weights: positive weights (K,) of the components; they are normalised.
+        labels: int64 class labels (K,) of the components; None sets all of them to 0.
+        process: schedule and number of classes of the denoiser.
     """
 
     def __init__(self, weights: Tensor, labels: Tensor | None, process: Process) -> None:
@@ -37,25 +43,42 @@ class Oracle(DenoiserProtocol, ABC):
 
     @abstractmethod
     def score(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Tensor:
-        """∇ ln p(x) at a level, of the shape of x."""
+        """The score ∇ ln p(x) at a level, of the shape of x.
+
+        Args:
+            x: noisy samples (B, *shape).
+            level: noise level of all samples, or levels that broadcast against x.
+            condition: int64 class labels (B,); None for no condition.
+        """
 
     @abstractmethod
     def log_density(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Tensor:
-        """Ln p(x) at a level, (B,)."""
+        """ln p(x) at a level, of shape (B,).
+
+        Args:
+            x: noisy samples (B, *shape).
+            level: noise level of all samples, or levels that broadcast against x.
+            condition: int64 class labels (B,); None for no condition.
+        """
 
     @abstractmethod
     def sample(self, seeds: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Exact samples of x_0, one a seed, each a function of its own seed."""
+        """Exact samples of x_0, of shape (B, *shape); each depends only on its seed and its label.
+
+        Args:
+            seeds: 64-bit seeds, an int64 tensor of shape (B,).
+            condition: int64 class labels (B,); None for no condition.
+        """
 
     def _log_prior(self, rows: int, condition: Tensor | None) -> Tensor:
-        """(B, K) log weights of the components given the condition, normalised."""
+        """Normalised log weights (B, K) of the components given the condition."""
         if condition is None:
             return self.log_weights.log_softmax(0).expand(rows, -1)
         other = (condition[:, None] != self.labels) & (condition[:, None] != self.process.classes)
         return self.log_weights.masked_fill(other, -math.inf).log_softmax(1)
 
     def _component(self, seeds: Tensor, condition: Tensor | None) -> Tensor:
-        """(B,) a component for each seed, drawn by the prior."""
+        """The index (B,) of one component for each seed, drawn from the prior."""
         u = uniform(seeds, Stream.ORACLE, 0)
         return (
             (u > self._log_prior(len(seeds), condition).exp().cumsum(1))
@@ -67,16 +90,20 @@ class Oracle(DenoiserProtocol, ABC):
 class GaussianMixture(Oracle):
     """p(x_0) = Σ_k π_k N(m_k, C_k), so that x has components N(α m_k, α² C_k + σ² I).
 
-    E[x_0 | x, k] = m_k + α C_k (α² C_k + σ² I)⁻¹ (x - α m_k), in the eigenbasis of C_k: exact from
-    λ = -inf to +inf.
+        E[x_0 | x, k] = m_k + α C_k (α² C_k + σ² I)⁻¹ (x - α m_k)
+
+    It is computed in the eigenbasis of C_k, which is exact from λ = -inf to +inf.
 
     Args:
-        means: (K, *shape).
-        covariances: (K, D, D), positive definite, D the size of one x_0.
-        weights: (K,), normalised here; equal by default.
-        labels: (K,) class of each component; all 0 by default.
-        process: the schedule and the labels' meaning; a cosine schedule with as many classes as
-            there are labels by default.
+        means: means m_k (K, *shape).
+        covariances: positive definite covariances C_k (K, D, D), where D is the size of one x_0.
+        weights: weights π_k (K,), which are normalised; equal by default.
+        labels: int64 class label of each component (K,); all 0 by default.
+        process: schedule and number of classes; by default a cosine schedule with as many classes
+            as the labels have.
+
+    Raises:
+        ValueError: a covariance has an eigenvalue that is not positive.
     """
 
     def __init__(
@@ -123,9 +150,7 @@ class GaussianMixture(Oracle):
         return x0.unflatten(1, self.process.shape).to(self.dtype)
 
     def _whiten(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
-        """Coordinates (B, K, D) of x - α m_k along the axes of component k, and the variances
-        there.
-        """
+        """Coordinates (B, K, D) of x - α m_k along the axes of component k, and their variances."""
         alpha, sigma = (_column(value, x) for value in (level.alpha, level.sigma))
         z = torch.einsum(
             "bkd,kde->bke", x.double().flatten(1)[:, None] - alpha * self.means, self.axes
@@ -141,17 +166,18 @@ class GaussianMixture(Oracle):
 
 
 class EmpiricalDistribution(Oracle):
-    """p(x_0) = (1/N) Σ_i δ(x_0 - d_i): the closed-form denoiser of a data set, a softmax over its
-    points.
+    """p(x_0) = (1/N) Σ_i δ(x_0 - d_i): the closed-form denoiser of a data set of N points.
 
-    E[x_0 | x] = Σ_i r_i d_i with ln r_i = (α x·d_i - α² |d_i|² / 2) / σ² + const, taken about the
-    data's mean in float64: no difference of large squares, so it is stable far from the data. There
-    is nothing to denoise at σ = 0.
+        E[x_0 | x] = Σ_i r_i d_i,   ln r_i = (α x·d_i - α² |d_i|² / 2) / σ² + const
+
+    The points are centred at their mean in float64, which avoids differences of large squares and
+    is stable far from the data. The denoiser is undefined at σ = 0.
 
     Args:
-        points: (N, *shape), the data.
-        labels: (N,) class of each point; all 0 by default.
-        process: as for GaussianMixture.
+        points: the data (N, *shape).
+        labels: int64 class label of each point (N,); all 0 by default.
+        process: schedule and number of classes; by default a cosine schedule with as many classes
+            as the labels have.
     """
 
     def __init__(
@@ -189,7 +215,7 @@ class EmpiricalDistribution(Oracle):
         )
 
     def _logits(self, x: Tensor, level: Level, condition: Tensor | None) -> Tensor:
-        """(B, N) ln r_i up to what is common to all points."""
+        """ln r_i (B, N), up to a constant that is common to all points."""
         alpha, sigma = _level_columns(x, level)
         y = x.double().flatten(1) - alpha * self.center
         log_likelihood = alpha / sigma**2 * (y @ self.points.T - alpha * self.half_norms)
@@ -197,6 +223,7 @@ class EmpiricalDistribution(Oracle):
 
 
 def _process(data: Tensor, labels: Tensor | None) -> Process:
+    """A process for the data: the cosine schedule, with as many classes as the labels have."""
     classes = 1 if labels is None else int(labels.max()) + 1
     return Process(shape=tuple(data.shape[1:]), classes=classes, dropout=0.5)
 
@@ -207,10 +234,14 @@ def _column(value: Real, x: Tensor) -> Tensor:
 
 
 def _level_columns(x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
-    """α and σ as float64 (B or 1, 1); at σ = 0 x says nothing that x_0 does not."""
+    """α and σ as float64 (B or 1, 1).
+
+    Raises:
+        ValueError: σ is 0, where x = α x_0 determines x_0 and leaves ε undefined.
+    """
     alpha, sigma = (_column(value, x)[:, 0] for value in (level.alpha, level.sigma))
     if not (sigma > 0).all():
         raise ValueError(
-            "the closed-form denoiser of a data set was asked at σ = 0, where it is not defined"
+            "the closed-form denoiser of a data set is undefined at σ = 0: evaluate it at σ > 0"
         )
     return alpha, sigma

@@ -1,15 +1,15 @@
-"""Predictions: what a network says about x = α x_0 + σ ε, and the five quantities F that a network
-can output.
+"""Predictions: the pair (x_0, ε) estimated from x = α x_0 + σ ε, and the five network outputs F.
 
     epsilon            F = ε
     sample             F = x_0
-    v_prediction       F = α_v ε - σ_v x_0,  α_v² = sigmoid(λ), σ_v² = sigmoid(-λ)      the vp
-    process's v, in any scaling flow_prediction    F = ε - x_0 edm                F = (x_0 - c_skip
-    x) / c_out, network asked about c_in x          Karras et al. 2022, eq. 7
+    v_prediction       F = α_v ε - σ_v x_0,  α_v² = sigmoid(λ), σ_v² = sigmoid(-λ)
+    flow_prediction    F = ε - x_0
+    edm                F = (x_0 - c_skip x) / c_out, the network's input is c_in x
 
-Each pair (x, F) gives x_0 and ε once, each by the formula that is stable there; samplers and
-guidance see nothing else. With n² = α² + σ² (edm: σ² + α² s², s the standard deviation of the data)
-the formulas hold in every scaling.
+v is that of the vp process in every scaling; edm is the preconditioning of Karras et al. 2022
+(2206.00364, eq. 7). A pair (x, F) determines x_0 and ε, each by the formula that is stable there;
+samplers and guidance use only this pair. With n² = α² + σ² (edm: n² = σ² + α² s², where s is the
+standard deviation of the data) the formulas hold in every scaling.
 """
 
 import math
@@ -21,24 +21,46 @@ from torch.nn.functional import logsigmoid
 
 from diffcore.schedules import Level, Real
 
+__all__ = [
+    "Prediction",
+    "PredictionType",
+    "add_scaled",
+    "edm_norm",
+    "hypot",
+    "log_gain",
+    "predict",
+    "scale_input",
+    "target",
+    "unscale_input",
+]
+
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction", "edm"]
 
 
 class Prediction(NamedTuple):
-    """The x_0 and ε that a network sees in x = α x_0 + σ ε; both have the shape of x."""
+    """A network's estimate of x_0 and of ε in x = α x_0 + σ ε.
+
+    Args:
+        x0: estimate of x_0, of the shape of x.
+        eps: estimate of ε, of the shape of x.
+    """
 
     x0: Tensor
     eps: Tensor
 
     def at(self, level: Level) -> Tensor:
-        """α x_0 + σ ε at another level: the first-order step of every sampler."""
+        """α x_0 + σ ε at another level, of the shape of x: the first-order step of samplers."""
         level = level.to(self.x0)
         return add_scaled(level.alpha * self.x0, level.sigma, self.eps)
 
 
 def add_scaled(x: Tensor, b: Real, y: Tensor) -> Tensor:
-    """X + b y, in one pass over memory where b is a number: a step should cost little beside the
-    network.
+    """x + b y, of the shape of x; one pass over memory if b is a number.
+
+    Args:
+        x: first term.
+        b: factor, a number or a tensor that broadcasts against x.
+        y: second term, of the shape of x.
     """
     return x + b * y if isinstance(b, Tensor) else torch.add(x, y, alpha=b)
 
@@ -46,10 +68,20 @@ def add_scaled(x: Tensor, b: Real, y: Tensor) -> Tensor:
 def predict(
     prediction_type: PredictionType, output: Tensor, x: Tensor, level: Level, sigma_data: float
 ) -> Prediction:
-    """(x_0, ε) from the network's output F at x.
+    """The prediction (x_0, ε) from the network's output F at x, both of the shape of x.
 
-    Stable from λ = -inf to +inf, except `epsilon` where α = 0 and `sample` where σ = 0: no network
-    can know there.
+    It is stable from λ = -inf to +inf, except for `epsilon` at α = 0, where F does not determine
+    x_0, and for `sample` at σ = 0, where it does not determine ε.
+
+    Args:
+        prediction_type: the quantity that the network outputs.
+        output: the network's output F, of the shape of x.
+        x: noisy samples (B, ...), not scaled.
+        level: noise level of all samples, or levels that broadcast against x.
+        sigma_data: standard deviation s of the data; only edm uses it.
+
+    Raises:
+        ValueError: the prediction type is unknown; the message lists the known ones.
     """
     alpha, sigma, F = level.alpha, level.sigma, output
     match prediction_type:
@@ -74,7 +106,18 @@ def predict(
 def target(
     prediction_type: PredictionType, x0: Tensor, eps: Tensor, level: Level, sigma_data: float
 ) -> Tensor:
-    """The F that a network should output where x = α x_0 + σ ε."""
+    """The output F that a network should have at x = α x_0 + σ ε, of the shape of x_0.
+
+    Args:
+        prediction_type: the quantity that the network outputs.
+        x0: clean samples (B, ...).
+        eps: noise, of the shape of x_0.
+        level: noise level of all samples, or levels that broadcast against x_0.
+        sigma_data: standard deviation s of the data; only edm uses it.
+
+    Raises:
+        ValueError: the prediction type is unknown; the message lists the known ones.
+    """
     alpha, sigma = level.alpha, level.sigma
     match prediction_type:
         case "epsilon":
@@ -93,8 +136,17 @@ def target(
 
 
 def log_gain(prediction_type: PredictionType, logsnr: Tensor, sigma_data: float) -> Tensor:
-    """Ln |∂x_0/∂F|² at fixed x: what turns a weight on the squared x_0 error into one on the
-    squared error of F.
+    """ln |∂x_0/∂F|² at fixed x, of the shape of λ.
+
+    It converts a weight on the squared error of x_0 into one on the squared error of F.
+
+    Args:
+        prediction_type: the quantity that the network outputs.
+        logsnr: λ = ln(α²/σ²), of any shape.
+        sigma_data: standard deviation s of the data; only edm uses it.
+
+    Raises:
+        ValueError: the prediction type is unknown; the message lists the known ones.
     """
     match prediction_type:
         case "epsilon":
@@ -112,8 +164,9 @@ def log_gain(prediction_type: PredictionType, logsnr: Tensor, sigma_data: float)
 
 
 def edm_norm(level: Level, sigma_data: float) -> Real:
-    """N = √(σ² + α² s²), the standard deviation of x: a preconditioned network is asked about x /
-    n.
+    """n = √(σ² + α² s²), the standard deviation of x: a number, or of the shape of the level.
+
+    The input of a preconditioned network is x / n.
     """
     return hypot(level.alpha * sigma_data, level.sigma)
 
@@ -149,8 +202,10 @@ def unscale_input(kind: PredictionType, scaled: Tensor, level: Level, sigma_data
 
 
 def hypot(a: Real, b: Real) -> Real:
-    """√(a² + b²); of tensors, whose a² may overflow, in one function, of numbers in a form that
-    torch.compile can trace.
+    """√(a² + b²), a number or of the shape of the tensors.
+
+    `Tensor.hypot` avoids the overflow of a²; the formula for numbers can be traced by
+    torch.compile.
     """
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.hypot(b)
@@ -160,6 +215,7 @@ def hypot(a: Real, b: Real) -> Real:
 
 
 def _unknown(prediction_type: str) -> str:
+    """The message for a prediction type that does not exist."""
     return (
         f"prediction is {prediction_type!r}, expected one of {', '.join(get_args(PredictionType))}"
     )

@@ -1,5 +1,6 @@
-"""The process record: everything about a trained network that its weights do not say. It travels
-with them as JSON.
+"""The process record: the description of a network's training that its weights do not contain.
+
+It is stored as JSON beside the weights.
 """
 
 import json
@@ -16,22 +17,29 @@ from diffcore.io.files import write_file
 from diffcore.io.specs import from_spec, to_spec
 from diffcore.schedules import Cosine, Level, Real, Schedule
 
+__all__ = ["Process", "TimeConditioning", "TimeVariable"]
+
 TimeVariable = Literal["index", "t", "blend", "logsnr", "sigma"]
 
 
 @dataclass(frozen=True)
 class TimeConditioning:
-    """How the network is told its noise level.
+    """The number by which a network is conditioned on its noise level.
 
-    index: scale·t - 1, which is the index into a table of `scale` levels (diffusers: 0 .. 999).
-    t: scale·t.  blend: scale·a of a = σ/(α+σ), whatever the schedule (diffusers' flow networks: 0
-    .. 1000). logsnr: scale·λ (EDM's c_noise = ln(σ/α)/4 is scale = -1/8).  sigma: scale·σ/α.
+        index     scale·t - 1       index into a table of `scale` levels (diffusers: 0 .. 999)
+        t         scale·t
+        blend     scale·a           a = σ/(α+σ) of any schedule (diffusers' flow models: 0 .. 1000)
+        logsnr    scale·λ           scale = -1/8 is EDM's c_noise = ln(σ/α)/4
+        sigma     scale·σ/α
 
     Args:
-        variable: index, t, blend, logsnr or sigma.
-        scale: the factor.
-        clamp: |λ| is clamped to this for logsnr and sigma; without it those cannot be asked at λ =
-            ±inf.
+        variable: quantity that the network receives: index, t, blend, logsnr or sigma.
+        scale: factor of the quantity, finite and not 0.
+        clamp: bound on |λ| for logsnr and sigma; inf, the default, does not clamp, and then these
+            two variables cannot express λ = ±inf.
+
+    Raises:
+        ValueError: the variable is unknown, or the scale or the clamp is out of range.
     """
 
     variable: TimeVariable = "index"
@@ -51,11 +59,11 @@ class TimeConditioning:
 
     @property
     def can_express_pure_noise(self) -> bool:
-        """Whether the network can be told λ = -inf."""
+        """Whether the number is finite at λ = -inf."""
         return self.variable in ("index", "t", "blend") or self.clamp < math.inf
 
     def __call__(self, level: Level) -> Real:
-        """The number that the network is given."""
+        """The conditioning number of a level, of the shape of the level."""
         match self.variable:
             case "index":
                 return self.scale * level.t - 1
@@ -69,8 +77,13 @@ class TimeConditioning:
                 return self.scale * _exp(self._clamped(level.logsnr) / -2)
 
     def level(self, schedule: Schedule, number: Real) -> Level:
-        """The level of `schedule` that the network is told by `number`, within the clamp: the
-        inverse.
+        """The level of `schedule` with a given conditioning number, of the shape of the number.
+
+        It is the inverse of `__call__` for levels within the clamp.
+
+        Args:
+            schedule: schedule of the level.
+            number: conditioning number, or a tensor of them.
         """
         number = number.to("cpu", torch.float64) if isinstance(number, Tensor) else number
         value = number / self.scale
@@ -87,6 +100,7 @@ class TimeConditioning:
                 return schedule.at(_log(value) * -2)
 
     def _clamped(self, logsnr: Real) -> Real:
+        """λ within [-clamp, clamp]."""
         if isinstance(logsnr, Tensor):
             return logsnr.clamp(-self.clamp, self.clamp)
         return min(max(logsnr, -self.clamp), self.clamp)
@@ -94,22 +108,23 @@ class TimeConditioning:
 
 @dataclass(frozen=True)
 class Process:
-    """What a network was trained on: x = α x_0 + σ ε of a schedule, what it outputs, and how it is
-    asked.
+    """The diffusion process of a network: x = α x_0 + σ ε, its output and its time conditioning.
 
     Args:
-        schedule: the noise levels of training.
-        prediction: epsilon, sample, v_prediction, flow_prediction or edm.
-        time: how the network is told the level.
-        shape: of one x_0, channels first.
+        schedule: noise levels of training.
+        prediction: quantity that the network outputs: epsilon, sample, v_prediction,
+            flow_prediction or edm.
+        time: number by which the network is conditioned on the noise level.
+        shape: shape of one x_0, channels first.
         low: lower end of the data's range.
         high: upper end of the data's range.
-        sigma_data: standard deviation of the data, for edm and for the first sample's scale.
+        sigma_data: standard deviation of the data, for edm and for the scale of the first sample.
         classes: number of class labels, 0 for none; the label `classes` itself is the null label.
-        dropout: share of training samples whose label was replaced by the null label.
+        dropout: fraction of training samples whose label is replaced by the null label, in [0, 1].
 
     Raises:
-        ValueError: fields that contradict each other.
+        ValueError: a field is out of range, or fields contradict each other; the message states the
+            expected value.
     """
 
     schedule: Schedule = field(default_factory=Cosine)
@@ -125,7 +140,7 @@ class Process:
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))
         self._check_fields()
-        if self.schedule.steps is not None:  # its last entry is drawn in training
+        if self.schedule.steps is not None:  # training draws the table's last level
             self.check_level(self.schedule.level(1.0), "the table's last level")
 
     def _check_fields(self) -> None:
@@ -152,26 +167,32 @@ class Process:
             raise ValueError(f"dropout is {self.dropout}, expected a probability within [0, 1]")
 
     def check_level(self, level: Level, name: str = "the first knot") -> None:
-        """Raise where a network of this process cannot be asked: at λ = -inf three things must be
-        finite.
+        """Raise ValueError if a network of this process cannot be evaluated at a level.
+
+        At λ = -inf, x_0 as a function of the output, the time conditioning and σ must be finite.
+
+        Args:
+            level: noise level, or a map of levels.
+            name: name of the level in the message.
         """
         noisiest, cleanest = level.logsnr_range
         if cleanest == math.inf:
             self._check_clean(name)
         if noisiest != -math.inf:
             return
-        remedy = "train on Truncated levels, or start from a grid whose first level is finite (Karras, UniformLogSNR)"
+        remedy = (
+            "train on Truncated levels, or start from a grid whose first level is finite "
+            "(Karras, UniformLogSNR)"
+        )
         if self.prediction == "epsilon":
             raise ValueError(
-                f"{name} is pure noise (α = 0), where a network that predicts epsilon knows "
-                "nothing of x_0: "
-                f"use v_prediction, sample, flow_prediction or edm, or {remedy}"
+                f"{name} is pure noise (α = 0), where ε does not determine x_0: use v_prediction, "
+                f"sample, flow_prediction or edm instead of epsilon, or {remedy}"
             )
         if not self.time.can_express_pure_noise:
             raise ValueError(
                 f"{name} is pure noise (λ = -inf), which time conditioning by {self.time.variable} "
-                "cannot express: "
-                f"condition on index, t or blend, declare a clamp, or {remedy}"
+                f"cannot express: condition on index, t or blend, set a clamp, or {remedy}"
             )
         if self.schedule.scaling == "ve":
             raise ValueError(
@@ -180,41 +201,43 @@ class Process:
             )
 
     def _check_clean(self, name: str) -> None:
+        """Raise ValueError if a network of this process is undefined at λ = inf."""
         unknown = self.time.variable == "logsnr" and self.time.clamp == math.inf
         if self.prediction == "sample" or unknown:
             why = (
                 f"time conditioning by {self.time.variable}"
                 if unknown
-                else "a network that predicts sample"
+                else "ε of a network that predicts sample"
             )
             raise ValueError(
-                f"{name} is clean (λ = inf), which {why} cannot say anything of: start from a "
-                "finite λ"
+                f"{name} is clean (λ = inf), where {why} is undefined: start from a finite λ"
             )
 
     def save(self, path: Path) -> None:
-        """Write the record as JSON."""
+        """Write the record to `path` as JSON."""
         write_file(path, (json.dumps(to_spec(self), indent=2) + "\n").encode())
 
     @classmethod
     def load(cls, path: Path) -> "Process":
-        """The record saved at `path`.
+        """The record that `save` wrote to `path`.
+
+        Returns:
+            The process, equal to the saved one.
 
         Raises:
-            ValueError: it is missing, is not JSON, or does not describe a process.
+            ValueError: the file is missing, is not JSON, lacks a field, or does not describe a
+                process.
         """
         if not path.is_file():
             raise ValueError(
-                f"{path} is missing: weights without their process record cannot be sampled"
+                f"{path} is missing: weights cannot be sampled without their process record"
             )
         try:
             data = json.loads(path.read_text())
             process = from_spec(cls, data)
             missing = [f.name for f in fields(cls) if f.name not in data]
             if missing:
-                raise ValueError(
-                    f"it lacks {', '.join(missing)}, and a guess would sample another process"
-                )
+                raise ValueError(f"it lacks {', '.join(missing)}: add these fields as in training")
             return process
         except ValueError as error:
             raise ValueError(f"{path} is not a process record: {error}") from None

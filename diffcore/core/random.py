@@ -1,10 +1,12 @@
 """Keyed randomness: every random number is a pure function of (seed, stream, position, element).
 
-    key = the 64 bits of the seed;  counter = (element // 4, stream, position's low and high 32
-    bits) words = Philox4x32-10(key, counter);  normals = Box-Muller on (word + ½) 2^-32
+    key = the 64 bits of the seed
+    counter = (element // 4, stream, position's low and high 32 bits)
+    words = Philox4x32-10(key, counter)
+    normals = Box-Muller on (word + ½) 2^-32
 
-The numbers of a run therefore do not change when the run is resumed, when the number of ranks, data
-workers or accumulated micro-batches changes, or when other seeds are sampled in the same batch.
+The numbers therefore do not change when training is resumed, when the number of ranks, data workers
+or accumulated micro-batches changes, or when the other seeds of a batch change.
 Philox4x32-10: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". It consists of
 integer operations, so its words are equal on every device.
 """
@@ -26,9 +28,12 @@ ROUNDS = 10
 
 
 class Stream(IntEnum):
-    """The purpose of a random number. Equal seeds and positions in two streams are independent.
+    """The purpose of a random number; numbers of different streams are independent.
 
-    The values are part of the key, so changing one changes the results of every run.
+    The values are part of the key, so changing one changes the results of every seed.
+
+    Args:
+        value: number of the stream, part of the Philox counter.
     """
 
     ORDER = 0
@@ -51,12 +56,17 @@ def philox(
 ) -> tuple[Word, Word, Word, Word]:
     """Four 32-bit words of Philox4x32-10 for a key of two words and a counter of four.
 
-    The words are Python integers, or int64 arrays or tensors that broadcast and hold 32 bits each.
+    Args:
+        key: two words, each a Python integer or an int64 array or tensor of 32-bit values.
+        counter: four words of the same type, which broadcast against the key.
+
+    Returns:
+        Four words of the same type, of the broadcast shape.
     """
     k0, k1 = key
     c0, c1, c2, c3 = counter
     for _ in range(ROUNDS):
-        # The int64 products may overflow, but their low and high 32-bit halves are right.
+        # The int64 products may overflow, but their low and high 32-bit halves are correct.
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = (
             ((p1 >> 32) & MASK32) ^ c1 ^ k0,
@@ -81,7 +91,7 @@ def words(
         seed: 64-bit seed, an integer or an int64 tensor of shape (B,).
         stream: purpose of the numbers.
         position: 64-bit position in the stream, an integer or an int64 tensor of shape (B,).
-        count: words for each seed and position.
+        count: number of words for each seed and position.
         device: device of the result; the host by default.
     """
     pairs = torch.broadcast_tensors(torch.as_tensor(seed), torch.as_tensor(position))
@@ -90,8 +100,7 @@ def words(
     stream_word = torch.full_like(element, int(stream))
     counter = (element, stream_word, index & MASK32, (index >> 32) & MASK32)
     if element.device.type == "cpu":
-        # numpy gives the same integers with a tenth of the overhead of torch's 100 small
-        # operations.
+        # numpy computes the same integers with a tenth of the overhead of torch's 100 operations.
         block = philox(_numpy(key & MASK32, (key >> 32) & MASK32), _numpy(*counter))
         return torch.from_numpy(np.stack(np.broadcast_arrays(*block), -1)).flatten(1)[:, :count]
     return torch.stack(
@@ -100,6 +109,7 @@ def words(
 
 
 def _numpy(*tensors: Tensor) -> tuple[Any, ...]:
+    """The tensors as numpy arrays that share their memory."""
     return tuple(tensor.numpy() for tensor in tensors)
 
 
@@ -112,7 +122,7 @@ def uniform(seed: int | Tensor, stream: Stream, position: int | Tensor, count: i
         seed: 64-bit seed, an integer or an int64 tensor of shape (B,).
         stream: purpose of the numbers.
         position: 64-bit position in the stream, an integer or an int64 tensor of shape (B,).
-        count: numbers for each seed and position.
+        count: number of values for each seed and position.
     """
     high, low = words(seed, stream, position, 2 * count).unflatten(1, (count, 2)).unbind(-1)
     return (((high << 20) | (low >> 12)).double() + 0.5) * 2.0**-52
@@ -139,7 +149,7 @@ def normal(
         dtype: dtype of the result.
     """
     count = math.prod(shape)
-    if device is not None and device.type == "mps":  # has no float64
+    if device is not None and device.type == "mps":  # mps has no float64
         return normal(seed, stream, position, shape, None, dtype).to(device)
     u = (words(seed, stream, position, count + count % 2, device).double() + 0.5) * 2.0**-32
     radius, angle = (-2 * u[:, 0::2].log()).sqrt(), 2 * math.pi * u[:, 1::2]

@@ -1,13 +1,12 @@
-"""Resampling the noise levels: t is drawn from a density q learned from the losses, and the loss is
-divided by q.
+"""Adaptive sampling of noise levels: t is drawn from a density q that is fitted to the losses.
 
-    t = Q(u),  q(t) = K π_k on the k-th of K equal bins of [0, 1],  E_q[L(t)/q(t)] = E[L(t)]
-    whatever q
+    t = Q(u),  q(t) = K π_k on the k-th of K equal bins of [0, 1]
+    E_q[L(t)/q(t)] = E[L(t)] for every q
 
-so the objective is the same and its estimate varies less: E_q[(L/q)²] is least for π_k ∝ √E[L² |
-bin k]. λ(Q(u)) is again a monotone schedule with the ends of the given one. What is learned is a
-few numbers on the host, a function of the losses of whole global batches, so it is the same on
-every rank and travels with the checkpoint.
+The loss is divided by q, so the objective does not change and its estimate has a lower variance:
+E_q[(L/q)²] is minimal for π_k ∝ √E[L² | bin k]. λ(Q(u)) is again a monotone schedule with the same
+ends. The state is a few numbers on the host, a function of the losses of whole global batches, so
+it is equal on every rank and part of the checkpoint.
 """
 
 from abc import ABC, abstractmethod
@@ -16,15 +15,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+__all__ = ["LearnedSchedule", "Resampler", "ResamplerState", "SecondMoment"]
+
 ResamplerState = dict[str, Tensor]
+"""The fitted numbers of a resampler by name, float64 tensors on the host."""
 
 
 class Resampler(ABC):
-    """Learns π from losses. Immutable: what it has learned is passed in and out, float64 on the
-    host.
+    """Fits the bin probabilities π to the losses.
 
-    Args of every resampler: `bins` K, `floor` the share of draws that stay uniform, and
-    `update_interval`, the steps between updates (each waits once for the device).
+    It is immutable: `update` takes a state and returns a new one.
+
+    Attributes:
+        bins: number K of equal bins of t in [0, 1], at least 2.
+        floor: fraction of the draws that stay uniform, in (0, 1).
+        update_interval: number of steps between updates; each update waits once for the device.
     """
 
     bins: int
@@ -44,24 +49,36 @@ class Resampler(ABC):
 
     @abstractmethod
     def initial_state(self) -> ResamplerState:
-        """What is known before the first loss."""
+        """The state before the first loss.
+
+        Returns:
+            A state whose density is uniform.
+        """
 
     @abstractmethod
     def _preferred(self, state: ResamplerState) -> Tensor:
-        """π before the floor, (K,)."""
+        """π (K,) before the floor is applied."""
 
     @abstractmethod
     def update(self, state: ResamplerState, times: Tensor, losses: Tensor) -> ResamplerState:
-        """What is known after losses L(t), not divided by q, at times t drawn from q; both (N,), in
-        the order of the run.
+        """The state after further losses.
+
+        Args:
+            state: state of the resampler, from `initial_state` or `update`.
+            times: times t (N,) drawn from q, float64 on the host, in the order of the global
+                batches.
+            losses: losses L(t) (N,), not divided by q; entries that are not finite are ignored.
+
+        Returns:
+            A new state; the given one is unchanged.
         """
 
     def masses(self, state: ResamplerState) -> Tensor:
-        """π (K,), at least floor / K each."""
+        """The bin probabilities π (K,), each at least floor / K."""
         return self.floor / self.bins + (1 - self.floor) * self._preferred(state)
 
     def times(self, state: ResamplerState, u: Tensor) -> Tensor:
-        """Q(u), the times of u ~ U(0, 1)."""
+        """The quantiles Q(u) for u ~ U(0, 1), of the shape of u: times with density q."""
         masses = self.masses(state)
         ends = masses.cumsum(0)
         k = torch.searchsorted(ends, u.contiguous()).clamp(max=self.bins - 1)
@@ -69,30 +86,45 @@ class Resampler(ABC):
         return ((k + within) / self.bins).clamp(2.0**-53, 1 - 2.0**-53)
 
     def density(self, state: ResamplerState, t: Tensor, steps: int | None) -> Tensor:
-        """q(t); of a table's level t = i/T, T times the probability of its cell ((i-1)/T, i/T]."""
+        """q(t), of the shape of t.
+
+        For a table of T levels, the density of t = i/T is T times the probability of
+        ((i-1)/T, i/T].
+
+        Args:
+            state: state of the resampler, from `initial_state` or `update`.
+            t: times in (0, 1], float64 on the host.
+            steps: number T of levels of a table; None for a continuous schedule.
+        """
         if steps is None:
             return self.bins * self.masses(state)[self._bin(t)]
         return steps * (self._cdf(state, t) - self._cdf(state, t - 1 / steps))
 
     def _cdf(self, state: ResamplerState, t: Tensor) -> Tensor:
+        """The distribution function of q at t, of the shape of t."""
         masses, k = self.masses(state), self._bin(t)
         return masses.cumsum(0)[k] - masses[k] * (k + 1 - t * self.bins)
 
     def _bin(self, t: Tensor) -> Tensor:
+        """The index of the bin (k/K, (k+1)/K] of t, of the shape of t."""
         return ((t * self.bins).ceil() - 1).clamp(0, self.bins - 1).long()
 
 
 @dataclass(frozen=True)
 class SecondMoment(Resampler):
-    """π_k ∝ √(mean of the last H squared losses of bin k), uniform until every bin has H of them.
+    """π_k ∝ √(mean of the last H squared losses of bin k), uniform until every bin has H losses.
 
-    Nichol & Dhariwal 2021 (2102.09672, eq. 18): K = 1000 timesteps, H = 10, floor 0.001.
+    Source: Nichol & Dhariwal 2021 (2102.09672, eq. 18), with K = 1000 timesteps, H = 10, floor
+    0.001.
 
     Args:
-        bins: K.
-        history: H.
-        floor: share of draws that stay uniform.
-        update_interval: steps between updates.
+        bins: number K of equal bins of t in [0, 1], at least 2.
+        history: number H of losses that are kept for each bin, at least 1.
+        floor: fraction of the draws that stay uniform, in (0, 1).
+        update_interval: number of steps between updates, at least 1.
+
+    Raises:
+        ValueError: a field is out of range.
     """
 
     bins: int = 100
@@ -109,7 +141,7 @@ class SecondMoment(Resampler):
         return {"losses": torch.full((self.bins, self.history), torch.nan, dtype=torch.float64)}
 
     def _preferred(self, state: ResamplerState) -> Tensor:
-        moments = state["losses"].square().mean(1).sqrt()  # NaN until the bin is full
+        moments = state["losses"].square().mean(1).sqrt()  # NaN until the bin has H losses
         if moments.isnan().any() or not moments.any():
             return torch.full((self.bins,), 1 / self.bins, dtype=torch.float64)
         return moments / moments.sum()
@@ -124,19 +156,26 @@ class SecondMoment(Resampler):
 
 @dataclass(frozen=True)
 class LearnedSchedule(Resampler):
-    """p = softmax(θ), π its mixture with the floor, θ by stochastic gradient descent on ln
-    E_q[(L/q)²], the loss's variance.
+    """π is a mixture of softmax(θ) and the floor; θ minimises the logarithm of E_q[(L/q)²].
 
-    ∂/∂θ_j E_q[(L/q)²] ∝ -E_q[(L/q)² p_k/π_k (1[k = j] - p_j)], k the bin of t: at rest π_k ∝ √E[L²
-    | k] above the floor. The step of bin j is times min(K, 1/p_j), so that a few tens of updates
-    suffice for any K. Kingma et al. 2021 (2107.00630, section 5.1 and appendix I.2), whose network
-    is here a monotone piecewise linear schedule of K pieces.
+    With p = softmax(θ) and k the bin of t, stochastic gradient descent follows
+
+        ∂/∂θ_j E_q[(L/q)²] ∝ -E_q[(L/q)² p_k/π_k (1[k = j] - p_j)]
+
+    which vanishes at π_k ∝ √E[L² | k] above the floor. The step of bin j is multiplied by
+    min(K, 1/p_j), so that a few tens of updates suffice for any K. In the source, a network defines
+    the schedule; here it is a monotone piecewise linear function of K pieces.
+
+    Source: Kingma et al. 2021 (2107.00630, section 5.1 and appendix I.2).
 
     Args:
-        bins: K.
-        rate: of the descent, for an update; at least 1 would overshoot.
-        floor: share of draws that stay uniform.
-        update_interval: steps between updates.
+        bins: number K of equal bins of t in [0, 1], at least 2.
+        rate: step size of the gradient descent, in (0, 1); larger steps would overshoot.
+        floor: fraction of the draws that stay uniform, in (0, 1).
+        update_interval: number of steps between updates, at least 1.
+
+    Raises:
+        ValueError: a field is out of range.
     """
 
     bins: int = 50

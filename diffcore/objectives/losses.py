@@ -1,5 +1,6 @@
-"""What the error of the network's own target costs, element by element. All cost e² where e is
-small.
+"""Losses: functions ρ of the error of the network's target, applied elementwise.
+
+All of them equal e² to leading order at e = 0.
 """
 
 import math
@@ -9,20 +10,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+__all__ = ["Huber", "Loss", "PseudoHuber", "SquaredError"]
+
 
 class Loss(ABC):
-    """ρ(e) of an error e; a loss other than the squared one weighs errors in the network's own
-    target.
+    """A function ρ(e) of the error of the network's target.
+
+    Only the squared error gives the same objective for every prediction type.
     """
 
     @abstractmethod
     def __call__(self, error: Tensor) -> Tensor:
-        """ρ(e), elementwise."""
+        """ρ(e), elementwise, of the shape of the error."""
 
 
 @dataclass(frozen=True)
 class SquaredError(Loss):
-    """ρ(e) = e²: the network learns the posterior mean."""
+    """ρ(e) = e²: the minimiser is the posterior mean."""
 
     def __call__(self, error: Tensor) -> Tensor:
         return error**2
@@ -30,10 +34,15 @@ class SquaredError(Loss):
 
 @dataclass(frozen=True)
 class Huber(Loss):
-    """ρ(e) = e² for |e| ≤ δ, else δ(2|e| - δ). Huber 1964, times 2.
+    """ρ(e) = e² for |e| ≤ δ, else δ(2|e| - δ).
+
+    Source: Huber 1964, multiplied by 2.
 
     Args:
-        delta: δ > 0, in units of the target.
+        delta: threshold δ > 0 between the two branches, in units of the target.
+
+    Raises:
+        ValueError: δ is not positive and finite.
     """
 
     delta: float = 1.0
@@ -49,11 +58,15 @@ class Huber(Loss):
 
 @dataclass(frozen=True)
 class PseudoHuber(Loss):
-    """ρ(e) = 2δ²(√(1 + (e/δ)²) - 1), smooth. Charbonnier et al. 1997; for diffusion: Khrapov et al.
-    2024 (2403.16728).
+    """ρ(e) = 2δ²(√(1 + (e/δ)²) - 1), a smooth function.
+
+    Sources: Charbonnier et al. 1997; for diffusion Khrapov et al. 2024 (2403.16728).
 
     Args:
-        delta: δ > 0, in units of the target.
+        delta: scale δ > 0 of the error from which ρ is linear, in units of the target.
+
+    Raises:
+        ValueError: δ is not positive and finite.
     """
 
     delta: float = 1.0
@@ -62,9 +75,11 @@ class PseudoHuber(Loss):
         _check(self.delta)
 
     def __call__(self, error: Tensor) -> Tensor:
-        return 2 * error**2 / (1 + (1 + (error / self.delta) ** 2).sqrt())  # without the difference
+        # The difference of the definition would cancel where e is much smaller than δ.
+        return 2 * error**2 / (1 + (1 + (error / self.delta) ** 2).sqrt())
 
 
 def _check(delta: float) -> None:
+    """Raise ValueError if δ is not positive and finite."""
     if not 0 < delta < math.inf:
         raise ValueError(f"delta is {delta}, expected a positive finite error")

@@ -1,12 +1,11 @@
-"""The training loss: per sample, the weighted squared error of the network's own target at a drawn
-noise level.
+"""The training loss: the weighted squared error of the network's target at a random noise level.
 
-    L_i = w_F(λ_i) mean |F(x_i, λ_i) - F_i|²,   x_i = α x_0 + σ ε,   λ_i = λ(t_i),   w_F = w
-    |∂x_0/∂F|²
+    L_i = w_F(λ_i) mean |F(x_i, λ_i) - F_i|²
+    x_i = α x_0 + σ ε,  λ_i = λ(t_i),  w_F = w |∂x_0/∂F|²
 
-Averaged over the batch this is E w(λ) |x̂_0 - x_0|² with λ of density p: the effective weight is
-w(λ) p(λ). `corrected` divides by p, so that it is w(λ) alone; a resampler draws t by another
-density and divides by it, which changes the variance and no expectation.
+Its expectation is E w(λ) |x̂_0 - x_0|² with λ of density p: the effective weight is w(λ) p(λ).
+`corrected` divides by p, so that the effective weight is w(λ). A resampler draws t from another
+density and divides by it, which changes the variance and not the expectation.
 """
 
 from dataclasses import dataclass, field
@@ -26,18 +25,21 @@ from diffcore.objectives.uncertainty import Uncertainty
 from diffcore.objectives.weighting import MSE, Weight
 from diffcore.schedules import Level, Schedule
 
+__all__ = ["Draw", "Objective", "SampleKey", "TimeSampling"]
+
 TimeSampling = Literal["stratified", "independent"]
+"""Rule by which the times of a batch are drawn."""
 
 
 @dataclass(frozen=True)
 class SampleKey:
-    """Where samples stand in a run: the key of everything random about them.
+    """The position of samples in a training run: the key of all their random numbers.
 
     Args:
-        seed: of the run.
-        step: the optimizer step.
-        index: int64 host tensor (B,), each sample's place in the step's global batch.
-        batch: size of the global batch, over ranks and accumulation.
+        seed: 64-bit seed of the run.
+        step: number of the optimizer step.
+        index: index of each sample in the step's global batch, an int64 host tensor (B,).
+        batch: size of the global batch, the sum over ranks and accumulation.
     """
 
     seed: int
@@ -47,20 +49,20 @@ class SampleKey:
 
     @property
     def position(self) -> Tensor:
-        """(B,) place of each sample in the whole run."""
+        """The index of each sample in the whole run, of shape (B,)."""
         return self.step * self.batch + self.index
 
 
 class Draw(NamedTuple):
-    """What a training step draws for its samples.
+    """The random numbers of a training step.
 
     Args:
-        level: noise levels, on the host: one a sample, or a map of levels of the shape of x_0.
-        noise: ε, the network's target.
-        dropout_mask: (B,) who loses the condition.
-        importance: (B,) float64 on the host, 1 over the density of the draw where the objective is
-            corrected for it.
-        perturbation: what x has in noise beyond ε (DDPM-IP), none by default.
+        level: noise levels on the host: one per sample, or a map of levels of the shape of x_0.
+        noise: ε (B, *shape), which the network's target contains.
+        dropout_mask: True (B,) for samples whose condition is replaced by the null label.
+        importance: factor (B,) of the loss, float64 on the host: 1 over the density of the draw if
+            the objective is corrected for it.
+        perturbation: further noise (B, *shape) in x that the target lacks (DDPM-IP); None for none.
     """
 
     level: Level
@@ -72,22 +74,26 @@ class Draw(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """The weighted error, one value a sample.
+    """The weighted error, one value per sample.
 
     Args:
-        weight: w(λ) on the squared x_0 error.
-        levels: stratified, t_i = U + i/B mod 1 over the global batch (Kingma et al. 2021,
-            2107.00630, I.1: each t is uniform, the batch even), or independent.
+        weight: weight w(λ) of the squared x_0 error.
+        levels: sampling of t: stratified, t_i = U + i/B mod 1 over the global batch, which is
+            uniform for each i and even over the batch (Kingma et al. 2021, 2107.00630, I.1), or
+            independent.
         corrected: whether the loss is divided by p(λ), which makes w the effective weight.
-        resampler: draws t where losses are large, and divides by how much more it does.
-        loss: what an error of the network's target costs; other than squared, it is not the same
-            for every prediction type.
-        coupling: which noise meets which sample.
-        perturbation: γ of DDPM-IP: x is made with ε + γ ξ, the target stays ε (Ning et al. 2023,
-            2301.11706, Algorithm 2; 0.1).
-        offset: s of offset noise: ε + s z with one z a channel is the noise and the target
-            (Guttenberg 2023; 0.1).
-        uncertainty: divides each level's loss by what it is expected to be.
+        resampler: adaptive density of t, by which the loss is divided; None draws t uniformly.
+        loss: function of the error of the network's target; any other than SquaredError depends on
+            the prediction type.
+        coupling: pairing of the noise with the samples of a batch.
+        perturbation: strength γ of DDPM-IP: x contains ε + γ ξ, the target ε (Ning et al. 2023,
+            2301.11706, Algorithm 2, γ = 0.1); 0 is off.
+        offset: strength s of offset noise: ε + s z, with one normal z per channel, replaces ε in x
+            and in the target (Guttenberg 2023, s = 0.1); 0 is off.
+        uncertainty: fitted expected loss of each level, by which its loss is divided; None is off.
+
+    Raises:
+        ValueError: a field is out of range, or resampler and uncertainty are combined.
     """
 
     weight: Weight = field(default_factory=MSE)
@@ -110,13 +116,14 @@ class Objective:
                 )
         if self.resampler and self.uncertainty:
             raise ValueError(
-                "resampler and uncertainty both even out the losses of the levels: choose one of "
-                "them"
+                "resampler and uncertainty both even out the losses of the levels: choose one"
             )
 
     def check(self, process: Process) -> None:
-        """Raise where a level that training draws has no finite loss, or the options do not fit the
-        levels of a table.
+        """Raise ValueError if a drawn level has no finite loss or an option does not fit a table.
+
+        Args:
+            process: process of the network.
         """
         schedule, level = process.schedule, process.schedule.level(_extremes(process.schedule))
         if schedule.steps is not None:
@@ -128,9 +135,8 @@ class Objective:
         if infinite:
             raise ValueError(
                 f"{self.weight} is infinite at λ = {infinite[-1]:g} for {process.prediction}, and "
-                f"{schedule} "
-                "draws that level: use a bounded weight (MinSNR) or a schedule that ends at a "
-                "finite λ (Truncated)"
+                f"{schedule} draws that level: use a bounded weight (MinSNR) or a schedule that "
+                "ends at a finite λ (Truncated)"
             )
         if level.sigma.float().isinf().any():
             raise ValueError(
@@ -139,11 +145,11 @@ class Objective:
             )
 
     def _check_table(self, schedule: Schedule, steps: int) -> None:
+        """Raise ValueError if an option does not fit the levels of a table."""
         if self.corrected:
             raise ValueError(
                 "corrected divides by the density of λ, which the levels of a table do not have: "
-                f"draw every t of {schedule} "
-                f"with Truncated"
+                f"use {schedule} in Truncated, which draws continuous t"
             )
         if self.resampler and self.resampler.bins > steps:
             raise ValueError(
@@ -151,8 +157,11 @@ class Objective:
             )
 
     def times(self, key: SampleKey, state: ResamplerState | None = None) -> Tensor:
-        """(B,) float64 times in (0, 1] for the samples at `place`, given what the resampler has
-        learned.
+        """Times t of shape (B,), float64, in (0, 1].
+
+        Args:
+            key: key of the samples.
+            state: state of the resampler; None draws t uniformly.
         """
         if self.levels == "stratified":
             u = (uniform(key.seed, Stream.LEVEL, key.step)[0] + key.index.double() / key.batch) % 1
@@ -167,8 +176,16 @@ class Objective:
         device: torch.device | None = None,
         state: ResamplerState | None = None,
     ) -> Draw:
-        """TimeSampling, noise and condition dropout of the samples at `place`: a function of the
-        place, and of what was learned.
+        """Noise levels, noise and dropout of B samples, a function of the key and the state.
+
+        Args:
+            process: process of the network.
+            key: key of the samples.
+            device: device of the noise and the mask; the host by default.
+            state: state of the resampler; None draws t uniformly.
+
+        Returns:
+            The draw; noise has shape (B, *process.shape).
         """
         schedule = process.schedule
         times = schedule.training_times(self.times(key, state))
@@ -191,8 +208,12 @@ class Objective:
         return Draw(level, noise, dropout_mask.to(device), importance, extra)
 
     def oversampling(self, process: Process, times: Tensor, state: ResamplerState | None) -> Tensor:
-        """(B,) q(t): how much more often than uniformly the drawn times come; 1 without a
-        resampler.
+        """The density q(t) of the draws relative to uniform ones, of shape (B,).
+
+        Args:
+            process: process of the network.
+            times: times (B,) of the draws.
+            state: state of the resampler; None, or an objective without resampler, gives 1.
         """
         if self.resampler is None or state is None:
             return torch.ones_like(times)
@@ -206,12 +227,17 @@ class Objective:
         draw: Draw,
         log_variance: nn.Module | None = None,
     ) -> Tensor:
-        """(B,) losses of the denoiser's network at α x_0 + σ ε; with `uncertainty`, given its
-        module.
+        """The loss of each sample at α x_0 + σ ε, of shape (B,).
+
+        Args:
+            denoiser: network with its process.
+            x0: clean samples (B, *shape).
+            condition: int64 class labels (B,); None for no condition.
+            draw: random numbers of the samples, from `draw`.
+            log_variance: module u(λ) of `uncertainty`; None gives the loss without it.
         """
-        x0 = x0.to(
-            torch.promote_types(x0.dtype, torch.float32)
-        )  # levels and errors of half-precision data too
+        # Levels and errors of half-precision data are computed in float32.
+        x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
         process, level = denoiser.process, draw.level.to(x0)
         noise = self.coupling(x0, draw.noise, condition)
         if condition is not None:
@@ -231,7 +257,7 @@ class Objective:
 
 
 def _extremes(schedule: Schedule) -> Tensor:
-    """Every time of a table; else the two that one draw in a billion goes beyond."""
+    """All times of a table; else the two quantiles that one draw in 10^9 exceeds."""
     if schedule.steps is not None:
         return torch.arange(1, schedule.steps + 1, dtype=torch.float64) / schedule.steps
     return torch.tensor([1e-9, 1 - 1e-9], dtype=torch.float64)

@@ -1,8 +1,8 @@
-"""Learned uncertainty: the loss of each noise level is divided by what it is expected to be,
-learned beside the network.
+"""Learned uncertainty: the loss of each noise level is divided by its fitted expectation.
 
-L' = L / e^{u(λ)} + u(λ),  least at u(λ) = ln E[L | λ], where every level's gradient has the same
-size
+    L' = L / e^{u(λ)} + u(λ)
+
+L' is minimal at u(λ) = ln E[L | λ], where the gradients of all levels have the same size.
 """
 
 import math
@@ -13,10 +13,16 @@ from torch import Tensor, nn
 
 from diffcore.core.random import Stream, normal, uniform
 
+__all__ = ["LogVariance", "Uncertainty"]
+
 
 class LogVariance(nn.Module):
-    """u(λ), (B,) of λ (B,): linear in the features √2 cos(2π(f_i λ/8 + φ_i)) with f_i ~ N(0, 1),
-    φ_i ~ U(0, 1); 0 at first.
+    """u(λ), a linear function of random Fourier features, 0 at initialisation.
+
+        √2 cos(2π(f_i λ/8 + φ_i)),  f_i ~ N(0, 1),  φ_i ~ U(0, 1)
+
+    Args:
+        features: number of features.
     """
 
     frequency: Tensor
@@ -31,6 +37,7 @@ class LogVariance(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, logsnr: Tensor) -> Tensor:
+        """u(λ) of shape (B,), for λ of shape (B,)."""
         bounded = logsnr.clamp(-80, 80) / 8
         features = (
             math.sqrt(2) * (2 * math.pi * (bounded[:, None] * self.frequency + self.phase)).cos()
@@ -41,11 +48,15 @@ class LogVariance(nn.Module):
 
 @dataclass(frozen=True)
 class Uncertainty:
-    """u(λ) of EDM2 (Karras et al. 2024, 2312.02696, eq. 21 and appendix B.2), trained by the
-    network's optimizer.
+    """Fits u(λ) of EDM2, trained by the optimizer of the network.
+
+    Source: Karras et al. 2024 (2312.02696, eq. 21 and appendix B.2).
 
     Args:
-        features: random Fourier features of λ.
+        features: number of random Fourier features of λ, at least 1.
+
+    Raises:
+        ValueError: there is no feature.
     """
 
     features: int = 128
@@ -55,5 +66,9 @@ class Uncertainty:
             raise ValueError(f"features is {self.features}, expected at least 1")
 
     def module(self) -> LogVariance:
-        """The u to train; part of the run, not of the model."""
+        """A new module u(λ) for training.
+
+        Returns:
+            The module, which is part of the training state and not of the network.
+        """
         return LogVariance(self.features)

@@ -1,9 +1,12 @@
-"""Loss weights: one function w(λ) on the squared x_0 error. The loss is w(λ) |x̂_0 - x_0|²,
-whatever the network outputs.
+"""Loss weights: one function w(λ) of the squared x_0 error, for every prediction type.
 
-In the network's own target F the same loss is w_F(λ) |F̂ - F|² with w_F = w |∂x_0/∂F|²: w_eps =
-w/SNR, w_v = w/(SNR+1), w_flow = w/(1+√SNR)². Weights are kept as ln w, so that the quotient is a
-difference, and its limits at λ = ±inf are right.
+The loss is w(λ) |x̂_0 - x_0|². In terms of the network's target F it is w_F(λ) |F̂ - F|² with
+w_F = w |∂x_0/∂F|²:
+
+    w_eps = w/SNR,  w_v = w/(SNR+1),  w_flow = w/(1+√SNR)²
+
+Weights are represented as ln w, so that the quotient is a difference and its limits at λ = ±inf
+are correct.
 """
 
 import math
@@ -17,27 +20,60 @@ from torch.nn.functional import logsigmoid
 
 from diffcore.core.prediction import PredictionType, log_gain
 
-FAR = 1000.0  # beyond the logarithm of every float
+__all__ = [
+    "EDM",
+    "ELBO",
+    "MSE",
+    "P2",
+    "DebiasedWeight",
+    "MinSNR",
+    "SigmoidWeight",
+    "SoftMinSNR",
+    "TruncatedSNR",
+    "Weight",
+]
+
+FAR = 1000.0
+"""A |λ| beyond the logarithm of every float, where ln w is linear."""
 
 
 class Weight(ABC):
-    """w(λ) on the squared x_0 error, in float64 on the host.
+    """A weight w(λ) of the squared x_0 error, in float64 on the host.
 
-    A subclass gives ln w at finite λ, with a tail e^{kλ} at either end.
+    A subclass defines ln w at finite λ, which is asymptotically linear in λ at both ends.
     """
 
     @abstractmethod
     def log(self, logsnr: Tensor, sigma_data: float) -> Tensor:
-        """Ln w(λ) at finite λ, for data of standard deviation `sigma_data`."""
+        """ln w(λ) at finite λ, of the shape of λ.
+
+        Args:
+            logsnr: finite λ, float64 on the host.
+            sigma_data: standard deviation s of the data; only edm weights and targets depend on it.
+        """
 
     def __call__(self, logsnr: Tensor, sigma_data: float = 0.5) -> Tensor:
-        """w(λ), with the right limits at λ = ±inf: 0, finite, or inf."""
+        """w(λ), of the shape of λ, with the correct limit at λ = ±inf: 0, finite, or inf.
+
+        Args:
+            logsnr: λ, of any shape.
+            sigma_data: standard deviation s of the data; only edm weights and targets depend on it.
+        """
         return self.target_weight("sample", logsnr, sigma_data)
 
     def target_weight(
         self, prediction_type: PredictionType, logsnr: Tensor, sigma_data: float
     ) -> Tensor:
-        """w_F(λ) = w(λ) |∂x_0/∂F|², the weight on the squared error of the network's own target."""
+        """w_F(λ) = w(λ) |∂x_0/∂F|², the weight of the squared error of F, of the shape of λ.
+
+        Args:
+            prediction_type: the network's target F.
+            logsnr: λ, of any shape; ±inf gives the limit.
+            sigma_data: standard deviation s of the data; only edm weights and targets depend on it.
+
+        Returns:
+            w_F, float64 on the host: 0, finite, or inf.
+        """
 
         def log_weight(logsnr: Tensor) -> Tensor:
             return self.log(logsnr, sigma_data) + log_gain(prediction_type, logsnr, sigma_data)
@@ -45,7 +81,7 @@ class Weight(ABC):
         logsnr = logsnr.to("cpu", torch.float64)
         end = logsnr.sign() * FAR
         last = log_weight(end)
-        slope = log_weight(end + logsnr.sign()) - last  # towards that end
+        slope = log_weight(end + logsnr.sign()) - last  # of ln w towards λ = ±inf
         limit = torch.where(slope.abs() < 1e-9, last, slope.sign() * math.inf)
         infinite = logsnr.isinf()
         return torch.where(infinite, limit, log_weight(logsnr.masked_fill(infinite, 0.0))).exp()
@@ -53,14 +89,19 @@ class Weight(ABC):
 
 @dataclass(frozen=True)
 class MSE(Weight):
-    """w = 1 / |∂x_0/∂F|²: the plain squared error of a target F, which need not be the network's
-    own.
+    """w = 1 / |∂x_0/∂F|²: the squared error of a target F, which may differ from the network's.
 
-    epsilon: SNR;  sample: 1;  v_prediction: SNR + 1;  flow_prediction: (1 + √SNR)²;  edm: SNR +
-    1/s², which is EDM's weight.
+        epsilon            SNR
+        sample             1
+        v_prediction       SNR + 1
+        flow_prediction    (1 + √SNR)²
+        edm                SNR + 1/s², the weight of EDM
 
     Args:
-        target: the quantity whose squared error counts.
+        target: quantity F whose squared error is the loss.
+
+    Raises:
+        ValueError: the target is unknown; the message lists the known ones.
     """
 
     target: PredictionType = "v_prediction"
@@ -77,10 +118,11 @@ class MSE(Weight):
 
 @dataclass(frozen=True)
 class EDM(Weight):
-    """w = SNR + 1/s² = (σ² + s²) / (σ s)² with σ = σ/α: 1 on the output of the preconditioned
-    network (equal to MSE("edm")).
+    """w = SNR + 1/s² = (σ² + s²) / (σ s)², with σ the noise level σ/α of x/α.
 
-    Karras et al. 2022 (2206.00364, Table 1, λ(σ)).
+    It is 1 on the output of the preconditioned network, and equal to MSE("edm").
+
+    Source: Karras et al. 2022 (2206.00364, Table 1, λ(σ)).
     """
 
     def log(self, logsnr: Tensor, sigma_data: float) -> Tensor:
@@ -89,11 +131,16 @@ class EDM(Weight):
 
 @dataclass(frozen=True)
 class ELBO(Weight):
-    """w = SNR / 2, ½ on the ε error: with `corrected` the loss is the evidence bound's diffusion
-    term, nats a dimension.
+    """w = SNR / 2, which is ½ on the ε error.
 
-    -½ ∫ |x_0 - x̂_0|² dSNR = ½ ∫ |ε - ε̂|² dλ does not depend on the schedule between its ends.
-    Kingma et al. 2021 (2107.00630, eq. 18).
+    With `corrected` the loss is the diffusion term of the evidence lower bound, in nats per
+    dimension:
+
+        -½ ∫ |x_0 - x̂_0|² dSNR = ½ ∫ |ε - ε̂|² dλ
+
+    It depends on the schedule only through its two ends.
+
+    Source: Kingma et al. 2021 (2107.00630, eq. 18).
     """
 
     def log(self, logsnr: Tensor, sigma_data: float) -> Tensor:
@@ -102,11 +149,15 @@ class ELBO(Weight):
 
 @dataclass(frozen=True)
 class MinSNR(Weight):
-    """w = min(SNR, γ). Hang et al. 2023 (2303.09556, eq. 9); on ε it is min(1, γ/SNR), on v
-    min(SNR, γ)/(SNR+1).
+    """w = min(SNR, γ), which is min(1, γ/SNR) on ε and min(SNR, γ)/(SNR+1) on v.
+
+    Source: Hang et al. 2023 (2303.09556, eq. 9).
 
     Args:
-        gamma: γ > 0.
+        gamma: upper bound γ > 0 of the weight.
+
+    Raises:
+        ValueError: γ is not positive and finite.
     """
 
     gamma: float = 5.0
@@ -120,11 +171,15 @@ class MinSNR(Weight):
 
 @dataclass(frozen=True)
 class SoftMinSNR(Weight):
-    """w = SNR γ / (SNR + γ), the smooth minimum of both. Crowson et al. 2024 (2401.11605, whose γ
-    of 4 is 1/s² at s = ½).
+    """w = SNR γ / (SNR + γ), a smooth minimum of SNR and γ.
+
+    Source: Crowson et al. 2024 (2401.11605), whose γ = 4 is 1/s² at s = ½.
 
     Args:
-        gamma: γ > 0.
+        gamma: limit γ > 0 of the weight at infinite SNR.
+
+    Raises:
+        ValueError: γ is not positive and finite.
     """
 
     gamma: float = 4.0
@@ -139,13 +194,17 @@ class SoftMinSNR(Weight):
 
 @dataclass(frozen=True)
 class SigmoidWeight(Weight):
-    """w = SNR sigmoid(b - λ): VDM++'s monotone weight sigmoid(b - λ) on the ε error, equal to
-    SoftMinSNR(e^b).
+    """w = SNR sigmoid(b - λ), VDM++'s monotone weight sigmoid(b - λ) on the ε error.
 
-    Kingma & Gao 2023 (2303.00848, section 5); its weight is of ∫ dλ, so take it with `corrected`.
+    It is equal to SoftMinSNR(e^b). The source weights an integral over λ, which needs `corrected`.
+
+    Source: Kingma & Gao 2023 (2303.00848, section 5).
 
     Args:
-        bias: b.
+        bias: λ at which the sigmoid is ½, a finite number b.
+
+    Raises:
+        ValueError: b is not finite.
     """
 
     bias: float = 2.0
@@ -160,12 +219,15 @@ class SigmoidWeight(Weight):
 
 @dataclass(frozen=True)
 class TruncatedSNR(Weight):
-    """w = max(SNR, minimum): the ε loss that does not vanish for x_0 at pure noise.
+    """w = max(SNR, minimum): the ε loss with a weight of x_0 that does not vanish at pure noise.
 
-    Salimans & Ho 2022 (2202.00512, section 4, "truncated SNR", minimum = 1).
+    Source: Salimans & Ho 2022 (2202.00512, section 4, "truncated SNR", minimum = 1).
 
     Args:
-        minimum: > 0.
+        minimum: lower bound of the weight, positive.
+
+    Raises:
+        ValueError: the minimum is not positive and finite.
     """
 
     minimum: float = 1.0
@@ -179,12 +241,16 @@ class TruncatedSNR(Weight):
 
 @dataclass(frozen=True)
 class P2(Weight):
-    """w = SNR / (k + SNR)^γ, that is 1/(k + SNR)^γ on the ε error. Choi et al. 2022 (2204.00227,
-    eq. 8).
+    """w = SNR / (k + SNR)^γ, which is 1/(k + SNR)^γ on the ε error.
+
+    Source: Choi et al. 2022 (2204.00227, eq. 8).
 
     Args:
-        k: > 0.
-        gamma: γ ≥ 0; 0 is the plain ε error.
+        k: offset of the SNR, positive.
+        gamma: exponent γ ≥ 0; 0 is the plain ε error.
+
+    Raises:
+        ValueError: k is not positive, or γ is negative or not finite.
     """
 
     k: float = 1.0
@@ -202,8 +268,9 @@ class P2(Weight):
 
 @dataclass(frozen=True)
 class DebiasedWeight(Weight):
-    """w = √SNR, that is 1/√SNR on the ε error and √SNR/(SNR+1) on v. Yu et al. 2023 (2310.08442,
-    eq. 14).
+    """w = √SNR, which is 1/√SNR on the ε error and √SNR/(SNR+1) on v.
+
+    Source: Yu et al. 2023 (2310.08442, eq. 14).
     """
 
     def log(self, logsnr: Tensor, sigma_data: float) -> Tensor:
@@ -211,5 +278,6 @@ class DebiasedWeight(Weight):
 
 
 def _check_positive(name: str, value: float) -> None:
+    """Raise ValueError if a parameter is not positive and finite."""
     if not 0 < value < math.inf:
         raise ValueError(f"{name} is {value}, expected a positive finite number")

@@ -20,7 +20,7 @@ KNOTS = [
 
 
 def gram(intervals):
-    """Covariance of the increments, from their coefficients on independent normals."""
+    """The covariance of the increments, from their coefficients on independent normals."""
     rows = [increment_coefficients(t, s) for t, s in intervals]
     return torch.tensor(
         [[sum(a.get(m, 0.0) * c for m, c in b.items()) for a in rows] for b in rows],
@@ -29,9 +29,7 @@ def gram(intervals):
 
 
 def test_increments_of_the_path_are_independent_standard_normals():
-    """The covariance of neighbouring intervals, from the coefficients, is the identity on any
-    knots.
-    """
+    """The covariance of the increments of neighbouring intervals is the identity."""
     for knots in (KNOTS, KNOTS[::2], KNOTS[::3]):
         intervals = list(itertools.pairwise(knots))
         torch.testing.assert_close(
@@ -51,7 +49,7 @@ def test_increments_that_overlap_have_the_covariance_of_one_motion():
     )
 
 
-def test_path_noise_is_standard_normal_and_depends_on_its_seed_and_interval_alone():
+def test_path_noise_is_standard_normal_and_depends_only_on_seed_and_interval():
     t, s = KNOTS[5:7]
     batch = Noise(torch.arange(4000), (3,), dtype=torch.float64, path=True)
     z = batch.between(t, s, 7)
@@ -63,7 +61,7 @@ def test_path_noise_is_standard_normal_and_depends_on_its_seed_and_interval_alon
     assert torch.equal(batch.start(), Noise(torch.arange(4000), (3,), dtype=torch.float64).start())
 
 
-def test_blocks_do_not_change_the_path(monkeypatch):
+def test_the_block_size_does_not_change_the_path(monkeypatch):
     noise = Noise(torch.arange(5), (3,), path=True)
     together = noise.between(*KNOTS[5:7], 0)
     monkeypatch.setattr(diffcore.core.noise, "BLOCK", 1)
@@ -71,7 +69,7 @@ def test_blocks_do_not_change_the_path(monkeypatch):
 
 
 def test_steps_of_ddpm_compose_exactly_along_the_path():
-    """With x_0 fixed, one step of DDIM(1) ends at the same ε as any number of steps in between."""
+    """With x_0 fixed, one step of DDIM(1) ends at the same ε as several steps."""
     noise = Noise(torch.arange(3), (2,), dtype=torch.float64, path=True)
     nodes = (200_000, 300_000, 500_000, 510_000, 800_000)  # levels at nodes are not rounded
     logsnrs = [4 * math.log(k / (2**20 - k)) for k in nodes]

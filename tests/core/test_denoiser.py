@@ -1,9 +1,8 @@
-"""The denoiser: whatever a network outputs and however it is told its level, the same x_0 and ε
-come out.
-"""
+"""A denoiser gives the same (x_0, ε) for every prediction type and time conditioning."""
 
 import math
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
@@ -11,11 +10,19 @@ from torch import nn
 
 from diffcore.core.denoiser import Denoiser, null_condition
 from diffcore.core.noise import Noise
-from diffcore.core.process import TimeConditioning
+from diffcore.core.process import TimeConditioning, TimeVariable
 from diffcore.samplers import DDIM, AlphaBlending
 from diffcore.sampling.loop import integrate
 from diffcore.schedules import Cosine, Discrete, Explicit
-from tests.helpers.oracles import KINDS, SCALINGS, ExactNetwork, mixture, process, told_by, unet
+from tests.helpers.oracles import (
+    PREDICTION_TYPES,
+    SCALINGS,
+    ExactNetwork,
+    mixture,
+    process,
+    time_conditioning,
+    unet,
+)
 
 X = torch.tensor([[0.3, -0.2], [1.4, 0.9], [-2.0, 1.0], [4.0, -5.0]], dtype=torch.float64)
 NOISE = Noise(torch.arange(4), (2,), dtype=torch.float64)
@@ -23,46 +30,49 @@ KNOTS = Explicit((-9.0, -4.0, -1.0, 0.5, 2.0, 5.0, 9.0, math.inf))
 
 
 class Recorder(nn.Module):
-    """Keeps what it was given, and answers with x; a parameter gives it a dtype."""
+    """Records its inputs and returns x; a parameter defines its dtype."""
 
     def __init__(self, dtype=torch.float64, wrap=lambda x: x):
         super().__init__()
         self.weight = nn.Parameter(torch.ones((), dtype=dtype))
-        self.wrap, self.given = wrap, None
+        self.wrap, self.inputs = wrap, None
 
     def forward(self, x, time, **arguments):
-        self.given = (x, time, arguments)
+        self.inputs = (x, time, arguments)
         return self.wrap(x * self.weight)
 
 
-def exact(kind, scaling, **fields):
-    record = process(Cosine(scaling=scaling), prediction=kind, **fields)
+def exact(prediction_type, scaling, **fields):
+    record = process(Cosine(scaling=scaling), prediction=prediction_type, **fields)
     return Denoiser(ExactNetwork(mixture(record), record), record)
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("logsnr", (-8.0, -1.0, 0.0, 2.0, 8.0))
-def test_every_prediction_type_of_one_oracle_is_the_same_prediction(logsnr, kind, scaling):
-    """In float64; x_0 from epsilon and ε from sample lose e^(|λ|/2) = 55 times rounding at |λ| = 8."""
-    denoiser = exact(kind, scaling)
+def test_every_prediction_type_gives_the_prediction_of_the_oracle(logsnr, prediction_type, scaling):
+    """In float64; rounding errors of x_0 for epsilon and of ε for sample grow by e^(|λ|/2) = 55 at
+    |λ| = 8.
+    """
+    denoiser = exact(prediction_type, scaling)
     level = denoiser.process.schedule.at(logsnr)
     labels = torch.tensor([0, 1, 2, 1])
-    answer, truth = denoiser(X, level, labels), mixture()(X, level, labels)
-    torch.testing.assert_close(answer.x0, truth.x0, rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(answer.eps, truth.eps, rtol=1e-11, atol=1e-11)
+    prediction, truth = denoiser(X, level, labels), mixture()(X, level, labels)
+    torch.testing.assert_close(prediction.x0, truth.x0, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(prediction.eps, truth.eps, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("sampler", (DDIM(), DDIM(1.0), AlphaBlending(2)), ids=str)
 @pytest.mark.parametrize("scaling", SCALINGS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_c3_every_prediction_type_in_every_scaling_takes_the_same_trajectory(
-    kind, scaling, sampler
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_every_prediction_type_in_every_scaling_takes_the_same_trajectory(
+    prediction_type, scaling, sampler
 ):
-    """From one x/√(α²+σ²) at λ = -9; the network told t, the oracle told λ, so t(λ) is inverted as
-    well.
+    """All start at the same x/√(α²+σ²) at λ = -9.
+
+    The network receives t and the oracle λ, so the inverse of λ(t) is tested as well.
     """
-    denoiser, truth = exact(kind, scaling), mixture()
+    denoiser, truth = exact(prediction_type, scaling), mixture()
     knots, vp = (KNOTS.knots(p.schedule, 7) for p in (denoiser.process, truth.process))
     scale = (knots[0].alpha ** 2 + knots[0].sigma ** 2) ** 0.5
     x, evaluations = integrate(denoiser, sampler, scale * NOISE.start(), knots, NOISE)
@@ -71,10 +81,12 @@ def test_c3_every_prediction_type_in_every_scaling_takes_the_same_trajectory(
     assert evaluations == len(denoiser.network.calls)
 
 
-@pytest.mark.parametrize("kind", ("sample", "v_prediction", "flow_prediction", "edm"))
-@pytest.mark.parametrize("variable", ("index", "t", "logsnr", "sigma"))
-def test_a_network_inverts_what_it_is_told_whatever_the_variable(variable, kind):
-    denoiser = exact(kind, "flow", time=told_by(variable))
+@pytest.mark.parametrize(
+    "prediction_type", [name for name in PREDICTION_TYPES if name != "epsilon"]
+)
+@pytest.mark.parametrize("variable", get_args(TimeVariable))
+def test_the_prediction_is_exact_under_every_time_conditioning(variable, prediction_type):
+    denoiser = exact(prediction_type, "flow", time=time_conditioning(variable))
     level = denoiser.process.schedule.at(-1.5)
     torch.testing.assert_close(
         denoiser(X, level).x0, mixture()(X, level).x0, rtol=1e-11, atol=1e-11
@@ -82,11 +94,11 @@ def test_a_network_inverts_what_it_is_told_whatever_the_variable(variable, kind)
 
 
 @pytest.mark.parametrize("i", (0, 1, 499, 999))
-def test_a_table_network_is_told_the_index(i):
+def test_a_network_of_a_table_receives_the_index(i):
     record = process(Discrete(), time=TimeConditioning("index", 1000))
     network = Recorder()
     Denoiser(network, record)(X, record.schedule.level((i + 1) / 1000))
-    assert network.given[1].tolist() == pytest.approx([i] * 4, abs=1e-9)
+    assert network.inputs[1].tolist() == pytest.approx([i] * 4, abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -108,30 +120,30 @@ def test_a_table_network_is_told_the_index(i):
     ids=str,
 )
 @pytest.mark.parametrize("scaling", SCALINGS)
-def test_the_network_is_told_the_level_once_a_row(scaling, time, value):
+def test_the_network_receives_one_conditioning_number_per_sample(scaling, time, value):
     record, network = process(Cosine(scaling=scaling), time=time), Recorder()
     Denoiser(network, record)(X, record.schedule.at(-3.0))
-    assert network.given[1].tolist() == pytest.approx([value] * 4, rel=1e-12)
+    assert network.inputs[1].tolist() == pytest.approx([value] * 4, rel=1e-12)
 
 
-def test_a_clamped_network_can_be_told_pure_noise():
+def test_a_clamped_time_conditioning_is_finite_at_pure_noise():
     record, network = process(time=TimeConditioning("logsnr", 1.0, clamp=20.0)), Recorder()
     Denoiser(network, record)(X, record.schedule.level(1.0))
-    assert network.given[1].tolist() == [-20.0] * 4
+    assert network.inputs[1].tolist() == [-20.0] * 4
 
 
-def test_rows_may_stand_at_different_levels():
-    """As in training: values are float64 columns, cast to x before they meet it."""
+def test_samples_of_a_batch_may_have_different_levels():
+    """As in training: the levels are float64 columns, which are cast to the dtype of x."""
     record = process(prediction="edm")
     network, logsnrs = Recorder(), torch.tensor([-3.0, 0.0, 1.0, 4.0], dtype=torch.float64)
     level = record.schedule.at(logsnrs[:, None]).to(X)
-    answer = Denoiser(network, record)(X, level)
-    assert network.given[1].tolist() == pytest.approx(
+    prediction = Denoiser(network, record)(X, level)
+    assert network.inputs[1].tolist() == pytest.approx(
         (1000 * record.schedule.time(logsnrs) - 1).tolist()
     )
     for i, logsnr in enumerate(logsnrs.tolist()):
         alone = Denoiser(network, record)(X[i : i + 1], record.schedule.at(logsnr))
-        torch.testing.assert_close(answer.x0[i], alone.x0[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(prediction.x0[i], alone.x0[0], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -149,56 +161,58 @@ def test_edm_is_the_preconditioning_of_karras_et_al(s, logsnr, scaling):
     """2206.00364, Table 1, in its own variables: x/α and σ/α."""
     record, network = process(Cosine(scaling=scaling), prediction="edm", sigma_data=s), Recorder()
     level = record.schedule.at(logsnr)
-    answer = Denoiser(network, record)(X, level)
+    prediction = Denoiser(network, record)(X, level)
     x, sigma = X / level.alpha, level.sigma / level.alpha
     c_skip, c_out, c_in = (
         s**2 / (sigma**2 + s**2),
         sigma * s / (sigma**2 + s**2) ** 0.5,
         1 / (sigma**2 + s**2) ** 0.5,
     )
-    torch.testing.assert_close(network.given[0], c_in * x, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(network.inputs[0], c_in * x, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(
-        answer.x0, c_skip * x + c_out * network.given[0], rtol=1e-11, atol=1e-11
+        prediction.x0, c_skip * x + c_out * network.inputs[0], rtol=1e-11, atol=1e-11
     )
     torch.testing.assert_close(
-        level.alpha * answer.x0 + level.sigma * answer.eps, X, rtol=1e-11, atol=1e-11
+        level.alpha * prediction.x0 + level.sigma * prediction.eps, X, rtol=1e-11, atol=1e-11
     )
 
 
-@pytest.mark.parametrize("kind", ("epsilon", "sample", "v_prediction", "flow_prediction"))
-def test_other_networks_are_asked_about_x_itself(kind):
-    network, record = Recorder(), process(prediction=kind)
+@pytest.mark.parametrize("prediction_type", [name for name in PREDICTION_TYPES if name != "edm"])
+def test_the_input_of_other_networks_is_not_scaled(prediction_type):
+    network, record = Recorder(), process(prediction=prediction_type)
     Denoiser(network, record)(X, record.schedule.at(-2.0))
-    assert torch.equal(network.given[0], X)
+    assert torch.equal(network.inputs[0], X)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32, torch.float64))
-@pytest.mark.parametrize("own", (torch.bfloat16, torch.float32))
-def test_the_network_gets_its_own_dtype_and_the_prediction_keeps_that_of_x(own, dtype, kind):
-    network, record = Recorder(own), process(prediction=kind)
-    answer = Denoiser(network, record)(X.to(dtype), record.schedule.at(0.3))
-    assert network.given[0].dtype == own
-    assert answer.x0.dtype == answer.eps.dtype == dtype
+@pytest.mark.parametrize("parameters", (torch.bfloat16, torch.float32))
+def test_the_input_has_the_dtype_of_the_network_and_the_prediction_that_of_x(
+    parameters, dtype, prediction_type
+):
+    network, record = Recorder(parameters), process(prediction=prediction_type)
+    prediction = Denoiser(network, record)(X.to(dtype), record.schedule.at(0.3))
+    assert network.inputs[0].dtype == parameters
+    assert prediction.x0.dtype == prediction.eps.dtype == dtype
 
 
-def test_a6_low_precision_samples_do_not_round_the_time():
-    """bfloat16 keeps 8 bits: index 750 would be told as 752."""
+def test_low_precision_samples_do_not_round_the_time():
+    """bfloat16 has 8 significant bits and would round index 750 to 752."""
     record, network = process(Discrete()), Recorder(torch.bfloat16)
     Denoiser(network, record)(X.bfloat16(), record.schedule.level(0.751))
-    assert network.given[1].tolist() == pytest.approx([750] * 4, abs=1e-3)
+    assert network.inputs[1].tolist() == pytest.approx([750] * 4, abs=1e-3)
 
 
-def test_labels_reach_the_network_by_name_and_none_is_the_null_label():
+def test_labels_are_passed_by_keyword_and_none_is_the_null_label():
     network, record = Recorder(), process()
     level, labels = record.schedule.at(0.0), torch.tensor([0, 1, 2, 0])
     Denoiser(network, record)(X, level, labels)
-    assert network.given[2] == {"class_labels": labels}
+    assert network.inputs[2] == {"class_labels": labels}
     Denoiser(network, record)(X, level)
-    assert network.given[2]["class_labels"].tolist() == [record.classes] * len(X)
+    assert network.inputs[2]["class_labels"].tolist() == [record.classes] * len(X)
     unlabelled = process(classes=0)
     Denoiser(network, unlabelled)(X, level)
-    assert network.given[2] == {}
+    assert network.inputs[2] == {}
 
 
 def test_the_null_condition_is_the_label_after_the_last():
@@ -206,7 +220,7 @@ def test_the_null_condition_is_the_label_after_the_last():
     assert null_condition(process(classes=0), 3) is None
 
 
-def test_a_diffusers_unet_works_class_conditionally():
+def test_a_diffusers_unet_is_conditioned_on_the_class():
     network = unet()
     record = process(shape=(1, 8, 8))
     denoiser, level, x = (
@@ -215,14 +229,16 @@ def test_a_diffusers_unet_works_class_conditionally():
         torch.randn(3, 1, 8, 8),
     )
     with torch.no_grad():
-        answer = denoiser(x, level, torch.tensor([0, 1, 2]))
+        prediction = denoiser(x, level, torch.tensor([0, 1, 2]))
         F = network(
             x, torch.full((3,), 1000 * 0.4 - 1), class_labels=torch.tensor([0, 1, 2])
         ).sample
         torch.testing.assert_close(
-            answer.x0, level.alpha * x - level.sigma * F, rtol=1e-5, atol=1e-5
+            prediction.x0, level.alpha * x - level.sigma * F, rtol=1e-5, atol=1e-5
         )
         torch.testing.assert_close(
-            answer.eps, level.sigma * x + level.alpha * F, rtol=1e-5, atol=1e-5
+            prediction.eps, level.sigma * x + level.alpha * F, rtol=1e-5, atol=1e-5
         )
-        assert (denoiser(x, level, torch.tensor([1, 1, 1])).x0[0] - answer.x0[0]).abs().max() > 1e-3
+        assert (
+            denoiser(x, level, torch.tensor([1, 1, 1])).x0[0] - prediction.x0[0]
+        ).abs().max() > 1e-3

@@ -1,6 +1,4 @@
-"""The noise of a sampling run depends on the seed and the step alone, and its branches are
-independent.
-"""
+"""Sampling noise depends only on the seed and the step, and branches are independent."""
 
 import itertools
 import math
@@ -15,7 +13,7 @@ from diffcore.schedules import Cosine, Flow
 T, S = Cosine().at(-0.5), Cosine().at(0.0)
 
 
-def test_a_samples_noise_depends_on_its_seed_and_step_alone():
+def test_noise_of_a_sample_depends_only_on_its_seed_and_step():
     shape = (1, 3, 3)
     noise = Noise(torch.tensor([4, 9, 2]), shape)
     alone = Noise(torch.tensor([9]), shape)
@@ -43,13 +41,13 @@ def test_the_first_sample_has_the_standard_deviation_of_noised_data(level, scale
     )
 
 
-def test_without_a_path_noise_between_levels_is_the_steps():
+def test_without_a_path_noise_between_levels_is_that_of_the_step():
     noise = Noise(torch.arange(5), (3,))
     assert torch.equal(noise.between(T, S, 4), noise.step(4))
 
 
 @pytest.mark.parametrize("path", (False, True))
-def test_branches_are_independent_and_never_the_same(path):
+def test_branches_are_independent_and_have_different_channels(path):
     root = Noise(torch.arange(2000), (), dtype=torch.float64, path=path)
     branches = [
         root,
@@ -63,7 +61,7 @@ def test_branches_are_independent_and_never_the_same(path):
     assert (draws.corrcoef() - torch.eye(5)).abs().max() < 5 / math.sqrt(2000)
 
 
-def test_channels_of_all_branches_three_deep_differ_and_more_are_refused():
+def test_channels_of_branches_differ_and_deeper_branches_are_refused():
     noise = Noise(torch.arange(1), ())
     channels = [noise.channel]
     for indices in itertools.chain.from_iterable(

@@ -1,5 +1,6 @@
-"""The exact denoisers against formulas, quadrature and high-precision sums that share no code with
-them.
+"""The exact denoisers agree with formulas, quadrature and high-precision sums.
+
+The references share no code with the denoisers.
 """
 
 import math
@@ -26,10 +27,8 @@ def level_at(logsnr, scaling="vp"):
     return Cosine(scaling=scaling).at(logsnr)
 
 
-def by_hand(x, level, keep):
-    """ln p, E[x_0 | x] and E[ε | x] of the mixture of the components in `keep`, by solving with α²C
-    + σ²I.
-    """
+def reference(x, level, keep):
+    """ln p, E[x_0 | x] and E[ε | x] of the components in `keep`, by solving with α²C + σ²I."""
     a, s = level.alpha, level.sigma
     total = a**2 * COVARIANCES + s**2 * torch.eye(2, dtype=torch.float64)
     log_joint, x0, eps = [], [], []
@@ -59,14 +58,14 @@ def test_mixture_agrees_with_the_formula_for_the_components_of_the_condition(
 ):
     level = level_at(logsnr, scaling)
     labels = None if condition is None else torch.full((len(X),), condition)
-    log_density, x0, eps = by_hand(X, level, keep)
+    log_density, x0, eps = reference(X, level, keep)
     torch.testing.assert_close(mixture()(X, level, labels).x0, x0, **CLOSE)
     torch.testing.assert_close(mixture()(X, level, labels).eps, eps, **CLOSE)
     torch.testing.assert_close(mixture().log_density(X, level, labels), log_density, **CLOSE)
     torch.testing.assert_close(mixture().score(X, level, labels), -eps / level.sigma, **CLOSE)
 
 
-def test_each_row_has_its_own_condition_and_level():
+def test_samples_of_a_batch_may_have_different_conditions_and_levels():
     labels, logsnrs = (
         torch.tensor([0, 1, 2, 1]),
         torch.tensor([-3.0, 0.0, 1.0, 4.0], dtype=torch.float64),
@@ -81,9 +80,7 @@ def test_each_row_has_its_own_condition_and_level():
 @pytest.mark.parametrize("logsnr", (-3.0, 0.0, 3.0))
 @pytest.mark.parametrize("dimension", (1, 2))
 def test_mixture_agrees_with_quadrature_over_x0(dimension, logsnr):
-    """The trapezoid rule on a Gaussian is exact to rounding once its spacing is below the standard
-    deviation (0.2).
-    """
+    """The trapezoid rule on a Gaussian is exact to rounding if the spacing is below its std (0.2)."""
     means, covariances = MEANS[:, :dimension], COVARIANCES[:, :dimension, :dimension]
     oracle, level = (
         GaussianMixture(means, covariances, WEIGHTS, process=process(shape=(dimension,))),
@@ -121,14 +118,14 @@ def test_score_is_the_gradient_of_the_log_density(oracle, condition, logsnr, sca
 
 
 @pytest.mark.parametrize("scaling", ("vp", "flow"))
-def test_mixture_at_pure_noise_knows_the_mean_and_all_the_noise(scaling):
+def test_mixture_at_pure_noise_predicts_the_mean_and_the_noise(scaling):
     x0, eps = mixture()(X, level_at(-math.inf, scaling))
     torch.testing.assert_close(x0, (WEIGHTS @ MEANS).expand(4, 2), **CLOSE)
     torch.testing.assert_close(eps, X, **CLOSE)
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
-def test_mixture_at_clean_data_knows_x0_and_no_noise(scaling):
+def test_mixture_at_clean_data_predicts_x0_and_zero_noise(scaling):
     x0, eps = mixture()(X, level_at(math.inf, scaling))
     torch.testing.assert_close(x0, X, **CLOSE)
     assert (eps == 0).all()
@@ -152,7 +149,7 @@ def test_mixture_samples_have_its_moments(condition):
 @pytest.mark.parametrize(
     "oracle", (mixture(), EmpiricalDistribution(POINTS, CLASSES)), ids=("mixture", "empirical")
 )
-def test_a_sample_is_a_function_of_its_own_seed(oracle):
+def test_a_sample_depends_only_on_its_seed(oracle):
     seeds = torch.tensor([5, 3, 8, 1])
     assert torch.equal(
         oracle.sample(seeds), torch.cat([oracle.sample(seed[None]) for seed in seeds])
@@ -176,8 +173,8 @@ def test_mixture_takes_and_returns_the_shape_of_the_data():
     )  # α x / (α² + σ²)
 
 
-def test_the_axes_of_a_covariance_are_told_from_their_transpose():
-    """In 2-D the eigenvectors may form a symmetric matrix, so this one is 3-D."""
+def test_a_covariance_with_asymmetric_axes_is_exact():
+    """In 2-D the eigenvectors may form a symmetric matrix, so this covariance is 3-D."""
     root = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.6, 0.0], [-0.4, 0.7, 0.3]], dtype=torch.float64)
     mean, covariance = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64), root @ root.T
     oracle, level = GaussianMixture(mean[None], covariance[None]), level_at(0.7)
@@ -196,7 +193,7 @@ def test_the_axes_of_a_covariance_are_told_from_their_transpose():
     )
 
 
-def test_mixture_refuses_a_covariance_that_is_none():
+def test_mixture_refuses_a_covariance_that_is_not_positive_definite():
     with pytest.raises(ValueError, match="positive"):
         GaussianMixture(MEANS[:1], torch.diag(torch.tensor([1.0, -1.0], dtype=torch.float64))[None])
 
@@ -233,8 +230,9 @@ def test_empirical_agrees_with_a_softmax_in_60_digits(logsnr, scaling):
 @pytest.mark.parametrize("logsnr", (-6.0, 0.0, 3.0))
 @pytest.mark.parametrize(("offset", "close"), [(100.0, 1e-9), (1e6, 1e-6)])
 def test_empirical_is_stable_far_from_data_that_is_far_from_the_origin(offset, close, logsnr):
-    """Squares of 1e6 leave 1e-4 of a logit in float64; taken about the data's mean, x itself limits
-    it to 1e-10 σ^-2.
+    """In float64, squares of 1e6 have an error of 1e-4 in a logit.
+
+    With centred points, the rounding of x limits the error to 1e-10 σ^-2.
     """
     level, points, oracle = (
         level_at(logsnr),
@@ -249,7 +247,7 @@ def test_empirical_is_stable_far_from_data_that_is_far_from_the_origin(offset, c
         assert oracle(x[None], level).eps[0].tolist() == pytest.approx(eps, rel=1e-9, abs=close)
 
 
-def test_empirical_in_float32_loses_only_the_last_bits_of_its_input():
+def test_empirical_in_float32_is_the_rounded_float64_prediction():
     x, level = X.float(), level_at(2.0)
     prediction = EmpiricalDistribution(POINTS + 100)(x, level)
     assert prediction.x0.dtype == prediction.eps.dtype == torch.float32
@@ -268,14 +266,16 @@ def test_empirical_at_small_noise_is_the_nearest_point():
 
 def test_empirical_keeps_the_points_of_the_condition():
     level, labels = level_at(-1.0), torch.tensor([0, 1, 2, 0])
-    answer = EmpiricalDistribution(POINTS, CLASSES)(X, level, labels)
+    prediction = EmpiricalDistribution(POINTS, CLASSES)(X, level, labels)
     for i, keep in enumerate(([0, 1], [2, 3, 4], [0, 1, 2, 3, 4], [0, 1])):
         torch.testing.assert_close(
-            answer.x0[i], EmpiricalDistribution(POINTS[keep])(X[i : i + 1], level).x0[0], **CLOSE
+            prediction.x0[i],
+            EmpiricalDistribution(POINTS[keep])(X[i : i + 1], level).x0[0],
+            **CLOSE,
         )
 
 
-def test_empirical_at_pure_noise_knows_the_mean_and_all_the_noise():
+def test_empirical_at_pure_noise_predicts_the_mean_and_the_noise():
     x0, eps = EmpiricalDistribution(POINTS)(X, level_at(-math.inf))
     torch.testing.assert_close(x0, POINTS.mean(0).expand(4, 2), **CLOSE)
     torch.testing.assert_close(eps, X, **CLOSE)
@@ -289,8 +289,8 @@ def test_empirical_refuses_sigma_0(method):
 
 def test_empirical_samples_are_its_points_equally_often_within_the_class():
     oracle, n = EmpiricalDistribution(POINTS, CLASSES), 3000
-    drawn = oracle.sample(torch.arange(n), torch.full((n,), 1))
-    counts = [(drawn - point).abs().amax(1).lt(1e-12).sum().item() for point in POINTS]
+    samples = oracle.sample(torch.arange(n), torch.full((n,), 1))
+    counts = [(samples - point).abs().amax(1).lt(1e-12).sum().item() for point in POINTS]
     assert counts[:2] == [0, 0]
     assert sum(counts) == n
     assert all(
@@ -299,7 +299,7 @@ def test_empirical_samples_are_its_points_equally_often_within_the_class():
 
 
 @pytest.mark.parametrize(("condition", "labels"), [(None, {0, 1}), (2, {0, 1}), (0, {0})])
-def test_component_labels_say_which_classes_are_drawn(condition, labels):
+def test_samples_have_the_class_of_the_condition(condition, labels):
     oracle = EmpiricalDistribution(LABELS[:, None].double(), LABELS)
     given = None if condition is None else torch.full((50,), condition)
     assert set(oracle.sample(torch.arange(50), given).round().long().flatten().tolist()) == labels

@@ -1,16 +1,16 @@
-"""The process record: what it tells the network, what it refuses, and that JSON gives it back as it
-was.
-"""
+"""The process record: the time conditioning, the processes that are refused, and the JSON file."""
 
 import json
 import math
 from dataclasses import FrozenInstanceError, replace
+from typing import get_args
 
 import pytest
 import torch
 
-from diffcore.core.process import Process, TimeConditioning
+from diffcore.core.process import Process, TimeConditioning, TimeVariable
 from diffcore.schedules import Cosine, Discrete, Flow, Laplace, Normal, Shifted, ZeroTerminalSNR
+from tests.helpers.oracles import PREDICTION_TYPES
 
 inf = math.inf
 ZERO = ZeroTerminalSNR(Discrete())
@@ -43,17 +43,17 @@ EDM = TimeConditioning("logsnr", -1 / 8)
     ],
     ids=str,
 )
-def test_the_network_is_told_the_level_in_its_own_variable(time, level, number):
+def test_the_conditioning_number_is_the_level_in_the_chosen_variable(time, level, number):
     assert time(level) == pytest.approx(number, rel=1e-12, abs=1e-12)
     batch = level.schedule.at(torch.tensor([0.0, level.logsnr], dtype=torch.float64))
     assert time(batch)[1].item() == pytest.approx(number, rel=1e-9, abs=1e-9)
 
 
-@pytest.mark.parametrize("variable", ("index", "t", "blend", "logsnr", "sigma"))
+@pytest.mark.parametrize("variable", get_args(TimeVariable))
 @pytest.mark.parametrize(
     "schedule", (Discrete(), ZERO, Shifted(Flow(), -2 * math.log(3)), Cosine()), ids=str
 )
-def test_the_level_is_found_again_from_what_the_network_is_told(variable, schedule):
+def test_the_level_follows_from_the_conditioning_number(variable, schedule):
     time = TimeConditioning(variable, {"index": 1000.0, "logsnr": -1 / 8}.get(variable, 7.0))
     for logsnr in (-4.0, 0.3, 5.0):
         assert time.level(schedule, time(schedule.at(logsnr))).logsnr == pytest.approx(
@@ -65,13 +65,13 @@ def test_the_level_is_found_again_from_what_the_network_is_told(variable, schedu
     )
 
 
-def test_both_ends_are_found_again_from_blend_and_index():
+def test_the_infinite_levels_follow_from_their_conditioning_numbers():
     for time in (TimeConditioning("blend"), TimeConditioning("t", 1.0)):
         assert [time.level(Cosine(), time.scale * a).logsnr for a in (0, 1)] == [inf, -inf]
     assert TimeConditioning().level(ZERO, 999).logsnr == -inf
 
 
-def test_A3_every_index_of_a_table_is_told_as_itself():
+def test_the_levels_of_a_table_have_their_indices_as_conditioning_numbers():
     level = Discrete().level(torch.arange(1, 1001, dtype=torch.float64) / 1000)
     torch.testing.assert_close(
         TimeConditioning()(level), torch.arange(1000.0).double(), rtol=0, atol=1e-12
@@ -91,7 +91,7 @@ def test_A3_every_index_of_a_table_is_told_as_itself():
     ],
     ids=repr,
 )
-def test_pure_noise_can_be_told_as_index_as_t_or_within_a_clamp(time, reaches):
+def test_pure_noise_has_a_finite_number_for_index_t_blend_or_with_a_clamp(time, reaches):
     assert time.can_express_pure_noise == reaches
     assert math.isfinite(time(Cosine().level(1.0))) == reaches
 
@@ -110,7 +110,7 @@ def test_pure_noise_can_be_told_as_index_as_t_or_within_a_clamp(time, reaches):
     ],
     ids=str,
 )
-def test_time_conditioning_that_says_nothing_is_refused(arguments, message):
+def test_time_conditioning_with_a_field_out_of_range_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         TimeConditioning(**arguments)
 
@@ -137,21 +137,21 @@ def test_time_conditioning_that_says_nothing_is_refused(arguments, message):
     ],
     ids=str,
 )
-def test_fields_that_contradict_are_refused_with_the_remedy(arguments, message):
+def test_a_field_out_of_range_is_refused_with_the_expected_value(arguments, message):
     with pytest.raises(ValueError, match=message):
         Process(**arguments)
 
 
 FINITE = "or train on Truncated levels, or start from a grid whose first level is finite"
-PURE_NOISE = [  # (fields, message), one for each of the three finite things that a start at α = 0 needs
+# (fields, message): the processes that are undefined at α = 0.
+PURE_NOISE = [
     (
         {"prediction": "epsilon"},
-        "predicts epsilon knows nothing of x_0: use v_prediction, sample, flow_prediction or edm",
+        "ε does not determine x_0: use v_prediction, sample, flow_prediction or edm",
     ),
     (
         {"time": EDM},
-        "time conditioning by logsnr cannot express: condition on index, t or blend, declare a "
-        "clamp",
+        "time conditioning by logsnr cannot express: condition on index, t or blend, set a clamp",
     ),
     (
         {"time": TimeConditioning("sigma", 1.0)},
@@ -161,9 +161,7 @@ PURE_NOISE = [  # (fields, message), one for each of the three finite things tha
 
 
 @pytest.mark.parametrize(("fields", "message"), PURE_NOISE, ids=str)
-def test_A1_pure_noise_that_the_network_cannot_know_is_refused_before_the_first_step(
-    fields, message
-):
+def test_a_start_at_pure_noise_where_the_network_is_undefined_is_refused(fields, message):
     process = Process(schedule=Cosine(), **fields)  # trains on finite levels
     process.check_level(Cosine().at(-1000.0))
     with pytest.raises(ValueError, match=f"the first knot is pure noise .*{message}.*{FINITE}"):
@@ -171,13 +169,13 @@ def test_A1_pure_noise_that_the_network_cannot_know_is_refused_before_the_first_
 
 
 @pytest.mark.parametrize(("fields", "message"), PURE_NOISE, ids=str)
-def test_A1_a_table_that_draws_pure_noise_is_refused_when_built(fields, message):
+def test_a_table_with_pure_noise_where_the_network_is_undefined_is_refused(fields, message):
     Process(schedule=Discrete(), **fields)
     with pytest.raises(ValueError, match=f"the table's last level is pure noise .*{message}"):
         Process(schedule=ZERO, **fields)
 
 
-def test_A1_pure_noise_in_the_ve_scaling_is_refused():
+def test_pure_noise_in_the_ve_scaling_is_refused():
     message = "pure noise .*the ve scaling has σ = inf: use the scaling vp or flow"
     process = Process(schedule=Cosine(scaling="ve"))
     process.check_level(process.schedule.at(-100.0))
@@ -187,10 +185,10 @@ def test_A1_pure_noise_in_the_ve_scaling_is_refused():
         Process(schedule=ZeroTerminalSNR(Discrete(scaling="ve")))
 
 
-@pytest.mark.parametrize("prediction", ["sample", "v_prediction", "flow_prediction", "edm"])
+@pytest.mark.parametrize("prediction", [name for name in PREDICTION_TYPES if name != "epsilon"])
 @pytest.mark.parametrize("time", [TimeConditioning("t"), replace(EDM, clamp=30.0)], ids=repr)
 @pytest.mark.parametrize("scaling", ["vp", "flow"])
-def test_A1_three_finite_things_make_pure_noise_legal(prediction, time, scaling):
+def test_pure_noise_is_accepted_if_output_time_and_sigma_are_finite(prediction, time, scaling):
     process = Process(
         schedule=ZeroTerminalSNR(Discrete(scaling=scaling)), prediction=prediction, time=time
     )
@@ -220,14 +218,14 @@ PROCESSES = [
 
 
 @pytest.mark.parametrize("process", PROCESSES, ids=repr)
-def test_A2_json_gives_the_record_back_bit_for_bit(process, tmp_path):
+def test_a_saved_process_is_loaded_bit_for_bit(process, tmp_path):
     path = tmp_path / "process.json"
     process.save(path)
     assert Process.load(path) == process
     json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
-def test_A2_every_field_is_in_the_record(tmp_path):
+def test_every_field_is_in_the_record(tmp_path):
     PROCESSES[4].save(tmp_path / "process.json")
     assert json.loads((tmp_path / "process.json").read_text()) == {
         "schedule": {
@@ -245,9 +243,9 @@ def test_A2_every_field_is_in_the_record(tmp_path):
     }
 
 
-def test_A2_a_missing_record_is_refused(tmp_path):
+def test_a_missing_record_is_refused(tmp_path):
     with pytest.raises(
-        ValueError, match=r"process.json is missing: weights without their process record cannot"
+        ValueError, match=r"process.json is missing: weights cannot be sampled without"
     ):
         Process.load(tmp_path / "process.json")
 
@@ -273,22 +271,21 @@ GOOD = {"schedule": {"class_path": "Cosine"}}
             "'os.system' is not allowed",
         ),
         (json.dumps({"schedule": {"class_path": "Cosin"}}), "Cosin .did you mean 'Cosine'"),
-        ("[1]", ""),  # Would be a bug: TypeError from dict(data) in from_spec
-        ("3", ""),  # Would be a bug: the same
-        ("null", ""),  # Would be a bug: the same
+        ("[1]", ""),
+        ("3", ""),
+        ("null", ""),
     ],
 )
-def test_A2_a_corrupt_record_is_refused_by_name(text, reason, tmp_path):
+def test_the_error_of_a_corrupt_record_names_the_file(text, reason, tmp_path):
     path = tmp_path / "process.json"
     path.write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=f"process.json is not a process record: .*{reason}"):
         Process.load(path)
 
 
-# Wrong: fields that a record lacks are silently filled with Process's defaults: `{}` loads as a
-# cosine v-prediction network.
+# Defaults for missing fields would describe another process: `{}` would be a cosine v network.
 @pytest.mark.parametrize("field", ["schedule", "prediction"])
-def test_A2_a_record_that_lacks_a_field_is_refused(field, tmp_path):
+def test_a_record_that_lacks_a_field_is_refused(field, tmp_path):
     path = tmp_path / "process.json"
     PROCESSES[4].save(path)
     record = json.loads(path.read_text())

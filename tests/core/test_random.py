@@ -1,6 +1,4 @@
-"""Keyed random numbers equal published Philox, and depend on (seed, stream, position, element)
-alone.
-"""
+"""Keyed random numbers equal published Philox and depend only on (seed, stream, position, element)."""
 
 import itertools
 import math
@@ -25,7 +23,7 @@ from diffcore.schedules import Cosine
 
 
 @pytest.mark.parametrize(
-    ("counter", "key", "answer"),
+    ("counter", "key", "expected"),
     [
         (
             "00000000 00000000 00000000 00000000",
@@ -44,13 +42,13 @@ from diffcore.schedules import Cosine
         ),
     ],
 )
-def test_philox_gives_the_known_answers_of_random123(counter, key, answer):
+def test_philox_agrees_with_the_vectors_of_random123(counter, key, expected):
     """The kat_vectors of Random123, philox4x32 with 10 rounds."""
-    counter, key, answer = (
-        [int(word, 16) for word in text.split()] for text in (counter, key, answer)
+    counter, key, expected = (
+        [int(word, 16) for word in text.split()] for text in (counter, key, expected)
     )
     result = philox(tuple(torch.tensor(k) for k in key), [torch.tensor(c) for c in counter])
-    assert [int(word) for word in result] == answer
+    assert [int(word) for word in result] == expected
 
 
 def philox_in_integers(key, counter):
@@ -78,7 +76,7 @@ def test_words_are_philox_of_the_documented_key_and_counter(seed, position):
 
 
 def test_streams_keep_their_numbers():
-    """The values are part of the key: changing one changes every seeded result."""
+    """The values are part of the key, so a change of one changes all seeded results."""
     assert {stream.name: stream.value for stream in Stream} == {
         "ORDER": 0,
         "LEVEL": 1,
@@ -102,14 +100,14 @@ def test_seeds_and_positions_differ_beyond_32_bits():
     assert len(set(map(tuple, words(1, Stream.NOISE, seeds, 4).tolist()))) == 4
 
 
-def test_every_coordinate_of_the_key_gives_other_numbers():
+def test_different_keys_give_different_numbers():
     seeds, positions = torch.arange(20).repeat_interleave(20), torch.arange(20).repeat(20)
     blocks = torch.cat([words(seeds, stream, positions, 4) for stream in Stream])
     assert len(blocks.unique(dim=0)) == 20 * 20 * len(Stream)
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 4), (5,), (1, 3, 3), ()], ids=str)
-def test_a_row_depends_only_on_its_key_and_not_on_the_batch_or_its_order(shape):
+def test_numbers_of_a_sample_depend_only_on_its_key_and_not_on_the_batch(shape):
     seeds, positions = torch.tensor([5, 2**33, 7, 5, 11]), torch.tensor([0, 3, 2**34, 1, 0])
     together = normal(seeds, Stream.NOISE, positions, shape)
     assert together.shape == (5, *shape)
@@ -151,7 +149,7 @@ def test_uniforms_hold_52_bits_of_two_words():
     )
     bits = uniform(0, Stream.LEVEL, 0, 1000) * 2**52 - 0.5
     assert torch.equal(bits, bits.round())
-    # The last bit is random too: the bounds are 6 standard errors.
+    # The last bit is random; the bounds are 6 standard errors.
     assert 0.4 < (bits.long() & 1).double().mean() < 0.6
 
 
@@ -188,7 +186,7 @@ def test_extreme_words_stay_inside_the_open_interval_and_finite(word, monkeypatc
     u = uniform(0, Stream.LEVEL, 0, 4)
     assert ((u > 0) & (u < 1)).all()
     assert Cosine().logsnr(u).isfinite().all()
-    largest = math.sqrt(-2 * math.log(0.5 / 2**32))  # 6.8, as far as 32 bits reach
+    largest = math.sqrt(-2 * math.log(0.5 / 2**32))  # 6.8, the largest value from 32 bits
     assert normal(0, Stream.NOISE, 0, (3,)).abs().max() <= largest * (1 + 1e-7)
 
 
@@ -198,7 +196,7 @@ def test_the_transform_runs_in_float64_and_only_its_result_is_rounded():
         assert torch.equal(normal(1, Stream.NOISE, 0, (1000,), dtype=dtype), exact.to(dtype))
 
 
-def test_the_global_generator_is_neither_read_nor_moved():
+def test_the_global_generator_is_neither_read_nor_changed():
     torch.manual_seed(0)
     before, first = torch.get_rng_state(), normal(1, Stream.NOISE, 0, (8,))
     assert torch.equal(torch.get_rng_state(), before)

@@ -1,6 +1,7 @@
-"""What the tests compare with: a closed-form target, its exact flow, and networks that output what they should."""
+"""References for tests: exact denoisers, their exact flow, and networks with exact outputs."""
 
 from collections.abc import Sequence
+from typing import get_args
 
 import numpy as np
 import torch
@@ -9,12 +10,13 @@ from torch import Tensor, nn
 
 from diffcore.core.denoiser import DenoiserProtocol
 from diffcore.core.oracle import GaussianMixture
-from diffcore.core.prediction import Prediction
+from diffcore.core.prediction import Prediction, PredictionType
 from diffcore.core.process import Process, TimeConditioning
 from diffcore.schedules import Cosine, Discrete, Flow, Level, Schedule, ZeroTerminalSNR
+from diffcore.schedules.base import Scaling
 
-KINDS = ("epsilon", "sample", "v_prediction", "flow_prediction", "edm")
-SCALINGS = ("vp", "ve", "flow")
+PREDICTION_TYPES: tuple[PredictionType, ...] = get_args(PredictionType)
+SCALINGS: tuple[Scaling, ...] = get_args(Scaling)
 TO_NOISE = {  # schedules that reach α = 0
     "cosine": Cosine(),
     "flow": Flow(),
@@ -27,7 +29,7 @@ MEANS = torch.tensor([[1.0, 0.5], [-1.0, 0.8], [0.2, -1.2]], dtype=torch.float64
 
 
 def covariance(long: float, short: float, angle: float) -> Tensor:
-    """2-D, with these standard deviations along its axes."""
+    """A 2-D covariance with these standard deviations along axes rotated by `angle`."""
     cos, sin = np.cos(angle), np.sin(angle)
     axes = torch.tensor([[cos, -sin], [sin, cos]], dtype=torch.float64)
     return axes @ torch.diag(torch.tensor([long**2, short**2], dtype=torch.float64)) @ axes.T
@@ -44,7 +46,7 @@ def process(
     classes: int = 2,
     **fields: object,
 ) -> Process:
-    """A record for 2-D data with two classes."""
+    """A process for 2-D data with two classes."""
     dropout = 0.1 if classes else 0.0
     return Process(
         schedule or Cosine(), shape=tuple(shape), classes=classes, **({"dropout": dropout} | fields)
@@ -52,12 +54,12 @@ def process(
 
 
 def mixture(record: Process | None = None) -> GaussianMixture:
-    """Three anisotropic Gaussians in 2-D: class 0 is the first, class 1 the two others."""
+    """Three anisotropic Gaussians in 2-D: class 0 is the first, class 1 the other two."""
     return GaussianMixture(MEANS, COVARIANCES, WEIGHTS, LABELS, record or process())
 
 
 def gaussian(mean: Sequence[float], cov: Tensor, record: Process | None = None) -> GaussianMixture:
-    """One Gaussian."""
+    """The exact denoiser of one Gaussian."""
     record = record or process(shape=(len(mean),))
     return GaussianMixture(
         torch.tensor([mean], dtype=torch.float64), cov.double()[None], process=record
@@ -65,7 +67,10 @@ def gaussian(mean: Sequence[float], cov: Tensor, record: Process | None = None) 
 
 
 def flow(denoise: DenoiserProtocol, x: Tensor, start: Level, end: Level) -> Tensor:
-    """The exact probability flow from one level to another: DOP853 on dz/da = ε - x_0, z = x/(α+σ), a = σ/(α+σ)."""
+    """The solution of the probability flow between two levels, of the shape of x.
+
+    DOP853 integrates dz/da = ε - x_0 with z = x/(α+σ) and a = σ/(α+σ).
+    """
 
     def velocity(a: float, z: np.ndarray) -> np.ndarray:
         level = _at_blend(start.schedule, a)
@@ -87,9 +92,9 @@ def _at_blend(schedule: Schedule, a: float) -> Level:
 
 
 class ExactNetwork(nn.Module):
-    """Outputs the raw target of its process's prediction type, told the level as its process tells it.
+    """A network with the exact output for its process's prediction type and time conditioning.
 
-    The targets and the inverse of the time conditioning are written out here, apart from the library's.
+    The outputs and the inverse of the time conditioning are written independently of the library's.
     """
 
     def __init__(self, oracle: DenoiserProtocol, record: Process) -> None:
@@ -115,24 +120,27 @@ class ExactNetwork(nn.Module):
                 return angle.cos() * eps - angle.sin() * x0
             case "flow_prediction":
                 return eps - x0
-            case "edm":  # (x_0 - c_skip x/α) / c_out, multiplied out so that it holds at α = 0
+            case "edm":  # (x_0 - c_skip x/α) / c_out, in a form that is finite at α = 0
                 return (sigma * x0 - alpha * s**2 * eps) / (s * norm)
 
     def _level(self, time: Tensor) -> Level:
-        told, schedule = self.process.time, self.process.schedule
-        match told.variable:
+        conditioning, schedule = self.process.time, self.process.schedule
+        match conditioning.variable:
             case "index":
-                return schedule.level((time + 1) / told.scale)
+                return schedule.level((time + 1) / conditioning.scale)
             case "t":
-                return schedule.level(time / told.scale)
+                return schedule.level(time / conditioning.scale)
+            case "blend":
+                a = time / conditioning.scale
+                return schedule.at(2 * (torch.log1p(-a) - a.log()))
             case "logsnr":
-                return schedule.at(time / told.scale)
+                return schedule.at(time / conditioning.scale)
             case "sigma":
-                return schedule.at(-2 * (time / told.scale).log())
+                return schedule.at(-2 * (time / conditioning.scale).log())
 
 
 class PointMass:
-    """The exact denoiser of data that is one point."""
+    """The exact denoiser of a distribution concentrated at one point."""
 
     def __init__(self, point: Tensor, record: Process) -> None:
         self.point, self.process = point, record
@@ -142,7 +150,7 @@ class PointMass:
 
 
 class Pair:
-    """p(x | any class) = N(0, 1), p(x) = N(0, 2): with CFG the flow, and every one of these rules, is linear in x."""
+    """p(x | class) = N(0, 1) and p(x) = N(0, 2), for which guided flows are linear in x."""
 
     def __init__(self, conditional: float = 1.0, reference: float = 2.0) -> None:
         self.process = process(Flow(), shape=(1,), classes=1)
@@ -157,15 +165,17 @@ class Pair:
         return Prediction(*(torch.where((null == 1)[:, None], a, b) for a, b in pairs))
 
 
-def told_by(variable: str) -> TimeConditioning:
+def time_conditioning(variable: str) -> TimeConditioning:
     """A time conditioning by `variable` with an unusual scale."""
-    return TimeConditioning(
-        variable, scale={"index": 1000.0, "t": 1000.0, "logsnr": -0.125, "sigma": 3.0}[variable]
-    )
+    scales = {"index": 1000.0, "t": 1000.0, "blend": 500.0, "logsnr": -0.125, "sigma": 3.0}
+    return TimeConditioning(variable, scale=scales[variable])
 
 
 def unet() -> nn.Module:
-    """A small class-conditional UNet2DModel on images of 8x8: convolutions, attention, group norms, class embeddings."""
+    """A small class-conditional UNet2DModel on 8x8 images.
+
+    It contains convolutions, attention, group norms and class embeddings.
+    """
     from diffusers import UNet2DModel
 
     torch.manual_seed(0)

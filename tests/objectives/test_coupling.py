@@ -110,7 +110,7 @@ def test_paths_are_straighter_the_larger_the_group(group):
 @pytest.mark.parametrize("rows", [1, 6, 12])
 def test_a_group_that_does_not_divide_the_micro_batch_is_refused_in_one_line(rows):
     with pytest.raises(
-        ValueError, match=rf"{rows} samples are no multiple of OptimalTransport\(group=8\)'s group"
+        ValueError, match=rf"{rows} samples are not a multiple of OptimalTransport\(group=8\)'s group"
     ) as e:
         OptimalTransport(8)(normals(0, rows, 2), normals(1, rows, 2), None)
     assert "\n" not in str(e.value)
@@ -123,7 +123,7 @@ def test_a_group_of_one_is_refused(group):
 
 
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
-def test_E7_data_that_is_not_finite_is_left_to_the_trainer_to_report(broken):
+def test_data_that_is_not_finite_is_left_to_the_trainer_to_report(broken):
     """scipy refuses NaN, which would stop the run without naming the sample."""
     x0, noise = normals(0, 4, 2), normals(1, 4, 2)
     x0[2, 0] = broken
@@ -142,7 +142,7 @@ class Remember(nn.Module):
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
-def test_E3_a_split_of_the_batch_that_keeps_groups_whole_changes_no_pair(parts):
+def test_a_split_of_the_batch_that_keeps_groups_whole_changes_no_pair(parts):
     """The target is the coupled noise, so that with a network that answers 0 the loss is its mean
     square.
     """

@@ -15,8 +15,7 @@ from diffcore.objectives.level_sampling import LearnedSchedule, Resampler, Secon
 from diffcore.objectives.objective import Objective, SampleKey
 from diffcore.schedules import Cosine, Discrete
 
-KINDS = [SecondMoment, LearnedSchedule]
-every_kind = pytest.mark.parametrize("kind", KINDS)
+every_resampler = pytest.mark.parametrize("build", [SecondMoment, LearnedSchedule])
 
 
 def learned(resampler: Resampler, seed=0):
@@ -33,9 +32,9 @@ def uniform(count):
     return (torch.arange(count, dtype=torch.float64) + 0.5) / count
 
 
-@every_kind
-def test_masses_are_a_distribution_above_its_floor(kind):
-    resampler = kind(bins=7, floor=0.2)
+@every_resampler
+def test_masses_are_a_distribution_above_its_floor(build):
+    resampler = build(bins=7, floor=0.2)
     for state in (resampler.initial_state(), learned(resampler)):
         masses = resampler.masses(state)
         assert masses.sum().item() == pytest.approx(1, abs=1e-14)
@@ -46,9 +45,9 @@ def test_masses_are_a_distribution_above_its_floor(kind):
     assert resampler.masses(learned(resampler)).max() > 0.3
 
 
-@every_kind
-def test_the_density_is_the_slope_of_the_quantile_function(kind):
-    resampler = kind(bins=10, floor=0.05)
+@every_resampler
+def test_the_density_is_the_slope_of_the_quantile_function(build):
+    resampler = build(bins=10, floor=0.05)
     state, u, h = learned(resampler), uniform(20_000), 1e-9
     t, ahead = resampler.times(state, u), resampler.times(state, u + h)
     inside = (t * 10).ceil() == (ahead * 10).ceil()
@@ -58,9 +57,9 @@ def test_the_density_is_the_slope_of_the_quantile_function(kind):
     assert (t.diff() > 0).all()
 
 
-@every_kind
-def test_drawn_times_have_the_density(kind):
-    resampler = kind(bins=10, floor=0.05)
+@every_resampler
+def test_drawn_times_have_the_density(build):
+    resampler = build(bins=10, floor=0.05)
     state = learned(resampler)
     u = torch.rand(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     t = resampler.times(state, u).numpy()
@@ -69,9 +68,9 @@ def test_drawn_times_have_the_density(kind):
     assert stats.kstest(t, "uniform").pvalue < 1e-6
 
 
-@every_kind
-def test_times_stay_inside_and_a_new_resampler_changes_none(kind):
-    resampler = kind(bins=10, floor=0.05)
+@every_resampler
+def test_times_stay_inside_and_a_new_resampler_changes_none(build):
+    resampler = build(bins=10, floor=0.05)
     u = torch.tensor([0.0, 2.0**-60, 0.1, 0.5, 1 - 2.0**-53, 1.0], dtype=torch.float64)
     for state in (resampler.initial_state(), learned(resampler), learned(resampler, 1)):
         t = resampler.times(state, u)
@@ -86,11 +85,11 @@ def test_times_stay_inside_and_a_new_resampler_changes_none(kind):
     )
 
 
-@every_kind
+@every_resampler
 @pytest.mark.parametrize(("bins", "steps"), [(10, 10), (10, 1000), (7, 50), (10, 45)])
-def test_a_tables_density_is_the_probability_of_its_cells(kind, bins, steps):
+def test_a_tables_density_is_the_probability_of_its_cells(build, bins, steps):
     """Also where a cell straddles bins: the share of a fine grid of u that is drawn there, times T."""
-    resampler, schedule = kind(bins=bins, floor=0.05), Discrete(steps=steps)
+    resampler, schedule = build(bins=bins, floor=0.05), Discrete(steps=steps)
     state = learned(resampler)
     t = torch.arange(1, steps + 1, dtype=torch.float64) / steps
     density = resampler.density(state, t, steps)
@@ -101,14 +100,14 @@ def test_a_tables_density_is_the_probability_of_its_cells(kind, bins, steps):
     assert density.mean().item() == pytest.approx(1, abs=1e-13)
 
 
-@every_kind
+@every_resampler
 @pytest.mark.parametrize("schedule", [Cosine(), Discrete(steps=30)], ids=repr)
 @pytest.mark.parametrize("levels", ["independent", "stratified"])
-def test_A5_any_learned_state_leaves_the_expectation_as_it_is(kind, schedule, levels):
+def test_any_learned_state_leaves_the_expectation_as_it_is(build, schedule, levels):
     """E[L/q] over replicates of a whole batch is ∫ L(t) dt, of a table its mean, within 4 standard
     errors.
     """
-    resampler = kind(bins=12, floor=0.05)  # cells of a table of 30 straddle its bins
+    resampler = build(bins=12, floor=0.05)  # cells of a table of 30 straddle its bins
     state, process = (
         learned(resampler),
         Process(schedule, shape=(1,), time=TimeConditioning(scale=30.0)),
@@ -271,10 +270,10 @@ def test_a_descent_on_the_exact_gradient_of_the_logarithm():
     )
 
 
-@every_kind
+@every_resampler
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf, 3e38])
-def test_E7_losses_that_are_not_finite_do_not_poison(kind, broken):
-    resampler = kind(bins=5)
+def test_losses_that_are_not_finite_do_not_poison(build, broken):
+    resampler = build(bins=5)
     state = taught(resampler, 30)
     t = uniform(50)
     losses = known(t)
@@ -290,17 +289,17 @@ def test_E7_losses_that_are_not_finite_do_not_poison(kind, broken):
         )
 
 
-@every_kind
+@every_resampler
 @pytest.mark.parametrize("value", [0.0, math.nan])
-def test_a_batch_without_a_loss_teaches_nothing(kind, value):
-    resampler = kind(bins=5)
+def test_a_batch_without_a_loss_teaches_nothing(build, value):
+    resampler = build(bins=5)
     state = resampler.update(
         resampler.initial_state(), uniform(50), torch.full((50,), value, dtype=torch.float64)
     )
     torch.testing.assert_close(resampler.masses(state), torch.full((5,), 0.2, dtype=torch.float64))
 
 
-@every_kind
+@every_resampler
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -314,12 +313,12 @@ def test_a_batch_without_a_loss_teaches_nothing(kind, value):
         ({"floor": math.nan}, "floor is nan"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(kind, options, message):
+def test_settings_that_cannot_be_are_refused(build, options, message):
     with pytest.raises(ValueError, match=message):
-        kind(**options)
+        build(**options)
 
 
-def test_settings_of_one_kind_that_cannot_be_are_refused():
+def test_settings_of_one_resampler_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="history is 0, expected at least 1 loss"):
         SecondMoment(history=0)
     for rate in (0.0, -1.0, 1.0, math.nan):
@@ -327,14 +326,14 @@ def test_settings_of_one_kind_that_cannot_be_are_refused():
             LearnedSchedule(rate=rate)
 
 
-@every_kind
-def test_a_table_with_fewer_levels_than_bins_is_refused(kind):
+@every_resampler
+def test_a_table_with_fewer_levels_than_bins_is_refused(build):
     """Some bins would never see a loss: SecondMoment would never begin."""
     process = Process(Discrete(steps=20), time=TimeConditioning(scale=20.0))
-    objective = Objective(resampler=kind(bins=21))
+    objective = Objective(resampler=build(bins=21))
     with pytest.raises(
         ValueError, match=r"bins=21.* has more bins than Discrete.* has levels: use at most 20"
     ):
         objective.check(process)
-    replace(objective, resampler=kind(bins=20)).check(process)
+    replace(objective, resampler=build(bins=20)).check(process)
     objective.check(Process(Cosine()))

@@ -17,8 +17,8 @@ from diffcore.core.random import Stream, normal
 from diffcore.objectives.objective import Objective, SampleKey
 from diffcore.objectives.weighting import MSE, MinSNR, Weight
 from diffcore.schedules import Cosine, Discrete, Flow, Laplace, Normal, ZeroTerminalSNR
+from tests.helpers.oracles import PREDICTION_TYPES
 
-KINDS = ["epsilon", "sample", "v_prediction", "flow_prediction", "edm"]
 SEED, STEP, BATCH = 7, 3, 24
 PLACE = SampleKey(SEED, STEP, torch.arange(BATCH), BATCH)
 
@@ -29,7 +29,7 @@ def at(place: SampleKey, rows) -> SampleKey:
 
 
 @pytest.mark.parametrize("step", [0, 1, 1000])
-def test_A5_stratified_times_are_even_over_the_global_batch(step):
+def test_stratified_times_are_even_over_the_global_batch(step):
     """Sorted, they are one comb of spacing 1/B: the smallest within the first 1/B.
 
     Would be a bug: place / batch is computed in the default dtype, so the comb is uneven by 3e-8,
@@ -42,7 +42,7 @@ def test_A5_stratified_times_are_even_over_the_global_batch(step):
 
 
 @pytest.mark.parametrize("levels", ["stratified", "independent"])
-def test_A5_the_time_of_one_sample_is_uniform_over_steps(levels):
+def test_the_time_of_one_sample_is_uniform_over_steps(levels):
     objective = Objective(levels=levels)
     both = torch.stack(
         [objective.times(SampleKey(SEED, step, torch.tensor([0, 5]), 8)) for step in range(1500)]
@@ -63,7 +63,7 @@ def test_independent_times_are_uniform_and_uncorrelated_within_the_batch():
 @pytest.mark.parametrize("levels", ["stratified", "independent"])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_E3_any_split_of_the_batch_draws_the_same_samples(levels, ranks, accumulation):
+def test_any_split_of_the_batch_draws_the_same_samples(levels, ranks, accumulation):
     """Bit for bit, but for the last bit of a vectorised function, which depends on the place in its
     tensor.
     """
@@ -138,9 +138,11 @@ class Inverse(Weight):
 ZERO = ZeroTerminalSNR(Discrete())
 
 
-@pytest.mark.parametrize("kind", KINDS[1:])
-def test_B1_an_infinite_weight_at_a_level_that_the_table_draws_is_refused(kind):
-    process = Process(schedule=ZERO, prediction=kind)
+@pytest.mark.parametrize(
+    "prediction_type", [name for name in PREDICTION_TYPES if name != "epsilon"]
+)
+def test_an_infinite_weight_at_a_level_that_the_table_draws_is_refused(prediction_type):
+    process = Process(schedule=ZERO, prediction=prediction_type)
     with pytest.raises(
         ValueError,
         match=r"Inverse.* is infinite at λ = -inf for .*draws that level: use a bounded weig",
@@ -151,11 +153,11 @@ def test_B1_an_infinite_weight_at_a_level_that_the_table_draws_is_refused(kind):
 
 
 @pytest.mark.parametrize("schedule", [Discrete(), Cosine()], ids=repr)
-def test_B1_an_infinite_weight_at_a_level_that_is_never_drawn_is_accepted(schedule):
+def test_an_infinite_weight_at_a_level_that_is_never_drawn_is_accepted(schedule):
     Objective(Inverse()).check(Process(schedule=schedule, prediction="v_prediction"))
 
 
-def test_B2_weights_follow_the_schedule_after_its_transform():
+def test_weights_follow_the_schedule_after_its_transform():
     """Min-SNR of the last entry, drawn by the first sample when u is 1: 0 on v with zero terminal
     SNR, else SNR/(SNR+1).
     """
@@ -168,7 +170,7 @@ def test_B2_weights_follow_the_schedule_after_its_transform():
 
 
 @pytest.mark.parametrize("levels", ["stratified", "independent"])
-def test_D5_dropout_is_per_sample_at_its_rate_and_independent(levels):
+def test_dropout_is_per_sample_at_its_rate_and_independent(levels):
     n, p = 20_000, 0.15
     process = Process(classes=10, dropout=p, shape=(1,))
     places = [SampleKey(SEED, step, torch.arange(200), 200) for step in range(n // 200)]
@@ -182,7 +184,7 @@ def test_D5_dropout_is_per_sample_at_its_rate_and_independent(levels):
 
 
 @pytest.mark.parametrize("p", [0.0, 1.0])
-def test_D5_dropout_of_none_and_of_all_is_exact(p):
+def test_dropout_of_none_and_of_all_is_exact(p):
     process = Process(classes=10, dropout=p, shape=(1,))
     assert (
         Objective().draw(process, SampleKey(SEED, 0, torch.arange(2000), 2000)).dropout_mask
@@ -202,7 +204,7 @@ class Labelled(nn.Module):
         return x + self.embedding(class_labels)[:, :, None, None]
 
 
-def test_D5_the_null_label_replaces_dropped_labels_and_gets_the_gradient():
+def test_the_null_label_replaces_dropped_labels_and_gets_the_gradient():
     process = Process(classes=4, dropout=0.5, shape=(1, 2, 2))
     network = Labelled(4)
     labels = torch.arange(BATCH) % 4
@@ -231,14 +233,16 @@ WEIGHTS = {  # on the x_0 error
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("weight", WEIGHTS, ids=repr)
 @pytest.mark.parametrize("schedule", [Normal(), Flow(), Normal(scaling="ve")], ids=repr)
-def test_the_loss_is_the_weighted_squared_x0_error(kind, weight, schedule):
+def test_the_loss_is_the_weighted_squared_x0_error(prediction_type, weight, schedule):
     """In numpy and float64 from α, σ of the draw; float32 rounding of a few ulp of x over a small
     error leaves 1e-4.
     """
-    process = Process(schedule=schedule, prediction=kind, shape=(2, 3, 2), sigma_data=0.6)
+    process = Process(
+        schedule=schedule, prediction=prediction_type, shape=(2, 3, 2), sigma_data=0.6
+    )
     x0 = torch.randn(BATCH, 2, 3, 2, generator=torch.Generator().manual_seed(0))
     draw = Objective(weight).draw(process, PLACE)
     losses = Objective(weight)(Denoiser(Affine(), process), x0, None, draw)
@@ -253,14 +257,14 @@ def test_the_loss_is_the_weighted_squared_x0_error(kind, weight, schedule):
     x0, eps = x0.double().numpy(), draw.noise.double().numpy()
     x, s = alpha * x0 + sigma * eps, 0.6
     norm, scale = np.sqrt(alpha**2 + sigma**2), np.sqrt(sigma**2 + alpha**2 * s**2)
-    F = np.cos(x / scale if kind == "edm" else x) + (1000 * t - 1) / 1000 + 0.1
+    F = np.cos(x / scale if prediction_type == "edm" else x) + (1000 * t - 1) / 1000 + 0.1
     guess = {
         "epsilon": (x - sigma * F) / alpha,
         "sample": F,
         "v_prediction": (alpha * x / norm - sigma * F) / norm,
         "flow_prediction": (x - sigma * F) / (alpha + sigma),
         "edm": alpha * s**2 / scale**2 * x + sigma * s / scale * F,
-    }[kind]
+    }[prediction_type]
     expected = (WEIGHTS[weight](snr) * (guess - x0) ** 2).mean((1, 2, 3))
     np.testing.assert_allclose(losses.numpy(), expected, rtol=1e-4)
 
@@ -282,13 +286,13 @@ class Exact(nn.Module):
 
 # Wrong: Objective.__call__ rounds the output to float32 (`output.float()`), so a float64 run is off
 # by 1e-8, not 1e-16.
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_exact_network_of_a_single_point_has_no_loss_in_float64(kind):
-    process = Process(schedule=Laplace(), prediction=kind, shape=(1, 2, 2))
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_an_exact_network_of_a_single_point_has_no_loss_in_float64(prediction_type):
+    process = Process(schedule=Laplace(), prediction=prediction_type, shape=(1, 2, 2))
     point = torch.tensor([[0.3, -0.7], [0.9, 0.1]], dtype=torch.float64)[None]
     draw = Objective().draw(process, PLACE)
     network = Exact(process, point, draw.level)
-    losses = Objective(MSE(kind))(
+    losses = Objective(MSE(prediction_type))(
         Denoiser(network, process), point.expand(BATCH, 1, 2, 2), None, draw
     )
     assert losses.max() < 1e-26  # squares of 1e-13: 1e-16 / σ at the cleanest level drawn
@@ -312,7 +316,7 @@ class Posterior(nn.Module):
 
 @pytest.mark.parametrize("levels", ["stratified", "independent"])
 @pytest.mark.parametrize(
-    ("schedule", "kind", "weight", "w"),
+    ("schedule", "prediction_type", "weight", "w"),
     [
         (Laplace(), "epsilon", MSE("epsilon"), np.exp),
         (Cosine(), "v_prediction", MinSNR(), lambda logsnr: np.minimum(np.exp(logsnr), 5)),
@@ -320,14 +324,14 @@ class Posterior(nn.Module):
     ],
     ids=["Laplace epsilon", "Cosine v", "Flow"],
 )
-def test_A5_the_expected_loss_is_the_integral_of_weight_times_density(
-    schedule, kind, weight, w, levels
+def test_the_expected_loss_is_the_integral_of_weight_times_density(
+    schedule, prediction_type, weight, w, levels
 ):
     """The best network errs by the posterior variance s²/(1 + s² SNR); ∫ w p s²/(1 + s² SNR) dλ by
     quadrature.
     """
     n, s = 2000, Posterior.std
-    process = Process(schedule=schedule, prediction=kind, shape=(1, 4, 4))
+    process = Process(schedule=schedule, prediction=prediction_type, shape=(1, 4, 4))
     objective = Objective(weight, levels)
     draw = objective.draw(process, SampleKey(1, 0, torch.arange(n), n))
     x0 = Posterior.mean + s * torch.randn(
@@ -349,7 +353,7 @@ def test_A5_the_expected_loss_is_the_integral_of_weight_times_density(
 
 # Would be a bug: draw.level.to(x0) and _rows round the time to the dtype of x0: index 749 is told
 # as 748 or 752.
-def test_A6_half_precision_images_do_not_round_the_time_that_the_network_is_told():
+def test_half_precision_images_do_not_round_the_time_that_the_network_is_told():
     process = Process(schedule=Discrete(), classes=2, shape=(1, 2, 2))
     network = Labelled(2)
     draw = Objective().draw(process, PLACE)
@@ -363,12 +367,12 @@ def test_A6_half_precision_images_do_not_round_the_time_that_the_network_is_told
     torch.testing.assert_close(network.time.double(), indices, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_B1_gradients_by_the_implied_x0_agree_through_the_whole_objective(kind):
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_gradients_by_the_implied_x0_agree_through_the_whole_objective(prediction_type):
     """Fact 11 through Objective: a float32 network leaves 1e-4."""
     gradients = []
     x0 = torch.randn(BATCH, 1, 2, 2, generator=torch.Generator().manual_seed(0))
-    for name in (kind, "sample"):
+    for name in (prediction_type, "sample"):
         process = Process(schedule=Laplace(), prediction=name, shape=(1, 2, 2))
         draw = Objective().draw(process, PLACE)
         level = draw.level.to(x0)

@@ -57,7 +57,7 @@ every_schedule = pytest.mark.parametrize(
 
 def test_every_quantile_schedule_is_integrated():
     assert {type(schedule) for schedule in WIDE} == {
-        kind for kind in Distribution.__subclasses__() if kind.__module__.startswith("diffcore")
+        child for child in Distribution.__subclasses__() if child.__module__.startswith("diffcore")
     }
 
 
@@ -109,10 +109,12 @@ def estimates(objective, process, steps, learned=None):
 
 @every_schedule
 @pytest.mark.parametrize("levels", ["stratified", "independent"])
-def test_A5_the_corrected_objective_is_the_same_integral_under_every_schedule(schedule, levels):
+def test_the_corrected_objective_is_the_same_integral_under_every_schedule(schedule, levels):
     """∫ w(λ) E|x̂_0 - x_0|² dλ over the common range, within 4 standard errors of the steps' means."""
-    kind = {"vp": "v_prediction", "flow": "flow_prediction", "ve": "edm"}[schedule.scaling]
-    process = Process(schedule, kind, shape=(1, 2, 2))
+    prediction_type = {"vp": "v_prediction", "flow": "flow_prediction", "ve": "edm"}[
+        schedule.scaling
+    ]
+    process = Process(schedule, prediction_type, shape=(1, 2, 2))
     means = estimates(Objective(MinSNR(), levels, corrected=True), process, 60)
     exact = integrate.quad(
         lambda v: min(math.exp(v), 5) * expected_error(v), -BOUND, BOUND, points=[math.log(5)]
@@ -127,7 +129,7 @@ def test_A5_the_corrected_objective_is_the_same_integral_under_every_schedule(sc
     ids=repr,
 )
 @pytest.mark.parametrize("corrected", [True, False])
-def test_A5_a_resampler_changes_no_integral(resampler, corrected):
+def test_a_resampler_changes_no_integral(resampler, corrected):
     process = Process(Truncated(Cosine(), -BOUND, BOUND), "v_prediction", shape=(1, 2, 2))
     z = torch.linspace(-1.5, 1.5, 12, dtype=torch.float64).sin()
     learned = {"logits": z, "losses": z.exp()[:, None].expand(-1, 2)}
@@ -146,13 +148,13 @@ def test_A5_a_resampler_changes_no_integral(resampler, corrected):
 
 
 @pytest.mark.parametrize("schedule", [Cosine(), Flow(), Laplace(), Normal()], ids=repr)
-def test_A5_stratified_levels_lower_the_variance_of_the_loss(schedule):
+def test_stratified_levels_lower_the_variance_of_the_loss(schedule):
     """Plain ε error, a batch of 64 with 64 dimensions: 3 (Laplace) to 16 (Rho) over 400 steps; what
     is left is the noise's.
     """
-    process, kind = Process(schedule, "epsilon", shape=(1, 8, 8)), "epsilon"
+    process, prediction_type = Process(schedule, "epsilon", shape=(1, 8, 8)), "epsilon"
     one, other = (
-        estimates(Objective(MSE(kind), levels), process, 40).var()
+        estimates(Objective(MSE(prediction_type), levels), process, 40).var()
         for levels in ("independent", "stratified")
     )
     assert one / other > (2 if schedule == Laplace() else 4)
@@ -175,14 +177,14 @@ def nodes(count):
 
 
 @every_schedule
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_the_bound_of_an_exact_denoiser_is_the_same_under_every_schedule(schedule, kind):
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_bound_of_an_exact_denoiser_is_the_same_under_every_schedule(schedule, prediction_type):
     """VDM's invariance: ½ ∫ |ε - ε̂|² dλ of three pairs (x_0, ε), a mixture's posterior mean, by
     quadrature in t and in λ.
     """
     pairs = 3
     t, w = nodes(120)
-    record = oracles.process(schedule, prediction=kind)
+    record = oracles.process(schedule, prediction=prediction_type)
     oracle = oracles.mixture(record)
     x0, eps = (
         normal(2, Stream.ORACLE, torch.arange(pairs) + shift, (2,), dtype=torch.float64)
@@ -197,7 +199,7 @@ def test_the_bound_of_an_exact_denoiser_is_the_same_under_every_schedule(schedul
     class Network(nn.Module):
         def forward(self, x: Tensor, time: Tensor, class_labels: Tensor) -> Tensor:
             found = oracle(x, draw.level)
-            return target(kind, found.x0, found.eps, draw.level, 0.5)
+            return target(prediction_type, found.x0, found.eps, draw.level, 0.5)
 
     losses = Fixed(ELBO())(
         Denoiser(Network(), record),

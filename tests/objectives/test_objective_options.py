@@ -33,7 +33,7 @@ from diffcore.schedules import (
     Sigmoid,
     Truncated,
 )
-from tests.helpers.oracles import KINDS
+from tests.helpers.oracles import PREDICTION_TYPES, SCALINGS
 
 SEED, STEP, BATCH = 7, 3, 24
 PLACE = SampleKey(SEED, STEP, torch.arange(BATCH), BATCH)
@@ -122,7 +122,7 @@ def test_offset_and_perturbation_add_up():
 
 
 @pytest.mark.parametrize("parts", [2, 8])
-def test_E3_any_split_of_the_batch_draws_the_same_extras(parts):
+def test_any_split_of_the_batch_draws_the_same_extras(parts):
     objective, record = (
         Objective(perturbation=0.3, offset=0.2, corrected=True),
         Process(shape=(2, 2, 3)),
@@ -167,14 +167,14 @@ def test_neither_a_draw_nor_a_loss_uses_or_moves_the_global_generator():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", KINDS)
-def test_A6_half_precision_data_is_noised_weighed_and_compared_in_float32(kind, dtype):
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_half_precision_data_is_noised_weighed_and_compared_in_float32(prediction_type, dtype):
     """As if the data had been float32 from the start: nothing of α, σ, w and the importance is
     rounded to half.
     """
     objective, record = (
         Objective(MinSNR(), corrected=True),
-        Process(Laplace(), kind, shape=(1, 2, 2)),
+        Process(Laplace(), prediction_type, shape=(1, 2, 2)),
     )
     x0 = torch.linspace(-1, 1, BATCH * 4).view(BATCH, 1, 2, 2).to(dtype)
     draw = objective.draw(record, PLACE)
@@ -204,7 +204,7 @@ class Map(nn.Module):
         return x.cos() + time / 1000 + 0.1
 
 
-def guess(kind, F, x, alpha, sigma, s):
+def guess(prediction_type, F, x, alpha, sigma, s):
     """x̂_0 in numpy."""
     norm, scale = np.sqrt(alpha**2 + sigma**2), np.sqrt(sigma**2 + alpha**2 * s**2)
     return {
@@ -213,15 +213,17 @@ def guess(kind, F, x, alpha, sigma, s):
         "v_prediction": (alpha * x / norm - sigma * F) / norm,
         "flow_prediction": (x - sigma * F) / (alpha + sigma),
         "edm": alpha * s**2 / scale**2 * x + sigma * s / scale * F,
-    }[kind]
+    }[prediction_type]
 
 
-@pytest.mark.parametrize("scaling", ["vp", "ve", "flow"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_map_of_levels_goes_through_schedule_network_loss_and_prediction(kind, scaling):
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_a_map_of_levels_goes_through_schedule_network_loss_and_prediction(
+    prediction_type, scaling
+):
     """SVNR: every pixel has its own λ; the loss is the mean of each pixel's own weighted error."""
     shape = (4, 2, 3, 3)
-    record = Process(Normal(scaling=scaling), kind, shape=shape[1:], sigma_data=0.6)
+    record = Process(Normal(scaling=scaling), prediction_type, shape=shape[1:], sigma_data=0.6)
     t = torch.linspace(0.02, 0.98, math.prod(shape), dtype=torch.float64).view(shape)
     x0 = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     noise = normal(1, Stream.NOISE, torch.arange(4), shape[1:], dtype=torch.float64)
@@ -239,9 +241,9 @@ def test_a_map_of_levels_goes_through_schedule_network_loss_and_prediction(kind,
         "ve": (np.ones(shape), 1 / np.sqrt(snr)),
     }[scaling]
     x = alpha * x0.numpy() + sigma * noise.numpy()
-    asked = x / np.sqrt(sigma**2 + alpha**2 * 0.36) if kind == "edm" else x
+    asked = x / np.sqrt(sigma**2 + alpha**2 * 0.36) if prediction_type == "edm" else x
     F = np.cos(asked) + (1000 * t.numpy() - 1) / 1000 + 0.1
-    predicted = guess(kind, F, x, alpha, sigma, 0.6)
+    predicted = guess(prediction_type, F, x, alpha, sigma, 0.6)
     expected = (np.minimum(snr, 5) * (predicted - x0.numpy()) ** 2).mean((1, 2, 3)) * np.array(
         [1, 2, 0.5, 3]
     )
@@ -290,9 +292,9 @@ def test_what_cannot_be_trained_is_refused_with_its_remedy(objective, record, me
     [Cosine(), Flow(), Laplace(), Normal(), Cauchy(), Rho(), Sigmoid(), Mode(), Beta()],
     ids=repr,
 )
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "edm"])
-def test_weights_that_are_finite_wherever_it_matters_are_accepted(schedule, kind):
-    Objective(MinSNR(), corrected=True).check(Process(schedule, kind))
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "edm"])
+def test_weights_that_are_finite_wherever_it_matters_are_accepted(schedule, prediction_type):
+    Objective(MinSNR(), corrected=True).check(Process(schedule, prediction_type))
 
 
 def test_a_tables_cleanest_level_counts_too():

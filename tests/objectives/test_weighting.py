@@ -24,9 +24,9 @@ from diffcore.objectives.weighting import (
     Weight,
 )
 from diffcore.schedules import Cosine
+from tests.helpers.oracles import PREDICTION_TYPES
 
 inf = math.inf
-KINDS = ["epsilon", "sample", "v_prediction", "flow_prediction", "edm"]
 FAR_LEVELS = torch.tensor(
     [-32.0, -21.0, 21.0, 32.0], dtype=torch.float64
 )  # beyond torch's softplus(x) = x at 20
@@ -167,32 +167,42 @@ GOLDEN = {  # weight -> the factor on the squared error of each target, and its 
         "edm": (lambda snr: np.sqrt(snr) / edm(snr), 0, 0),
     },
 }
-CASES = [(weight, kind, *row) for weight, table in GOLDEN.items() for kind, row in table.items()]
+CASES = [
+    (weight, prediction_type, *row)
+    for weight, table in GOLDEN.items()
+    for prediction_type, row in table.items()
+]
 every_case = pytest.mark.parametrize(
-    ("weight", "kind", "formula", "noise", "clean"),
+    ("weight", "prediction_type", "formula", "noise", "clean"),
     CASES,
     ids=lambda v: str(v).partition(" at 0x")[0][:40],
 )
 
 
 @every_case
-def test_B1_weight_on_every_target_is_the_published_one(weight, kind, formula, noise, clean):
+def test_weight_on_every_target_is_the_published_one(
+    weight, prediction_type, formula, noise, clean
+):
     levels = torch.cat((LEVELS, FAR_LEVELS))
     np.testing.assert_allclose(
-        weight.target_weight(kind, levels, S), formula(levels.exp().numpy()), rtol=1e-12
+        weight.target_weight(prediction_type, levels, S), formula(levels.exp().numpy()), rtol=1e-12
     )
 
 
-def subclasses(kind):
-    for child in kind.__subclasses__():
+def subclasses(parent):
+    for child in parent.__subclasses__():
         yield child
         yield from subclasses(child)
 
 
 def test_every_weight_is_in_the_golden_table_with_every_target():
-    whole = {type(weight) for weight, rows in GOLDEN.items() if rows.keys() == set(KINDS)}
-    assert {kind for kind in subclasses(Weight) if kind.__module__.startswith("diffcore")} == whole
-    assert {weight.target for weight in GOLDEN if isinstance(weight, MSE)} == set(KINDS)
+    whole = {
+        type(weight) for weight, rows in GOLDEN.items() if rows.keys() == set(PREDICTION_TYPES)
+    }
+    assert {
+        child for child in subclasses(Weight) if child.__module__.startswith("diffcore")
+    } == whole
+    assert {weight.target for weight in GOLDEN if isinstance(weight, MSE)} == set(PREDICTION_TYPES)
 
 
 NUMBERS = [  # on ε, x_0, v, flow and edm (s = 0.5) at SNR 0.25, 1, 20: to compare other code with
@@ -282,25 +292,27 @@ NUMBERS = [  # on ε, x_0, v, flow and edm (s = 0.5) at SNR 0.25, 1, 20: to comp
 @pytest.mark.parametrize(
     ("weight", "table"), NUMBERS, ids=lambda v: str(v).partition(" at 0x")[0][:24]
 )
-def test_B1_known_numbers(weight, table):
+def test_known_numbers(weight, table):
     levels = torch.tensor([0.25, 1.0, 20.0], dtype=torch.float64).log()
-    for kind, row in zip(KINDS, table, strict=True):
-        assert weight.target_weight(kind, levels, 0.5).tolist() == pytest.approx(row, rel=1e-9)
+    for prediction_type, row in zip(PREDICTION_TYPES, table, strict=True):
+        assert weight.target_weight(prediction_type, levels, 0.5).tolist() == pytest.approx(
+            row, rel=1e-9
+        )
 
 
 @every_case
-def test_B1_limits_at_zero_and_infinite_snr_are_right(weight, kind, formula, noise, clean):
+def test_limits_at_zero_and_infinite_snr_are_right(weight, prediction_type, formula, noise, clean):
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        limits = weight.target_weight(kind, torch.tensor([-inf, inf], dtype=dtype), S)
+        limits = weight.target_weight(prediction_type, torch.tensor([-inf, inf], dtype=dtype), S)
         assert limits.tolist() == pytest.approx([noise, clean], rel=1e-13)
     near = weight.target_weight(
-        kind, torch.tensor([-70.0, 70.0], dtype=torch.float64), S
+        prediction_type, torch.tensor([-70.0, 70.0], dtype=torch.float64), S
     )  # e^-35 = 6e-16 from the limit
     for value, limit in zip(near.tolist(), (noise, clean), strict=True):
         assert value > 1e15 if limit == inf else value == pytest.approx(limit, rel=1e-14, abs=1e-15)
 
 
-def test_B1_min_snr_golden_values():
+def test_min_snr_golden_values():
     """γ = 5 at SNR 1/4, 5, 20: min(1, γ/SNR) on ε, min(SNR, γ)/(SNR+1) on v, min(SNR, γ) on x_0."""
     levels = torch.tensor([0.25, 5.0, 20.0], dtype=torch.float64).log()
     assert MinSNR().target_weight("epsilon", levels, S).tolist() == pytest.approx(
@@ -322,12 +334,12 @@ def test_a_weight_is_its_own_value_on_the_x0_error(weight):
     assert torch.equal(weight(levels), weight.target_weight("sample", levels, S))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_mse_on_its_own_target_is_exactly_1(kind):
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_mse_on_its_own_target_is_exactly_1(prediction_type):
     levels = torch.tensor(
         [-inf, -300.0, -90.0, -1.0, 0.0, 3.0, 90.0, 300.0, inf], dtype=torch.float64
     )
-    assert MSE(kind).target_weight(kind, levels, S).tolist() == [1] * 9
+    assert MSE(prediction_type).target_weight(prediction_type, levels, S).tolist() == [1] * 9
 
 
 @dataclass(frozen=True)
@@ -341,7 +353,7 @@ class Power(Weight):
 
 
 @pytest.mark.parametrize(
-    ("weight", "kind", "noise", "clean"),
+    ("weight", "prediction_type", "noise", "clean"),
     [
         (Power(0.5), "epsilon", inf, 0),  # DebiasedWeight: 1/√SNR on ε
         (Power(0.5), "v_prediction", 0, 0),
@@ -352,21 +364,26 @@ class Power(Weight):
     ],
     ids=str,
 )
-def test_limits_of_any_power_of_the_snr_are_0_or_infinite(weight, kind, noise, clean):
-    assert weight.target_weight(kind, torch.tensor([-inf, inf]), S).tolist() == [noise, clean]
+def test_limits_of_any_power_of_the_snr_are_0_or_infinite(weight, prediction_type, noise, clean):
+    assert weight.target_weight(prediction_type, torch.tensor([-inf, inf]), S).tolist() == [
+        noise,
+        clean,
+    ]
 
 
-def loss_and_gradient(weight, kind, logsnr, x0, eps, guess):
+def loss_and_gradient(weight, prediction_type, logsnr, x0, eps, guess):
     """The loss of a network whose implied x_0 is `guess` at α x_0 + σ ε, and its gradient by that
     x_0.
     """
     level = Cosine().at(logsnr)
     x = level.alpha * x0 + level.sigma * eps
-    raw = target(kind, guess, (x - level.alpha * guess) / level.sigma, level, S).requires_grad_()
-    factor = weight.target_weight(kind, torch.tensor([logsnr], dtype=torch.float64), S)
-    loss = (factor * (raw - target(kind, x0, eps, level, S)) ** 2).mean()
+    raw = target(
+        prediction_type, guess, (x - level.alpha * guess) / level.sigma, level, S
+    ).requires_grad_()
+    factor = weight.target_weight(prediction_type, torch.tensor([logsnr], dtype=torch.float64), S)
+    loss = (factor * (raw - target(prediction_type, x0, eps, level, S)) ** 2).mean()
     (by_raw,) = torch.autograd.grad(loss, raw)
-    implied = predict(kind, raw, x, level, S).x0
+    implied = predict(prediction_type, raw, x, level, S).x0
     torch.testing.assert_close(implied, guess, rtol=0, atol=1e-9)
     (x0_by_raw,) = torch.autograd.grad(implied.sum(), raw)
     return loss.detach(), by_raw / x0_by_raw
@@ -374,7 +391,7 @@ def loss_and_gradient(weight, kind, logsnr, x0, eps, guess):
 
 @pytest.mark.parametrize("weight", [*GOLDEN, Power(0.5)], ids=repr)
 @pytest.mark.parametrize("logsnr", LEVELS.tolist())
-def test_B1_the_same_weight_is_the_same_loss_and_gradient_for_every_target(weight, logsnr):
+def test_the_same_weight_is_the_same_loss_and_gradient_for_every_target(weight, logsnr):
     """Numerics.md, fact 11: same x_t, same implied x_0, |λ| ≤ 12, rtol 1e-10."""
     x0, eps, step = torch.randn(
         3, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
@@ -383,14 +400,16 @@ def test_B1_the_same_weight_is_the_same_loss_and_gradient_for_every_target(weigh
     assert loss.item() == pytest.approx(
         (weight(torch.tensor(logsnr, dtype=torch.float64)) * (step**2).mean()).item(), rel=1e-10
     )
-    for kind in KINDS[:1] + KINDS[2:]:
-        other, other_gradient = loss_and_gradient(weight, kind, logsnr, x0, eps, x0 + step)
+    for prediction_type in PREDICTION_TYPES:
+        other, other_gradient = loss_and_gradient(
+            weight, prediction_type, logsnr, x0, eps, x0 + step
+        )
         torch.testing.assert_close(other, loss, rtol=1e-10, atol=0)
         torch.testing.assert_close(other_gradient, gradient, rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize(
-    ("weight", "kind", "noise", "clean"),
+    ("weight", "prediction_type", "noise", "clean"),
     [
         (MinSNR(1e40), "sample", 0, 1e40),
         (SoftMinSNR(1e40), "sample", 0, 1e40),
@@ -402,17 +421,19 @@ def test_B1_the_same_weight_is_the_same_loss_and_gradient_for_every_target(weigh
     ],
     ids=str,
 )
-def test_limits_are_right_whatever_the_level_at_which_a_weight_bends(weight, kind, noise, clean):
-    limits = weight.target_weight(kind, torch.tensor([-inf, inf]), S).tolist()
+def test_limits_are_right_whatever_the_level_at_which_a_weight_bends(
+    weight, prediction_type, noise, clean
+):
+    limits = weight.target_weight(prediction_type, torch.tensor([-inf, inf]), S).tolist()
     assert limits == pytest.approx([noise, clean], rel=1e-12, abs=0)
 
 
 @pytest.mark.parametrize("bias", [-3.0, 0.0, 2.0])
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_sigmoid_weight_is_a_soft_min_snr(kind, bias):
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_the_sigmoid_weight_is_a_soft_min_snr(prediction_type, bias):
     levels = torch.cat((LEVELS, FAR_LEVELS, torch.tensor([-inf, inf])))
     one, other = (
-        weight.target_weight(kind, levels, S)
+        weight.target_weight(prediction_type, levels, S)
         for weight in (SigmoidWeight(bias), SoftMinSNR(math.exp(bias)))
     )
     torch.testing.assert_close(one, other, rtol=1e-13, atol=0)

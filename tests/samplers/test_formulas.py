@@ -1,4 +1,6 @@
-"""Every deterministic sampler equals its published formula, whatever the scaling, what the network outputs, and the ends."""
+"""Every deterministic sampler equals its published formula, whatever the scaling, what the network
+outputs, and the ends.
+"""
 
 import math
 from itertools import product
@@ -22,7 +24,7 @@ from diffcore.samplers import (
 from diffcore.sampling.loop import integrate
 from diffcore.schedules import Cosine, Explicit, Flow, Karras, Level, Trailing
 from tests.helpers import sampler_formulas as formulas
-from tests.helpers.oracles import KINDS, SCALINGS, ExactNetwork, mixture, process
+from tests.helpers.oracles import PREDICTION_TYPES, SCALINGS, ExactNetwork, mixture, process
 from tests.samplers.test_orders import ORDERS
 
 FORMULAS = {
@@ -121,7 +123,7 @@ def test_a_run_is_the_formula_or_refused(sampler):
             if sampler in IN_A
             else expected(FORMULAS[sampler], knots)
         )
-        kinds = KINDS if isinstance(grid, Trailing) else ("v_prediction", "epsilon")
+        kinds = PREDICTION_TYPES if isinstance(grid, Trailing) else ("v_prediction", "epsilon")
         for scaling, kind in product(SCALINGS, kinds):
             check(sampler, grid.knots(Cosine(scaling=scaling), n), kind, answer)
 

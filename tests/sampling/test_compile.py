@@ -1,4 +1,6 @@
-"""torch.compile of the denoiser, and what only a GPU can show: no synchronisation in the loop, and its capture in a graph."""
+"""torch.compile of the denoiser, and what only a GPU can show: no synchronisation in the loop, and
+its capture in a graph.
+"""
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from diffcore.core.process import Process
 from diffcore.samplers import DDIM, AdamsBashforth, AdamsMoulton, DPMSolverPP, UniPC
 from diffcore.sampling.loop import integrate
 from diffcore.schedules import Cosine, Trailing
-from tests.helpers.oracles import KINDS
+from tests.helpers.oracles import PREDICTION_TYPES
 
 NOISE = Noise(torch.arange(4), (2,))
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -34,9 +36,11 @@ def denoiser(kind="v_prediction"):
     return Denoiser(Network(), Process(Cosine(), kind, shape=(2,))).eval()
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "epsilon"])
+@pytest.mark.parametrize("kind", [kind for kind in PREDICTION_TYPES if kind != "epsilon"])
 def test_c7_the_whole_denoiser_compiles_once_and_once_more_when_the_level_changes(kind):
-    """Arithmetic and network in one graph; α, σ and the time become its inputs. From pure noise, for two numbers of steps."""
+    """Arithmetic and network in one graph; α, σ and the time become its inputs. From pure noise,
+    for two numbers of steps.
+    """
     torch._dynamo.reset()
     counter, plain = CompileCounter(), denoiser(kind)
     compiled = torch.compile(plain, fullgraph=True, backend=counter)
