@@ -96,7 +96,7 @@ def newest(folder: Path, message: Callable[[str], None]) -> Checkpoint | None:
 
 
 def set_aside(folder: Path, step: int) -> None:
-    """Rename the checkpoints after `step`, which are corrupt, so that `prune` does not count them."""
+    """Rename the corrupt checkpoints after `step`, so that `prune` does not count them."""
     for path in folder.glob("step-*"):
         if path.name > name(step):
             aside = path.with_name(f"broken-{path.name}")

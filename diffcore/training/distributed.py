@@ -1,10 +1,13 @@
 """Ranks, precision and sharding: the set-up of accelerate, and the state of a distributed network.
 
-Data parallelism (DDP) is supported. To add FSDP or another strategy, change this module:
-`make_accelerator` refuses every other strategy today, `wrap` passes the modules through accelerate,
-and `capture_state` and `restore_state` gather and scatter the tensors of a checkpoint; they use
-torch.distributed.checkpoint, which supports sharded tensors. The average of the weights (`ema.py`) is
-elementwise and works on shards.
+Data parallelism (DDP) is supported. FSDP or another sharded strategy is added here:
+
+- `make_accelerator` refuses every other strategy; admit it in `_check_launcher`.
+- `wrap` passes the modules through accelerate, which shards them.
+- `capture_state` and `restore_state` use torch.distributed.checkpoint, which gathers and scatters
+  sharded tensors.
+- The average of the weights (`ema.EMA`) is elementwise, so that each rank averages its shard.
+  Checkpoints, previews and pipelines read `EMA.shadow` on the first rank only; gather it before.
 """
 
 import os

@@ -84,7 +84,10 @@ class EMA:
     def applied(self) -> Iterator[None]:
         """Context in which the module has the averaged weights.
 
-        On exit, also after an error, its own weights are restored bit for bit.
+        On exit, also after an error, its weights are restored bit for bit.
+
+        Yields:
+            Nothing; the module is changed in place.
         """
         weights = {name: value.clone() for name, value in self.module.state_dict().items()}
         self.module.load_state_dict(self.shadow)

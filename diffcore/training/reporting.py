@@ -164,7 +164,14 @@ class Reporter:
 
     @contextmanager
     def progress(self, state: "TrainState") -> Iterator[None]:
-        """Context with a progress bar of the samples from the step of `state` to the last one."""
+        """Context with a progress bar of samples.
+
+        Args:
+            state: state of the run; the bar begins at its step.
+
+        Yields:
+            Nothing; `count` advances the bar.
+        """
         batch = self.settings.batch_size
         with tqdm(
             total=self.settings.steps * batch,

@@ -1,4 +1,4 @@
-"""The digits data set: its split is fixed."""
+"""The digits data set has a fixed split."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from diffcore.training.data import Digits
 
 
-def test_the_digits_split_is_fixed_and_disjoint():
+def test_training_and_test_digits_are_fixed_and_disjoint():
     train, test = Digits(), Digits("test")
     assert (len(train), len(test)) == (1500, 297)
     assert torch.equal(train.labels[:10], torch.arange(10))

@@ -11,10 +11,9 @@ from diffcore.training.data import DataOrder, ImageFolder, load_batches
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+def _datasets_cache(tmp_path_factory, monkeypatch):
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(cache))
 
 
 def write(
@@ -29,7 +28,7 @@ def names(data):
     return sorted(Path(item["image"]["path"]).name for item in data.images)
 
 
-def test_labels_are_the_places_of_the_sub_folders_in_the_order_of_their_names(tmp_path):
+def test_labels_index_the_sub_folders_sorted_by_name(tmp_path):
     for name, colour in (("b", 0), ("c", 255), ("a", 51)):
         write(tmp_path / name / "1.png", colour)
     data = ImageFolder(str(tmp_path), 8, "L")
@@ -45,7 +44,6 @@ def test_a_folder_without_sub_folders_has_no_classes(tmp_path):
     assert data[0][1] == 0
 
 
-# Hugging Face datasets takes such names for splits, and only the split `train` is read: the others are dropped in silence.
 @pytest.mark.parametrize(
     "files",
     [
@@ -55,13 +53,14 @@ def test_a_folder_without_sub_folders_has_no_classes(tmp_path):
         ("dev/1.png", "eval/1.png"),
     ],
 )
-def test_every_image_is_read_whatever_its_name(tmp_path, files):
-    for place, name in enumerate(files):
-        write(tmp_path / name, 10 * place)
+def test_images_with_the_name_of_a_split_are_read(tmp_path, files):
+    """The datasets library takes such names for splits."""
+    for number, name in enumerate(files):
+        write(tmp_path / name, 10 * number)
     assert len(ImageFolder(str(tmp_path), 8)) == len(files)
 
 
-def test_an_image_added_later_is_seen(tmp_path):
+def test_an_image_that_is_added_later_is_read(tmp_path):
     write(tmp_path / "1.png")
     assert len(ImageFolder(str(tmp_path), 8)) == 1
     write(tmp_path / "2.png")
@@ -77,11 +76,10 @@ def test_an_image_added_later_is_seen(tmp_path):
         ("RGB", (255, 0, 51), (255, 0, 51), 82),
         ("RGBA", (255, 0, 51, 255), (255, 0, 51), 82),
         ("P", 1, (255, 0, 51), 82),
-        # 16 bits are cut at 255 rather than scaled: PIL's convert of I;16
-        ("I;16", 128 * 257, (128, 128, 128), 128),
+        ("I;16", 128 * 257, (128, 128, 128), 128),  # Pillow alone would clip at 255
     ],
 )
-def test_every_mode_becomes_the_channels_asked_for(tmp_path, mode, colour, rgb, grey):
+def test_each_image_mode_is_converted_to_the_channels(tmp_path, mode, colour, rgb, grey):
     image = Image.new(mode, (8, 8), colour)
     if mode == "P":
         image.putpalette([0, 0, 0, 255, 0, 51])
@@ -96,13 +94,13 @@ def test_every_mode_becomes_the_channels_asked_for(tmp_path, mode, colour, rgb, 
 
 
 def striped(path):
-    """8 rows of 16: black, then 8 columns of white in the middle, black."""
+    """Write an image of 16 x 8 pixels: black, with 8 white columns in the middle."""
     pixels = np.zeros((8, 16), np.uint8)
     pixels[:, 4:12] = 255
     Image.fromarray(pixels).save(path)
 
 
-def test_crop_scales_the_shorter_side_and_cuts_the_centre(tmp_path):
+def test_crop_scales_the_shorter_side_and_crops_the_centre(tmp_path):
     striped(tmp_path / "1.png")
     assert ImageFolder(str(tmp_path), 8, "L")[0][0].unique().tolist() == [1.0]
 
@@ -115,7 +113,7 @@ def test_pad_scales_the_longer_side_and_fills_with_black(tmp_path):
     assert (x0[6:] == -1).all()
 
 
-def test_exact_takes_an_image_of_its_size_untouched_and_refuses_another(tmp_path):
+def test_exact_keeps_an_image_of_its_size_and_refuses_another(tmp_path):
     pixels = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
     Image.fromarray(pixels).save(tmp_path / "1.png")
     data = ImageFolder(str(tmp_path), 8, "L", "exact")
@@ -142,10 +140,9 @@ def test_a_folder_that_does_not_exist_is_refused(tmp_path):
         ImageFolder(str(tmp_path / "nowhere"), 8)
 
 
-# `_reads` leaves the files open that it could not read: a ResourceWarning.
 @pytest.fixture
 def broken(tmp_path):
-    """Three images that can be read, a truncated one, and text under an image's name."""
+    """A folder with three images, a truncated image, and a text file named like an image."""
     for name in ("1.png", "2.png", "3.png"):
         write(tmp_path / name, 7)
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64), np.uint8)).save(
@@ -165,16 +162,16 @@ def test_unreadable_images_are_counted_and_listed(broken):
     assert all(name in str(caught.value) for name in ("torn.png", "text.jpg"))
 
 
-def test_unreadable_images_can_be_skipped_saying_so(broken, capsys):
+def test_unreadable_images_are_skipped_with_a_message(broken, capsys):
     data = ImageFolder(str(broken), 8, unreadable="skip")
     assert names(data) == ["1.png", "2.png", "3.png"]
     assert all(x0.isfinite().all() for x0, _ in data)
-    said = "".join(capsys.readouterr())
-    assert "2 unreadable of 5" in said
-    assert "torn.png" in said
+    message = "".join(capsys.readouterr())
+    assert "2 unreadable of 5" in message
+    assert "torn.png" in message
 
 
-def test_a_folder_of_unreadable_images_only_is_refused_even_when_they_are_skipped(tmp_path):
+def test_a_folder_without_a_readable_image_is_refused_even_if_images_are_skipped(tmp_path):
     (tmp_path / "text.png").write_text("not an image")
     with pytest.raises(ValueError, match="1 unreadable of 1"):
         ImageFolder(str(tmp_path), 8, unreadable="skip")
@@ -189,25 +186,25 @@ def test_a_folder_of_unreadable_images_only_is_refused_even_when_they_are_skippe
         ({"size": 0}, "size is 0"),
     ],
 )
-def test_options_that_do_not_exist_are_refused(tmp_path, fields, message):
+def test_invalid_options_are_refused(tmp_path, fields, message):
     write(tmp_path / "1.png")
     with pytest.raises(ValueError, match=message):
         ImageFolder(str(tmp_path), **({"size": 8} | fields))
 
 
-def test_a_flip_is_keyed_by_the_position_in_the_run(tmp_path):
+def test_mirroring_is_keyed_by_the_position_in_the_run(tmp_path):
     pixels = np.zeros((8, 8), np.uint8)
     pixels[:, 0] = 255
     Image.fromarray(pixels).save(tmp_path / "1.png")
     data = ImageFolder(str(tmp_path), 8, "L", flip=True)
 
-    def flips(batch, parts, start=0):
+    def mirrored(batch, parts, start=0):
         order = DataOrder(1, 5, batch, parts, 0, 1).steps(start, 64 // batch)
-        return [bool(x0[0, 0, -1] == 1) for made in load_batches(data, order, 0) for x0 in made.x0]
+        return [bool(x0[0, 0, -1] == 1) for read in load_batches(data, order, 0) for x0 in read.x0]
 
-    everything = flips(16, 1)
-    assert 16 < sum(everything) < 48
-    assert flips(8, 2) == everything
-    assert flips(16, 1, start=2) == everything[32:]
-    still = ImageFolder(str(tmp_path), 8, "L")
-    assert all(torch.equal(still.item(0, 5, position)[0], still[0][0]) for position in range(16))
+    whole = mirrored(16, 1)
+    assert 16 < sum(whole) < 48
+    assert mirrored(8, 2) == whole
+    assert mirrored(16, 1, start=2) == whole[32:]
+    plain = ImageFolder(str(tmp_path), 8, "L")
+    assert all(torch.equal(plain.item(0, 5, position)[0], plain[0][0]) for position in range(16))

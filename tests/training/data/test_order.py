@@ -1,4 +1,4 @@
-"""The data order: a run reads the same global batches for every number of ranks, parts and workers."""
+"""The data order: the same global batches for every number of ranks, micro-batches and workers."""
 
 import pytest
 import torch
@@ -9,57 +9,68 @@ from diffcore.training.data import DataOrder, Digits, as_data_source, load_batch
 SIZE, BATCH, SEED = 37, 8, 2**40 + 3
 
 
-def seen(world=1, accumulation=1, start=0, stop=12, seed=SEED):
-    """{step: {place: index}} over all ranks and parts."""
-    found = {step: {} for step in range(start, stop)}
+def read_order(world=1, accumulation=1, start=0, stop=12, seed=SEED):
+    """{step: {index in the global batch: index of the item}} of all ranks and micro-batches.
+
+    Args:
+        world: number of ranks.
+        accumulation: number of micro-batches of a rank in a step.
+        start: first step.
+        stop: step after the last one.
+        seed: seed of the run.
+
+    Returns:
+        The order.
+    """
+    items = {step: {} for step in range(start, stop)}
     for rank in range(world):
         order = DataOrder(SIZE, seed, BATCH, accumulation, rank, world).steps(start, stop)
         assert len(order) == len(list(order)) == (stop - start) * accumulation
         for micro in order:
             assert len(micro) == BATCH // world // accumulation
             for index, position in micro:
-                assert position % BATCH not in found[position // BATCH]
-                found[position // BATCH][position % BATCH] = index
-    return found
+                assert position % BATCH not in items[position // BATCH]
+                items[position // BATCH][position % BATCH] = index
+    return items
 
 
 @pytest.mark.parametrize(
     ("world", "accumulation"),
     [(1, 2), (1, 4), (1, 8), (2, 1), (4, 1), (8, 1), (2, 2), (4, 2), (2, 4)],
 )
-def test_the_global_batch_is_the_same_however_it_is_split(world, accumulation):
-    whole = seen()
+def test_the_global_batch_is_the_same_for_every_split(world, accumulation):
+    whole = read_order()
     assert all(sorted(step) == list(range(BATCH)) for step in whole.values())
-    assert seen(world, accumulation) == whole
+    assert read_order(world, accumulation) == whole
 
 
 def test_starting_later_continues_the_same_order():
-    whole = seen()
-    assert seen(start=5) == {step: whole[step] for step in range(5, 12)}
-    assert seen(2, 2, start=5) == {step: whole[step] for step in range(5, 12)}
+    whole = read_order()
+    assert read_order(start=5) == {step: whole[step] for step in range(5, 12)}
+    assert read_order(2, 2, start=5) == {step: whole[step] for step in range(5, 12)}
 
 
-def test_every_epoch_is_another_permutation_of_the_data():
+def test_each_epoch_is_a_different_permutation_of_the_data():
     order = DataOrder(SIZE, SEED, BATCH, 1, 0, 1)
-    epochs = [[order.index(epoch * SIZE + place) for place in range(SIZE)] for epoch in range(4)]
+    epochs = [[order.index(epoch * SIZE + offset) for offset in range(SIZE)] for epoch in range(4)]
     assert all(sorted(epoch) == list(range(SIZE)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
     assert epochs[0] != list(range(SIZE))
 
 
-def test_the_order_is_a_function_of_all_of_the_seed():
-    assert seen(seed=3) != seen(seed=4)
-    assert seen(seed=3) != seen(seed=2**40 + 3)  # a 32-bit seed would confuse them
+def test_the_order_depends_on_all_64_bits_of_the_seed():
+    assert read_order(seed=3) != read_order(seed=4)
+    assert read_order(seed=3) != read_order(seed=2**40 + 3)  # their low 32 bits are equal
 
 
-def test_a_batch_larger_than_the_data_takes_items_again():
+def test_a_batch_larger_than_the_data_repeats_items():
     order = DataOrder(3, 0, 8, 1, 0, 1).steps(0, 3)
     indices = [index for micro in order for index, _ in micro]
     assert len(indices) == 24
     assert all(sorted(indices[first : first + 3]) == [0, 1, 2] for first in range(0, 24, 3))
 
 
-class Bare(Dataset):
+class UnlabelledDataset(Dataset):
     """x_0 without labels."""
 
     def __len__(self):
@@ -69,35 +80,33 @@ class Bare(Dataset):
         return torch.full((2,), float(index))
 
 
-def test_a_batch_says_where_its_samples_stand():
+def test_a_batch_holds_the_items_and_their_indices():
     data = Digits()
     order = DataOrder(len(data), 0, 8, 2, 1, 2)
     for step, parts in enumerate(zip(*[load_batches(data, order.steps(0, 3), 0)] * 2, strict=True)):
         for part, batch in enumerate(parts):
-            assert batch.batch_index.tolist() == [
-                4 * part + 2,
-                4 * part + 3,
-            ]  # the second rank of two
-            assert batch.index.tolist() == [
-                order.index(8 * step + index) for index in batch.batch_index.tolist()
-            ]
+            in_batch = [4 * part + 2, 4 * part + 3]  # the second rank of two
+            assert batch.batch_index.tolist() == in_batch
+            assert batch.index.tolist() == [order.index(8 * step + index) for index in in_batch]
             assert torch.equal(batch.x0, data.x0[batch.index])
             assert torch.equal(batch.label, data.labels[batch.index])
 
 
 def test_data_without_labels_has_the_label_minus_one():
-    (batch,) = load_batches(as_data_source(Bare()), DataOrder(5, 0, 4, 1, 0, 1).steps(0, 1), 0)
+    (batch,) = load_batches(
+        as_data_source(UnlabelledDataset()), DataOrder(5, 0, 4, 1, 0, 1).steps(0, 1), 0
+    )
     assert batch.label.tolist() == [-1] * 4
     assert batch.x0[:, 0].tolist() == batch.index.tolist()
 
 
-def test_workers_change_nothing():
+def test_workers_do_not_change_the_batches():
     data = Digits()
 
-    def made(workers):
+    def batches(workers):
         order = DataOrder(len(data), 7, 16, 2, 0, 1).steps(90, 100)  # crosses the end of an epoch
         return list(load_batches(data, order, workers))
 
-    for ours, theirs in zip(made(0), made(2), strict=True):
+    for first, second in zip(batches(0), batches(2), strict=True):
         for name in ("x0", "label", "index", "batch_index"):
-            assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+            assert torch.equal(getattr(first, name), getattr(second, name)), name

@@ -16,7 +16,7 @@ from diffcore.training.data.source import (
 )
 
 
-class Points(Dataset):
+class UnlabelledDataset(Dataset):
     """x_0 without labels."""
 
     def __len__(self):
@@ -26,11 +26,11 @@ class Points(Dataset):
         return torch.full((2,), float(index))
 
 
-class Prepared(DataSource):
-    """A data set whose items exist after `prepare`."""
+class PreparedSource(DataSource):
+    """A data set whose items exist only after `prepare`."""
 
     def __init__(self, item):
-        self.later, self.items = item, []
+        self.prepared, self.items = item, []
 
     def __len__(self):
         return 1
@@ -43,11 +43,11 @@ class Prepared(DataSource):
         return bool(self.items)
 
     def prepare(self, device, is_main_process):
-        self.items = [self.later]
+        self.items = [self.prepared]
 
 
 def test_a_plain_data_set_has_the_default_of_every_member():
-    data, network = as_data_source(Points()), torch.nn.Identity()
+    data, network = as_data_source(UnlabelledDataset()), torch.nn.Identity()
     assert len(data) == 5
     assert torch.equal(data.item(3, seed=1, position=7), data[3])
     assert (data.texts, data.vae, data.is_latent, data.content_hash) == ((), None, False, "")
@@ -57,20 +57,20 @@ def test_a_plain_data_set_has_the_default_of_every_member():
 
 
 def test_a_data_source_is_not_adapted_again():
-    data = Prepared(torch.zeros(2))
+    data = PreparedSource(torch.zeros(2))
     assert as_data_source(data) is data
 
 
 def test_data_is_checked_after_it_was_prepared():
     process = Process(shape=(2,))
-    prepare_data(good := Prepared(torch.zeros(2)), process, torch.device("cpu"), True)
+    prepare_data(good := PreparedSource(torch.zeros(2)), process, torch.device("cpu"), True)
     assert good.is_ready
     with pytest.raises(ValueError, match="expected a float tensor of the process's shape"):
-        prepare_data(Prepared(torch.zeros(3)), process, torch.device("cpu"), True)
+        prepare_data(PreparedSource(torch.zeros(3)), process, torch.device("cpu"), True)
 
 
 def test_captions_define_the_classes_of_the_process():
-    data = Prepared(torch.zeros(2))
+    data = PreparedSource(torch.zeros(2))
     data.texts = ("a", "b", "c")
     assert process_with_captions(Process(shape=(2,)), data).classes == 3
     with pytest.raises(ValueError, match="classes is 2, but the data has 3 captions"):
