@@ -103,9 +103,9 @@ def _export(folder: Path, request: ExportRequest) -> None:
 
 def _export_stock(folder: Path, pipeline: "DiffcorePipeline", request: ExportRequest) -> None:
     """Write a pipeline of diffusers itself, after a comparison of its samples with ours."""
-    from diffcore.integrations.diffusers.pipeline.export import check, steps_of, stock_of
+    from diffcore.integrations.diffusers.pipeline.export import check, exact_steps, export_pipeline
 
-    stock, differences = stock_of(pipeline), []
+    stock, differences = export_pipeline(pipeline), []
 
     def write(path: Path) -> None:
         stock.save_pretrained(path)
@@ -116,7 +116,7 @@ def _export_stock(folder: Path, pipeline: "DiffcorePipeline", request: ExportReq
             raise
 
     write_folder(request.out, write)
-    steps = steps_of(stock.scheduler, request.steps)
+    steps = exact_steps(stock.scheduler, request.steps)
     print(
         f"{folder} -> {request.out}: a {type(stock).__name__} with a "
         f"{type(stock.scheduler).__name__}, which diffusers loads alone\n"

@@ -155,7 +155,7 @@ def build_pipeline(unet: Any, scheduler: Any) -> Any:
 
 
 def call(pipe: Any, steps: int) -> Tensor:
-    """Call a pipeline with fixed prompts and noise.
+    """PipelineCall a pipeline with fixed prompts and noise.
 
     Args:
         pipe: the pipeline.

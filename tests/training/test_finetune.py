@@ -9,8 +9,11 @@ import torch
 
 from diffcore.core.process import Process
 from diffcore.integrations.diffusers.loading.folder import network_of
-from diffcore.integrations.diffusers.pipeline.base_network import ADAPTER
-from diffcore.integrations.diffusers.scheduler.scheduler_config import config_of, describe
+from diffcore.integrations.diffusers.pipeline.pretrained import ADAPTER
+from diffcore.integrations.diffusers.scheduler.scheduler_config import (
+    describe_process,
+    named_config,
+)
 from diffcore.io.safetensors import read_weights
 from diffcore.schedules import Discrete, Flow, Shifted, ZeroTerminalSNR
 from diffcore.training import checkpoint
@@ -93,7 +96,7 @@ def test_a_pipeline_trains_on_its_own_process_if_the_file_defines_none(workspace
     process = Process.load(run / "process.json")
     assert (process.schedule, process.classes) == (schedule, 4)
     exported = type(pipe).from_pretrained(run / "pipeline")
-    assert describe(config_of(exported.scheduler)).schedule == schedule
+    assert describe_process(named_config(exported.scheduler)).schedule == schedule
     average = read_weights(run / "ema.safetensors")
     for name, value in network_of(exported).state_dict().items():
         assert torch.equal(value, average[f"network.{name}"]), name

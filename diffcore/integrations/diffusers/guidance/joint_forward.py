@@ -30,7 +30,7 @@ from diffcore.guidance import (
     Unconditional,
 )
 from diffcore.integrations.diffusers.families import ModelFamily
-from diffcore.integrations.diffusers.scheduler.plan import Call
+from diffcore.integrations.diffusers.scheduler.call import PipelineCall
 from diffcore.integrations.diffusers.scheduler.scheduler import DiffcoreScheduler
 from diffcore.sampling.loop import check_guidance, current_step, evaluate_references
 from diffcore.schedules import Level
@@ -218,10 +218,10 @@ class GuidedForward:
         """The guided output, in the form of the network's own."""
         x, args, kwargs = split_input(args, kwargs)
         call = self.scheduler.call
-        sampler_state = call.now(self._timestep(args, kwargs))
-        if call.guided is None:
-            call.guided = self._begin(call, x, kwargs.get("class_labels"))
-        state: CallState = call.guided
+        sampler_state = call.state_at(self._timestep(args, kwargs))
+        if call.guidance_state is None:
+            call.guidance_state = self._begin(call, x, kwargs.get("class_labels"))
+        state: CallState = call.guidance_state
         conditional_first = self.family.guidance_batching == "condition first"
         denoiser = PipelineDenoiser(
             self.network, self.forward, state.process, x, args, kwargs, conditional_first
@@ -255,7 +255,7 @@ class GuidedForward:
         t = t.flatten()[0] if isinstance(t, Tensor) else t
         return t / self.family.time_scale(self.network)
 
-    def _begin(self, call: Call, x: Tensor, labels: Tensor | None) -> CallState:
+    def _begin(self, call: PipelineCall, x: Tensor, labels: Tensor | None) -> CallState:
         """The state before the first evaluation of a call.
 
         Raises:
@@ -276,7 +276,7 @@ class GuidedForward:
             expected_batch=len(x) // 2 if is_guessed else None,
         )
 
-    def _checked_process(self, call: Call, has_both: bool) -> Process:
+    def _checked_process(self, call: PipelineCall, has_both: bool) -> Process:
         """The call's process; with both halves it has one class, and a null label."""
         process = call.plan.process
         process = replace(process, classes=1, dropout=0.1) if has_both else process

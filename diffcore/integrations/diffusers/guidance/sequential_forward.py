@@ -23,7 +23,7 @@ from diffcore.integrations.diffusers.guidance.joint_forward import (
     PipelineDenoiser,
     guided_output,
 )
-from diffcore.integrations.diffusers.scheduler.plan import Call
+from diffcore.integrations.diffusers.scheduler.call import PipelineCall
 
 __all__ = ["ConditionalHalf", "SequentialGuidedForward"]
 
@@ -96,7 +96,7 @@ class SequentialGuidedForward(GuidedForward):
         state.waiting_rule = None
         return half.output
 
-    def _begin(self, call: Call, x: Tensor, labels: Tensor | None) -> CallState:
+    def _begin(self, call: PipelineCall, x: Tensor, labels: Tensor | None) -> CallState:
         # Whether the negative half comes is known only when it does; each call has B samples.
         self._checked_process(call, has_both=True)
         return CallState(call.plan.process, self.family.guidance_argument)

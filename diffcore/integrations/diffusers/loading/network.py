@@ -20,9 +20,9 @@ from diffcore.integrations.diffusers.loading.folder import PipelineParts, parts_
 from diffcore.integrations.diffusers.loading.prompts import PromptNetwork, Prompts
 from diffcore.integrations.diffusers.loading.text_encoding import encode_prompts
 from diffcore.integrations.diffusers.scheduler.scheduler_config import (
-    config_of,
-    describe,
-    shift_of,
+    describe_process,
+    dynamic_shift,
+    named_config,
 )
 
 __all__ = ["MeanOutput", "from_diffusers", "mean_network", "read_process_fields"]
@@ -121,10 +121,10 @@ def read_process_fields(
                 f"these"
             )
         return read
-    config = config_of(parts.scheduler)
+    config = named_config(parts.scheduler)
     if mu is None:
         mu = _dynamic_shift(config, parts.network, (read | fields)["shape"])
-    described = describe(config, mu)
+    described = describe_process(config, mu)
     read |= {name: value for name, value in described._asdict().items() if value is not None}
     family = family_of(parts.network)
     if family.prediction not in (None, described.prediction):
@@ -160,7 +160,7 @@ def _dynamic_shift(
     if not config.get("use_dynamic_shifting"):
         return None
     count = family_of(network).token_count(network, shape)
-    return None if count is None else shift_of(config, count)
+    return None if count is None else dynamic_shift(config, count)
 
 
 def _conditioned(

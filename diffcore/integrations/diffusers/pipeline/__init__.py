@@ -1,1 +1,3 @@
-"""DiffcorePipeline, and export to pipelines that diffusers loads without diffcore."""
+"""DiffcorePipeline, export to pipelines that diffusers loads without diffcore, and pretrained
+networks.
+"""

@@ -1,12 +1,15 @@
-"""A process as a scheduler of diffusers, and a network as one of its own pipelines, where these express it exactly.
+"""Export: a process as a diffusers scheduler, and a network as a diffusers pipeline, where they
+express it exactly.
 
-    x, and what the network is told    scheduler                      pipeline of a UNet2DModel        with labels, or edm
-    vp, index i of T                   DDIM or DDPM, by its betas     DDIMPipeline or DDPMPipeline     ConsistencyModelPipeline
-    flow, T σ/(α+σ)                    FlowMatchEulerDiscrete         DDPMPipeline
-    edm, ln(σ/α)/4                     EDMEuler                                                        ConsistencyModelPipeline
+    x, and time input                  scheduler                      pipeline of a UNet2DModel
+    with labels, or edm vp, index i of T                   DDIM or DDPM, by its betas
+    DDIMPipeline or DDPMPipeline     ConsistencyModelPipeline flow, T σ/(α+σ)
+    FlowMatchEulerDiscrete         DDPMPipeline edm, ln(σ/α)/4                     EDMEuler
+    ConsistencyModelPipeline
 
-and DiTPipeline of a DiTTransformer2DModel with a VAE. ConsistencyModelPipeline is diffusers' one pipeline of a UNet2DModel that
-passes class labels, and the one that scales the network's input as its scheduler says; it takes any scheduler that says so.
+and DiTPipeline of a DiTTransformer2DModel with a VAE. ConsistencyModelPipeline is the only
+diffusers pipeline of a UNet2DModel that passes class labels, and the only one that calls
+scale_model_input of its scheduler; it takes any such scheduler.
 """
 
 import math
@@ -23,9 +26,9 @@ from diffcore.core.process import Process, TimeConditioning
 from diffcore.integrations.diffusers.families import family_of
 from diffcore.integrations.diffusers.families.export_targets import ALTERNATIVE
 from diffcore.integrations.diffusers.pipeline.pipeline import DiffcorePipeline
-from diffcore.integrations.diffusers.scheduler.generator_noise import Drawn
+from diffcore.integrations.diffusers.scheduler.generator_noise import GeneratorNoise
 from diffcore.integrations.diffusers.scheduler.scheduler_config import C_NOISE
-from diffcore.integrations.diffusers.scheduler.settings import Settings
+from diffcore.integrations.diffusers.scheduler.settings import SchedulerSettings
 from diffcore.samplers import DDIM, DDPM, EulerAncestral, Sampler
 from diffcore.sampling.generation import evaluation_mode
 from diffcore.sampling.loop import integrate
@@ -43,28 +46,49 @@ from diffcore.schedules import (
     ZeroTerminalSNR,
 )
 
+__all__ = [
+    "RecordedStep",
+    "build_pipeline",
+    "check",
+    "exact_steps",
+    "export_pipeline",
+    "export_scheduler",
+    "parity",
+]
+
 ANCESTRAL = (DDPM(0.0), DDIM(1.0), EulerAncestral(1.0))
-"""Names of one sampler, diffusers' DDPM."""
+"""Equal samplers, which diffusers calls DDPM."""
 TOLERANCE = 1e-4
-"""Of the greatest difference of samples, relative to the greatest value."""
+"""Bound on the largest difference of samples, relative to the largest value."""
 FORMS = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 
 
-def stock_of(pipe: DiffcorePipeline) -> Any:
-    """The pipeline of diffusers that samples the network of one of ours, by DDIM or DDPM and without its guidance.
+def export_pipeline(pipe: DiffcorePipeline) -> Any:
+    """The diffusers pipeline that samples the network of a DiffcorePipeline, by DDIM or DDPM and
+    without guidance.
 
     Raises:
-        ValueError: none does; the message has the reason.
+        ValueError: There is none; the message contains the reason.
     """
-    scheduler = scheduler_of(pipe.process, pipe.scheduler.settings, pipe.config.num_inference_steps)
-    return pipeline_of(pipe.network, pipe.process, scheduler, pipe.vae)
+    scheduler = export_scheduler(
+        pipe.process, pipe.scheduler.settings, pipe.config.num_inference_steps
+    )
+    return build_pipeline(pipe.network, pipe.process, scheduler, pipe.vae)
 
 
-def scheduler_of(process: Process, settings: Settings, steps: int) -> Any:
-    """The scheduler of diffusers that expresses a process; of the sampler it takes whether it is DDPM, of the grid the ends.
+def export_scheduler(process: Process, settings: SchedulerSettings, steps: int) -> Any:
+    """The diffusers scheduler that expresses a process.
+
+    Args:
+        process: process of the network.
+        settings: its sampler determines DDIM or DDPM, its grid the spacing and the bounds.
+        steps: number of steps, for the bounds of the grid.
+
+    Returns:
+        The scheduler.
 
     Raises:
-        ValueError: none does; the message has the reason.
+        ValueError: There is none; the message contains the reason.
     """
     match process.prediction:
         case "edm":
@@ -74,11 +98,22 @@ def scheduler_of(process: Process, settings: Settings, steps: int) -> Any:
     return _table(process, settings.sampler, settings.grid)
 
 
-def pipeline_of(network: nn.Module, process: Process, scheduler: Any, vae: nn.Module | None) -> Any:
-    """The pipeline of diffusers that asks a network as its process has it.
+def build_pipeline(
+    network: nn.Module, process: Process, scheduler: Any, vae: nn.Module | None
+) -> Any:
+    """The diffusers pipeline that evaluates a network as its process requires.
+
+    Args:
+        network: network of diffusers.
+        process: process of the network.
+        scheduler: scheduler of the pipeline.
+        vae: decoder of latents, or None.
+
+    Returns:
+        The pipeline.
 
     Raises:
-        ValueError: none does; the message has the reason.
+        ValueError: There is none; the message contains the reason.
     """
     target = family_of(network).export_target
     if target is None:
@@ -88,7 +123,7 @@ def pipeline_of(network: nn.Module, process: Process, scheduler: Any, vae: nn.Mo
     return target.build(network, process, scheduler, vae)
 
 
-# Schedulers ----------------------------------------------------------------------------------------------------------
+# Schedulers
 
 
 def _table(process: Process, sampler: Sampler, grid: Grid) -> Any:
@@ -96,12 +131,14 @@ def _table(process: Process, sampler: Sampler, grid: Grid) -> Any:
     entries = _entries(time, "index")
     if schedule.scaling != "vp":
         raise ValueError(
-            f"schedulers of diffusers that take {process.prediction} keep x of the vp process, and this one is of the "
+            f"schedulers of diffusers that take {process.prediction} keep x of the vp process, and "
+            "this one is of the "
             f"scaling {schedule.scaling}: {ALTERNATIVE}"
         )
     if schedule.steps not in (None, entries):
         raise ValueError(
-            f"the table has {schedule.steps} levels, but the network is told an index of {entries}: {ALTERNATIVE}"
+            f"the table has {schedule.steps} levels, but the time input of the network is an index "
+            f"of {entries}: {ALTERNATIVE}"
         )
     process.check_level(schedule.level(1.0), "the last entry of diffusers' table")
     leading = isinstance(grid, Leading)
@@ -117,7 +154,9 @@ def _table(process: Process, sampler: Sampler, grid: Grid) -> Any:
 
 
 def _betas(schedule: Schedule, entries: int) -> dict[str, Any]:
-    """A table of a form that has a name, or β_i = 1 - ᾱ_i/ᾱ_{i-1} at the entries t = (i+1)/T of any schedule."""
+    """The options of a named table, or β_i = 1 - ᾱ_i/ᾱ_{i-1} at the entries t = (i+1)/T of any
+    schedule.
+    """
     inner = schedule.inner if isinstance(schedule, ZeroTerminalSNR) else schedule
     if isinstance(inner, Discrete) and inner.betas in FORMS:
         named = {
@@ -138,12 +177,14 @@ def _flow(process: Process) -> Any:
     entries = _entries(replace(process.time, variable="blend") if linear else process.time, "blend")
     if schedule.scaling != "flow":
         raise ValueError(
-            f"FlowMatchEulerDiscreteScheduler keeps x of the flow, and this process is of the scaling {schedule.scaling}: "
+            "FlowMatchEulerDiscreteScheduler keeps x of the flow, and this process is of the "
+            f"scaling {schedule.scaling}: "
             f"{ALTERNATIVE}"
         )
     if schedule.logsnr(1.0) > -math.inf:
         raise ValueError(
-            f"FlowMatchEulerDiscreteScheduler begins at pure noise, and {schedule} ends at λ = {schedule.logsnr(1.0):.4g}: "
+            f"FlowMatchEulerDiscreteScheduler begins at pure noise, and {schedule} ends at λ = "
+            f"{schedule.logsnr(1.0):.4g}: "
             f"{ALTERNATIVE}"
         )
     shifted = isinstance(schedule, Shifted) and schedule.inner == Flow()
@@ -155,12 +196,14 @@ def _flow(process: Process) -> Any:
 def _edm(process: Process, knots: tuple[Level, ...], grid: Grid) -> Any:
     if (process.time.variable, process.time.scale) != (C_NOISE.variable, C_NOISE.scale):
         raise ValueError(
-            f"EDMEulerScheduler tells the network ln(σ/α)/4 (logsnr, scale -1/8), and it is told {process.time}: {ALTERNATIVE}"
+            "EDMEulerScheduler has the time input ln(σ/α)/4 (logsnr, scale -1/8), and the network "
+            f"has {process.time}: {ALTERNATIVE}"
         )
     first, last = knots[0].ratio, knots[-2].ratio
     if not 0 < last < first < math.inf:
         raise ValueError(
-            f"EDMEulerScheduler goes between two finite σ/α, and {grid} from {first:g} to {last:g}: sample by Karras() "
+            f"EDMEulerScheduler goes between two finite σ/α, and {grid} from {first:g} to "
+            f"{last:g}: sample by Karras() "
             f"(grid, in the run's config.yaml)"
         )
     even = isinstance(grid, UniformLogSNR)
@@ -175,21 +218,24 @@ def _edm(process: Process, knots: tuple[Level, ...], grid: Grid) -> Any:
 
 
 def _entries(time: TimeConditioning, variable: str) -> int:
-    """T, where the network is told the level as a scheduler's table or flow has it."""
+    """T of the time input; ValueError if it is not that of a table or a flow."""
     if time.variable != variable or time.scale != round(time.scale) or time.scale < 2:
-        told = {"index": "index i of a table of T levels", "blend": "T σ/(α+σ) of a flow"}[variable]
+        expected = {"index": "index i of a table of T levels", "blend": "T σ/(α+σ) of a flow"}[
+            variable
+        ]
         raise ValueError(
-            f"schedulers of diffusers tell the network the {told}, and it is told {time}: train with variable {variable}, "
+            f"schedulers of diffusers have the time input {expected}, and the network has {time}: "
+            f"train with variable {variable}, "
             f"or {ALTERNATIVE}"
         )
     return round(time.scale)
 
 
-# Parity --------------------------------------------------------------------------------------------------------------
+# Parity
 
 
-class Recorded:
-    """A scheduler's `step` that keeps the first x that it is given and the last that it answers."""
+class RecordedStep:
+    """The `step` of a scheduler, which records its first input x and its last result."""
 
     def __init__(self, scheduler: Any) -> None:
         self.step = scheduler.step
@@ -198,49 +244,67 @@ class Recorded:
         scheduler.step = self
 
     def __call__(self, output: Tensor, t: Any, x: Tensor, **options: Any) -> Any:
-        answer = self.step(output, t, x, **options)
-        self.first, self.last = x if self.first is None else self.first, answer[0]
-        return answer
+        result = self.step(output, t, x, **options)
+        self.first, self.last = x if self.first is None else self.first, result[0]
+        return result
 
 
 def parity(folder: Path, pipe: DiffcorePipeline) -> float:
-    """Greatest difference between two samples of the stock pipeline in a folder and of our own loop, over their greatest value.
+    """Largest difference between two samples of an exported pipeline and of the diffcore loop, over
+    their largest value.
 
-    It is loaded anew and called as a user calls it; ours asks about the levels that its scheduler named, begins with the same
-    noise, and draws the same.
+    The pipeline is loaded from the folder and called as a user calls it. The loop evaluates the
+    levels of its scheduler, with the same noise.
+
+    Args:
+        folder: folder of the exported pipeline.
+        pipe: pipeline that was exported.
+
+    Returns:
+        The relative difference.
     """
     load: Any = diffusers.DiffusionPipeline.from_pretrained
-    stock = load(folder)
-    stock.set_progress_bar_config(disable=True)
-    recorded, labels = Recorded(stock.scheduler), _labels(pipe.process)
-    steps = steps_of(stock.scheduler, pipe.config.num_inference_steps)
+    exported = load(folder)
+    exported.set_progress_bar_config(disable=True)
+    recorded, labels = RecordedStep(exported.scheduler), _labels(pipe.process)
+    steps = exact_steps(exported.scheduler, pipe.config.num_inference_steps)
     target = family_of(pipe.network).export_target
     assert target is not None
     call = target.call_arguments(2, None if labels is None else labels.tolist())
-    stock(**call, num_inference_steps=steps, generator=_generator(), output_type="np")
+    exported(**call, num_inference_steps=steps, generator=_generator(), output_type="np")
     assert recorded.first is not None
     assert recorded.last is not None
-    ours = _ours(pipe.denoiser, stock.scheduler, recorded.first, labels)
+    ours = _ours(pipe.denoiser, exported.scheduler, recorded.first, labels)
     return float((ours - recorded.last).abs().max() / recorded.last.abs().max())
 
 
 def check(folder: Path, pipe: DiffcorePipeline) -> float:
-    """`parity`, where it is within the tolerance.
+    """The relative difference of `parity`.
+
+    Args:
+        folder: folder of the exported pipeline.
+        pipe: pipeline that was exported.
+
+    Returns:
+        The difference.
 
     Raises:
-        ValueError: it is not.
+        ValueError: It exceeds the tolerance.
     """
-    found = parity(folder, pipe)
-    if not found <= TOLERANCE:  # NaN too
+    difference = parity(folder, pipe)
+    if not difference <= TOLERANCE:  # NaN too
         raise ValueError(
-            f"samples of the stock pipeline differ from our own by {found:.3g} of their greatest value, expected at most "
+            f"samples of the exported pipeline differ from those of diffcore by {difference:.3g} "
+            "of their largest value, expected at most "
             f"{TOLERANCE:g}: {ALTERNATIVE}"
         )
-    return found
+    return difference
 
 
-def steps_of(scheduler: Any, steps: int) -> int:
-    """The most steps, at most these, with which it is right: of DDIM those that divide T, for it goes to t - T // n."""
+def exact_steps(scheduler: Any, steps: int) -> int:
+    """The largest number of steps, at most `steps`, with which a scheduler is exact: DDIM and DDPM
+    step to t - T // n, so that it divides T.
+    """
     if not isinstance(scheduler, (diffusers.DDIMScheduler, diffusers.DDPMScheduler)):
         return steps
     config: Any = scheduler.config  # type: ignore[union-attr]
@@ -260,10 +324,10 @@ def _ours(denoiser: Denoiser, scheduler: Any, x: Tensor, labels: Tensor | None) 
     process = _kept(denoiser.process)
     numbers = [float(t) for t in scheduler.timesteps]
     levels = [process.time.level(process.schedule, number) for number in numbers]
-    noise = Drawn(
+    noise = GeneratorNoise(
         torch.zeros(len(x), dtype=torch.int64), process.shape, x.device, generator=_generator()
     )
-    noise.start()  # as the pipeline drew its first x
+    noise.start()  # the pipeline draws its first x
     sampler = DDPM() if isinstance(scheduler, diffusers.DDPMScheduler) else DDIM()
     labels = None if labels is None else labels.to(x.device)
     knots = (*levels, process.schedule.at(math.inf))
@@ -274,7 +338,9 @@ def _ours(denoiser: Denoiser, scheduler: Any, x: Tensor, labels: Tensor | None) 
 
 
 def _kept(process: Process) -> Process:
-    """The process in the scaling in which the scheduler keeps x: EDM's is ve, and an edm network is asked the same in any."""
+    """The process in the scaling of the scheduler's x: ve for edm, whose network input is the same
+    in every scaling.
+    """
     if process.prediction != "edm" or process.schedule.scaling == "ve":
         return process
     return replace(process, schedule=Rescaled(process.schedule, "ve"))

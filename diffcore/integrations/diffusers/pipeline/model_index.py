@@ -1,4 +1,4 @@
-"""What the model_index.json of a DiffcorePipeline holds beside the names of its parts, and what of a folder is refused."""
+"""The settings in the model_index.json of a DiffcorePipeline, and the check of a pipeline folder."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,23 +10,25 @@ from diffcore.core.process import Process
 from diffcore.guidance import Guidance
 from diffcore.integrations.diffusers.loading.folder import NETWORKS, read_json
 
+__all__ = ["COMPONENTS", "PipelineSettings", "check_folder"]
+
 PIPELINE = "DiffcorePipeline"
 SCHEDULER = ["diffcore.integrations.diffusers.scheduler.scheduler", "DiffcoreScheduler"]
 COMPONENTS = (*NETWORKS, "vae")
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What a pipeline's own config holds: what its scheduler's does not say.
+class PipelineSettings:
+    """The settings of a pipeline that its scheduler does not contain.
 
     Args:
-        shape: of one x_0, as the network sees it.
-        low: lower end of the data's range.
-        high: upper end of the data's range.
-        classes: number of class labels, 0 for none.
+        shape: shape of one x_0, the input of the network.
+        low: lower bound of the data.
+        high: upper bound of the data.
+        classes: number of class labels; 0 for none.
         dropout: share of training samples without their label.
-        guidance: unless a call names another.
-        num_inference_steps: unless a call names another number.
+        guidance: default guidance rule of a call.
+        num_inference_steps: default number of steps of a call.
     """
 
     shape: tuple[int, ...]
@@ -39,7 +41,7 @@ class Facts:
 
     @property
     def of_process(self) -> dict[str, Any]:
-        """Those that are fields of a Process."""
+        """The settings that are fields of a Process, by name."""
         return {
             f.name: getattr(self, f.name)
             for f in fields(self)
@@ -48,21 +50,25 @@ class Facts:
 
 
 def check_folder(folder: Path, given: dict[str, Any]) -> None:
-    """Refuse the folder of a pipeline that is not whole, is not ours, or names code; a component that is `given` is not read.
+    """Check that a folder holds a whole DiffcorePipeline without code of its own.
+
+    Args:
+        folder: folder of the pipeline.
+        given: components that are passed by name, and not read from the folder.
 
     Raises:
-        ValueError: what it lacks or holds; the message has the remedy.
+        ValueError: A part is missing or of another class; the message contains the remedy.
     """
     path = folder / "model_index.json"
     index = read_json(path)
     if (kind := index.get("_class_name")) != PIPELINE:
         raise ValueError(
-            f"{folder} holds a {kind}, expected a {PIPELINE}: load it as what it is, or its network by "
+            f"{folder} holds a {kind}, expected a {PIPELINE}: load it as such, or its network by "
             f"diffcore.integrations.diffusers.from_diffusers({str(folder)!r})"
         )
     missing = [
         name
-        for name in ("scheduler", *COMPONENTS, *(f.name for f in fields(Facts)))
+        for name in ("scheduler", *COMPONENTS, *(f.name for f in fields(PipelineSettings)))
         if name not in index
     ]
     if missing:
@@ -71,7 +77,8 @@ def check_folder(folder: Path, given: dict[str, Any]) -> None:
         )
     if "scheduler" not in given and index["scheduler"] != SCHEDULER:
         raise ValueError(
-            f"{path} names {index['scheduler']} as scheduler, expected a DiffcoreScheduler: pass scheduler="
+            f"{path} names {index['scheduler']} as scheduler, expected a DiffcoreScheduler: pass "
+            "scheduler="
         )
     for name in COMPONENTS:
         if name not in given and index[name][1] is not None:
@@ -82,6 +89,7 @@ def _check_model(path: Path, name: str, library: str, kind: str) -> None:
     cls = getattr(diffusers, str(kind), None) if library == "diffusers" else None
     if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
         raise ValueError(
-            f"{path} names {library}.{kind} as {name}, which is no model of diffusers: code that comes with weights is not "
-            f"run; import it, load it yourself and pass {name}="
+            f"{path} names {library}.{kind} as {name}, which is no model of diffusers: code that "
+            "lies beside weights is not "
+            f"executed; import it, load it yourself and pass {name}="
         )

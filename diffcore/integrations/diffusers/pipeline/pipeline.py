@@ -1,10 +1,11 @@
-"""A network with its process, sampler, grid and guidance as a pipeline of diffusers: saved, loaded, moved and called as theirs.
+"""A network with its process, sampler, grid and guidance as a diffusers pipeline.
 
     model_index.json    shape, range and classes of the data; guidance; number of steps
-    scheduler/          sampler, grid, schedule, prediction type, time conditioning (a DiffcoreScheduler)
-    unet/ or transformer/, vae/    configs and safetensors
+    scheduler/          sampler, grid, schedule, prediction type, time conditioning (a
+    DiffcoreScheduler) unet/ or transformer/, vae/    configs and safetensors
 
-The loop is ours: every sampler and every rule of guidance works, and seeds give the samples of `diffcore.sample`.
+The sampling loop is that of diffcore: every sampler and every guidance rule works, and seeds give
+the samples of `diffcore.sample`.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,11 +24,15 @@ from diffcore.core.process import Process
 from diffcore.guidance import CFG, Guidance, find_weaker_networks, load_weaker_networks
 from diffcore.integrations.diffusers.loading.network import MeanOutput, mean_network
 from diffcore.integrations.diffusers.loading.vae import Latents
-from diffcore.integrations.diffusers.pipeline.model_index import COMPONENTS, Facts, check_folder
-from diffcore.integrations.diffusers.pipeline.progress import Followed
-from diffcore.integrations.diffusers.scheduler.generator_noise import Drawn, Generators
+from diffcore.integrations.diffusers.pipeline.model_index import (
+    COMPONENTS,
+    PipelineSettings,
+    check_folder,
+)
+from diffcore.integrations.diffusers.pipeline.observed_sampler import ObservedSampler
+from diffcore.integrations.diffusers.scheduler.generator_noise import GeneratorNoise, Generators
 from diffcore.integrations.diffusers.scheduler.scheduler import DiffcoreScheduler
-from diffcore.integrations.diffusers.scheduler.settings import Settings
+from diffcore.integrations.diffusers.scheduler.settings import SchedulerSettings
 from diffcore.io.specs import from_spec, to_spec
 from diffcore.run import Run
 from diffcore.samplers import Sampler, State
@@ -42,33 +47,35 @@ from diffcore.sampling.generation import (
 from diffcore.sampling.loop import integrate
 from diffcore.schedules import Grid, Level
 
+__all__ = ["DiffcorePipeline"]
+
 OutputType = Literal["pil", "np", "pt", "latent"]
 Callback = Callable[[Any, int, float, dict[str, Any]], dict[str, Any]]
 
 
 class DiffcorePipeline(DiffusionPipeline):
-    """A network of diffusers with all that sampling it takes.
+    """A diffusers network with everything that is needed to sample it.
 
         pipe = DiffcorePipeline.from_pretrained("runs/digits/pipeline")
         images = pipe(class_labels=[3, 5], seeds=[0, 1]).images
 
-    Unconditional and class-conditional networks, of images or of a VAE's latents.
+    For unconditional and class-conditional networks of images or of VAE latents.
 
     Args:
-        scheduler: sampler, grid and process, unless a call names others.
-        unet: the network, or
-        transformer: the network.
-        vae: where it works on latents.
-        shape: of one x_0, as the network sees it.
-        low: lower end of the data's range.
-        high: upper end of the data's range.
-        classes: number of class labels, 0 for none; the label `classes` itself is the null label.
+        scheduler: process, and default sampler and grid of a call.
+        unet: the network if it is a UNet.
+        transformer: the network if it is a transformer.
+        vae: decoder of latents; None if the network generates images.
+        shape: shape of one x_0, the input of the network.
+        low: lower bound of the data.
+        high: upper bound of the data.
+        classes: number of class labels; 0 for none. The label `classes` is the null label.
         dropout: share of training samples without their label.
-        guidance: the rule, or its spec, unless a call names another.
-        num_inference_steps: unless a call names another number.
+        guidance: default guidance rule of a call, or its plain data.
+        num_inference_steps: default number of steps of a call.
 
     Raises:
-        ValueError: parts that are missing or contradict each other.
+        ValueError: Parts are missing, or contradict each other.
     """
 
     model_cpu_offload_seq: Any = "unet->transformer->vae"
@@ -100,10 +107,12 @@ class DiffcorePipeline(DiffusionPipeline):
             raise ValueError("the pipeline has one network: pass either unet or transformer")
         parts = {"scheduler": scheduler, "unet": unet, "transformer": transformer, "vae": vae}
         self.register_modules(**parts)  # type: ignore[no-untyped-call]
-        self._facts = from_spec(Facts, {f.name: to_spec(given[f.name]) for f in fields(Facts)})
-        self.register_to_config(**to_spec(self._facts))  # type: ignore[no-untyped-call]
+        self._settings = from_spec(
+            PipelineSettings, {f.name: to_spec(given[f.name]) for f in fields(PipelineSettings)}
+        )
+        self.register_to_config(**to_spec(self._settings))  # type: ignore[no-untyped-call]
         self._interrupt = False
-        self.process  # refuses what contradicts itself
+        self.process  # raises if the settings contradict each other
 
     @classmethod
     def of(
@@ -115,17 +124,30 @@ class DiffcorePipeline(DiffusionPipeline):
         guidance: Guidance = CFG(1.0),
         vae: ModelMixin | None = None,
     ) -> Self:
-        """The pipeline of a denoiser, and how it is sampled unless a call says otherwise.
+        """The pipeline of a denoiser.
+
+        Args:
+            denoiser: network with its process.
+            sampler: default sampler of a call.
+            grid: default grid of a call.
+            num_inference_steps: default number of steps of a call.
+            guidance: default guidance rule of a call.
+            vae: decoder of latents, if the network generates latents.
+
+        Returns:
+            The pipeline.
 
         Raises:
-            ValueError: its network is no ModelMixin of diffusers, which alone can be saved in a pipeline.
+            ValueError: The network is no ModelMixin of diffusers, and cannot be saved in a
+                pipeline.
         """
         network, process = denoiser.network, denoiser.process
         if isinstance(network, MeanOutput):
             network = network.network
         if not isinstance(network, ModelMixin):
             raise ValueError(
-                f"the network is a {type(network).__name__}, and a pipeline holds ModelMixins of diffusers: make it one "
+                f"the network is a {type(network).__name__}, and a pipeline holds ModelMixins of "
+                "diffusers: make it one "
                 f"(ModelMixin, ConfigMixin), or sample the run itself"
             )
         name = (
@@ -137,24 +159,34 @@ class DiffcorePipeline(DiffusionPipeline):
             sampler, grid, process.schedule, process.prediction, process.time, process.sigma_data
         )
         parts: dict[str, Any] = {name: network, "vae": vae}
-        said = {f.name: getattr(process, f.name) for f in fields(Facts) if hasattr(process, f.name)}
+        values = {
+            f.name: getattr(process, f.name)
+            for f in fields(PipelineSettings)
+            if hasattr(process, f.name)
+        }
         return cls(
-            scheduler, **parts, **said, guidance=guidance, num_inference_steps=num_inference_steps
+            scheduler, **parts, **values, guidance=guidance, num_inference_steps=num_inference_steps
         )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
-        """Load a saved pipeline; options are those of diffusers (dtype, device_map, variant, a component by name).
+        """Load a saved pipeline. No code of the folder is executed, and no pickle is opened.
 
-        No code that comes with it is run, and no pickle is opened.
+        Args:
+            pretrained_model_name_or_path: folder, or name on a hub.
+            **options: options of diffusers (dtype, device_map, variant, a component by name).
+
+        Returns:
+            The pipeline.
 
         Raises:
-            ValueError: a part is missing, or of a class that is not known, or has no safetensors.
+            ValueError: A part is missing, of an unknown class, or without safetensors.
         """
         for name in ("custom_pipeline", "trust_remote_code"):
             if options.get(name):
                 raise ValueError(
-                    f"{name} is {options[name]!r}, but code that comes with weights is not run: leave it out"
+                    f"{name} is {options[name]!r}, but code that lies beside weights is not "
+                    "executed: leave it out"
                 )
         if not options.setdefault("use_safetensors", True):
             raise ValueError(
@@ -168,25 +200,27 @@ class DiffcorePipeline(DiffusionPipeline):
             return super().from_pretrained(folder, **options)
         except OSError as error:
             raise ValueError(
-                f"{folder} cannot be read ({' '.join(str(error).split())}): each part needs its config and safetensors; "
+                f"{folder} cannot be read ({' '.join(str(error).split())}): each part needs its "
+                "config and safetensors; "
                 f"pickled weights are not opened, convert them first"
             ) from None
 
     @property
     def network(self) -> nn.Module:
-        """The UNet or transformer."""
+        """The network: the UNet or the transformer."""
         return self.transformer if self.unet is None else self.unet
 
     @property
-    def settings(self) -> Settings:
-        """What the scheduler says.
+    def settings(self) -> SchedulerSettings:
+        """The settings of the scheduler.
 
         Raises:
-            ValueError: it is not ours, or says what this loop does not do.
+            ValueError: It is no DiffcoreScheduler, or it clips x_0.
         """
         if not isinstance(self.scheduler, DiffcoreScheduler):
             raise ValueError(
-                f"the scheduler is a {type(self.scheduler).__name__}, expected a DiffcoreScheduler: "
+                f"the scheduler is a {type(self.scheduler).__name__}, expected a "
+                "DiffcoreScheduler: "
                 f"DiffcoreScheduler.from_config(scheduler.config) makes one of it"
             )
         settings = self.scheduler.settings
@@ -199,17 +233,17 @@ class DiffcorePipeline(DiffusionPipeline):
 
     @property
     def process(self) -> Process:
-        """What the network was trained on."""
-        return replace(self.settings.process, **self._facts.of_process)
+        """The process that the network was trained on."""
+        return replace(self.settings.process, **self._settings.of_process)
 
     @property
     def guidance(self) -> Guidance:
-        """The rule unless a call names another."""
-        return self._facts.guidance
+        """The default guidance rule of a call."""
+        return self._settings.guidance
 
     @property
     def denoiser(self) -> Denoiser:
-        """The network with its process, for `diffcore.sample` and all that takes one."""
+        """The network with its process, for `diffcore.sample`."""
         process = self.process
         return Denoiser(mean_network(self.network, process), process)
 
@@ -228,28 +262,33 @@ class DiffcorePipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Images, as many as there are labels, seeds or generators, or `batch_size`; one by default.
+        """Draw images.
 
-        With seeds each image is a function of its own seed and label, and with output_type "latent" they are the samples of
-        `sample(pipe.denoiser, ..., seeds=seeds, batch_size=len(seeds))`, bit for bit. With torch generators (one, one an image,
-        or none: torch's global one) they are drawn as pipelines of diffusers draw.
+        With seeds each image is a function of its seed and label, and with output_type "latent"
+        they are the samples of `sample(pipe.denoiser, ..., seeds=seeds, batch_size=len(seeds))`,
+        bit for bit. With torch generators they are drawn in the way of diffusers pipelines.
 
         Args:
-            batch_size: how many, where nothing else says it.
-            class_labels: one an image, or one for all; none is unconditional.
-            seeds: integers of 64 bits.
-            generator: in place of seeds.
-            num_inference_steps: steps between the knots.
-            guidance: the rule.
-            sampler: the integrator.
-            grid: which levels it visits.
-            output_type: pil, np (N, H, W, C) or pt (N, C, H, W) within [0, 1], or latent, x_0 as the network sees it.
-            return_dict: an object with `images`, or a tuple of them.
-            callback_on_step_end: called with the pipeline, the step's number, what the network was told in it, and {"latents":
-                x}; returns that dictionary, whose latents the run goes on with. `pipe._interrupt = True` ends the run there.
+            batch_size: number of images N, if no other argument defines it; default 1.
+            class_labels: N labels, or one for all; None for unconditional images.
+            seeds: N integers of 64 bits.
+            generator: in place of seeds: N generators, one for all, or None for torch's global one.
+            num_inference_steps: number of steps; default: that of the pipeline.
+            guidance: guidance rule; default: that of the pipeline.
+            sampler: numerical integrator; default: that of the scheduler.
+            grid: rule that places the knots; default: that of the scheduler.
+            output_type: pil, np (N, H, W, C) or pt (N, C, H, W) in [0, 1], or latent (x_0 of the
+                network).
+            return_dict: True returns an object with `images`, False a tuple.
+            callback_on_step_end: called with the pipeline, the index of the step, its time input,
+                and {"latents": x}; sampling continues with the latents of the dictionary that it
+                returns. `pipe._interrupt = True` stops it there.
+
+        Returns:
+            The images.
 
         Raises:
-            ValueError: before the first step, where the network cannot be sampled so.
+            ValueError: The arguments do not fit together. It is raised before the first step.
         """
         self._interrupt = False
         denoiser, rule = (
@@ -270,18 +309,23 @@ class DiffcorePipeline(DiffusionPipeline):
             evaluation_mode(denoiser, *find_weaker_networks(rule)),
             self.progress_bar(total=len(knots) - 1) as bar,
         ):
-            followed = Followed(sampler, self._told(process, bar.update, callback_on_step_end))
-            x, _ = integrate(denoiser, followed, x, knots, noise, rule, labels)
-        answer: Any = (x if output_type == "latent" else self._pictures(x, output_type),)
+            observed = ObservedSampler(
+                sampler, self._observer(process, bar.update, callback_on_step_end)
+            )
+            x, _ = integrate(denoiser, observed, x, knots, noise, rule, labels)
+        result: Any = (x if output_type == "latent" else self._to_output(x, output_type),)
         self.maybe_free_model_hooks()  # type: ignore[no-untyped-call]
-        return ImagePipelineOutput(*answer) if return_dict else answer
+        return ImagePipelineOutput(*result) if return_dict else result
 
     def _knots(self, steps: int | None, grid: Grid | None) -> tuple[Level, ...]:
-        settings, steps = self.settings, self._facts.num_inference_steps if steps is None else steps
+        settings, steps = (
+            self.settings,
+            self._settings.num_inference_steps if steps is None else steps,
+        )
         return replace(settings, grid=grid or settings.grid).knots(steps)
 
     def _weaker(self, folder: str) -> Denoiser:
-        """Another network, which a rule of guidance names by its run."""
+        """The denoiser of a run that a guidance rule names by its folder."""
         return Run(Path(folder)).denoiser(self._execution_device)
 
     def _noise(
@@ -292,24 +336,24 @@ class DiffcorePipeline(DiffusionPipeline):
             return Noise(torch.tensor(seeds), process.shape, device)
         dtype = next((p.dtype for p in self.network.parameters()), torch.float32)
         rows = torch.zeros(count, dtype=torch.int64)
-        return Drawn(rows, process.shape, device, generator=generator, drawn=dtype)
+        return GeneratorNoise(rows, process.shape, device, generator=generator, draw_dtype=dtype)
 
-    def _told(
+    def _observer(
         self, process: Process, count: Callable[[], Any], callback: Callback | None
     ) -> Callable[[State, State], State]:
-        def tell(before: State, after: State) -> State:
+        def observe(before: State, after: State) -> State:
             count()
             if callback is not None:
-                told = float(process.time(before.level))
-                answer = callback(self, before.step, told, {"latents": after.x})
-                after = replace(after, x=answer.get("latents", after.x))
+                time_input = float(process.time(before.level))
+                result = callback(self, before.step, time_input, {"latents": after.x})
+                after = replace(after, x=result.get("latents", after.x))
             return replace(after, remaining=()) if self._interrupt else after
 
-        return tell
+        return observe
 
     @property
-    def _pictured(self) -> Process:
-        """The process of what is shown: of the samples, or of what the VAE makes of them."""
+    def _image_process(self) -> Process:
+        """The process of the images: of the samples, or of what the VAE decodes from them."""
         process = self.process
         if self.vae is None:
             return process
@@ -317,42 +361,43 @@ class DiffcorePipeline(DiffusionPipeline):
         return replace(process, shape=(channels, *process.shape[1:]), low=-1.0, high=1.0)
 
     def _check_output(self, output_type: str) -> None:
-        """Refuse before sampling what could not be shown after it."""
+        """Raise ValueError, before sampling, if the samples cannot be returned as `output_type`."""
         if output_type not in get_args(OutputType):
             raise ValueError(
                 f"output_type is {output_type!r}, expected one of {', '.join(get_args(OutputType))}"
             )
-        if output_type != "latent" and not images.is_image(pictured := self._pictured):
+        if output_type != "latent" and not images.is_image(image_process := self._image_process):
             raise ValueError(
-                f"samples of shape {pictured.shape} are not images of 1 or 3 channels: pass output_type='latent' for x_0"
+                f"samples of shape {image_process.shape} are not images of 1 or 3 channels: pass "
+                "output_type='latent' for x_0"
             )
 
-    def _pictures(self, x: Tensor, output_type: OutputType) -> Any:
-        pictured = self._pictured
+    def _to_output(self, x: Tensor, output_type: OutputType) -> Any:
+        image_process = self._image_process
         if self.vae is not None:
             x = Latents(self.vae).decode(x.to(self.vae.dtype))
         if output_type == "pil":
-            return [images.to_image(array) for array in images.to_pixels(x, pictured)]
-        unit = images.to_unit_range(x, pictured)
+            return [images.to_image(array) for array in images.to_pixels(x, image_process)]
+        unit = images.to_unit_range(x, image_process)
         return unit if output_type == "pt" else unit.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def _count(**given: Any) -> int:
-    """How many images all of these ask for."""
-    asked = {
+    """The number of images that the arguments define."""
+    lengths = {
         name: value if name == "batch_size" else _length(value) for name, value in given.items()
     }
-    counts = {name: count for name, count in asked.items() if count is not None}
+    counts = {name: count for name, count in lengths.items() if count is not None}
     if len(set(counts.values())) > 1:
         text = ", ".join(f"{count} by {name}" for name, count in counts.items())
-        raise ValueError(f"the call asks for {text}: pass as many of each")
+        raise ValueError(f"the call defines {text}: pass as many of each")
     if given["seeds"] is not None and given["generator"] is not None:
         raise ValueError("seeds and generator were given: pass one of them")
     return next(iter(counts.values()), 1)
 
 
 def _length(value: Any) -> int | None:
-    """Of a list or tensor; one of anything else is for all."""
+    """Length of a list or tensor; None for a single value, which is for all."""
     listed = value.ndim > 0 if isinstance(value, Tensor) else isinstance(value, Sequence)
     return len(value) if listed else None
 

@@ -1,1 +1,1 @@
-"""DiffcoreScheduler: our samplers, grids and schedules as a diffusers scheduler."""
+"""DiffcoreScheduler: the samplers, grids and schedules of diffcore as a diffusers scheduler."""

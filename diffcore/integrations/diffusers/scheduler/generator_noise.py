@@ -1,4 +1,4 @@
-"""Noise that is consumed from a pipeline's generators: there the caller's torch.Generator is the seed."""
+"""Noise from the torch.Generator of a diffusers pipeline, which is the seed there."""
 
 from dataclasses import dataclass
 
@@ -9,29 +9,45 @@ from torch import Tensor
 from diffcore.core.noise import Noise
 from diffcore.schedules import Level
 
+__all__ = ["GeneratorNoise", "Generators"]
+
 Generators = torch.Generator | list[torch.Generator] | None
 
 
 @dataclass(frozen=True)
-class Drawn(Noise):
-    """The next normals of the generator at each request, in the order and dtype in which diffusers' own schedulers draw.
-
-    A list has one generator a row, so that a row depends on its own alone; None is torch's global one.
+class GeneratorNoise(Noise):
+    """The next normals of a generator at each draw, in the order and dtype of diffusers' own
+    schedulers.
 
     Args:
-        generator: one, one a row, or None.
-        drawn: dtype in which it is drawn.
+        generator: one generator, a list with one for each sample (which then depends on it alone),
+            or None for torch's global generator.
+        draw_dtype: dtype in which the normals are draw_dtype.
     """
 
     generator: Generators = None
-    drawn: torch.dtype = torch.float32
+    draw_dtype: torch.dtype = torch.float32
 
     @classmethod
-    def like(cls, output: Tensor, x: Tensor, generator: Generators) -> "Drawn":
-        """Noise for x, drawn in the dtype of a network's output."""
+    def like(cls, output: Tensor, x: Tensor, generator: Generators) -> "GeneratorNoise":
+        """Noise for x.
+
+        Args:
+            output: output of the network, whose dtype the normals are draw_dtype in.
+            x: (B, *shape) samples.
+            generator: as of the class.
+
+        Returns:
+            The noise.
+        """
         seeds = torch.zeros(len(x), dtype=torch.int64)
         return cls(
-            seeds, tuple(x.shape[1:]), x.device, x.dtype, generator=generator, drawn=output.dtype
+            seeds,
+            tuple(x.shape[1:]),
+            x.device,
+            x.dtype,
+            generator=generator,
+            draw_dtype=output.dtype,
         )
 
     def start(self) -> Tensor:
@@ -49,5 +65,5 @@ class Drawn(Noise):
     def _draw(self) -> Tensor:
         shape = (len(self.seeds), *self.shape)
         return randn_tensor(
-            shape, generator=self.generator, device=self.device, dtype=self.drawn
+            shape, generator=self.generator, device=self.device, dtype=self.draw_dtype
         ).to(self.dtype)

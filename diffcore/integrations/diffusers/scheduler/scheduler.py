@@ -1,4 +1,4 @@
-"""Our samplers, grids and schedules as a diffusers scheduler: any pipeline that takes one takes this."""
+"""The samplers, grids and schedules of diffcore as a diffusers scheduler, for any pipeline."""
 
 import math
 import threading
@@ -17,66 +17,74 @@ from torch import Tensor
 from diffcore.core.prediction import Prediction, edm_norm, predict, scale_input, target
 from diffcore.core.process import TimeConditioning
 from diffcore.guidance.base import add_to_x0
-from diffcore.integrations.diffusers.scheduler.generator_noise import Drawn, Generators
-from diffcore.integrations.diffusers.scheduler.plan import Call, Plan
-from diffcore.integrations.diffusers.scheduler.scheduler_config import settings_of
-from diffcore.integrations.diffusers.scheduler.settings import Settings
+from diffcore.integrations.diffusers.scheduler.call import CallPlan, PipelineCall
+from diffcore.integrations.diffusers.scheduler.generator_noise import GeneratorNoise, Generators
+from diffcore.integrations.diffusers.scheduler.scheduler_config import scheduler_arguments
+from diffcore.integrations.diffusers.scheduler.settings import SchedulerSettings
 from diffcore.io.specs import to_spec
 from diffcore.samplers import DDIM, Sampler
 from diffcore.schedules import Discrete, Explicit, Grid, Level, Schedule, Trailing
 
+__all__ = ["DiffcoreScheduler", "SchedulerStepOutput"]
+
 ROUNDED = 1e-3
-"""In λ: a first level this much noisier than the noisiest one is it (published σ/α are rounded)."""
+"""Tolerance in λ: a first level beyond the terminal one by less is replaced by it (published σ/α
+are rounded).
+"""
 
 
 @dataclass
-class Output(SchedulerOutput):
-    """What `step` answers.
+class SchedulerStepOutput(SchedulerOutput):
+    """The result of `step`.
 
     Args:
-        prev_sample: x of the next question, or the result.
-        pred_original_sample: x_0 of the prediction that was used.
+        prev_sample: x of the next evaluation, or the sample.
+        pred_original_sample: predicted x_0.
     """
 
     pred_original_sample: Tensor
 
 
 class _PerThread(threading.local):
-    """The call that each thread's pipeline is in; a copy begins without any."""
+    """The call of each thread; a copy has none."""
 
-    call: Call | None = None
+    call: PipelineCall | None = None
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(self), ()
 
 
 class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
-    """A sampler, a grid and a process of ours behind the interface of diffusers' schedulers.
+    """A sampler, a grid and a process with the interface of a diffusers scheduler.
 
-        pipe.scheduler = DiffcoreScheduler.from_config(pipe.scheduler.config, sampler=DPMSolverPP("2M"), grid=Trailing())
+        pipe.scheduler = DiffcoreScheduler.from_config(pipe.scheduler.config,
+        sampler=DPMSolverPP("2M"), grid=Trailing())
 
-    `from_config` reads any scheduler of diffusers; what is given beside it replaces what it said. x is that of the schedule's
-    scaling (vp for tables), so `init_noise_sigma` is 1 or nearly. Where a call is, is kept for each thread, so that one
-    pipeline can be called from several; a copy or a saved one has no call. Stochastic samplers draw from the generator
-    that the pipeline gives to `step` (torch's global one where it gives none), as often and in the order in which diffusers do.
+    `from_config` reads the config of any diffusers scheduler; keyword arguments replace its values.
+    x is in the scaling of the schedule (vp for tables), so that `init_noise_sigma` is 1 or nearly.
+    The progress of a call is kept for each thread, so that several threads can call one pipeline.
+    Stochastic samplers draw from the generator that the pipeline passes to `step` (default: torch's
+    global one), in the order in which diffusers draws.
 
     Args:
-        sampler: the integrator, or its spec.
-        grid: which levels it visits.
-        schedule: the noise levels of training; of a flow with dynamic shifting, before the shift.
-        prediction_type: what the network outputs.
-        time: how the network is told the level.
-        sigma_data: standard deviation of x_0, for edm and for the first sample's scale.
-        last: λ of the last knot where a run does not end at the clean level; Stable Diffusion's is that of index 0.
-        clip: x_0 is clamped to ±clip, and ε follows.
-        levels: λ that are knots beside the grid's, such as the bounds of a guidance interval.
-        num_train_timesteps: read by pipelines (SDXL's denoising_end) and training scripts.
-        use_dynamic_shifting: whether pipelines shall compute a μ from the image's size, and the schedule is shifted by it.
-        time_shift_type: exponential, s = e^μ, or linear, s = μ.
-        base_image_seq_len: of pipelines' μ.
-        max_image_seq_len: of pipelines' μ.
-        base_shift: of pipelines' μ.
-        max_shift: of pipelines' μ.
+        sampler: numerical integrator, or its plain data; not an adaptive one.
+        grid: rule that places the knots.
+        schedule: noise schedule of training; for a flow with dynamic shifting, before the shift.
+        prediction_type: output of the network.
+        time: time conditioning of the network.
+        sigma_data: standard deviation of x_0, for edm and for the scale of the first x.
+        last: λ of the last knot; None for clean data. Stable Diffusion ends at index 0 of its
+            table.
+        clip: bound to which |x_0| is clamped, and ε follows; None does not clamp.
+        levels: λ of further knots, such as the bounds of a guidance interval.
+        num_train_timesteps: T, which pipelines (denoising_end of SDXL) and training scripts read.
+        use_dynamic_shifting: True if pipelines compute μ from the image size, by which the schedule
+            is shifted.
+        time_shift_type: exponential (s = e^μ) or linear (s = μ).
+        base_image_seq_len: number of tokens at which μ is `base_shift`.
+        max_image_seq_len: number of tokens at which μ is `max_shift`.
+        base_shift: μ at the smaller number of tokens.
+        max_shift: μ at the larger number of tokens.
     """
 
     _compatibles: ClassVar[list[str]] = []
@@ -102,8 +110,8 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
         max_shift: float = 1.15,
     ) -> None:
         given = dict(locals())
-        own = {name: given.pop(name) for name in Settings.__dataclass_fields__}
-        self.settings = Settings.read(own)
+        own = {name: given.pop(name) for name in SchedulerSettings.__dataclass_fields__}
+        self.settings = SchedulerSettings.read(own)
         others = {name: value for name, value in given.items() if name not in ("self", "__class__")}
         self.register_to_config(**to_spec(self.settings), **others)  # type: ignore[no-untyped-call]
         self._threads = _PerThread()
@@ -112,9 +120,18 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
     def from_config(
         cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
-        """From a config of its own, or of any scheduler of diffusers; `kwargs` replace what it says."""
+        """A scheduler from its own config, or from that of any diffusers scheduler.
+
+        Args:
+            config: config of a scheduler, or a scheduler.
+            return_unused_kwargs: True also returns the unused keyword arguments, as in diffusers.
+            **kwargs: arguments that replace those of the config.
+
+        Returns:
+            The scheduler.
+        """
         if isinstance(config, Mapping) and "sampler" not in config:
-            config = settings_of(config)
+            config = scheduler_arguments(config)
         return super().from_config(config, return_unused_kwargs, **kwargs)  # type: ignore[no-untyped-call]
 
     def __len__(self) -> int:
@@ -122,16 +139,16 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
 
     @cached_property
     def order(self) -> int:
-        """Evaluations of a step between two noisy knots (the first and last may take fewer); pipelines read it each step."""
+        """Number of evaluations of a step between two noisy knots; pipelines read it."""
         inside = tuple(self.settings.schedule.at(logsnr) for logsnr in (-1.0, 1.0))
         return self.settings.sampler.evaluations(inside)
 
     @property
-    def call(self) -> Call:
-        """Where this thread's call is.
+    def call(self) -> PipelineCall:
+        """The call of this thread.
 
         Raises:
-            ValueError: there is none.
+            ValueError: There is none; call `set_timesteps`.
         """
         if self._threads.call is None:
             raise ValueError(
@@ -141,28 +158,28 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def timesteps(self) -> Tensor:
-        """What the network is to be told, one an evaluation."""
+        """Time input of the network for each evaluation, (evaluations,)."""
         return self.call.timesteps
 
     @property
     def num_inference_steps(self) -> int:
-        """Steps between the knots of this thread's call."""
+        """Number of steps of this thread's call."""
         return 1 + self.call.plan.states[-1].step
 
     @property
     def init_noise_sigma(self) -> float:
-        """√(α² s² + σ²) at the first knot: what unit noise is to be multiplied with."""
+        """√(α² s² + σ²) at the first knot, the factor of unit noise."""
         call = self._threads.call
         level = self.settings.schedule.level(1.0) if call is None else call.plan.states[0].level
         return float(edm_norm(level, self.settings.sigma_data))
 
     @property
     def begin_index(self) -> int | None:
-        """The evaluation to begin with, if a pipeline has said so."""
+        """Position of the first evaluation, or None before it is known."""
         return self.call.begin
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Begin with this evaluation."""
+        """Start the call at this evaluation."""
         self.call.begin = begin_index
 
     def set_timesteps(
@@ -173,28 +190,31 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
         sigmas: Sequence[float] | None = None,
         mu: float | None = None,
     ) -> None:
-        """Plan a call of this thread.
+        """CallPlan a call of this thread.
 
         Args:
-            num_inference_steps: steps of the grid.
-            device: where `timesteps` shall be.
-            timesteps: in place of the grid, what the network is to be told at each knot; a clean knot follows.
-            sigmas: in place of the grid, σ/α at each knot, of a flow the times t before its shift; a clean knot follows. A flow
-                pipeline's own default, n times evenly from 1 to 1/n, is read as n steps of the grid.
-            mu: the shift's μ, used with use_dynamic_shifting.
+            num_inference_steps: number of steps of the grid.
+            device: device of `timesteps`.
+            timesteps: in place of the grid, time input at each knot; a clean knot follows.
+            sigmas: in place of the grid, σ/α at each knot (for a flow: the time t before its
+                shift); a clean knot follows. The default of flow pipelines, n uniform times from 1
+                to 1/n, is read as n steps of the grid.
+            mu: μ of the shift, with use_dynamic_shifting.
         """
         settings = self._settings(mu)
         times, ratios = (
             None if given is None else tuple(map(float, given)) for given in (timesteps, sigmas)
         )
-        self._threads.call = Call.of(_plan(settings, num_inference_steps, times, ratios), device)
+        self._threads.call = PipelineCall.of(
+            _plan(settings, num_inference_steps, times, ratios), device
+        )
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
-        """What the network is asked: x, or of an edm network x / √(α² s² + σ²)."""
+        """Input of the network (B, *shape): x, or x / √(α² s² + σ²) for edm."""
         settings = self.settings
         if settings.prediction_type != "edm":  # a pipeline may call this before set_timesteps
             return sample
-        level = self.call.now(timestep).level
+        level = self.call.state_at(timestep).level
         return scale_input(settings.prediction_type, sample, level, settings.sigma_data)
 
     def step(
@@ -205,42 +225,84 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
         generator: Generators = None,
         return_dict: bool = True,
         **options: Any,
-    ) -> Output | tuple[Tensor, Tensor]:
-        """X of the next question, given the network's output at x = `sample`; computed in float32 or better.
+    ) -> SchedulerStepOutput | tuple[Tensor, Tensor]:
+        """x of the next evaluation, computed in float32 or better.
 
-        Options that a pipeline passes for other schedulers are refused unless they ask for nothing (eta 0).
+        Args:
+            model_output: (B, *shape) output of the network.
+            timestep: time input of the network.
+            sample: (B, *shape) x of the evaluation.
+            generator: generator of the noise of stochastic samplers.
+            return_dict: True returns a `SchedulerStepOutput`, False a tuple.
+            **options: options of other schedulers, such as eta; refused unless they are 0, None or
+                False.
+
+        Returns:
+            x of the next evaluation, and the predicted x_0; both (B, *shape) in the dtype of
+            `sample`.
+
+        Raises:
+            ValueError: An option is set that the sampler defines, or the call is over.
         """
         _check_options(options)
         call = self.call
         x = sample.to(torch.promote_types(sample.dtype, torch.float32))
-        noise = Drawn.like(model_output, x, generator)
+        noise = GeneratorNoise.like(model_output, x, generator)
         state = call.start(timestep, x, noise)
         prediction = self._prediction(model_output[:, : x.shape[1]].to(x.dtype), x, state.level)
         after = call.advance(state, prediction, noise)
-        answer = after.x.to(sample.dtype), prediction.x0.to(sample.dtype)
-        return Output(*answer) if return_dict else answer
+        result = after.x.to(sample.dtype), prediction.x0.to(sample.dtype)
+        return SchedulerStepOutput(*result) if return_dict else result
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """α x_0 + σ ε at the levels that the network is told by `timesteps`; α and σ are exact in any dtype."""
+        """α x_0 + σ ε (B, *shape) at the levels of `timesteps` (B,).
+
+        Args:
+            original_samples: (B, *shape) x_0.
+            noise: (B, *shape) ε.
+            timesteps: (B,) time inputs of the network.
+
+        Returns:
+            (B, *shape) noisy samples in the dtype of x_0.
+        """
         return self._combined(original_samples, noise, timesteps)
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
-        """`add_noise` under the name and order of flow schedulers."""
+        """`add_noise` with the name and the argument order of flow schedulers.
+
+        Args:
+            sample: (B, *shape) x_0.
+            timestep: (B,) time inputs of the network.
+            noise: (B, *shape) ε.
+
+        Returns:
+            (B, *shape) noisy samples in the dtype of x_0.
+        """
         return self._combined(sample, noise, timestep)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The v of training, α ε - σ x_0 of the vp process."""
+        """The training target v = α ε - σ x_0 of the vp process.
+
+        Args:
+            sample: (B, *shape) x_0.
+            noise: (B, *shape) ε.
+            timesteps: (B,) time inputs of the network.
+
+        Returns:
+            (B, *shape) v in the dtype of x_0.
+        """
         x0, eps = (
             value.to(torch.promote_types(value.dtype, torch.float32)) for value in (sample, noise)
         )
         return target("v_prediction", x0, eps, self._levels(timesteps, x0), 1.0).to(sample.dtype)
 
-    def _settings(self, mu: float | None) -> Settings:
+    def _settings(self, mu: float | None) -> SchedulerSettings:
         if not self.config.use_dynamic_shifting:
             return self.settings
         if mu is None:
             raise ValueError(
-                "use_dynamic_shifting is set: pass mu, the μ that the pipeline computes from the image's size"
+                "use_dynamic_shifting is set: pass mu, the μ that the pipeline computes from the "
+                "image's size"
             )
         return self.settings.shifted(mu, self.config.time_shift_type)
 
@@ -254,7 +316,7 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
         )
 
     def _levels(self, timesteps: Tensor, x: Tensor) -> Level:
-        """The level of each row."""
+        """The level of each sample."""
         call, time = self._threads.call, self.settings.time
         schedule = self.settings.schedule if call is None else call.plan.process.schedule
         return time.level(schedule, timesteps.reshape(-1, *[1] * (x.ndim - 1))).to(x)
@@ -267,10 +329,11 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
 
 
 def _check_options(options: dict[str, Any]) -> None:
-    asked = {name: value for name, value in options.items() if value}
-    if asked:
+    given = {name: value for name, value in options.items() if value}
+    if given:
         raise ValueError(
-            f"step got {asked}, which is the sampler's to say: pass it to the sampler, such as DDIM(eta=1.0)"
+            f"step got {given}, which the sampler defines: pass it to the sampler, such as "
+            "DDIM(eta=1.0)"
         )
 
 
@@ -279,10 +342,13 @@ Numbers = tuple[float, ...]
 
 @lru_cache(32)
 def _plan(
-    settings: Settings, steps: int | None, timesteps: Numbers | None, sigmas: Numbers | None
-) -> Plan:
-    """What a call will ask: worked out once for calls that are alike."""
-    return Plan.of(
+    settings: SchedulerSettings,
+    steps: int | None,
+    timesteps: Numbers | None,
+    sigmas: Numbers | None,
+) -> CallPlan:
+    """The plan of a call, cached for equal calls."""
+    return CallPlan.of(
         settings.process,
         settings.sampler,
         _knots(settings, steps, timesteps, sigmas),
@@ -291,7 +357,10 @@ def _plan(
 
 
 def _knots(
-    settings: Settings, steps: int | None, timesteps: Numbers | None, sigmas: Numbers | None
+    settings: SchedulerSettings,
+    steps: int | None,
+    timesteps: Numbers | None,
+    sigmas: Numbers | None,
 ) -> tuple[Level, ...]:
     schedule = settings.schedule
     if timesteps is not None and sigmas is not None:
@@ -311,7 +380,7 @@ def _knots(
     return _explicit(settings, [schedule.level(sigma) for sigma in sigmas if sigma > 0])
 
 
-def _explicit(settings: Settings, levels: list[Level]) -> tuple[Level, ...]:
+def _explicit(settings: SchedulerSettings, levels: list[Level]) -> tuple[Level, ...]:
     lowest = settings.schedule.logsnr(1.0)
     logsnrs = [float(level.logsnr) for level in levels]
     if logsnrs and lowest - ROUNDED < logsnrs[0] < lowest:

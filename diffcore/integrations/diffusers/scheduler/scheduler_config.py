@@ -1,11 +1,13 @@
-"""What a diffusers scheduler's config says of the process: noise levels, what the network outputs, how it is told the level.
+"""The process that the config of a diffusers scheduler describes: noise levels, prediction type,
+time conditioning.
 
-    table (DDPM, DDIM, Euler, DPM-Solver ...)    prediction_type             index i of T = num_train_timesteps
-    flow (FlowMatchEuler ..., use_flow_sigmas)   flow_prediction             T a, a = σ/(α+σ)
-    EDM (EDMEuler, EDMDPMSolverMultistep)        edm (prediction epsilon)    ln(σ/α)/4
-    continuous Euler (SVD, CosXL)                v_prediction                ln(σ/α)/4
+    table (DDPM, DDIM, Euler, DPM-Solver ...)    prediction_type             index i of T =
+    num_train_timesteps flow (FlowMatchEuler ..., use_flow_sigmas)   flow_prediction             T
+    a, a = σ/(α+σ) EDM (EDMEuler, EDMDPMSolverMultistep)        edm (prediction epsilon)
+    ln(σ/α)/4 continuous Euler (SVD, CosXL)                v_prediction                ln(σ/α)/4
 
-A table's network is asked about x of the vp process, also by schedulers that keep y = x/α (Euler, Heun, LMS).
+The network of a table is evaluated at x of the vp process, also by schedulers that keep y = x/α
+(Euler, Heun, LMS).
 """
 
 import inspect
@@ -17,7 +19,7 @@ import diffusers
 
 from diffcore.core.prediction import PredictionType
 from diffcore.core.process import TimeConditioning
-from diffcore.integrations.diffusers.scheduler.settings import Settings
+from diffcore.integrations.diffusers.scheduler.settings import SchedulerSettings
 from diffcore.schedules import (
     BetaSpacing,
     Grid,
@@ -32,21 +34,32 @@ from diffcore.schedules import (
 )
 from diffcore.schedules.diffusers_config import FLOWS, TABLES
 
+__all__ = [
+    "C_NOISE",
+    "Config",
+    "ProcessDescription",
+    "describe_process",
+    "dynamic_shift",
+    "grid_from_config",
+    "named_config",
+    "scheduler_arguments",
+]
+
 Config = Mapping[str, Any]
 C_NOISE = TimeConditioning("logsnr", -1 / 8)
 BACKWARD = ("MiniMaxH3Scheduler", "RFD4ProteinaScheduler")
-"""Flows whose networks are told 1 - a."""
+"""Flows whose networks have the time input 1 - a."""
 EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 
 
-class Described(NamedTuple):
-    """What a scheduler's config says of the process.
+class ProcessDescription(NamedTuple):
+    """The process of a scheduler's config.
 
     Args:
-        schedule: the noise levels.
-        prediction: what the network outputs.
-        time: how it is told the level.
-        sigma_data: standard deviation of the data, where it is said.
+        schedule: noise schedule.
+        prediction: output of the network.
+        time: time conditioning of the network.
+        sigma_data: standard deviation of the data; None if the config does not contain it.
     """
 
     schedule: Schedule
@@ -55,10 +68,11 @@ class Described(NamedTuple):
     sigma_data: float | None = None
 
 
-def config_of(scheduler: Any) -> dict[str, Any]:
-    """The config of a scheduler, or a config as it is, with the name of its class.
+def named_config(scheduler: Any) -> dict[str, Any]:
+    """The config of a scheduler, or a config itself, with the name of its class.
 
-    `scheduler.config` of a scheduler that was made in Python holds every value and no name: any class of its family will do.
+    `scheduler.config` of a scheduler constructed in Python has no class name; it gets the name of a
+    class of its family.
     """
     if isinstance(scheduler, Mapping):
         config = dict(scheduler)
@@ -66,41 +80,61 @@ def config_of(scheduler: Any) -> dict[str, Any]:
     return dict(scheduler.config) | {"_class_name": type(scheduler).__name__}
 
 
-def describe(config: Config, mu: float | None = None) -> Described:
+def describe_process(config: Config, mu: float | None = None) -> ProcessDescription:
     """The process that a scheduler's config describes.
 
+    Args:
+        config: config with `_class_name`.
+        mu: μ of a dynamic shift.
+
+    Returns:
+        The description of the process.
+
     Raises:
-        ValueError: what it says contradicts itself, or is not enough; the message has the remedy.
+        ValueError: The config contradicts itself, or is incomplete; the message contains the
+            remedy.
     """
-    if "sampler" in config:  # a DiffcoreScheduler's
-        own = Settings.read(
-            {name: config[name] for name in Settings.__dataclass_fields__ if name in config}
+    if "sampler" in config:  # of a DiffcoreScheduler
+        settings = SchedulerSettings.read(
+            {
+                name: config[name]
+                for name in SchedulerSettings.__dataclass_fields__
+                if name in config
+            }
         )
         if config.get("use_dynamic_shifting"):
-            own = _shifted(own, config, mu)
-        return Described(own.schedule, own.prediction_type, own.time, own.sigma_data)
+            settings = _shifted(settings, config, mu)
+        return ProcessDescription(
+            settings.schedule, settings.prediction_type, settings.time, settings.sigma_data
+        )
     name, schedule = str(config.get("_class_name")), schedule_from_diffusers(config, mu)
     if name in FLOWS or config.get("use_flow_sigmas"):
         _check_flow(config, name)
-        return Described(schedule, "flow_prediction", TimeConditioning("blend", _entries(config)))
+        return ProcessDescription(
+            schedule, "flow_prediction", TimeConditioning("blend", _entries(config))
+        )
     if name in EDM:
         return _edm(config, schedule)
     if schedule.scaling == "ve" and config.get("timestep_type") == "continuous":
         return _continuous(config, schedule)
     if name not in TABLES or schedule.scaling != "vp":
         raise ValueError(
-            f"{name} does not say what the network outputs or how it is told the level: pass the network with schedule, "
+            f"{name} does not contain the prediction type or the time conditioning: pass the "
+            "network with schedule, "
             f"prediction and time, as diffcore.core.process.Process describes them"
         )
-    return Described(schedule, _of_table(config, name), TimeConditioning("index", _entries(config)))
+    return ProcessDescription(
+        schedule, _of_table(config, name), TimeConditioning("index", _entries(config))
+    )
 
 
-def _shifted(own: Settings, config: Config, mu: float | None) -> Settings:
+def _shifted(settings: SchedulerSettings, config: Config, mu: float | None) -> SchedulerSettings:
     if mu is None:
         raise ValueError(
-            "use_dynamic_shifting is set: give mu, the μ that the pipeline computes from the image's size"
+            "use_dynamic_shifting is set: give mu, the μ that the pipeline computes from the "
+            "image's size"
         )
-    return own.shifted(mu, config.get("time_shift_type", "exponential"))
+    return settings.shifted(mu, config.get("time_shift_type", "exponential"))
 
 
 def _entries(config: Config) -> float:
@@ -112,11 +146,13 @@ def _entries(config: Config) -> float:
 def _check_flow(config: Config, name: str) -> None:
     if name in BACKWARD or config.get("invert_sigmas"):
         raise ValueError(
-            f"the network of this {name} is told 1 - σ/(α+σ), which no time conditioning here is"
+            f"the network of this {name} has the time input 1 - σ/(α+σ), which no time "
+            "conditioning here expresses"
         )
     if name in TABLES and (kind := config.get("prediction_type", "epsilon")) != "flow_prediction":
         raise ValueError(
-            f"{name} has use_flow_sigmas, but prediction_type {kind!r}: a flow's network predicts flow_prediction; set one "
+            f"{name} has use_flow_sigmas, but prediction_type {kind!r}: a flow's network predicts "
+            "flow_prediction; set one "
             f"of the two in its config"
         )
 
@@ -127,27 +163,29 @@ def _of_table(config: Config, name: str) -> PredictionType:
             return kind
         case "flow_prediction":
             raise ValueError(
-                f"{name} has prediction_type 'flow_prediction', but a table of betas: set use_flow_sigmas, or another type"
+                f"{name} has prediction_type 'flow_prediction', but a table of betas: set "
+                "use_flow_sigmas, or another type"
             )
     raise ValueError(
         f"prediction_type is {kind!r}, expected epsilon, sample, v_prediction or flow_prediction"
     )
 
 
-def _edm(config: Config, schedule: Schedule) -> Described:
+def _edm(config: Config, schedule: Schedule) -> ProcessDescription:
     if (kind := config.get("prediction_type", "epsilon")) != "epsilon":
         raise ValueError(
-            f"prediction_type is {kind!r}: an EDM network's output here is that of 'epsilon' (c_out above 0)"
+            f"prediction_type is {kind!r}: an EDM network's output here is that of 'epsilon' "
+            "(c_out above 0)"
         )
-    return Described(schedule, "edm", C_NOISE, float(config.get("sigma_data", 0.5)))
+    return ProcessDescription(schedule, "edm", C_NOISE, float(config.get("sigma_data", 0.5)))
 
 
-def _continuous(config: Config, schedule: Schedule) -> Described:
+def _continuous(config: Config, schedule: Schedule) -> ProcessDescription:
     if (kind := config.get("prediction_type", "epsilon")) != "v_prediction":
         raise ValueError(
             f"prediction_type is {kind!r}, but timestep_type 'continuous' needs 'v_prediction'"
         )
-    return Described(Rescaled(schedule, "vp"), "v_prediction", C_NOISE)
+    return ProcessDescription(Rescaled(schedule, "vp"), "v_prediction", C_NOISE)
 
 
 def _family(config: Config) -> str:
@@ -158,15 +196,24 @@ def _family(config: Config) -> str:
     if "use_dynamic_shifting" in config or "shift" in config:
         return "FlowMatchEulerDiscreteScheduler"
     raise ValueError(
-        f"the config ({', '.join(sorted(config)) or 'empty'}) names no scheduler: pass the scheduler itself, or its "
+        f"the config ({', '.join(sorted(config)) or 'empty'}) names no scheduler: pass the "
+        "scheduler itself, or its "
         f"config with _class_name"
     )
 
 
-def shift_of(config: Config, tokens: int) -> float:
-    """The μ of use_dynamic_shifting, linear in the number of tokens, as pipelines compute it (calculate_shift of Flux's)."""
-    low, high, base, most = (config.get(name, default) for name, default in SHIFTS.items())
-    return base + (most - base) * (tokens - low) / (high - low)
+def dynamic_shift(config: Config, tokens: int) -> float:
+    """μ of use_dynamic_shifting, linear in the number of tokens, as the Flux pipeline computes it.
+
+    Args:
+        config: config of the scheduler, with the two points of the line.
+        tokens: number of image tokens.
+
+    Returns:
+        μ.
+    """
+    low, high, base, maximum = (config.get(name, default) for name, default in SHIFTS.items())
+    return base + (maximum - base) * (tokens - low) / (high - low)
 
 
 SHIFTS = {
@@ -178,27 +225,40 @@ SHIFTS = {
 PASSED_ON = ("time_shift_type", *SHIFTS)
 
 
-def settings_of(config: Config) -> dict[str, Any]:
-    """The arguments of a DiffcoreScheduler for the config of one of diffusers': its process, spacing, end and clipping.
+def scheduler_arguments(config: Config) -> dict[str, Any]:
+    """The arguments of a DiffcoreScheduler for the config of a diffusers scheduler: process,
+    spacing, end and clipping.
 
-    Spacing leading, trailing and linspace, beta, exponential and Karras levels are grids of ours; a scheduler that moves
-    timesteps off its table only rounds where these do not. The sampler is DDIM, unless told otherwise.
+    The spacings leading, trailing and linspace, and beta, exponential and Karras levels, become
+    grids. The sampler is not read; the default is DDIM.
+
+    Args:
+        config: config with `_class_name`.
+
+    Returns:
+        Keyword arguments of DiffcoreScheduler.
+
+    Raises:
+        ValueError: The config has an option that cannot be expressed; the message contains the
+            remedy.
     """
     config = _with_defaults(config)
     dynamic = bool(config.get("use_dynamic_shifting"))
-    said = describe(config | ({"use_dynamic_shifting": False, "shift": 1.0} if dynamic else {}))
+    described = describe_process(
+        config | ({"use_dynamic_shifting": False, "shift": 1.0} if dynamic else {})
+    )
     fields: dict[str, Any] = {
-        "schedule": said.schedule,
-        "prediction_type": said.prediction,
-        "time": said.time,
+        "schedule": described.schedule,
+        "prediction_type": described.prediction,
+        "time": described.time,
     }
-    if said.sigma_data is not None:
-        fields["sigma_data"] = said.sigma_data
+    if described.sigma_data is not None:
+        fields["sigma_data"] = described.sigma_data
     _check_expressible(config)
     end = {
-        "last": _last(config, said.schedule),
+        "last": _last(config, described.schedule),
         "clip": _clip(config),
-        "grid": grid_of(config, said.schedule),
+        "grid": grid_from_config(config, described.schedule),
     }
     passed = {name: config[name] for name in PASSED_ON if config.get(name) is not None}
     return (
@@ -215,11 +275,19 @@ def _check_expressible(config: Config) -> None:
         ("shift_terminal", "take a grid whose last knot you choose, Within(Trailing(), high=λ)"),
     ):
         if config.get(name):
-            raise ValueError(f"{name} is {config[name]}, which there is no part for here: {remedy}")
+            raise ValueError(f"{name} is {config[name]}, which cannot be expressed: {remedy}")
 
 
-def grid_of(config: Config, schedule: Schedule) -> Grid:
-    """The levels that a scheduler visits."""
+def grid_from_config(config: Config, schedule: Schedule) -> Grid:
+    """The grid of a scheduler's config.
+
+    Args:
+        config: config with `_class_name`.
+        schedule: noise schedule of the config.
+
+    Returns:
+        The grid.
+    """
     lowest, T = schedule.logsnr(1.0), _entries(config)
     highest = schedule.logsnr(1 / T)
     if config.get("use_karras_sigmas") or config.get("sigma_schedule") == "karras":
@@ -246,20 +314,23 @@ def grid_of(config: Config, schedule: Schedule) -> Grid:
 
 
 def _ratio(lowest: float) -> float:
-    """σ/α of the noisiest level, not above it by rounding."""
+    """σ/α of the noisiest level, lowered by a relative 1e-12 so that rounding does not exceed it."""
     return math.exp(-_finite(lowest) / 2) * (1 - 1e-12)
 
 
 def _finite(logsnr: float) -> float:
     if logsnr == -math.inf:
         raise ValueError(
-            "the schedule ends at pure noise, where Karras and exponential levels cannot begin: pass a grid"
+            "the schedule ends at pure noise, where Karras and exponential levels are infinite: "
+            "pass a grid"
         )
     return logsnr
 
 
 def _last(config: Config, schedule: Schedule) -> float | None:
-    """λ of index 0 where a run ends there: set_alpha_to_one false, or final_sigmas_type sigma_min."""
+    """λ of index 0 if sampling ends there (set_alpha_to_one false, or final_sigmas_type sigma_min),
+    else None.
+    """
     if config.get("set_alpha_to_one") is False or config.get("final_sigmas_type") == "sigma_min":
         return schedule.logsnr(1 / _entries(config))
     return None
@@ -270,9 +341,11 @@ def _clip(config: Config) -> float | None:
 
 
 def _with_defaults(config: Config) -> dict[str, Any]:
-    """The config, with what its class takes where it is silent."""
+    """The config completed by the defaults of its class."""
     kind = getattr(diffusers, str(config.get("_class_name")), None)
     parameters = (
         inspect.signature(kind.__init__).parameters.values() if inspect.isclass(kind) else ()
     )
-    return {p.name: p.default for p in parameters if p.default is not p.empty} | config_of(config)
+    return {p.name: p.default for p in parameters if p.default is not p.empty} | named_config(
+        config
+    )

@@ -1,4 +1,4 @@
-"""What a DiffcoreScheduler's config holds: components of ours, as the specs that JSON keeps."""
+"""The components of a DiffcoreScheduler, which its config holds as plain data."""
 
 import math
 from dataclasses import dataclass, replace
@@ -11,21 +11,24 @@ from diffcore.samplers import Sampler
 from diffcore.sampling.generation import insert_levels
 from diffcore.schedules import Grid, Level, Schedule, Shifted
 
+__all__ = ["SchedulerSettings"]
+
 
 @dataclass(frozen=True)
-class Settings:
-    """How a pipeline's network is asked, and what of ours integrates it.
+class SchedulerSettings:
+    """Process, sampler and grid of a scheduler.
 
     Args:
-        sampler: the integrator; not one that decides from the samples where to ask.
-        grid: which levels it visits.
-        schedule: the noise levels of training.
-        prediction_type: what the network outputs.
-        time: how it is told the level.
-        sigma_data: standard deviation of x_0, for edm and for the first sample's scale.
-        last: λ of the last knot where a run does not end at the clean level; Stable Diffusion's is that of index 0.
-        clip: x_0 is clamped to ±clip, and ε follows.
-        levels: λ that are knots beside the grid's, such as the bounds of a guidance interval.
+        sampler: numerical integrator; not an adaptive one.
+        grid: rule that places the knots.
+        schedule: noise schedule of training.
+        prediction_type: output of the network.
+        time: time conditioning of the network.
+        sigma_data: standard deviation of x_0, for edm and for the scale of the first x.
+        last: λ of the last knot; None for clean data. Stable Diffusion ends at index 0 of its
+            table.
+        clip: bound to which |x_0| is clamped, and ε follows; None does not clamp.
+        levels: λ of further knots, such as the bounds of a guidance interval.
     """
 
     sampler: Sampler
@@ -42,7 +45,8 @@ class Settings:
         object.__setattr__(self, "levels", tuple(self.levels))
         if self.sampler.is_adaptive:
             raise ValueError(
-                f"{self.sampler} decides as it goes where to ask, and a pipeline must know before: use another"
+                f"{self.sampler} is adaptive, and a pipeline needs the levels beforehand: use "
+                "another sampler"
             )
         if self.last is not None and not math.isfinite(self.last):
             raise ValueError(
@@ -54,13 +58,25 @@ class Settings:
 
     @property
     def process(self) -> Process:
-        """The process, of samples of any shape."""
+        """The process; its shape is a placeholder."""
         return Process(
             self.schedule, self.prediction_type, self.time, shape=(1,), sigma_data=self.sigma_data
         )
 
-    def shifted(self, mu: float, kind: str) -> "Settings":
-        """The settings for one size of image: time shifted by s = e^μ (exponential) or s = μ (linear)."""
+    def shifted(self, mu: float, kind: str) -> "SchedulerSettings":
+        """The settings with the schedule shifted in time by s = e^μ (exponential) or s = μ
+        (linear).
+
+        Args:
+            mu: μ, which the pipeline computes from the image size.
+            kind: exponential or linear.
+
+        Returns:
+            The shifted settings.
+
+        Raises:
+            ValueError: A linear shift is not positive.
+        """
         if kind == "linear" and not mu > 0:
             raise ValueError(f"mu is {mu}, expected a time shift above 0")
         return replace(
@@ -69,17 +85,19 @@ class Settings:
         )
 
     def knots(self, steps: int) -> tuple[Level, ...]:
-        """Those of the grid."""
+        """The knots of the grid for a number of steps."""
         return self.ended(self.grid.knots(self.schedule, steps))
 
     def ended(self, knots: tuple[Level, ...]) -> tuple[Level, ...]:
-        """The knots with `levels` among them, and `last` in place of the clean one unless the one before it is as clean."""
+        """The knots with `levels` inserted, and `last` in place of the clean one unless the knot
+        before it is cleaner.
+        """
         knots = insert_levels(knots, self.levels)
         if self.last is None or knots[-1].logsnr < math.inf or not knots[-2].logsnr < self.last:
             return knots
         return (*knots[:-1], self.schedule.at(self.last))
 
     @classmethod
-    def read(cls, fields: dict[str, Any]) -> "Settings":
-        """From components, or their specs."""
+    def read(cls, fields: dict[str, Any]) -> "SchedulerSettings":
+        """The settings from components or their plain data, by field name."""
         return from_spec(cls, {name: to_spec(value) for name, value in fields.items()})

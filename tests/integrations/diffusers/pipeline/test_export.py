@@ -18,11 +18,11 @@ from diffcore.guidance import CFG
 from diffcore.integrations.diffusers import DiffcorePipeline
 from diffcore.integrations.diffusers.loading.network import mean_network
 from diffcore.integrations.diffusers.pipeline.export import (
+    build_pipeline,
     check,
+    exact_steps,
+    export_pipeline,
     parity,
-    pipeline_of,
-    steps_of,
-    stock_of,
 )
 from diffcore.samplers import DDIM, DDPM, EulerAncestral, Heun
 from diffcore.schedules import (
@@ -114,7 +114,7 @@ def test_a_stock_pipeline_gives_the_samples_of_our_loop(
     tmp_path, make, arguments, pipeline, scheduler
 ):
     own = make(*arguments)
-    stock = stock_of(own)
+    stock = export_pipeline(own)
     assert (type(stock).__name__, type(stock.scheduler).__name__) == (pipeline, scheduler)
     stock.save_pretrained(tmp_path)
     assert check(tmp_path, own) <= 1e-5
@@ -123,7 +123,7 @@ def test_a_stock_pipeline_gives_the_samples_of_our_loop(
 @pytest.mark.parametrize("network", [dit(), dit(out_channels=4)], ids=["with variance", "without"])
 def test_dit_is_exported_with_its_vae(tmp_path, network):
     own = made(process(LDM, "epsilon", **LATENT), network=network, vae=vae(), guidance=CFG(4.0))
-    stock = quiet(stock_of(own))
+    stock = quiet(export_pipeline(own))
     assert isinstance(stock, diffusers.DiTPipeline)
     stock.save_pretrained(tmp_path)
     assert check(tmp_path, own) <= 1e-5
@@ -141,14 +141,14 @@ SCHEDULES = [Discrete(), LDM, Discrete("cosine"), Discrete("sigmoid"), Cosine(),
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: repr(s)[:40])
 def test_its_config_is_read_as_the_schedule_that_was_written(schedule):
-    scheduler = stock_of(made(process(schedule, "v_prediction"))).scheduler
+    scheduler = export_pipeline(made(process(schedule, "v_prediction"))).scheduler
     read = schedule_from_diffusers(json.loads(scheduler.to_json_string()))
     t = torch.arange(1, 1001, dtype=torch.float64) / 1000
     torch.testing.assert_close(read.logsnr(t), schedule.logsnr(t), rtol=1e-9, atol=1e-9)
 
 
 def test_tables_with_a_name_keep_it():
-    config = stock_of(made(process(ZeroTerminalSNR(LDM), "v_prediction"))).scheduler.config
+    config = export_pipeline(made(process(ZeroTerminalSNR(LDM), "v_prediction"))).scheduler.config
     assert (config.beta_schedule, config.rescale_betas_zero_snr, config.trained_betas) == (
         "scaled_linear",
         True,
@@ -165,7 +165,7 @@ DAMAGES = [
 @pytest.mark.parametrize("damage", DAMAGES, ids=str)
 def test_another_process_does_not_pass_for_it(tmp_path, damage):
     own = made(process(LDM, "v_prediction"))
-    stock_of(own).save_pretrained(tmp_path)
+    export_pipeline(own).save_pretrained(tmp_path)
     path = tmp_path / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | damage))
     with pytest.raises(
@@ -177,8 +177,8 @@ def test_another_process_does_not_pass_for_it(tmp_path, damage):
 def test_steps_that_do_not_divide_the_table_are_not_asked_for(tmp_path):
     """DDIM of diffusers goes to t - T // n, which is not where its own trailing grid is; 30 steps of 1000 are wrong there."""
     own = made(process(Discrete(), "epsilon"), steps=30)
-    stock = stock_of(own)
-    assert [steps_of(stock.scheduler, n) for n in (30, 25, 3, 4000)] == [25, 25, 2, 1000]
+    stock = export_pipeline(own)
+    assert [exact_steps(stock.scheduler, n) for n in (30, 25, 3, 4000)] == [25, 25, 2, 1000]
     stock.save_pretrained(tmp_path)
     assert parity(tmp_path, own) <= 1e-5
 
@@ -213,18 +213,18 @@ REFUSED = [
 def test_what_no_stock_pipeline_expresses_is_refused_with_the_reason(make, arguments, message):
     own = make(*arguments)
     with pytest.raises(ValueError, match=message):
-        stock_of(own)
+        export_pipeline(own)
 
 
 def test_other_networks_have_no_stock_pipeline():
     with pytest.raises(ValueError, match="samples a Linear alone: export a DiffcorePipeline"):
-        pipeline_of(nn.Linear(1, 1), process(Cosine(), "v_prediction"), None, None)
+        build_pipeline(nn.Linear(1, 1), process(Cosine(), "v_prediction"), None, None)
 
 
 def test_sides_that_differ_are_refused_where_the_pipeline_has_one_size():
     wide = unet(sample_size=(8, 16))
     assert isinstance(
-        stock_of(made(process(LDM, "epsilon", shape=(3, 8, 16)), network=wide)),
+        export_pipeline(made(process(LDM, "epsilon", shape=(3, 8, 16)), network=wide)),
         diffusers.DDIMPipeline,
     )
     own = made(
@@ -232,7 +232,7 @@ def test_sides_that_differ_are_refused_where_the_pipeline_has_one_size():
         network=unet(sample_size=(8, 16), num_class_embeds=5),
     )
     with pytest.raises(ValueError, match="sample_size"):
-        stock_of(own)
+        export_pipeline(own)
 
 
 # Processes -----------------------------------------------------------------------------------------------------------
@@ -267,7 +267,7 @@ def test_in_a_new_process_the_samples_are_bit_equal_and_the_stock_pipeline_needs
 ):
     own = made(process(Cosine(), "v_prediction", **LABELS), steps=5)
     own.save_pretrained(tmp_path / "ours")
-    stock = quiet(stock_of(own))
+    stock = quiet(export_pipeline(own))
     stock.save_pretrained(tmp_path / "stock")
     subprocess.run(
         [sys.executable, "-W", "error", "-c", ELSEWHERE], cwd=tmp_path, check=True, timeout=300

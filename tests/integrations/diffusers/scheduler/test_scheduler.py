@@ -146,12 +146,12 @@ def test_a_call_may_begin_at_any_evaluation(sampler):
     for begin in range(len(plan.states)):
         x, knots = torch.randn(2, 3, 8, 8, generator=seed(begin)), plan.knots(begin)
         expected = x
-        if not plan.aligned(begin):
+        if not plan.starts_step(begin):
             expected, knots = denoiser(x, knots[0]).at(knots[1]), knots[1:]
         if len(knots) > 1:
             expected, _ = integrate(denoiser, sampler, expected, knots, noise)
         assert scaled(begun(scheduler, network, begin, x, announced=True), expected) < 1e-5
-        if plan.aligned(begin):  # told t alone, a call begins at the beginning of a step
+        if plan.starts_step(begin):  # told t alone, a call begins at the beginning of a step
             assert scaled(begun(scheduler, network, begin, x, announced=False), expected) < 1e-5
 
 

@@ -1,4 +1,4 @@
-"""A sampler whose steps are told of as they end: progress bars and callbacks of pipelines."""
+"""A sampler whose steps are observed, for the progress bars and callbacks of pipelines."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,19 +10,21 @@ from diffcore.core.prediction import Prediction
 from diffcore.samplers import Sampler, SamplerWrapper, State
 from diffcore.schedules import Level
 
+__all__ = ["ObservedSampler"]
+
 
 @dataclass(frozen=True)
-class Followed(SamplerWrapper):
-    """The inner sampler, step for step.
+class ObservedSampler(SamplerWrapper):
+    """The inner sampler with a function that observes each of its steps.
 
     Args:
-        inner: the integrator.
-        tell: called at the end of each step with the states before its last evaluation and after it; the run goes on with the
-            state that it returns.
+        inner: numerical integrator.
+        observe: called after each step with the states before its last evaluation and after it; it
+            returns the state from which sampling continues.
     """
 
     inner: Sampler
-    tell: Callable[[State, State], State]
+    observe: Callable[[State, State], State]
 
     def start(self, x: Tensor, knots: tuple[Level, ...], noise: Noise) -> State:
         return self.inner.start(x, knots, noise)
@@ -32,7 +34,7 @@ class Followed(SamplerWrapper):
 
     def advance(self, state: State, prediction: Prediction, noise: Noise) -> State:
         after = self.inner.advance(state, prediction, noise)
-        return after if after.step == state.step else self.tell(state, after)
+        return after if after.step == state.step else self.observe(state, after)
 
     def uses_guidance(self, state: State) -> bool:
         return self.inner.uses_guidance(state)

@@ -1,6 +1,7 @@
-"""The network of a diffusers pipeline, to train on: all of its weights W, or W + (alpha / rank) B A with A and B alone.
+"""The network of a diffusers pipeline as the start of training: all weights, or a LoRA adapter.
 
-What is trained is saved as diffusers loads it: a pipeline's folder, or a LoRA file for `pipe.load_lora_weights`.
+The result is saved in the format of diffusers: a pipeline folder, or a LoRA file for
+`pipe.load_lora_weights`.
 """
 
 import json
@@ -21,29 +22,34 @@ from diffcore.core.process import Process
 from diffcore.integrations.diffusers.families import family_of
 from diffcore.integrations.diffusers.loading.folder import PipelineParts, read_folder, read_json
 from diffcore.integrations.diffusers.loading.index import PipelineIndex
-from diffcore.integrations.diffusers.pipeline import export as stock
+from diffcore.integrations.diffusers.pipeline.export import export_scheduler
 from diffcore.integrations.diffusers.scheduler.scheduler import DiffcoreScheduler
-from diffcore.integrations.diffusers.scheduler.scheduler_config import describe
-from diffcore.integrations.diffusers.scheduler.settings import Settings
+from diffcore.integrations.diffusers.scheduler.scheduler_config import describe_process
+from diffcore.integrations.diffusers.scheduler.settings import SchedulerSettings
 from diffcore.io.extras import has_extra, missing
 from diffcore.io.files import hash_file, write_folder
 from diffcore.samplers import DDIM
 from diffcore.schedules import Trailing
 
+__all__ = ["ADAPTER", "LoRA", "Pretrained", "run_scheduler"]
+
 ADAPTER = "pytorch_lora_weights.safetensors"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 UNREAD = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl", "*.msgpack", "*.onnx*", "*.py")
-"""Pickles and code, which do not come along."""
+"""Pickles and code, which are not copied."""
 
 
 @dataclass(frozen=True)
 class LoRA:
-    """(alpha / rank) B A beside the weights of some layers: B is 0 at first (Hu et al. 2021, 2106.09685). By peft.
+    """A low-rank adapter: W + (alpha / rank) B A with trained A and B, and B = 0 at the start. By
+    peft.
+
+    Hu et al. 2021 (2106.09685).
 
     Args:
-        rank: of B A; 0 trains all weights of the network instead.
-        alpha: its strength over the rank; 0 for the rank, a factor of 1.
-        targets: ends of the layers' names.
+        rank: rank of B A; 0 trains all weights of the network instead.
+        alpha: alpha of the factor (alpha / rank); 0 for alpha = rank.
+        targets: suffixes of the names of the adapted layers.
     """
 
     rank: int = 0
@@ -55,11 +61,16 @@ class LoRA:
             raise ValueError(f"rank is {self.rank}, expected 1 or more, or 0 to train all weights")
         if self.alpha < 0 or not self.targets:
             raise ValueError(
-                f"alpha is {self.alpha} and targets are {self.targets}, expected a strength (0: rank), and ends of names"
+                f"alpha is {self.alpha} and targets are {self.targets}, expected alpha of at least "
+                "0 (0: the rank) and at least one suffix"
             )
 
     def add(self, network: Any) -> None:
-        """Freeze a network, and put the adapter beside its layers."""
+        """Freeze the weights of a network, and add the adapter to its layers.
+
+        Raises:
+            ValueError: No layer has one of the suffixes, or peft is not installed.
+        """
         if not has_extra("peft"):
             raise missing("peft", "LoRA (leave lora out to train all weights)")
         from peft import LoraConfig
@@ -69,7 +80,8 @@ class LoRA:
             target for target in self.targets if not any(name.endswith(target) for name in names)
         ]:
             raise ValueError(
-                f"no layer of {type(network).__name__} ends in {', '.join(lost)}: see targets of LoRA"
+                f"no layer of {type(network).__name__} ends in {', '.join(lost)}: see targets of "
+                "LoRA"
             )
         network.requires_grad_(False)
         alpha = self.alpha or self.rank
@@ -84,14 +96,14 @@ class LoRA:
 
 
 class Pretrained(ExportableNetwork):
-    """The network of a pipeline's folder. With LoRA its state is the adapter: the rest is the folder's.
+    """The network of a diffusers pipeline. With LoRA its state is the adapter alone.
 
     Args:
-        pipeline: the folder, as save_pretrained leaves it; safetensors, and no code of its own.
-        lora: trains an adapter in place of the weights.
+        pipeline: folder that `save_pretrained` wrote, with safetensors and without code.
+        lora: adapter that is trained in place of the weights; rank 0 trains all weights.
 
     Raises:
-        ValueError: the folder is not a pipeline's, or LoRA finds none of its targets.
+        ValueError: The folder holds no whole pipeline, or no layer fits the adapter.
     """
 
     def __init__(self, pipeline: str, lora: LoRA = LoRA()) -> None:
@@ -102,7 +114,8 @@ class Pretrained(ExportableNetwork):
         if lora.rank:
             if not hasattr(self.index.pipeline_class, "save_lora_weights"):
                 raise ValueError(
-                    f"diffusers loads no LoRA into a {self.index.pipeline_class.__name__}: train all weights"
+                    f"diffusers loads no LoRA into a {self.index.pipeline_class.__name__}: train "
+                    "all weights"
                 )
             lora.add(self.network)
             self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
@@ -111,17 +124,32 @@ class Pretrained(ExportableNetwork):
             name for name in self.index.parts if not (self.index.folder / name).is_dir()
         ):
             raise ValueError(
-                f"{pipeline} names {', '.join(lost)} in model_index.json, and holds no such folder to copy into the run's "
+                f"{pipeline} names {', '.join(lost)} in model_index.json, and holds no such folder "
+                "to copy into the run's "
                 f"pipeline: download it, or write [null, null] there"
             )
 
     def forward(self, x: Tensor, timestep: Tensor, **condition: Any) -> Tensor:
-        """The network's answer to x, without the variance that some networks also give."""
+        """The output (B, *shape) of the network, without the variance that some networks also
+        return.
+
+        Args:
+            x: (B, *shape) noisy samples.
+            timestep: (B,) time input.
+            **condition: labels or text embeddings.
+
+        Returns:
+            (B, *shape) output.
+
+        Raises:
+            ValueError: The network is conditioned on text, and no text embeddings are passed.
+        """
         network: nn.Module = self.network
         family = family_of(network)
         if family.is_text_conditioned(network) and "encoder_hidden_states" not in condition:
             raise ValueError(
-                "the network is conditioned on text, not on labels: sample its pipeline/ with --prompt, "
+                "the network is conditioned on text, not on labels: sample its pipeline/ with "
+                "--prompt, "
                 "or use PromptNetwork(network, prompts)"
             )
         return extract_tensor(family.wrap(network)(x, timestep=timestep, **condition))[
@@ -130,7 +158,7 @@ class Pretrained(ExportableNetwork):
 
     @cached_property
     def content_hash(self) -> str:
-        """A hash of the weights that an adapter is beside, by which a resumed run knows them; without LoRA there are none."""
+        """Hash of the frozen weights under an adapter; "" without LoRA."""
         files = (
             sorted((self.index.folder / self.index.network_name).glob("*.safetensors"))
             if self.lora.rank
@@ -139,13 +167,21 @@ class Pretrained(ExportableNetwork):
         return " ".join(map(hash_file, files))
 
     def exported_parts(self, folder: Path) -> PipelineParts:
-        """The pipeline's parts with this network, and the scheduler that `save` left in a run's folder."""
+        """The parts of the pipeline with this network and the scheduler that `export` wrote to a
+        run's folder.
+        """
         scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
         return replace(read_folder(self.index.folder), network=self.network, scheduler=scheduler)
 
     def export(self, folder: Path, process: Process) -> None:
-        """Write pipeline/ into a run's folder, or with LoRA pytorch_lora_weights.safetensors and scheduler/."""
-        scheduler = scheduler_of(self.index.scheduler, process)
+        """Write pipeline/ to a run's folder, or with LoRA pytorch_lora_weights.safetensors and
+        scheduler/.
+
+        Args:
+            folder: folder of the run.
+            process: process that the network was trained on.
+        """
+        scheduler = run_scheduler(self.index.scheduler, process)
         if self.lora.rank:
             self._save_adapter(folder)
             write_folder(folder / "scheduler", scheduler.save_pretrained)
@@ -157,15 +193,15 @@ class Pretrained(ExportableNetwork):
 
         own, name = self.network, self.index.network_name
         layers = {f"{name}_lora_layers": get_peft_model_state_dict(own)}
-        told = {
+        metadata = {
             f"{name}_lora_adapter_metadata": own.peft_config["default"].to_dict()
         }  # without it alpha is the rank
         with TemporaryDirectory(dir=run) as folder:
-            self.index.pipeline_class.save_lora_weights(folder, **layers, **told)
+            self.index.pipeline_class.save_lora_weights(folder, **layers, **metadata)
             Path(folder, ADAPTER).rename(run / ADAPTER)
 
     def _save_pipeline(self, folder: Path, scheduler: Any) -> None:
-        """The pipeline's folder with this network and scheduler; all else is copied as it is."""
+        """Write the pipeline's folder with this network and scheduler; the other parts are copied."""
         self.network.save_pretrained(folder / self.index.network_name)
         scheduler.save_pretrained(folder / "scheduler")
         for name in self.index.parts - {self.index.network_name, "scheduler"}:
@@ -178,29 +214,38 @@ class Pretrained(ExportableNetwork):
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def scheduler_of(config: Mapping[str, Any], process: Process) -> Any:
-    """A scheduler that describes a process: the given one of a flow that is still right, a stock one, or a DiffcoreScheduler.
+def run_scheduler(config: Mapping[str, Any], process: Process) -> Any:
+    """A scheduler for a process: the given one of a flow if it is still right, else one of
+    diffusers, else a DiffcoreScheduler.
 
-    A stock DDIM begins at the last level (trailing) and ends clean, as zero terminal SNR needs it to.
+    A DDIM scheduler of diffusers starts at the last level (trailing) and ends clean, as zero
+    terminal SNR requires.
+
+    Args:
+        config: config of the pipeline's scheduler.
+        process: process that the network was trained on.
+
+    Returns:
+        The scheduler.
     """
     if process.prediction == "flow_prediction" and _describes(config, process):
         return getattr(diffusers, config["_class_name"]).from_config(dict(config))
-    said = (process.schedule, process.prediction, process.time, process.sigma_data)
+    description = (process.schedule, process.prediction, process.time, process.sigma_data)
     try:
-        made = stock.scheduler_of(process, Settings(DDIM(), Trailing(), *said), 1)
+        made = export_scheduler(process, SchedulerSettings(DDIM(), Trailing(), *description), 1)
     except ValueError:
-        return DiffcoreScheduler(DDIM(), Trailing(), *said)
+        return DiffcoreScheduler(DDIM(), Trailing(), *description)
     if hasattr(
         made.config, "steps_offset"
-    ):  # trailing spacing does not read it, but StableDiffusion insists on 1
+    ):  # StableDiffusionPipeline requires 1, which trailing spacing does not read
         made.register_to_config(steps_offset=1)
     return made
 
 
 def _describes(config: Mapping[str, Any], process: Process) -> bool:
     try:
-        return describe(config)[:3] == (process.schedule, process.prediction, process.time)
-    except ValueError:  # it needs more than itself: a shift's μ
+        return describe_process(config)[:3] == (process.schedule, process.prediction, process.time)
+    except ValueError:  # a dynamic shift needs μ
         return False
 
 
@@ -210,12 +255,12 @@ def _drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, _local: 
 
 
 def _forgive_frozen(module: nn.Module, keys: Any) -> None:
-    """No weight of the pipeline is missing from the state of an adapter."""
+    """Do not report frozen weights as missing from the state of an adapter."""
     frozen = tuple(_frozen(module))
     keys.missing_keys[:] = [name for name in keys.missing_keys if not name.endswith(frozen)]
 
 
 def _frozen(module: nn.Module) -> list[str]:
-    """The parameters that are not trained, and all buffers."""
+    """Names of the parameters that are not trained, and of all buffers."""
     parameters = [name for name, value in module.named_parameters() if not value.requires_grad]
     return parameters + [name for name, _ in module.named_buffers()]

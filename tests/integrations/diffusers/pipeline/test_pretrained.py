@@ -9,8 +9,11 @@ import torch
 from diffcore.core.process import Process, TimeConditioning
 from diffcore.integrations.diffusers import DiffcoreScheduler, LoRA, Pretrained
 from diffcore.integrations.diffusers.loading.index import PipelineIndex
-from diffcore.integrations.diffusers.pipeline.base_network import scheduler_of
-from diffcore.integrations.diffusers.scheduler.scheduler_config import config_of, describe
+from diffcore.integrations.diffusers.pipeline.pretrained import run_scheduler
+from diffcore.integrations.diffusers.scheduler.scheduler_config import (
+    describe_process,
+    named_config,
+)
 from diffcore.schedules import Cosine, Discrete, Flow, Shifted, ZeroTerminalSNR
 from tests.helpers.captioned_images import OLD, change_json, write_pipeline
 from tests.helpers.tiny_pipelines import dit_pipeline
@@ -91,7 +94,7 @@ def test_an_adapter_that_cannot_be_is_refused(folder, options, message):
 
 def test_without_peft_an_adapter_is_refused_with_the_remedy(folder, monkeypatch):
     monkeypatch.setattr(
-        "diffcore.integrations.diffusers.pipeline.base_network.has_extra", lambda name: False
+        "diffcore.integrations.diffusers.pipeline.pretrained.has_extra", lambda name: False
     )
     with pytest.raises(ValueError, match=r"LoRA .* not installed: pip install 'diffcore\[lora\]'"):
         Pretrained(str(folder), LoRA(2))
@@ -152,10 +155,10 @@ SD3 = Shifted.by_time_shift(Flow(), 3.0)
 )
 def test_the_saved_scheduler_describes_the_process(tmp_path, config, said, kind):
     process = Process(*said, shape=(4, 8, 8), sigma_data=1.0)
-    scheduler_of(config_of(config), process).save_pretrained(tmp_path)
+    run_scheduler(named_config(config), process).save_pretrained(tmp_path)
     found = kind.from_pretrained(tmp_path)
     assert type(found) is kind
-    schedule, *others = describe(config_of(found))[:3]
+    schedule, *others = describe_process(named_config(found))[:3]
     assert others == [process.prediction, process.time]
     t = torch.linspace(0.001, 1, 1000, dtype=torch.float64)
     torch.testing.assert_close(
@@ -168,8 +171,8 @@ def test_the_saved_scheduler_describes_the_process(tmp_path, config, said, kind)
 
 def test_a_schedule_that_is_no_table_is_saved_as_one(tmp_path):
     process = Process(Cosine(), "v_prediction", INDEX, shape=(4, 8, 8), sigma_data=1.0)
-    scheduler_of(config_of(diffusers.PNDMScheduler(**OLD)), process).save_pretrained(tmp_path)
-    found = describe(config_of(diffusers.DDIMScheduler.from_pretrained(tmp_path)))
+    run_scheduler(named_config(diffusers.PNDMScheduler(**OLD)), process).save_pretrained(tmp_path)
+    found = describe_process(named_config(diffusers.DDIMScheduler.from_pretrained(tmp_path)))
     t = torch.arange(1, 1001, dtype=torch.float64) / 1000
     torch.testing.assert_close(found.schedule.logsnr(t), Cosine().logsnr(t), rtol=0, atol=1e-9)
     assert found[1:3] == ("v_prediction", INDEX)
