@@ -101,7 +101,7 @@ class CallPlan:
         if self._levels(position, knots) != [state.level for state in self.states[position:]]:
             raise ValueError(
                 f"{self.sampler} cannot start at evaluation {position} of {len(self.states)}, it "
-                "would ask about other levels "
+                "would evaluate other levels "
                 f"than the planned ones: use another strength, or a sampler such as DDIM()"
             )
         return knots

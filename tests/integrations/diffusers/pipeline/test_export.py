@@ -169,7 +169,8 @@ def test_another_process_does_not_pass_for_it(tmp_path, damage):
     path = tmp_path / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | damage))
     with pytest.raises(
-        ValueError, match=r"differ from our own by (nan|inf|[\d.e+-]+) of their greatest value"
+        ValueError,
+        match=r"differ from those of diffcore by (nan|inf|[\d.e+-]+) of their largest value",
     ):
         check(tmp_path, own)
 
@@ -185,10 +186,10 @@ def test_steps_that_do_not_divide_the_table_are_not_asked_for(tmp_path):
 
 REFUSED = [
     (made, (process(Cosine(), "epsilon"),), "pure noise"),
-    (made, (process(Cosine(), "v_prediction", TimeConditioning("t")),), "told .*variable='t'.*: train with variable index"),
-    (made, (process(Cosine(), "v_prediction", TimeConditioning(scale=10.5)),), "told TimeConditioning"),
+    (made, (process(Cosine(), "v_prediction", TimeConditioning("t")),), "has .*variable='t'.*: train with variable index"),
+    (made, (process(Cosine(), "v_prediction", TimeConditioning(scale=10.5)),), "network has TimeConditioning"),
     (made, (process(Cosine(scaling="flow"), "v_prediction"),), "keep x of the vp process, and this one is of .* flow"),
-    (made, (process(Discrete(steps=100), "epsilon"),), "has 100 levels, but the network is told an index of 1000"),
+    (made, (process(Discrete(steps=100), "epsilon"),), "has 100 levels, but the time input of the network is an index of 1000"),
     (made, (process(Flow(), "flow_prediction"),), "train with variable blend"),
     (made, (process(Cosine(), "flow_prediction", BLEND),), "keeps x of the flow"),
     (made, (process(Truncated(Flow(), -8.0, 8.0), "flow_prediction", BLEND),), "begins at pure noise"),

@@ -222,7 +222,7 @@ def test_an_adaptive_sampler_is_for_a_call(plain):
         plain(seeds=[0], sampler=AdaptiveRungeKutta(), grid=Karras(), output_type="latent").images,
         expected,
     )
-    with pytest.raises(ValueError, match="decides as it goes where to ask"):
+    with pytest.raises(ValueError, match="is adaptive, and a pipeline needs the levels"):
         DiffcorePipeline.of(Denoiser(unet(), PLAIN), AdaptiveRungeKutta())
 
 
@@ -268,7 +268,7 @@ def test_one_label_is_for_all(pipe):
 
 
 CALLED_WRONG = [
-    ({"seeds": [0, 1], "class_labels": [1]}, "asks for 1 by class_labels, 2 by seeds: pass as many of each"),
+    ({"seeds": [0, 1], "class_labels": [1]}, "defines 1 by class_labels, 2 by seeds: pass as many of each"),
     ({"seeds": [0], "generator": torch.Generator()}, "seeds and generator were given: pass one"),
     ({"seeds": [0]}, "needs a condition to strengthen"),
     ({"seeds": [0], "class_labels": 9}, r"labels \[9\] are out of range"),
@@ -368,7 +368,7 @@ BROKEN = [
     (index(guidance={"class_path": "os.system", "init_args": {"command": "false"}}), "guidance"),
     (index(classes=-1), "classes is -1"),
     (index(unet=["diffusers", "loaders"]), "is no model of diffusers"),
-    (remote, "names mine.Net as unet, which is no model of diffusers: code that comes with weights is not run"),
+    (remote, "names mine.Net as unet, which is no model of diffusers: code that lies beside weights is not executed"),
     (remote_pipeline, "expected a DiffcorePipeline"),
     (pickled, "pickled weights are not opened, convert them first"),
     (lambda f: (f / "unet" / "config.json").unlink(), "each part needs its config and safetensors"),
@@ -393,7 +393,8 @@ def test_a_folder_that_is_not_whole_or_not_data_is_refused(copy, damage, message
 )
 def test_options_that_run_code_or_open_pickles_are_refused(folder, option):
     with pytest.raises(
-        ValueError, match=r"code that comes with weights is not run|pickled weights are not opened"
+        ValueError,
+        match=r"code that lies beside weights is not executed|pickled weights are not opened",
     ):
         DiffcorePipeline.from_pretrained(folder, **option)
 

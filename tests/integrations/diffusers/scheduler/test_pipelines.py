@@ -101,7 +101,7 @@ def test_ddim_pipeline_with_its_own_clipping_made_consistent():
 
     mine, other = both(pipe, call)
     torch.testing.assert_close(mine, other, rtol=0, atol=1e-4)
-    with pytest.raises(ValueError, match=r"step got {'eta': 0.5}, which is the sampler's to say"):
+    with pytest.raises(ValueError, match=r"step got {'eta': 0.5}, which the sampler defines"):
         call(pipe, eta=0.5)
 
 

@@ -346,7 +346,7 @@ def test_a_step_beyond_the_last_or_of_another_time_is_refused():
     with pytest.raises(ValueError, match="timestep is 5, expected one of those of set_timesteps"):
         scheduler.step(x, 5, x)
     scheduler.step(x, scheduler.timesteps[0], x)
-    with pytest.raises(ValueError, match="the run of 1 evaluations is over"):
+    with pytest.raises(ValueError, match="the call of 1 evaluations is over"):
         scheduler.step(x, scheduler.timesteps[0], x)
 
 
@@ -356,7 +356,10 @@ BAD = [
         lambda: DiffcoreScheduler(schedule=Cosine(), time=TimeConditioning("t")).set_timesteps(3),
         "predicts epsilon",
     ),
-    (lambda: DiffcoreScheduler(AdaptiveRungeKutta()), "decides as it goes where to ask"),
+    (
+        lambda: DiffcoreScheduler(AdaptiveRungeKutta()),
+        "is adaptive, and a pipeline needs the levels",
+    ),
     (
         lambda: DiffcoreScheduler(Euler(churn=2.0), Leading()).set_timesteps(3),
         "set churn_max below σ/α = 9",
@@ -410,7 +413,7 @@ def test_restarts_are_planned_and_cannot_be_begun_in_the_middle():
     scheduler.set_timesteps(6)
     assert len(scheduler.timesteps) == sampler.evaluations(knots_of(scheduler)) > 6
     scheduler.set_begin_index(8)
-    with pytest.raises(ValueError, match="cannot begin at evaluation 8 of"):
+    with pytest.raises(ValueError, match="cannot start at evaluation 8 of"):
         scheduler.step(x, scheduler.timesteps[8], x)
 
 
