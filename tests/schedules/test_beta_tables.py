@@ -1,9 +1,8 @@
-"""Beta tables against diffusers' (float32: ᾱ to 1e-6) and against a float64 recomputation (λ to
-1e-9).
-"""
+"""Beta tables: ᾱ against diffusers (float32, to 1e-6), λ against a float64 computation (to 1e-9)."""
 
 import json
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,11 +12,13 @@ from scipy.integrate import quad
 
 from diffcore.io.specs import from_spec, to_spec
 from diffcore.schedules import Discrete, ZeroTerminalSNR
+from diffcore.schedules.beta_tables import Form
+from tests.helpers.schedules import STABLE_DIFFUSION, index_times
 
 TABLES = [
     Discrete(),
     Discrete(steps=4000, start=2.5e-5, end=0.005),
-    Discrete("scaled_linear", 1000, 0.00085, 0.012),
+    STABLE_DIFFUSION,
     Discrete("scaled_linear", 49, 0.01, 0.3),
     Discrete("cosine"),
     Discrete("cosine", 100),
@@ -25,18 +26,20 @@ TABLES = [
     Discrete("sigmoid", 49, 0.01, 0.3),
     Discrete((0.001, 0.2, 0.03, 0.5, 1e-6, 0.9, 0.7)),
 ]
-TO_ZERO = [
+ZERO_TERMINAL = [
     Discrete((0.1, 0.02, 0.5, 1.0)),
     Discrete((1e-4, 1.0), scaling="flow"),
     Discrete((*[0.01] * 99, 1.0)),
 ]
-to_zero = pytest.mark.parametrize("schedule", TO_ZERO, ids=["4", "2", "100"])
-every_table = pytest.mark.parametrize("schedule", TABLES, ids=repr)
-DIFFUSERS = {"cosine": "squaredcos_cap_v2"}
+all_zero_terminal = pytest.mark.parametrize(
+    "schedule", ZERO_TERMINAL, ids=["4 entries", "2 entries", "100 entries"]
+)
+all_tables = pytest.mark.parametrize("schedule", TABLES, ids=repr)
+DIFFUSERS_FORMS = {"cosine": "squaredcos_cap_v2"}
 
 
 def alpha_bar(schedule: Discrete) -> np.ndarray:
-    """ᾱ_i in float64, from the papers' definitions."""
+    """ᾱ_i in float64, from the definitions of the papers."""
     T = schedule.steps
     if schedule.betas == "cosine":
         bar = [math.cos((i / T + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(T + 1)]
@@ -54,56 +57,57 @@ def alpha_bar(schedule: Discrete) -> np.ndarray:
     return np.cumprod(1 - betas)
 
 
-def index_times(schedule: Discrete) -> torch.Tensor:
-    return torch.arange(1, schedule.steps + 1, dtype=torch.float64) / schedule.steps
+def test_each_form_of_the_betas_is_tested():
+    forms = {table.betas for table in TABLES if isinstance(table.betas, str)}
+    assert forms == set(get_args(Form))
 
 
-@every_table
-def test_A3_lambda_at_every_index_is_the_float64_recomputation(schedule):
+@all_tables
+def test_lambda_at_each_index_is_the_float64_computation(schedule):
     bar = alpha_bar(schedule)
-    level = schedule.level(index_times(schedule))
+    level = schedule.level(index_times(schedule.steps))
     np.testing.assert_allclose(level.logsnr, np.log(bar) - np.log1p(-bar), rtol=0, atol=1e-9)
     np.testing.assert_allclose(level.alpha, np.sqrt(bar), rtol=1e-10)
     np.testing.assert_allclose(level.sigma, np.sqrt(1 - bar), rtol=1e-9)
 
 
-@every_table
+@all_tables
 def test_alpha_bar_is_that_of_diffusers(schedule):
-    theirs = DDPMScheduler(
+    published = DDPMScheduler(
         num_train_timesteps=schedule.steps,
         beta_start=schedule.start,
         beta_end=schedule.end,
         **(
             {"trained_betas": schedule.betas}
             if isinstance(schedule.betas, tuple)
-            else {"beta_schedule": DIFFUSERS.get(schedule.betas, schedule.betas)}
+            else {"beta_schedule": DIFFUSERS_FORMS.get(schedule.betas, schedule.betas)}
         ),
     ).alphas_cumprod
-    ours = schedule.level(index_times(schedule)).alpha ** 2
-    torch.testing.assert_close(ours, theirs.double(), rtol=0, atol=1e-6)
+    alphas_cumprod = schedule.level(index_times(schedule.steps)).alpha ** 2
+    torch.testing.assert_close(alphas_cumprod, published.double(), rtol=0, atol=1e-6)
 
 
-@every_table
-def test_A6_a_time_that_is_an_index_up_to_rounding_is_that_index_bit_for_bit(schedule):
+@all_tables
+def test_a_time_that_is_an_index_up_to_rounding_is_that_index_bit_for_bit(schedule):
     i = torch.arange(schedule.steps, dtype=torch.float64)
     rounded = i / schedule.steps + 1 / schedule.steps
-    assert not torch.equal(rounded, index_times(schedule))
+    assert not torch.equal(rounded, index_times(schedule.steps))
     assert torch.equal(
-        schedule.logsnr(rounded.clamp(max=1)), schedule.logsnr(index_times(schedule))
+        schedule.logsnr(rounded.clamp(max=1)), schedule.logsnr(index_times(schedule.steps))
     )
 
 
-@every_table
+@all_tables
 def test_lambda_is_linear_between_indices(schedule):
-    knots = schedule.logsnr(index_times(schedule))
+    knots = schedule.logsnr(index_times(schedule.steps))
     for share in (0.25, 0.5):
-        between = schedule.logsnr(index_times(schedule)[:-1] + share / schedule.steps)
+        between = schedule.logsnr(index_times(schedule.steps)[:-1] + share / schedule.steps)
         torch.testing.assert_close(
             between, (1 - share) * knots[:-1] + share * knots[1:], rtol=1e-9, atol=1e-9
         )
 
 
-@every_table
+@all_tables
 def test_sigma_over_alpha_is_linear_from_clean_to_index_0(schedule):
     first = schedule.level(1 / schedule.steps)
     for share in (0.01, 0.3, 0.9):
@@ -112,25 +116,23 @@ def test_sigma_over_alpha_is_linear_from_clean_to_index_0(schedule):
         )
 
 
-@every_table
-def test_every_time_above_0_has_a_finite_level(schedule):
+@all_tables
+def test_each_time_above_0_has_a_finite_level(schedule):
     t = torch.tensor([1e-300, 1e-13, 1e-12, 1e-9], dtype=torch.float64)
     torch.testing.assert_close(schedule.time(schedule.logsnr(t)), t, rtol=1e-11, atol=0)
 
 
-@every_table
-def test_the_ends_are_clean_and_the_last_entry(schedule):
+@all_tables
+def test_the_first_end_is_clean_and_the_last_is_the_last_entry(schedule):
     bar = alpha_bar(schedule)[-1]
     assert schedule.logsnr(0.0) == math.inf
     assert schedule.logsnr(1.0) == pytest.approx(math.log(bar) - math.log1p(-bar), abs=1e-9)
 
 
-def test_the_published_tables_end_where_their_users_know():
-    """ᾱ_T of DDPM is 4e-5, of Stable Diffusion 0.0047; its first level is λ = 7.07 (σ/α from 0.0292
-    to 14.6).
-    """
+def test_the_published_tables_have_their_known_ends():
+    """ᾱ_T is 4e-5 for DDPM and 0.0047 for Stable Diffusion, whose σ/α is from 0.0292 to 14.6."""
     assert Discrete().level(1.0).alpha ** 2 == pytest.approx(4.04e-5, rel=0.01)
-    stable = Discrete("scaled_linear", 1000, 0.00085, 0.012)
+    stable = STABLE_DIFFUSION
     assert stable.level(1.0).alpha ** 2 == pytest.approx(0.00466, rel=0.01)
     assert stable.logsnr(1 / 1000) == pytest.approx(7.07, abs=0.005)
     assert (stable.level(1 / 1000).ratio, stable.level(1.0).ratio) == pytest.approx(
@@ -138,16 +140,18 @@ def test_the_published_tables_end_where_their_users_know():
     )
 
 
-@every_table
-def test_a_table_equals_its_betas_given_one_by_one_and_its_alphas_cumprod(schedule):
+@all_tables
+def test_a_table_equals_the_one_of_its_betas_and_the_one_of_its_alphas_cumprod(schedule):
     bar = alpha_bar(schedule)
     given = Discrete.from_alphas_cumprod(bar, scaling="flow")
     assert (given.steps, given.scaling) == (schedule.steps, "flow")
     np.testing.assert_allclose(
-        given.logsnr(index_times(given)), np.log(bar) - np.log1p(-bar), rtol=0, atol=1e-12
+        given.logsnr(index_times(given.steps)), np.log(bar) - np.log1p(-bar), rtol=0, atol=1e-12
     )
     again = Discrete(given.betas)
-    assert torch.equal(again.logsnr(index_times(again)), given.logsnr(index_times(again)))
+    assert torch.equal(
+        again.logsnr(index_times(again.steps)), given.logsnr(index_times(again.steps))
+    )
     assert (
         Discrete.from_alphas_cumprod(bar.tolist())
         == again
@@ -155,11 +159,11 @@ def test_a_table_equals_its_betas_given_one_by_one_and_its_alphas_cumprod(schedu
     )
 
 
-def test_float32_betas_keep_the_clean_end_that_float32_alphas_cumprod_lose():
-    theirs, exact = DDPMScheduler(), Discrete()
-    t = index_times(exact)
-    by_betas = Discrete(tuple(theirs.betas.tolist())).logsnr(t) - exact.logsnr(t)
-    by_product = Discrete.from_alphas_cumprod(theirs.alphas_cumprod).logsnr(t) - exact.logsnr(t)
+def test_float32_betas_keep_the_digits_of_the_clean_end_that_alphas_cumprod_lose():
+    scheduler, exact = DDPMScheduler(), Discrete()
+    t = index_times(exact.steps)
+    by_betas = Discrete(tuple(scheduler.betas.tolist())).logsnr(t) - exact.logsnr(t)
+    by_product = Discrete.from_alphas_cumprod(scheduler.alphas_cumprod).logsnr(t) - exact.logsnr(t)
     assert by_betas.abs().max() < 3e-7
     assert by_product.abs().argmax() == 0
     assert by_product.abs().max() == pytest.approx(
@@ -167,8 +171,8 @@ def test_float32_betas_keep_the_clean_end_that_float32_alphas_cumprod_lose():
     )  # within 3e-8 / (1 - ᾱ) = 3e-4
 
 
-@to_zero
-def test_a_last_beta_of_1_is_pure_noise_reached_with_alpha_over_sigma_linear(schedule):
+@all_zero_terminal
+def test_a_last_beta_of_1_is_pure_noise_and_alpha_over_sigma_is_linear_before_it(schedule):
     T, level = schedule.steps, schedule.level(1.0)
     assert (level.logsnr, level.alpha, level.sigma) == (-math.inf, 0.0, 1.0)
     before = schedule.level((T - 1) / T)
@@ -179,8 +183,8 @@ def test_a_last_beta_of_1_is_pure_noise_reached_with_alpha_over_sigma_linear(sch
         assert 1 / at.ratio == pytest.approx((1 - share) / before.ratio, rel=1e-9)
 
 
-@to_zero
-def test_a_table_to_zero_falls_inverts_and_has_the_density_of_its_times(schedule):
+@all_zero_terminal
+def test_a_zero_terminal_table_decreases_and_has_an_inverse_and_a_density(schedule):
     t = torch.linspace(0, 1, 2001, dtype=torch.float64)
     logsnr = schedule.logsnr(t)
     assert (logsnr.diff() < 0).all()
@@ -188,17 +192,16 @@ def test_a_table_to_zero_falls_inverts_and_has_the_density_of_its_times(schedule
     for level in schedule.logsnr(torch.linspace(0.0031, 0.9973, 37, dtype=torch.float64)).tolist():
         left, right = schedule.time(level + 1e-6), schedule.time(level - 1e-6)
         assert schedule.density(level) == pytest.approx((right - left) / 2e-6, rel=1e-4)
-    ends = sorted({-80.0, *schedule.logsnr(index_times(schedule))[:-1].tolist(), 80.0})
+    ends = sorted({-80.0, *schedule.logsnr(index_times(schedule.steps))[:-1].tolist(), 80.0})
     mass = sum(quad(schedule.density, a, b)[0] for a, b in zip(ends, ends[1:], strict=False))
     assert mass == pytest.approx(1, abs=1e-7)
     assert schedule.density(-math.inf) == 0 == schedule.density(math.inf)
     assert schedule.density(schedule.logsnr(1 / schedule.steps)) < math.inf
 
 
-def test_a_rescaled_table_given_by_its_alphas_cumprod_is_that_table():
-    """Networks trained at zero terminal SNR are told by tables that end at ᾱ = 0."""
-    rescaled = ZeroTerminalSNR(Discrete("scaled_linear", 1000, 0.00085, 0.012))
-    t = index_times(Discrete())
+def test_a_table_rescaled_to_zero_terminal_snr_equals_the_one_of_its_alphas_cumprod():
+    rescaled = ZeroTerminalSNR(STABLE_DIFFUSION)
+    t = index_times(1000)
     table = Discrete.from_alphas_cumprod(rescaled.logsnr(t).sigmoid())
     assert table.logsnr(1.0) == -math.inf
     torch.testing.assert_close(table.logsnr(t), rescaled.logsnr(t), rtol=0, atol=1e-9)
@@ -207,8 +210,8 @@ def test_a_rescaled_table_given_by_its_alphas_cumprod_is_that_table():
     )
 
 
-@pytest.mark.parametrize("schedule", [*TABLES, *TO_ZERO[:2]], ids=repr)
-def test_a_table_reads_back_from_plain_json(schedule):
+@pytest.mark.parametrize("schedule", [*TABLES, *ZERO_TERMINAL[:2]], ids=repr)
+def test_a_table_equals_the_one_that_is_read_from_its_json(schedule):
     assert from_spec(Discrete, json.loads(json.dumps(to_spec(schedule)))["init_args"]) == schedule
     assert hash(
         Discrete(
@@ -223,7 +226,7 @@ def test_a_table_is_computed_once(monkeypatch):
     assert schedule.level(0.5).logsnr == schedule.logsnr(schedule.time(schedule.logsnr(0.5)))
 
 
-def test_steps_are_1000_or_those_of_the_betas():
+def test_the_number_of_steps_is_1000_or_that_of_the_betas():
     assert (Discrete().steps, Discrete([0.1, 0.2]).steps, Discrete((0.1, 0.2), 2)) == (
         1000,
         2,
@@ -249,7 +252,7 @@ def test_steps_are_1000_or_those_of_the_betas():
     ],
     ids=str,
 )
-def test_alphas_cumprod_that_do_not_fall_are_refused_with_their_place(bar, message):
+def test_alphas_cumprod_that_do_not_decrease_are_refused_with_their_index(bar, message):
     with pytest.raises(ValueError, match=message):
         Discrete.from_alphas_cumprod(bar)
 
@@ -278,13 +281,10 @@ def test_alphas_cumprod_that_do_not_fall_are_refused_with_their_place(bar, messa
         ({"betas": (-0.1, 0.5)}, r"betas\[0\] is -0.1"),
         ({"betas": (0.1, math.nan)}, r"betas\[1\] is nan"),
         ({"betas": (0.5, 0.5, 1e-20)}, r"betas\[2\] is 1e-20, too small to decrease ᾱ in float64"),
-        (
-            {"scaling": "edm"},
-            "scaling is 'edm', expected one of vp, ve, flow",
-        ),  # Would be a bug: Discrete builds with it
+        ({"scaling": "edm"}, "scaling is 'edm', expected one of vp, ve, flow"),
     ],
     ids=str,
 )
-def test_tables_that_are_none_are_refused(arguments, message):
+def test_arguments_that_define_no_table_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         Discrete(**arguments)

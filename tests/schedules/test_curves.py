@@ -1,29 +1,30 @@
-"""Schedules given as curves, against the published curve evaluated plainly."""
+"""Schedules given as curves against the published formula of each curve."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from scipy import optimize, stats
+from scipy import stats
 
 from diffcore.schedules import Beta, Cosine, Flow, Mode, PowerCosine, Shifted, Sigmoid
-from diffcore.schedules.roots import invert, invert_by_newton, invert_in_logit_time
 
 t = np.linspace(0.005, 0.995, 199)
 times = torch.from_numpy(t)
 
 
-def logistic(x):
+def logistic(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-x))
 
 
-def chen_sigmoid(start, end, tau):
+def chen_sigmoid(start: float, end: float, tau: float) -> np.ndarray:
+    """γ(t) of Chen 2023, Algorithm 1."""
     low, high = logistic(start / tau), logistic(end / tau)
     return (high - logistic((t * (end - start) + start) / tau)) / (high - low)
 
 
-def chen_cosine(start, end, tau):
+def chen_cosine(start: float, end: float, tau: float) -> np.ndarray:
+    """γ(t) of Chen 2023, Algorithm 1."""
     low, high = math.cos(start * math.pi / 2) ** (2 * tau), math.cos(end * math.pi / 2) ** (2 * tau)
     return (high - np.cos((t * (end - start) + start) * math.pi / 2) ** (2 * tau)) / (high - low)
 
@@ -48,7 +49,7 @@ def test_power_cosine_is_chens_curve(options):
     )
 
 
-def test_the_plain_power_cosine_is_cosine():
+def test_the_default_power_cosine_is_cosine():
     ours, cosine = PowerCosine(), Cosine()
     torch.testing.assert_close(ours.logsnr(times), cosine.logsnr(times), rtol=1e-13, atol=1e-13)
     levels = torch.linspace(-30, 30, 121, dtype=torch.float64)
@@ -72,18 +73,18 @@ EXTREME = [
 
 
 @pytest.mark.parametrize("schedule", EXTREME, ids=repr)
-def test_extreme_parameters_still_make_a_schedule(schedule):
-    every = torch.cat(
+def test_extreme_parameters_define_a_schedule(schedule):
+    t = torch.cat(
         (
             torch.tensor([0.0, 1e-140, 1e-12], dtype=torch.float64),
             times,
             torch.tensor([1.0], dtype=torch.float64),
         )
     )
-    logsnr = schedule.logsnr(every)
+    logsnr = schedule.logsnr(t)
     assert (logsnr[0].item(), logsnr[-1].item()) == (math.inf, -math.inf)
     assert (logsnr.diff() < 0).all()
-    torch.testing.assert_close(schedule.time(logsnr), every, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(schedule.time(logsnr), t, rtol=1e-9, atol=1e-11)
     far = torch.tensor([-math.inf, -1e4, -800, 0, 800, 1e4, math.inf], dtype=torch.float64)
     for density in (schedule.density(logsnr), schedule.density(far)):
         assert ((density >= 0) & (density < math.inf)).all()
@@ -92,8 +93,8 @@ def test_extreme_parameters_still_make_a_schedule(schedule):
 
 
 @pytest.mark.parametrize("tau", [0.05, 0.02])
-def test_a_steep_sigmoid_keeps_both_tails(tau):
-    """1 - γ of the plain formula has lost its digits here; the product of hyperbolic sines has not."""
+def test_a_steep_sigmoid_keeps_the_digits_of_both_tails(tau):
+    """1 - γ of the published formula has no digits here; the hyperbolic sines keep them."""
     schedule, tail = Sigmoid(-3, 3, tau), torch.logspace(-12, -2, 21, dtype=torch.float64)
     torch.testing.assert_close(
         schedule.logsnr(tail), -schedule.logsnr(1 - tail), rtol=1e-4, atol=1e-3
@@ -102,7 +103,7 @@ def test_a_steep_sigmoid_keeps_both_tails(tau):
 
 
 @pytest.mark.parametrize("scale", [-1.0, -0.5, 0.0, 0.81, 1.29, 1.75])
-def test_mode_is_sd3s_map_of_uniform_times(scale):
+def test_mode_is_the_map_of_uniform_times_of_sd3(scale):
     u = 1 - t
     blend = 1 - u - scale * (np.cos(np.pi / 2 * u) ** 2 - 1 + u)
     np.testing.assert_allclose(Mode(scale).level(times).blend, blend, rtol=1e-12, atol=1e-15)
@@ -117,20 +118,20 @@ def test_mode_0_is_flow_and_mode_minus_1_is_the_squared_sine():
 
 
 @pytest.mark.parametrize("scale", [-1.01, 1.76, math.nan])
-def test_modes_that_fold_over_are_refused(scale):
+def test_scales_for_which_mode_is_not_monotone_are_refused(scale):
     with pytest.raises(ValueError, match=rf"scale is {scale}, expected within \[-1, 1.7519\]"):
         Mode(scale)
 
 
 @pytest.mark.parametrize(("p", "q"), [(1.5, 1.0), (0.5, 2.0), (3.0, 0.7)])
 def test_beta_draws_the_blending_coordinate_from_a_beta_distribution(p, q):
-    law, schedule = stats.beta(p, q), Beta(p, q)
-    np.testing.assert_allclose(schedule.level(times).blend, law.ppf(t), rtol=1e-10)
+    reference, schedule = stats.beta(p, q), Beta(p, q)
+    np.testing.assert_allclose(schedule.level(times).blend, reference.ppf(t), rtol=1e-10)
     u = torch.rand(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    assert stats.kstest(schedule.level(u).blend.numpy(), law.cdf).pvalue > 0.01
+    assert stats.kstest(schedule.level(u).blend.numpy(), reference.cdf).pvalue > 0.01
     a = schedule.level(times).blend.numpy()  # p(λ) = p(a) |da/dλ|, da/dλ = -a(1-a)/2
     np.testing.assert_allclose(
-        schedule.density(schedule.logsnr(times)), law.pdf(a) * a * (1 - a) / 2, rtol=1e-9
+        schedule.density(schedule.logsnr(times)), reference.pdf(a) * a * (1 - a) / 2, rtol=1e-9
     )
 
 
@@ -143,22 +144,21 @@ def test_beta_1_1_is_flow():
 @pytest.mark.parametrize(
     "schedule", [Sigmoid(), PowerCosine(0.2, 1.0, 1.5), Mode(), Mode(-0.5)], ids=repr
 )
-def test_A4_drawn_levels_pass_a_kolmogorov_smirnov_test(schedule):
-    """Against the distribution function found by bisection of the published λ(t), one level at a
-    time.
-    """
+def test_drawn_levels_pass_a_kolmogorov_smirnov_test(schedule):
+    """The distribution function is the inverse of λ(t) by bisection, apart from `time`."""
     u = torch.rand(2000, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    drawn = schedule.logsnr(schedule.training_times(u)).numpy()
-    cdf = [
-        1 - optimize.brentq(lambda t, v=v: schedule.logsnr(t) - v, 1e-12, 1 - 1e-12)
-        for v in np.sort(drawn)
-    ]
-    assert stats.kstest(cdf, "uniform").pvalue > 0.01
+    logsnr = schedule.logsnr(schedule.training_times(u))
+    low, high = torch.zeros_like(u), torch.ones_like(u)
+    for _ in range(60):
+        middle = (low + high) / 2
+        is_cleaner = schedule.logsnr(middle) > logsnr
+        low, high = torch.where(is_cleaner, middle, low), torch.where(is_cleaner, high, middle)
+    assert stats.kstest((1 - low).numpy(), "uniform").pvalue > 0.01
 
 
 @pytest.mark.parametrize("make", [Sigmoid, PowerCosine])
 @pytest.mark.parametrize(
-    ("options", "complaint"),
+    ("options", "message"),
     [
         (
             {"start": 0.5, "end": 0.5},
@@ -168,12 +168,12 @@ def test_A4_drawn_levels_pass_a_kolmogorov_smirnov_test(schedule):
         ({"end": math.nan}, "start < end"),
     ],
 )
-def test_curves_of_no_length_are_refused(make, options, complaint):
-    with pytest.raises(ValueError, match=complaint):
+def test_curves_without_length_or_temperature_are_refused(make, options, message):
+    with pytest.raises(ValueError, match=message):
         make(**options)
 
 
-def test_curves_beyond_their_range_are_refused():
+def test_parameters_outside_their_range_are_refused():
     with pytest.raises(
         ValueError, match=r"start and end are -0.1 and 1.0, expected numbers within \[0, 1\]"
     ):
@@ -186,41 +186,7 @@ def test_curves_beyond_their_range_are_refused():
         Beta(0.0)
 
 
-def test_roots_are_found_to_the_last_bits():
-    y = torch.tensor([-3.0, 0.0, 1e-9, 7.0], dtype=torch.float64)
-    root = invert(lambda x: x**3, y, torch.full_like(y, -10), torch.full_like(y, 10))
-    torch.testing.assert_close(root**3, y, rtol=1e-14, atol=1e-40)
-    far = torch.tensor(
-        [-200.0, -40.0, 0.0, 60.0, 1000.0], dtype=torch.float64
-    )  # the last beyond what t can say
-    found = invert_in_logit_time(lambda t, rest: 2 * (rest / t).log(), far)
-    torch.testing.assert_close(found[:-1], (-far[:-1] / 2).sigmoid(), rtol=1e-13, atol=0)
-    assert 0 < found[-1] < 1e-140
-    ends = invert_in_logit_time(
-        lambda t, rest: 2 * (rest / t).log(),
-        torch.tensor([math.inf, -math.inf], dtype=torch.float64),
-    )
-    assert ends.tolist() == [0, 1]
-
-
-def test_newton_closes_a_bracket_around_a_jump_of_the_slope_a_gap_and_a_tail():
-    def f(x):  # falls to 0.5 at 0, is flat to 1, and falls on as exp
-        return torch.where(
-            x < 0, 0.5 - x, torch.where(x < 1, 0.5, 0.5 * (1 - x.clamp(min=1)).exp())
-        )
-
-    def rate(x):
-        return torch.where(x < 0, 1.0, torch.where(x < 1, 0.0, f(x)))
-
-    y = torch.tensor([3.0, 0.5 + 1e-9, 0.5 - 1e-9, 0.1, 1e-20], dtype=torch.float64)
-    root = invert_by_newton(f, rate, y, torch.full_like(y, -1000), torch.full_like(y, 900))
-    torch.testing.assert_close(f(root), y, rtol=1e-14, atol=1e-15)
-    assert (
-        0 <= invert_by_newton(f, rate, y[:1] * 0 + 0.5, y[:1] * 0 - 10, y[:1] * 0 + 10).item() <= 1
-    )
-
-
-def test_a_shift_of_a_curve_is_a_shift():
+def test_a_shifted_curve_is_shifted_in_lambda():
     assert Shifted(Sigmoid(), 1.0).logsnr(0.3) == Sigmoid().logsnr(0.3) + 1
 
 
