@@ -32,7 +32,8 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     imported = rf"^\s*(from|import) ({'|'.join(ABSENT)})\b"
     needed = (
         rf"{imported}|diffcore\.integrations\.diffusers|\b(digits|Digits|trained|tiny|unet)\b"
-        r"|tests\.helpers\.(captioned_images|finetune_runs|text_networks|tiny_pipelines|training_runs)"
+        r"|tests\.helpers\.(captioned_images|diffusers_schedulers|finetune_runs|text_networks"
+        r"|tiny_pipelines|training_runs)"
     )
     if {"integrations", "scripts"} & set(collection_path.relative_to(ROOT).parts):
         return True

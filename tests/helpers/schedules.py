@@ -110,7 +110,7 @@ all_scalings = pytest.mark.parametrize("scaling", SCALINGS)
 
 
 def concrete_classes(base: type) -> list[type]:
-    """The concrete subclasses of `base` that `diffcore.schedules` exports, in alphabetical order."""
+    """The concrete subclasses of `base` in `diffcore.schedules`, in alphabetical order."""
     exported = (getattr(diffcore.schedules, name) for name in sorted(diffcore.schedules.__all__))
     return [
         value

@@ -1,4 +1,4 @@
-"""Beta tables: ᾱ against diffusers (float32, to 1e-6), λ against a float64 computation (to 1e-9)."""
+"""Beta tables against diffusers (ᾱ to 1e-6) and a float64 computation (λ to 1e-9)."""
 
 import json
 import math

@@ -57,7 +57,7 @@ def test_sd3s_time_shift_s_is_the_shift_minus_2_ln_s():
 
 
 def test_simple_diffusions_resolution_shift_keeps_the_snr_of_pooled_pixels():
-    """The average of (d/d₀)² pixels has (d/d₀)⁻² of the noise variance: λ at d₀ is λ - 2 ln(d/d₀) at d."""
+    """The mean of (d/d₀)² pixels has 1/(d/d₀)² of the noise variance."""
     d0, d = 64, 256
     shifted = Shifted(Cosine(), 2 * math.log(d0 / d)).level(t)
     torch.testing.assert_close(
