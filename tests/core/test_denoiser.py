@@ -51,9 +51,7 @@ def exact(prediction_type, scaling, **fields):
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("logsnr", (-8.0, -1.0, 0.0, 2.0, 8.0))
 def test_every_prediction_type_gives_the_prediction_of_the_oracle(logsnr, prediction_type, scaling):
-    """In float64; rounding errors of x_0 for epsilon and of ε for sample grow by e^(|λ|/2) = 55 at
-    |λ| = 8.
-    """
+    """In float64; x_0 of epsilon and ε of sample lose a factor e^(|λ|/2) = 55 at |λ| = 8."""
     denoiser = exact(prediction_type, scaling)
     level = denoiser.process.schedule.at(logsnr)
     labels = torch.tensor([0, 1, 2, 1])

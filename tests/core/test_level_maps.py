@@ -53,8 +53,8 @@ def knots(schedule, steps: int, last: float = math.inf) -> tuple[Level, ...]:
     ids=str,
 )
 @pytest.mark.parametrize("schedule", [Cosine(), Flow(), Normal(scaling="ve")], ids=repr)
-def test_each_pixel_of_a_map_is_sampled_as_it_would_be_alone(sampler, schedule):
-    """The last knot is λ = 8 for all; the pixels are independent, so pixel k uses its knots alone."""
+def test_each_pixel_of_a_map_is_sampled_as_with_its_knots_alone(sampler, schedule):
+    """The pixels are independent, so pixel k follows its knots; the last is λ = 8 for all."""
     denoiser, levels = Pixels(Process(schedule, shape=SHAPE)), knots(schedule, 9, last=8.0)
     x = levels[0].sigma * NOISE.start()
     result, _ = integrate(denoiser, sampler, x, levels, NOISE)

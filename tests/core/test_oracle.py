@@ -80,7 +80,7 @@ def test_samples_of_a_batch_may_have_different_conditions_and_levels():
 @pytest.mark.parametrize("logsnr", (-3.0, 0.0, 3.0))
 @pytest.mark.parametrize("dimension", (1, 2))
 def test_mixture_agrees_with_quadrature_over_x0(dimension, logsnr):
-    """The trapezoid rule on a Gaussian is exact to rounding if the spacing is below its std (0.2)."""
+    """The trapezoid rule on a Gaussian is exact to rounding at a spacing below its std (0.2)."""
     means, covariances = MEANS[:, :dimension], COVARIANCES[:, :dimension, :dimension]
     oracle, level = (
         GaussianMixture(means, covariances, WEIGHTS, process=process(shape=(dimension,))),

@@ -1,4 +1,4 @@
-"""Keyed random numbers equal published Philox and depend only on (seed, stream, position, element)."""
+"""Random numbers equal published Philox and depend only on (seed, stream, position, element)."""
 
 import itertools
 import math

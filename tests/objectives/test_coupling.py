@@ -1,6 +1,4 @@
-"""Couplings: the exact assignment, within its group and its class, and nothing else about the noise
-is changed.
-"""
+"""Couplings: the assignment is optimal within its group and class, and permutes the noise."""
 
 from dataclasses import replace
 from itertools import permutations
@@ -27,7 +25,7 @@ def cost(x0, noise):
 
 
 def order(coupled, noise):
-    """Which row of `noise` each row of `coupled` is; fails where it is none, or is twice."""
+    """The index in `noise` of each sample of `coupled`, which must be a permutation."""
     same = (coupled.flatten(1)[:, None] == noise.flatten(1)).all(2)
     assert (same.sum(0) == 1).all()
     assert (same.sum(1) == 1).all()
@@ -36,14 +34,14 @@ def order(coupled, noise):
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("group", [2, 4, 5])
-def test_the_cost_is_the_least_of_all_permutations(group, seed):
+def test_the_cost_is_minimal_among_all_permutations(group, seed):
     x0, noise = 3 * normals(seed, group, 2, 3) + 1, normals(100 + seed, group, 2, 3)
     best = min(cost(x0, noise[list(rows)]) for rows in permutations(range(group)))
     assert cost(x0, OptimalTransport(group)(x0, noise, None)) == pytest.approx(best, rel=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_within_classes_the_cost_is_the_least_of_the_permutations_that_keep_them(seed):
+def test_the_cost_is_minimal_among_the_permutations_within_classes(seed):
     x0, noise = normals(seed, 6, 4), normals(100 + seed, 6, 4)
     labels = torch.tensor([0, 1, 0, 1, 1, 2])
     allowed = [rows for rows in permutations(range(6)) if (labels[list(rows)] == labels).all()]
@@ -56,7 +54,7 @@ def test_within_classes_the_cost_is_the_least_of_the_permutations_that_keep_them
 
 
 @pytest.mark.parametrize("conditional", [True, False])
-def test_every_noise_is_used_once_within_its_group_and_class(conditional):
+def test_each_noise_is_used_once_within_its_group_and_class(conditional):
     x0, noise = normals(0, 48, 1, 2, 2), normals(1, 48, 1, 2, 2)
     labels = torch.arange(48) % 3 if conditional else None
     rows = torch.tensor(order(OptimalTransport(16)(x0, noise, labels), noise))
@@ -66,19 +64,17 @@ def test_every_noise_is_used_once_within_its_group_and_class(conditional):
         assert torch.equal(labels[rows], labels)
 
 
-def test_a_group_is_paired_as_if_it_were_alone():
+def test_the_pairs_of_a_group_do_not_depend_on_other_groups():
     x0, noise, labels = normals(0, 24, 3), normals(1, 24, 3), torch.arange(24) % 2
     whole = OptimalTransport(8)(x0, noise, labels)
     for part in torch.arange(24).split(8):
         assert torch.equal(OptimalTransport(8)(x0[part], noise[part], labels[part]), whole[part])
 
 
-def test_the_marginal_law_of_the_noise_is_unchanged():
-    """Of all noises: each is used once. Of the noise in one place of the group, whatever meets it:
-    still normal.
-    """
+def test_the_coupled_noise_of_a_sample_is_standard_normal():
+    """The noise of one fixed sample of the group is standard normal over many batches."""
     x0 = normals(0, 8, 2) + torch.tensor([5.0, 0.0])
-    meets = [
+    partners = [
         OptimalTransport(8)(
             x0[torch.randperm(8, generator=torch.Generator().manual_seed(i))],
             normals(9 + i, 8, 2),
@@ -86,13 +82,13 @@ def test_the_marginal_law_of_the_noise_is_unchanged():
         )[3]
         for i in range(600)
     ]
-    for values in torch.stack(meets).T:
+    for values in torch.stack(partners).T:
         assert stats.kstest(values.numpy(), "norm").pvalue > 0.01
 
 
 @pytest.mark.parametrize("group", [8, 32, 128])
-def test_paths_are_straighter_the_larger_the_group(group):
-    """Mean squared distance of the ends, 2-D data on a ring: independent pairs have E|x_0|² + 2."""
+def test_larger_groups_give_straighter_paths(group):
+    """Mean squared distance of the pairs, for 2-D data on a ring; E|x_0|² + 2 if independent."""
     angle = torch.linspace(0, 12, 512, dtype=torch.float64)
     x0 = (
         2
@@ -108,87 +104,86 @@ def test_paths_are_straighter_the_larger_the_group(group):
 
 
 @pytest.mark.parametrize("rows", [1, 6, 12])
-def test_a_group_that_does_not_divide_the_micro_batch_is_refused_in_one_line(rows):
+def test_a_group_that_does_not_divide_the_micro_batch_is_refused(rows):
     with pytest.raises(
-        ValueError, match=rf"{rows} samples are not a multiple of OptimalTransport\(group=8\)'s group"
+        ValueError,
+        match=rf"{rows} samples are not a multiple of OptimalTransport\(group=8\)'s group",
     ) as e:
         OptimalTransport(8)(normals(0, rows, 2), normals(1, rows, 2), None)
     assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("group", [1, 0, -3])
-def test_a_group_of_one_is_refused(group):
+def test_a_group_smaller_than_2_is_refused(group):
     with pytest.raises(ValueError, match=f"group is {group}, expected at least 2"):
         OptimalTransport(group)
 
 
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
-def test_data_that_is_not_finite_is_left_to_the_trainer_to_report(broken):
-    """scipy refuses NaN, which would stop the run without naming the sample."""
+def test_data_that_is_not_finite_is_paired_without_an_error(broken):
+    """scipy refuses NaN, which would stop training before the trainer names the sample."""
     x0, noise = normals(0, 4, 2), normals(1, 4, 2)
     x0[2, 0] = broken
     order(OptimalTransport(4)(x0, noise, torch.tensor([0, 0, 0, 1])), noise)
 
 
-def test_independent_pairs_are_the_draws_own():
+def test_independent_coupling_returns_the_noise_itself():
     x0, noise = normals(0, 4, 2), normals(1, 4, 2)
     assert IndependentCoupling()(x0, noise, None) is noise
 
 
-class Remember(nn.Module):
+class ZeroNetwork(nn.Module):
+    """A network with output 0 that records its input."""
+
     def forward(self, x, time, class_labels=None):
         self.x = x
         return torch.zeros_like(x)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
-def test_a_split_of_the_batch_that_keeps_groups_whole_changes_no_pair(parts):
-    """The target is the coupled noise, so that with a network that answers 0 the loss is its mean
-    square.
-    """
+def test_pairs_do_not_change_if_the_batch_is_split_between_groups(parts):
+    """The target is the coupled noise, so a network with output 0 has its mean square as loss."""
     process = Process(shape=(2,), prediction="epsilon", classes=2, dropout=0.5)
     objective = Objective(MSE("epsilon"), coupling=OptimalTransport(8))
     x0, labels = normals(0, 32, 2).float(), torch.arange(32) % 2
 
     def losses(rows):
-        place = SampleKey(3, 5, rows, 32)
-        network = Remember()
-        denoiser, draw = Denoiser(network, process), objective.draw(process, place)
-        found = objective(denoiser, x0[rows], labels[rows], draw)
+        key = SampleKey(3, 5, rows, 32)
+        network = ZeroNetwork()
+        denoiser, draw = Denoiser(network, process), objective.draw(process, key)
+        result = objective(denoiser, x0[rows], labels[rows], draw)
         noise = (network.x - draw.level.alpha * x0[rows]) / draw.level.sigma
         torch.testing.assert_close(
-            found.double(), noise.double().square().mean(1), rtol=1e-3, atol=1e-3
+            result.double(), noise.double().square().mean(1), rtol=1e-3, atol=1e-3
         )
-        return found
+        return result
 
     whole = losses(torch.arange(32))
-    drawn = normal(3, Stream.NOISE, 5 * 32 + torch.arange(32), (2,))
+    noise = normal(3, Stream.NOISE, 5 * 32 + torch.arange(32), (2,))
     assert sorted(whole.tolist()) == pytest.approx(
-        sorted(drawn.square().mean(1).tolist()), rel=1e-5
+        sorted(noise.square().mean(1).tolist()), rel=1e-5
     )
-    assert not torch.allclose(whole, drawn.square().mean(1))
+    assert not torch.allclose(whole, noise.square().mean(1))
     for rows in torch.arange(32).split(32 // parts):
         torch.testing.assert_close(losses(rows), whole[rows], rtol=1e-6, atol=0)
 
 
-def test_pairs_are_made_before_the_condition_is_dropped():
-    """Who loses the condition keeps the noise of its class: pairing across classes would leak the
-    class.
-    """
+def test_pairs_are_formed_before_the_condition_is_dropped():
+    """Without its condition a sample keeps the noise of its class, which would leak otherwise."""
     process = Process(shape=(2,), prediction="epsilon", classes=2, dropout=0.5)
     x0, labels = normals(0, 16, 2).float(), torch.arange(16) % 2
-    seen = []
+    conditions = []
 
-    class Spy(OptimalTransport):
+    class RecordingCoupling(OptimalTransport):
         def __call__(self, x0, noise, condition):
-            seen.append(condition)
+            conditions.append(condition)
             return super().__call__(x0, noise, condition)
 
-    objective = replace(Objective(), coupling=Spy(16))
+    objective = replace(Objective(), coupling=RecordingCoupling(16))
     objective(
-        Denoiser(Remember(), process),
+        Denoiser(ZeroNetwork(), process),
         x0,
         labels,
         objective.draw(process, SampleKey(0, 0, torch.arange(16), 16)),
     )
-    assert torch.equal(seen[0], labels)
+    assert torch.equal(conditions[0], labels)

@@ -1,6 +1,4 @@
-"""Resamplers: Q and q belong together, any state leaves the expectation as it is, and the variance
-falls as theory says.
-"""
+"""Resamplers: q is the density of Q(u), and every state gives the same expectation."""
 
 import math
 from dataclasses import replace
@@ -18,8 +16,8 @@ from diffcore.schedules import Cosine, Discrete
 every_resampler = pytest.mark.parametrize("build", [SecondMoment, LearnedSchedule])
 
 
-def learned(resampler: Resampler, seed=0):
-    """A state that prefers some bins by orders of magnitude."""
+def fitted(resampler: Resampler, seed=0):
+    """A state in which the bin probabilities differ by orders of magnitude."""
     z = torch.randn(
         resampler.bins, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
     )
@@ -29,26 +27,27 @@ def learned(resampler: Resampler, seed=0):
 
 
 def uniform(count):
+    """The midpoints of `count` equal cells of [0, 1]."""
     return (torch.arange(count, dtype=torch.float64) + 0.5) / count
 
 
 @every_resampler
 def test_masses_are_a_distribution_above_its_floor(build):
     resampler = build(bins=7, floor=0.2)
-    for state in (resampler.initial_state(), learned(resampler)):
+    for state in (resampler.initial_state(), fitted(resampler)):
         masses = resampler.masses(state)
         assert masses.sum().item() == pytest.approx(1, abs=1e-14)
         assert (masses >= 0.2 / 7).all()
     torch.testing.assert_close(
         resampler.masses(resampler.initial_state()), torch.full((7,), 1 / 7, dtype=torch.float64)
     )
-    assert resampler.masses(learned(resampler)).max() > 0.3
+    assert resampler.masses(fitted(resampler)).max() > 0.3
 
 
 @every_resampler
 def test_the_density_is_the_slope_of_the_quantile_function(build):
     resampler = build(bins=10, floor=0.05)
-    state, u, h = learned(resampler), uniform(20_000), 1e-9
+    state, u, h = fitted(resampler), uniform(20_000), 1e-9
     t, ahead = resampler.times(state, u), resampler.times(state, u + h)
     inside = (t * 10).ceil() == (ahead * 10).ceil()
     slope = h / (ahead - t)[inside]
@@ -60,7 +59,7 @@ def test_the_density_is_the_slope_of_the_quantile_function(build):
 @every_resampler
 def test_drawn_times_have_the_density(build):
     resampler = build(bins=10, floor=0.05)
-    state = learned(resampler)
+    state = fitted(resampler)
     u = torch.rand(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     t = resampler.times(state, u).numpy()
     ends = np.concatenate(([0], resampler.masses(state).cumsum(0).numpy()))
@@ -69,10 +68,10 @@ def test_drawn_times_have_the_density(build):
 
 
 @every_resampler
-def test_times_stay_inside_and_a_new_resampler_changes_none(build):
+def test_times_are_inside_the_interval_and_a_new_resampler_changes_none(build):
     resampler = build(bins=10, floor=0.05)
     u = torch.tensor([0.0, 2.0**-60, 0.1, 0.5, 1 - 2.0**-53, 1.0], dtype=torch.float64)
-    for state in (resampler.initial_state(), learned(resampler), learned(resampler, 1)):
+    for state in (resampler.initial_state(), fitted(resampler), fitted(resampler, 1)):
         t = resampler.times(state, u)
         assert ((t > 0) & (t < 1)).all()
         assert Cosine().logsnr(t).isfinite().all()
@@ -87,15 +86,15 @@ def test_times_stay_inside_and_a_new_resampler_changes_none(build):
 
 @every_resampler
 @pytest.mark.parametrize(("bins", "steps"), [(10, 10), (10, 1000), (7, 50), (10, 45)])
-def test_a_tables_density_is_the_probability_of_its_cells(build, bins, steps):
-    """Also where a cell straddles bins: the share of a fine grid of u that is drawn there, times T."""
+def test_the_density_of_a_table_is_the_probability_of_its_cells(build, bins, steps):
+    """T times the fraction of a fine grid of u in the cell, also for cells across bins."""
     resampler, schedule = build(bins=bins, floor=0.05), Discrete(steps=steps)
-    state = learned(resampler)
+    state = fitted(resampler)
     t = torch.arange(1, steps + 1, dtype=torch.float64) / steps
     density = resampler.density(state, t, steps)
     count = 400_000
-    drawn = schedule.training_times(resampler.times(state, uniform(count)))
-    share = (drawn * steps).round().long().bincount(minlength=steps + 1)[1:].double() / count
+    times = schedule.training_times(resampler.times(state, uniform(count)))
+    share = (times * steps).round().long().bincount(minlength=steps + 1)[1:].double() / count
     torch.testing.assert_close(density / steps, share, rtol=0, atol=2.1 / count)
     assert density.mean().item() == pytest.approx(1, abs=1e-13)
 
@@ -103,13 +102,11 @@ def test_a_tables_density_is_the_probability_of_its_cells(build, bins, steps):
 @every_resampler
 @pytest.mark.parametrize("schedule", [Cosine(), Discrete(steps=30)], ids=repr)
 @pytest.mark.parametrize("levels", ["independent", "stratified"])
-def test_any_learned_state_leaves_the_expectation_as_it_is(build, schedule, levels):
-    """E[L/q] over replicates of a whole batch is ∫ L(t) dt, of a table its mean, within 4 standard
-    errors.
-    """
+def test_the_expectation_is_the_same_for_any_state(build, schedule, levels):
+    """The mean of L/q is ∫ L(t) dt, or the mean over a table, within 4 standard errors."""
     resampler = build(bins=12, floor=0.05)  # cells of a table of 30 straddle its bins
     state, process = (
-        learned(resampler),
+        fitted(resampler),
         Process(schedule, shape=(1,), time=TimeConditioning(scale=30.0)),
     )
     objective = Objective(levels=levels, resampler=resampler)
@@ -126,26 +123,23 @@ def test_any_learned_state_leaves_the_expectation_as_it_is(build, schedule, leve
     assert np.mean(means) == pytest.approx(exact, abs=4 * np.std(means) / math.sqrt(300))
     plain = Objective(levels=levels).draw(process, SampleKey(2, 0, torch.arange(32), 32))
     assert (plain.importance == 1).all()
-    unlearned = objective.draw(
-        process, SampleKey(2, 0, torch.arange(32), 32)
-    )  # without a state: as without a resampler
-    assert torch.equal(unlearned.level.t, plain.level.t)
-    assert (unlearned.importance == 1).all()
+    # Without a state the draw is that of an objective without a resampler.
+    initial = objective.draw(process, SampleKey(2, 0, torch.arange(32), 32))
+    assert torch.equal(initial.level.t, plain.level.t)
+    assert (initial.importance == 1).all()
 
 
-def test_a_tables_level_on_the_edge_of_a_bin_is_the_bins_last():
-    """Its cell is ((i-1)/T, i/T]: with as many bins as levels each loss is its own bin's."""
+def test_a_level_of_a_table_on_the_edge_of_a_bin_belongs_to_the_lower_bin():
+    """The cell is ((i-1)/T, i/T]: with as many bins as levels, each level has its own bin."""
     t = torch.arange(1, 9, dtype=torch.float64) / 8
-    learned = SecondMoment(bins=8, history=1).update(
+    state = SecondMoment(bins=8, history=1).update(
         {"losses": torch.zeros(8, 1).double()}, t, 10 * t
     )
-    assert torch.equal(learned["losses"][:, 0], 10 * t)
+    assert torch.equal(state["losses"][:, 0], 10 * t)
 
 
 class IDDPM:
-    """improved-diffusion's loss-second-moment sampler of T timesteps, written from the paper's
-    section 4.
-    """
+    """The loss-second-moment sampler of improved-diffusion, written from section 4 of the paper."""
 
     def __init__(self, steps, history, uniform_prob):
         self.steps, self.history, self.uniform_prob = steps, history, uniform_prob
@@ -165,8 +159,8 @@ class IDDPM:
 
 
 @pytest.mark.parametrize("history", [1, 4])
-def test_second_moment_is_iddpms(history):
-    """Through warm-up and beyond, with batches in which bins come many times, once or never."""
+def test_second_moment_agrees_with_improved_diffusion(history):
+    """During and after warm-up, with batches that contain a bin many times, once or never."""
     reference = IDDPM(12, history, 0.01)
     resampler = SecondMoment(bins=12, history=history, floor=0.01)
     state, generator = resampler.initial_state(), torch.Generator().manual_seed(0)
@@ -187,13 +181,13 @@ def test_second_moment_is_iddpms(history):
     assert warm[-1]
 
 
-def known(t):
+def root_second_moment(t):
     """√E[L²] of a loss that falls by two orders of magnitude."""
     return (-4.6 * t).exp() * math.sqrt(1.25)
 
 
-def taught(resampler, updates, batch=512, seed=0):
-    """What is learned from losses e^(-4.6 t) (1 + z/2) at stratified draws of its own density."""
+def trained_state(resampler, updates, batch=512, seed=0):
+    """The state after losses e^(-4.6 t) (1 + z/2) at stratified draws of the resampler."""
     state, generator = resampler.initial_state(), torch.Generator().manual_seed(seed)
     for _ in range(updates):
         u = (
@@ -201,7 +195,7 @@ def taught(resampler, updates, batch=512, seed=0):
         ) % 1
         t = resampler.times(state, u)
         z = torch.randn(batch, dtype=torch.float64, generator=generator)
-        state = resampler.update(state, t, known(t) / math.sqrt(1.25) * (1 + z / 2))
+        state = resampler.update(state, t, root_second_moment(t) / math.sqrt(1.25) * (1 + z / 2))
     return state
 
 
@@ -213,19 +207,17 @@ RESAMPLERS = [
 
 
 @pytest.mark.parametrize("resampler", RESAMPLERS, ids=repr)
-def test_what_is_learned_is_the_root_of_the_second_moment(resampler):
-    """π ∝ √E[L²] of each bin, then the floor; the variance falls by what that is worth: ∫L² / ∫L²/q
-    = 4.2 at best here.
-    """
-    state = taught(resampler, 150)
+def test_the_fitted_density_is_the_root_of_the_second_moment(resampler):
+    """π ∝ √E[L²] of each bin above the floor; ∫L² / ∫L²/q is 4.2 at best for this loss."""
+    state = trained_state(resampler, 150)
     fine = uniform(20_000)
-    moments = known(fine).square().unflatten(0, (resampler.bins, -1)).mean(1).sqrt()
+    moments = root_second_moment(fine).square().unflatten(0, (resampler.bins, -1)).mean(1).sqrt()
     best = resampler.floor / resampler.bins + (1 - resampler.floor) * moments / moments.sum()
     torch.testing.assert_close(resampler.masses(state), best, rtol=0.4, atol=0)
     assert (resampler.masses(state) / best - 1).square().mean().sqrt() < 0.2
 
     def variance(density):
-        return (known(fine) ** 2 / density).mean().item()
+        return (root_second_moment(fine) ** 2 / density).mean().item()
 
     reached = variance(resampler.density(state, fine, None))
     theory = variance(resampler.bins * best.repeat_interleave(20_000 // resampler.bins))
@@ -233,29 +225,36 @@ def test_what_is_learned_is_the_root_of_the_second_moment(resampler):
     assert variance(torch.ones_like(fine)) / reached > (2 if resampler.floor == 0.1 else 2.3)
 
 
-def test_the_drawn_variance_is_the_predicted_one():
-    """Monte Carlo of Var[L/q] before and after, against ∫ E[L²]/q - (∫ E[L])²."""
+def test_the_variance_of_the_draws_is_the_predicted_one():
+    """Monte Carlo estimates of Var[L/q] for two states, against ∫ E[L²]/q - (∫ E[L])²."""
     resampler = LearnedSchedule(bins=20)
-    state = taught(resampler, 150)
+    state = trained_state(resampler, 150)
     generator = torch.Generator().manual_seed(5)
     u, z = (
         torch.rand(200_000, dtype=torch.float64, generator=generator),
         torch.randn(200_000, generator=generator),
     )
     mean = (1 - math.exp(-4.6)) / 4.6
-    for which in (resampler.initial_state(), state):
-        t = resampler.times(which, u)
-        values = known(t) / math.sqrt(1.25) * (1 + z / 2) / resampler.density(which, t, None)
+    for current in (resampler.initial_state(), state):
+        t = resampler.times(current, u)
+        values = (
+            root_second_moment(t)
+            / math.sqrt(1.25)
+            * (1 + z / 2)
+            / resampler.density(current, t, None)
+        )
         fine = uniform(20_000)
-        second = (known(fine) ** 2 / resampler.density(which, fine, None)).mean().item()
+        second = (
+            (root_second_moment(fine) ** 2 / resampler.density(current, fine, None)).mean().item()
+        )
         assert values.mean().item() == pytest.approx(
             mean, abs=4 * values.std().item() / math.sqrt(2e5)
         )
         assert values.var().item() == pytest.approx(second - mean**2, rel=0.05)
 
 
-def test_a_descent_on_the_exact_gradient_of_the_logarithm():
-    """The expected update on a fine grid of u is -∂/∂θ ln ∫ L²/q, by autograd, times min(K, 1/p)."""
+def test_the_learned_schedule_descends_the_gradient_of_the_log_variance():
+    """The expected update on a fine grid of u is -∂/∂θ ln ∫ L²/q by autograd, times min(K, 1/p)."""
     resampler = LearnedSchedule(bins=8, floor=0.1, rate=0.25)
     state = {"logits": torch.linspace(-1, 1.5, 8, dtype=torch.float64)}
     t = resampler.times(state, uniform(800_000))
@@ -272,16 +271,16 @@ def test_a_descent_on_the_exact_gradient_of_the_logarithm():
 
 @every_resampler
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf, 3e38])
-def test_losses_that_are_not_finite_do_not_poison(build, broken):
+def test_losses_that_are_not_finite_are_ignored(build, broken):
     resampler = build(bins=5)
-    state = taught(resampler, 30)
+    state = trained_state(resampler, 30)
     t = uniform(50)
-    losses = known(t)
+    losses = root_second_moment(t)
     losses[7] = broken
     masses = resampler.masses(resampler.update(state, t, losses))
     assert masses.isfinite().all()
     assert masses.sum().item() == pytest.approx(1)
-    if not math.isfinite(broken):  # the others were learned from
+    if not math.isfinite(broken):  # the finite losses have changed the state
         assert not torch.equal(masses, resampler.masses(state))
         rest = torch.arange(50) != 7
         torch.testing.assert_close(
@@ -291,7 +290,7 @@ def test_losses_that_are_not_finite_do_not_poison(build, broken):
 
 @every_resampler
 @pytest.mark.parametrize("value", [0.0, math.nan])
-def test_a_batch_without_a_loss_teaches_nothing(build, value):
+def test_a_batch_of_zero_or_nan_losses_keeps_the_density_uniform(build, value):
     resampler = build(bins=5)
     state = resampler.update(
         resampler.initial_state(), uniform(50), torch.full((50,), value, dtype=torch.float64)
@@ -313,12 +312,12 @@ def test_a_batch_without_a_loss_teaches_nothing(build, value):
         ({"floor": math.nan}, "floor is nan"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(build, options, message):
+def test_settings_out_of_range_are_refused(build, options, message):
     with pytest.raises(ValueError, match=message):
         build(**options)
 
 
-def test_settings_of_one_resampler_that_cannot_be_are_refused():
+def test_settings_of_one_resampler_out_of_range_are_refused():
     with pytest.raises(ValueError, match="history is 0, expected at least 1 loss"):
         SecondMoment(history=0)
     for rate in (0.0, -1.0, 1.0, math.nan):
@@ -328,7 +327,7 @@ def test_settings_of_one_resampler_that_cannot_be_are_refused():
 
 @every_resampler
 def test_a_table_with_fewer_levels_than_bins_is_refused(build):
-    """Some bins would never see a loss: SecondMoment would never begin."""
+    """A bin without a level would never have a loss, so SecondMoment would stay uniform."""
     process = Process(Discrete(steps=20), time=TimeConditioning(scale=20.0))
     objective = Objective(resampler=build(bins=21))
     with pytest.raises(

@@ -1,6 +1,4 @@
-"""Losses of the network's error: scipy's formulas times 2, e² where e is small, and no cancellation
-in float32.
-"""
+"""Losses of the network's error are twice scipy's, e² for small e, and accurate in float32."""
 
 import math
 
@@ -24,17 +22,18 @@ DELTAS = [0.01, 0.3, 1.0, 5.0]
 @pytest.mark.parametrize(
     ("loss", "formula"), [(Huber, special.huber), (PseudoHuber, special.pseudo_huber)]
 )
-def test_robust_losses_are_twice_scipys(loss, formula, delta):
-    found = loss(delta)(torch.from_numpy(ERRORS))
-    near = (
-        np.abs(ERRORS) > 1e-3 * delta
-    )  # below it scipy's pseudo_huber is a difference of neighbours
-    np.testing.assert_allclose(found.numpy()[near], 2 * formula(delta, ERRORS)[near], rtol=1e-8)
+def test_robust_losses_are_twice_those_of_scipy(loss, formula, delta):
+    result = loss(delta)(torch.from_numpy(ERRORS))
+    # For smaller errors, scipy's pseudo_huber loses its digits to cancellation.
+    accurate = np.abs(ERRORS) > 1e-3 * delta
+    np.testing.assert_allclose(
+        result.numpy()[accurate], 2 * formula(delta, ERRORS)[accurate], rtol=1e-8
+    )
 
 
 @pytest.mark.parametrize("loss", [SquaredError(), Huber(0.5), PseudoHuber(0.5)], ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_small_errors_cost_their_square_to_the_last_bits(loss, dtype):
+def test_the_loss_of_a_small_error_is_its_square_to_the_last_bits(loss, dtype):
     """The difference √(1 + (e/δ)²) - 1 is 0 in float32 for e below 3e-4 δ."""
     error = torch.logspace(-15, -5, 60, dtype=dtype)
     torch.testing.assert_close(
@@ -43,13 +42,13 @@ def test_small_errors_cost_their_square_to_the_last_bits(loss, dtype):
 
 
 @pytest.mark.parametrize("delta", DELTAS)
-@pytest.mark.parametrize(("loss", "least"), [(Huber, 1.0), (PseudoHuber, 0.999)])
-def test_gradients_are_bounded_and_odd(loss, least, delta):
+@pytest.mark.parametrize(("loss", "minimum"), [(Huber, 1.0), (PseudoHuber, 0.999)])
+def test_gradients_are_bounded_and_odd(loss, minimum, delta):
     error = torch.from_numpy(ERRORS).requires_grad_()
     (slope,) = torch.autograd.grad(loss(delta)(error).sum(), error)
     torch.testing.assert_close(slope, -slope.flip(0), rtol=1e-12, atol=0)
     assert slope.abs().max() <= 2 * delta * (1 + 1e-12)
-    assert slope[-1] >= 2 * delta * least
+    assert slope[-1] >= 2 * delta * minimum
     assert slope[41] == 0
 
 
@@ -61,13 +60,15 @@ def test_a_width_that_is_not_positive_is_refused(loss, value):
 
 
 class Cosines(nn.Module):
+    """A network in closed form."""
+
     def forward(self, x, time):
         return x.cos()
 
 
 @pytest.mark.parametrize("loss", [SquaredError(), Huber(0.3), PseudoHuber(0.3)], ids=repr)
-def test_the_objective_weighs_what_each_element_of_the_error_costs(loss):
-    """w_F mean ρ(F̂ - F): of elements, not of a sample's norm; the default is the squared error."""
+def test_the_objective_applies_the_loss_to_each_element_of_the_error(loss):
+    """The loss is w_F mean ρ(F̂ - F) over elements; the default ρ is the squared error."""
     process = Process(shape=(1, 3, 3), prediction="epsilon")
     x0 = torch.randn(6, 1, 3, 3, generator=torch.Generator().manual_seed(0))
     objective = Objective(MinSNR(), loss=loss)

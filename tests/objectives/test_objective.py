@@ -1,4 +1,4 @@
-"""The training loss: which levels are drawn, from what, and that the loss is w(λ) |x̂_0 - x_0|²."""
+"""The training loss: the draws of levels, noise and dropout, and w(λ) |x̂_0 - x_0|²."""
 
 import math
 from dataclasses import dataclass, replace
@@ -20,20 +20,19 @@ from diffcore.schedules import Cosine, Discrete, Flow, Laplace, Normal, ZeroTerm
 from tests.helpers.oracles import PREDICTION_TYPES
 
 SEED, STEP, BATCH = 7, 3, 24
-PLACE = SampleKey(SEED, STEP, torch.arange(BATCH), BATCH)
+KEY = SampleKey(SEED, STEP, torch.arange(BATCH), BATCH)
 
 
-def at(place: SampleKey, rows) -> SampleKey:
-    """The samples of a rank or of a micro-batch."""
-    return SampleKey(place.seed, place.step, torch.as_tensor(rows), place.batch)
+def at(key: SampleKey, rows) -> SampleKey:
+    """The key of the samples of a rank or of a micro-batch."""
+    return SampleKey(key.seed, key.step, torch.as_tensor(rows), key.batch)
 
 
 @pytest.mark.parametrize("step", [0, 1, 1000])
 def test_stratified_times_are_even_over_the_global_batch(step):
-    """Sorted, they are one comb of spacing 1/B: the smallest within the first 1/B.
+    """The sorted times have the spacing 1/B, and the smallest is at most 1/B.
 
-    Would be a bug: place / batch is computed in the default dtype, so the comb is uneven by 3e-8,
-    and by 2e-3 in bfloat16.
+    The tolerance requires float64: the quotient index / batch has an error of 3e-8 in float32.
     """
     times = Objective().times(SampleKey(SEED, step, torch.arange(BATCH), BATCH)).sort().values
     comb = times[0] + torch.arange(BATCH, dtype=torch.float64) / BATCH
@@ -44,10 +43,10 @@ def test_stratified_times_are_even_over_the_global_batch(step):
 @pytest.mark.parametrize("levels", ["stratified", "independent"])
 def test_the_time_of_one_sample_is_uniform_over_steps(levels):
     objective = Objective(levels=levels)
-    both = torch.stack(
+    pairs = torch.stack(
         [objective.times(SampleKey(SEED, step, torch.tensor([0, 5]), 8)) for step in range(1500)]
     )
-    for times in both.T.numpy():
+    for times in pairs.T.numpy():
         assert stats.kstest(times, "uniform").pvalue > 0.01
         assert abs(np.corrcoef(times[1:], times[:-1])[0, 1]) < 4 / math.sqrt(1500)
 
@@ -64,15 +63,13 @@ def test_independent_times_are_uniform_and_uncorrelated_within_the_batch():
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_any_split_of_the_batch_draws_the_same_samples(levels, ranks, accumulation):
-    """Bit for bit, but for the last bit of a vectorised function, which depends on the place in its
-    tensor.
-    """
+    """Bit for bit, up to the last bit of vectorised functions, which depends on alignment."""
     process = Process(classes=3, dropout=0.5, shape=(1, 2, 3))
-    whole = Objective(levels=levels).draw(process, PLACE)
+    whole = Objective(levels=levels).draw(process, KEY)
     size = BATCH // (ranks * accumulation)
     for rows in torch.randperm(BATCH, generator=torch.Generator().manual_seed(0)).split(size):
-        torch.manual_seed(int(rows[0]))  # the global generator has no say
-        part = Objective(levels=levels).draw(process, at(PLACE, rows))
+        torch.manual_seed(int(rows[0]))  # the global generator has no effect
+        part = Objective(levels=levels).draw(process, at(KEY, rows))
         assert torch.equal(part.level.t, whole.level.t[rows])
         for name in ("logsnr", "alpha", "sigma"):
             value = getattr(whole.level, name)[rows]
@@ -81,9 +78,9 @@ def test_any_split_of_the_batch_draws_the_same_samples(levels, ranks, accumulati
         assert torch.equal(part.dropout_mask, whole.dropout_mask[rows])
 
 
-def test_a_draw_has_the_documented_key_and_other_steps_and_seeds_draw_others():
+def test_a_draw_has_the_documented_key_and_differs_between_steps_and_seeds():
     process = Process(shape=(1, 2, 3))
-    draw = Objective().draw(process, PLACE)
+    draw = Objective().draw(process, KEY)
     assert torch.equal(
         draw.noise, normal(SEED, Stream.NOISE, STEP * BATCH + torch.arange(BATCH), (1, 2, 3))
     )
@@ -97,13 +94,13 @@ def test_a_draw_has_the_documented_key_and_other_steps_and_seeds_draw_others():
         assert not torch.isin(another.level.t, draw.level.t).any()
 
 
-def test_levels_are_those_of_the_schedule_at_the_drawn_times():
-    times = Objective().times(PLACE)
-    level = Objective().draw(Process(schedule=Laplace(1.0)), PLACE).level
+def test_levels_are_those_of_the_schedule_at_the_times():
+    times = Objective().times(KEY)
+    level = Objective().draw(Process(schedule=Laplace(1.0)), KEY).level
     assert torch.equal(level.logsnr.flatten(), Laplace(1.0).logsnr(times))
     table = (
         Objective()
-        .draw(Process(schedule=Discrete(steps=50), time=TimeConditioning(scale=50.0)), PLACE)
+        .draw(Process(schedule=Discrete(steps=50), time=TimeConditioning(scale=50.0)), KEY)
         .level
     )
     assert torch.equal(table.t.flatten(), (times * 50).ceil() / 50)
@@ -111,13 +108,13 @@ def test_levels_are_those_of_the_schedule_at_the_drawn_times():
 
 @pytest.mark.parametrize("levels", ["stratified", "independent"])
 @pytest.mark.parametrize("u", [0.0, 2.0**-53, 1 - 2.0**-53])
-def test_times_never_reach_the_infinite_ends(levels, u, monkeypatch):
+def test_times_are_inside_the_open_interval(levels, u, monkeypatch):
     monkeypatch.setattr(
         diffcore.objectives.objective,
         "uniform",
         lambda *args: torch.full((BATCH, 1), u, dtype=torch.float64),
     )
-    times = Objective(levels=levels).times(PLACE)
+    times = Objective(levels=levels).times(KEY)
     assert ((times > 0) & (times < 1)).all()
     assert Cosine().logsnr(times).isfinite().all()
 
@@ -157,10 +154,8 @@ def test_an_infinite_weight_at_a_level_that_is_never_drawn_is_accepted(schedule)
     Objective(Inverse()).check(Process(schedule=schedule, prediction="v_prediction"))
 
 
-def test_weights_follow_the_schedule_after_its_transform():
-    """Min-SNR of the last entry, drawn by the first sample when u is 1: 0 on v with zero terminal
-    SNR, else SNR/(SNR+1).
-    """
+def test_weights_use_the_levels_of_the_transformed_schedule():
+    """Min-SNR of the last table entry on v: 0 with zero terminal SNR, else SNR/(SNR+1)."""
     last = torch.tensor([1.0], dtype=torch.float64)
     snr = Discrete().level(1.0).ratio ** -2
     assert MinSNR().target_weight("v_prediction", ZERO.logsnr(last), 0.5).item() == 0
@@ -173,8 +168,8 @@ def test_weights_follow_the_schedule_after_its_transform():
 def test_dropout_is_per_sample_at_its_rate_and_independent(levels):
     n, p = 20_000, 0.15
     process = Process(classes=10, dropout=p, shape=(1,))
-    places = [SampleKey(SEED, step, torch.arange(200), 200) for step in range(n // 200)]
-    steps = [Objective(levels=levels).draw(process, place) for place in places]
+    keys = [SampleKey(SEED, step, torch.arange(200), 200) for step in range(n // 200)]
+    steps = [Objective(levels=levels).draw(process, key) for key in keys]
     dropped = torch.cat([draw.dropout_mask for draw in steps]).double().numpy()
     assert dropped.mean() == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / n))
     levels = torch.cat([draw.level.t.flatten() for draw in steps]).numpy()
@@ -184,7 +179,7 @@ def test_dropout_is_per_sample_at_its_rate_and_independent(levels):
 
 
 @pytest.mark.parametrize("p", [0.0, 1.0])
-def test_dropout_of_none_and_of_all_is_exact(p):
+def test_dropout_of_0_and_1_is_exact(p):
     process = Process(classes=10, dropout=p, shape=(1,))
     assert (
         Objective().draw(process, SampleKey(SEED, 0, torch.arange(2000), 2000)).dropout_mask
@@ -193,7 +188,7 @@ def test_dropout_of_none_and_of_all_is_exact(p):
 
 
 class Labelled(nn.Module):
-    """A network that keeps what it was asked, and answers with an embedding of the label."""
+    """A network that adds an embedding of the label to x and records its inputs."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -208,15 +203,15 @@ def test_the_null_label_replaces_dropped_labels_and_gets_the_gradient():
     process = Process(classes=4, dropout=0.5, shape=(1, 2, 2))
     network = Labelled(4)
     labels = torch.arange(BATCH) % 4
-    draw = Objective().draw(process, PLACE)
+    draw = Objective().draw(process, KEY)
     assert 0 < draw.dropout_mask.sum() < BATCH
     Objective()(
         Denoiser(network, process), torch.zeros(BATCH, 1, 2, 2), labels, draw
     ).sum().backward()
     assert torch.equal(network.labels, torch.where(draw.dropout_mask, 4, labels))
     assert torch.equal(labels, torch.arange(BATCH) % 4)  # the caller's labels are untouched
-    seen = set(labels[~draw.dropout_mask].tolist()) | {4}
-    assert network.embedding.weight.grad.flatten().nonzero().flatten().tolist() == sorted(seen)
+    used = set(labels[~draw.dropout_mask].tolist()) | {4}
+    assert network.embedding.weight.grad.flatten().nonzero().flatten().tolist() == sorted(used)
 
 
 class Affine(nn.Module):
@@ -237,14 +232,12 @@ WEIGHTS = {  # on the x_0 error
 @pytest.mark.parametrize("weight", WEIGHTS, ids=repr)
 @pytest.mark.parametrize("schedule", [Normal(), Flow(), Normal(scaling="ve")], ids=repr)
 def test_the_loss_is_the_weighted_squared_x0_error(prediction_type, weight, schedule):
-    """In numpy and float64 from α, σ of the draw; float32 rounding of a few ulp of x over a small
-    error leaves 1e-4.
-    """
+    """The reference uses numpy in float64; a few float32 ulp of x over a small error leave 1e-4."""
     process = Process(
         schedule=schedule, prediction=prediction_type, shape=(2, 3, 2), sigma_data=0.6
     )
     x0 = torch.randn(BATCH, 2, 3, 2, generator=torch.Generator().manual_seed(0))
-    draw = Objective(weight).draw(process, PLACE)
+    draw = Objective(weight).draw(process, KEY)
     losses = Objective(weight)(Denoiser(Affine(), process), x0, None, draw)
 
     t, logsnr = draw.level.t.numpy(), draw.level.logsnr.numpy()
@@ -270,7 +263,7 @@ def test_the_loss_is_the_weighted_squared_x0_error(prediction_type, weight, sche
 
 
 class Exact(nn.Module):
-    """The exact network of a single point: what it should output at x, whatever the noise."""
+    """The exact network for data that is a single point."""
 
     def __init__(self, process: Process, point: Tensor, level) -> None:
         super().__init__()
@@ -284,13 +277,12 @@ class Exact(nn.Module):
         return target(process.prediction, self.point.expand_as(x), eps, level, process.sigma_data)
 
 
-# Wrong: Objective.__call__ rounds the output to float32 (`output.float()`), so a float64 run is off
-# by 1e-8, not 1e-16.
+# The loss of a float64 network is computed in float64: rounding to float32 would leave 1e-8.
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_an_exact_network_of_a_single_point_has_no_loss_in_float64(prediction_type):
     process = Process(schedule=Laplace(), prediction=prediction_type, shape=(1, 2, 2))
     point = torch.tensor([[0.3, -0.7], [0.9, 0.1]], dtype=torch.float64)[None]
-    draw = Objective().draw(process, PLACE)
+    draw = Objective().draw(process, KEY)
     network = Exact(process, point, draw.level)
     losses = Objective(MSE(prediction_type))(
         Denoiser(network, process), point.expand(BATCH, 1, 2, 2), None, draw
@@ -327,9 +319,7 @@ class Posterior(nn.Module):
 def test_the_expected_loss_is_the_integral_of_weight_times_density(
     schedule, prediction_type, weight, w, levels
 ):
-    """The best network errs by the posterior variance s²/(1 + s² SNR); ∫ w p s²/(1 + s² SNR) dλ by
-    quadrature.
-    """
+    """The exact network has the error s²/(1 + s² SNR), so the loss is ∫ w p s²/(1 + s² SNR) dλ."""
     n, s = 2000, Posterior.std
     process = Process(schedule=schedule, prediction=prediction_type, shape=(1, 4, 4))
     objective = Objective(weight, levels)
@@ -351,12 +341,11 @@ def test_the_expected_loss_is_the_integral_of_weight_times_density(
     )
 
 
-# Would be a bug: draw.level.to(x0) and _rows round the time to the dtype of x0: index 749 is told
-# as 748 or 752.
-def test_half_precision_images_do_not_round_the_time_that_the_network_is_told():
+# In the dtype of the images, bfloat16, index 749 would be rounded to 748 or 752.
+def test_half_precision_images_do_not_round_the_time_conditioning():
     process = Process(schedule=Discrete(), classes=2, shape=(1, 2, 2))
     network = Labelled(2)
-    draw = Objective().draw(process, PLACE)
+    draw = Objective().draw(process, KEY)
     Objective()(
         Denoiser(network, process),
         torch.zeros(BATCH, 1, 2, 2).bfloat16(),
@@ -369,12 +358,12 @@ def test_half_precision_images_do_not_round_the_time_that_the_network_is_told():
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_gradients_by_the_implied_x0_agree_through_the_whole_objective(prediction_type):
-    """Fact 11 through Objective: a float32 network leaves 1e-4."""
+    """∂L/∂x̂_0 does not depend on the prediction type, up to 1e-4 of a float32 network."""
     gradients = []
     x0 = torch.randn(BATCH, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     for name in (prediction_type, "sample"):
         process = Process(schedule=Laplace(), prediction=name, shape=(1, 2, 2))
-        draw = Objective().draw(process, PLACE)
+        draw = Objective().draw(process, KEY)
         level = draw.level.to(x0)
         x = level.alpha * x0 + level.sigma * draw.noise
         guess = x0 + 0.5 * x0.sin() + 0.2
@@ -390,7 +379,7 @@ def test_gradients_by_the_implied_x0_agree_through_the_whole_objective(predictio
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5)
 
 
-def test_the_objective_is_a_value():
+def test_objectives_with_equal_fields_are_equal():
     assert Objective(MinSNR(3.0)) == replace(Objective(), weight=MinSNR(3.0))
     assert repr(Objective()).startswith(
         "Objective(weight=MSE(target='v_prediction'), levels='stratified', "

@@ -1,6 +1,4 @@
-"""What the objective estimates: the integral of weight, density and error, whatever draws the
-levels; and its variance.
-"""
+"""The objective estimates the integral of weight, density and error for any choice of levels."""
 
 import math
 
@@ -36,7 +34,7 @@ from diffcore.schedules.distributions import Distribution
 from tests.helpers import oracles
 
 BOUND = 8.0
-WIDE = [  # every quantile schedule, in each scaling somewhere
+WIDE = [  # all quantile schedules; each scaling is in the list
     Cosine(),
     Cosine(1.0, 0.7, scaling="flow"),
     Flow(),
@@ -55,14 +53,14 @@ every_schedule = pytest.mark.parametrize(
 )
 
 
-def test_every_quantile_schedule_is_integrated():
+def test_the_list_contains_every_quantile_schedule():
     assert {type(schedule) for schedule in WIDE} == {
         child for child in Distribution.__subclasses__() if child.__module__.startswith("diffcore")
     }
 
 
 class Biased(nn.Module):
-    """The posterior mean of x_0 and an error g(λ) beside it: E|x̂_0 - x_0|² = s²/(1 + s² SNR) + g²."""
+    """The posterior mean of x_0 plus an error g(λ): E|x̂_0 - x_0|² = s²/(1 + s² SNR) + g²."""
 
     mean, std = 0.3, 0.8
 
@@ -88,19 +86,20 @@ class Biased(nn.Module):
 
 
 def expected_error(logsnr):
+    """E|x̂_0 - x_0|² of `Biased` at λ."""
     s2 = Biased.std**2
     return s2 / (1 + s2 * np.exp(logsnr)) + (0.6 / (1 + np.exp(logsnr / 2))) ** 2
 
 
-def estimates(objective, process, steps, learned=None):
-    """The mean loss of each step's batch of 64."""
+def estimates(objective, process, steps, state=None):
+    """The mean loss of the batch of 64 samples of each step."""
     means = []
     for step in range(steps):
-        place = SampleKey(11, step, torch.arange(64), 64)
+        key = SampleKey(11, step, torch.arange(64), 64)
         x0 = Biased.mean + Biased.std * normal(
-            5, Stream.ORACLE, place.position, process.shape, dtype=torch.float64
+            5, Stream.ORACLE, key.position, process.shape, dtype=torch.float64
         )
-        draw = objective.draw(process, place, state=learned)
+        draw = objective.draw(process, key, state=state)
         means.append(
             objective(Denoiser(Biased(process, draw.level), process), x0, None, draw).mean().item()
         )
@@ -110,7 +109,7 @@ def estimates(objective, process, steps, learned=None):
 @every_schedule
 @pytest.mark.parametrize("levels", ["stratified", "independent"])
 def test_the_corrected_objective_is_the_same_integral_under_every_schedule(schedule, levels):
-    """∫ w(λ) E|x̂_0 - x_0|² dλ over the common range, within 4 standard errors of the steps' means."""
+    """∫ w(λ) E|x̂_0 - x_0|² dλ over the common range, within 4 standard errors of the means."""
     prediction_type = {"vp": "v_prediction", "flow": "flow_prediction", "ve": "edm"}[
         schedule.scaling
     ]
@@ -120,7 +119,7 @@ def test_the_corrected_objective_is_the_same_integral_under_every_schedule(sched
         lambda v: min(math.exp(v), 5) * expected_error(v), -BOUND, BOUND, points=[math.log(5)]
     )[0]
     assert means.mean() == pytest.approx(exact, abs=4 * means.std(ddof=1) / math.sqrt(60))
-    assert means.std() / math.sqrt(60) < 0.1 * exact  # so that the test can fail
+    assert means.std() / math.sqrt(60) < 0.1 * exact  # a small tolerance, so the test can fail
 
 
 @pytest.mark.parametrize(
@@ -132,10 +131,10 @@ def test_the_corrected_objective_is_the_same_integral_under_every_schedule(sched
 def test_a_resampler_changes_no_integral(resampler, corrected):
     process = Process(Truncated(Cosine(), -BOUND, BOUND), "v_prediction", shape=(1, 2, 2))
     z = torch.linspace(-1.5, 1.5, 12, dtype=torch.float64).sin()
-    learned = {"logits": z, "losses": z.exp()[:, None].expand(-1, 2)}
+    states = {"logits": z, "losses": z.exp()[:, None].expand(-1, 2)}
     objective = Objective(MinSNR(), corrected=corrected, resampler=resampler)
     means = estimates(
-        objective, process, 60, {name: learned[name] for name in resampler.initial_state()}
+        objective, process, 60, {name: states[name] for name in resampler.initial_state()}
     )
     mass = process.schedule.inner.cdf(BOUND) - process.schedule.inner.cdf(-BOUND)
     law = stats.hypsecant(scale=2)
@@ -149,27 +148,29 @@ def test_a_resampler_changes_no_integral(resampler, corrected):
 
 @pytest.mark.parametrize("schedule", [Cosine(), Flow(), Laplace(), Normal()], ids=repr)
 def test_stratified_levels_lower_the_variance_of_the_loss(schedule):
-    """Plain ε error, a batch of 64 with 64 dimensions: 3 (Laplace) to 16 (Rho) over 400 steps; what
-    is left is the noise's.
+    """The plain ε error in batches of 64; over 400 steps, the ratio is 3 (Laplace) to 16 (Rho).
+
+    The rest of the variance is that of the noise.
     """
     process, prediction_type = Process(schedule, "epsilon", shape=(1, 8, 8)), "epsilon"
-    one, other = (
+    independent, stratified = (
         estimates(Objective(MSE(prediction_type), levels), process, 40).var()
         for levels in ("independent", "stratified")
     )
-    assert one / other > (2 if schedule == Laplace() else 4)
+    assert independent / stratified > (2 if schedule == Laplace() else 4)
 
 
 class Fixed(Objective):
-    """An objective whose times are given, to integrate by a rule of quadrature."""
+    """An objective with given times, for integration by a quadrature rule."""
 
     def times(self, key, state=None):
         return key.index.double()
 
 
 def nodes(count):
-    """Gauss-Legendre on both halves of [0, 1] in x, t = x²(3 - 2x), smooth where λ(t) is steep:
-    times and weights.
+    """The times and weights of a quadrature rule on [0, 1].
+
+    Gauss-Legendre in x on both halves, with t = x²(3 - 2x), which is smooth where λ(t) is steep.
     """
     x, w = np.polynomial.legendre.leggauss(count)
     x, w = np.concatenate((x + 1, x + 3)) / 4, np.concatenate((w, w)) / 4
@@ -179,8 +180,9 @@ def nodes(count):
 @every_schedule
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_the_bound_of_an_exact_denoiser_is_the_same_under_every_schedule(schedule, prediction_type):
-    """VDM's invariance: ½ ∫ |ε - ε̂|² dλ of three pairs (x_0, ε), a mixture's posterior mean, by
-    quadrature in t and in λ.
+    """The invariance of VDM: ½ ∫ |ε - ε̂|² dλ of three pairs (x_0, ε), by quadrature in t and in λ.
+
+    ε̂ is the posterior mean of a mixture.
     """
     pairs = 3
     t, w = nodes(120)
@@ -191,23 +193,23 @@ def test_the_bound_of_an_exact_denoiser_is_the_same_under_every_schedule(schedul
         for shift in (0, 9)
     )
 
-    rows = SampleKey(0, 0, t.repeat(pairs), pairs * len(t))
-    draw = Fixed(ELBO(), corrected=True).draw(record, rows)
-    many, noise = x0.repeat_interleave(len(t), 0), eps.repeat_interleave(len(t), 0)
-    never = torch.zeros(len(many), dtype=torch.bool)
+    key = SampleKey(0, 0, t.repeat(pairs), pairs * len(t))
+    draw = Fixed(ELBO(), corrected=True).draw(record, key)
+    repeated, noise = x0.repeat_interleave(len(t), 0), eps.repeat_interleave(len(t), 0)
+    mask = torch.zeros(len(repeated), dtype=torch.bool)
 
     class Network(nn.Module):
         def forward(self, x: Tensor, time: Tensor, class_labels: Tensor) -> Tensor:
-            found = oracle(x, draw.level)
-            return target(prediction_type, found.x0, found.eps, draw.level, 0.5)
+            result = oracle(x, draw.level)
+            return target(prediction_type, result.x0, result.eps, draw.level, 0.5)
 
     losses = Fixed(ELBO())(
         Denoiser(Network(), record),
-        many,
-        torch.zeros(len(many), dtype=torch.int64),
-        draw._replace(noise=noise, dropout_mask=never),
+        repeated,
+        torch.zeros(len(repeated), dtype=torch.int64),
+        draw._replace(noise=noise, dropout_mask=mask),
     )
-    found = (losses.unflatten(0, (pairs, -1)) * w).sum(1)
+    result = (losses.unflatten(0, (pairs, -1)) * w).sum(1)
 
     def integrand(v, pair):
         level = Cosine().at(float(v))
@@ -219,4 +221,4 @@ def test_the_bound_of_an_exact_denoiser_is_the_same_under_every_schedule(schedul
         sum(BOUND * b * integrand(BOUND * a, pair) for a, b in zip(v, dv, strict=True))
         for pair in range(pairs)
     ]
-    assert found.tolist() == pytest.approx(expected, rel=1e-8)
+    assert result.tolist() == pytest.approx(expected, rel=1e-8)

@@ -1,6 +1,4 @@
-"""The objective's options: perturbed and offset noise, half precision, maps of levels, and what is
-refused.
-"""
+"""Options of the objective: perturbed and offset noise, half precision, level maps, and errors."""
 
 import math
 from dataclasses import dataclass, replace
@@ -36,12 +34,12 @@ from diffcore.schedules import (
 from tests.helpers.oracles import PREDICTION_TYPES, SCALINGS
 
 SEED, STEP, BATCH = 7, 3, 24
-PLACE = SampleKey(SEED, STEP, torch.arange(BATCH), BATCH)
+KEY = SampleKey(SEED, STEP, torch.arange(BATCH), BATCH)
 
 
-def at(place: SampleKey, rows: Tensor) -> SampleKey:
-    """The samples of a rank or of a micro-batch."""
-    return replace(place, index=rows)
+def at(key: SampleKey, rows: Tensor) -> SampleKey:
+    """The key of the samples of a rank or of a micro-batch."""
+    return replace(key, index=rows)
 
 
 class Affine(nn.Module):
@@ -51,20 +49,17 @@ class Affine(nn.Module):
         return x.cos() + time.view(-1, 1, 1, 1) / 1000 + 0.1
 
 
-# The noise
-
-
-class Zero(nn.Module):
-    """Answers 0, so that the loss is the mean square of the target, and keeps what it was asked."""
+class ZeroNetwork(nn.Module):
+    """A network with output 0, so that the loss is the mean square of the target."""
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         self.x, self.time = x, time
         return torch.zeros_like(x)
 
 
-def noised(objective, record, x0, place):
-    """(x - α x_0) / σ as the network saw it, the draw, and the losses."""
-    network, draw = Zero(), objective.draw(record, place)
+def noised(objective, record, x0, key):
+    """(x - α x_0) / σ at the network's input x, the draw, and the losses."""
+    network, draw = ZeroNetwork(), objective.draw(record, key)
     losses = objective(Denoiser(network, record), x0, None, draw)
     level = draw.level.to(x0)
     return (network.x - level.alpha * x0) / level.sigma, draw, losses
@@ -74,18 +69,18 @@ def noised(objective, record, x0, place):
 def test_ddpm_ip_perturbs_x_and_keeps_the_target(gamma):
     record = Process(LogLinear(-2.0, 2.0), "epsilon", shape=(2, 5, 5))
     x0 = torch.rand(400, 2, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    place = SampleKey(0, 4, torch.arange(400), 400)
-    seen, draw, losses = noised(Objective(MSE("epsilon"), perturbation=gamma), record, x0, place)
-    plain, other, expected = noised(Objective(MSE("epsilon")), record, x0, place)
+    key = SampleKey(0, 4, torch.arange(400), 400)
+    noisy, draw, losses = noised(Objective(MSE("epsilon"), perturbation=gamma), record, x0, key)
+    plain, other, expected = noised(Objective(MSE("epsilon")), record, x0, key)
     assert torch.equal(draw.noise, other.noise)
     assert torch.equal(draw.level.t, other.level.t)
     assert torch.equal(losses, expected)  # the target is ε
-    extra = (seen - plain) / gamma
+    extra = (noisy - plain) / gamma
     torch.testing.assert_close(
-        extra.float(), normal(0, Stream.PERTURBATION, place.position, (2, 5, 5)), rtol=0, atol=1e-5
+        extra.float(), normal(0, Stream.PERTURBATION, key.position, (2, 5, 5)), rtol=0, atol=1e-5
     )
     assert abs(np.corrcoef(extra.flatten(), plain.flatten())[0, 1]) < 4 / math.sqrt(20_000)
-    assert seen.var().item() == pytest.approx(
+    assert noisy.var().item() == pytest.approx(
         1 + gamma**2, abs=4 * (1 + gamma**2) * math.sqrt(2 / 20_000)
     )
 
@@ -95,43 +90,43 @@ def test_offset_noise_is_shared_within_a_channel_and_is_in_the_target():
     s, n = 0.7, 4000
     record = Process(LogLinear(-2.0, 2.0), "epsilon", shape=(2, 2, 2))
     x0 = torch.rand(n, 2, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    place = SampleKey(0, 4, torch.arange(n), n)
-    seen, draw, losses = noised(Objective(MSE("epsilon"), offset=s), record, x0, place)
-    torch.testing.assert_close(seen.float(), draw.noise, rtol=1e-5, atol=1e-5)
+    key = SampleKey(0, 4, torch.arange(n), n)
+    noisy, draw, losses = noised(Objective(MSE("epsilon"), offset=s), record, x0, key)
+    torch.testing.assert_close(noisy.float(), draw.noise, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(
         losses, draw.noise.double().square().mean((1, 2, 3)), rtol=1e-6, atol=0
     )
-    plain = Objective().draw(record, place).noise
+    plain = Objective().draw(record, key).noise
     offset = (draw.noise - plain) / s
     assert (offset - offset[:, :, :1, :1]).abs().max() < 1e-5
-    key = normal(0, Stream.OFFSET, place.position, (2, 1, 1))
-    torch.testing.assert_close(offset[:, :, :1, :1], key, rtol=0, atol=1e-5)
-    found = np.cov(draw.noise.flatten(1).double().numpy().T)
+    expected = normal(0, Stream.OFFSET, key.position, (2, 1, 1))
+    torch.testing.assert_close(offset[:, :, :1, :1], expected, rtol=0, atol=1e-5)
+    result = np.cov(draw.noise.flatten(1).double().numpy().T)
     expected = np.eye(8) + s**2 * np.kron(np.eye(2), np.ones((4, 4)))
-    np.testing.assert_allclose(found, expected, rtol=0, atol=5 * (1 + s**2) / math.sqrt(n))
+    np.testing.assert_allclose(result, expected, rtol=0, atol=5 * (1 + s**2) / math.sqrt(n))
 
 
-def test_offset_and_perturbation_add_up():
+def test_offset_and_perturbation_are_independent_of_each_other():
     record = Process(LogLinear(-2.0, 2.0), "epsilon", shape=(1, 2, 2))
-    both = Objective(perturbation=0.3, offset=0.2).draw(record, PLACE)
-    assert torch.equal(both.noise, Objective(offset=0.2).draw(record, PLACE).noise)
+    both = Objective(perturbation=0.3, offset=0.2).draw(record, KEY)
+    assert torch.equal(both.noise, Objective(offset=0.2).draw(record, KEY).noise)
     assert torch.equal(
-        both.perturbation, Objective(perturbation=0.3).draw(record, PLACE).perturbation
+        both.perturbation, Objective(perturbation=0.3).draw(record, KEY).perturbation
     )
-    assert Objective(offset=0.2).draw(record, PLACE).perturbation is None
+    assert Objective(offset=0.2).draw(record, KEY).perturbation is None
 
 
 @pytest.mark.parametrize("parts", [2, 8])
-def test_any_split_of_the_batch_draws_the_same_extras(parts):
+def test_perturbation_and_offset_do_not_depend_on_the_split_of_the_batch(parts):
     objective, record = (
         Objective(perturbation=0.3, offset=0.2, corrected=True),
         Process(shape=(2, 2, 3)),
     )
-    whole = objective.draw(record, PLACE)
+    whole = objective.draw(record, KEY)
     for rows in torch.randperm(BATCH, generator=torch.Generator().manual_seed(0)).split(
         BATCH // parts
     ):
-        part = objective.draw(record, at(PLACE, rows))
+        part = objective.draw(record, at(KEY, rows))
         assert torch.equal(part.noise, whole.noise[rows])
         assert torch.equal(part.perturbation, whole.perturbation[rows])
         torch.testing.assert_close(part.importance, whole.importance[rows], rtol=1e-12, atol=0)
@@ -139,14 +134,14 @@ def test_any_split_of_the_batch_draws_the_same_extras(parts):
 
 @pytest.mark.parametrize("name", ["perturbation", "offset"])
 @pytest.mark.parametrize("value", [-0.1, math.inf, math.nan])
-def test_strengths_that_cannot_be_are_refused(name, value):
+def test_strengths_out_of_range_are_refused(name, value):
     with pytest.raises(
         ValueError, match=f"{name} is {value}, expected a finite strength of at least 0"
     ):
         Objective(**{name: value})
 
 
-def test_neither_a_draw_nor_a_loss_uses_or_moves_the_global_generator():
+def test_draw_and_loss_neither_read_nor_change_the_global_generator():
     objective = Objective(
         corrected=True,
         perturbation=0.1,
@@ -155,29 +150,27 @@ def test_neither_a_draw_nor_a_loss_uses_or_moves_the_global_generator():
         resampler=LearnedSchedule(),
     )
     record = Process(shape=(1, 2, 2))
-    found = []
+    result = []
     for seed in (1, 2):
         torch.manual_seed(seed)
         before = torch.get_rng_state()
         x0 = torch.linspace(-1, 1, BATCH * 4).view(BATCH, 1, 2, 2)
-        draw = objective.draw(record, PLACE, state=LearnedSchedule().initial_state())
-        found.append(objective(Denoiser(Zero(), record), x0, None, draw))
+        draw = objective.draw(record, KEY, state=LearnedSchedule().initial_state())
+        result.append(objective(Denoiser(ZeroNetwork(), record), x0, None, draw))
         assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(*found)
+    assert torch.equal(*result)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_half_precision_data_is_noised_weighed_and_compared_in_float32(prediction_type, dtype):
-    """As if the data had been float32 from the start: nothing of α, σ, w and the importance is
-    rounded to half.
-    """
+def test_the_loss_of_half_precision_data_is_computed_in_float32(prediction_type, dtype):
+    """The same loss as for float32 data: α, σ, w and the importance are not rounded to half."""
     objective, record = (
         Objective(MinSNR(), corrected=True),
         Process(Laplace(), prediction_type, shape=(1, 2, 2)),
     )
     x0 = torch.linspace(-1, 1, BATCH * 4).view(BATCH, 1, 2, 2).to(dtype)
-    draw = objective.draw(record, PLACE)
+    draw = objective.draw(record, KEY)
     for value in (
         draw.level.logsnr,
         draw.level.t,
@@ -193,11 +186,8 @@ def test_half_precision_data_is_noised_weighed_and_compared_in_float32(predictio
     torch.testing.assert_close(losses.double(), exact, rtol=1e-3, atol=0)
 
 
-# A map of levels
-
-
 class Map(nn.Module):
-    """A network that is told a map of times: cos(x) + time / 1000 + 0.1."""
+    """A network conditioned on a map of times: cos(x) + time / 1000 + 0.1."""
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         assert time.shape == x.shape
@@ -205,7 +195,7 @@ class Map(nn.Module):
 
 
 def guess(prediction_type, F, x, alpha, sigma, s):
-    """x̂_0 in numpy."""
+    """x̂_0 computed with numpy."""
     norm, scale = np.sqrt(alpha**2 + sigma**2), np.sqrt(sigma**2 + alpha**2 * s**2)
     return {
         "epsilon": (x - sigma * F) / alpha,
@@ -218,10 +208,8 @@ def guess(prediction_type, F, x, alpha, sigma, s):
 
 @pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_a_map_of_levels_goes_through_schedule_network_loss_and_prediction(
-    prediction_type, scaling
-):
-    """SVNR: every pixel has its own λ; the loss is the mean of each pixel's own weighted error."""
+def test_loss_and_prediction_accept_a_map_of_levels(prediction_type, scaling):
+    """SVNR: each pixel has its λ; the loss is the mean of the weighted errors of the pixels."""
     shape = (4, 2, 3, 3)
     record = Process(Normal(scaling=scaling), prediction_type, shape=shape[1:], sigma_data=0.6)
     t = torch.linspace(0.02, 0.98, math.prod(shape), dtype=torch.float64).view(shape)
@@ -241,8 +229,8 @@ def test_a_map_of_levels_goes_through_schedule_network_loss_and_prediction(
         "ve": (np.ones(shape), 1 / np.sqrt(snr)),
     }[scaling]
     x = alpha * x0.numpy() + sigma * noise.numpy()
-    asked = x / np.sqrt(sigma**2 + alpha**2 * 0.36) if prediction_type == "edm" else x
-    F = np.cos(asked) + (1000 * t.numpy() - 1) / 1000 + 0.1
+    scaled = x / np.sqrt(sigma**2 + alpha**2 * 0.36) if prediction_type == "edm" else x
+    F = np.cos(scaled) + (1000 * t.numpy() - 1) / 1000 + 0.1
     predicted = guess(prediction_type, F, x, alpha, sigma, 0.6)
     expected = (np.minimum(snr, 5) * (predicted - x0.numpy()) ** 2).mean((1, 2, 3)) * np.array(
         [1, 2, 0.5, 3]
@@ -252,9 +240,6 @@ def test_a_map_of_levels_goes_through_schedule_network_loss_and_prediction(
     prediction = denoiser(torch.from_numpy(x), level)
     np.testing.assert_allclose(prediction.x0, predicted, rtol=1e-8, atol=1e-9)
     np.testing.assert_allclose(prediction.at(level), x, rtol=1e-8, atol=1e-9)
-
-
-# Refused
 
 
 @pytest.mark.parametrize(
@@ -279,7 +264,7 @@ def test_a_map_of_levels_goes_through_schedule_network_loss_and_prediction(
     ],
     ids=str,
 )
-def test_what_cannot_be_trained_is_refused_with_its_remedy(objective, record, message):
+def test_a_process_with_an_infinite_loss_is_refused_with_the_remedy(objective, record, message):
     with pytest.raises(ValueError, match=message) as caught:
         objective.check(record)
     assert "\n" not in str(caught.value)
@@ -293,14 +278,14 @@ def test_what_cannot_be_trained_is_refused_with_its_remedy(objective, record, me
     ids=repr,
 )
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "edm"])
-def test_weights_that_are_finite_wherever_it_matters_are_accepted(schedule, prediction_type):
+def test_weights_that_are_finite_at_the_drawn_levels_are_accepted(schedule, prediction_type):
     Objective(MinSNR(), corrected=True).check(Process(schedule, prediction_type))
 
 
-def test_a_tables_cleanest_level_counts_too():
+def test_an_infinite_weight_at_the_cleanest_level_of_a_table_is_refused():
     @dataclass(frozen=True)
     class Clean(Discrete):
-        """Its first entry is clean data."""
+        """A table whose first level is clean data."""
 
         def _logsnr(self, t: Tensor) -> Tensor:
             return super()._logsnr(t).masked_fill(t <= 1 / self.steps, math.inf)
@@ -311,7 +296,7 @@ def test_a_tables_cleanest_level_counts_too():
     Objective(ELBO()).check(record)
 
 
-def test_two_ways_to_even_out_the_levels_are_refused_together():
+def test_resampler_and_uncertainty_together_are_refused():
     with pytest.raises(
         ValueError, match=r"resampler and uncertainty both even out the losses .* choose one"
     ):

@@ -1,6 +1,4 @@
-"""Learned uncertainty: at rest u(λ) = ln E[L | λ], and every level's gradient is divided by what
-its loss is expected to be.
-"""
+"""Learned uncertainty: u(λ) converges to ln E[L | λ] and divides the loss of each level."""
 
 import math
 
@@ -16,7 +14,7 @@ from diffcore.objectives.objective import Objective, SampleKey
 from diffcore.objectives.uncertainty import LogVariance, Uncertainty
 from diffcore.objectives.weighting import MinSNR
 
-PLACE = SampleKey(3, 1, torch.arange(12), 12)
+KEY = SampleKey(3, 1, torch.arange(12), 12)
 PROCESS = Process(shape=(1, 2, 2))
 
 
@@ -31,15 +29,15 @@ class Scale(nn.Module):
         return self.weight * x
 
 
-def tilted():
-    """A u(λ) that is not 0."""
+def nonzero_module():
+    """A module u(λ) that is not 0."""
     u = Uncertainty(16).module()
     nn.init.constant_(u.linear.weight, 0.1)
     nn.init.constant_(u.linear.bias, -0.4)
     return u
 
 
-def test_it_is_0_at_first_and_the_same_function_in_every_process():
+def test_it_is_0_at_initialisation_and_does_not_depend_on_the_global_seed():
     torch.manual_seed(1)
     first = Uncertainty(32).module()
     torch.manual_seed(2)
@@ -52,8 +50,8 @@ def test_it_is_0_at_first_and_the_same_function_in_every_process():
 
 
 def test_the_features_are_random_fourier_features_of_an_eighth_of_the_level():
-    """EDM2's MPFourier of ln(σ/α)/4 = -λ/8: √2 cos(2π(f λ/8 + φ)); mean square 1, keys documented."""
-    u = tilted()
+    """MPFourier of EDM2 at ln(σ/α)/4 = -λ/8: √2 cos(2π(f λ/8 + φ)), with mean square 1."""
+    u = nonzero_module()
     f, phase = (
         normal(0, Stream.MODEL, 0, (16,))[0].numpy(),
         uniform(0, Stream.MODEL, 1, 16)[0].numpy(),
@@ -68,21 +66,19 @@ def test_the_features_are_random_fourier_features_of_an_eighth_of_the_level():
     assert u(torch.tensor([math.inf, -math.inf])).isfinite().all()
 
 
-def test_a_low_precision_run_keeps_it_in_float32():
-    u, logsnr = tilted(), torch.linspace(-9, 9, 7)
+def test_autocast_keeps_it_in_float32():
+    u, logsnr = nonzero_module(), torch.linspace(-9, 9, 7)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(u(logsnr), u(logsnr).float())
-        inside = u(logsnr)
-    assert torch.equal(inside, u(logsnr))
+        result = u(logsnr)
+    assert torch.equal(result, u(logsnr))
 
 
 @pytest.mark.parametrize(
     "expected", [lambda v: -v / 4 - 1, lambda v: np.tanh(v) * 2, lambda v: 0 * v + 3], ids=range(3)
 )
-def test_at_rest_it_is_the_logarithm_of_the_expected_loss(expected):
-    """Trained alone on L = e^(expected) χ²/4 of 4 degrees of freedom, λ even on ±8: within 0.1 of
-    ln E[L | λ].
-    """
+def test_it_converges_to_the_logarithm_of_the_expected_loss(expected):
+    """Trained on L = e^(expected) χ²/4 of 4 degrees of freedom, with λ uniform on ±8."""
     u = LogVariance(64)
     optimizer = torch.optim.Adam(u.parameters(), lr=0.03)
     generator = torch.Generator().manual_seed(0)
@@ -104,20 +100,20 @@ def test_at_rest_it_is_the_logarithm_of_the_expected_loss(expected):
 def test_the_objective_divides_by_it_and_adds_it():
     objective = Objective(MinSNR(), uncertainty=Uncertainty(16))
     x0 = torch.randn(12, 1, 2, 2, generator=torch.Generator().manual_seed(0))
-    draw, denoiser, u = objective.draw(PROCESS, PLACE), Denoiser(Scale(), PROCESS), tilted()
+    draw, denoiser, u = objective.draw(PROCESS, KEY), Denoiser(Scale(), PROCESS), nonzero_module()
     plain = Objective(MinSNR())(denoiser, x0, None, draw)
     value = u(draw.level.logsnr.flatten().float())
     assert value.abs().min() > 1e-3
     torch.testing.assert_close(
         objective(denoiser, x0, None, draw, u), plain * (-value).exp() + value
     )
-    assert torch.equal(objective(denoiser, x0, None, draw), plain)  # L itself, without the module
+    assert torch.equal(objective(denoiser, x0, None, draw), plain)  # without the module
 
 
 def test_gradients_reach_the_network_and_the_uncertainty():
     objective = Objective(MinSNR(), uncertainty=Uncertainty(16))
     x0 = torch.randn(12, 1, 2, 2, generator=torch.Generator().manual_seed(0))
-    network, u, draw = Scale(), tilted(), objective.draw(PROCESS, PLACE)
+    network, u, draw = Scale(), nonzero_module(), objective.draw(PROCESS, KEY)
     losses = Objective(MinSNR())(Denoiser(network, PROCESS), x0, None, draw)
     value = u(draw.level.logsnr.flatten().float()).detach()
     (expected,) = torch.autograd.grad((losses / value.exp()).sum(), network.weight)
@@ -132,7 +128,7 @@ def test_a_map_of_levels_has_the_uncertainty_of_its_mean():
         def forward(self, x, time):
             return torch.ones_like(x)
 
-    objective, u = Objective(MinSNR(), uncertainty=Uncertainty(16)), tilted()
+    objective, u = Objective(MinSNR(), uncertainty=Uncertainty(16)), nonzero_module()
     level = PROCESS.schedule.level(torch.linspace(0.1, 0.9, 12).view(3, 1, 2, 2))
     draw = objective.draw(PROCESS, SampleKey(0, 0, torch.arange(3), 3))._replace(level=level)
     x0 = torch.zeros(3, 1, 2, 2)
@@ -144,6 +140,6 @@ def test_a_map_of_levels_has_the_uncertainty_of_its_mean():
 
 
 @pytest.mark.parametrize("features", [0, -4])
-def test_no_features_are_refused(features):
+def test_fewer_than_one_feature_is_refused(features):
     with pytest.raises(ValueError, match=f"features is {features}, expected at least 1"):
         Uncertainty(features)

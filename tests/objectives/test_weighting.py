@@ -1,6 +1,4 @@
-"""One w(λ) on the x_0 error: its value on every target as published, its limits, and what "the same
-weight" means.
-"""
+"""Weights w(λ) of the x_0 error: published values, limits, independence of the target."""
 
 import math
 from dataclasses import dataclass
@@ -25,148 +23,9 @@ from diffcore.objectives.weighting import (
 )
 from diffcore.schedules import Cosine
 from tests.helpers.oracles import PREDICTION_TYPES
+from tests.helpers.weights import FAR_LEVELS, GOLDEN, LEVELS, S
 
 inf = math.inf
-FAR_LEVELS = torch.tensor(
-    [-32.0, -21.0, 21.0, 32.0], dtype=torch.float64
-)  # beyond torch's softplus(x) = x at 20
-LEVELS = torch.tensor(
-    [-12.0, -5.0, -1.0, 0.0, 0.7, math.log(5), 2.0, 6.0, 12.0], dtype=torch.float64
-)
-S = 0.5
-
-
-def v(snr):
-    return 1 + snr
-
-
-def flow(snr):
-    return (1 + np.sqrt(snr)) ** 2
-
-
-def edm(snr):
-    """1 / c_out² = (σ² + s²) / (σ s)² with σ² = 1/SNR: EDM's weight on the x_0 error."""
-    sigma = 1 / np.sqrt(snr)
-    return (sigma**2 + S**2) / (sigma * S) ** 2
-
-
-GOLDEN = {  # weight -> the factor on the squared error of each target, and its limits at SNR = 0 and inf
-    MSE("epsilon"): {
-        "epsilon": (lambda snr: snr**0, 1, 1),
-        "sample": (lambda snr: snr, 0, inf),
-        "v_prediction": (lambda snr: snr / v(snr), 0, 1),
-        "flow_prediction": (lambda snr: snr / flow(snr), 0, 1),
-        "edm": (lambda snr: snr / edm(snr), 0, 1),
-    },
-    MSE("sample"): {
-        "epsilon": (lambda snr: 1 / snr, inf, 0),
-        "sample": (lambda snr: snr**0, 1, 1),
-        "v_prediction": (lambda snr: 1 / v(snr), 1, 0),
-        "flow_prediction": (lambda snr: 1 / flow(snr), 1, 0),
-        "edm": (lambda snr: 1 / edm(snr), S**2, 0),
-    },
-    MSE("v_prediction"): {
-        "epsilon": (lambda snr: v(snr) / snr, inf, 1),
-        "sample": (v, 1, inf),
-        "v_prediction": (lambda snr: snr**0, 1, 1),
-        "flow_prediction": (lambda snr: v(snr) / flow(snr), 1, 1),
-        "edm": (lambda snr: v(snr) / edm(snr), S**2, 1),
-    },
-    MSE("flow_prediction"): {
-        "epsilon": (lambda snr: flow(snr) / snr, inf, 1),
-        "sample": (flow, 1, inf),
-        "v_prediction": (lambda snr: flow(snr) / v(snr), 1, 1),
-        "flow_prediction": (lambda snr: snr**0, 1, 1),
-        "edm": (lambda snr: flow(snr) / edm(snr), S**2, 1),
-    },
-    MSE("edm"): {
-        "epsilon": (lambda snr: edm(snr) / snr, inf, 1),
-        "sample": (edm, 1 / S**2, inf),
-        "v_prediction": (lambda snr: edm(snr) / v(snr), 1 / S**2, 1),
-        "flow_prediction": (lambda snr: edm(snr) / flow(snr), 1 / S**2, 1),
-        "edm": (lambda snr: snr**0, 1, 1),
-    },
-    MinSNR(5.0): {
-        "epsilon": (lambda snr: np.minimum(1, 5 / snr), 1, 0),
-        "sample": (lambda snr: np.minimum(snr, 5), 0, 5),
-        "v_prediction": (lambda snr: np.minimum(snr, 5) / v(snr), 0, 0),
-        "flow_prediction": (lambda snr: np.minimum(snr, 5) / flow(snr), 0, 0),
-        "edm": (lambda snr: np.minimum(snr, 5) / edm(snr), 0, 0),
-    },
-    EDM(): {  # λ(σ) of Table 1
-        "epsilon": (lambda snr: edm(snr) / snr, inf, 1),
-        "sample": (edm, 1 / S**2, inf),
-        "v_prediction": (lambda snr: edm(snr) / v(snr), 1 / S**2, 1),
-        "flow_prediction": (lambda snr: edm(snr) / flow(snr), 1 / S**2, 1),
-        "edm": (lambda snr: snr**0, 1, 1),
-    },
-    ELBO(): {
-        "epsilon": (lambda snr: 0.5 * snr**0, 0.5, 0.5),
-        "sample": (lambda snr: snr / 2, 0, inf),
-        "v_prediction": (lambda snr: snr / 2 / v(snr), 0, 0.5),
-        "flow_prediction": (lambda snr: snr / 2 / flow(snr), 0, 0.5),
-        "edm": (lambda snr: snr / 2 / edm(snr), 0, 0.5),
-    },
-    SoftMinSNR(4.0): {
-        "epsilon": (lambda snr: 4 / (snr + 4), 1, 0),
-        "sample": (lambda snr: 4 * snr / (snr + 4), 0, 4),
-        "v_prediction": (lambda snr: 4 * snr / (snr + 4) / v(snr), 0, 0),
-        "flow_prediction": (lambda snr: 4 * snr / (snr + 4) / flow(snr), 0, 0),
-        "edm": (
-            lambda snr: S**2 / snr / (S**2 + 1 / snr) ** 2,
-            0,
-            0,
-        ),  # k-diffusion's (σ s)² / (σ² + s²)², γ = 1/s²
-    },
-    SigmoidWeight(2.0): {
-        "epsilon": (lambda snr: 1 / (1 + snr * math.exp(-2)), 1, 0),
-        "sample": (lambda snr: snr / (1 + snr * math.exp(-2)), 0, math.exp(2)),
-        "v_prediction": (lambda snr: snr / (1 + snr * math.exp(-2)) / v(snr), 0, 0),
-        "flow_prediction": (lambda snr: snr / (1 + snr * math.exp(-2)) / flow(snr), 0, 0),
-        "edm": (lambda snr: snr / (1 + snr * math.exp(-2)) / edm(snr), 0, 0),
-    },
-    TruncatedSNR(): {
-        "epsilon": (lambda snr: np.maximum(1, 1 / snr), inf, 1),
-        "sample": (lambda snr: np.maximum(snr, 1), 1, inf),
-        "v_prediction": (lambda snr: np.maximum(snr, 1) / v(snr), 1, 1),
-        "flow_prediction": (lambda snr: np.maximum(snr, 1) / flow(snr), 1, 1),
-        "edm": (lambda snr: np.maximum(snr, 1) / edm(snr), S**2, 1),
-    },
-    TruncatedSNR(0.3): {"sample": (lambda snr: np.maximum(snr, 0.3), 0.3, inf)},
-    P2(gamma=0.5): {
-        "epsilon": (lambda snr: (1 + snr) ** -0.5, 1, 0),
-        "sample": (lambda snr: snr * (1 + snr) ** -0.5, 0, inf),
-        "v_prediction": (lambda snr: snr * (1 + snr) ** -1.5, 0, 0),
-        "flow_prediction": (lambda snr: snr * (1 + snr) ** -0.5 / flow(snr), 0, 0),
-        "edm": (lambda snr: snr * (1 + snr) ** -0.5 / edm(snr), 0, 0),
-    },
-    P2(): {
-        "epsilon": (lambda snr: 1 / (1 + snr), 1, 0),
-        "sample": (lambda snr: snr / (1 + snr), 0, 1),
-        "v_prediction": (lambda snr: snr / (1 + snr) ** 2, 0, 0),
-        "flow_prediction": (lambda snr: snr / (1 + snr) / flow(snr), 0, 0),
-        "edm": (lambda snr: snr / (1 + snr) / edm(snr), 0, 0),
-    },
-    P2(gamma=2.0): {
-        "epsilon": (lambda snr: (1 + snr) ** -2.0, 1, 0),
-        "sample": (lambda snr: snr / (1 + snr) ** 2, 0, 0),
-        "v_prediction": (lambda snr: snr / (1 + snr) ** 3, 0, 0),
-        "flow_prediction": (lambda snr: snr / (1 + snr) ** 2 / flow(snr), 0, 0),
-        "edm": (lambda snr: snr / (1 + snr) ** 2 / edm(snr), 0, 0),
-    },
-    P2(k=3.0, gamma=1.0): {
-        "epsilon": (lambda snr: 1 / (3 + snr), 1 / 3, 0),
-        "sample": (lambda snr: snr / (3 + snr), 0, 1),
-    },
-    P2(gamma=0.0): {"epsilon": (lambda snr: snr**0, 1, 1)},
-    DebiasedWeight(): {
-        "epsilon": (lambda snr: 1 / np.sqrt(snr), inf, 0),
-        "sample": (np.sqrt, 0, inf),
-        "v_prediction": (lambda snr: np.sqrt(snr) / v(snr), 0, 0),
-        "flow_prediction": (lambda snr: np.sqrt(snr) / flow(snr), 0, 0),
-        "edm": (lambda snr: np.sqrt(snr) / edm(snr), 0, 0),
-    },
-}
 CASES = [
     (weight, prediction_type, *row)
     for weight, table in GOLDEN.items()
@@ -180,7 +39,7 @@ every_case = pytest.mark.parametrize(
 
 
 @every_case
-def test_weight_on_every_target_is_the_published_one(
+def test_the_weight_on_every_target_is_the_published_one(
     weight, prediction_type, formula, noise, clean
 ):
     levels = torch.cat((LEVELS, FAR_LEVELS))
@@ -190,22 +49,24 @@ def test_weight_on_every_target_is_the_published_one(
 
 
 def subclasses(parent):
+    """All direct and indirect subclasses."""
     for child in parent.__subclasses__():
         yield child
         yield from subclasses(child)
 
 
 def test_every_weight_is_in_the_golden_table_with_every_target():
-    whole = {
+    complete = {
         type(weight) for weight, rows in GOLDEN.items() if rows.keys() == set(PREDICTION_TYPES)
     }
     assert {
         child for child in subclasses(Weight) if child.__module__.startswith("diffcore")
-    } == whole
+    } == complete
     assert {weight.target for weight in GOLDEN if isinstance(weight, MSE)} == set(PREDICTION_TYPES)
 
 
-NUMBERS = [  # on ε, x_0, v, flow and edm (s = 0.5) at SNR 0.25, 1, 20: to compare other code with
+# One row per prediction type (s = 0.5), with the values at SNR 0.25, 1, 20.
+NUMBERS = [
     (
         MinSNR(),
         [
@@ -292,7 +153,7 @@ NUMBERS = [  # on ε, x_0, v, flow and edm (s = 0.5) at SNR 0.25, 1, 20: to comp
 @pytest.mark.parametrize(
     ("weight", "table"), NUMBERS, ids=lambda v: str(v).partition(" at 0x")[0][:24]
 )
-def test_known_numbers(weight, table):
+def test_weights_have_the_tabulated_values(weight, table):
     levels = torch.tensor([0.25, 1.0, 20.0], dtype=torch.float64).log()
     for prediction_type, row in zip(PREDICTION_TYPES, table, strict=True):
         assert weight.target_weight(prediction_type, levels, 0.5).tolist() == pytest.approx(
@@ -301,7 +162,9 @@ def test_known_numbers(weight, table):
 
 
 @every_case
-def test_limits_at_zero_and_infinite_snr_are_right(weight, prediction_type, formula, noise, clean):
+def test_limits_at_zero_and_infinite_snr_are_correct(
+    weight, prediction_type, formula, noise, clean
+):
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         limits = weight.target_weight(prediction_type, torch.tensor([-inf, inf], dtype=dtype), S)
         assert limits.tolist() == pytest.approx([noise, clean], rel=1e-13)
@@ -312,7 +175,7 @@ def test_limits_at_zero_and_infinite_snr_are_right(weight, prediction_type, form
         assert value > 1e15 if limit == inf else value == pytest.approx(limit, rel=1e-14, abs=1e-15)
 
 
-def test_min_snr_golden_values():
+def test_min_snr_has_the_published_values():
     """γ = 5 at SNR 1/4, 5, 20: min(1, γ/SNR) on ε, min(SNR, γ)/(SNR+1) on v, min(SNR, γ) on x_0."""
     levels = torch.tensor([0.25, 5.0, 20.0], dtype=torch.float64).log()
     assert MinSNR().target_weight("epsilon", levels, S).tolist() == pytest.approx(
@@ -329,13 +192,13 @@ def test_min_snr_golden_values():
 
 
 @pytest.mark.parametrize("weight", GOLDEN, ids=repr)
-def test_a_weight_is_its_own_value_on_the_x0_error(weight):
+def test_a_weight_is_its_value_on_the_x0_error(weight):
     levels = torch.cat((LEVELS, torch.tensor([-inf, inf])))
     assert torch.equal(weight(levels), weight.target_weight("sample", levels, S))
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_mse_on_its_own_target_is_exactly_1(prediction_type):
+def test_mse_on_its_target_is_exactly_1(prediction_type):
     levels = torch.tensor(
         [-inf, -300.0, -90.0, -1.0, 0.0, 3.0, 90.0, 300.0, inf], dtype=torch.float64
     )
@@ -372,9 +235,7 @@ def test_limits_of_any_power_of_the_snr_are_0_or_infinite(weight, prediction_typ
 
 
 def loss_and_gradient(weight, prediction_type, logsnr, x0, eps, guess):
-    """The loss of a network whose implied x_0 is `guess` at α x_0 + σ ε, and its gradient by that
-    x_0.
-    """
+    """The loss of a network whose x_0 is `guess` at α x_0 + σ ε, and its gradient by that x_0."""
     level = Cosine().at(logsnr)
     x = level.alpha * x0 + level.sigma * eps
     raw = target(
@@ -391,8 +252,8 @@ def loss_and_gradient(weight, prediction_type, logsnr, x0, eps, guess):
 
 @pytest.mark.parametrize("weight", [*GOLDEN, Power(0.5)], ids=repr)
 @pytest.mark.parametrize("logsnr", LEVELS.tolist())
-def test_the_same_weight_is_the_same_loss_and_gradient_for_every_target(weight, logsnr):
-    """Numerics.md, fact 11: same x_t, same implied x_0, |λ| ≤ 12, rtol 1e-10."""
+def test_loss_and_gradient_do_not_depend_on_the_target(weight, logsnr):
+    """For the same x and the same implied x_0, at |λ| ≤ 12, to a relative error of 1e-10."""
     x0, eps, step = torch.randn(
         3, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
@@ -421,9 +282,7 @@ def test_the_same_weight_is_the_same_loss_and_gradient_for_every_target(weight, 
     ],
     ids=str,
 )
-def test_limits_are_right_whatever_the_level_at_which_a_weight_bends(
-    weight, prediction_type, noise, clean
-):
+def test_limits_are_correct_for_extreme_parameters(weight, prediction_type, noise, clean):
     limits = weight.target_weight(prediction_type, torch.tensor([-inf, inf]), S).tolist()
     assert limits == pytest.approx([noise, clean], rel=1e-12, abs=0)
 
@@ -441,10 +300,8 @@ def test_the_sigmoid_weight_is_a_soft_min_snr(prediction_type, bias):
 
 @pytest.mark.parametrize("sigma_data", [0.1, 0.5, 2.0])
 @pytest.mark.parametrize("weight", [EDM(), MSE("edm")], ids=repr)
-def test_edms_weight_times_its_preconditioning_is_1(weight, sigma_data):
-    """λ(σ) c_out(σ)² = 1 in the paper's terms, whatever the data's standard deviation, and so in
-    the network's space.
-    """
+def test_the_weight_of_edm_on_the_output_of_its_network_is_1(weight, sigma_data):
+    """λ(σ) c_out(σ)² = 1 in the notation of the paper, for any standard deviation of the data."""
     assert (
         weight.target_weight("edm", torch.cat((LEVELS, FAR_LEVELS)), sigma_data).tolist()
         == [1] * 13
@@ -468,7 +325,7 @@ def test_parameters_that_are_not_positive_are_refused(build, name, value):
 
 
 @pytest.mark.parametrize("value", [-0.1, inf, math.nan])
-def test_an_exponent_that_is_negative_is_refused(value):
+def test_an_exponent_that_is_negative_or_not_finite_is_refused(value):
     with pytest.raises(
         ValueError, match=f"gamma is {value}, expected a finite exponent of at least 0"
     ):
