@@ -1,15 +1,16 @@
 """Adams methods: they integrate the polynomial through the last k predictions exactly.
 
-LMS, DEIS, the flow form, iPNDM and DPM-Solver++(3M) are Adams-Bashforth methods; Adams-Moulton adds a
-corrector. The probability flow is linear in each of three pairs of a coordinate and a held quantity:
+LMS, DEIS, the flow form, iPNDM and DPM-Solver++(3M) are Adams-Bashforth methods; Adams-Moulton adds
+a corrector. The probability flow is linear in each of three pairs of a coordinate and a held
+quantity:
 
     held          coordinate         measure m     exact integral over a step
     eps           y = x/α            u = σ/α       y_s = y + ∫ ε du
     velocity      z = x/(α+σ)        a = σ/(α+σ)   z_s = z + ∫ (ε - x_0) da
     x0            x/σ                1/u           x_s/σ_s = x/σ + ∫ x_0 d(1/u)
 
-A method holds one of them, interpolates it in a variable, and integrates the polynomial exactly against
-the measure. Its first-order step holds the newest value constant.
+A method holds one of them, interpolates it in a variable, and integrates the polynomial exactly
+against the measure. Its first-order step holds the newest value constant.
 """
 
 import math
@@ -67,7 +68,8 @@ PAST_INDICES = range(0, -5, -1)
 
 @dataclass(frozen=True)
 class Adams(Sampler[Memory], ABC):
-    """Base of Adams methods: held quantity, variable, and the integral of the polynomial through a history.
+    """Base of Adams methods: held quantity, variable, and the integral of the polynomial through a
+    history.
 
     Args:
         k: number of predictions that the polynomial interpolates.
@@ -127,7 +129,8 @@ class Adams(Sampler[Memory], ABC):
         Args:
             history: values that the polynomial interpolates; the step begins at the first.
             s: level at the end of the step.
-            indices: index of each knot of the history relative to the first, for the variable index.
+            indices: index of each knot of the history relative to the first, for the variable
+                index.
 
         Returns:
             c_s Σ_{j≥1} w_j (f_j - f_0), of the shape of x; 0 for a history of one value.
@@ -166,12 +169,12 @@ class Adams(Sampler[Memory], ABC):
 class AdamsBashforth(Adams[History]):
     """x_s = first-order step + c_s Σ_{j=1..k-1} w_j (f_j - f_0),  w_j = ∫ ℓ_j(v) dm.
 
-    c = α, α+σ or σ for eps, velocity or x0. The order is k on any knots; the first steps use the fewer
-    values that exist then. In the variable `index` knots count as equally spaced, in the measure too:
-    classical weights, and order 2 at most.
+    c = α, α+σ or σ for eps, velocity or x0. The order is k on any knots; the first steps use the
+    fewer values that exist then. In the variable `index` knots count as equally spaced, in the
+    measure too: classical weights, and order 2 at most.
 
-    A step that touches α = 0 or σ = 0 is the first-order step, and the value at such a knot is not kept
-    if the variable is u or logsnr. The flow form (velocity, a) needs no exception.
+    A step that touches α = 0 or σ = 0 is the first-order step, and the value at such a knot is not
+    kept if the variable is u or logsnr. The flow form (velocity, a) needs no exception.
 
     Args:
         k: number of predictions used, 1 to 5; 1 is the first-order step.
@@ -181,27 +184,34 @@ class AdamsBashforth(Adams[History]):
 
     @classmethod
     def lms(cls, k: Literal[1, 2, 3, 4, 5] = 4) -> "AdamsBashforth":
-        """Linear multistep of k-diffusion: ε over u."""
+        """The linear multistep sampler (LMS) of k-diffusion with k values: ε over u."""
         return cls(k, "eps", "u")
 
     @classmethod
     def flow(cls, k: Literal[1, 2, 3, 4, 5] = 2) -> "AdamsBashforth":
-        """The velocity ε - x_0 of a rectified flow, over a."""
+        """The sampler with k values of the velocity ε - x_0 of a rectified flow, over a."""
         return cls(k, "velocity", "a")
 
     @classmethod
     def deis(
         cls, k: Literal[1, 2, 3, 4, 5] = 3, variable: Literal["logsnr", "t"] = "logsnr"
     ) -> "AdamsBashforth":
-        """DEIS: ε over λ (ρAB in log ρ, as in diffusers) or over t (tAB-DEIS).
+        """DEIS with k values: ε over λ (ρAB in log ρ, as in diffusers) or over t (tAB-DEIS).
 
         Zhang & Chen 2023 (2204.13902).
+
+        Args:
+            k: largest number of values, from 1 to 5.
+            variable: variable of interpolation, logsnr or t.
+
+        Returns:
+            The sampler.
         """
         return cls(k, "eps", variable)
 
     @classmethod
     def ipndm(cls, k: Literal[1, 2, 3, 4, 5] = 4) -> "AdamsBashforth":
-        """iPNDM: ε with the classical weights of equal steps.
+        """iPNDM with k values: ε with the classical weights of equal steps.
 
         Zhang & Chen 2023 (2204.13902), after 2202.09778.
         """
@@ -242,24 +252,27 @@ class _MoultonMemory(NamedTuple):
 
 @dataclass(frozen=True)
 class AdamsMoulton(Adams[_MoultonMemory]):
-    """Predictor-corrector Adams method: x_s = first-order step + c_s Σ_j w_j (f_j - f_0), applied twice.
+    """Predictor-corrector Adams method: x_s = first-order step + c_s Σ_j w_j (f_j - f_0), applied
+    twice.
 
         predict    the polynomial through the last k values, which is AdamsBashforth(k)
         correct    the polynomial through these and the value at s: of order k+1
 
-    c = α, α+σ or σ for eps, velocity or x0. There is one evaluation per step: x_s is corrected with the
-    value at its own prediction, which serves the next step too. The last knot is predicted only. In the
-    terms of Hairer, Nørsett & Wanner, Solving Ordinary Differential Equations I, III.1, this is PEC.
-    UniPC is this method for x_0 over λ except for its secants; from the third step on UniPC(3) is k = 3.
+    c = α, α+σ or σ for eps, velocity or x0. There is one evaluation per step: x_s is corrected with
+    the value at its own prediction, which serves the next step too. The last knot is predicted
+    only. In the terms of Hairer, Nørsett & Wanner, Solving Ordinary Differential Equations I,
+    III.1, this is PEC. UniPC is this method for x_0 over λ except for its secants; from the third
+    step on UniPC(3) is k = 3.
 
-    A step that touches α = 0 or σ = 0 is the first-order step of its prediction, and the value at such a
-    knot is not kept. The flow form (velocity, a) needs no exception.
+    A step that touches α = 0 or σ = 0 is the first-order step of its prediction, and the value at
+    such a knot is not kept. The flow form (velocity, a) needs no exception.
 
     A polynomial through many values far apart is inaccurate, above all under strong guidance. With
     `every`, a run of n steps uses no more than 1 + n // every values.
 
     Args:
-        k: number of values that the predictor uses, 1 to 4; the order is k + 1, in the variable `index` 2.
+        k: number of values that the predictor uses, 1 to 4; the order is k + 1, in the variable
+            `index` 2.
         held: quantity that is interpolated: eps, x0, or velocity (ε - x_0).
         variable: variable of the polynomial: u, a, logsnr, t, or the step's index.
         every: number of steps for each value after the first; 0 uses k values in any run.
@@ -311,6 +324,9 @@ def exponential_moments(t: Level, s: Level, count: int) -> list[Real]:
         t: level at the beginning of the step.
         s: level at its end.
         count: number of moments.
+
+    Returns:
+        M_1, ..., M_count.
     """
     return moments(_measure_rule(t, s, "x0", "logsnr"), t.logsnr, count)
 

@@ -1,4 +1,5 @@
-"""The contract of samplers: pure state machines that integrate from knot to knot and know no network.
+"""The contract of samplers: pure state machines that integrate from knot to knot and know no
+network.
 
     state = sampler.start(x, knots, noise)
     while not state.done:
@@ -52,7 +53,8 @@ Knots = tuple[Level, ...]
 
 @dataclass(frozen=True)
 class State(Generic[Memory]):
-    """An immutable state of a sampler: x, the level to evaluate next, the remaining knots, the memory.
+    """An immutable state of a sampler: x, the level to evaluate next, the remaining knots, the
+    memory.
 
     It holds everything that the sampler needs to continue, so it can be stored, copied and resumed.
 
@@ -61,7 +63,8 @@ class State(Generic[Memory]):
         level: noise level of x, at which the network is evaluated next; the last knot once `done`.
         remaining: the knots still to reach, in order.
         step: number of knots passed so far, from 0; the noise of a step is keyed by it.
-        memory: what a multistep or multistage method keeps between evaluations; None at a fresh start.
+        memory: what a multistep or multistage method keeps between evaluations; None at a fresh
+            start.
     """
 
     x: Tensor
@@ -84,11 +87,22 @@ class State(Generic[Memory]):
         return not (is_interior(self.level) and is_interior(self.remaining[0]))
 
     def at_next_knot(self, x: Tensor, memory: Memory | None = None) -> "State[Memory]":
-        """The state at the next knot, with this x and this memory."""
+        """The state at the next knot.
+
+        Args:
+            x: (B, *shape) samples at the next knot.
+            memory: memory of the sampler after the step.
+
+        Returns:
+            The state.
+        """
         return State(x, self.remaining[0], self.remaining[1:], self.step + 1, memory)
 
     def require_memory(self) -> Memory:
-        """The memory, for samplers whose `start` always sets one.
+        """The memory, of the type that `start` sets.
+
+        Returns:
+            The memory.
 
         Raises:
             ValueError: the memory is None, because the state was not made by the sampler's `start`.
@@ -155,20 +169,27 @@ class Sampler(ABC, Generic[Memory]):
     def forget(self, state: State[Memory]) -> State[Memory]:
         """The state without memory of earlier steps.
 
-        The sampling loop calls it at a knot where the flow has a corner, because no polynomial
-        should be fitted through both sides of a corner.
+        The sampling loop calls it at a knot where the slope of the flow jumps, because no
+        polynomial should be fitted through both sides.
+
+        Returns:
+            The state with an empty memory.
         """
         return replace(state, memory=None)
 
     def dry_run(self, knots: Knots) -> Iterator[State[Memory]]:
-        """Run the sampler on an empty batch and yield each state at which the network is evaluated.
+        """Run the sampler on an empty batch.
 
-        The evaluated levels depend only on the knots, so these are the levels of any batch.
+        The evaluated levels depend only on the knots, so that these are the levels of any batch.
+
+        Yields:
+            Each state at which the network is evaluated, in order.
         """
         self._check_not_adaptive()
         if len(knots) < 2:
             return
-        # A batch axis of length 0 broadcasts against maps of levels if x has an axis for each of theirs.
+        # A batch axis of length 0 broadcasts against maps of levels if x has an axis for each of
+        # theirs.
         axes = max(1, *(torch.as_tensor(knot.logsnr).ndim for knot in knots))
         noise = Noise(torch.zeros(0, dtype=torch.int64), (1,) * axes)
         state = self.start(noise.start(), knots, noise)
@@ -177,7 +198,10 @@ class Sampler(ABC, Generic[Memory]):
             state = self.advance(state, Prediction(state.x, state.x), noise)
 
     def evaluation_levels(self, knots: Knots) -> tuple[Level, ...]:
-        """The levels at which the network is evaluated in a run over these knots, in order.
+        """The levels at which the network is evaluated between these knots.
+
+        Returns:
+            One level for each evaluation, in order.
 
         Raises:
             ValueError: the sampler is adaptive, so the levels depend on the samples.
@@ -195,7 +219,8 @@ class Sampler(ABC, Generic[Memory]):
     def _check_not_adaptive(self) -> None:
         if self.is_adaptive:
             raise ValueError(
-                f"the evaluations of {self} depend on the samples, so they are not known in advance: "
+                f"the evaluations of {self} depend on the samples, so they are not known in "
+                "advance: "
                 f"run it and read the number of evaluations from the result"
             )
 
@@ -264,7 +289,8 @@ def renoise_prediction(prediction: Prediction, share: Real, z: Tensor) -> Predic
 
 
 def add_noise(x: Tensor, level: Level, noisier: Level, z: Tensor) -> Tensor:
-    """(α'/α) x + √(σ'² - (σ α'/α)²) z: from the marginal at a level to that at a noisier one, exactly.
+    """(α'/α) x + √(σ'² - (σ α'/α)²) z: from the marginal at a level to that at a noisier one,
+    exactly.
 
     Args:
         x: sample at `level`.

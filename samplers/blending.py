@@ -24,18 +24,19 @@ class _StepStart(NamedTuple):
 
 @dataclass(frozen=True)
 class AlphaBlending(Sampler[_StepStart]):
-    """Order 1: the first-order step. Order 2: z_s = z + (a_s - a)(ε - x_0) evaluated at the midpoint of a.
+    """Order 1: the first-order step. Order 2: z_s = z + (a_s - a)(ε - x_0) evaluated at the
+    midpoint of a.
 
     Heitz et al. 2023 (2305.03486; there a counts from noise). Both orders hold at α = 0 and σ = 0
     without exception.
 
     Stochastic blending (η > 0) deblends to a level d cleaner than the knot s,
     u_d² = u_s² (1 - η²(1 - u_s²/u_t²)) with u = σ/α, and blends with fresh noise back to s:
-    x_s = (α_s/α_d) x_d + η σ_s √(1 - u_s²/u_t²) z. The noise turns the marginal at d into the one at s
-    exactly for every η, so the weak order is that of the flow: 2 with the midpoint rule, at no more
-    evaluations. With order 1 it is DDIM(η). (The paper's own stochastic form, its Algorithm 1, blends
-    again a pair (x_0, ε) drawn from its posterior given x, which no network provides; its randomness
-    vanishes as steps are added, while this one's does not.)
+    x_s = (α_s/α_d) x_d + η σ_s √(1 - u_s²/u_t²) z. The noise turns the marginal at d into the one
+    at s exactly for every η, so the weak order is that of the flow: 2 with the midpoint rule, at no
+    more evaluations. With order 1 it is DDIM(η). (The paper's own stochastic form, its Algorithm 1,
+    blends again a pair (x_0, ε) drawn from its posterior given x, which no network provides; its
+    randomness vanishes as steps are added, while this one's does not.)
 
     Args:
         order: 1, or 2 for the midpoint rule with two evaluations per step.

@@ -1,7 +1,8 @@
-"""DPM-Solver++ for the probability flow and for the reverse SDE: x_0 is held and extrapolated over λ.
+"""DPM-Solver++ for the probability flow and for the reverse SDE: x_0 is held and extrapolated over
+λ.
 
-x_s/σ_s = x/σ + ∫ x_0 d(α/σ) is the exact solution of the flow. With h = (λ_s - λ_t)/2, the first-order
-step is x_s = (σ_s/σ_t) x + α_s (1 - e^{-h}) x_0, which is DDIM.
+x_s/σ_s = x/σ + ∫ x_0 d(α/σ) is the exact solution of the flow. With h = (λ_s - λ_t)/2, the
+first-order step is x_s = (σ_s/σ_t) x + α_s (1 - e^{-h}) x_0, which is DDIM.
 """
 
 import math
@@ -43,11 +44,12 @@ class DPMSolverPP(Sampler[History | _FirstStage]):
 
         2S   D = x_0 evaluated at the middle of λ, two evaluations per step
         2M   D = x_0 + (x_0 - x_0') h / 2h',  x_0' at the last knot, h' the last step
-        3M   the quadratic through three x_0, integrated exactly: Adams-Bashforth(3) in (x_0, λ), of order 3
+        3M   the quadratic through three x_0, integrated exactly: Adams-Bashforth(3) in (x_0, λ), of
+        order 3
 
-    Lu et al. 2022 (2211.01095, Algorithms 1 and 2; Appendix B for the third order). `3M published` has
-    the coefficients in print, in k-diffusion and in diffusers, where the quadratic term counts half
-    (φ_3 instead of 2φ_3): that is of order 2.
+    Lu et al. 2022 (2211.01095, Algorithms 1 and 2; Appendix B for the third order). `3M published`
+    has the coefficients in print, in k-diffusion and in diffusers, where the quadratic term counts
+    half (φ_3 instead of 2φ_3): that is of order 2.
 
     A step that touches α = 0 or σ = 0 is the first-order step, and x_0 at such a knot is not kept.
 
@@ -95,7 +97,7 @@ class DPMSolverPP(Sampler[History | _FirstStage]):
 
 
 def data_gain(t: Level, s: Level) -> Real:
-    """α_s (1 - e^{-h}): what a step from t to s adds for each unit of x_0."""
+    """The scalar α_s (1 - e^{-h}), the change of x in a step from t to s for each unit of x_0."""
     return s.alpha - t.alpha * s.sigma / t.sigma
 
 
@@ -116,7 +118,9 @@ def secant_term(history: History, s: Level, coefficient: Real) -> Tensor:
 
 
 def polynomial_term(history: History, s: Level) -> Tensor | float:
-    """σ_s ∫ (p(λ) - x_0) d(α/σ), p the polynomial in λ through the history; 0 for one value."""
+    """σ_s ∫ (p(λ) - x_0) d(α/σ) in the shape (B, *shape) of x_0, p the polynomial in λ through the
+    history; 0 for one value.
+    """
     (t, x0), *past = history
     if not past:
         return 0.0
@@ -169,23 +173,23 @@ class DPMSolverSDE(Sampler[DataHistory]):
         x_s = (σ_s/σ_t) e^(-ηh) x + (1+η) α_s ∫ e^(-(1+η)(h-τ)) x_0(τ) dτ + σ_s √(1 - e^(-2ηh)) z,
         τ from 0 to h = (λ_s-λ_t)/2
 
-    x_0(τ) is the polynomial through the last `steps` predictions. η = 0 is the multistep DPM-Solver++,
-    one step at η = 1 is DDIM(1). The quadratic's weight is that of the integral, twice the published one.
-    Pure noise has no information on the slope of x_0 in λ, so that prediction is not kept; the step to
-    the clean level is x_0.
+    x_0(τ) is the polynomial through the last `steps` predictions. η = 0 is the multistep
+    DPM-Solver++, one step at η = 1 is DDIM(1). The quadratic's weight is that of the integral,
+    twice the published one. Pure noise has no information on the slope of x_0 in λ, so that
+    prediction is not kept; the step to the clean level is x_0.
 
     The weak order is 2 with two steps and, for η > 0, with three too: the last differences of x_0
     contain the noise of the last steps. Three steps still have a smaller error.
 
-    Lu et al. 2022 (2211.01095, appendix) for η = 1; k-diffusion's 2M SDE and 3M SDE for any η and for
-    three steps.
+    Lu et al. 2022 (2211.01095, appendix) for η = 1; k-diffusion's 2M SDE and 3M SDE for any η and
+    for three steps.
 
     Args:
         steps: number of predictions used, 1 to 3 (2 is 2M, 3 is 3M).
-        eta: η ≥ 0, the amount of fresh noise: 0 is the flow, 1 the reverse SDE. Above 0 the knots must
-            fall in noise.
-        solver: weight of the slope with two steps: heun integrates it, midpoint gives it half of the
-            step's weight.
+        eta: η ≥ 0, the amount of fresh noise: 0 is the flow, 1 the reverse SDE. Above 0 the knots
+            must fall in noise.
+        solver: weight of the slope with two steps: heun integrates it, midpoint gives it half of
+            the step's weight.
     """
 
     steps: Literal[1, 2, 3] = 2

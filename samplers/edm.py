@@ -1,9 +1,11 @@
-"""EDM's samplers: dy/du = ε in y = x/α, u = σ/α, by Euler's and Heun's rule, with churn at each knot.
+"""EDM's samplers: dy/du = ε in y = x/α, u = σ/α, by Euler's and Heun's rule, with churn at each
+knot.
 
-    û = u (1 + γ),   ŷ = y + √(û² - u²) S_noise z,   γ = min(S_churn / n, √2 - 1) if S_min ≤ u ≤ S_max, else 0
+    û = u (1 + γ),   ŷ = y + √(û² - u²) S_noise z,   γ = min(S_churn / n, √2 - 1) if S_min ≤ u ≤
+    S_max, else 0
 
-The noise is added before the network is evaluated, so the evaluated level is û: `start` adds it at the
-first knot, and `advance` at each knot that it reaches.
+The noise is added before the network is evaluated, so the evaluated level is û: `start` adds it at
+the first knot, and `advance` at each knot that it reaches.
 """
 
 import math
@@ -31,7 +33,8 @@ __all__ = ["Euler", "Heun"]
 
 @dataclass(frozen=True)
 class _ChurnSampler(Sampler[Memory], ABC):
-    """Base of samplers that churn: they raise the noise level at each knot before they step from it.
+    """Base of samplers that churn: they raise the noise level at each knot before they step from
+    it.
 
     Args:
         churn: S_churn ≥ 0; 0 is the probability flow.
@@ -148,6 +151,7 @@ class Heun(_ChurnSampler[_FirstStage]):
 def _to_float(value: object) -> float:
     if not isinstance(value, float | int):
         raise TypeError(
-            "churn (above 0) needs the whole batch at one level, but the level is a map: use churn = 0"
+            "churn (above 0) needs the whole batch at one level, but the level is a map: use churn "
+            "= 0"
         )
     return float(value)

@@ -1,4 +1,6 @@
-"""Gradient estimation: extrapolates ε beyond the last two predictions to point more directly at the data."""
+"""Gradient estimation: extrapolates ε beyond the last two predictions to point more directly at the
+data.
+"""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,12 +26,12 @@ class _LastKnot(NamedTuple):
 class GradientEstimation(Sampler[_LastKnot]):
     """y_s = y + (u_p - u) ε̄ + √(u_s² - u_p²) z,  ε̄ = γ ε + (1-γ) ε',  ε' at the last knot.
 
-    u_p = (u_s / u^μ)^{1/(1-μ)}, in y = x/α, u = σ/α. μ = 0 is deterministic, u_p = u_s; γ = 1, μ = ½ is
-    DDPM's ancestral step. γ = 1.5 is iPNDM(2), of order 2, and on knots equally spaced in u LMS(2); any
-    other γ is of order 1.
+    u_p = (u_s / u^μ)^{1/(1-μ)}, in y = x/α, u = σ/α. μ = 0 is deterministic, u_p = u_s; γ = 1, μ =
+    ½ is DDPM's ancestral step. γ = 1.5 is iPNDM(2), of order 2, and on knots equally spaced in u
+    LMS(2); any other γ is of order 1.
 
-    A step that touches α = 0 or σ = 0 takes ε̄ = ε, and ε at such a knot is not kept. From α = 0, μ > 0
-    replaces all noise.
+    A step that touches α = 0 or σ = 0 takes ε̄ = ε, and ε at such a knot is not kept. From α = 0, μ
+    > 0 replaces all noise.
 
     Permenter & Yuan 2023 (2306.04848), where σ is u.
 

@@ -1,10 +1,12 @@
 """Integrals of the polynomial through a multistep method's values.
 
-    ∫ f dm ≈ Σ_j w_j f_j,   w_j = ∫ ℓ_j(v) dm,   ℓ_j the Lagrange polynomial with ℓ_j(v_j) = 1 and 0 at the other nodes
+    ∫ f dm ≈ Σ_j w_j f_j,   w_j = ∫ ℓ_j(v) dm,   ℓ_j the Lagrange polynomial with ℓ_j(v_j) = 1 and 0
+    at the other nodes
 
 The weights add up to ∫ dm. A multistep step is therefore the first-order step plus a correction,
-Σ_{j≥1} w_j (f_j - f_0), and is computed in this form: nothing large cancels, and with no earlier values it
-*is* the first-order step. Of the measure only the moments M_p = ∫ (v - v_0)^p dm, p ≥ 1, are needed.
+Σ_{j≥1} w_j (f_j - f_0), and is computed in this form: nothing large cancels, and with no earlier
+values it *is* the first-order step. Of the measure only the moments M_p = ∫ (v - v_0)^p dm, p ≥ 1,
+are needed.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +19,9 @@ from diffcore.schedules import Real
 __all__ = ["QuadratureRule", "even_moments", "gauss_legendre", "lagrange_weights", "moments"]
 
 GAUSS = tuple(((1 + float(x)) / 2, float(w) / 2) for x, w in zip(*leggauss(16), strict=True))
-"""Points and weights on [0, 1]: exact to rounding for an exponential measure over a step of Δλ = 40."""
+"""Points and weights on [0, 1]: exact to rounding for an exponential measure over a step of Δλ =
+40.
+"""
 
 QuadratureRule = Iterable[tuple[Real, Real]]
 """Pairs (v, dm) of a quadrature rule."""
@@ -47,6 +51,9 @@ def moments(measure: QuadratureRule, origin: Real, count: int) -> list[Real]:
         measure: pairs (v, dm).
         origin: origin of the moments.
         count: number of moments.
+
+    Returns:
+        M_1, ..., M_count.
     """
     totals: list[Real] = [0.0] * count
     for v, term in measure:
@@ -63,12 +70,23 @@ def even_moments(mass: Real, width: Real, count: int) -> list[Real]:
         mass: ∫ dm over the step.
         width: length of the step in the variable.
         count: number of moments.
+
+    Returns:
+        M_1, ..., M_count.
     """
     return [mass * width**p / (p + 1) for p in range(1, count + 1)]
 
 
 def lagrange_weights(nodes: Sequence[Real], moments: Sequence[Real]) -> list[Real]:
-    """w_j = ∫ ℓ_j dm for the nodes after the first, which is the origin of the moments."""
+    """w_j = ∫ ℓ_j dm for the nodes after the first, which is the origin of the moments.
+
+    Args:
+        nodes: values of the variable.
+        moments: M_1, M_2, ... about the first node.
+
+    Returns:
+        One weight for each node after the first.
+    """
     offsets = [node - nodes[0] for node in nodes[1:]]
     return [_weight(r, offsets[:j] + offsets[j + 1 :], moments) for j, r in enumerate(offsets)]
 

@@ -1,4 +1,6 @@
-"""Predictor-corrector: a sampler takes each step, and Langevin steps at the new level correct the marginal."""
+"""Predictor-corrector: a sampler takes each step, and Langevin steps at the new level correct the
+marginal.
+"""
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -39,33 +41,33 @@ class _CorrectorMemory(NamedTuple):
 class PredictorCorrector(SamplerWrapper[_CorrectorMemory]):
     """After each step of `inner`, K times x ← α x_0 + σ (ρ ε + √(1-ρ²) z) at the level reached.
 
-    With the score s = -ε/σ this is Langevin's step x + τ σ² s + √(2τ) σ z to first order in τ = 1 - ρ.
-    The variance of its noise is 1 - ρ² = 2τ - τ² instead of 2τ, so that the step is stable at any size
-    and exact where ε is standard normal. There are two rules for the step size:
+    With the score s = -ε/σ this is Langevin's step x + τ σ² s + √(2τ) σ z to first order in τ = 1 -
+    ρ. The variance of its noise is 1 - ρ² = 2τ - τ² instead of 2τ, so that the step is stable at
+    any size and exact where ε is standard normal. There are two rules for the step size:
 
     - with `snr`: τ = 2 snr², the published rule τ = 2 snr² |z|²/|ε|² with both norms at their
-      expectation √D, so that a step is affine, and no sample depends on another or on the batch. τ does
-      not shrink with the steps of the grid, and the corrector's bias, a variance of at least (1+ρ)/2 of
-      the right one, remains.
-    - without: ρ = u_s/u_t, u = σ/α. The corrector adds as much noise as the reverse SDE does in the step
-      from t to s, and marginals are right in the limit of small steps.
+      expectation √D, so that a step is affine, and no sample depends on another or on the batch. τ
+      does not shrink with the steps of the grid, and the corrector's bias, a variance of at least
+      (1+ρ)/2 of the right one, remains.
+    - without: ρ = u_s/u_t, u = σ/α. The corrector adds as much noise as the reverse SDE does in the
+      step from t to s, and marginals are right in the limit of small steps.
 
-    Predictor-corrector guidance guides the corrector alone: with a predictor of the flow, no snr and
-    K = 1, CFG(2w-1) samples as CFG(w) does with DDIM(1) as steps shrink, and large K samples the density
-    p^γ p_ref^(1-γ) (Bradley & Nakkiran, 2408.09000).
+    Predictor-corrector guidance guides the corrector alone: with a predictor of the flow, no snr
+    and K = 1, CFG(2w-1) samples as CFG(w) does with DDIM(1) as steps shrink, and large K samples
+    the density p^γ p_ref^(1-γ) (Bradley & Nakkiran, 2408.09000).
 
-    The first knot is not corrected because its sample was just drawn; the last knot is not corrected
-    because the network is not evaluated there.
+    The first knot is not corrected because its sample was just drawn; the last knot is not
+    corrected because the network is not evaluated there.
 
     Song et al. 2020 (2011.13456, Algorithms 2 to 5).
 
     Args:
         inner: the predictor, a sampler that takes the steps and stands at one knot after each.
         corrections: K ≥ 0, the number of Langevin steps at each knot, with one evaluation each.
-        snr: ratio of score to noise that determines the corrector's step, 0.16 for VE and 0.01 for VP in
-            the paper; without it ρ = u_s/u_t.
-        guides: where guidance acts: both, on predictor and corrector, or corrector, on the corrector
-            alone.
+        snr: ratio of score to noise that determines the corrector's step, 0.16 for VE and 0.01 for
+            VP in the paper; without it ρ = u_s/u_t.
+        guides: where guidance acts: both, on predictor and corrector, or corrector, on the
+            corrector alone.
     """
 
     inner: Sampler = DDIM()

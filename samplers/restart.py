@@ -1,4 +1,6 @@
-"""Restart: a flow sampler with an interval of levels that is noised and integrated again, several times."""
+"""Restart: a flow sampler with an interval of levels that is noised and integrated again, several
+times.
+"""
 
 import math
 from dataclasses import dataclass, replace
@@ -21,7 +23,8 @@ RHO = 7
 
 @dataclass(frozen=True)
 class Restart(SegmentSampler):
-    """At u_min, K times: y + √(u_max² - u_min²) z, then `inner` from u_max to u_min; y = x/α, u = σ/α.
+    """At u_min, K times: y + √(u_max² - u_min²) z, then `inner` from u_max to u_min; y = x/α, u =
+    σ/α.
 
     The added noise turns the marginal at u_min into the one at u_max exactly, and contracts the
     errors accumulated so far. The inner sampler should therefore add no noise. Levels within an
@@ -35,7 +38,8 @@ class Restart(SegmentSampler):
         inner: sampler that integrates between the jumps; its memory is empty after each jump.
         intervals: one (u_min, u_max, steps, K) per interval: σ/α at its two ends, the steps from
             u_max to u_min, and the number of repetitions K. The interval must lie within the levels
-            of the run. The default is the paper's for CIFAR-10, where data has standard deviation 0.5.
+            of the run. The default is the paper's for CIFAR-10, where data has standard deviation
+            0.5.
     """
 
     inner: Sampler = AlphaBlending(2)
@@ -89,7 +93,8 @@ def _split(knots: Knots, low: float, high: float, steps: int, repeats: int) -> l
     if not knots[0].logsnr <= top < bottom <= knots[-1].logsnr:
         raise ValueError(
             f"the interval of σ/α from {low} to {high} is not within the run, which goes from "
-            f"{knots[0].ratio:g} to {knots[-1].ratio:g}: remove the interval, or choose knots whose "
+            f"{knots[0].ratio:g} to {knots[-1].ratio:g}: remove the interval, or choose knots "
+            "whose "
             f"noise decreases from above it to below it"
         )
     ratios = [

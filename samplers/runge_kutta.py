@@ -1,8 +1,11 @@
-"""Adaptive Runge-Kutta: an embedded pair on dz/da = ε - x_0, z = x/(α+σ), a = σ/(α+σ), with error control.
+"""Adaptive Runge-Kutta: an embedded pair on dz/da = ε - x_0, z = x/(α+σ), a = σ/(α+σ), with error
+control.
 
-    k_1 = v(z, a),   k_i = v(z + h Σ_j a_ij k_j, a + c_i h),   z' = z + h Σ_i b_i k_i,   error = h Σ_i e_i k_i
+    k_1 = v(z, a),   k_i = v(z + h Σ_j a_ij k_j, a + c_i h),   z' = z + h Σ_i b_i k_i,   error = h
+    Σ_i e_i k_i
 
-The last stage of both pairs is evaluated at z' itself, so it is also the first stage of the next step.
+The last stage of both pairs is evaluated at z' itself, so it is also the first stage of the next
+step.
 """
 
 import math
@@ -86,17 +89,19 @@ class _Attempt(NamedTuple):
 
 @dataclass(frozen=True)
 class AdaptiveRungeKutta(Sampler[_Attempt | float]):
-    """Runge-Kutta whose steps keep the root mean square of error / (atol + rtol max(|z|, |z'|)) at most 1.
+    """Runge-Kutta whose steps keep the root mean square of error / (atol + rtol max(|z|, |z'|)) at
+    most 1.
 
-    Every sample of the batch meets the tolerance. The sampler reaches every knot and starts a new step
-    there, so give it few knots (one step is enough). Evaluations are counted as they happen.
+    Every sample of the batch meets the tolerance. The sampler reaches every knot and starts a new
+    step there, so give it few knots (one step is enough). Evaluations are counted as they happen.
 
-    A sample that is alone in its batch determines its own steps. In a larger batch the sample with the
-    largest error determines them, so a sample depends on the others, within the tolerance. Because the
-    decisions depend on the samples, this sampler, unlike all others, synchronises with the device.
+    A sample that is alone in its batch determines its own steps. In a larger batch the sample with
+    the largest error determines them, so a sample depends on the others, within the tolerance.
+    Because the decisions depend on the samples, this sampler, unlike all others, synchronises with
+    the device.
 
-    No exception is needed at α = 0. A knot at α = 0 or σ = 0 is never evaluated when it is reached: the
-    last `atol` of a before it is the first-order step.
+    No exception is needed at α = 0. A knot at α = 0 or σ = 0 is never evaluated when it is reached:
+    the last `atol` of a before it is the first-order step.
 
     Args:
         pair: the embedded pair, BogackiShampine (1989, order 3) or DormandPrince (1980, order 5).
@@ -156,7 +161,8 @@ class AdaptiveRungeKutta(Sampler[_Attempt | float]):
         velocity: Tensor,
         length: float | None,
     ) -> State[_Attempt | float]:
-        """Begin a step at a knot; if an end is less than `atol` away, take the first-order step to it.
+        """Begin a step at a knot; if an end is less than `atol` away, take the first-order step to
+        it.
 
         Args:
             state: the state at the knot.
@@ -225,7 +231,8 @@ class AdaptiveRungeKutta(Sampler[_Attempt | float]):
                 return state.at_next_knot(x, length)
         elif not length > MIN_STEP:  # also NaN
             raise ValueError(
-                f"{self} cannot meet its tolerance at a = {a:g}: raise rtol and atol, or check that the "
+                f"{self} cannot meet its tolerance at a = {a:g}: raise rtol and atol, or check "
+                "that the "
                 f"network's output is finite"
             )
         return self._to_next_stage(state, _Attempt(z, a, _divide(target - a, length), slopes[:1]))
@@ -252,6 +259,7 @@ def _to_number(level: Level) -> float:
     """a of a level, which must be a number."""
     if isinstance(level.blend, Tensor):
         raise TypeError(
-            "adaptive steps need the whole batch at one level, not a map of levels: use another sampler"
+            "adaptive steps need the whole batch at one level, not a map of levels: use another "
+            "sampler"
         )
     return level.blend

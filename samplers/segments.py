@@ -1,4 +1,6 @@
-"""Samplers that go back: another sampler integrates over segments of levels, with noise added between them."""
+"""Samplers that go back: another sampler integrates over segments of levels, with noise added
+between them.
+"""
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
@@ -44,7 +46,14 @@ class SegmentSampler(SamplerWrapper[SegmentPosition]):
 
     @abstractmethod
     def segments(self, knots: Knots) -> list[Knots]:
-        """The segments of a run over these knots, each of at least two levels, in order."""
+        """The segments between which the sampler jumps.
+
+        Args:
+            knots: levels between which the sampler steps.
+
+        Returns:
+            Knots of each segment, at least two, in order.
+        """
 
     @abstractmethod
     def _inner_noise(self, noise: Noise, position: SegmentPosition) -> Noise:

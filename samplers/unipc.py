@@ -1,4 +1,6 @@
-"""UniPC: a predictor and a corrector over λ that share their evaluations, so that the corrector is free."""
+"""UniPC: a predictor and a corrector over λ that share their evaluations, so that the corrector is
+free.
+"""
 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -29,14 +31,15 @@ class _UniPCMemory(NamedTuple):
 
 @dataclass(frozen=True)
 class UniPC(Sampler[_UniPCMemory]):
-    """Predict x_s from the last p values of x_0; correct it with x_0 at that prediction; step on from it.
+    """Predict x_s from the last p values of x_0; correct it with x_0 at that prediction; step on
+    from it.
 
         UniP-p   σ_s ∫ (p(λ) - x_0) d(α/σ), p through the last p values
         UniC-p   the same with the value at s as well, of order p+1
 
-    UniP-2 and UniC-1 take B(h)/2 for the integral, B(h) = h (bh1) or 1 - e^{-h} (bh2), h = (λ_s - λ_t)/2;
-    in all others B(h) cancels. There is one evaluation per step: the last knot is predicted only. UniP-2
-    with bh2 is DPM-Solver++(2M).
+    UniP-2 and UniC-1 take B(h)/2 for the integral, B(h) = h (bh1) or 1 - e^{-h} (bh2), h = (λ_s -
+    λ_t)/2; in all others B(h) cancels. There is one evaluation per step: the last knot is predicted
+    only. UniP-2 with bh2 is DPM-Solver++(2M).
 
     A step that touches α = 0 or σ = 0 is the first-order step, and x_0 at such a knot is not kept.
 

@@ -1,4 +1,6 @@
-"""Inpainting by replacement: at every knot the known pixels are replaced by the image, noised to its level."""
+"""Inpainting by replacement: at every knot the known pixels are replaced by the image, noised to
+its level.
+"""
 
 from dataclasses import dataclass
 
@@ -13,27 +15,30 @@ from diffcore.schedules import Level, check_falling
 __all__ = ["RePaint"]
 
 INNER, KNOWN, JUMP = range(3)
-"""Uses of noise within a segment, each with noise of its own: the inner sampler, known pixels, the jump."""
+"""Uses of noise within a segment, each with noise of its own: the inner sampler, known pixels, the
+jump.
+"""
 
 
 @dataclass(frozen=True, eq=False)
 class RePaint(SegmentSampler):
     """x ← mask (α x_known + σ z) + (1 - mask) x at each knot, with jumps back to noisier knots.
 
-    A jump is x ← (α'/α) x + √(σ'² - (α'/α)² σ²) z. From each knot `jump` steps apart the sampler goes back
-    by `jump` steps, resamplings - 1 times, so that the unknown pixels become consistent with the known
-    ones. resamplings = 1 is replacement alone. z is fresh each time. If the last knot is clean, the result
-    contains the known pixels exactly.
+    A jump is x ← (α'/α) x + √(σ'² - (α'/α)² σ²) z. From each knot `jump` steps apart the sampler
+    goes back by `jump` steps, resamplings - 1 times, so that the unknown pixels become consistent
+    with the known ones. resamplings = 1 is replacement alone. z is fresh each time. If the last
+    knot is clean, the result contains the known pixels exactly.
 
-    Any sampler may integrate between jumps; the paper's is DDIM(1). It starts without memory after each
-    jump. Within a segment, a multistep sampler uses predictions from before the last replacement, and a
-    stage between two knots has no replacement.
+    Any sampler may integrate between jumps; the paper's is DDIM(1). It starts without memory after
+    each jump. Within a segment, a multistep sampler uses predictions from before the last
+    replacement, and a stage between two knots has no replacement.
 
     Lugmayr et al. 2022 (2201.09865, Algorithm 1 and its jumps).
 
     Args:
         inner: sampler between two jumps.
-        image: x_0 where it is known, (*shape) or (B, *shape); with `sample`, (*shape), the same for all.
+        image: x_0 where it is known, (*shape) or (B, *shape); with `sample`, (*shape), the same for
+            all.
         mask: booleans that broadcast against the image, True where it is known.
         jump: number of steps of a jump, j; the paper has 10 of 250.
         resamplings: number of times that the steps of each jump are taken, r.
@@ -58,7 +63,8 @@ class RePaint(SegmentSampler):
             )
         if self.jump < 1 or self.resamplings < 1:
             raise ValueError(
-                f"jump and resamplings are {self.jump} and {self.resamplings}, expected at least 1 of each"
+                f"jump and resamplings are {self.jump} and {self.resamplings}, expected at least 1 "
+                "of each"
             )
 
     def start(self, x: Tensor, knots: Knots, noise: Noise) -> State[SegmentPosition]:
@@ -89,7 +95,8 @@ class RePaint(SegmentSampler):
         """x with its known pixels replaced by the image at this level.
 
         Args:
-            x: sample at the level, (B, *shape); a batch of 0 samples (a dry run) has no pixels to replace.
+            x: sample at the level, (B, *shape); a batch of 0 samples (a dry run) has no pixels to
+                replace.
             level: noise level of x.
             z: standard normal noise, of the shape of x.
         """

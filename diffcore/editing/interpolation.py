@@ -1,4 +1,4 @@
-"""Interpolation: between two seeds, and between two images that were inverted or noised to one level."""
+"""Interpolation between two seeds, and between two images at one noise level."""
 
 import math
 from collections.abc import Callable
@@ -11,24 +11,28 @@ from diffcore.core.noise import Noise
 from diffcore.core.prediction import hypot
 from diffcore.schedules import Level
 
+__all__ = ["Blend", "noise_diffusion", "slerp"]
+
 PARALLEL = 1e-4
-"""Sine of the angle below which two rows are interpolated along the chord, which is the arc to 1e-9."""
+"""Sine of the angle below which the chord replaces the arc; the difference is 1e-9."""
 
 
 @dataclass(frozen=True, eq=False)
 class Blend(Noise):
-    """cos(πw/2) z_a + sin(πw/2) z_b, z of two independent seeds: standard normal, norm and all, for every w.
+    """cos(πw/2) z_a + sin(πw/2) z_b, z of two independent seeds: standard normal, norm and all, for
+    every w.
 
-    It is a Noise, so what a stochastic sampler draws in its steps is interpolated with what it starts from:
+    The noise of the steps of a stochastic sampler is interpolated together with its first noise:
     run(denoiser, sampler, blend.first_sample(knots[0], sigma_data), knots, blend).
 
     Args:
-        seeds: of w = 0, one a row.
-        shape: of one row.
-        device: where the noise is made.
-        dtype: of the noise.
-        others: seeds of w = 1, one a row; each another than its row has at w = 0, or the two would not be independent.
-        weight: w within [0, 1], for all rows or one a row.
+        seeds: (B,) seeds at w = 0.
+        shape: shape of one sample.
+        device: device of the noise.
+        dtype: dtype of the noise.
+        others: (B,) seeds at w = 1; each differs from the seed at w = 0, so that the two are
+            independent.
+        weight: w within [0, 1], a number or (B,).
     """
 
     others: Tensor = field(kw_only=True)
@@ -37,7 +41,8 @@ class Blend(Noise):
     def __post_init__(self) -> None:
         if self.others.shape != self.seeds.shape or bool((self.others == self.seeds).any()):
             raise ValueError(
-                f"seeds and others are {self.seeds.tolist()} and {self.others.tolist()}, expected two different ones a row"
+                f"seeds and others are {self.seeds.tolist()} and {self.others.tolist()}, expected "
+                "two different seeds for each sample"
             )
         _check_weight(self.weight)
 
@@ -58,15 +63,18 @@ class Blend(Noise):
 
 
 def slerp(a: Tensor, b: Tensor, weight: float | Tensor) -> Tensor:
-    """(sin((1-w)Ω) a + sin(wΩ) b) / sin Ω, Ω the angle between the rows: the arc from a to b.
+    """Spherical interpolation (sin((1-w)Ω) a + sin(wΩ) b) / sin Ω, Ω the angle between a and b.
 
-    For two x at one level, such as two inverted images: where |a| = |b|, every point between has that norm, which a
-    straight line would lose. For the noises of two seeds, see Blend.
+    For two x at one level, such as two inverted images. If |a| = |b|, every point of the arc has
+    that norm. For the noises of two seeds use `Blend`.
 
     Args:
-        a: at w = 0, (B, *shape).
-        b: at w = 1.
-        weight: w within [0, 1], for all rows or one a row.
+        a: (B, *shape) result at w = 0.
+        b: (B, *shape) result at w = 1.
+        weight: w within [0, 1], a number or (B,).
+
+    Returns:
+        (B, *shape) points of the arcs.
     """
     _check_weight(weight)
     w, (one, other) = _rows(weight, a), (value.flatten(1) for value in (a, b))
@@ -89,35 +97,45 @@ def noise_diffusion(
     image: float = 1.2,
     bound: float = 2.0,
 ) -> Tensor:
-    """Clip(p clip(a) + q clip(b) + (μ-p) α x_a + (ν-q) α x_b + γ σ z) in the vp scaling, with p² + q² + γ² = 1.
+    """clip(p clip(a) + q clip(b) + (μ-p) α x_a + (ν-q) α x_b + γ σ z) in the vp scaling, with p² +
+    q² + γ² = 1.
 
-    Zheng et al. 2024, "NoiseDiffusion" (2403.08840). For a = α x_a + σ ε_a and b likewise it is, but for the clipping,
-    α (μ x_a + ν x_b) + σ (p ε_a + q ε_b + γ z): the noise keeps the variance that belongs to the level, whatever the images,
-    where a spherical interpolation also rotates the images. p : q = cos(πw/2) : sin(πw/2), and μ : ν = p : q with
-    μ + ν = `image`. Clipping takes away values that noise of unit variance hardly has.
+    Zheng et al. 2024, "NoiseDiffusion" (2403.08840). For a = α x_a + σ ε_a and b = α x_b + σ ε_b it
+    is, without the clipping, α (μ x_a + ν x_b) + σ (p ε_a + q ε_b + γ z): the noise keeps the
+    variance of the level for all images, whereas a spherical interpolation also rotates the images.
+    p : q = cos(πw/2) : sin(πw/2), and μ : ν = p : q with μ + ν = `image`. Clipping removes values
+    that are rare for noise of unit variance.
 
-    The combination and its constants (μ + ν = 1.2, bound 2, γ = 0) are those of the authors' code as other repositories
-    quote it; not checked against the paper's text.
+    The combination and its constants (μ + ν = 1.2, bound 2, γ = 0) are those of the authors' code
+    as other repositories quote it; they were not checked against the paper.
 
     Args:
-        a: the first image inverted or noised to the level, (B, *shape).
-        b: the second one.
-        image_a: x_0 of the first.
-        image_b: x_0 of the second.
-        level: where a and b are.
-        weight: w within [0, 1], for all rows or one a row.
-        noise: z of `gamma`, of the shape of a.
-        gamma: share of fresh noise within [0, 1]; more leaves less of both images.
-        image: μ + ν, how much of the images' mean there is; 1 is the level's own.
-        bound: values of a, b and the result are cut at ±bound, in the vp scaling; inf cuts nothing.
+        a: (B, *shape) first image at the level, inverted or with noise added.
+        b: (B, *shape) second image at the level.
+        image_a: (B, *shape) x_0 of the first image.
+        image_b: (B, *shape) x_0 of the second image.
+        level: level of a and b.
+        weight: w within [0, 1], a number or (B,).
+        noise: (B, *shape) z of `gamma`; None if gamma is 0.
+        gamma: share of fresh noise within [0, 1]; a larger share keeps less of both images.
+        image: μ + ν, weight of the images; 1 is that of the level.
+        bound: values of a, b and the result are clipped to ±bound, in the vp scaling; inf does not
+            clip.
+
+    Returns:
+        (B, *shape) samples at the level.
+
+    Raises:
+        ValueError: A weight, `gamma` or `bound` is out of range, or `noise` is missing.
     """
     _check_weight(weight)
     if not 0 <= gamma <= 1 or (gamma > 0 and noise is None):
         raise ValueError(
-            f"gamma is {gamma}, expected a share within [0, 1], and with one above 0 the noise to share"
+            f"gamma is {gamma}, expected a share within [0, 1], and with one above 0 the noise to "
+            "share"
         )
     if not bound > 0:
-        raise ValueError(f"bound is {bound}, expected a positive one, or inf to cut nothing")
+        raise ValueError(f"bound is {bound}, expected a positive number, or inf to clip nothing")
     n, angle = hypot(level.alpha, level.sigma), _rows(weight, a) * (math.pi / 2)
     p, q = ((1 - gamma**2) ** 0.5 * side for side in (angle.cos(), angle.sin()))
     mu, nu = (image * side / (angle.cos() + angle.sin()) for side in (angle.cos(), angle.sin()))
@@ -129,7 +147,7 @@ def noise_diffusion(
 
 
 def _rows(value: float | Tensor, x: Tensor) -> Tensor:
-    """One number for each row of x, to broadcast against it."""
+    """One number for each sample of x, in a shape that broadcasts against x."""
     return (
         torch.as_tensor(value, dtype=x.dtype, device=x.device)
         .expand(len(x))

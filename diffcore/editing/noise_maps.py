@@ -1,4 +1,6 @@
-"""The edit-friendly noise space of DDPM: the noise with which a stochastic sampler makes a given image."""
+"""The edit-friendly noise space of DDPM: the noise with which a stochastic sampler generates a
+given image.
+"""
 
 from dataclasses import dataclass, field, fields
 
@@ -20,20 +22,30 @@ from diffcore.sampling.loop import (
 )
 from diffcore.schedules import Level, check_falling
 
+__all__ = ["FixedNoise", "NoiseMaps", "extract", "replay"]
+
 
 @dataclass(frozen=True, eq=False)
-class Given(Noise):
-    """Noise whose draws are given.
+class FixedNoise(Noise):
+    """Noise with fixed draws.
 
     Args:
-        maps: (steps, B, *shape), z of each step.
+        maps: (steps, B, *shape) z of each step.
     """
 
     maps: Tensor = field(kw_only=True)
 
     @classmethod
-    def of(cls, noise: Noise, maps: Tensor) -> "Given":
-        """The same run's noise, with these draws."""
+    def of(cls, noise: Noise, maps: Tensor) -> "FixedNoise":
+        """Noise with the seeds, shape, device and dtype of another, and fixed draws.
+
+        Args:
+            noise: noise whose other fields are copied.
+            maps: (steps, B, *shape) z of each step.
+
+        Returns:
+            The noise.
+        """
         return cls(*(getattr(noise, f.name) for f in fields(Noise)), maps=maps)
 
     def step(self, index: int) -> Tensor:
@@ -45,21 +57,23 @@ class Given(Noise):
 
 @dataclass(frozen=True, eq=False)
 class NoiseMaps:
-    """An image as DDIM(eta)'s own draws; `replay` makes it again, or another image with its layout.
+    """An image as the draws of DDIM(eta). `replay` generates it again, or another image with its
+    layout.
 
     Args:
-        knots: the levels visited.
+        knots: levels between which the sampler steps.
         eta: η of the sampler.
-        x: at the first knot, (B, *shape).
+        x: (B, *shape) noisy samples at the first knot.
         noise: z of each step.
-        rest: the image less what the sampler makes of these. The clean step draws no noise, so what it misses is kept here, of
-            the size of the last noisy knot's σ/α: a grid that ends low (Karras, Linspace) leaves the rest to the maps.
+        rest: (B, *shape) image minus the result of the sampler. The clean step draws no noise, so
+            that its error is kept here; it has the size of σ/α at the last noisy knot, and is small
+            for grids that end low (Karras, Linspace).
     """
 
     knots: tuple[Level, ...]
     eta: float
     x: Tensor
-    noise: Given
+    noise: FixedNoise
     rest: Tensor
 
 
@@ -73,23 +87,29 @@ def extract(
     guidance: Guidance = CFG(1.0),
     condition: Tensor | None = None,
 ) -> NoiseMaps:
-    """z_i = (x_{i+1} - μ(x_i)) / std_i of noisy copies x_i = α_i x_0 + σ_i ε̃_i, each with noise ε̃_i of its own.
+    """Extract z_i = (x_{i+1} - μ(x_i)) / std_i of noisy copies x_i = α_i x_0 + σ_i ε̃_i with
+    independent ε̃_i.
 
-    Huberman-Spiegelglas et al. 2023 (2304.06140, Algorithm 1), with μ and std those of DDIM(eta)'s step. Because the copies are
-    independent, z varies more than noise does and holds the image's layout, which another condition then keeps. Knots that
-    begin later (Within) keep more of the image.
+    Huberman-Spiegelglas et al. 2023 (2304.06140, Algorithm 1), with μ and std those of DDIM(eta)'s
+    step. Because the copies are independent, z has a larger variance than noise and contains the
+    layout of the image, which is kept under another condition. Knots that start at less noise
+    (Within) keep more of the image.
 
     Args:
-        denoiser: a network with its process, or an oracle.
-        x0: the image, (B, *shape).
-        knots: as in sampling: falling in noise, the last one clean.
+        denoiser: network with its process, or an exact denoiser.
+        x0: (B, *shape) images.
+        knots: levels of sampling, each less noisy than the one before, the last one clean.
         noise: ε̃ of each knot.
         eta: η of DDIM, above 0.
-        guidance: how the condition is strengthened.
-        condition: labels (B,) of the image, or nothing.
+        guidance: guidance rule.
+        condition: (B,) labels of the images, or None.
+
+    Returns:
+        The noise maps.
 
     Raises:
-        ValueError: before the first step, where the network cannot be asked so or the steps draw no noise.
+        ValueError: The arguments do not fit together, or the steps draw no noise. It is raised
+            before the first step.
     """
     sampler = _stochastic(eta)
     _check(denoiser, knots, guidance, condition)
@@ -102,10 +122,8 @@ def extract(
                 denoiser, guidance, state.x, state.level, condition, memory, step
             )
             maps.append(_map(sampler, state, prediction, x0, noise))
-            state = sampler.advance(
-                state, prediction, Given.of(noise, torch.stack(maps))
-            )  # what the replay does
-    return NoiseMaps(knots, eta, x, Given.of(noise, torch.stack(maps)), x0 - state.x)
+            state = sampler.advance(state, prediction, FixedNoise.of(noise, torch.stack(maps)))
+    return NoiseMaps(knots, eta, x, FixedNoise.of(noise, torch.stack(maps)), x0 - state.x)
 
 
 @torch.no_grad()
@@ -115,7 +133,18 @@ def replay(
     guidance: Guidance = CFG(1.0),
     condition: Tensor | None = None,
 ) -> Tensor:
-    """The image that the maps were extracted from, to rounding, under the same condition; under another, an edited one."""
+    """Generate an image from noise maps: the original to rounding under its condition, an edited
+    one under another.
+
+    Args:
+        denoiser: network with its process.
+        maps: noise maps of the image.
+        guidance: guidance rule.
+        condition: (B,) labels, or None.
+
+    Returns:
+        (B, *shape) images.
+    """
     with evaluation_mode(denoiser, *find_weaker_networks(guidance)):
         x, _ = integrate(
             denoiser, _stochastic(maps.eta), maps.x, maps.knots, maps.noise, guidance, condition
@@ -124,14 +153,16 @@ def replay(
 
 
 def _map(sampler: DDIM, state: State, prediction: Prediction, x0: Tensor, noise: Noise) -> Tensor:
-    """The z that takes the state to the noisy copy of x_0 at the next knot; 0 where that is clean, for none is drawn."""
+    """The z (B, *shape) that moves the state to the noisy copy of x_0 at the next knot; 0 if that
+    knot is clean.
+    """
     knot, zero = state.remaining[0], torch.zeros_like(x0)
     if knot.sigma == 0:
         return zero
 
     def step(prediction: Prediction, z: Tensor) -> Tensor:
         return sampler.advance(
-            state, prediction, Given.of(noise, z.expand(state.step + 1, *z.shape))
+            state, prediction, FixedNoise.of(noise, z.expand(state.step + 1, *z.shape))
         ).x
 
     mean, std = step(prediction, zero), step(Prediction(zero, zero), torch.ones_like(zero))
@@ -141,7 +172,8 @@ def _map(sampler: DDIM, state: State, prediction: Prediction, x0: Tensor, noise:
 def _stochastic(eta: float) -> DDIM:
     if eta == 0:
         raise ValueError(
-            "eta is 0, where DDIM draws no noise: give eta up to 1, or use diffcore.editing.inversion"
+            "eta is 0, where DDIM draws no noise: give eta up to 1, or use "
+            "diffcore.editing.inversion"
         )
     return DDIM(eta)
 

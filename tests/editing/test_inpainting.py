@@ -1,4 +1,6 @@
-"""RePaint: known pixels at each knot's level and exactly in the result, the paper's jumps, the conditional in the limit."""
+"""RePaint: known pixels at each knot's level and exactly in the result, the paper's jumps, the
+conditional in the limit.
+"""
 
 import copy
 import math
@@ -29,7 +31,9 @@ def paint(inner=DDIM(1.0), jump=2, resamplings=3):
 
 
 def published(n, jump, resamplings):
-    """Indices of the knots on the authors' way; their t is n-1 at the first knot, 0 at the last noisy one, -1 at clean."""
+    """Indices of the knots on the authors' way; their t is n-1 at the first knot, 0 at the last
+    noisy one, -1 at clean.
+    """
     left = dict.fromkeys(range(0, n - jump, jump), resamplings - 1)
     t, way = n, []
     while t >= 1:
@@ -77,7 +81,9 @@ def test_known_pixels_are_exact_in_the_result_whatever_integrates(inner, grid):
 
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_known_pixels_have_fresh_noise_of_its_own_level_at_every_knot(scaling):
-    """400 rows: means below 5/√400, correlations too. The knots are close, so that a way back keeps much of its noise."""
+    """400 rows: means below 5/√400, correlations too. The knots are close, so that a way back keeps
+    much of its noise.
+    """
     oracle, seen = mixture(process(Cosine(scaling=scaling))), []
     noise = Noise(torch.arange(400), (2,), dtype=torch.float64)
     knots = Explicit((-1.0, -0.6, -0.2, 0.2, 0.6, math.inf)).knots(oracle.process.schedule, 5)
@@ -122,7 +128,9 @@ def test_the_way_back_makes_the_noisier_marginal_exactly(low, high, scaling):
 
 
 def test_resampling_brings_the_unknown_part_to_its_conditional():
-    """On a Gaussian it is known: mean 0.204, standard deviation 0.380. Replacement alone ends at 0.03."""
+    """On a Gaussian it is known: mean 0.204, standard deviation 0.380. Replacement alone ends at
+    0.03.
+    """
     cov = covariance(1.0, 0.3, 0.7)
     oracle = gaussian([0.5, -0.3], cov)
     mean = -0.3 + cov[1, 0] / cov[0, 0] * (1.2 - 0.5)

@@ -1,4 +1,6 @@
-"""Interpolation: noise stays noise, arcs stay on the sphere, corrected combinations have the level's own noise."""
+"""Interpolation: noise stays noise, arcs stay on the sphere, corrected combinations have the
+level's own noise.
+"""
 
 import math
 from dataclasses import replace
@@ -28,7 +30,9 @@ def blend(weight, shape=(4,)):
     "draw", (lambda noise: noise.start(), lambda noise: noise.step(3)), ids=("start", "step")
 )
 def test_a_blend_of_two_seeds_is_standard_normal(weight, draw):
-    """2000 numbers: means within 5/√2000 = 0.11, standard deviations within 5/√4000 = 0.08; a straight line has 0.71 at ½."""
+    """2000 numbers: means within 5/√2000 = 0.11, standard deviations within 5/√4000 = 0.08; a
+    straight line has 0.71 at ½.
+    """
     z = draw(blend(weight))
     assert z.mean().abs() < 0.11
     assert z.std() == pytest.approx(1, abs=0.08)
@@ -112,14 +116,16 @@ def test_two_inverted_images_are_the_ends_of_what_is_sampled_between():
         torch.testing.assert_close(x, image, rtol=0, atol=1e-6)
 
 
-# NoiseDiffusion --------------------------------------------------------------------------------------------------------
+# NoiseDiffusion
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize("gamma", (0.0, 0.6))
 @pytest.mark.parametrize("weight", (0.0, 0.3, 1.0))
 def test_the_combination_is_images_plus_noise_of_the_levels_variance(weight, gamma, scaling):
-    """α (μ x_a + ν x_b) + σ (p ε_a + q ε_b + γ z), p² + q² + γ² = 1, p : q a quarter circle, μ + ν = 1.2."""
+    """α (μ x_a + ν x_b) + σ (p ε_a + q ε_b + γ z), p² + q² + γ² = 1, p : q a quarter circle, μ + ν
+    = 1.2.
+    """
     level = Cosine(scaling=scaling).at(-1.0)
     (x_a, x_b), (e_a, e_b, z) = (
         images(),

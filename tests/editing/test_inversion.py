@@ -1,4 +1,6 @@
-"""Inversion: round trips on exact denoisers, each step solved, the network asked only where it can answer."""
+"""Inversion: round trips on exact denoisers, each step solved, the network asked only where it can
+answer.
+"""
 
 import math
 from functools import cache
@@ -48,7 +50,9 @@ def round_trip(name, steps, iterations, grid=Trailing()):
     [("gaussian", (2.0e-2, 8.2e-3, 2.1e-3)), ("mixture", (2.0e-2, 8.1e-3, 2.0e-3))],
 )
 def test_explicit_inversion_errs_at_first_order(name, errors):
-    """M11: 20, 50 and 200 steps from pure noise to clean; ε held throughout has 7.0e-2, 3.8e-2, 1.3e-2."""
+    """M11: 20, 50 and 200 steps from pure noise to clean; ε held throughout has 7.0e-2, 3.8e-2,
+    1.3e-2.
+    """
     measured = [round_trip(name, steps, 1)[0] for steps in (20, 50, 200)]
     assert measured == pytest.approx(errors, rel=0.05)
 
@@ -201,7 +205,9 @@ def test_what_cannot_be_inverted_is_refused(changes, message):
 
 
 def test_rows_that_would_diverge_are_solved_all_the_same():
-    """Between the basins of a data set F is steep: with g as it begins, the largest residual is 0.26 after 60 iterations."""
+    """Between the basins of a data set F is steep: with g as it begins, the largest residual is
+    0.26 after 60 iterations.
+    """
     oracle = EmpiricalDistribution(mixture().sample(torch.arange(20)), process=process(classes=0))
     knots = Within(UniformLogSNR(), -8.0, 2.0).knots(Cosine(), 8)
     x = knots[-1].alpha * oracle.sample(SEEDS) + knots[-1].sigma * NOISE.start()

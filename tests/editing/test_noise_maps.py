@@ -89,7 +89,9 @@ def test_the_maps_make_the_image_in_the_sampler_itself_but_for_what_the_clean_st
 
 
 def test_the_maps_vary_more_than_noise():
-    """Copies with independent noise differ by more than a run does: the property the space has its use from."""
+    """Copies with independent noise differ by more than a run does: the property the space has its
+    use from.
+    """
     oracle = mixture()
     maps = extract(oracle, oracle.sample(SEEDS), Trailing().knots(Cosine(), 100), NOISE).noise.maps
     assert maps[10:90].std() > 1.5
@@ -97,7 +99,9 @@ def test_the_maps_vary_more_than_noise():
 
 @pytest.mark.parametrize("start", (-math.inf, -3.0))
 def test_another_condition_moves_the_class(start):
-    """Class 0 is one Gaussian, class 1 two others: replayed under 1, images of class 0 are likelier in 1."""
+    """Class 0 is one Gaussian, class 1 two others: replayed under 1, images of class 0 are likelier
+    in 1.
+    """
     oracle, clean = mixture(), Cosine().at(30.0)
     zero, one = (torch.full((32,), label) for label in (0, 1))
     x0 = oracle.sample(SEEDS, zero)

@@ -70,7 +70,9 @@ def test_what_is_the_same_by_construction(one, other, knots):
 
 
 def test_the_order_2_predictor_of_unipc_is_2m():
-    """From one memory; Adams-Bashforth(2) in (x_0, λ) integrates the slope, e^{-h} - 1 + h for h (1 - e^{-h})/2."""
+    """From one memory; Adams-Bashforth(2) in (x_0, λ) integrates the slope, e^{-h} - 1 + h for h (1
+    - e^{-h})/2.
+    """
     t1, t, s = Explicit((-3.0, -1.0, 0.5)).knots(Cosine(), 2)
     x0, before, eps = NOISE.start(), NOISE.step(0), NOISE.step(1)
 
@@ -100,7 +102,9 @@ def test_the_order_2_predictor_of_unipc_is_2m():
 
 
 def test_unipc_is_adams_moulton_for_x0_over_logsnr_but_for_its_secants():
-    """From the third step on, UniPC(3) predicts with three values and corrects with four. Here from equal states and memory."""
+    """From the third step on, UniPC(3) predicts with three values and corrects with four. Here from
+    equal states and memory.
+    """
     levels = Explicit((-3.0, -2.2, -1.0, 0.0, 0.9, 2.0)).knots(Cosine(), 5)
     unipc, moulton = (
         sampler.start(levels[0].sigma * NOISE.start(), levels, NOISE)
@@ -144,7 +148,9 @@ def test_order_2_is_kept_to_the_clean_level_on_uniform_a(sampler):
 @pytest.mark.parametrize("k", (2, 3, 4, 5))
 @pytest.mark.parametrize(("held", "variable"), EVERY_PAIR, ids=str)
 def test_k_predictions_integrate_polynomials_of_degree_below_k(held, variable, k):
-    """f = v^(k-1) of the method's variable: the correction is the exact integral beyond the first-order step."""
+    """f = v^(k-1) of the method's variable: the correction is the exact integral beyond the
+    first-order step.
+    """
     logsnrs = (-3.0, -2.2, -1.5, -0.1, 0.8, 1.7)
     knots = Explicit(logsnrs).knots(Cosine(), 5)
     sampler = AdamsBashforth(k, held, variable)

@@ -1,4 +1,6 @@
-"""What holds for every sampler: states are values, runs do not see each other, nothing in the loop reads the device."""
+"""What holds for every sampler: states are values, runs do not see each other, nothing in the loop
+reads the device.
+"""
 
 import copy
 import dataclasses
@@ -50,7 +52,9 @@ def takes_midpoints(sampler):
 
 
 def in_a(sampler):
-    """Whether it needs no exception at the ends, so that the step to the clean level is of its own order."""
+    """Whether it needs no exception at the ends, so that the step to the clean level is of its own
+    order.
+    """
     forms = (AdamsBashforth.flow(3), AdamsMoulton(3), AdamsMoulton(3, every=2))
     return takes_midpoints(sampler) or stepper(sampler) in forms
 
@@ -211,7 +215,9 @@ def test_c7_what_reads_the_sample_is_caught(sampler):
 
 
 def run_without_data(sampler):
-    """On the device `meta`, whose tensors have shapes and no data: reading one, or branching on it, is an error."""
+    """On the device `meta`, whose tensors have shapes and no data: reading one, or branching on it,
+    is an error.
+    """
     noise = Noise(torch.arange(4), (2,), torch.device("meta"), torch.float64)
     labels = torch.zeros(4, dtype=torch.int64, device="meta")
     return integrate(
@@ -259,7 +265,9 @@ def test_c1_no_noise_is_left_on_a_point_mass(sampler, schedule):
 
 @pytest.mark.parametrize("sampler", [s for s in SAMPLERS if not isinstance(s, Restart)], ids=str)
 def test_one_step_from_pure_noise_to_data(sampler):
-    """E[x_0], from the first-order step. The midpoint rule: x - (ε - x_0) asked half-way, from E[x_0] and x in equal parts."""
+    """E[x_0], from the first-order step. The midpoint rule: x - (ε - x_0) asked half-way, from
+    E[x_0] and x in equal parts.
+    """
     knots = Trailing().knots(Flow(), 1)
     oracle, x = mixture(process(Flow())), NOISE.start()
     mean = oracle(x, knots[0]).x0

@@ -1,4 +1,6 @@
-"""DDIM against the formulas of its paper and of DDPM, exact Gaussian moments, and diffusers' scheduler."""
+"""DDIM against the formulas of its paper and of DDPM, exact Gaussian moments, and diffusers'
+scheduler.
+"""
 
 import math
 from types import SimpleNamespace
@@ -84,7 +86,9 @@ def test_every_step_has_noise_of_its_own():
 @pytest.mark.parametrize("eta", (0.0, 0.7))
 @pytest.mark.parametrize("kind", ("epsilon", "v_prediction", "sample"))
 def test_steps_equal_diffusers_where_its_previous_timestep_is_right(kind, eta):
-    """Trailing with n = 10 of T = 1000: t - T//n is the next knot. Its table is float32: ᾱ to 5e-7 (hence 1e-5)."""
+    """Trailing with n = 10 of T = 1000: t - T//n is the next knot. Its table is float32: ᾱ to 5e-7
+    (hence 1e-5).
+    """
     theirs = DDIMScheduler(
         1000,
         1e-4,
@@ -107,7 +111,9 @@ def test_steps_equal_diffusers_where_its_previous_timestep_is_right(kind, eta):
 
 
 def test_eta_0_follows_the_flow_from_data_to_noise():
-    """Inversion: the same steps on rising noise. Their error is first order, 0.0045 at 500 steps and half at 1000."""
+    """Inversion: the same steps on rising noise. Their error is first order, 0.0045 at 500 steps
+    and half at 1000.
+    """
     oracle = mixture()
     schedule, x = oracle.process.schedule, oracle.sample(torch.arange(8))
     exact = flow(oracle, x, schedule.at(6.0), schedule.at(-6.0))
@@ -134,7 +140,9 @@ def test_eta_outside_0_to_1_is_refused(eta):
 @pytest.mark.parametrize("scaling", ("vp", "ve", "flow"))
 @pytest.mark.parametrize("eta", (0.0, 0.3, 1.0))
 def test_knots_may_be_maps_of_levels(eta, scaling):
-    """Each element at its own level: equal to a run of its own. A clean element stays, one that becomes clean is x_0."""
+    """Each element at its own level: equal to a run of its own. A clean element stays, one that
+    becomes clean is x_0.
+    """
     before, after = [-9.0, -1.0, 2.0, 2.0, math.inf], [-2.0, 0.5, 3.0, math.inf, math.inf]
     schedule = Cosine(scaling=scaling)
     t, s = (schedule.at(torch.tensor(v, dtype=torch.float64)) for v in (before, after))

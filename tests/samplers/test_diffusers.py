@@ -1,4 +1,5 @@
-"""Equality with diffusers' schedulers on the same knots and exact denoiser, and what differs where theirs is not right.
+"""Equality with diffusers' schedulers on the same knots and exact denoiser, and what differs where
+theirs is not right.
 
 Their tables of σ are overwritten with our knots, in float64, so that only the steps are compared.
 """
@@ -127,7 +128,9 @@ def distance(states, levels):
 
 
 def test_where_theirs_is_second_order_ours_is_closer():
-    """DPM-Solver++ 3M, 60 steps of λ from -6 to 4: 1.4e-4 from the flow as published, 1.9e-5 with the factor of 2."""
+    """DPM-Solver++ 3M, 60 steps of λ from -6 to 4: 1.4e-4 from the flow as published, 1.9e-5 with
+    the factor of 2.
+    """
     levels = Explicit(tuple(-6 + i / 6 for i in range(61))).knots(Cosine(), 60)
     published, true = (
         distance(ours(DPMSolverPP(v), levels), levels) for v in ("3M published", "3M")
@@ -139,7 +142,9 @@ def test_where_theirs_is_second_order_ours_is_closer():
 
 
 def test_unipc_bh1_to_the_clean_level_is_nan_there_and_x0_here():
-    """B(h) = h is infinite. At order 3 theirs lowers the order of the last two steps below 15 steps, whatever is asked for."""
+    """B(h) = h is infinite. At order 3 theirs lowers the order of the last two steps below 15
+    steps, whatever is asked for.
+    """
     levels = knots("vp", True)
     assert theirs(unipc(2, "bh1"), levels)[-1].isnan().all()
     assert ours(UniPC(2, "bh1"), levels)[-1].isfinite().all()

@@ -30,7 +30,9 @@ def polynomial(logsnr, degree):
 @pytest.mark.parametrize("eta", (0.0, 0.5, 1.0))
 @pytest.mark.parametrize("steps", (1, 2, 3))
 def test_a_step_is_the_integral_of_the_polynomial_through_the_last_predictions(steps, eta):
-    """Exact for an x_0 that is a polynomial of degree steps-1: the integral by quadrature, and the exact noise."""
+    """Exact for an x_0 that is a polynomial of degree steps-1: the integral by quadrature, and the
+    exact noise.
+    """
     sampler, levels = DPMSolverSDE(steps, eta, "heun"), [Cosine().at(logsnr) for logsnr in LOGSNRS]
     state = State(EPS, levels[0], tuple(levels[1:]))
     for _ in range(3):

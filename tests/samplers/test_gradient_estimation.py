@@ -18,7 +18,9 @@ LOGSNRS = (-6.0, -3.5, -2.0, 0.0, 1.0, 3.0)
 @pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize(("gamma", "mu"), [(1.0, 0.5), (2.0, 0.5), (2.0, 0.2), (1.6, 0.9)])
 def test_a_run_is_the_authors(gamma, mu, scaling):
-    """smalldiffusion: σ_p = (σ'/σ^μ)^(1/(1-μ)), η = √(σ'² - σ_p²), x' = x - (σ - σ_p) ε̄ + η z, in the ve scaling."""
+    """smalldiffusion: σ_p = (σ'/σ^μ)^(1/(1-μ)), η = √(σ'² - σ_p²), x' = x - (σ - σ_p) ε̄ + η z, in
+    the ve scaling.
+    """
     ve = mixture(process(Cosine(scaling="ve")))
     knots = Explicit(LOGSNRS).knots(ve.process.schedule, 5)
     y, last = knots[0].sigma * NOISE.start(), None

@@ -64,7 +64,9 @@ ADAPTIVE = {  # with a tolerance that every step meets, they step from knot to k
 }
 ROWS, LOW, HIGH = 256, -6.0, 4.0
 SEEDED = 4
-"""Knots before LOW at which a multistep method is given exact predictions: a first-order start caps every order at 2."""
+"""Knots before LOW at which a multistep method is given exact predictions: a first-order start caps
+every order at 2.
+"""
 NOISE = Noise(torch.arange(ROWS), (2,), dtype=torch.float64)
 
 
@@ -128,7 +130,9 @@ def test_an_instance_holds_its_fields_alone(sampler):
 
 @pytest.mark.parametrize(("sampler", "order"), [*ORDERS.items(), *ADAPTIVE.items()], ids=str)
 def test_the_measured_order_is_the_declared_one(sampler, order):
-    """The slope of the finest pair of step counts whose errors are above the reference's own, 5e-13."""
+    """The slope of the finest pair of step counts whose errors are above the reference's own,
+    5e-13.
+    """
     steps = 128 if sampler in ADAPTIVE else 256
     errors = error(sampler, steps)
     while errors < 5e-13:

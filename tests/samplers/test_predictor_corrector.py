@@ -1,4 +1,6 @@
-"""Langevin correctors keep the exact marginal, and predictor-corrector guidance is what its paper proves."""
+"""Langevin correctors keep the exact marginal, and predictor-corrector guidance is what its paper
+proves.
+"""
 
 import math
 from dataclasses import replace
@@ -72,7 +74,9 @@ def corrected(sampler, prediction, level, z):
 
 @pytest.mark.parametrize("logsnr", (-2.0, 1.0, 5.0))
 def test_many_corrections_leave_the_marginal_in_the_limit_of_small_steps(logsnr):
-    """Relative bias of each variance V below (1-ρ)/2, that is V (1+ρ)/(2 - (1-ρ) σ²/V) in the limit: halved with the step."""
+    """Relative bias of each variance V below (1-ρ)/2, that is V (1+ρ)/(2 - (1-ρ) σ²/V) in the
+    limit: halved with the step.
+    """
     oracle = gaussian([1.0, -0.5], COV)
     level = oracle.process.schedule.at(logsnr)
     exact = level.alpha**2 * COV + level.sigma**2 * EYE
@@ -142,7 +146,9 @@ def predicted(w, level):
 
 
 def propagated(sampler, w, steps):
-    """The variance at λ = 12 from a unit one at λ = -12: each advance is A x + B z, rows 0 and 1 read off A and B."""
+    """The variance at λ = 12 from a unit one at λ = -12: each advance is A x + B z, rows 0 and 1
+    read off A and B.
+    """
     knots = Explicit(tuple(-12 + 24 * i / steps for i in range(steps + 1))).knots(Flow(), steps)
     state, variance = sampler.start(ROWS, knots, UNIT), knots[0].alpha ** 2 + knots[0].sigma ** 2
     while not state.done:
@@ -165,7 +171,9 @@ def variance(sampler, w, steps):
 
 @pytest.mark.parametrize("w", (1.5, 2.0, 3.0))
 def test_pcg_with_one_correction_is_cfg_in_the_limit_of_the_sde(w):
-    """Bradley & Nakkiran 2408.09000, theorem 3: CFG(2w-1) on the corrector alone is CFG(w) of the SDE."""
+    """Bradley & Nakkiran 2408.09000, theorem 3: CFG(2w-1) on the corrector alone is CFG(w) of the
+    SDE.
+    """
     sde = (2 - 2 ** (2 - 2 * w)) / (2 * w - 1)
     assert variance(DDIM(1.0), w, 160) == pytest.approx(sde, rel=3e-3)
     assert variance(
@@ -175,7 +183,9 @@ def test_pcg_with_one_correction_is_cfg_in_the_limit_of_the_sde(w):
 
 @pytest.mark.parametrize(("corrections", "expected"), ((1, 0.75), (10, 0.674), (100, 0.667)))
 def test_more_corrections_approach_the_powered_density(corrections, expected):
-    """Of p_c^γ p_u^(1-γ): 2/(γ+1) = .6667 with γ = 2, from .75, the variance of CFG(1.5) of the SDE, at K = 1."""
+    """Of p_c^γ p_u^(1-γ): 2/(γ+1) = .6667 with γ = 2, from .75, the variance of CFG(1.5) of the
+    SDE, at K = 1.
+    """
     pcg = PredictorCorrector(DDIM(), corrections, guides="corrector")
     assert variance(pcg, 2.0, 160) == pytest.approx(expected, abs=1e-3)
 

@@ -66,7 +66,9 @@ def test_the_jump_adds_what_the_levels_differ_in(schedule):
 
 @pytest.mark.parametrize("steps", (8, 32))
 def test_the_marginal_is_kept_up_to_the_inner_samplers_error(steps):
-    """And errors shrink: noise and flow back contract them. DDIM is of order 1, so 4 times the steps err 4 times less."""
+    """And errors shrink: noise and flow back contract them. DDIM is of order 1, so 4 times the
+    steps err 4 times less.
+    """
     cov = covariance(0.8, 0.2, 0.7)
     oracle = gaussian([1.0, -0.5], cov)
     knots = Explicit(tuple(-6 + 10 * i / steps for i in range(steps + 1))).knots(
@@ -85,7 +87,9 @@ def test_the_marginal_is_kept_up_to_the_inner_samplers_error(steps):
 
 
 def test_x_is_kept_where_a_run_only_goes_on():
-    """From the last repeat into the rest of the run no noise is added: draws are one for each repeat."""
+    """From the last repeat into the rest of the run no noise is added: draws are one for each
+    repeat.
+    """
     oracle = gaussian([1.0, -0.5], covariance(0.8, 0.2, 0.7))
     knots = Karras(0.01, 20.0).knots(oracle.process.schedule, 9)
     assert len(affine(oracle, Restart(DDIM(), TWO), knots)[2]) == 2 + 1

@@ -1,4 +1,6 @@
-"""The adaptive pairs: errors follow the tolerance, every knot is reached, nothing is asked where it may not be."""
+"""The adaptive pairs: errors follow the tolerance, every knot is reached, nothing is asked where it
+may not be.
+"""
 
 import math
 import pickle
@@ -30,7 +32,9 @@ class Counted:
 
 @pytest.mark.parametrize("pair", PAIRS)
 def test_the_error_weights_are_those_of_a_method_one_order_lower(pair):
-    """Σ e = 0 and Σ e_i c_i^q = 0 for q below the lower order, and not at it: else the error would say nothing."""
+    """Σ e = 0 and Σ e_i c_i^q = 0 for q below the lower order, and not at it: else the error would
+    say nothing.
+    """
     order, rows, error = PAIRS[pair]
     c, e, b = np.array([0.0, *map(sum, rows)]), np.array(error), np.array([*rows[-1], 0.0])
     lower = order - 1
@@ -95,7 +99,9 @@ def test_there_and_back(pair):
 
 
 def test_a_step_is_rejected_where_the_flow_is_sharp():
-    """A point mass, whose velocity is constant, takes the fewest evaluations; a mixture asks for levels a second time."""
+    """A point mass, whose velocity is constant, takes the fewest evaluations; a mixture asks for
+    levels a second time.
+    """
     point = PointMass(torch.tensor([0.7, -1.3], dtype=torch.float64), process(Flow()))
     knots = Trailing().knots(Flow(), 1)
     x, easy = integrate(point, AdaptiveRungeKutta(), NOISE.start(), knots, NOISE)

@@ -1,5 +1,7 @@
-"""Every stochastic sampler's law converges at the weak order that it declares. Monte Carlo could not show a slope; here the
-law is propagated exactly: on a Gaussian its moments, on a mixture in one dimension an expectation, by quadrature."""
+"""Every stochastic sampler's law converges at the weak order that it declares. Monte Carlo could
+not show a slope; here the law is propagated exactly: on a Gaussian its moments, on a mixture in one
+dimension an expectation, by quadrature.
+"""
 
 import math
 from dataclasses import replace
@@ -116,7 +118,9 @@ def observed(x):
 
 
 def law(sampler, steps):
-    """E observed(x_end), by the backward recursion f_t(x) = E f_s(one step from x) = Σ w_j f_s(m(x) + c z_j)."""
+    """E observed(x_end), by the backward recursion f_t(x) = E f_s(one step from x) = Σ w_j f_s(m(x)
+    + c z_j).
+    """
     knots, grid = knots_of(steps), np.linspace(-9, 9, 1501)
     x, function = torch.from_numpy(grid)[:, None], observed
     for t, s in reversed(list(pairwise(knots))):
@@ -177,7 +181,9 @@ def change(sampler, noise, steps):
 
 @pytest.mark.parametrize("sampler", STRONG, ids=str)
 def test_with_one_path_a_seed_gives_a_nearby_sample_at_twice_the_steps(sampler):
-    """Strong convergence. Without the path the noise is another, and so is the sample: as far as two seeds are."""
+    """Strong convergence. Without the path the noise is another, and so is the sample: as far as
+    two seeds are.
+    """
     followed = replace(SEEDS, path=True)
     first, second = change(sampler, followed, 20), change(sampler, followed, 40)
     assert second < 0.7 * first

@@ -1,4 +1,6 @@
-"""From seeds to samples: right from pure noise, each from its own seed alone, refused where it would be wrong."""
+"""From seeds to samples: right from pure noise, each from its own seed alone, refused where it
+would be wrong.
+"""
 
 import math
 from functools import cache
@@ -155,7 +157,9 @@ def test_a1_the_same_network_samples_from_a_finite_level(fields, remedy):
     "schedule", (Discrete(), ZeroTerminalSNR(Discrete())), ids=("finite", "zero terminal")
 )
 def test_m1_m2_every_number_of_trailing_steps_reaches_the_data(schedule, n):
-    """On N(0, ½²) a run multiplies its noise by a number, the standard deviation; first order leaves it 1.5/n short."""
+    """On N(0, ½²) a run multiplies its noise by a number, the standard deviation; first order
+    leaves it 1.5/n short.
+    """
     oracle = gaussian([0.0], torch.tensor([[0.25]]), process(schedule, shape=(1,)))
     noise = Noise(torch.arange(3), (1,), dtype=torch.float64).start()
     result = sample(
@@ -336,7 +340,9 @@ def test_more_steps_than_a_table_has_are_refused(grid):
 
 
 def test_a_network_trained_on_one_schedule_is_sampled_on_another_s_levels():
-    """TimeSampling are matched in λ, so knots of Flow's uniform a serve a network of the cosine schedule."""
+    """TimeSampling are matched in λ, so knots of Flow's uniform a serve a network of the cosine
+    schedule.
+    """
     grid = Explicit(tuple(knot.logsnr for knot in Trailing().knots(Flow(), 20)))
     record = process(Cosine())
     denoiser = Denoiser(ExactNetwork(mixture(record), record), record)
@@ -380,7 +386,7 @@ def test_a_run_to_pure_noise_in_ve_is_refused():
         )
 
 
-# Starting and stopping anywhere ----------------------------------------------------------------------------------------
+# Starting and stopping anywhere
 
 
 ANY_SAMPLER = [*ORDERS, DDIM(0.5), DDIM(1.0)]
@@ -400,7 +406,9 @@ EVENS = [
 @pytest.mark.parametrize("start", (0.05, 1.0, 20.0))
 @pytest.mark.parametrize("sampler", ANY_SAMPLER, ids=str)
 def test_c5_the_noise_put_on_an_image_is_sigma_of_the_start_level_exactly(sampler, start, scaling):
-    """Whatever the sampler, the steps and the grid: strength is a noise level, not a share of the steps."""
+    """Whatever the sampler, the steps and the grid: strength is a noise level, not a share of the
+    steps.
+    """
     image, z = torch.tensor([0.3, -0.7]), Noise(torch.tensor(SEEDS), (2,)).start()
     for grid, steps in zip(EVENS, (1, 2, 3, 4, 5, 7, 8, 50), strict=True):
         denoiser = small(schedule=Cosine(scaling=scaling), prediction="flow_prediction")

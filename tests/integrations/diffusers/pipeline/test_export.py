@@ -1,4 +1,6 @@
-"""A process as a scheduler of diffusers: the samples of its own pipelines are those of our loop, or it is refused."""
+"""A process as a scheduler of diffusers: the samples of its own pipelines are those of our loop, or
+it is refused.
+"""
 
 import json
 import math
@@ -176,7 +178,9 @@ def test_another_process_does_not_pass_for_it(tmp_path, damage):
 
 
 def test_steps_that_do_not_divide_the_table_are_not_asked_for(tmp_path):
-    """DDIM of diffusers goes to t - T // n, which is not where its own trailing grid is; 30 steps of 1000 are wrong there."""
+    """DDIM of diffusers goes to t - T // n, which is not where its own trailing grid is; 30 steps
+    of 1000 are wrong there.
+    """
     own = made(process(Discrete(), "epsilon"), steps=30)
     stock = export_pipeline(own)
     assert [exact_steps(stock.scheduler, n) for n in (30, 25, 3, 4000)] == [25, 25, 2, 1000]
@@ -236,7 +240,7 @@ def test_sides_that_differ_are_refused_where_the_pipeline_has_one_size():
         export_pipeline(own)
 
 
-# Processes -----------------------------------------------------------------------------------------------------------
+# Processes
 
 ELSEWHERE = """
 import sys
@@ -277,6 +281,7 @@ def test_in_a_new_process_the_samples_are_bit_equal_and_the_stock_pipeline_needs
     here = stock(batch_size=2, generator=torch.Generator().manual_seed(7), **asked).images
     assert np.array_equal(np.load(tmp_path / "stock.npy"), here)
     assert np.array_equal(np.load(tmp_path / "ours.npy"), own(seeds=[5, 6], **asked).images)
-    # the stock pipeline and our loop, from one generator: unit noise here, √(α² s² + σ²) of it there, equal at pure noise
+    # the stock pipeline and our loop, from one generator: unit noise here, √(α² s² + σ²) of it
+    # there, equal at pure noise
     again = own(generator=torch.Generator().manual_seed(7), **asked).images
     np.testing.assert_allclose(here, again, rtol=0, atol=1e-5)
