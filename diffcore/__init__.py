@@ -1,6 +1,7 @@
 """diffcore: diffusion-model training and sampling.
 
-The names below are imported when they are first used (PEP 562), so that `import diffcore` imports no torch:
+The names below are imported when they are first used (PEP 562), so that `import diffcore` imports
+no torch:
 
     import diffcore
     images = diffcore.sample(diffcore.Run("runs/digits").denoiser(), seeds=range(16)).x

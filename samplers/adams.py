@@ -189,7 +189,11 @@ class AdamsBashforth(Adams[History]):
 
     @classmethod
     def flow(cls, k: Literal[1, 2, 3, 4, 5] = 2) -> "AdamsBashforth":
-        """The sampler with k values of the velocity ε - x_0 of a rectified flow, over a."""
+        """The sampler of the velocity ε - x_0 of a rectified flow, over a.
+
+        Returns:
+            The sampler with at most k values.
+        """
         return cls(k, "velocity", "a")
 
     @classmethod
@@ -211,7 +215,10 @@ class AdamsBashforth(Adams[History]):
 
     @classmethod
     def ipndm(cls, k: Literal[1, 2, 3, 4, 5] = 4) -> "AdamsBashforth":
-        """iPNDM with k values: ε with the classical weights of equal steps.
+        """iPNDM: ε with the classical weights of equal steps.
+
+        Returns:
+            The sampler with at most k values.
 
         Zhang & Chen 2023 (2204.13902), after 2202.09778.
         """
@@ -376,7 +383,7 @@ def _coordinate(level: Level, index: int, variable: Variable) -> Real:
     Args:
         level: level of the knot.
         index: index of the knot, relative to the beginning of the step.
-        variable: which variable.
+        variable: variable of interpolation.
     """
     match variable:
         case "u":

@@ -130,7 +130,9 @@ def polynomial_term(history: History, s: Level) -> Tensor | float:
 
 
 def _unpublished_half(history: History, s: Level) -> Tensor:
-    """Half the integral of the quadratic term x_0[t, t', t''] (λ-λ_t)², which `3M published` omits."""
+    """Half the integral of the quadratic term x_0[t, t', t''] (λ-λ_t)², which `3M
+    published` omits.
+    """
     (t, x0), (t1, x1), (t2, x2) = history
     r1, r2 = t1.logsnr - t.logsnr, t2.logsnr - t.logsnr
     half = s.sigma * exponential_moments(t, s, 2)[1] / 2

@@ -93,7 +93,9 @@ class SegmentSampler(SamplerWrapper[SegmentPosition]):
         return _outer_state(position, step)
 
     def _next_segment(self, position: SegmentPosition, noise: Noise, step: int) -> SegmentPosition:
-        """The position at the beginning of the next segment, with the noise of the jump added to x."""
+        """The position at the beginning of the next segment, with the noise of the jump
+        added to x.
+        """
         (segment, *later), x = position.later, position.inner.x
         level = position.inner.level
         if _is_noisier(segment[0], level):

@@ -1,4 +1,6 @@
-"""What several test files share: one tiny run of the command line, and a clean accelerate after each test."""
+"""What several test files share: one tiny run of the command line, and a clean accelerate after
+each test.
+"""
 
 import re
 import sys
@@ -26,7 +28,9 @@ ABSENT = [package for package in EXTRAS if not has_extra(package)]
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """Leave out the test modules that import a package that is not installed, or whose fixtures do."""
+    """Leave out the test modules that import a package that is not installed, or whose
+    fixtures do.
+    """
     if not ABSENT or collection_path.suffix != ".py" or collection_path.parent == ROOT / "tests":
         return None
     imported = rf"^\s*(from|import) ({'|'.join(ABSENT)})\b"
@@ -41,7 +45,9 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 
 
 def forget_accelerate() -> None:
-    """accelerate keeps one state a process: without this a second trainer would get the first one's precision."""
+    """accelerate keeps one state a process: without this a second trainer would get the first one's
+    precision.
+    """
     if "accelerate" in sys.modules:
         sys.modules["accelerate.state"].AcceleratorState._reset_state(True)
 
@@ -54,7 +60,9 @@ def _clean_accelerate():
 
 @pytest.fixture
 def one_thread():
-    """Bits depend on the number of threads, and on arrays this small two cost more than they bring."""
+    """Bits depend on the number of threads, and on arrays this small two cost more than
+    they bring.
+    """
     import torch
 
     before = torch.get_num_threads()

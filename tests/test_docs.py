@@ -11,7 +11,8 @@ from diffcore.cli.main import main
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 TINY = (
-    "--steps 1 --batch_size 4 --trackers [] --save_every 1 --log_every 1 --network.init_args.block_out_channels=[16,16] "
+    "--steps 1 --batch_size 4 --trackers [] --save_every 1 --log_every 1 "
+    "--network.init_args.block_out_channels=[16,16] "
     "--network.init_args.attention_head_dim=8"
 )
 

@@ -1,4 +1,6 @@
-"""The language of the code: docstrings that state arguments, shapes and results, in plain technical English."""
+"""The language of the code: docstrings that state arguments, shapes and results, in plain technical
+English.
+"""
 
 import ast
 import importlib
@@ -88,7 +90,9 @@ def states_result(doc: str) -> bool:
 
 
 def entries() -> Iterator[str]:
-    """The first line of every entry of every `Args:` section of the sources, as file:line name: text."""
+    """The first line of every entry of every `Args:` section of the sources, as file:line name:
+    text.
+    """
     for path in sources("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):

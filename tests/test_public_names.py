@@ -1,4 +1,5 @@
-"""The public API changes on purpose: the names of every public module are compared with a checked-in list.
+"""The public API changes on purpose: the names of every public module are compared with a
+checked-in list.
 
 `python -m tests.test_public_names` rewrites the list.
 """

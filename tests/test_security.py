@@ -1,4 +1,6 @@
-"""A run folder or a config cannot run code: a spec names classes, never a function that is called."""
+"""A run folder or a config cannot run code: a spec names classes, never a function that
+is called.
+"""
 
 import pickle
 

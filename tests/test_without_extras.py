@@ -1,4 +1,6 @@
-"""What works with the core dependencies alone, and which extra the error names where one is needed."""
+"""What works with the core dependencies alone, and which extra the error names where
+one is needed.
+"""
 
 import subprocess
 import sys

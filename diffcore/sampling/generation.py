@@ -120,7 +120,8 @@ def sample(
     labels = check_sampling(process, knots, seeds, condition, guidance, batch_size, sampler)
     if micro_batch < 0:
         raise ValueError(
-            f"micro_batch is {micro_batch}, expected a number of samples, or 0 for one call of the network"
+            f"micro_batch is {micro_batch}, expected a number of samples, or 0 for one call of the "
+            "network"
         )
     image = None if image is None else _images(process, knots[0], len(seeds), image)
     device = denoiser.device
@@ -276,6 +277,12 @@ def evaluation_mode(*denoisers: object) -> Iterator[None]:
     """Put networks into evaluation mode, and restore their modes on exit.
 
     A network in evaluation mode is not changed, so that threads can share it.
+
+    Args:
+        *denoisers: networks; other objects are ignored.
+
+    Returns:
+        A context manager.
     """
     training = [
         network for network in denoisers if isinstance(network, nn.Module) and network.training

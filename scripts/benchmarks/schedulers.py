@@ -169,8 +169,10 @@ def _of(
     **fields: Any,
 ) -> list[ConfiguredScheduler]:
     make = getattr(diffusers, name)
-    return [ConfiguredScheduler(method, grid, partial(make, **BETAS, **given, **options), **fields)
-            for grid, options in grids.items()]  # fmt: skip
+    return [
+        ConfiguredScheduler(method, grid, partial(make, **BETAS, **given, **options), **fields)
+        for grid, options in grids.items()
+    ]
 
 
 def _edm(method: str, name: str, **given: Any) -> list[ConfiguredScheduler]:
@@ -192,38 +194,98 @@ def _flow(method: str, name: str, grid: str = "flow", **given: Any) -> list[Conf
 MULTI = {"prediction_type": "sample"}
 SCHEDULERS: list[ConfiguredScheduler] = [
     *_of("DDIM", "DDIMScheduler", SPACED, {"clip_sample": False}, ratio=_table),
-    *_of("PNDM", "PNDMScheduler", {"trailing": SPACED["trailing"]},
-         {"skip_prk_steps": True, "set_alpha_to_one": True}, ratio=_table),
+    *_of(
+        "PNDM",
+        "PNDMScheduler",
+        {"trailing": SPACED["trailing"]},
+        {"skip_prk_steps": True, "set_alpha_to_one": True},
+        ratio=_table,
+    ),
     *_of("Euler", "EulerDiscreteScheduler", SPACED | SIGMAS, scaling="ve"),
     *_of("Heun", "HeunDiscreteScheduler", SPACED | SIGMAS, scaling="ve"),
     *_of("LMS", "LMSDiscreteScheduler", SPACED | SIGMAS, scaling="ve"),
     *_of("KDPM2", "KDPM2DiscreteScheduler", SPACED | SIGMAS, scaling="ve", ratio=_stage),
-    *(s for order, kind in ((2, "midpoint"), (2, "heun"), (3, "midpoint"), (3, "heun"))
-      for s in _of(f"DPM++ {order}M {kind}", "DPMSolverMultistepScheduler", SPACED | SIGMAS | LU,
-                   MULTI | {"solver_order": order, "solver_type": kind}, output="sample")),
-    *(s for order in (2, 3)
-      for s in _of(f"DPM++ {order}S", "DPMSolverSinglestepScheduler", {"linspace": {}} | SIGMAS,
-                   MULTI | {"solver_order": order, "lower_order_final": True}, output="sample")),
-    *(s for order in (2, 3)
-      for s in _of(f"UniPC {order}", "UniPCMultistepScheduler", SPACED | SIGMAS,
-                   MULTI | {"solver_order": order}, output="sample")),
-    *(s for order in (2, 3)
-      for s in _of(f"DEIS {order}", "DEISMultistepScheduler", SPACED | SIGMAS,
-                   MULTI | {"solver_order": order}, output="sample")),
-    *_of("SA-Solver", "SASolverScheduler", SPACED | SIGMAS,
-         MULTI | {"predictor_order": 3, "corrector_order": 3, "tau_func": lambda t: 0.0},
-         output="sample"),
+    *(
+        s
+        for order, kind in ((2, "midpoint"), (2, "heun"), (3, "midpoint"), (3, "heun"))
+        for s in _of(
+            f"DPM++ {order}M {kind}",
+            "DPMSolverMultistepScheduler",
+            SPACED | SIGMAS | LU,
+            MULTI | {"solver_order": order, "solver_type": kind},
+            output="sample",
+        )
+    ),
+    *(
+        s
+        for order in (2, 3)
+        for s in _of(
+            f"DPM++ {order}S",
+            "DPMSolverSinglestepScheduler",
+            {"linspace": {}} | SIGMAS,
+            MULTI | {"solver_order": order, "lower_order_final": True},
+            output="sample",
+        )
+    ),
+    *(
+        s
+        for order in (2, 3)
+        for s in _of(
+            f"UniPC {order}",
+            "UniPCMultistepScheduler",
+            SPACED | SIGMAS,
+            MULTI | {"solver_order": order},
+            output="sample",
+        )
+    ),
+    *(
+        s
+        for order in (2, 3)
+        for s in _of(
+            f"DEIS {order}",
+            "DEISMultistepScheduler",
+            SPACED | SIGMAS,
+            MULTI | {"solver_order": order},
+            output="sample",
+        )
+    ),
+    *_of(
+        "SA-Solver",
+        "SASolverScheduler",
+        SPACED | SIGMAS,
+        MULTI | {"predictor_order": 3, "corrector_order": 3, "tau_func": lambda t: 0.0},
+        output="sample",
+    ),
     ConfiguredScheduler("IPNDM", "own", diffusers.IPNDMScheduler, "vp", "v_prediction", _cosine),
     *_edm("EDM Euler", "EDMEulerScheduler"),
-    *(s for order in (2, 3)
-      for s in _edm(f"EDM DPM++ {order}M", "EDMDPMSolverMultistepScheduler", solver_order=order)),
+    *(
+        s
+        for order in (2, 3)
+        for s in _edm(f"EDM DPM++ {order}M", "EDMDPMSolverMultistepScheduler", solver_order=order)
+    ),
     *_flow("flow Euler", "FlowMatchEulerDiscreteScheduler"),
     *_flow("flow Heun", "FlowMatchHeunDiscreteScheduler"),
-    *(s for order in (2, 3)
-      for s in _flow(f"DPM++ {order}M midpoint", "DPMSolverMultistepScheduler", solver_order=order,
-                     use_flow_sigmas=True, prediction_type="flow_prediction")),
-    *(s for order in (2, 3)
-      for s in _flow(f"UniPC {order}", "UniPCMultistepScheduler", solver_order=order,
-                     use_flow_sigmas=True, prediction_type="flow_prediction")),
-]  # fmt: skip
+    *(
+        s
+        for order in (2, 3)
+        for s in _flow(
+            f"DPM++ {order}M midpoint",
+            "DPMSolverMultistepScheduler",
+            solver_order=order,
+            use_flow_sigmas=True,
+            prediction_type="flow_prediction",
+        )
+    ),
+    *(
+        s
+        for order in (2, 3)
+        for s in _flow(
+            f"UniPC {order}",
+            "UniPCMultistepScheduler",
+            solver_order=order,
+            use_flow_sigmas=True,
+            prediction_type="flow_prediction",
+        )
+    ),
+]
 """Excluded: spacing `leading` (starts at less noise), UniPC bh1 (NaN), DPM-Solver in ε (noisy)."""

@@ -52,20 +52,20 @@ def test_the_way_is_the_papers(n, jump, resamplings):
     """Jumps up are taken at once, which has the law of `jump` single ones."""
     knots = UniformLogSNR(-5.0, 5.0).knots(Cosine(), n)
     sampler = paint(DDIM(), jump, resamplings)
-    asked = []
+    evaluated = []
     integrate(
         ORACLE,
         sampler,
         NOISE.start(),
         knots,
         NOISE,
-        callback=lambda *call: asked.append(call[1].level),
+        callback=lambda *call: evaluated.append(call[1].level),
     )
     way = published(n, jump, resamplings)
     falls = [
         i for i, after in zip(way, way[1:], strict=False) if after > i
-    ]  # from there the network is asked
-    assert [knots.index(level) for level in asked] == falls
+    ]  # where the network is evaluated
+    assert [knots.index(level) for level in evaluated] == falls
     assert sampler.evaluations(knots) == len(falls)
 
 

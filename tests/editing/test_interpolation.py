@@ -61,8 +61,8 @@ def test_a_blend_drives_a_stochastic_sampler_from_one_seeds_sample_to_the_others
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"others": A}, "expected two different ones a row"),
-        ({"others": B[:3]}, "expected two different ones a row"),
+        ({"others": A}, "expected two different seeds for each sample"),
+        ({"others": B[:3]}, "expected two different seeds for each sample"),
         ({"weight": 1.5}, "weight is 1.5, expected values within"),
         ({"weight": math.nan}, "weight is nan"),
     ],

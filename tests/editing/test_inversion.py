@@ -1,5 +1,5 @@
-"""Inversion: round trips on exact denoisers, each step solved, the network asked only where it can
-answer.
+"""Inversion: round trips on exact denoisers, each step solved, the network evaluated only where it
+can answer.
 """
 
 import math
@@ -35,7 +35,9 @@ ORACLES = {"gaussian": gaussian([1.0, -0.5], covariance(0.8, 0.2, 0.7)), "mixtur
 
 @cache
 def round_trip(name, steps, iterations, grid=Trailing()):
-    """Mean over images of |image - sampled from its inversion| / |image|, and the largest residual."""
+    """Mean over images of |image - sampled from its inversion| / |image|, and the
+    largest residual.
+    """
     oracle = ORACLES[name]
     x0, knots = oracle.sample(SEEDS), grid.knots(oracle.process.schedule, steps)
     found = invert(oracle, x0, knots, iterations)
@@ -153,8 +155,8 @@ def test_the_network_is_asked_at_the_noisier_ends_and_never_at_the_clean_one():
     network = ExactNetwork(mixture(), record)
     knots = Trailing().knots(Cosine(), 4)
     invert(Denoiser(network, record), torch.zeros(3, 2), knots, 2)
-    asked = [time[0].item() for _, time, _ in network.calls]
-    assert asked == pytest.approx(
+    times = [time[0].item() for _, time, _ in network.calls]
+    assert times == pytest.approx(
         [1000 * knot.t - 1 for knot in reversed(knots[:-1]) for _ in range(2)], rel=1e-5
     )
 

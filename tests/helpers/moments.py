@@ -1,4 +1,6 @@
-"""Exact moments of what a sampler makes of a Gaussian: everything is affine in the first x and in each noise drawn."""
+"""Exact moments of what a sampler makes of a Gaussian: everything is affine in the first x and in
+each noise drawn.
+"""
 
 from dataclasses import dataclass, field, replace
 

@@ -1,7 +1,9 @@
-"""The published formulas, written apart from the library: in y = x/α, u = σ/α, as k-diffusion and the papers print them.
+"""The published formulas, written apart from the library: in y = x/α, u = σ/α, as k-diffusion and
+the papers print them.
 
-Each takes D(y, λ) -> (x_0, ε), y at the first of the finite logsnrs, and returns y at the last; then there is no clean step.
-`seen` holds (t, ε) of a knot at α = 0, for the methods whose variable is finite there.
+Each takes D(y, λ) -> (x_0, ε), y at the first of the finite logsnrs, and returns y at the last;
+then there is no clean step. `seen` holds (t, ε) of a knot at α = 0, for the methods whose variable
+is finite there.
 """
 
 import math
@@ -76,7 +78,9 @@ def multistep_2(D, y, logsnrs, seen):
 
 
 def multistep_3(factor) -> Callable:
-    """k-diffusion's 3M without noise; the quadratic term counts `factor` times: 1 in print, 2 in truth."""
+    """k-diffusion's 3M without noise; the quadratic term counts `factor` times: 1 in print, 2 in
+    truth.
+    """
 
     def method(D, y, logsnrs, seen):
         past = []
@@ -101,7 +105,9 @@ def multistep_3(factor) -> Callable:
 
 
 def adams(k, held, v) -> Callable:
-    """Quadrature of the Lagrange polynomial; y has a solution with ε over u and with x_0 over 1/u."""
+    """Quadrature of the Lagrange polynomial; y has a solution with ε over u and with
+    x_0 over 1/u.
+    """
 
     def method(D, y, logsnrs, seen):
         past = list(seen) if v is cosine_time else []
@@ -135,7 +141,9 @@ DENSITIES = {
 
 
 def moulton(k, held, v) -> Callable:
-    """PEC: Adams-Bashforth's prediction, and the corrector with the value at it; v = None counts knots."""
+    """PEC: Adams-Bashforth's prediction, and the corrector with the value at it; v = None counts
+    knots.
+    """
 
     def integrals(nodes, t, s, step):
         if v is not None:

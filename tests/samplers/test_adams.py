@@ -1,4 +1,6 @@
-"""Which samplers are one and the same, what the multistep ones do at the ends, and maps of levels."""
+"""Which samplers are one and the same, what the multistep ones do at the ends, and maps
+of levels.
+"""
 
 import math
 from dataclasses import replace
@@ -42,7 +44,9 @@ def final(sampler, knots, oracle=None):
 @pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize("grid", (Karras(), Trailing(), Explicit((4.0, 1.0, 0.0, -3.0))), ids=str)
 def test_the_first_order_step_is_one_step_by_many_names(grid, scaling):
-    """DDIM, EDM's Euler, α-blending, DPM-Solver++(1), Adams-Bashforth(1) of anything: bit for bit."""
+    """DDIM, EDM's Euler, α-blending, DPM-Solver++(1), Adams-Bashforth(1) of anything:
+    bit for bit.
+    """
     if (grid, scaling) == (Trailing(), "ve"):
         pytest.skip("ve has no pure noise")
     knots = grid.knots(Cosine(scaling=scaling), 3 if isinstance(grid, Explicit) else 12)
@@ -154,8 +158,12 @@ def test_k_predictions_integrate_polynomials_of_degree_below_k(held, variable, k
     logsnrs = (-3.0, -2.2, -1.5, -0.1, 0.8, 1.7)
     knots = Explicit(logsnrs).knots(Cosine(), 5)
     sampler = AdamsBashforth(k, held, variable)
-    exact = {"u": lambda q: math.exp(-q / 2), "a": lambda q: 1 / (1 + math.exp(q / 2)), "logsnr": lambda q: q,
-             "t": lambda q: 2 / math.pi * math.atan(math.exp(-q / 2))}  # fmt: skip
+    exact = {
+        "u": lambda q: math.exp(-q / 2),
+        "a": lambda q: 1 / (1 + math.exp(q / 2)),
+        "logsnr": lambda q: q,
+        "t": lambda q: 2 / math.pi * math.atan(math.exp(-q / 2)),
+    }
     measure = {
         "eps": lambda q: math.exp(-q / 2),
         "x0": lambda q: math.exp(q / 2),
@@ -180,8 +188,12 @@ def test_k_predictions_integrate_polynomials_of_degree_below_k(held, variable, k
         integral = (measure(s) - measure(t)) * (5**k - 4**k) / k
     else:  # by the trapezoidal rule in m, on 20,000 points
         q = torch.linspace(t, s, 20001, dtype=torch.float64).tolist()
-        integral = sum((exact[variable](a) ** (k - 1) + exact[variable](b) ** (k - 1)) / 2 * (measure(b) - measure(a))
-                       for a, b in pairwise(q))  # fmt: skip
+        integral = sum(
+            (exact[variable](a) ** (k - 1) + exact[variable](b) ** (k - 1))
+            / 2
+            * (measure(b) - measure(a))
+            for a, b in pairwise(q)
+        )
     flat = (measure(s) - measure(t)) * nodes[4] ** (k - 1)
     last = knots[-1]
     scale = {"eps": last.alpha, "x0": last.sigma, "velocity": last.alpha + last.sigma}[held]

@@ -1,4 +1,6 @@
-"""DDPM and Euler ancestral against their papers' formulas and against diffusers on the same noise."""
+"""DDPM and Euler ancestral against their papers' formulas and against diffusers on the
+same noise.
+"""
 
 import math
 
@@ -91,7 +93,7 @@ class Drawn:
 
 
 def along(theirs, sampler, steps, to_theirs):
-    """(theirs, ours) after each step, both from the same x and asked by the same denoiser."""
+    """(theirs, ours) after each step, both from the same x and of the same denoiser."""
     oracle = mixture(process(Discrete()))
     knots = Trailing().knots(oracle.process.schedule, steps)
     theirs.set_timesteps(steps)

@@ -173,8 +173,25 @@ class Peeking(DDIM):
         )
 
 
-READS = {"item", "tolist", "nonzero", "cpu", "numpy", "equal", "allclose", "argwhere", "masked_select", "unique",
-         "__bool__", "__float__", "__int__", "__index__", "__len__", "__contains__", "__array__"}  # fmt: skip
+READS = {
+    "item",
+    "tolist",
+    "nonzero",
+    "cpu",
+    "numpy",
+    "equal",
+    "allclose",
+    "argwhere",
+    "masked_select",
+    "unique",
+    "__bool__",
+    "__float__",
+    "__int__",
+    "__index__",
+    "__len__",
+    "__contains__",
+    "__array__",
+}
 
 
 class Watched(torch.Tensor):
@@ -247,8 +264,8 @@ def test_c7_a_loop_that_reads_the_sample_is_caught():
 @pytest.mark.parametrize("sampler", [sampler for sampler in SAMPLERS if not in_a(sampler)], ids=str)
 def test_the_clean_step_is_x0_bit_for_bit(sampler, scaling):
     knots = Explicit((-3.0, 0.5, 1.0, 3.5, math.inf)).knots(Cosine(scaling=scaling), 4)
-    *_, asked, last = states(sampler, sampler.start(NOISE.start(), knots, NOISE), NOISE)
-    assert torch.equal(last.x, ORACLE(asked.x, asked.level).x0)
+    *_, evaluated, last = states(sampler, sampler.start(NOISE.start(), knots, NOISE), NOISE)
+    assert torch.equal(last.x, ORACLE(evaluated.x, evaluated.level).x0)
 
 
 @pytest.mark.parametrize("schedule", (Cosine(), Cosine(scaling="ve"), Flow(), Discrete()), ids=str)
@@ -265,7 +282,7 @@ def test_c1_no_noise_is_left_on_a_point_mass(sampler, schedule):
 
 @pytest.mark.parametrize("sampler", [s for s in SAMPLERS if not isinstance(s, Restart)], ids=str)
 def test_one_step_from_pure_noise_to_data(sampler):
-    """E[x_0], from the first-order step. The midpoint rule: x - (ε - x_0) asked half-way, from
+    """E[x_0], from the first-order step. The midpoint rule: x - (ε - x_0) evaluated half-way, from
     E[x_0] and x in equal parts.
     """
     knots = Trailing().knots(Flow(), 1)
@@ -284,7 +301,7 @@ def test_one_step_from_pure_noise_to_data(sampler):
 @pytest.mark.parametrize("sampler", [sampler for sampler in SAMPLERS if sampler in ORDERS], ids=str)
 def test_runs_may_start_and_end_at_any_level_and_only_heun_asks_at_the_last(sampler, logsnrs):
     knots = Explicit(logsnrs).knots(Cosine(), 2)
-    *asked, last = states(sampler, sampler.start(NOISE.start(), knots, NOISE), NOISE)
+    *evaluated, last = states(sampler, sampler.start(NOISE.start(), knots, NOISE), NOISE)
     assert last.level == knots[-1]
-    assert isinstance(sampler, Heun) or all(state.level != knots[-1] for state in asked)
-    assert {knot.logsnr for knot in knots[:-1]} <= {state.level.logsnr for state in asked}
+    assert isinstance(sampler, Heun) or all(state.level != knots[-1] for state in evaluated)
+    assert {knot.logsnr for knot in knots[:-1]} <= {state.level.logsnr for state in evaluated}

@@ -30,14 +30,19 @@ def knots(scaling, clean):
 def theirs(scheduler, knots):
     """Every state that diffusers' scheduler comes to. EDM-like schedulers carry y = x/α."""
     scheduler.set_timesteps(len(knots) - 1)
-    sigmas, asked = [0.0 if knot.logsnr == math.inf else knot.ratio for knot in knots], knots[:-1]
+    sigmas, evaluated = (
+        [0.0 if knot.logsnr == math.inf else knot.ratio for knot in knots],
+        knots[:-1],
+    )
     if isinstance(scheduler, diffusers.HeunDiscreteScheduler):  # names inner knots twice
-        sigmas, asked = ([levels[0], *(level for level in levels[1:-1] for _ in range(2)), *levels[-1:]]
-                         for levels in (sigmas, knots))  # fmt: skip
-        asked = asked[:-1]
+        sigmas, evaluated = (
+            [levels[0], *(level for level in levels[1:-1] for _ in range(2)), *levels[-1:]]
+            for levels in (sigmas, knots)
+        )
+        evaluated = evaluated[:-1]
     scheduler.sigmas = torch.tensor(sigmas, dtype=torch.float64)
     oracle, x, states = mixture(), knots[0].sigma * NOISE.start(), []
-    for t, level in zip(scheduler.timesteps, asked, strict=True):
+    for t, level in zip(scheduler.timesteps, evaluated, strict=True):
         scheduler.scale_model_input(x, t)  # some insist
         x0, eps = oracle(x.double(), level)
         output = eps if scheduler.config.prediction_type == "epsilon" else x0
@@ -77,7 +82,8 @@ def deis(order):
 
 
 NOISY = {"lower_order_final": False, "final_sigmas_type": "sigma_min"}
-EQUAL = {  # theirs, its scaling, whether to the clean level, ours, tolerance (float32's where it casts)
+# Theirs, its scaling, whether to the clean level, ours, tolerance (float32's where it casts)
+EQUAL = {
     "Euler": (diffusers.EulerDiscreteScheduler, "ve", True, Euler(), 5e-6),
     "Heun": (diffusers.HeunDiscreteScheduler, "ve", True, Heun(), 1e-12),
     "LMS": (diffusers.LMSDiscreteScheduler, "ve", False, AdamsBashforth.lms(4), 1e-12),
@@ -86,11 +92,20 @@ EQUAL = {  # theirs, its scaling, whether to the clean level, ours, tolerance (f
     "DPM++ 2M, noisy": (lambda: dpm(2, **NOISY), "vp", False, DPMSolverPP("2M"), 5e-6),
     "DPM++ 2M heun": (lambda: dpm(2, "heun"), "vp", True, AdamsBashforth(2, "x0", "logsnr"), 5e-6),
     "DPM++ 3M": (lambda: dpm(3, "heun", **NOISY), "vp", False, DPMSolverPP("3M published"), 5e-6),
-    **{f"UniPC {p}, clean": (lambda p=p: unipc(p, "bh2"), "vp", True, UniPC(p), 1e-12) for p in (1, 2)},
-    **{f"UniPC {p} {B}": (lambda p=p, B=B: unipc(p, B, **NOISY), "vp", False, UniPC(p, B), 1e-12)
-       for p in (1, 2, 3) for B in ("bh1", "bh2")},
-    **{f"DEIS {k}": (lambda k=k: deis(k), "vp", False, AdamsBashforth.deis(k), 1e-12) for k in (1, 2, 3)},
-}  # fmt: skip
+    **{
+        f"UniPC {p}, clean": (lambda p=p: unipc(p, "bh2"), "vp", True, UniPC(p), 1e-12)
+        for p in (1, 2)
+    },
+    **{
+        f"UniPC {p} {B}": (lambda p=p, B=B: unipc(p, B, **NOISY), "vp", False, UniPC(p, B), 1e-12)
+        for p in (1, 2, 3)
+        for B in ("bh1", "bh2")
+    },
+    **{
+        f"DEIS {k}": (lambda k=k: deis(k), "vp", False, AdamsBashforth.deis(k), 1e-12)
+        for k in (1, 2, 3)
+    },
+}
 
 
 @pytest.mark.parametrize("name", EQUAL)
@@ -143,7 +158,7 @@ def test_where_theirs_is_second_order_ours_is_closer():
 
 def test_unipc_bh1_to_the_clean_level_is_nan_there_and_x0_here():
     """B(h) = h is infinite. At order 3 theirs lowers the order of the last two steps below 15
-    steps, whatever is asked for.
+    steps, for every number of steps.
     """
     levels = knots("vp", True)
     assert theirs(unipc(2, "bh1"), levels)[-1].isnan().all()

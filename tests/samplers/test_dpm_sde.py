@@ -1,4 +1,6 @@
-"""DPM-Solver++ for the SDE against its integral, its special cases and diffusers on the same noise."""
+"""DPM-Solver++ for the SDE against its integral, its special cases and diffusers on the
+same noise.
+"""
 
 import math
 
@@ -94,7 +96,9 @@ def test_without_noise_it_is_the_multistep_solver_of_the_flow_at_its_full_order(
 @pytest.mark.parametrize("solver", ("midpoint", "heun"))
 @pytest.mark.parametrize("steps", (10, 25))
 def test_2m_equals_diffusers_sde(solver, steps):
-    """On its table in float32, so to 1e-4; both take the last step to the clean level by order 1."""
+    """On its table in float32, so to 1e-4; both take the last step to the clean level
+    by order 1.
+    """
     theirs = DPMSolverMultistepScheduler(
         1000,
         1e-4,

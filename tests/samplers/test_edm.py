@@ -50,12 +50,12 @@ def test_a_run_is_algorithm_2(sampler, options, scaling):
     )
     oracle = mixture(process(Cosine(scaling=scaling)))
     knots = Karras(0.01, 40.0).knots(oracle.process.schedule, 9)
-    state, asked = sampler(**options).start(knots[0].sigma * NOISE.start(), knots, NOISE), {}
+    state, evaluated = sampler(**options).start(knots[0].sigma * NOISE.start(), knots, NOISE), {}
     while not state.done:
-        asked.setdefault(state.step, state.level.ratio)
+        evaluated.setdefault(state.step, state.level.ratio)
         state = sampler(**options).advance(state, oracle(state.x, state.level), NOISE)
     torch.testing.assert_close(state.x, expected, rtol=1e-9, atol=1e-9)
-    assert list(asked.values()) == pytest.approx(levels, rel=1e-9)
+    assert list(evaluated.values()) == pytest.approx(levels, rel=1e-9)
     assert sampler(**options).evaluations(knots) == (17 if sampler is Heun else 9)
 
 

@@ -16,7 +16,7 @@ NOISE = Noise(torch.arange(4), (2,), dtype=torch.float64)
 TWO = ((0.2, 0.8, 2, 2), (1.5, 4.0, 3, 1))
 
 
-def asked(sampler, knots, oracle=mixture()):
+def visited_levels(sampler, knots, oracle=mixture()):
     """(σ/α, x) of each evaluation, and the end."""
     state, seen = sampler.start(NOISE.start(), knots, NOISE), []
     while not state.done:
@@ -28,7 +28,7 @@ def asked(sampler, knots, oracle=mixture()):
 @pytest.mark.parametrize("sampler", (Restart(DDIM(), TWO), Restart(AlphaBlending(2), TWO)), ids=str)
 def test_evaluations_are_counted_exactly(sampler):
     knots = Karras(0.01, 20.0).knots(Cosine(), 9)
-    seen, state = asked(sampler, knots)
+    seen, state = visited_levels(sampler, knots)
     inserted = 2  # neither u_min is a knot
     assert (
         len(seen)
@@ -41,7 +41,7 @@ def test_evaluations_are_counted_exactly(sampler):
 
 def test_levels_are_the_runs_and_the_intervals_levels_in_turn():
     knots = Explicit(tuple(-2 * math.log(u) for u in (10.0, 3.0, 1.0, 0.5, 0.1))).knots(Cosine(), 4)
-    seen, _ = asked(Restart(DDIM(), ((0.5, 3.0, 2, 2),)), knots)
+    seen, _ = visited_levels(Restart(DDIM(), ((0.5, 3.0, 2, 2),)), knots)
     middle = ((3 ** (1 / 7) + 0.5 ** (1 / 7)) / 2) ** 7  # Karras' ρ = 7
     expected = [10.0, 3.0, 1.0, 3.0, middle, 3.0, middle, 0.5]  # 0.5 is a knot already
     assert [ratio for ratio, _ in seen] == pytest.approx(expected, rel=1e-9)
@@ -56,7 +56,7 @@ def test_the_jump_adds_what_the_levels_differ_in(schedule):
         Restart(DDIM(), ((0.5, 3.0, 1, 1),)),
     )
     first, again = knots[0], schedule.at(-2 * math.log(3.0))
-    seen, _ = asked(sampler, knots, oracle)
+    seen, _ = visited_levels(sampler, knots, oracle)
     low = DDIM().advance(
         DDIM().start(NOISE.start(), knots, NOISE), oracle(NOISE.start(), first), NOISE
     )
@@ -98,7 +98,7 @@ def test_x_is_kept_where_a_run_only_goes_on():
 def test_it_nests_with_a_corrector():
     sampler = Restart(PredictorCorrector(AlphaBlending(2), 2), TWO)
     knots = Karras(0.01, 20.0).knots(mixture().process.schedule, 9)
-    seen, _ = asked(sampler, knots)
+    seen, _ = visited_levels(sampler, knots)
     assert len(seen) == sampler.evaluations(knots)
     ends = [integrate(mixture(), sampler, NOISE.start(), knots, NOISE)[0] for _ in range(2)]
     assert torch.equal(*ends)

@@ -1,5 +1,5 @@
-"""The adaptive pairs: errors follow the tolerance, every knot is reached, nothing is asked where it
-may not be.
+"""The adaptive pairs: errors follow the tolerance, every knot is reached, nothing is evaluated
+where it may not be.
 """
 
 import math
@@ -20,7 +20,7 @@ NOISE = Noise(torch.arange(32), (2,), dtype=torch.float64)
 
 
 class Counted:
-    """An oracle that keeps the levels it is asked about."""
+    """An oracle that records the levels of its evaluations."""
 
     def __init__(self, oracle):
         self.oracle, self.process, self.levels = oracle, oracle.process, []
@@ -33,7 +33,7 @@ class Counted:
 @pytest.mark.parametrize("pair", PAIRS)
 def test_the_error_weights_are_those_of_a_method_one_order_lower(pair):
     """Σ e = 0 and Σ e_i c_i^q = 0 for q below the lower order, and not at it: else the error would
-    say nothing.
+    are not informative.
     """
     order, rows, error = PAIRS[pair]
     c, e, b = np.array([0.0, *map(sum, rows)]), np.array(error), np.array([*rows[-1], 0.0])
@@ -50,11 +50,11 @@ def test_errors_follow_the_tolerance_from_pure_noise_to_data(pair, schedule):
     knots = Trailing().knots(schedule, 1)
     exact, evaluations = flow(oracle, NOISE.start(), *knots), []
     for tolerance in (1e-2, 1e-3, 1e-4, 1e-5):
-        x, asked = integrate(
+        x, count = integrate(
             oracle, AdaptiveRungeKutta(pair, tolerance, tolerance), NOISE.start(), knots, NOISE
         )
         assert (x - exact).norm(dim=1).median() < 3 * tolerance
-        evaluations.append(asked)
+        evaluations.append(count)
     assert evaluations == sorted(evaluations)
     assert evaluations[-1] > 2 * evaluations[0]
 
@@ -99,7 +99,7 @@ def test_there_and_back(pair):
 
 
 def test_a_step_is_rejected_where_the_flow_is_sharp():
-    """A point mass, whose velocity is constant, takes the fewest evaluations; a mixture asks for
+    """A point mass, whose velocity is constant, takes the fewest evaluations; a mixture needs
     levels a second time.
     """
     point = PointMass(torch.tensor([0.7, -1.3], dtype=torch.float64), process(Flow()))

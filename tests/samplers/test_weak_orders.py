@@ -29,7 +29,9 @@ from tests.helpers.moments import Probe, moments
 from tests.helpers.oracles import covariance, gaussian, process
 
 INTERVALS = ((0.2, 0.8, 4, 2), (1.5, 4.0, 4, 1))
-WEAK = {  # what is measured on a Gaussian; it is the declared order, but for the midpoint rule in a, which gains one there
+# What is measured on a Gaussian; it is the declared order, but for the midpoint rule in a, which
+# gains one there
+WEAK = {
     DDIM(0.5): 1,
     DDIM(1.0): 1,
     DDPM(0.0): 1,
@@ -172,7 +174,9 @@ STRONG = (
 
 
 def change(sampler, noise, steps):
-    """Root mean square distance between a seed's samples at these many steps and at twice as many."""
+    """Root mean square distance between a seed's samples at these many steps and at
+    twice as many.
+    """
     level = ORACLE.process.schedule.at(-6.0)
     x = level.alpha * ORACLE.means + level.sigma * noise.start()
     ends = [integrate(ORACLE, sampler, x, knots_of(n), noise)[0] for n in (steps, 2 * steps)]

@@ -21,7 +21,7 @@ DETERMINISTIC = (DDIM(), DPMSolverPP("2M"), UniPC(2), AdamsBashforth(4), AdamsMo
 
 
 class Network(nn.Module):
-    """Small, told the level."""
+    """A small network with a time input."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,6 @@
-"""Beta tables of diffusers: ᾱ against the scheduler, λ against an extended-precision computation."""
+"""Beta tables of diffusers: ᾱ against the scheduler, λ against an extended-precision
+computation.
+"""
 
 import inspect
 import math

@@ -39,9 +39,14 @@ def test_the_process_is_the_pipelines_with_zero_terminal_snr_and_one_class_for_e
 def test_a_run_writes_the_pipeline_and_previews_of_the_captions(workspace):
     run = workspace / "runs/full"
     assert {path.name for path in run.iterdir()} == {
-        "config.yaml", "process.json", "ema.safetensors", "metrics.jsonl", "checkpoints", "samples",
+        "config.yaml",
+        "process.json",
+        "ema.safetensors",
+        "metrics.jsonl",
+        "checkpoints",
+        "samples",
         "pipeline",
-    }  # fmt: skip
+    }
     previews = {path.name for path in (run / "samples").iterdir()}
     assert previews == {"step-00000002.png", "step-00000004.png"}
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]

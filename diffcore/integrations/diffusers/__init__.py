@@ -1,4 +1,6 @@
-"""Networks of diffusers in the sampling loop of diffcore; samplers and guidance in its pipelines."""
+"""Networks of diffusers in the sampling loop of diffcore; samplers and guidance in its
+pipelines.
+"""
 
 from diffcore.io.extras import import_extra
 

@@ -67,6 +67,9 @@ def export_pipeline(pipe: DiffcorePipeline) -> Any:
     """The diffusers pipeline that samples the network of a DiffcorePipeline, by DDIM or DDPM and
     without guidance.
 
+    Returns:
+        The pipeline.
+
     Raises:
         ValueError: There is none; the message contains the reason.
     """

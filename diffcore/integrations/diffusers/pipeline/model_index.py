@@ -1,4 +1,6 @@
-"""The settings in the model_index.json of a DiffcorePipeline, and the check of a pipeline folder."""
+"""The settings in the model_index.json of a DiffcorePipeline, and the check of a
+pipeline folder.
+"""
 
 from dataclasses import dataclass, fields
 from pathlib import Path

@@ -272,7 +272,8 @@ class DiffcorePipeline(DiffusionPipeline):
             batch_size: number of images N, if no other argument defines it; default 1.
             class_labels: N labels, or one for all; None for unconditional images.
             seeds: N integers of 64 bits.
-            generator: in place of seeds: N generators, one for all, or None for torch's global one.
+            generator: generators that replace the seeds: N, one for all, or None for torch's global
+                one.
             num_inference_steps: number of steps; default: that of the pipeline.
             guidance: guidance rule; default: that of the pipeline.
             sampler: numerical integrator; default: that of the scheduler.

@@ -119,7 +119,8 @@ class Pretrained(ExportableNetwork):
                 )
             lora.add(self.network)
             self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
-            self.register_load_state_dict_post_hook(_forgive_frozen)  # type: ignore[no-untyped-call]
+            load_hook = self.register_load_state_dict_post_hook
+            load_hook(_forgive_frozen)  # type: ignore[no-untyped-call]
         elif lost := sorted(
             name for name in self.index.parts if not (self.index.folder / name).is_dir()
         ):
@@ -167,8 +168,13 @@ class Pretrained(ExportableNetwork):
         return " ".join(map(hash_file, files))
 
     def exported_parts(self, folder: Path) -> PipelineParts:
-        """The parts of the pipeline with this network and the scheduler that `export` wrote to a
-        run's folder.
+        """The parts of the pipeline with this network and the scheduler of a run.
+
+        Args:
+            folder: folder of the run, to which `export` wrote the scheduler.
+
+        Returns:
+            The parts.
         """
         scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
         return replace(read_folder(self.index.folder), network=self.network, scheduler=scheduler)
@@ -201,7 +207,9 @@ class Pretrained(ExportableNetwork):
             Path(folder, ADAPTER).rename(run / ADAPTER)
 
     def _save_pipeline(self, folder: Path, scheduler: Any) -> None:
-        """Write the pipeline's folder with this network and scheduler; the other parts are copied."""
+        """Write the pipeline's folder with this network and scheduler; the other parts
+        are copied.
+        """
         self.network.save_pretrained(folder / self.index.network_name)
         scheduler.save_pretrained(folder / "scheduler")
         for name in self.index.parts - {self.index.network_name, "scheduler"}:

@@ -73,8 +73,8 @@ class CallPlan:
         return plan
 
     def times(self) -> Tensor:
-        """Time input of the network at each evaluation: int64 if all are indices of a table, else
-        float32.
+        """The time input of each evaluation, of shape (E,): int64 if all are indices of a table,
+        else float32.
         """
         host_timesteps = torch.tensor(
             [float(self.process.time(state.level)) for state in self.states], dtype=torch.float64
@@ -89,7 +89,10 @@ class CallPlan:
         return position == 0 or self.states[position].step != self.states[position - 1].step
 
     def knots(self, position: int) -> Knots:
-        """The level of the evaluation at a position, and the knots after it.
+        """The knots of a call that starts at a position.
+
+        Returns:
+            The level of the evaluation, and the knots after it.
 
         Raises:
             ValueError: A sampler that starts there evaluates other levels than the planned ones.
@@ -136,7 +139,15 @@ class PipelineCall:
 
     @classmethod
     def of(cls, plan: CallPlan, device: Any) -> "PipelineCall":
-        """A call before its first evaluation."""
+        """A call before its first evaluation.
+
+        Args:
+            plan: levels of its evaluations.
+            device: device of the time inputs.
+
+        Returns:
+            The call.
+        """
         times = plan.times()
         return cls(plan, times.to(device), times.tolist())
 
@@ -146,7 +157,11 @@ class PipelineCall:
         return self.plan.knots(self.begin or 0)
 
     def state_at(self, t: Any) -> State:
-        """The state of the evaluation at time input `t`; before the first step it has no x."""
+        """The state of the evaluation at time input `t`.
+
+        Returns:
+            The state; before the first step its x is empty.
+        """
         if self.state is not None:
             return self.state
         position = self._position(t)

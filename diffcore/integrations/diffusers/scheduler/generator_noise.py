@@ -35,7 +35,7 @@ class GeneratorNoise(Noise):
         Args:
             output: output of the network, whose dtype the normals are draw_dtype in.
             x: (B, *shape) samples.
-            generator: as of the class.
+            generator: generator, list of generators, or None.
 
         Returns:
             The noise.

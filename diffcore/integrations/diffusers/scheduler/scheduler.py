@@ -132,7 +132,8 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
         """
         if isinstance(config, Mapping) and "sampler" not in config:
             config = scheduler_arguments(config)
-        return super().from_config(config, return_unused_kwargs, **kwargs)  # type: ignore[no-untyped-call]
+        build = super().from_config
+        return build(config, return_unused_kwargs, **kwargs)  # type: ignore[no-untyped-call]
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
@@ -195,8 +196,8 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
         Args:
             num_inference_steps: number of steps of the grid.
             device: device of `timesteps`.
-            timesteps: in place of the grid, time input at each knot; a clean knot follows.
-            sigmas: in place of the grid, σ/α at each knot (for a flow: the time t before its
+            timesteps: time input at each knot, which replaces the grid; a clean knot follows.
+            sigmas: σ/α at each knot, which replaces the grid (for a flow: the time t before its
                 shift); a clean knot follows. The default of flow pipelines, n uniform times from 1
                 to 1/n, is read as n steps of the grid.
             mu: μ of the shift, with use_dynamic_shifting.

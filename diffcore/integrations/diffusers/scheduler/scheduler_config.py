@@ -73,6 +73,12 @@ def named_config(scheduler: Any) -> dict[str, Any]:
 
     `scheduler.config` of a scheduler constructed in Python has no class name; it gets the name of a
     class of its family.
+
+    Args:
+        scheduler: scheduler of diffusers, or its config.
+
+    Returns:
+        A copy of the config with `_class_name`.
     """
     if isinstance(scheduler, Mapping):
         config = dict(scheduler)
@@ -314,7 +320,9 @@ def grid_from_config(config: Config, schedule: Schedule) -> Grid:
 
 
 def _ratio(lowest: float) -> float:
-    """σ/α of the noisiest level, lowered by a relative 1e-12 so that rounding does not exceed it."""
+    """σ/α of the noisiest level, lowered by a relative 1e-12 so that rounding does not
+    exceed it.
+    """
     return math.exp(-_finite(lowest) / 2) * (1 - 1e-12)
 
 

@@ -89,8 +89,13 @@ class SchedulerSettings:
         return self.ended(self.grid.knots(self.schedule, steps))
 
     def ended(self, knots: tuple[Level, ...]) -> tuple[Level, ...]:
-        """The knots with `levels` inserted, and `last` in place of the clean one unless the knot
-        before it is cleaner.
+        """The knots with `levels` inserted, and `last` in place of the clean one.
+
+        Args:
+            knots: knots of a grid.
+
+        Returns:
+            The knots; the clean one stays if the knot before it is cleaner than `last`.
         """
         knots = insert_levels(knots, self.levels)
         if self.last is None or knots[-1].logsnr < math.inf or not knots[-2].logsnr < self.last:
@@ -99,5 +104,12 @@ class SchedulerSettings:
 
     @classmethod
     def read(cls, fields: dict[str, Any]) -> "SchedulerSettings":
-        """The settings from components or their plain data, by field name."""
+        """The settings from their fields.
+
+        Args:
+            fields: components or their plain data, by field name.
+
+        Returns:
+            The settings.
+        """
         return from_spec(cls, {name: to_spec(value) for name, value in fields.items()})

@@ -298,9 +298,9 @@ REFUSED = [
         "prediction_type is 'eps', expected epsilon, sample",
     ),
     (diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "give mu"),
-    (diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "is told 1 - σ"),
+    (diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "has the time input 1 - σ"),
     (diffusers.DDIMScheduler(rescale_betas_zero_snr=True), "pure noise"),
-    (diffusers.IPNDMScheduler(), "does not say what the network outputs"),
+    (diffusers.IPNDMScheduler(), "does not contain the prediction type"),
     ({"timesteps": 3}, "names no scheduler: pass the scheduler itself"),
     (None, "a network alone does not determine schedule, prediction, time"),
 ]

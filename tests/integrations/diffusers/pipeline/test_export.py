@@ -76,37 +76,81 @@ def process(schedule, prediction, time=TimeConditioning(), **fields):
 EXPRESSED = {
     "a table": (made, (process(Discrete(), "epsilon"),), "DDIMPipeline", "DDIMScheduler"),
     "drawn": (made, (process(Discrete(), "epsilon"), DDPM()), "DDPMPipeline", "DDPMScheduler"),
-    "drawn, another name": (made, (process(LDM, "v_prediction"), EulerAncestral()), "DDPMPipeline", "DDPMScheduler"),
-    "leading": (made, (process(LDM, "epsilon"), DDIM(), Leading(1)), "DDIMPipeline", "DDIMScheduler"),
-    "zero terminal": (made, (process(ZeroTerminalSNR(LDM), "v_prediction"),), "DDIMPipeline", "DDIMScheduler"),
+    "drawn, another name": (
+        made,
+        (process(LDM, "v_prediction"), EulerAncestral()),
+        "DDPMPipeline",
+        "DDPMScheduler",
+    ),
+    "leading": (
+        made,
+        (process(LDM, "epsilon"), DDIM(), Leading(1)),
+        "DDIMPipeline",
+        "DDIMScheduler",
+    ),
+    "zero terminal": (
+        made,
+        (process(ZeroTerminalSNR(LDM), "v_prediction"),),
+        "DDIMPipeline",
+        "DDIMScheduler",
+    ),
     "x_0": (made, (process(Discrete("cosine"), "sample"),), "DDIMPipeline", "DDIMScheduler"),
     "sigmoid": (made, (process(Discrete("sigmoid"), "epsilon"),), "DDIMPipeline", "DDIMScheduler"),
-    "continuous": (made, (process(Cosine(), "v_prediction"), Heun()), "DDIMPipeline", "DDIMScheduler"),
-    "continuous, drawn": (made, (process(Cosine(), "v_prediction"), DDPM()), "DDPMPipeline", "DDPMScheduler"),
+    "continuous": (
+        made,
+        (process(Cosine(), "v_prediction"), Heun()),
+        "DDIMPipeline",
+        "DDIMScheduler",
+    ),
+    "continuous, drawn": (
+        made,
+        (process(Cosine(), "v_prediction"), DDPM()),
+        "DDPMPipeline",
+        "DDPMScheduler",
+    ),
     "of 50 levels": (
-        made, (process(Cosine(), "v_prediction", TimeConditioning(scale=50)),), "DDIMPipeline", "DDIMScheduler",
+        made,
+        (process(Cosine(), "v_prediction", TimeConditioning(scale=50)),),
+        "DDIMPipeline",
+        "DDIMScheduler",
     ),
     "labels": (
-        made, (process(Shifted(Cosine(), -2.0), "v_prediction", **LABELS),), "ConsistencyModelPipeline", "DDIMScheduler",
+        made,
+        (process(Shifted(Cosine(), -2.0), "v_prediction", **LABELS),),
+        "ConsistencyModelPipeline",
+        "DDIMScheduler",
     ),
-    "flow": (made, (process(Flow(), "flow_prediction", BLEND),), "DDPMPipeline", "FlowMatchEulerDiscreteScheduler"),
-    "flow told t": (
-        made, (process(Flow(), "flow_prediction", TimeConditioning("t")),), "DDPMPipeline",
+    "flow": (
+        made,
+        (process(Flow(), "flow_prediction", BLEND),),
+        "DDPMPipeline",
+        "FlowMatchEulerDiscreteScheduler",
+    ),
+    "flow with time t": (
+        made,
+        (process(Flow(), "flow_prediction", TimeConditioning("t")),),
+        "DDPMPipeline",
         "FlowMatchEulerDiscreteScheduler",
     ),
     "flow, shifted": (
-        made, (process(Shifted.by_time_shift(Flow(), 3.0), "flow_prediction", BLEND),), "DDPMPipeline",
+        made,
+        (process(Shifted.by_time_shift(Flow(), 3.0), "flow_prediction", BLEND),),
+        "DDPMPipeline",
         "FlowMatchEulerDiscreteScheduler",
     ),
     "edm": (
-        made, (process(Normal(2.4, 2.4, scaling="ve"), "edm", C_NOISE), DDIM(), Karras()), "ConsistencyModelPipeline",
+        made,
+        (process(Normal(2.4, 2.4, scaling="ve"), "edm", C_NOISE), DDIM(), Karras()),
+        "ConsistencyModelPipeline",
         "EDMEulerScheduler",
     ),
     "edm, vp, labels": (
-        made, (process(Normal(2.4, 2.4), "edm", C_NOISE, **LABELS), DDIM(), UniformLogSNR()), "ConsistencyModelPipeline",
+        made,
+        (process(Normal(2.4, 2.4), "edm", C_NOISE, **LABELS), DDIM(), UniformLogSNR()),
+        "ConsistencyModelPipeline",
         "EDMEulerScheduler",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -130,15 +174,22 @@ def test_dit_is_exported_with_its_vae(tmp_path, network):
     stock.save_pretrained(tmp_path)
     assert check(tmp_path, own) <= 1e-5
     # guided, by its own argument
-    asked = {"class_labels": [1, 2], "num_inference_steps": 5, "output_type": "np"}
-    images = stock(guidance_scale=4.0, generator=torch.Generator().manual_seed(3), **asked)
-    ours = own(generator=torch.Generator().manual_seed(3), **asked)
+    arguments = {"class_labels": [1, 2], "num_inference_steps": 5, "output_type": "np"}
+    images = stock(guidance_scale=4.0, generator=torch.Generator().manual_seed(3), **arguments)
+    ours = own(generator=torch.Generator().manual_seed(3), **arguments)
     np.testing.assert_allclose(images.images, ours.images, rtol=0, atol=1e-4)
 
 
-SCHEDULES = [Discrete(), LDM, Discrete("cosine"), Discrete("sigmoid"), Cosine(), Shifted(Cosine(), 1.0), Discrete(tuple(
-    0.001 * (i + 1) for i in range(1000)
-)), ZeroTerminalSNR(Discrete())]  # fmt: skip
+SCHEDULES = [
+    Discrete(),
+    LDM,
+    Discrete("cosine"),
+    Discrete("sigmoid"),
+    Cosine(),
+    Shifted(Cosine(), 1.0),
+    Discrete(tuple(0.001 * (i + 1) for i in range(1000))),
+    ZeroTerminalSNR(Discrete()),
+]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: repr(s)[:40])
@@ -159,9 +210,12 @@ def test_tables_with_a_name_keep_it():
 
 
 DAMAGES = [
-    {"prediction_type": "epsilon"}, {"beta_end": 0.03}, {"clip_sample": True}, {"set_alpha_to_one": False},
+    {"prediction_type": "epsilon"},
+    {"beta_end": 0.03},
+    {"clip_sample": True},
+    {"set_alpha_to_one": False},
     {"rescale_betas_zero_snr": True},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=str)
@@ -190,26 +244,75 @@ def test_steps_that_do_not_divide_the_table_are_not_asked_for(tmp_path):
 
 REFUSED = [
     (made, (process(Cosine(), "epsilon"),), "pure noise"),
-    (made, (process(Cosine(), "v_prediction", TimeConditioning("t")),), "has .*variable='t'.*: train with variable index"),
-    (made, (process(Cosine(), "v_prediction", TimeConditioning(scale=10.5)),), "network has TimeConditioning"),
-    (made, (process(Cosine(scaling="flow"), "v_prediction"),), "keep x of the vp process, and this one is of .* flow"),
-    (made, (process(Discrete(steps=100), "epsilon"),), "has 100 levels, but the time input of the network is an index of 1000"),
+    (
+        made,
+        (process(Cosine(), "v_prediction", TimeConditioning("t")),),
+        "has .*variable='t'.*: train with variable index",
+    ),
+    (
+        made,
+        (process(Cosine(), "v_prediction", TimeConditioning(scale=10.5)),),
+        "network has TimeConditioning",
+    ),
+    (
+        made,
+        (process(Cosine(scaling="flow"), "v_prediction"),),
+        "keep x of the vp process, and this one is of .* flow",
+    ),
+    (
+        made,
+        (process(Discrete(steps=100), "epsilon"),),
+        "has 100 levels, but the time input of the network is an index of 1000",
+    ),
     (made, (process(Flow(), "flow_prediction"),), "train with variable blend"),
     (made, (process(Cosine(), "flow_prediction", BLEND),), "keeps x of the flow"),
-    (made, (process(Truncated(Flow(), -8.0, 8.0), "flow_prediction", BLEND),), "begins at pure noise"),
+    (
+        made,
+        (process(Truncated(Flow(), -8.0, 8.0), "flow_prediction", BLEND),),
+        "begins at pure noise",
+    ),
     (made, (process(Flow(), "flow_prediction", BLEND, **LABELS),), "accepts no flow scheduler"),
-    (made, (process(Normal(2.4, 2.4), "edm", TimeConditioning("logsnr", 0.5)), DDIM(), Karras()), "ln"),
-    (made, (process(Normal(2.4, 2.4), "edm", replace(C_NOISE, clamp=20.0)),), "two finite σ/α, and .* sample by Karras"),
-    (made, (process(Cosine(), "v_prediction", low=0.0),), r"in \[-1, 1\], and the range of these is \[0, 1\]"),
-    (made, (process(Cosine(), "v_prediction", shape=(3, 16, 16)),), "sample_size, 8, and the shape of these is"),
-    (lambda p: made(p, network=dit()), (process(LDM, "epsilon", **LATENT),), "has none: export a DiffcorePipeline"),
-    (lambda p: made(p, network=dit(num_embeds_ada_norm=4), vae=vae()),
-     (process(LDM, "epsilon", **LATENT | {"classes": 4}),), "null label of DiTPipeline is 1000, and this network has 4"),
-    (lambda p: made(p, network=dit(out_channels=4), vae=vae()),
-     (process(Flow(), "flow_prediction", BLEND, **LATENT),), "DiTPipeline accepts no FlowMatchEuler"),
-    (lambda p: made(p, network=unet(in_channels=4, out_channels=4), vae=vae()),
-     (process(LDM, "epsilon", **LATENT | {"classes": 0, "dropout": 0.0}),), "decodes the samples of a UNet2DModel"),
-]  # fmt: skip
+    (
+        made,
+        (process(Normal(2.4, 2.4), "edm", TimeConditioning("logsnr", 0.5)), DDIM(), Karras()),
+        "ln",
+    ),
+    (
+        made,
+        (process(Normal(2.4, 2.4), "edm", replace(C_NOISE, clamp=20.0)),),
+        "two finite σ/α, and .* sample by Karras",
+    ),
+    (
+        made,
+        (process(Cosine(), "v_prediction", low=0.0),),
+        r"in \[-1, 1\], and the range of these is \[0, 1\]",
+    ),
+    (
+        made,
+        (process(Cosine(), "v_prediction", shape=(3, 16, 16)),),
+        "sample_size, 8, and the shape of these is",
+    ),
+    (
+        lambda p: made(p, network=dit()),
+        (process(LDM, "epsilon", **LATENT),),
+        "has none: export a DiffcorePipeline",
+    ),
+    (
+        lambda p: made(p, network=dit(num_embeds_ada_norm=4), vae=vae()),
+        (process(LDM, "epsilon", **LATENT | {"classes": 4}),),
+        "null label of DiTPipeline is 1000, and this network has 4",
+    ),
+    (
+        lambda p: made(p, network=dit(out_channels=4), vae=vae()),
+        (process(Flow(), "flow_prediction", BLEND, **LATENT),),
+        "DiTPipeline accepts no FlowMatchEuler",
+    ),
+    (
+        lambda p: made(p, network=unet(in_channels=4, out_channels=4), vae=vae()),
+        (process(LDM, "epsilon", **LATENT | {"classes": 0, "dropout": 0.0}),),
+        "decodes the samples of a UNet2DModel",
+    ),
+]
 
 
 @pytest.mark.parametrize(
@@ -277,11 +380,11 @@ def test_in_a_new_process_the_samples_are_bit_equal_and_the_stock_pipeline_needs
     subprocess.run(
         [sys.executable, "-W", "error", "-c", ELSEWHERE], cwd=tmp_path, check=True, timeout=300
     )
-    asked = {"class_labels": [0, 3], "num_inference_steps": 5, "output_type": "np"}
-    here = stock(batch_size=2, generator=torch.Generator().manual_seed(7), **asked).images
+    arguments = {"class_labels": [0, 3], "num_inference_steps": 5, "output_type": "np"}
+    here = stock(batch_size=2, generator=torch.Generator().manual_seed(7), **arguments).images
     assert np.array_equal(np.load(tmp_path / "stock.npy"), here)
-    assert np.array_equal(np.load(tmp_path / "ours.npy"), own(seeds=[5, 6], **asked).images)
+    assert np.array_equal(np.load(tmp_path / "ours.npy"), own(seeds=[5, 6], **arguments).images)
     # the stock pipeline and our loop, from one generator: unit noise here, √(α² s² + σ²) of it
     # there, equal at pure noise
-    again = own(generator=torch.Generator().manual_seed(7), **asked).images
+    again = own(generator=torch.Generator().manual_seed(7), **arguments).images
     np.testing.assert_allclose(here, again, rtol=0, atol=1e-5)

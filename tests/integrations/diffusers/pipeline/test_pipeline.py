@@ -1,4 +1,6 @@
-"""DiffcorePipeline: the samples of our own loop, in a pipeline that is saved, loaded and called as those of diffusers."""
+"""DiffcorePipeline: the samples of our own loop, in a pipeline that is saved, loaded and called as
+those of diffusers.
+"""
 
 import json
 import sys
@@ -94,13 +96,15 @@ def test_with_seeds_it_gives_bitwise_the_samples_of_sample(pipe, denoiser, optio
 
 
 def test_the_denoiser_of_a_pipeline_is_sampled_as_any(pipe, denoiser):
-    asked = {"steps": 2, "seeds": [1], "condition": [2]}
-    assert torch.equal(sample(pipe.denoiser, **asked).x, sample(denoiser, **asked).x)
+    arguments = {"steps": 2, "seeds": [1], "condition": [2]}
+    assert torch.equal(sample(pipe.denoiser, **arguments).x, sample(denoiser, **arguments).x)
 
 
 @pytest.mark.parametrize("sampler", [DDIM(), DDPM()], ids=repr)
 def test_with_generators_it_draws_as_pipelines_of_diffusers_draw(sampler):
-    """DDPMPipeline with our scheduler draws the first x and each step's noise from the generator; unit variance of data."""
+    """DDPMPipeline with our scheduler draws the first x and each step's noise from the generator;
+    unit variance of data.
+    """
     network, process = unet(), Process(Discrete(), "epsilon", shape=(3, 8, 8), sigma_data=1.0)
     mine = quiet(DiffcorePipeline.of(Denoiser(network, process), sampler, Trailing()))
     other = quiet(diffusers.DDPMPipeline(network, mine.scheduler))
@@ -161,8 +165,8 @@ def test_latents_are_decoded(tmp_path):
     ).save_pretrained(tmp_path)
     pipe = quiet(DiffcorePipeline.from_pretrained(tmp_path))
     assert pipe.process == denoiser.process  # unbounded latents of 4 channels
-    asked = {"class_labels": [7, 8], "seeds": [0, 1]}
-    z, shown = (pipe(**asked, output_type=kind).images for kind in ("latent", "pt"))
+    arguments = {"class_labels": [7, 8], "seeds": [0, 1]}
+    z, shown = (pipe(**arguments, output_type=kind).images for kind in ("latent", "pt"))
     assert torch.equal(
         z,
         sample(
@@ -174,7 +178,7 @@ def test_latents_are_decoded(tmp_path):
 
 
 def test_each_step_is_told_of_and_may_change_x(plain):
-    calls, told = [], Denoiser(plain.unet, PLAIN).process.time
+    calls, time_input = [], Denoiser(plain.unet, PLAIN).process.time
 
     def halve(pipe, step, timestep, values):
         calls.append((step, timestep, values["latents"]))
@@ -184,8 +188,8 @@ def test_each_step_is_told_of_and_may_change_x(plain):
     knots = DEFAULT_GRID.knots(PLAIN.schedule, 3)
     assert [step for step, _, _ in calls] == [0, 1, 2]
     assert [calls[0][1], calls[-1][1]] == [
-        told(knots[0]),
-        told(knots[2]),
+        time_input(knots[0]),
+        time_input(knots[2]),
     ]  # its first and last step are of the first order
     assert torch.equal(made, calls[-1][2] / 2)
     assert not torch.equal(
@@ -228,27 +232,29 @@ def test_an_adaptive_sampler_is_for_a_call(plain):
 
 def test_a_network_of_half_precision_is_asked_in_it_and_x_is_not(folder, pipe):
     half = quiet(DiffcorePipeline.from_pretrained(folder, dtype=torch.bfloat16))
-    asked = {"class_labels": [1, 2], "seeds": [0, 1], "output_type": "latent"}
-    made, exact = half(**asked).images, pipe(**asked).images
+    arguments = {"class_labels": [1, 2], "seeds": [0, 1], "output_type": "latent"}
+    made, exact = half(**arguments).images, pipe(**arguments).images
     assert {p.dtype for p in half.unet.parameters()} == {torch.bfloat16}
     assert made.dtype == torch.float32
     torch.testing.assert_close(made, exact, rtol=0, atol=0.05 * float(exact.abs().max()))
     assert not torch.equal(made, exact)
-    assert torch.equal(half.to(torch.float32)(**asked).images, half(**asked).images)
+    assert torch.equal(half.to(torch.float32)(**arguments).images, half(**arguments).images)
 
 
 def test_models_are_offloaded_between_their_turns():
-    """To the same processor here: each model has its hook, and the device of a call is the hooks'."""
+    """To the same processor here: each model has its hook, and the device of a call is
+    the hooks'.
+    """
     source = diffusers.DiTPipeline(
         transformer=dit(), vae=vae(), scheduler=diffusers.DDIMScheduler(clip_sample=False)
     )
     made = quiet(DiffcorePipeline.of(from_diffusers(source), num_inference_steps=2, vae=source.vae))
-    asked = {"class_labels": [1, 2], "seeds": [0, 1], "output_type": "pt"}
-    expected = made(**asked).images
+    arguments = {"class_labels": [1, 2], "seeds": [0, 1], "output_type": "pt"}
+    expected = made(**arguments).images
     made.enable_model_cpu_offload(device="cpu")
     assert [hook.model for hook in made._all_hooks] == [made.transformer, made.vae]
     assert made._execution_device == torch.device("cpu:0")
-    assert torch.equal(made(**asked).images, expected)
+    assert torch.equal(made(**arguments).images, expected)
 
 
 def test_threads_share_a_pipeline(pipe):
@@ -268,14 +274,20 @@ def test_one_label_is_for_all(pipe):
 
 
 CALLED_WRONG = [
-    ({"seeds": [0, 1], "class_labels": [1]}, "defines 1 by class_labels, 2 by seeds: pass as many of each"),
+    (
+        {"seeds": [0, 1], "class_labels": [1]},
+        "defines 1 by class_labels, 2 by seeds: pass as many of each",
+    ),
     ({"seeds": [0], "generator": torch.Generator()}, "seeds and generator were given: pass one"),
     ({"seeds": [0]}, "needs a condition to strengthen"),
     ({"seeds": [0], "class_labels": 9}, r"labels \[9\] are out of range"),
     ({"seeds": [2**64], "class_labels": 0}, "beyond 64 bits"),
-    ({"class_labels": 0, "output_type": "jpg"}, "output_type is 'jpg', expected one of pil, np, pt, latent"),
+    (
+        {"class_labels": 0, "output_type": "jpg"},
+        "output_type is 'jpg', expected one of pil, np, pt, latent",
+    ),
     ({"class_labels": 0, "num_inference_steps": 0}, "steps"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
@@ -314,7 +326,7 @@ def test_parts_that_contradict_each_other_are_refused(plain):
         DiffcorePipeline.of(Denoiser(nn.Linear(1, 1), PLAIN))
 
 
-# Folders -------------------------------------------------------------------------------------------------------------
+# Folders
 
 
 class Bomb:
@@ -337,7 +349,7 @@ def index(**changes):
     return lambda folder: edit(folder / "model_index.json", **changes)
 
 
-def said(**changes):
+def change_scheduler(**changes):
     return lambda folder: edit(folder / "scheduler" / "scheduler_config.json", **changes)
 
 
@@ -360,23 +372,41 @@ def remote_pipeline(folder):
 BROKEN = [
     (lambda f: (f / "model_index.json").unlink(), "model_index.json is missing"),
     (lambda f: (f / "model_index.json").write_text("{"), "is not JSON"),
-    (index(_class_name="DDPMPipeline"), r"holds a DDPMPipeline, expected .* by diffcore.integrations.diffusers.from_diffusers"),
-    (index(shape="gone", dropout="gone"), "lacks shape, dropout, and a guess would sample another model"),
+    (
+        index(_class_name="DDPMPipeline"),
+        r"holds a DDPMPipeline, expected .* by diffcore.integrations.diffusers.from_diffusers",
+    ),
+    (
+        index(shape="gone", dropout="gone"),
+        "lacks shape, dropout, and a guess would sample another model",
+    ),
     (index(scheduler=["diffusers", "DDIMScheduler"]), "as scheduler, expected a DiffcoreScheduler"),
     (index(unet=[None, None]), "pass either unet or transformer"),
     (index(guidance={"class_path": "CGF"}), "did you mean"),
     (index(guidance={"class_path": "os.system", "init_args": {"command": "false"}}), "guidance"),
     (index(classes=-1), "classes is -1"),
     (index(unet=["diffusers", "loaders"]), "is no model of diffusers"),
-    (remote, "names mine.Net as unet, which is no model of diffusers: code that lies beside weights is not executed"),
+    (
+        remote,
+        "names mine.Net as unet, which is no model of diffusers: code that lies beside weights is "
+        "not executed",
+    ),
     (remote_pipeline, "expected a DiffcorePipeline"),
     (pickled, "pickled weights are not opened, convert them first"),
     (lambda f: (f / "unet" / "config.json").unlink(), "each part needs its config and safetensors"),
     (lambda f: (f / "scheduler" / "scheduler_config.json").unlink(), "each part needs its config"),
-    (said(prediction_type="velocity"), "prediction_type"),
-    (said(prediction_type="epsilon", schedule={"class_path": "ZeroTerminalSNR", "init_args": {"inner": {
-        "class_path": "Discrete"}}}), "pure noise"),
-]  # fmt: skip
+    (change_scheduler(prediction_type="velocity"), "prediction_type"),
+    (
+        change_scheduler(
+            prediction_type="epsilon",
+            schedule={
+                "class_path": "ZeroTerminalSNR",
+                "init_args": {"inner": {"class_path": "Discrete"}},
+            },
+        ),
+        "pure noise",
+    ),
+]
 
 
 @pytest.mark.parametrize(("damage", "message"), BROKEN, ids=[message[:30] for _, message in BROKEN])
@@ -417,11 +447,11 @@ def test_a_network_of_ones_own_is_imported_and_given(monkeypatch, tmp_path):
 
 
 def test_a_pipeline_of_a_hub_is_loaded_from_where_it_is_downloaded_to(folder, monkeypatch):
-    asked = []
+    downloads = []
     monkeypatch.setattr(
         DiffcorePipeline,
         "download",
-        classmethod(lambda cls, name, **options: asked.append((name, options)) or str(folder)),
+        classmethod(lambda cls, name, **options: downloads.append((name, options)) or str(folder)),
     )
     assert DiffcorePipeline.from_pretrained("someone/digits").process == PROCESS
-    assert asked == [("someone/digits", {"use_safetensors": True})]
+    assert downloads == [("someone/digits", {"use_safetensors": True})]

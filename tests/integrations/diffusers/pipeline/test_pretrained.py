@@ -1,4 +1,6 @@
-"""A pipeline's network to train on: its weights, or an adapter beside them, and the scheduler that is saved with it."""
+"""A pipeline's network to train on: its weights, or an adapter beside them, and the scheduler that
+is saved with it.
+"""
 
 import shutil
 
@@ -122,7 +124,7 @@ def test_what_is_no_pipeline_or_is_told_text_by_label_is_refused(folder, tmp_pat
         Pretrained(str(folder))(X, TIME, class_labels=torch.tensor([0, 1]))
 
 
-# The scheduler that is saved ------------------------------------------------------------------------------------------
+# The scheduler that is saved
 
 
 LINEAR = Discrete("scaled_linear", 1000, 0.00085, 0.012)
@@ -131,7 +133,7 @@ SD3 = Shifted.by_time_shift(Flow(), 3.0)
 
 
 @pytest.mark.parametrize(
-    ("config", "said", "kind"),
+    ("config", "described", "kind"),
     [
         (diffusers.PNDMScheduler(**OLD), (LINEAR, "epsilon", INDEX), diffusers.DDIMScheduler),
         (
@@ -153,8 +155,8 @@ SD3 = Shifted.by_time_shift(Flow(), 3.0)
     ],
     ids=["table", "zero SNR", "flow", "another flow", "flow that predicts v"],
 )
-def test_the_saved_scheduler_describes_the_process(tmp_path, config, said, kind):
-    process = Process(*said, shape=(4, 8, 8), sigma_data=1.0)
+def test_the_saved_scheduler_describes_the_process(tmp_path, config, described, kind):
+    process = Process(*described, shape=(4, 8, 8), sigma_data=1.0)
     run_scheduler(named_config(config), process).save_pretrained(tmp_path)
     found = kind.from_pretrained(tmp_path)
     assert type(found) is kind
@@ -166,7 +168,7 @@ def test_the_saved_scheduler_describes_the_process(tmp_path, config, said, kind)
     )
     if kind is diffusers.DDIMScheduler:
         assert (found.config.timestep_spacing, found.config.set_alpha_to_one) == ("trailing", True)
-        assert found.config.rescale_betas_zero_snr == (said[1] == "v_prediction")
+        assert found.config.rescale_betas_zero_snr == (described[1] == "v_prediction")
 
 
 def test_a_schedule_that_is_no_table_is_saved_as_one(tmp_path):

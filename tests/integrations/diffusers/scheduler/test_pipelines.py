@@ -1,4 +1,6 @@
-"""Our scheduler in diffusers' pipelines: the same latents as with theirs where theirs is right, in every thread."""
+"""Our scheduler in diffusers' pipelines: the same latents as with theirs where theirs is right, in
+every thread.
+"""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -44,20 +46,36 @@ def both(pipe, call, **ours):
 
 EQUAL = {  # theirs, its config, our sampler
     "DDIM": ("DDIM", {"clip_sample": False}, DDIM()),
-    "DDIM of Stable Diffusion": (
-        "DDIM", {"clip_sample": False, "set_alpha_to_one": False}, DDIM()),
+    "DDIM of Stable Diffusion": ("DDIM", {"clip_sample": False, "set_alpha_to_one": False}, DDIM()),
     "DDIM, zero SNR": (
-        "DDIM", {"clip_sample": False, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing",
-                 "prediction_type": "v_prediction"}, DDIM()),
+        "DDIM",
+        {
+            "clip_sample": False,
+            "rescale_betas_zero_snr": True,
+            "timestep_spacing": "trailing",
+            "prediction_type": "v_prediction",
+        },
+        DDIM(),
+    ),
     "Euler": ("EulerDiscrete", {"timestep_spacing": "leading"}, Euler()),
-    "Euler ancestral": ("EulerAncestralDiscrete", {"timestep_spacing": "leading"}, EulerAncestral()),
+    "Euler ancestral": (
+        "EulerAncestralDiscrete",
+        {"timestep_spacing": "leading"},
+        EulerAncestral(),
+    ),
     "Heun": ("HeunDiscrete", {"timestep_spacing": "leading"}, Heun()),
     "DPM++ 2M": ("DPMSolverMultistep", {"timestep_spacing": "trailing"}, DPMSolverPP("2M")),
     "DPM++ 2M, to index 0": (
-        "DPMSolverMultistep", {"timestep_spacing": "trailing", "final_sigmas_type": "sigma_min",
-                               "lower_order_final": False}, DPMSolverPP("2M")),
+        "DPMSolverMultistep",
+        {
+            "timestep_spacing": "trailing",
+            "final_sigmas_type": "sigma_min",
+            "lower_order_final": False,
+        },
+        DPMSolverPP("2M"),
+    ),
     "UniPC": ("UniPCMultistep", {"timestep_spacing": "trailing"}, UniPC(2)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", EQUAL)
@@ -120,7 +138,9 @@ def test_dit_gives_the_images_of_its_pipeline(name):
 
 
 def test_sd3_gives_the_latents_of_its_pipeline():
-    """With times given, which either shifts; its default grid ends at a level that is shifted twice."""
+    """With times given, which either shifts; its default grid ends at a level that is shifted
+    twice.
+    """
 
     def call(pipe):
         return pipe(sigmas=[1.0, 0.8, 0.5, 0.1], generator=seed(), **TEXT | POOLED).images

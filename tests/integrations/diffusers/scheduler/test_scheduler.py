@@ -1,4 +1,6 @@
-"""The scheduler by itself: our own loop's samples from outside, levels, noise, configs, and what is refused."""
+"""The scheduler by itself: our own loop's samples from outside, levels, noise, configs, and what is
+refused.
+"""
 
 import copy
 import json
@@ -82,16 +84,16 @@ def test_an_outside_loop_gives_the_samples_of_our_own(sampler, steps, schedule):
     network, x = unet(), torch.randn(2, 3, 8, 8, generator=seed())
     knots = Trailing().knots(schedule, steps)
     with torch.no_grad():
-        mine, asked = integrate(
+        mine, count = integrate(
             from_diffusers(network, scheduler), sampler, x, knots, Noise(torch.arange(2), (3, 8, 8))
         )
     assert scaled(diffusers_loop(network, scheduler, steps, x), mine) < 1e-5
-    assert len(scheduler.timesteps) == asked == sampler.evaluations(knots)
+    assert len(scheduler.timesteps) == count == sampler.evaluations(knots)
     assert scheduler.num_inference_steps == steps
 
 
 @pytest.mark.parametrize(
-    ("sampler", "order", "told"),
+    ("sampler", "order", "expected"),
     [
         (DDIM(), 1, [999, 749, 499, 249]),
         (Heun(), 2, [999, 749, 749, 499, 499, 249, 249]),
@@ -100,13 +102,13 @@ def test_an_outside_loop_gives_the_samples_of_our_own(sampler, steps, schedule):
     ],
     ids=str,
 )
-def test_two_stage_samplers_announce_each_evaluation(sampler, order, told):
+def test_two_stage_samplers_announce_each_evaluation(sampler, order, expected):
     scheduler = DiffcoreScheduler(sampler)
     scheduler.set_timesteps(4)
     assert scheduler.order == order
     assert (
-        scheduler.timesteps.tolist() if isinstance(told, list) else len(scheduler.timesteps)
-    ) == told
+        scheduler.timesteps.tolist() if isinstance(expected, list) else len(scheduler.timesteps)
+    ) == expected
 
 
 def test_an_edm_network_is_asked_about_scaled_input():
@@ -151,7 +153,7 @@ def test_a_call_may_begin_at_any_evaluation(sampler):
         if len(knots) > 1:
             expected, _ = integrate(denoiser, sampler, expected, knots, noise)
         assert scaled(begun(scheduler, network, begin, x, announced=True), expected) < 1e-5
-        if plan.starts_step(begin):  # told t alone, a call begins at the beginning of a step
+        if plan.starts_step(begin):  # given t alone, a call starts at the start of a step
             assert scaled(begun(scheduler, network, begin, x, announced=False), expected) < 1e-5
 
 
