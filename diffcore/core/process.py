@@ -186,8 +186,8 @@ class Process:
         )
         if self.prediction == "epsilon":
             raise ValueError(
-                f"{name} is pure noise (α = 0), where ε does not determine x_0: use v_prediction, "
-                f"sample, flow_prediction or edm instead of epsilon, or {remedy}"
+                f"{name} is pure noise (α = 0), where a network that predicts epsilon does not "
+                f"determine x_0: use v_prediction, sample, flow_prediction or edm, or {remedy}"
             )
         if not self.time.can_express_pure_noise:
             raise ValueError(

@@ -147,7 +147,7 @@ FINITE = "or train on Truncated levels, or start from a grid whose first level i
 PURE_NOISE = [
     (
         {"prediction": "epsilon"},
-        "ε does not determine x_0: use v_prediction, sample, flow_prediction or edm",
+        "predicts epsilon does not determine x_0: use v_prediction, sample, flow_prediction or edm",
     ),
     (
         {"time": EDM},
