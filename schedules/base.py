@@ -129,6 +129,14 @@ class Schedule(ABC):
 
     Every public method maps a float to a float, and a tensor to a float64 tensor of the same shape
     on the host.
+
+    Example:
+        >>> from diffcore.schedules import Flow
+        >>> level = Flow().level(0.25)
+        >>> level.alpha, level.sigma
+        (0.75, 0.25)
+        >>> Flow().time(level.logsnr)
+        0.25
     """
 
     scaling: Scaling

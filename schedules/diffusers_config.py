@@ -151,6 +151,10 @@ def schedule_from_diffusers(config: Config, mu: float | None = None) -> Schedule
     Raises:
         ValueError: The class or its form of betas has no schedule here, or `mu` is missing or
             superfluous. The message contains the remedy.
+
+    Example:
+        >>> schedule_from_diffusers({"_class_name": "DDPMScheduler", "num_train_timesteps": 100})
+        Discrete(betas='linear', steps=100, start=0.0001, end=0.02, scaling='vp')
     """
     name = config.get("_class_name")
     flow = name in FLOWS or (name in TABLES and bool(config.get("use_flow_sigmas")))

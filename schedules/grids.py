@@ -42,6 +42,11 @@ class Grid(ABC):
         Raises:
             ValueError: `steps` is below 1 or above the number of entries of a table, or a knot is
                 noisier than the schedule. The message contains the bound.
+
+        Example:
+            >>> from diffcore.schedules import Flow, Trailing
+            >>> [knot.t for knot in Trailing().knots(Flow(), steps=4)]
+            [1.0, 0.75, 0.5, 0.25, 0.0]
         """
         if steps < 1:
             raise ValueError(f"steps is {steps}, expected at least 1")
@@ -108,6 +113,12 @@ class Within(CoordinateGrid):
         grid: inner grid; any grid except Explicit, which has no coordinate.
         low: λ of the first knot; -inf: first knot of the inner grid.
         high: λ of the last knot; inf: last knot of the inner grid.
+
+    Example:
+        >>> from diffcore.schedules import Flow, UniformLogSNR
+        >>> grid = Within(UniformLogSNR(), low=-2.0, high=4.0)
+        >>> [knot.logsnr for knot in grid.knots(Flow(), steps=3)]
+        [-2.0, 0.0, 2.0, 4.0]
     """
 
     grid: CoordinateGrid

@@ -86,10 +86,15 @@ class Shifted(ScheduleWrapper):
         Args:
             schedule: schedule for images of the reference size.
             size: d, side of the images in pixels.
-            reference: d₀, side in pixels for which `schedule` was made.
+            reference: d₀, side in pixels of the images for which `schedule` is suitable.
 
         Returns:
             The shifted schedule.
+
+        Example:
+            >>> from diffcore.schedules import Cosine
+            >>> round(Shifted.by_resolution(Cosine(), 256).logsnr(0.5), 4)
+            -2.7726
         """
         return cls(
             schedule, 2 * (_log_positive("reference", reference) - _log_positive("size", size))

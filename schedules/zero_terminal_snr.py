@@ -43,7 +43,9 @@ class ZeroTerminalSNR(ScheduleWrapper):
         alpha_0, rest_0, alpha_t, c = self._constants
         alpha, rest = _alpha(logsnr)
         scaled = _from_alpha((alpha - alpha_t) / c, (rest - rest_0 * alpha_t / alpha_0) / c)
-        return torch.where(self._cleaner(logsnr), logsnr, torch.where(t == 1, -torch.inf, scaled))
+        return torch.where(
+            self._is_cleaner(logsnr), logsnr, torch.where(t == 1, -torch.inf, scaled)
+        )
 
     def _time(self, logsnr: Tensor) -> Tensor:
         return torch.where(logsnr == -torch.inf, 1.0, self.inner.time(self._inner(logsnr)))
@@ -51,7 +53,7 @@ class ZeroTerminalSNR(ScheduleWrapper):
     def _density(self, logsnr: Tensor) -> Tensor:
         inner, c = self._inner(logsnr), self._constants[-1]
         slope = c * _alpha_rate(logsnr) / _alpha_rate(inner)  # dλ/dλ'
-        density = self.inner.density(inner) * torch.where(self._cleaner(logsnr), 1.0, slope)
+        density = self.inner.density(inner) * torch.where(self._is_cleaner(logsnr), 1.0, slope)
         return density.masked_fill(logsnr == -torch.inf, 0.0)
 
     def _inner(self, logsnr: Tensor) -> Tensor:
@@ -59,9 +61,9 @@ class ZeroTerminalSNR(ScheduleWrapper):
         alpha_0, rest_0, alpha_t, c = self._constants
         alpha, rest = _alpha(logsnr)
         inner = _from_alpha(alpha * c + alpha_t, rest * c + rest_0 * alpha_t / alpha_0)
-        return torch.where(self._cleaner(logsnr), logsnr, inner)
+        return torch.where(self._is_cleaner(logsnr), logsnr, inner)
 
-    def _cleaner(self, logsnr: Tensor) -> Tensor:
+    def _is_cleaner(self, logsnr: Tensor) -> Tensor:
         return logsnr >= self._ends[0].logsnr
 
 

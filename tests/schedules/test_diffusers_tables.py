@@ -1,6 +1,4 @@
-"""Beta tables of diffusers: ᾱ against the scheduler, λ against an extended-precision
-computation.
-"""
+"""Beta tables of diffusers against their schedulers (ᾱ) and extended precision (λ)."""
 
 import inspect
 import math
