@@ -84,6 +84,9 @@ SCHEDULES: list[Schedule] = [
 ]
 """Schedules of every class, in alphabetical order of the classes."""
 
+TRANSFORMS = [schedule for schedule in SCHEDULES if hasattr(schedule, "inner")]
+"""Schedules of every class that transforms an inner schedule."""
+
 UNIFORM_GRIDS: list[CoordinateGrid] = [
     AlignYourSteps(),
     AlignYourSteps((10.0, 1.0, 0.01)),

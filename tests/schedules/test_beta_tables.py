@@ -132,31 +132,24 @@ def test_the_first_end_is_clean_and_the_last_is_the_last_entry(schedule):
 def test_the_published_tables_have_their_known_ends():
     """ᾱ_T is 4e-5 for DDPM and 0.0047 for Stable Diffusion, whose σ/α is from 0.0292 to 14.6."""
     assert Discrete().level(1.0).alpha ** 2 == pytest.approx(4.04e-5, rel=0.01)
-    stable = STABLE_DIFFUSION
-    assert stable.level(1.0).alpha ** 2 == pytest.approx(0.00466, rel=0.01)
-    assert stable.logsnr(1 / 1000) == pytest.approx(7.07, abs=0.005)
-    assert (stable.level(1 / 1000).ratio, stable.level(1.0).ratio) == pytest.approx(
-        (0.0292, 14.61), rel=0.01
-    )
+    clean, noise = STABLE_DIFFUSION.level(1 / 1000), STABLE_DIFFUSION.level(1.0)
+    assert noise.alpha**2 == pytest.approx(0.00466, rel=0.01)
+    assert clean.logsnr == pytest.approx(7.07, abs=0.005)
+    assert (clean.ratio, noise.ratio) == pytest.approx((0.0292, 14.61), rel=0.01)
 
 
 @all_tables
 def test_a_table_equals_the_one_of_its_betas_and_the_one_of_its_alphas_cumprod(schedule):
     bar = alpha_bar(schedule)
-    given = Discrete.from_alphas_cumprod(bar, scaling="flow")
-    assert (given.steps, given.scaling) == (schedule.steps, "flow")
-    np.testing.assert_allclose(
-        given.logsnr(index_times(given.steps)), np.log(bar) - np.log1p(-bar), rtol=0, atol=1e-12
-    )
-    again = Discrete(given.betas)
-    assert torch.equal(
-        again.logsnr(index_times(again.steps)), given.logsnr(index_times(again.steps))
-    )
-    assert (
-        Discrete.from_alphas_cumprod(bar.tolist())
-        == again
-        == Discrete.from_alphas_cumprod(torch.from_numpy(bar))
-    )
+    t = index_times(schedule.steps)
+    from_bar = Discrete.from_alphas_cumprod(bar, scaling="flow")
+    assert (from_bar.steps, from_bar.scaling) == (schedule.steps, "flow")
+    expected = np.log(bar) - np.log1p(-bar)
+    np.testing.assert_allclose(from_bar.logsnr(t), expected, rtol=0, atol=1e-12)
+    from_betas = Discrete(from_bar.betas)
+    assert torch.equal(from_betas.logsnr(t), from_bar.logsnr(t))
+    assert Discrete.from_alphas_cumprod(bar.tolist()) == from_betas
+    assert Discrete.from_alphas_cumprod(torch.from_numpy(bar)) == from_betas
 
 
 def test_float32_betas_keep_the_digits_of_the_clean_end_that_alphas_cumprod_lose():
@@ -166,9 +159,8 @@ def test_float32_betas_keep_the_digits_of_the_clean_end_that_alphas_cumprod_lose
     by_product = Discrete.from_alphas_cumprod(scheduler.alphas_cumprod).logsnr(t) - exact.logsnr(t)
     assert by_betas.abs().max() < 3e-7
     assert by_product.abs().argmax() == 0
-    assert by_product.abs().max() == pytest.approx(
-        1.66e-4, rel=0.01
-    )  # within 3e-8 / (1 - ᾱ) = 3e-4
+    # within 3e-8 / (1 - ᾱ) = 3e-4
+    assert by_product.abs().max() == pytest.approx(1.66e-4, rel=0.01)
 
 
 @all_zero_terminal
@@ -179,8 +171,8 @@ def test_a_last_beta_of_1_is_pure_noise_and_alpha_over_sigma_is_linear_before_it
     bar = np.cumprod(1 - np.array(schedule.betas))[-2]
     assert before.logsnr == pytest.approx(math.log(bar) - math.log1p(-bar), abs=1e-9)
     for share in (0.01, 0.3, 0.999):
-        at = schedule.level((T - 1 + share) / T)
-        assert 1 / at.ratio == pytest.approx((1 - share) / before.ratio, rel=1e-9)
+        level = schedule.level((T - 1 + share) / T)
+        assert 1 / level.ratio == pytest.approx((1 - share) / before.ratio, rel=1e-9)
 
 
 @all_zero_terminal

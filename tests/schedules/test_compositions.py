@@ -117,8 +117,8 @@ def test_the_density_of_a_composition_integrates_to_the_difference_of_times(sche
 @given(SCHEDULES)
 def test_a_composition_equals_the_one_that_is_read_from_its_yaml_and_json(schedule):
     plain = to_spec(schedule)
-    texts = [json.loads(json.dumps(plain)), yaml.safe_load(yaml.safe_dump(plain))]
-    for data in texts:
-        again = from_spec(ScheduleHolder, {"schedule": data}).schedule
-        assert again == schedule
-        assert again.logsnr(0.3) == schedule.logsnr(0.3)
+    specs = [json.loads(json.dumps(plain)), yaml.safe_load(yaml.safe_dump(plain))]
+    for spec in specs:
+        copy = from_spec(ScheduleHolder, {"schedule": spec}).schedule
+        assert copy == schedule
+        assert copy.logsnr(0.3) == schedule.logsnr(0.3)

@@ -50,11 +50,11 @@ def test_power_cosine_is_chens_curve(options):
 
 
 def test_the_default_power_cosine_is_cosine():
-    ours, cosine = PowerCosine(), Cosine()
-    torch.testing.assert_close(ours.logsnr(times), cosine.logsnr(times), rtol=1e-13, atol=1e-13)
+    power, cosine = PowerCosine(), Cosine()
+    torch.testing.assert_close(power.logsnr(times), cosine.logsnr(times), rtol=1e-13, atol=1e-13)
     levels = torch.linspace(-30, 30, 121, dtype=torch.float64)
-    torch.testing.assert_close(ours.density(levels), cosine.density(levels), rtol=1e-12, atol=0)
-    torch.testing.assert_close(ours.time(levels), cosine.time(levels), rtol=1e-12, atol=0)
+    torch.testing.assert_close(power.density(levels), cosine.density(levels), rtol=1e-12, atol=0)
+    torch.testing.assert_close(power.time(levels), cosine.time(levels), rtol=1e-12, atol=0)
 
 
 EXTREME = [

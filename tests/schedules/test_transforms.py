@@ -20,9 +20,16 @@ from diffcore.schedules import (
     Trailing,
     Truncated,
 )
-from tests.helpers.schedules import all_scalings
+from tests.helpers.schedules import TRANSFORMS, all_scalings
 
 t = torch.linspace(0.001, 0.999, 999, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "schedule", [schedule for schedule in TRANSFORMS if type(schedule) is not Rescaled], ids=repr
+)
+def test_each_transform_but_rescaled_keeps_the_scaling_of_its_inner_schedule(schedule):
+    assert schedule.scaling == schedule.inner.scaling
 
 
 @pytest.mark.parametrize(
@@ -57,7 +64,10 @@ def test_sd3s_time_shift_s_is_the_shift_minus_2_ln_s():
 
 
 def test_simple_diffusions_resolution_shift_keeps_the_snr_of_pooled_pixels():
-    """The mean of (d/d₀)² pixels has 1/(d/d₀)² of the noise variance."""
+    """The mean of (d/d₀)² pixels has 1/(d/d₀)² of the noise variance.
+
+    Pooled to the size d₀, an image of size d at λ - 2 ln(d/d₀) has the noise of one at λ.
+    """
     d0, d = 64, 256
     shifted = Shifted(Cosine(), 2 * math.log(d0 / d)).level(t)
     torch.testing.assert_close(
@@ -87,9 +97,9 @@ def test_scales_that_are_not_positive_are_refused(value):
 @pytest.mark.parametrize(("size", "low", "high"), [(256, 32, 256), (512, 32, 64), (64, 64, 32)])
 def test_interpolated_is_simple_diffusions_lerp_of_two_shifts(size, low, high):
     """k-diffusion's rand_cosine_interpolated: torch.lerp(logsnr_low, logsnr_high, t)."""
-    ours = Interpolated.by_resolution(Cosine(), size, low, high)
+    schedule = Interpolated.by_resolution(Cosine(), size, low, high)
     shifts = [Cosine().logsnr(t) + 2 * math.log(d / size) for d in (low, high)]
-    torch.testing.assert_close(ours.logsnr(t), torch.lerp(*shifts, t), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(schedule.logsnr(t), torch.lerp(*shifts, t), rtol=1e-13, atol=1e-13)
 
 
 def test_interpolation_is_monotone_up_to_a_ratio_of_e_to_the_pi():
