@@ -119,6 +119,70 @@ def prepositions() -> list[str]:
     return [entry for entry in entries() if re.search(rf": \w+: ({PREPOSITIONS})\b", entry)]
 
 
+def coverage(lacking: list[str], total: int) -> float:
+    """The share of documented callables."""
+    return 1 - len(lacking) / total
+
+
+def test_public_callables_of_three_parameters_document_their_arguments():
+    total = sum(len(found.parameters) >= 3 for found in public())
+    assert coverage(without_arguments(), total) >= 0.98, without_arguments()
+
+
+def test_public_functions_state_their_result():
+    total = sum(returns(found) for found in public())
+    assert coverage(without_result(), total) >= 0.97, without_result()
+
+
+def test_no_argument_is_described_by_a_dangling_preposition():
+    assert prepositions() == []
+
+
+def test_nothing_is_asked_or_told():
+    """At most 40 lines, which quote interfaces of other libraries."""
+    assert len(sayings()) <= 40, sayings()
+
+
+def test_no_test_name_is_a_code():
+    names = re.compile(r"^def (test_[A-Za-z]\d+_\w*)", re.MULTILINE)
+    assert [
+        name for path in sources("tests/*.py") for name in names.findall(path.read_text())
+    ] == []
+
+
+def test_folders_of_the_package_hold_at_most_fourteen_modules():
+    folders = [path.parent for path in sources("*.py") if "tests" not in path.parts]
+    counts = {
+        str(folder.relative_to(ROOT)): sum(
+            path.parent == folder and path.name != "__init__.py" for path in sources("*.py")
+        )
+        for folder in folders
+    }
+    assert {name: count for name, count in counts.items() if count > 14} == {}
+    assert counts["diffcore"] <= 4
+
+
+def test_modules_are_at_most_four_hundred_lines_and_functions_at_most_sixty():
+    long = [
+        str(path.relative_to(ROOT))
+        for path in sources("*.py")
+        if "tests" not in path.parts and len(path.read_text().splitlines()) > 420
+    ]
+    assert long == []
+    assert [name for path in sources("*.py") for name in long_functions(path)] == []
+
+
+def long_functions(path: Path) -> list[str]:
+    """Functions of more than sixty lines, their docstrings and signatures left out."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) and len(node.body) > 1 else node.body
+            if (body[-1].end_lineno or 0) - body[0].lineno + 1 > 60:
+                found.append(f"{path.relative_to(ROOT)}:{node.name}")
+    return found
+
+
 def sayings() -> list[str]:
     return [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()}"

@@ -52,7 +52,7 @@ def round_trip(name, steps, iterations, grid=Trailing()):
     [("gaussian", (2.0e-2, 8.2e-3, 2.1e-3)), ("mixture", (2.0e-2, 8.1e-3, 2.0e-3))],
 )
 def test_explicit_inversion_errs_at_first_order(name, errors):
-    """M11: 20, 50 and 200 steps from pure noise to clean; ε held throughout has 7.0e-2, 3.8e-2,
+    """20, 50 and 200 steps from pure noise to clean; ε held throughout has 7.0e-2, 3.8e-2,
     1.3e-2.
     """
     measured = [round_trip(name, steps, 1)[0] for steps in (20, 50, 200)]
@@ -63,7 +63,7 @@ def test_explicit_inversion_errs_at_first_order(name, errors):
     "grid", (Trailing(), Karras(0.02, 50.0), UniformLogSNR(-8.0, 8.0)), ids=str
 )
 @pytest.mark.parametrize("name", ORACLES)
-def test_c4_the_fixed_point_is_a_round_trip(name, grid):
+def test_the_fixed_point_is_a_round_trip(name, grid):
     """Against 8e-3 to 1.6e-2 at 50 steps of the explicit form, and 2e-2 to 3.7e-2 at 20."""
     error, residual = round_trip(name, 50, 10, grid)
     assert error < 1e-7
@@ -71,7 +71,7 @@ def test_c4_the_fixed_point_is_a_round_trip(name, grid):
     assert round_trip(name, 20, 10, grid)[0] < 1e-4
 
 
-def test_c4_the_round_trip_of_200_steps_is_exact_to_rounding():
+def test_the_round_trip_of_200_steps_is_exact_to_rounding():
     assert round_trip("mixture", 200, 8)[0] < 1e-13
 
 

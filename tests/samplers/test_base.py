@@ -30,6 +30,7 @@ from diffcore.samplers import (
 from diffcore.sampling.loop import integrate
 from diffcore.schedules import Cosine, Discrete, Explicit, Flow, Karras, Trailing
 from tests.helpers.oracles import SCALINGS, PointMass, mixture, process
+from tests.helpers.products import sampled
 from tests.samplers.test_orders import ORDERS
 from tests.samplers.test_weak_orders import WEAK
 
@@ -125,7 +126,7 @@ def test_a_state_stands_at_a_knot_whenever_it_has_passed_one(sampler):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
-def test_c6_eight_threads_sharing_sampler_and_denoiser_equal_eight_serial_runs(sampler):
+def test_eight_threads_sharing_sampler_and_denoiser_equal_eight_serial_runs(sampler):
     torch.manual_seed(0)
     denoiser = Denoiser(Network(), ORACLE.process)
     labels = torch.tensor([0, 1, 1, 0])
@@ -216,7 +217,7 @@ def run_watched(sampler, knots):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
-def test_c7_no_item_bool_or_nonzero_of_the_sample(sampler):
+def test_no_item_bool_or_nonzero_of_the_sample(sampler):
     x = run_watched(sampler, KNOTS)
     assert isinstance(x, Watched)
     assert torch.equal(
@@ -225,7 +226,7 @@ def test_c7_no_item_bool_or_nonzero_of_the_sample(sampler):
 
 
 @pytest.mark.parametrize("sampler", (AdaptiveRungeKutta(), None), ids=str)
-def test_c7_what_reads_the_sample_is_caught(sampler):
+def test_what_reads_the_sample_is_caught(sampler):
     """The adaptive pair is exempt by name."""
     with pytest.raises(AssertionError, match="reads the sample"):
         run_watched(sampler or Peeking(), KNOTS)
@@ -249,28 +250,32 @@ def run_without_data(sampler):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
-def test_c7_the_loop_never_reads_the_sample(sampler):
+def test_the_loop_never_reads_the_sample(sampler):
     x, evaluations = run_without_data(sampler)
     assert x.is_meta
     assert evaluations == 2 * sampler.evaluations(KNOTS)
 
 
-def test_c7_a_loop_that_reads_the_sample_is_caught():
+def test_a_loop_that_reads_the_sample_is_caught():
     with pytest.raises(RuntimeError, match="meta"):
         run_without_data(Peeking())
 
 
-@pytest.mark.parametrize("scaling", SCALINGS)
-@pytest.mark.parametrize("sampler", [sampler for sampler in SAMPLERS if not in_a(sampler)], ids=str)
+@pytest.mark.parametrize(
+    ("sampler", "scaling"),
+    sampled([sampler for sampler in SAMPLERS if not in_a(sampler)], SCALINGS, count=50),
+)
 def test_the_clean_step_is_x0_bit_for_bit(sampler, scaling):
     knots = Explicit((-3.0, 0.5, 1.0, 3.5, math.inf)).knots(Cosine(scaling=scaling), 4)
     *_, evaluated, last = states(sampler, sampler.start(NOISE.start(), knots, NOISE), NOISE)
     assert torch.equal(last.x, ORACLE(evaluated.x, evaluated.level).x0)
 
 
-@pytest.mark.parametrize("schedule", (Cosine(), Cosine(scaling="ve"), Flow(), Discrete()), ids=str)
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
-def test_c1_no_noise_is_left_on_a_point_mass(sampler, schedule):
+@pytest.mark.parametrize(
+    ("sampler", "schedule"),
+    sampled(SAMPLERS, (Cosine(), Cosine(scaling="ve"), Flow(), Discrete()), count=60),
+)
+def test_no_noise_is_left_on_a_point_mass(sampler, schedule):
     """x_0 itself; in a, terms of size |x| ≤ 300 cancel to rounding."""
     truth = PointMass(torch.tensor([0.7, -1.3], dtype=torch.float64), process(schedule))
     knots = Karras(sigma_max=80.0).knots(schedule, 10)

@@ -37,7 +37,7 @@ def denoiser(kind="v_prediction"):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in PREDICTION_TYPES if kind != "epsilon"])
-def test_c7_the_whole_denoiser_compiles_once_and_once_more_when_the_level_changes(kind):
+def test_the_whole_denoiser_compiles_once_and_once_more_when_the_level_changes(kind):
     """Arithmetic and network in one graph; α, σ and the time become its inputs. From pure noise,
     for two numbers of steps.
     """
@@ -54,7 +54,7 @@ def test_c7_the_whole_denoiser_compiles_once_and_once_more_when_the_level_change
     assert counter.frame_count <= 2
 
 
-def test_c7_a_compiled_network_alone_is_compiled_once():
+def test_a_compiled_network_alone_is_compiled_once():
     """The time is a tensor."""
     torch._dynamo.reset()
     counter, plain = CompileCounter(), denoiser()
@@ -68,7 +68,7 @@ def test_c7_a_compiled_network_alone_is_compiled_once():
 
 @ON_GPU
 @pytest.mark.parametrize("sampler", DETERMINISTIC, ids=str)
-def test_c7_the_loop_does_not_synchronise_with_the_gpu(sampler):
+def test_the_loop_does_not_synchronise_with_the_gpu(sampler):
     noise, model = Noise(torch.arange(4), (2,), torch.device("cuda")), denoiser().cuda()
     x, knots = noise.start(), Trailing().knots(Cosine(), 10)
     torch.cuda.synchronize()
@@ -82,7 +82,7 @@ def test_c7_the_loop_does_not_synchronise_with_the_gpu(sampler):
 
 @ON_GPU
 @pytest.mark.parametrize("sampler", DETERMINISTIC, ids=str)
-def test_c7_the_loop_is_captured_in_a_graph(sampler):
+def test_the_loop_is_captured_in_a_graph(sampler):
     noise, model = Noise(torch.arange(4), (2,), torch.device("cuda")), denoiser().cuda()
     x, knots = noise.start(), Trailing().knots(Cosine(), 10)
 

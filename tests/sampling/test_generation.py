@@ -42,6 +42,7 @@ from tests.helpers.oracles import (
     process,
     unet,
 )
+from tests.helpers.products import sampled
 from tests.samplers.test_orders import ORDERS
 
 SEEDS = (11, 2, 7, 30, 5, 1, 4)
@@ -99,7 +100,7 @@ def exact_from_noise(name):
 
 @pytest.mark.parametrize("kind", ("sample", "v_prediction", "flow_prediction", "edm"))
 @pytest.mark.parametrize("name", TO_NOISE)
-def test_a1_sampling_starts_at_alpha_0_and_follows_the_exact_flow(name, kind):
+def test_sampling_starts_at_alpha_0_and_follows_the_exact_flow(name, kind):
     """The midpoint rule errs by 2e-5 at 200 steps, and 4 times that at 100."""
     record = process(TO_NOISE[name], prediction=kind)
     denoiser = Denoiser(ExactNetwork(mixture(record), record), record)
@@ -119,7 +120,7 @@ REFUSED_AT_NOISE = [
 
 
 @pytest.mark.parametrize(("fields", "remedy"), REFUSED_AT_NOISE)
-def test_a1_what_cannot_start_at_alpha_0_is_refused_with_the_remedy_before_the_network_is_called(
+def test_what_cannot_start_at_alpha_0_is_refused_with_the_remedy_before_the_network_is_called(
     fields, remedy
 ):
     denoiser = small(**fields)
@@ -129,7 +130,7 @@ def test_a1_what_cannot_start_at_alpha_0_is_refused_with_the_remedy_before_the_n
 
 
 @pytest.mark.parametrize(("fields", "remedy"), REFUSED_AT_NOISE)
-def test_a1_the_same_network_samples_from_a_finite_level(fields, remedy):
+def test_the_same_network_samples_from_a_finite_level(fields, remedy):
     record = process(**fields)
     denoiser = Denoiser(ExactNetwork(mixture(record), record), record)
     result = sample(
@@ -156,7 +157,7 @@ def test_a1_the_same_network_samples_from_a_finite_level(fields, remedy):
 @pytest.mark.parametrize(
     "schedule", (Discrete(), ZeroTerminalSNR(Discrete())), ids=("finite", "zero terminal")
 )
-def test_m1_m2_every_number_of_trailing_steps_reaches_the_data(schedule, n):
+def test_every_number_of_trailing_steps_reaches_the_data(schedule, n):
     """On N(0, ½²) a run multiplies its noise by a number, the standard deviation; first order
     leaves it 1.5/n short.
     """
@@ -172,16 +173,18 @@ def test_m1_m2_every_number_of_trailing_steps_reaches_the_data(schedule, n):
     assert (std < 0.01).all() or n > 1  # one step is E[x_0]
 
 
-def test_m12_linspace_steps_between_neighbouring_knots():
-    """The number of M12 for 10 steps on N(0, ½²); diffusers, which goes to t - T//n, has 0.419."""
+def test_linspace_steps_between_neighbouring_knots():
+    """The published-grid error for 10 steps on N(0, ½²); diffusers, which goes to t - T//n, has
+    0.419.
+    """
     oracle = gaussian([0.0], torch.tensor([[0.25]]), process(Discrete(), shape=(1,)))
     x = sample(oracle, DDIM(), Linspace(), 10, seeds=[1], batch_size=1, dtype=torch.float64).x
     noise = Noise(torch.tensor([1]), (1,), dtype=torch.float64).start()
     assert (x / noise).item() == pytest.approx(0.362, abs=1e-3)
 
 
-def test_f6_a_sample_is_bit_equal_whichever_seeds_are_beside_it_and_in_whatever_order():
-    """M10: noise of the steps and the reference included."""
+def test_a_sample_is_bit_equal_whichever_seeds_are_beside_it_and_in_whatever_order():
+    """Including the noise of the steps and of the reference."""
     images = draw(SEEDS, LABELS)
     order = (3, 0, 6, 5, 1, 4, 2)
     assert torch.equal(
@@ -194,7 +197,7 @@ def test_f6_a_sample_is_bit_equal_whichever_seeds_are_beside_it_and_in_whatever_
     assert len({image.sum().item() for image in more}) == 9
 
 
-def test_f6_another_batch_size_agrees_to_rounding():
+def test_another_batch_size_agrees_to_rounding():
     """A network's last bits depend on its number of rows."""
     torch.testing.assert_close(
         draw(SEEDS, LABELS, batch_size=3), draw(SEEDS, LABELS), rtol=0, atol=1e-4
@@ -317,7 +320,7 @@ def test_wrong_calls_are_refused_before_the_network_is_called(changes, message):
 
 
 @pytest.mark.parametrize("w", (0.0, 2.0))
-def test_d5_guidance_without_condition_dropout_is_refused(w):
+def test_guidance_without_condition_dropout_is_refused(w):
     denoiser = small(dropout=0.0)
     with pytest.raises(ValueError, match=r"without condition dropout.*CFG\(1\.0\)"):
         sample(denoiser, steps=4, seeds=[1], condition=[0], guidance=CFG(w))
@@ -402,10 +405,11 @@ EVENS = [
 ]
 
 
-@pytest.mark.parametrize("scaling", SCALINGS)
-@pytest.mark.parametrize("start", (0.05, 1.0, 20.0))
-@pytest.mark.parametrize("sampler", ANY_SAMPLER, ids=str)
-def test_c5_the_noise_put_on_an_image_is_sigma_of_the_start_level_exactly(sampler, start, scaling):
+@pytest.mark.parametrize(
+    ("sampler", "start", "scaling"),
+    sampled(list(ANY_SAMPLER), (0.05, 1.0, 20.0), SCALINGS, count=50),
+)
+def test_the_noise_put_on_an_image_is_sigma_of_the_start_level_exactly(sampler, start, scaling):
     """Whatever the sampler, the steps and the grid: strength is a noise level, not a share of the
     steps.
     """

@@ -9,7 +9,7 @@ import torch
 
 from diffcore.core.process import Process
 from diffcore.integrations.diffusers.loading.folder import network_of
-from diffcore.integrations.diffusers.pipeline.pretrained import ADAPTER
+from diffcore.integrations.diffusers.pipeline.pretrained_network import ADAPTER
 from diffcore.integrations.diffusers.scheduler.scheduler_config import (
     describe_process,
     named_config,

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from diffcore.integrations.diffusers import Latents
 from diffcore.integrations.diffusers.loading.index import PipelineIndex
-from diffcore.integrations.diffusers.pipeline.pretrained import ADAPTER
+from diffcore.integrations.diffusers.pipeline.pretrained_network import ADAPTER
 from tests.helpers.captioned_images import change_json, write_image
 from tests.helpers.finetune_runs import (
     OPTIONS,

@@ -36,7 +36,7 @@ def test_a_saved_pipeline_encodes_its_prompts(tmp_path, zeros):
     assert relative_difference(*samples) < 1e-5
 
 
-def test_t5_of_stable_diffusion_3_is_optional(tmp_path):
+def test_of_stable_diffusion_3_is_optional(tmp_path):
     saved = text_networks.sd3(flow())
     saved = diffusers.StableDiffusion3Pipeline(
         **saved.components | {"text_encoder_3": None, "tokenizer_3": None}

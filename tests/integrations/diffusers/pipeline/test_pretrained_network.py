@@ -11,7 +11,7 @@ import torch
 from diffcore.core.process import Process, TimeConditioning
 from diffcore.integrations.diffusers import DiffcoreScheduler, LoRA, Pretrained
 from diffcore.integrations.diffusers.loading.index import PipelineIndex
-from diffcore.integrations.diffusers.pipeline.pretrained import run_scheduler
+from diffcore.integrations.diffusers.pipeline.pretrained_network import run_scheduler
 from diffcore.integrations.diffusers.scheduler.scheduler_config import (
     describe_process,
     named_config,
@@ -96,7 +96,7 @@ def test_an_adapter_that_cannot_be_is_refused(folder, options, message):
 
 def test_without_peft_an_adapter_is_refused_with_the_remedy(folder, monkeypatch):
     monkeypatch.setattr(
-        "diffcore.integrations.diffusers.pipeline.pretrained.has_extra", lambda name: False
+        "diffcore.integrations.diffusers.pipeline.pretrained_network.has_extra", lambda name: False
     )
     with pytest.raises(ValueError, match=r"LoRA .* not installed: pip install 'diffcore\[lora\]'"):
         Pretrained(str(folder), LoRA(2))
