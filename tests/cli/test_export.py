@@ -106,7 +106,7 @@ REFUSED = [
     (
         unexpressed,
         ["--format", "diffusers"],
-        r"tell the network the index i .* or export a DiffcorePipeline",
+        r"have the time input index i .* or export a DiffcorePipeline",
     ),
     (stock, [], "holds a StableDiffusionPipeline, which diffusers loads as it is"),
     (
@@ -141,7 +141,7 @@ def test_an_export_with_different_samples_is_refused_and_leaves_nothing(
     monkeypatch.setattr("diffcore.integrations.diffusers.pipeline.export.TOLERANCE", 0.0)
     ended = diffcore("export", trained, "--format", "diffusers", "--out", tmp_path / "out")
     assert ended.status == 1
-    assert "samples of the stock pipeline differ from our own by" in ended.err
+    assert "samples of the exported pipeline differ from those of diffcore by" in ended.err
     assert list(tmp_path.glob("*out*")) == []
 
 

@@ -200,7 +200,7 @@ def test_another_number_of_steps_and_two_evaluations_a_step_are_refused():
     rule = LinearAG(CFG(2.0), ((),) * 24)
     with pytest.raises(ValueError, match="fitted for 24 steps and this run has 12"):
         sample(ORACLE, steps=12, seeds=[1], condition=[0], guidance=rule)
-    with pytest.raises(ValueError, match=r"one evaluation a step.*DDIM"):
+    with pytest.raises(ValueError, match=r"one evaluation per step.*DDIM"):
         sample(ORACLE, AlphaBlending(2), steps=24, seeds=[1], condition=[0], guidance=rule)
     from_noise = LinearAG(CFG(2.0), ((0.0, 1.0), (), ()), "epsilon")
     with pytest.raises(ValueError, match="LinearAG works on epsilon"):
