@@ -1,4 +1,4 @@
-"""Samplers: pure state machines that integrate the reverse process, one file per solver family."""
+"""Samplers: pure state machines that integrate the reverse process; one module per family."""
 
 from diffcore.samplers.adams import AdamsBashforth, AdamsMoulton
 from diffcore.samplers.base import Knots, Sampler, SamplerWrapper, State

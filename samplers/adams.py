@@ -1,4 +1,4 @@
-"""Adams methods: they integrate the polynomial through the last k predictions exactly.
+"""Adams methods, which integrate the polynomial through the last k predictions exactly.
 
 LMS, DEIS, the flow form, iPNDM and DPM-Solver++(3M) are Adams-Bashforth methods; Adams-Moulton adds
 a corrector. The probability flow is linear in each of three pairs of a coordinate and a held
@@ -68,8 +68,7 @@ PAST_INDICES = range(0, -5, -1)
 
 @dataclass(frozen=True)
 class Adams(Sampler[Memory], ABC):
-    """Base of Adams methods: held quantity, variable, and the integral of the polynomial through a
-    history.
+    """Base of Adams methods: integrates the polynomial through a history of the held quantity.
 
     Args:
         k: number of predictions that the polynomial interpolates.
@@ -85,14 +84,11 @@ class Adams(Sampler[Memory], ABC):
     def __post_init__(self) -> None:
         if self.k not in range(1, self.max_k + 1):
             raise ValueError(f"k is {self.k}, expected 1 to {self.max_k} predictions")
-        if self.held not in get_args(HeldQuantity):
-            raise ValueError(
-                f"held is {self.held!r}, expected one of {', '.join(get_args(HeldQuantity))}"
-            )
-        if self.variable not in get_args(Variable):
-            raise ValueError(
-                f"variable is {self.variable!r}, expected one of {', '.join(get_args(Variable))}"
-            )
+        for name, options in (("held", HeldQuantity), ("variable", Variable)):
+            if (value := getattr(self, name)) not in get_args(options):
+                raise ValueError(
+                    f"{name} is {value!r}, expected one of {', '.join(get_args(options))}"
+                )
 
     @property
     def order(self) -> int:
@@ -113,7 +109,7 @@ class Adams(Sampler[Memory], ABC):
         return {"eps": eps, "x0": x0}[self.held] if self.held != "velocity" else eps - x0
 
     def _scale(self, level: Level) -> Real:
-        """c: x divided by the coordinate in which the flow is the integral of the held quantity."""
+        """c, the ratio of x to the coordinate whose change is the integral of the held quantity."""
         match self.held:
             case "eps":
                 return level.alpha
@@ -124,13 +120,12 @@ class Adams(Sampler[Memory], ABC):
     def _correction(
         self, history: History, s: Level, indices: Iterable[int] = PAST_INDICES
     ) -> Tensor | float:
-        """What the polynomial adds to the first-order step from the history's first knot to s.
+        """The correction by the polynomial of the first-order step to s.
 
         Args:
-            history: values that the polynomial interpolates; the step begins at the first.
+            history: values that the polynomial interpolates; the step begins at the first knot.
             s: level at the end of the step.
-            indices: index of each knot of the history relative to the first, for the variable
-                index.
+            indices: index of each knot relative to the first, for the variable `index`.
 
         Returns:
             c_s Σ_{j≥1} w_j (f_j - f_0), of the shape of x; 0 for a history of one value.
@@ -169,9 +164,9 @@ class Adams(Sampler[Memory], ABC):
 class AdamsBashforth(Adams[History]):
     """x_s = first-order step + c_s Σ_{j=1..k-1} w_j (f_j - f_0),  w_j = ∫ ℓ_j(v) dm.
 
-    c = α, α+σ or σ for eps, velocity or x0. The order is k on any knots; the first steps use the
-    fewer values that exist then. In the variable `index` knots count as equally spaced, in the
-    measure too: classical weights, and order 2 at most.
+    c = α, α+σ or σ for eps, velocity or x0. The order is k on any knots; the first steps use as
+    many values as exist. The variable `index` treats knots as equally spaced, also in the measure:
+    this gives the classical weights, and an order of at most 2.
 
     A step that touches α = 0 or σ = 0 is the first-order step, and the value at such a knot is not
     kept if the variable is u or logsnr. The flow form (velocity, a) needs no exception.
@@ -189,7 +184,7 @@ class AdamsBashforth(Adams[History]):
 
     @classmethod
     def flow(cls, k: Literal[1, 2, 3, 4, 5] = 2) -> "AdamsBashforth":
-        """The sampler of the velocity ε - x_0 of a rectified flow, over a.
+        """Adams-Bashforth in the velocity ε - x_0 of a rectified flow, over a.
 
         Returns:
             The sampler with at most k values.
@@ -249,7 +244,7 @@ class _MoultonMemory(NamedTuple):
     Args:
         k: number of values that this run uses.
         history: values at the last knots.
-        predicted: what the predictor added to the first-order step that led to the current knot.
+        predicted: the predictor's correction of the first-order step that led to the current knot.
     """
 
     k: int
@@ -259,16 +254,16 @@ class _MoultonMemory(NamedTuple):
 
 @dataclass(frozen=True)
 class AdamsMoulton(Adams[_MoultonMemory]):
-    """Predictor-corrector Adams method: x_s = first-order step + c_s Σ_j w_j (f_j - f_0), applied
+    """Predictor-corrector Adams method: applies x_s = first-order step + c_s Σ_j w_j (f_j - f_0)
     twice.
 
         predict    the polynomial through the last k values, which is AdamsBashforth(k)
         correct    the polynomial through these and the value at s: of order k+1
 
     c = α, α+σ or σ for eps, velocity or x0. There is one evaluation per step: x_s is corrected with
-    the value at its own prediction, which serves the next step too. The last knot is predicted
-    only. In the terms of Hairer, Nørsett & Wanner, Solving Ordinary Differential Equations I,
-    III.1, this is PEC. UniPC is this method for x_0 over λ except for its secants; from the third
+    the value at the predicted x_s, which the next step uses too. At the last knot x is predicted
+    but not corrected. Hairer, Nørsett & Wanner (Solving Ordinary Differential Equations I, III.1)
+    call this scheme PEC. UniPC is this method for x_0 over λ except for its secants; from the third
     step on UniPC(3) is k = 3.
 
     A step that touches α = 0 or σ = 0 is the first-order step of its prediction, and the value at
@@ -342,8 +337,8 @@ def _measure_rule(t: Level, s: Level, held: HeldQuantity, variable: Variable) ->
     """(v, dm) between two levels of finite λ, by quadrature in λ.
 
     Args:
-        t: level at the beginning.
-        s: level at the end.
+        t: level at the beginning of the step.
+        s: level at its end.
         held: held quantity, which determines the measure m.
         variable: variable v of the polynomial.
     """

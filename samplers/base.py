@@ -1,5 +1,5 @@
-"""The contract of samplers: pure state machines that integrate from knot to knot and know no
-network.
+"""The interface of samplers: pure state machines that integrate from knot to knot, without access
+to the network.
 
     state = sampler.start(x, knots, noise)
     while not state.done:
@@ -53,18 +53,17 @@ Knots = tuple[Level, ...]
 
 @dataclass(frozen=True)
 class State(Generic[Memory]):
-    """An immutable state of a sampler: x, the level to evaluate next, the remaining knots, the
-    memory.
+    """The immutable state of a sampler, which contains everything that it needs to continue.
 
-    It holds everything that the sampler needs to continue, so it can be stored, copied and resumed.
+    A state can be stored, copied and resumed.
 
     Args:
         x: input of the next network evaluation, (B, *shape); the result once `done`.
         level: noise level of x, at which the network is evaluated next; the last knot once `done`.
-        remaining: the knots still to reach, in order.
-        step: number of knots passed so far, from 0; the noise of a step is keyed by it.
-        memory: what a multistep or multistage method keeps between evaluations; None at a fresh
-            start.
+        remaining: the knots that are not reached yet, in order.
+        step: number of steps completed, from 0; it is the key of a step's noise.
+        memory: values that a multistep or multistage method keeps between evaluations; None before
+            the first one.
     """
 
     x: Tensor
@@ -75,7 +74,7 @@ class State(Generic[Memory]):
 
     @property
     def done(self) -> bool:
-        """Whether x is the result: no knot remains."""
+        """Whether no knot remains, so that x is the result."""
         return not self.remaining
 
     @property
@@ -105,7 +104,7 @@ class State(Generic[Memory]):
             The memory.
 
         Raises:
-            ValueError: the memory is None, because the state was not made by the sampler's `start`.
+            ValueError: The memory is None: the state does not come from the sampler's `start`.
         """
         if self.memory is None:
             raise ValueError("the state has no memory: begin with sampler.start(x, knots, noise)")
@@ -204,7 +203,7 @@ class Sampler(ABC, Generic[Memory]):
             One level for each evaluation, in order.
 
         Raises:
-            ValueError: the sampler is adaptive, so the levels depend on the samples.
+            ValueError: The sampler is adaptive, so the levels depend on the samples.
         """
         return tuple(state.level for state in self.dry_run(knots))
 
@@ -212,7 +211,7 @@ class Sampler(ABC, Generic[Memory]):
         """The number of network evaluations for each sample in a run over these knots.
 
         Raises:
-            ValueError: the sampler is adaptive, so the number depends on the samples.
+            ValueError: The sampler is adaptive, so the number depends on the samples.
         """
         return len(self.evaluation_levels(knots))
 
@@ -220,13 +219,12 @@ class Sampler(ABC, Generic[Memory]):
         if self.is_adaptive:
             raise ValueError(
                 f"the evaluations of {self} depend on the samples, so they are not known in "
-                "advance: "
-                f"run it and read the number of evaluations from the result"
+                "advance: run it and read the number of evaluations from the result"
             )
 
 
 class SamplerWrapper(Sampler[Memory]):
-    """A sampler around another one, `inner`, whose capabilities it has.
+    """Base of samplers that modify another sampler, `inner`, and have its capabilities.
 
     Subclasses are dataclasses with a field `inner`.
     """
@@ -254,7 +252,7 @@ def fresh_noise_share(t: Level, s: Level) -> Real:
         clean level. For maps of levels, 0 where both levels are clean.
 
     Raises:
-        ValueError: noise increases from t to s, so the step has no noise to replace.
+        ValueError: Noise increases from t to s, so the step has no noise to replace.
     """
     gap = t.logsnr - s.logsnr
     if isinstance(gap, Tensor):
@@ -289,8 +287,9 @@ def renoise_prediction(prediction: Prediction, share: Real, z: Tensor) -> Predic
 
 
 def add_noise(x: Tensor, level: Level, noisier: Level, z: Tensor) -> Tensor:
-    """(α'/α) x + √(σ'² - (σ α'/α)²) z: from the marginal at a level to that at a noisier one,
-    exactly.
+    """Raise the noise of x from one level to a noisier one: (α'/α) x + √(σ'² - (σ α'/α)²) z.
+
+    The result has exactly the marginal of the noisier level.
 
     Args:
         x: sample at `level`.
@@ -306,14 +305,14 @@ def add_noise(x: Tensor, level: Level, noisier: Level, z: Tensor) -> Tensor:
 
 
 def is_clean(level: Level) -> bool:
-    """Whether σ = 0 for the whole batch: a step to this level is x_0 and adds no noise."""
+    """Whether σ = 0 for the whole batch; a step to such a level is x_0 and adds no noise."""
     return isinstance(level.sigma, float) and level.sigma == 0
 
 
 def is_interior(level: Level) -> bool:
     """Whether α and σ are nonzero everywhere in a map of levels, so that u and λ are finite.
 
-    The decision is made on the host.
+    For a map of levels, the comparison is on the host.
     """
     logsnr = level.logsnr
     return bool(logsnr.isfinite().all()) if isinstance(logsnr, Tensor) else math.isfinite(logsnr)

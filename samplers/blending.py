@@ -24,19 +24,21 @@ class _StepStart(NamedTuple):
 
 @dataclass(frozen=True)
 class AlphaBlending(Sampler[_StepStart]):
-    """Order 1: the first-order step. Order 2: z_s = z + (a_s - a)(ε - x_0) evaluated at the
-    midpoint of a.
+    """z_s = z + (a_s - a)(ε - x_0), with ε - x_0 at the current knot (order 1) or at the midpoint
+    of a (order 2).
 
-    Heitz et al. 2023 (2305.03486; there a counts from noise). Both orders hold at α = 0 and σ = 0
-    without exception.
+    Order 1 is the first-order step, which is DDIM. Steps that touch α = 0 or σ = 0 need no
+    exception.
 
     Stochastic blending (η > 0) deblends to a level d cleaner than the knot s,
     u_d² = u_s² (1 - η²(1 - u_s²/u_t²)) with u = σ/α, and blends with fresh noise back to s:
     x_s = (α_s/α_d) x_d + η σ_s √(1 - u_s²/u_t²) z. The noise turns the marginal at d into the one
-    at s exactly for every η, so the weak order is that of the flow: 2 with the midpoint rule, at no
-    more evaluations. With order 1 it is DDIM(η). (The paper's own stochastic form, its Algorithm 1,
-    blends again a pair (x_0, ε) drawn from its posterior given x, which no network provides; its
-    randomness vanishes as steps are added, while this one's does not.)
+    at s exactly for every η, so the weak order is that of the flow: 2 with the midpoint rule, with
+    the same number of evaluations. With order 1 it is DDIM(η). The stochastic form of the paper,
+    Algorithm 1, is another: it blends a pair (x_0, ε) from the posterior given x, which a denoiser
+    does not provide, and its randomness vanishes as the number of steps grows.
+
+    Heitz et al. 2023 (2305.03486, where a counts from noise).
 
     Args:
         order: 1, or 2 for the midpoint rule with two evaluations per step.

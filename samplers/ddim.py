@@ -1,5 +1,5 @@
-"""The first-order step with fresh noise: DDIM, and ancestral sampling as DDPM and k-diffusion write
-it.
+"""The first-order step with fresh noise: DDIM, and ancestral sampling in the parametrisations of
+DDPM and k-diffusion.
 """
 
 from dataclasses import dataclass
@@ -50,10 +50,10 @@ class DDPM(Sampler[None]):
     """x_s = α_s x_0 + σ_s r ε + √V z, r = u_s/u_t of u = σ/α, with the posterior variance V =
     β̃^(1-v) β^v.
 
-    In the vp scaling β̃ = σ_s² (1-r²) and β = σ_t² (1-r²) = 1 - ᾱ_t/ᾱ_s, whichever levels lie
-    between the knots; another scaling multiplies both by α_s² + σ_s². v = 0 is DDIM(1). β is exact
-    for data of unit variance, β̃ for data that is one point. The step to the clean level is x_0,
-    whatever v.
+    In the vp scaling β̃ = σ_s² (1-r²) and β = σ_t² (1-r²) = 1 - ᾱ_t/ᾱ_s, for knots any distance
+    apart; another scaling multiplies both by α_s² + σ_s². v = 0 is DDIM(1). β is exact
+    for data of unit variance, β̃ for data that is one point. The step to the clean level is x_0
+    for every v.
 
     Ho et al. 2020 (2006.11239, eq. 7 and section 3.2). iDDPM (2102.09672, eq. 15) learns v for each
     pixel; here it is one number.

@@ -1,5 +1,4 @@
-"""DPM-Solver++ for the probability flow and for the reverse SDE: x_0 is held and extrapolated over
-λ.
+"""DPM-Solver++ for the probability flow and the reverse SDE, with x_0 extrapolated in λ.
 
 x_s/σ_s = x/σ + ∫ x_0 d(α/σ) is the exact solution of the flow. With h = (λ_s - λ_t)/2, the
 first-order step is x_s = (σ_s/σ_t) x + α_s (1 - e^{-h}) x_0, which is DDIM.
@@ -44,12 +43,12 @@ class DPMSolverPP(Sampler[History | _FirstStage]):
 
         2S   D = x_0 evaluated at the middle of λ, two evaluations per step
         2M   D = x_0 + (x_0 - x_0') h / 2h',  x_0' at the last knot, h' the last step
-        3M   the quadratic through three x_0, integrated exactly: Adams-Bashforth(3) in (x_0, λ), of
-        order 3
+        3M   D from the quadratic through three x_0, integrated exactly; this is
+             Adams-Bashforth(3) in (x_0, λ), of order 3
 
     Lu et al. 2022 (2211.01095, Algorithms 1 and 2; Appendix B for the third order). `3M published`
-    has the coefficients in print, in k-diffusion and in diffusers, where the quadratic term counts
-    half (φ_3 instead of 2φ_3): that is of order 2.
+    has the coefficients of the paper, of k-diffusion and of diffusers. They contain half of the
+    quadratic term (φ_3 instead of 2φ_3), which reduces the order to 2.
 
     A step that touches α = 0 or σ = 0 is the first-order step, and x_0 at such a knot is not kept.
 
@@ -102,7 +101,7 @@ def data_gain(t: Level, s: Level) -> Real:
 
 
 def secant_term(history: History, s: Level, coefficient: Real) -> Tensor:
-    """coefficient · h dx_0/d(λ/2), the slope by the last two knots.
+    """coefficient · h dx_0/d(λ/2), with the slope estimated from the last two knots.
 
     Args:
         history: x_0 at the last knots, of which two are used.
@@ -110,7 +109,7 @@ def secant_term(history: History, s: Level, coefficient: Real) -> Tensor:
         coefficient: factor of the result.
 
     Returns:
-        What the slope adds to the step, of the shape of x.
+        The term that the slope adds to the step, of the shape of x.
     """
     (t, x0), (before, x0_before) = history[:2]
     weight = coefficient * (s.logsnr - t.logsnr) / (t.logsnr - before.logsnr)
@@ -118,8 +117,10 @@ def secant_term(history: History, s: Level, coefficient: Real) -> Tensor:
 
 
 def polynomial_term(history: History, s: Level) -> Tensor | float:
-    """σ_s ∫ (p(λ) - x_0) d(α/σ) in the shape (B, *shape) of x_0, p the polynomial in λ through the
-    history; 0 for one value.
+    """σ_s ∫ (p(λ) - x_0) d(α/σ), with p the polynomial in λ through the history.
+
+    Returns:
+        (B, *shape), the shape of x_0; 0 for a history of one value.
     """
     (t, x0), *past = history
     if not past:
@@ -130,9 +131,7 @@ def polynomial_term(history: History, s: Level) -> Tensor | float:
 
 
 def _unpublished_half(history: History, s: Level) -> Tensor:
-    """Half the integral of the quadratic term x_0[t, t', t''] (λ-λ_t)², which `3M
-    published` omits.
-    """
+    """Half the integral of x_0[t, t', t''] (λ-λ_t)², which `3M published` omits."""
     (t, x0), (t1, x1), (t2, x2) = history
     r1, r2 = t1.logsnr - t.logsnr, t2.logsnr - t.logsnr
     half = s.sigma * exponential_moments(t, s, 2)[1] / 2
@@ -152,7 +151,7 @@ def _to_second_stage(
 def _second_stage(
     state: State[History | _FirstStage], first: _FirstStage, prediction: Prediction
 ) -> State[History | _FirstStage]:
-    """The state at the next knot, by x_0 at the middle of λ.
+    """The state at the next knot, computed with x_0 at the middle of λ.
 
     Args:
         state: the state at the middle.
@@ -178,13 +177,13 @@ class DPMSolverSDE(Sampler[DataHistory]):
     x_0(τ) is the polynomial through the last `steps` predictions. η = 0 is the multistep
     DPM-Solver++, one step at η = 1 is DDIM(1). The quadratic's weight is that of the integral,
     twice the published one. Pure noise has no information on the slope of x_0 in λ, so that
-    prediction is not kept; the step to the clean level is x_0.
+    prediction is not kept. The step to the clean level is x_0.
 
     The weak order is 2 with two steps and, for η > 0, with three too: the last differences of x_0
     contain the noise of the last steps. Three steps still have a smaller error.
 
-    Lu et al. 2022 (2211.01095, appendix) for η = 1; k-diffusion's 2M SDE and 3M SDE for any η and
-    for three steps.
+    η = 1 with two steps is by Lu et al. 2022 (2211.01095, appendix). Other η and three steps are
+    those of k-diffusion (2M SDE and 3M SDE).
 
     Args:
         steps: number of predictions used, 1 to 3 (2 is 2M, 3 is 3M).
@@ -231,7 +230,7 @@ class DPMSolverSDE(Sampler[DataHistory]):
         return state.at_next_knot(x, kept[: self.steps - 1] or None)
 
     def _correction(self, x0: Tensor, t: float, s: float, past: DataHistory) -> Tensor | float:
-        """What slope and curvature of x_0 in λ add to the step, divided by α_s.
+        """The terms that slope and curvature of x_0 in λ add to the step, divided by α_s.
 
         Args:
             x0: prediction at the beginning of the step.

@@ -1,8 +1,8 @@
-"""EDM's samplers: dy/du = ε in y = x/α, u = σ/α, by Euler's and Heun's rule, with churn at each
+"""The samplers of EDM: Euler's and Heun's rule for dy/du = ε, y = x/α, u = σ/α, with churn at each
 knot.
 
-    û = u (1 + γ),   ŷ = y + √(û² - u²) S_noise z,   γ = min(S_churn / n, √2 - 1) if S_min ≤ u ≤
-    S_max, else 0
+    û = u (1 + γ),   ŷ = y + √(û² - u²) S_noise z
+    γ = min(S_churn / n, √2 - 1) if S_min ≤ u ≤ S_max, else 0
 
 The noise is added before the network is evaluated, so the evaluated level is û: `start` adds it at
 the first knot, and `advance` at each knot that it reaches.
@@ -33,8 +33,7 @@ __all__ = ["Euler", "Heun"]
 
 @dataclass(frozen=True)
 class _ChurnSampler(Sampler[Memory], ABC):
-    """Base of samplers that churn: they raise the noise level at each knot before they step from
-    it.
+    """Base of samplers with churn, which raise the noise level at each knot before the step.
 
     Args:
         churn: S_churn ≥ 0; 0 is the probability flow.
@@ -54,7 +53,7 @@ class _ChurnSampler(Sampler[Memory], ABC):
         if not 0 <= self.churn_min <= self.churn_max:
             raise ValueError(
                 f"churn_min and churn_max are {self.churn_min} and {self.churn_max}, "
-                f"expected 0 ≤ min ≤ max of σ/α"
+                "expected 0 ≤ churn_min ≤ churn_max, both values of σ/α"
             )
         if not 0 <= self.noise_scale < math.inf:
             raise ValueError(
@@ -63,11 +62,11 @@ class _ChurnSampler(Sampler[Memory], ABC):
 
     def start(self, x: Tensor, knots: Knots, noise: Noise) -> State[Memory]:
         if self.churn and not is_falling(knots):
-            raise ValueError("churn needs knots that fall in noise: invert with churn = 0")
+            raise ValueError("churn needs knots that fall in noise: to invert, use churn = 0")
         return self._add_churn(super().start(x, knots, noise), noise)
 
     def _add_churn(self, state: State[Memory], noise: Noise) -> State[Memory]:
-        """The state with its noise raised from u to û, at most the schedule's noisiest level."""
+        """The state with its noise raised from u to û, at most to the schedule's noisiest level."""
         level, gamma = state.level, self._gamma(state)
         if gamma == 0:
             return state
@@ -121,7 +120,7 @@ class Heun(_ChurnSampler[_FirstStage]):
     There are two evaluations per step, and one in a step that touches σ = 0 or α = 0, which is not
     corrected. The order is 2 without churn.
 
-    Karras et al. 2022 (2206.00364, Algorithm 1; 2 with churn).
+    Karras et al. 2022 (2206.00364, Algorithm 1; Algorithm 2 with churn).
 
     Args:
         churn: S_churn ≥ 0; 0 is the probability flow.
@@ -151,7 +150,6 @@ class Heun(_ChurnSampler[_FirstStage]):
 def _to_float(value: object) -> float:
     if not isinstance(value, float | int):
         raise TypeError(
-            "churn (above 0) needs the whole batch at one level, but the level is a map: use churn "
-            "= 0"
+            "churn above 0 needs one level for the whole batch, not a map of levels: use churn = 0"
         )
     return float(value)

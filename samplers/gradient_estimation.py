@@ -1,6 +1,4 @@
-"""Gradient estimation: extrapolates ε beyond the last two predictions to point more directly at the
-data.
-"""
+"""Gradient estimation: a sampler that extrapolates ε from the last two predictions."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -26,12 +24,12 @@ class _LastKnot(NamedTuple):
 class GradientEstimation(Sampler[_LastKnot]):
     """y_s = y + (u_p - u) ε̄ + √(u_s² - u_p²) z,  ε̄ = γ ε + (1-γ) ε',  ε' at the last knot.
 
-    u_p = (u_s / u^μ)^{1/(1-μ)}, in y = x/α, u = σ/α. μ = 0 is deterministic, u_p = u_s; γ = 1, μ =
-    ½ is DDPM's ancestral step. γ = 1.5 is iPNDM(2), of order 2, and on knots equally spaced in u
-    LMS(2); any other γ is of order 1.
+    u_p = (u_s / u^μ)^{1/(1-μ)}, in y = x/α, u = σ/α. μ = 0 is deterministic, with u_p = u_s. γ = 1
+    with μ = ½ is the ancestral step of DDPM. γ = 1.5 is iPNDM(2), of order 2, and on knots equally
+    spaced in u it is LMS(2). Any other γ is of order 1.
 
-    A step that touches α = 0 or σ = 0 takes ε̄ = ε, and ε at such a knot is not kept. From α = 0, μ
-    > 0 replaces all noise.
+    A step that touches α = 0 or σ = 0 uses ε̄ = ε, and ε at such a knot is not kept. From α = 0, a
+    positive μ replaces all noise.
 
     Permenter & Yuan 2023 (2306.04848), where σ is u.
 
@@ -55,13 +53,13 @@ class GradientEstimation(Sampler[_LastKnot]):
 
     @property
     def is_direct(self) -> bool:
-        """True without extrapolation, which changes ε and relies on y - u ε = x_0."""
+        """True for γ = 1. The extrapolation for other γ relies on y - u ε = x_0."""
         return self.gamma == 1
 
     def start(self, x: Tensor, knots: Knots, noise: Noise) -> State[_LastKnot]:
         if self.mu and not is_falling(knots):
             raise ValueError(
-                "fresh noise (mu > 0) needs knots that fall in noise: invert with mu = 0"
+                "fresh noise (mu > 0) needs knots that fall in noise: to invert, use mu = 0"
             )
         return super().start(x, knots, noise)
 

@@ -1,12 +1,12 @@
-"""Integrals of the polynomial through a multistep method's values.
+"""Integrals of the polynomial through the values of a multistep method.
 
-    ∫ f dm ≈ Σ_j w_j f_j,   w_j = ∫ ℓ_j(v) dm,   ℓ_j the Lagrange polynomial with ℓ_j(v_j) = 1 and 0
-    at the other nodes
+    ∫ f dm ≈ Σ_j w_j f_j,   w_j = ∫ ℓ_j(v) dm
 
-The weights add up to ∫ dm. A multistep step is therefore the first-order step plus a correction,
-Σ_{j≥1} w_j (f_j - f_0), and is computed in this form: nothing large cancels, and with no earlier
-values it *is* the first-order step. Of the measure only the moments M_p = ∫ (v - v_0)^p dm, p ≥ 1,
-are needed.
+ℓ_j is the Lagrange polynomial, which is 1 at the node v_j and 0 at the other nodes. The weights add
+up to ∫ dm. A multistep step is therefore the first-order step plus a correction,
+Σ_{j≥1} w_j (f_j - f_0). It is computed in this form because no large terms cancel, and without
+earlier values it is exactly the first-order step. The weights need only the moments of the measure,
+M_p = ∫ (v - v_0)^p dm with p ≥ 1.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -19,8 +19,8 @@ from diffcore.schedules import Real
 __all__ = ["QuadratureRule", "even_moments", "gauss_legendre", "lagrange_weights", "moments"]
 
 GAUSS = tuple(((1 + float(x)) / 2, float(w) / 2) for x, w in zip(*leggauss(16), strict=True))
-"""Points and weights on [0, 1]: exact to rounding for an exponential measure over a step of Δλ =
-40.
+"""Points and weights on [0, 1]. For a step of Δλ = 40 and an exponential measure, the quadrature is
+exact to rounding.
 """
 
 QuadratureRule = Iterable[tuple[Real, Real]]

@@ -1,4 +1,4 @@
-"""Predictor-corrector: a sampler takes each step, and Langevin steps at the new level correct the
+"""Predictor-corrector sampling: after each step, Langevin steps at the new level correct the
 marginal.
 """
 
@@ -29,7 +29,7 @@ class _CorrectorMemory(NamedTuple):
     Args:
         inner: memory of the predictor.
         start: level at which the predictor's last step began.
-        corrections: number of corrections still to make at the current knot.
+        corrections: number of corrections that remain at the current knot.
     """
 
     inner: Any
@@ -39,35 +39,33 @@ class _CorrectorMemory(NamedTuple):
 
 @dataclass(frozen=True)
 class PredictorCorrector(SamplerWrapper[_CorrectorMemory]):
-    """After each step of `inner`, K times x ← α x_0 + σ (ρ ε + √(1-ρ²) z) at the level reached.
+    """After each step of `inner`, apply x ← α x_0 + σ (ρ ε + √(1-ρ²) z) K times at the new level.
 
     With the score s = -ε/σ this is Langevin's step x + τ σ² s + √(2τ) σ z to first order in τ = 1 -
     ρ. The variance of its noise is 1 - ρ² = 2τ - τ² instead of 2τ, so that the step is stable at
-    any size and exact where ε is standard normal. There are two rules for the step size:
+    every size and exact if ε is standard normal. There are two rules for the step size:
 
-    - with `snr`: τ = 2 snr², the published rule τ = 2 snr² |z|²/|ε|² with both norms at their
-      expectation √D, so that a step is affine, and no sample depends on another or on the batch. τ
-      does not shrink with the steps of the grid, and the corrector's bias, a variance of at least
-      (1+ρ)/2 of the right one, remains.
-    - without: ρ = u_s/u_t, u = σ/α. The corrector adds as much noise as the reverse SDE does in the
-      step from t to s, and marginals are right in the limit of small steps.
+    - With `snr`: τ = 2 snr². This is the published rule τ = 2 snr² |z|²/|ε|² with both norms
+      replaced by their expectation √D, so that a step is affine and each sample is independent of
+      the others. τ does not shrink with the steps of the grid, so a bias remains: the variance is
+      at least (1+ρ)/2 of the correct one.
+    - Without: ρ = u_s/u_t, u = σ/α. The corrector adds as much noise as the reverse SDE adds in the
+      step from t to s, and marginals are correct in the limit of small steps.
 
-    Predictor-corrector guidance guides the corrector alone: with a predictor of the flow, no snr
-    and K = 1, CFG(2w-1) samples as CFG(w) does with DDIM(1) as steps shrink, and large K samples
-    the density p^γ p_ref^(1-γ) (Bradley & Nakkiran, 2408.09000).
+    Predictor-corrector guidance applies guidance to the corrector alone. With a deterministic
+    predictor, no snr and K = 1, CFG(2w-1) has the limit of CFG(w) with DDIM(1) for small steps;
+    large K samples the density p^γ p_ref^(1-γ) (Bradley & Nakkiran, 2408.09000).
 
-    The first knot is not corrected because its sample was just drawn; the last knot is not
-    corrected because the network is not evaluated there.
+    The first knot needs no correction, and at the last knot the network is not evaluated.
 
     Song et al. 2020 (2011.13456, Algorithms 2 to 5).
 
     Args:
-        inner: the predictor, a sampler that takes the steps and stands at one knot after each.
+        inner: the predictor, a sampler whose state is at a knot after each step.
         corrections: K ≥ 0, the number of Langevin steps at each knot, with one evaluation each.
         snr: ratio of score to noise that determines the corrector's step, 0.16 for VE and 0.01 for
             VP in the paper; without it ρ = u_s/u_t.
-        guides: where guidance acts: both, on predictor and corrector, or corrector, on the
-            corrector alone.
+        guides: predictions on which guidance acts: both (predictor and corrector) or corrector.
     """
 
     inner: Sampler = DDIM()
@@ -95,7 +93,7 @@ class PredictorCorrector(SamplerWrapper[_CorrectorMemory]):
 
     @property
     def is_direct(self) -> bool:
-        """True without corrections: they move x even for small steps if x ≠ α x_0 + σ ε."""
+        """True if K = 0; a correction moves x even for small steps if x ≠ α x_0 + σ ε."""
         return not self.corrections and self.inner.is_direct
 
     def start(self, x: Tensor, knots: Knots, noise: Noise) -> State[_CorrectorMemory]:
@@ -145,5 +143,5 @@ class PredictorCorrector(SamplerWrapper[_CorrectorMemory]):
 
 
 def _inner_state(state: State[_CorrectorMemory]) -> State:
-    """The state as the predictor sees it, with its own memory."""
+    """The state of the predictor, with the predictor's memory."""
     return replace(state, memory=state.require_memory().inner)

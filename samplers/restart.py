@@ -1,4 +1,4 @@
-"""Restart: a flow sampler with an interval of levels that is noised and integrated again, several
+"""Restart sampling: noise is added again, and the same interval of levels is integrated several
 times.
 """
 
@@ -15,22 +15,21 @@ from diffcore.samplers.segments import SegmentPosition, SegmentSampler
 __all__ = ["Restart"]
 
 KNOT_TOLERANCE = 1e-9
-"""In λ: knots nearer to u_min than this are u_min."""
+"""Difference of λ below which a knot counts as u_min."""
 
 RHO = 7
-"""Karras' ρ of the levels within an interval."""
+"""ρ of Karras' spacing of the levels within an interval."""
 
 
 @dataclass(frozen=True)
 class Restart(SegmentSampler):
-    """At u_min, K times: y + √(u_max² - u_min²) z, then `inner` from u_max to u_min; y = x/α, u =
-    σ/α.
+    """Return K times from u_min to u_max by y + √(u_max² - u_min²) z, and integrate with `inner`.
 
-    The added noise turns the marginal at u_min into the one at u_max exactly, and contracts the
-    errors accumulated so far. The inner sampler should therefore add no noise. Levels within an
-    interval are Karras' (ρ = 7). u_min becomes a knot if it is not one already; the official code
-    moves u_min to the nearest knot instead, and counts the levels of an interval where `steps`
-    counts its steps, one fewer.
+    Here y = x/α and u = σ/α. The added noise turns the marginal at u_min into the one at u_max
+    exactly, and contracts the errors accumulated so far. The inner sampler should therefore add no
+    noise. Levels within an interval have Karras' spacing (ρ = 7). u_min becomes a knot if it is not
+    one already. The official code instead moves u_min to the nearest knot, and its number of levels
+    in an interval is `steps` + 1.
 
     Xu et al. 2023 (2306.14878, Algorithms 1 and 2).
 
@@ -73,7 +72,7 @@ class Restart(SegmentSampler):
 
 
 def _split(knots: Knots, low: float, high: float, steps: int, repeats: int) -> list[Knots]:
-    """Split a segment at an interval: down to `low`, the repeats from `high` to `low`, the rest.
+    """Split a segment into the part down to `low`, the repeats from `high` to `low`, and the rest.
 
     Args:
         knots: the segment.
@@ -86,7 +85,7 @@ def _split(knots: Knots, low: float, high: float, steps: int, repeats: int) -> l
         1 + repeats + 1 segments; the first and last may have a single knot.
 
     Raises:
-        ValueError: the interval is not within the segment.
+        ValueError: The interval is not within the segment.
     """
     schedule = knots[0].schedule
     bottom, top = (-2 * math.log(u) for u in (low, high))
@@ -94,8 +93,7 @@ def _split(knots: Knots, low: float, high: float, steps: int, repeats: int) -> l
         raise ValueError(
             f"the interval of σ/α from {low} to {high} is not within the run, which goes from "
             f"{knots[0].ratio:g} to {knots[-1].ratio:g}: remove the interval, or choose knots "
-            "whose "
-            f"noise decreases from above it to below it"
+            "whose noise decreases from above it to below it"
         )
     ratios = [
         (high ** (1 / RHO) + i / steps * (low ** (1 / RHO) - high ** (1 / RHO))) ** RHO

@@ -1,11 +1,10 @@
-"""Adaptive Runge-Kutta: an embedded pair on dz/da = ε - x_0, z = x/(α+σ), a = σ/(α+σ), with error
-control.
+"""Adaptive Runge-Kutta methods for v = dz/da = ε - x_0, z = x/(α+σ), a = σ/(α+σ): embedded pairs
+with error control.
 
-    k_1 = v(z, a),   k_i = v(z + h Σ_j a_ij k_j, a + c_i h),   z' = z + h Σ_i b_i k_i,   error = h
-    Σ_i e_i k_i
+    k_1 = v(z, a),            k_i = v(z + h Σ_j a_ij k_j, a + c_i h)
+    z' = z + h Σ_i b_i k_i,   error = h Σ_i e_i k_i
 
-The last stage of both pairs is evaluated at z' itself, so it is also the first stage of the next
-step.
+The last stage of both pairs is evaluated at z', so it is also the first stage of the next step.
 """
 
 import math
@@ -65,10 +64,10 @@ PAIRS = {
 """The embedded pairs by name."""
 
 SAFETY, MIN_FACTOR, MAX_FACTOR = 0.9, 0.2, 5.0
-"""Of the step-size control: safety factor, and bounds of the ratio of consecutive step sizes."""
+"""Step-size control: safety factor, and bounds of the ratio of consecutive step sizes."""
 
 MIN_STEP = 1e-9
-"""A step of a below this cannot meet its tolerance: what remains of the error is rounding."""
+"""Smallest step in a; below it the error is rounding, and the tolerance cannot be met."""
 
 
 class _Attempt(NamedTuple):
@@ -89,19 +88,19 @@ class _Attempt(NamedTuple):
 
 @dataclass(frozen=True)
 class AdaptiveRungeKutta(Sampler[_Attempt | float]):
-    """Runge-Kutta whose steps keep the root mean square of error / (atol + rtol max(|z|, |z'|)) at
-    most 1.
+    """Runge-Kutta method that keeps the root mean square of error / (atol + rtol max(|z|, |z'|)) at
+    most 1 in each step.
 
-    Every sample of the batch meets the tolerance. The sampler reaches every knot and starts a new
-    step there, so give it few knots (one step is enough). Evaluations are counted as they happen.
+    Each sample of the batch meets the tolerance. The sampler begins a new step at each knot, so few
+    knots are best (a grid of one step is enough). The number of evaluations is known only after the
+    run.
 
-    A sample that is alone in its batch determines its own steps. In a larger batch the sample with
-    the largest error determines them, so a sample depends on the others, within the tolerance.
-    Because the decisions depend on the samples, this sampler, unlike all others, synchronises with
-    the device.
+    The sample with the largest error determines the steps of the whole batch, so a sample depends
+    on the others, within the tolerance. Because these decisions depend on the samples, this
+    sampler, unlike all others, synchronises with the device.
 
-    No exception is needed at α = 0. A knot at α = 0 or σ = 0 is never evaluated when it is reached:
-    the last `atol` of a before it is the first-order step.
+    A step from α = 0 needs no exception. The network is never evaluated at the end of a step to
+    α = 0 or σ = 0: over the last `atol` of a the step is the first-order step.
 
     Args:
         pair: the embedded pair, BogackiShampine (1989, order 3) or DormandPrince (1980, order 5).
@@ -161,14 +160,13 @@ class AdaptiveRungeKutta(Sampler[_Attempt | float]):
         velocity: Tensor,
         length: float | None,
     ) -> State[_Attempt | float]:
-        """Begin a step at a knot; if an end is less than `atol` away, take the first-order step to
-        it.
+        """Begin a step at a knot, or take the first-order step to an end less than `atol` away.
 
         Args:
             state: the state at the knot.
             prediction: x_0 and ε there.
             velocity: ε - x_0.
-            length: |h| of the first step; None is a guess from the tolerance.
+            length: |h| of the first step; None chooses it from the tolerance.
         """
         level, knot = state.level, state.remaining[0]
         a = _to_number(level)
@@ -204,7 +202,7 @@ class AdaptiveRungeKutta(Sampler[_Attempt | float]):
     def _finish_attempt(
         self, state: State[_Attempt | float], attempt: _Attempt, prediction: Prediction
     ) -> State[_Attempt | float]:
-        """Accept a step whose error is within the tolerance, or repeat it with a shorter h.
+        """Accept a step whose error is within the tolerance; otherwise repeat it with a shorter h.
 
         Args:
             state: the state at z', where the last stage was evaluated.
@@ -232,8 +230,7 @@ class AdaptiveRungeKutta(Sampler[_Attempt | float]):
         elif not length > MIN_STEP:  # also NaN
             raise ValueError(
                 f"{self} cannot meet its tolerance at a = {a:g}: raise rtol and atol, or check "
-                "that the "
-                f"network's output is finite"
+                "that the output of the network is finite"
             )
         return self._to_next_stage(state, _Attempt(z, a, _divide(target - a, length), slopes[:1]))
 
@@ -256,7 +253,7 @@ def _divide(rest: float, length: float) -> float:
 
 
 def _to_number(level: Level) -> float:
-    """a of a level, which must be a number."""
+    """a of a level that is the same for the whole batch."""
     if isinstance(level.blend, Tensor):
         raise TypeError(
             "adaptive steps need the whole batch at one level, not a map of levels: use another "

@@ -1,5 +1,5 @@
-"""Samplers that go back: another sampler integrates over segments of levels, with noise added
-between them.
+"""Samplers that return to noisier levels: an inner sampler integrates over segments of levels, and
+noise is added between them.
 """
 
 from abc import abstractmethod
@@ -36,7 +36,7 @@ class SegmentSampler(SamplerWrapper[SegmentPosition]):
 
     Where the next segment begins at a noisier level than the last one ended at, noise is added:
     x ← (α'/α) x + √(σ'² - (σ α'/α)²) z. The inner sampler starts each segment without memory.
-    Subclasses define the segments and which noise is drawn for what.
+    Subclasses define the segments and the key of each noise.
 
     Args:
         inner: the sampler that integrates within a segment.
@@ -64,7 +64,7 @@ class SegmentSampler(SamplerWrapper[SegmentPosition]):
         """z of the jump from the end of the current segment to the beginning of the next one."""
 
     def _at_knot(self, x: Tensor, position: SegmentPosition, noise: Noise) -> Tensor:
-        """x at a knot that the inner sampler has just reached, as the next evaluation needs it."""
+        """x at a knot that the inner sampler has reached, modified for the next evaluation."""
         return x
 
     def _start_segment(self, x: Tensor, segment: Knots, noise: Noise, step: int) -> State:
@@ -93,9 +93,7 @@ class SegmentSampler(SamplerWrapper[SegmentPosition]):
         return _outer_state(position, step)
 
     def _next_segment(self, position: SegmentPosition, noise: Noise, step: int) -> SegmentPosition:
-        """The position at the beginning of the next segment, with the noise of the jump
-        added to x.
-        """
+        """The position at the beginning of the next segment, after the jump has added noise."""
         (segment, *later), x = position.later, position.inner.x
         level = position.inner.level
         if _is_noisier(segment[0], level):
@@ -122,7 +120,7 @@ def _is_noisier(level: Level, other: Level) -> bool:
 
 
 def _outer_state(position: SegmentPosition, step: int) -> State[SegmentPosition]:
-    """The state of the outer sampler; its remaining knots are those that steps still reach."""
+    """The state of the outer sampler; its remaining knots are those of all remaining segments."""
     inner = position.inner
     later = tuple(knot for segment in position.later for knot in segment[1:])
     return State(inner.x, inner.level, inner.remaining + later, step, position)

@@ -1,5 +1,5 @@
-"""UniPC: a predictor and a corrector over λ that share their evaluations, so that the corrector is
-free.
+"""UniPC: a predictor and a corrector over λ that share their evaluations, so that the corrector
+needs no evaluation of its own.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class _UniPCMemory(NamedTuple):
 
     Args:
         history: x_0 at the last knots, newest first.
-        predicted: what the predictor added to the first-order step that led to the current knot.
+        predicted: the predictor's correction of the first-order step that led to the current knot.
     """
 
     history: History
@@ -31,15 +31,14 @@ class _UniPCMemory(NamedTuple):
 
 @dataclass(frozen=True)
 class UniPC(Sampler[_UniPCMemory]):
-    """Predict x_s from the last p values of x_0; correct it with x_0 at that prediction; step on
-    from it.
+    """Predict x_s from the last p values of x_0, then correct it with x_0 at the predicted x_s.
 
         UniP-p   σ_s ∫ (p(λ) - x_0) d(α/σ), p through the last p values
         UniC-p   the same with the value at s as well, of order p+1
 
-    UniP-2 and UniC-1 take B(h)/2 for the integral, B(h) = h (bh1) or 1 - e^{-h} (bh2), h = (λ_s -
-    λ_t)/2; in all others B(h) cancels. There is one evaluation per step: the last knot is predicted
-    only. UniP-2 with bh2 is DPM-Solver++(2M).
+    UniP-2 and UniC-1 replace the integral by B(h)/2, with B(h) = h (bh1) or 1 - e^{-h} (bh2) and
+    h = (λ_s - λ_t)/2; in all others B(h) cancels. There is one evaluation per step. At the last
+    knot x is predicted but not corrected. UniP-2 with bh2 is DPM-Solver++(2M).
 
     A step that touches α = 0 or σ = 0 is the first-order step, and x_0 at such a knot is not kept.
 
@@ -81,13 +80,13 @@ class UniPC(Sampler[_UniPCMemory]):
         return state.at_next_knot(x + predicted, _UniPCMemory(history, predicted))
 
     def _predictor_term(self, history: History, s: Level) -> Tensor | float:
-        """What UniP adds to the first-order step to s."""
+        """The term that UniP adds to the first-order step to s."""
         if len(history) == 2:
             return secant_term(history, s, self._scaled_b(history[0].level, s) / 2)
         return polynomial_term(history, s)
 
     def _corrector_term(self, past: History, newest: KnotValue) -> Tensor | float:
-        """What UniC adds to the first-order step that led to the newest knot."""
+        """The term that UniC adds to the first-order step that led to the newest knot."""
         t, x0 = past[0]
         if len(past) == 1:
             return multiply(self._scaled_b(t, newest.level) / 2, newest.value - x0)

@@ -1,6 +1,4 @@
-"""Inpainting by replacement: at every knot the known pixels are replaced by the image, noised to
-its level.
-"""
+"""Inpainting by replacement: at each knot the known pixels are replaced by the noisy image."""
 
 from dataclasses import dataclass
 
@@ -15,9 +13,7 @@ from diffcore.schedules import Level, check_falling
 __all__ = ["RePaint"]
 
 INNER, KNOWN, JUMP = range(3)
-"""Uses of noise within a segment, each with noise of its own: the inner sampler, known pixels, the
-jump.
-"""
+"""Uses of noise within a segment, with independent noise: inner sampler, known pixels, jump."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,11 +33,11 @@ class RePaint(SegmentSampler):
 
     Args:
         inner: sampler between two jumps.
-        image: x_0 where it is known, (*shape) or (B, *shape); with `sample`, (*shape), the same for
-            all.
+        image: x_0 at the known pixels, (*shape) or (B, *shape); `sample` needs (*shape), the same
+            image for all samples.
         mask: booleans that broadcast against the image, True where it is known.
         jump: number of steps of a jump, j; the paper has 10 of 250.
-        resamplings: number of times that the steps of each jump are taken, r.
+        resamplings: number of passes over the steps of each jump, r; 1 has no jumps.
     """
 
     inner: Sampler

@@ -19,11 +19,11 @@ PARALLEL = 1e-4
 
 @dataclass(frozen=True, eq=False)
 class Blend(Noise):
-    """cos(πw/2) z_a + sin(πw/2) z_b, z of two independent seeds: standard normal, norm and all, for
-    every w.
+    """Interpolated noise of two independent seeds: cos(πw/2) z_a + sin(πw/2) z_b.
 
-    The noise of the steps of a stochastic sampler is interpolated together with its first noise:
-    run(denoiser, sampler, blend.first_sample(knots[0], sigma_data), knots, blend).
+    It is standard normal for every w. The noise of the steps of a stochastic sampler is
+    interpolated together with the initial noise:
+    integrate(denoiser, sampler, blend.first_sample(knots[0], sigma_data), knots, blend).
 
     Args:
         seeds: (B,) seeds at w = 0.
@@ -58,15 +58,15 @@ class Blend(Noise):
     def _both(self, draw: Callable[[Noise], Tensor]) -> Tensor:
         same = {f.name: getattr(self, f.name) for f in fields(Noise)}
         a, b = draw(Noise(**same)), draw(Noise(**same | {"seeds": self.others}))
-        angle = _rows(self.weight, a) * (math.pi / 2)
+        angle = _per_sample(self.weight, a) * (math.pi / 2)
         return angle.cos() * a + angle.sin() * b
 
 
 def slerp(a: Tensor, b: Tensor, weight: float | Tensor) -> Tensor:
     """Spherical interpolation (sin((1-w)Ω) a + sin(wΩ) b) / sin Ω, Ω the angle between a and b.
 
-    For two x at one level, such as two inverted images. If |a| = |b|, every point of the arc has
-    that norm. For the noises of two seeds use `Blend`.
+    It interpolates between two x at one level, such as two inverted images. If |a| = |b|, each
+    point of the arc has that norm. To interpolate between the noise of two seeds, use `Blend`.
 
     Args:
         a: (B, *shape) result at w = 0.
@@ -77,9 +77,9 @@ def slerp(a: Tensor, b: Tensor, weight: float | Tensor) -> Tensor:
         (B, *shape) points of the arcs.
     """
     _check_weight(weight)
-    w, (one, other) = _rows(weight, a), (value.flatten(1) for value in (a, b))
+    w, (one, other) = _per_sample(weight, a), (value.flatten(1) for value in (a, b))
     cosine = (one * other).sum(1) / (one.norm(dim=1) * other.norm(dim=1))
-    angle = _rows(cosine.clamp(-1, 1).acos(), a)
+    angle = _per_sample(cosine.clamp(-1, 1).acos(), a)
     sine = angle.sin()
     arc = (((1 - w) * angle).sin() * a + (w * angle).sin() * b) / sine
     return torch.where(sine < PARALLEL, (1 - w) * a + w * b, arc)
@@ -131,12 +131,11 @@ def noise_diffusion(
     _check_weight(weight)
     if not 0 <= gamma <= 1 or (gamma > 0 and noise is None):
         raise ValueError(
-            f"gamma is {gamma}, expected a share within [0, 1], and with one above 0 the noise to "
-            "share"
+            f"gamma is {gamma}, expected a share within [0, 1], and a `noise` if it is above 0"
         )
     if not bound > 0:
-        raise ValueError(f"bound is {bound}, expected a positive number, or inf to clip nothing")
-    n, angle = hypot(level.alpha, level.sigma), _rows(weight, a) * (math.pi / 2)
+        raise ValueError(f"bound is {bound}, expected a positive number, or inf for no clipping")
+    n, angle = hypot(level.alpha, level.sigma), _per_sample(weight, a) * (math.pi / 2)
     p, q = ((1 - gamma**2) ** 0.5 * side for side in (angle.cos(), angle.sin()))
     mu, nu = (image * side / (angle.cos() + angle.sin()) for side in (angle.cos(), angle.sin()))
     mixed = p * (a / n).clamp(-bound, bound) + q * (b / n).clamp(-bound, bound)
@@ -146,7 +145,7 @@ def noise_diffusion(
     return n * mixed.clamp(-bound, bound)
 
 
-def _rows(value: float | Tensor, x: Tensor) -> Tensor:
+def _per_sample(value: float | Tensor, x: Tensor) -> Tensor:
     """One number for each sample of x, in a shape that broadcasts against x."""
     return (
         torch.as_tensor(value, dtype=x.dtype, device=x.device)
@@ -159,5 +158,5 @@ def _check_weight(weight: float | Tensor) -> None:
     values = torch.as_tensor(weight)
     if not bool(((values >= 0) & (values <= 1)).all()):
         raise ValueError(
-            f"weight is {weight}, expected values within [0, 1]: 0 is the first, 1 the second"
+            f"weight is {weight}, expected values within [0, 1]: 0 is the first end, 1 the second"
         )

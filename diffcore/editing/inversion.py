@@ -27,8 +27,8 @@ class Inversion(NamedTuple):
     Args:
         x: (B, *shape) noisy samples at the first knot.
         residual: (steps, B) root mean square of F(x_t) - x_s at the last evaluation of each step,
-            in the order of the knots; the x_t that follows is one correction nearer. Its maximum
-            shows whether all steps converged.
+            in the order of the knots, before the last correction of x_t. Its maximum shows whether
+            all steps converged.
         evaluations: number of network evaluations for each sample.
     """
 
@@ -46,22 +46,21 @@ def invert(
     guidance: Guidance = CFG(1.0),
     condition: Tensor | None = None,
 ) -> Inversion:
-    """Invert the steps t -> s, the last one first, by x_t ← x_t + g (x_s - F(x_t)), starting from
-    x_t = x_s in the scale of t.
+    """Invert the steps t -> s, the last one first, by iterating x_t ← x_t + g (x_s - F(x_t)).
 
         g = (α_t² c + σ_t²) / (α_s α_t c + σ_s σ_t)        c = sigma_data²
 
-    is 1/F' on Gaussian data of variance c: Newton's step with a slope known beforehand, which is
-    finite also at α_t = 0 and σ_s = 0. As c grows, g becomes α_t/α_s, which keeps ε and is DDIM
-    inversion (Song et al. 2020, 2010.02502, section 4.3) for iterations = 1; as c decreases, it
-    becomes σ_t/σ_s, which keeps x_0. More iterations solve the step for every g (fixed-point
-    inversion; 2312.12540). Where F is steeper than 2/g, near the border of two basins, they would
-    diverge: a sample whose residual did not decrease halves its g for the rest of the step. If a
-    residual stays large, use more iterations or knots.
+    The iteration starts from x_t = x_s in the scale of t. g is 1/F' on Gaussian data of variance c,
+    so this is Newton's step with a known slope, finite also at α_t = 0 and σ_s = 0. For large c,
+    g is α_t/α_s, which keeps ε and with one iteration is DDIM inversion (Song et al. 2020,
+    2010.02502, section 4.3); for small c, it is σ_t/σ_s, which keeps x_0. More iterations solve the
+    step for every g (fixed-point inversion; 2312.12540). They would diverge where F is steeper than
+    2/g, near the border of two basins, so a sample whose residual did not decrease halves its g for
+    the rest of the step. If a residual stays large, use more iterations or knots.
 
     A guided step is inverted with the same guidance; a rule with memory acts as in its first step.
     A step that maps many x_t to one x_s (from pure noise to clean; the clean step of the
-    closed-form denoiser of a data set) has no inverse: its residual stays large.
+    closed-form denoiser of a data set) has no inverse, and its residual stays large.
 
     Args:
         denoiser: network with its process, or an exact denoiser.
@@ -75,7 +74,7 @@ def invert(
         The noisy samples and the residual of each step.
 
     Raises:
-        ValueError: The arguments do not fit together. It is raised before the first step.
+        ValueError: The arguments do not fit together; raised before the first step.
     """
     if iterations < 1:
         raise ValueError(f"iterations is {iterations}, expected at least 1 evaluation per step")
@@ -86,32 +85,41 @@ def invert(
     with evaluation_mode(denoiser, *find_weaker_networks(guidance)):
         for i, (t, s) in reversed(list(enumerate(pairwise(knots)))):
             step = Step(denoiser.process, t, t, s, i, len(knots) - 1)
-            goal, x = x, x * (hypot(t.alpha, t.sigma) / hypot(s.alpha, s.sigma))
-            gain = x.new_full(
-                (len(x), *[1] * (x.ndim - 1)), _gain(t, s, denoiser.process.sigma_data)
-            )
+            end, x = x, x * (hypot(t.alpha, t.sigma) / hypot(s.alpha, s.sigma))
+            gain = _initial_gain(x, t, s, denoiser.process.sigma_data)
             residual = torch.full_like(gain, math.inf)
             for _ in range(iterations):
                 prediction, _, count = guided_prediction(
                     denoiser, guidance, x, t, condition, None, step
                 )
-                missing, before = goal - prediction.at(s), residual
-                residual = _size(missing)
+                error, before = end - prediction.at(s), residual
+                residual = _root_mean_square(error)
                 gain = torch.where(residual < before, gain, gain / 2)
-                x, evaluations = x + gain * missing, evaluations + count
+                x, evaluations = x + gain * error, evaluations + count
             residuals.append(residual.flatten())
     return Inversion(x, torch.stack(residuals[::-1]), evaluations)
 
 
-def _size(x: Tensor) -> Tensor:
+def _root_mean_square(x: Tensor) -> Tensor:
     """Root mean square of each sample, in a shape that broadcasts against x."""
     return x.square().mean(tuple(range(1, x.ndim)), keepdim=True).sqrt()
 
 
-def _gain(t: Level, s: Level, sigma_data: float) -> float:
-    """g of `invert`; 0 from pure noise to clean, where F is constant."""
+def _initial_gain(x: Tensor, t: Level, s: Level, sigma_data: float) -> Tensor:
+    """g of `invert` before it is halved; 0 from pure noise to clean, where F is constant.
+
+    Args:
+        x: samples, (B, *shape).
+        t: level at the beginning of the step.
+        s: level at its end.
+        sigma_data: standard deviation of the data, √c.
+
+    Returns:
+        One number for each sample, in a shape that broadcasts against x.
+    """
     (alpha_t, sigma_t), (alpha_s, sigma_s) = (
         (float(level.alpha), float(level.sigma)) for level in (t, s)
     )
     slope = alpha_s * alpha_t * sigma_data**2 + sigma_s * sigma_t
-    return (alpha_t**2 * sigma_data**2 + sigma_t**2) / slope if slope else 0.0
+    gain = (alpha_t**2 * sigma_data**2 + sigma_t**2) / slope if slope else 0.0
+    return x.new_full((len(x), *[1] * (x.ndim - 1)), gain)

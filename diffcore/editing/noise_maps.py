@@ -1,5 +1,5 @@
-"""The edit-friendly noise space of DDPM: the noise with which a stochastic sampler generates a
-given image.
+"""The edit-friendly noise space of DDPM: the noise from which a stochastic sampler generates a
+specific image.
 """
 
 from dataclasses import dataclass, field, fields
@@ -57,17 +57,17 @@ class FixedNoise(Noise):
 
 @dataclass(frozen=True, eq=False)
 class NoiseMaps:
-    """An image as the draws of DDIM(eta). `replay` generates it again, or another image with its
-    layout.
+    """The noise of DDIM(eta) that encodes an image, from which `replay` generates it again or edits
+    it.
 
     Args:
         knots: levels between which the sampler steps.
         eta: η of the sampler.
         x: (B, *shape) noisy samples at the first knot.
         noise: z of each step.
-        rest: (B, *shape) image minus the result of the sampler. The clean step draws no noise, so
-            that its error is kept here; it has the size of σ/α at the last noisy knot, and is small
-            for grids that end low (Karras, Linspace).
+        rest: (B, *shape) image minus the result of the sampler: the error of the step to the clean
+            level, which adds no noise. It has the size of σ/α at the last noisy knot, and is small
+            for grids whose last noisy knot has little noise (Karras, Linspace).
     """
 
     knots: tuple[Level, ...]
@@ -108,11 +108,10 @@ def extract(
         The noise maps.
 
     Raises:
-        ValueError: The arguments do not fit together, or the steps draw no noise. It is raised
-            before the first step.
+        ValueError: The arguments do not fit together, or η is 0; raised before the first step.
     """
-    sampler = _stochastic(eta)
-    _check(denoiser, knots, guidance, condition)
+    sampler = _stochastic_sampler(eta)
+    _check_arguments(denoiser, knots, guidance, condition)
     x = add_noise(x0, knots[0], noise)
     x0, state, step, memory, maps = x0.to(x), sampler.start(x, knots, noise), None, None, []
     with evaluation_mode(denoiser, *find_weaker_networks(guidance)):
@@ -121,7 +120,7 @@ def extract(
             prediction, memory, _ = guided_prediction(
                 denoiser, guidance, state.x, state.level, condition, memory, step
             )
-            maps.append(_map(sampler, state, prediction, x0, noise))
+            maps.append(_step_noise(sampler, state, prediction, x0, noise))
             state = sampler.advance(state, prediction, FixedNoise.of(noise, torch.stack(maps)))
     return NoiseMaps(knots, eta, x, FixedNoise.of(noise, torch.stack(maps)), x0 - state.x)
 
@@ -133,8 +132,10 @@ def replay(
     guidance: Guidance = CFG(1.0),
     condition: Tensor | None = None,
 ) -> Tensor:
-    """Generate an image from noise maps: the original to rounding under its condition, an edited
-    one under another.
+    """Generate an image from noise maps.
+
+    With the condition of the extraction it is the original to rounding, with another an edited
+    image.
 
     Args:
         denoiser: network with its process.
@@ -147,14 +148,31 @@ def replay(
     """
     with evaluation_mode(denoiser, *find_weaker_networks(guidance)):
         x, _ = integrate(
-            denoiser, _stochastic(maps.eta), maps.x, maps.knots, maps.noise, guidance, condition
+            denoiser,
+            _stochastic_sampler(maps.eta),
+            maps.x,
+            maps.knots,
+            maps.noise,
+            guidance,
+            condition,
         )
     return x + maps.rest
 
 
-def _map(sampler: DDIM, state: State, prediction: Prediction, x0: Tensor, noise: Noise) -> Tensor:
-    """The z (B, *shape) that moves the state to the noisy copy of x_0 at the next knot; 0 if that
-    knot is clean.
+def _step_noise(
+    sampler: DDIM, state: State, prediction: Prediction, x0: Tensor, noise: Noise
+) -> Tensor:
+    """The z with which the step leads to the noisy copy of x_0 at the next knot; 0 at a clean knot.
+
+    Args:
+        sampler: the stochastic sampler.
+        state: state at the current knot.
+        prediction: x_0 and ε there.
+        x0: (B, *shape) images.
+        noise: ε̃ of each knot.
+
+    Returns:
+        z, (B, *shape).
     """
     knot, zero = state.remaining[0], torch.zeros_like(x0)
     if knot.sigma == 0:
@@ -169,16 +187,16 @@ def _map(sampler: DDIM, state: State, prediction: Prediction, x0: Tensor, noise:
     return (knot.alpha * x0 + knot.sigma * noise.step(state.step) - mean) / std
 
 
-def _stochastic(eta: float) -> DDIM:
+def _stochastic_sampler(eta: float) -> DDIM:
     if eta == 0:
         raise ValueError(
-            "eta is 0, where DDIM draws no noise: give eta up to 1, or use "
+            "eta is 0, with which DDIM adds no noise: use an eta within (0, 1], or "
             "diffcore.editing.inversion"
         )
     return DDIM(eta)
 
 
-def _check(
+def _check_arguments(
     denoiser: DenoiserProtocol,
     knots: tuple[Level, ...],
     guidance: Guidance,
@@ -187,7 +205,7 @@ def _check(
     check_falling(knots)
     if knots[-1].sigma != 0:
         raise ValueError(
-            f"the last knot is at λ = {knots[-1].logsnr}, expected a clean one: the image is x_0"
+            f"the last knot is at λ = {knots[-1].logsnr}, expected the clean level (λ = inf)"
         )
     check_levels(denoiser.process, knots)
     check_guidance(denoiser.process, knots, condition, guidance, None)

@@ -1,5 +1,5 @@
-"""RePaint: known pixels at each knot's level and exactly in the result, the paper's jumps, the
-conditional in the limit.
+"""RePaint keeps the known pixels, jumps as in the paper, and approaches the conditional
+distribution.
 """
 
 import copy
@@ -17,6 +17,7 @@ from diffcore.sampling.generation import sample
 from diffcore.sampling.loop import integrate
 from diffcore.schedules import Cosine, Explicit, Karras, Trailing, UniformLogSNR, Within
 from tests.helpers.oracles import SCALINGS, covariance, gaussian, mixture, process
+from tests.helpers.products import sampled
 from tests.samplers.test_orders import ORDERS
 
 INNER = [*ORDERS, DDIM(0.5), DDIM(1.0)]
@@ -31,25 +32,26 @@ def paint(inner=DDIM(1.0), jump=2, resamplings=3):
 
 
 def published(n, jump, resamplings):
-    """Indices of the knots on the authors' way; their t is n-1 at the first knot, 0 at the last
-    noisy one, -1 at clean.
+    """Indices of the knots that the authors' code visits.
+
+    Their t is n-1 at the first knot, 0 at the last noisy knot and -1 at the clean level.
     """
     left = dict.fromkeys(range(0, n - jump, jump), resamplings - 1)
-    t, way = n, []
+    t, visited = n, []
     while t >= 1:
         t -= 1
-        way.append(t)
+        visited.append(t)
         if left.get(t, 0) > 0:
             left[t] -= 1
-            way.extend(range(t + 1, t + jump + 1))
+            visited.extend(range(t + 1, t + jump + 1))
             t += jump
-    return [n - 1 - t for t in (*way, -1)]
+    return [n - 1 - t for t in (*visited, -1)]
 
 
 @pytest.mark.parametrize("n", (1, 2, 5, 10, 11, 23))
 @pytest.mark.parametrize(("jump", "resamplings"), ((1, 1), (1, 4), (3, 2), (10, 10), (4, 3)))
-def test_the_way_is_the_papers(n, jump, resamplings):
-    """Jumps up are taken at once, which has the law of `jump` single ones."""
+def test_the_visited_knots_are_those_of_the_paper(n, jump, resamplings):
+    """A jump to a noisier knot is one step, with the distribution of `jump` single steps."""
     knots = UniformLogSNR(-5.0, 5.0).knots(Cosine(), n)
     sampler = paint(DDIM(), jump, resamplings)
     evaluated = []
@@ -61,17 +63,18 @@ def test_the_way_is_the_papers(n, jump, resamplings):
         NOISE,
         callback=lambda *call: evaluated.append(call[1].level),
     )
-    way = published(n, jump, resamplings)
-    falls = [
-        i for i, after in zip(way, way[1:], strict=False) if after > i
+    visited = published(n, jump, resamplings)
+    evaluations = [
+        i for i, after in zip(visited, visited[1:], strict=False) if after > i
     ]  # where the network is evaluated
-    assert [knots.index(level) for level in evaluated] == falls
-    assert sampler.evaluations(knots) == len(falls)
+    assert [knots.index(level) for level in evaluated] == evaluations
+    assert sampler.evaluations(knots) == len(evaluations)
 
 
-@pytest.mark.parametrize("grid", (Trailing(), Karras(0.05, 20.0)), ids=str)
-@pytest.mark.parametrize("inner", INNER, ids=str)
-def test_known_pixels_are_exact_in_the_result_whatever_integrates(inner, grid):
+@pytest.mark.parametrize(
+    ("inner", "grid"), sampled(INNER, (Trailing(), Karras(0.05, 20.0)), count=54), ids=str
+)
+def test_known_pixels_are_exact_in_the_result_of_any_inner_sampler(inner, grid):
     result = sample(ORACLE, paint(inner), grid, 8, seeds=SEEDS, batch_size=32, dtype=torch.float64)
     assert (result.x[:, 0] == IMAGE[0]).all()
     assert result.x[:, 1].isfinite().all()
@@ -80,9 +83,10 @@ def test_known_pixels_are_exact_in_the_result_whatever_integrates(inner, grid):
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
-def test_known_pixels_have_fresh_noise_of_its_own_level_at_every_knot(scaling):
-    """400 rows: means below 5/√400, correlations too. The knots are close, so that a way back keeps
-    much of its noise.
+def test_known_pixels_have_fresh_noise_at_the_level_of_each_knot(scaling):
+    """With 400 samples, means and correlations are below 5/√400.
+
+    The knots are close, so that a jump back keeps much of the noise.
     """
     oracle, seen = mixture(process(Cosine(scaling=scaling))), []
     noise = Noise(torch.arange(400), (2,), dtype=torch.float64)
@@ -97,7 +101,7 @@ def test_known_pixels_have_fresh_noise_of_its_own_level_at_every_knot(scaling):
     )
     visits = [
         state for state in seen if state.level != knots[0]
-    ]  # elsewhere x was just replaced, or comes from above
+    ]  # the first knot has its initial noise
     z = torch.stack(
         [(state.x[:, 0] - state.level.alpha * IMAGE[0]) / state.level.sigma for state in visits]
     )
@@ -111,12 +115,12 @@ def test_known_pixels_have_fresh_noise_of_its_own_level_at_every_knot(scaling):
     above = [(i, j) for i, j in correlated.triu().nonzero().tolist()]
     assert all(
         visits[i].level.logsnr > visits[j].level.logsnr for i, j in above
-    )  # only a way back keeps noise
+    )  # only a jump back keeps noise
 
 
 @pytest.mark.parametrize(("low", "high"), ((3.0, 0.5), (0.5, -4.0), (2.0, -math.inf)))
 @pytest.mark.parametrize("scaling", SCALINGS[::2])
-def test_the_way_back_makes_the_noisier_marginal_exactly(low, high, scaling):
+def test_a_jump_has_exactly_the_marginal_of_the_noisier_level(low, high, scaling):
     t, s = (Cosine(scaling=scaling).at(logsnr) for logsnr in (low, high))
     unit, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     image, old, new = (
@@ -127,10 +131,8 @@ def test_the_way_back_makes_the_noisier_marginal_exactly(low, high, scaling):
     assert (old**2 + new**2).sqrt() == pytest.approx(s.sigma, rel=1e-12)
 
 
-def test_resampling_brings_the_unknown_part_to_its_conditional():
-    """On a Gaussian it is known: mean 0.204, standard deviation 0.380. Replacement alone ends at
-    0.03.
-    """
+def test_with_resampling_the_unknown_part_has_its_conditional_distribution():
+    """On a Gaussian the conditional mean is 0.204 and its standard deviation is 0.380."""
     cov = covariance(1.0, 0.3, 0.7)
     oracle = gaussian([0.5, -0.3], cov)
     mean = -0.3 + cov[1, 0] / cov[0, 0] * (1.2 - 0.5)
@@ -165,7 +167,7 @@ def test_a_state_can_be_kept_copied_and_continued_bit_for_bit():
     assert [state.step for state in kept] == list(range(len(kept)))
 
 
-def test_it_starts_and_stops_anywhere():
+def test_a_run_may_start_and_stop_at_any_level():
     knots = Within(Trailing(), -2.0, 3.0).knots(Cosine(), 5)
     seen = []
     start = torch.zeros(64, 2, dtype=torch.float64)
@@ -208,10 +210,10 @@ def test_the_loop_never_reads_the_sample():
         ),
     ],
 )
-def test_what_cannot_be_painted_is_refused(make, message):
+def test_invalid_arguments_are_rejected(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_alpha_blending_is_asked_at_its_midpoints():
+def test_alpha_blending_is_evaluated_at_its_midpoints():
     assert paint(AlphaBlending(2), 1, 1).evaluations(Trailing().knots(Cosine(), 6)) == 12

@@ -1,4 +1,4 @@
-"""The edit-friendly noise space: an image is its own noise maps, which another condition edits."""
+"""Noise maps reproduce their image, and edit it under another condition."""
 
 import math
 
@@ -75,10 +75,10 @@ def test_the_maps_are_the_posteriors_of_independent_noisy_copies(eta):
 @pytest.mark.parametrize(
     ("grid", "last"), [(Trailing(), 0.158), (Karras(0.02, 50.0), 0.02)], ids=str
 )
-def test_the_maps_make_the_image_in_the_sampler_itself_but_for_what_the_clean_step_misses(
+def test_the_sampler_generates_the_image_from_the_maps_except_for_the_error_of_the_clean_step(
     grid, last
 ):
-    """Of the size of the last noisy knot's σ/α: by root mean square of 2-D data below √2 of it."""
+    """The error has the size of σ/α at the last noisy knot, in root mean square."""
     oracle = mixture()
     x0, knots = oracle.sample(SEEDS), grid.knots(Cosine(), 10)
     maps = extract(oracle, x0, knots, NOISE)
@@ -89,19 +89,15 @@ def test_the_maps_make_the_image_in_the_sampler_itself_but_for_what_the_clean_st
 
 
 def test_the_maps_vary_more_than_noise():
-    """Copies with independent noise differ by more than a run does: the property the space has its
-    use from.
-    """
+    """Copies with independent noise differ more than successive samples, which makes edits work."""
     oracle = mixture()
     maps = extract(oracle, oracle.sample(SEEDS), Trailing().knots(Cosine(), 100), NOISE).noise.maps
     assert maps[10:90].std() > 1.5
 
 
 @pytest.mark.parametrize("start", (-math.inf, -3.0))
-def test_another_condition_moves_the_class(start):
-    """Class 0 is one Gaussian, class 1 two others: replayed under 1, images of class 0 are likelier
-    in 1.
-    """
+def test_another_condition_changes_the_class(start):
+    """Class 0 is one Gaussian, class 1 two others; replay with label 1 moves images to class 1."""
     oracle, clean = mixture(), Cosine().at(30.0)
     zero, one = (torch.full((32,), label) for label in (0, 1))
     x0 = oracle.sample(SEEDS, zero)
@@ -109,7 +105,7 @@ def test_another_condition_moves_the_class(start):
     maps = extract(oracle, x0, knots, NOISE, condition=zero)
 
     def share(x):
-        """Of images likelier in class 1."""
+        """Share of the images that are more likely in class 1 than in class 0."""
         return (
             (oracle.log_density(x, clean, one) > oracle.log_density(x, clean, zero)).double().mean()
         )
@@ -123,10 +119,10 @@ def test_another_condition_moves_the_class(start):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"eta": 0.0}, "eta is 0, where DDIM draws no noise"),
+        ({"eta": 0.0}, "eta is 0, with which DDIM adds no noise"),
         (
             {"knots": Explicit((-2.0, 0.0)).knots(Cosine(), 1)},
-            "last knot is at λ = 0.0, expected a clean one",
+            r"last knot is at λ = 0.0, expected the clean level \(λ = inf\)",
         ),
         (
             {"knots": Explicit((math.inf, 0.0)).knots(Cosine(), 1)},
@@ -136,7 +132,7 @@ def test_another_condition_moves_the_class(start):
     ],
     ids=str,
 )
-def test_what_has_no_maps_is_refused(changes, message):
+def test_arguments_without_noise_maps_are_rejected(changes, message):
     arguments = {
         "x0": torch.zeros(32, 2),
         "knots": Trailing().knots(Cosine(), 3),

@@ -1,6 +1,4 @@
-"""Which samplers are one and the same, what the multistep ones do at the ends, and maps
-of levels.
-"""
+"""Equalities between multistep samplers, their behaviour at both ends, and maps of levels."""
 
 import math
 from dataclasses import replace
@@ -29,60 +27,67 @@ from diffcore.samplers.adams import HeldQuantity, Variable
 from diffcore.sampling.loop import integrate
 from diffcore.schedules import Cosine, Explicit, Flow, Karras, Trailing, UniformBlend
 from tests.helpers.oracles import SCALINGS, flow, mixture, process
+from tests.helpers.products import sampled
 from tests.samplers.test_base import SAMPLERS
 from tests.samplers.test_orders import ORDERS
 
 NOISE = Noise(torch.arange(64), (2,), dtype=torch.float64)
-EVERY_PAIR = list(product(get_args(HeldQuantity), get_args(Variable)))
+HELD_AND_VARIABLE = list(product(get_args(HeldQuantity), get_args(Variable)))
 
 
-def final(sampler, knots, oracle=None):
+def integrate_from_noise(sampler, knots, oracle=None):
     oracle = oracle or mixture(process(knots[0].schedule))
     return integrate(oracle, sampler, knots[0].sigma * NOISE.start(), knots, NOISE)[0]
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize("grid", (Karras(), Trailing(), Explicit((4.0, 1.0, 0.0, -3.0))), ids=str)
-def test_the_first_order_step_is_one_step_by_many_names(grid, scaling):
-    """DDIM, EDM's Euler, α-blending, DPM-Solver++(1), Adams-Bashforth(1) of anything:
-    bit for bit.
-    """
+def test_all_first_order_samplers_are_equal(grid, scaling):
+    """DDIM, Euler, α-blending, DPM-Solver++(1) and each Adams-Bashforth(1) agree bit for bit."""
     if (grid, scaling) == (Trailing(), "ve"):
         pytest.skip("ve has no pure noise")
     knots = grid.knots(Cosine(scaling=scaling), 3 if isinstance(grid, Explicit) else 12)
-    ones = [AdamsBashforth(1, held, variable) for held, variable in EVERY_PAIR]
-    ones += [Euler(), AlphaBlending(1), DPMSolverPP("1"), GradientEstimation(1.0)]
-    expected = final(DDIM(), knots)
-    assert all(torch.equal(final(sampler, knots), expected) for sampler in ones)
+    samplers = [AdamsBashforth(1, held, variable) for held, variable in HELD_AND_VARIABLE]
+    samplers += [Euler(), AlphaBlending(1), DPMSolverPP("1"), GradientEstimation(1.0)]
+    expected = integrate_from_noise(DDIM(), knots)
+    assert all(torch.equal(integrate_from_noise(sampler, knots), expected) for sampler in samplers)
 
 
-def in_u(*u):
+def knots_in_u(*u):
     return Explicit(tuple(-2 * math.log(value) for value in u)).knots(Cosine(), len(u) - 1)
 
 
 @pytest.mark.parametrize(
     ("one", "other", "knots"),
     [
-        (GradientEstimation(1.5), AdamsBashforth.lms(2), in_u(*(5 - i / 4 for i in range(19)))),
-        (GradientEstimation(1.5), AdamsBashforth.ipndm(2), in_u(30, 20, 7, 3, 2.5, 1, 0.1)),
-        (DPMSolverPP("3M"), AdamsBashforth(3, "x0", "logsnr"), in_u(30, 20, 7, 3, 2.5, 1, 0.1)),
+        (
+            GradientEstimation(1.5),
+            AdamsBashforth.lms(2),
+            knots_in_u(*(5 - i / 4 for i in range(19))),
+        ),
+        (GradientEstimation(1.5), AdamsBashforth.ipndm(2), knots_in_u(30, 20, 7, 3, 2.5, 1, 0.1)),
+        (
+            DPMSolverPP("3M"),
+            AdamsBashforth(3, "x0", "logsnr"),
+            knots_in_u(30, 20, 7, 3, 2.5, 1, 0.1),
+        ),
     ],
     ids=str,
 )
-def test_what_is_the_same_by_construction(one, other, knots):
-    torch.testing.assert_close(final(one, knots), final(other, knots), rtol=1e-11, atol=1e-11)
+def test_samplers_with_the_same_formula_are_equal(one, other, knots):
+    torch.testing.assert_close(
+        integrate_from_noise(one, knots), integrate_from_noise(other, knots), rtol=1e-11, atol=1e-11
+    )
 
 
-def test_the_order_2_predictor_of_unipc_is_2m():
-    """From one memory; Adams-Bashforth(2) in (x_0, λ) integrates the slope, e^{-h} - 1 + h for h (1
-    - e^{-h})/2.
-    """
+def test_the_order_2_predictor_of_unipc_is_dpm_solver_2m():
+    """Adams-Bashforth(2) in (x_0, λ) has e^{-h} - 1 + h where these two have h (1 - e^{-h})/2."""
     t1, t, s = Explicit((-3.0, -1.0, 0.5)).knots(Cosine(), 2)
     x0, before, eps = NOISE.start(), NOISE.step(0), NOISE.step(1)
 
     def slope(sampler):
         state = sampler.advance(State(NOISE.step(2), t1, (t, s)), Prediction(before, eps), NOISE)
-        if isinstance(sampler, UniPC):  # undo what the corrector brings
+        if isinstance(sampler, UniPC):  # subtract the term of the corrector
             half = (
                 s.sigma
                 / t.sigma
@@ -105,9 +110,10 @@ def test_the_order_2_predictor_of_unipc_is_2m():
     torch.testing.assert_close(exact, ratio * slope(DPMSolverPP("2M")), rtol=1e-11, atol=1e-11)
 
 
-def test_unipc_is_adams_moulton_for_x0_over_logsnr_but_for_its_secants():
-    """From the third step on, UniPC(3) predicts with three values and corrects with four. Here from
-    equal states and memory.
+def test_unipc_is_adams_moulton_for_x0_over_logsnr_except_for_its_secants():
+    """From the third step on, UniPC(3) predicts with three values and corrects with four.
+
+    The test begins this step with equal states and memory.
     """
     levels = Explicit((-3.0, -2.2, -1.0, 0.0, 0.9, 2.0)).knots(Cosine(), 5)
     unipc, moulton = (
@@ -115,7 +121,7 @@ def test_unipc_is_adams_moulton_for_x0_over_logsnr_but_for_its_secants():
         for sampler in (UniPC(3), AdamsMoulton(3, "x0", "logsnr"))
     )
     for step in range(5):
-        if step == 3:  # before, the secants: whose state is the other's from here on
+        if step == 3:  # the steps before use secants; from here both have one state
             assert not torch.equal(unipc.x, moulton.x)
             moulton = replace(unipc, memory=type(moulton.memory)(3, *unipc.memory))
         unipc, moulton = (
@@ -126,7 +132,7 @@ def test_unipc_is_adams_moulton_for_x0_over_logsnr_but_for_its_secants():
 
 
 @pytest.mark.parametrize(("steps", "k"), [(1, 1), (9, 1), (10, 2), (19, 2), (20, 3), (40, 3)])
-def test_with_every_a_run_of_few_steps_uses_fewer_values(steps, k):
+def test_a_run_of_few_steps_uses_fewer_values_with_the_option_every(steps, k):
     knots = UniformBlend(1.25, 0.5).knots(Cosine(), steps)
     x, _ = integrate(mixture(), AdamsMoulton(3, every=10), NOISE.start(), knots, NOISE)
     assert torch.equal(x, integrate(mixture(), AdamsMoulton(k), NOISE.start(), knots, NOISE)[0])
@@ -134,27 +140,27 @@ def test_with_every_a_run_of_few_steps_uses_fewer_values(steps, k):
 
 @cache
 def clean_end():
-    """Where the exact flow takes the noise from a = 0.9."""
+    """The clean end of the exact flow from the noise at a = 0.9."""
     return flow(mixture(process(Flow())), 0.9 * NOISE.start(), Flow().level(0.9), Flow().level(0.0))
 
 
 @pytest.mark.parametrize(
     "sampler", (AlphaBlending(2), Heun(), AdamsBashforth.lms(2), AdamsBashforth.flow(2)), ids=str
 )
-def test_order_2_is_kept_to_the_clean_level_on_uniform_a(sampler):
+def test_order_2_holds_down_to_the_clean_level_on_uniform_a(sampler):
     errors = []
     for n in (128, 256):
         knots = tuple(Flow().level(0.9 * (n - i) / n) for i in range(n + 1))
-        errors.append((final(sampler, knots) - clean_end()).norm(dim=1).median())
+        errors.append((integrate_from_noise(sampler, knots) - clean_end()).norm(dim=1).median())
     assert torch.log2(errors[0] / errors[1]) == pytest.approx(2, abs=0.15)
 
 
-@pytest.mark.parametrize("k", (2, 3, 4, 5))
-@pytest.mark.parametrize(("held", "variable"), EVERY_PAIR, ids=str)
+@pytest.mark.parametrize(
+    ("held", "variable", "k"),
+    sampled(get_args(HeldQuantity), get_args(Variable), (2, 3, 4, 5), count=20),
+)
 def test_k_predictions_integrate_polynomials_of_degree_below_k(held, variable, k):
-    """f = v^(k-1) of the method's variable: the correction is the exact integral beyond the
-    first-order step.
-    """
+    """For f = v^(k-1) in the variable of the method, the step is the exact integral."""
     logsnrs = (-3.0, -2.2, -1.5, -0.1, 0.8, 1.7)
     knots = Explicit(logsnrs).knots(Cosine(), 5)
     sampler = AdamsBashforth(k, held, variable)
@@ -186,7 +192,7 @@ def test_k_predictions_integrate_polynomials_of_degree_below_k(held, variable, k
     t, s = logsnrs[-2:]
     if variable == "index":
         integral = (measure(s) - measure(t)) * (5**k - 4**k) / k
-    else:  # by the trapezoidal rule in m, on 20,000 points
+    else:  # trapezoidal rule in m with 20,000 points
         q = torch.linspace(t, s, 20001, dtype=torch.float64).tolist()
         integral = sum(
             (exact[variable](a) ** (k - 1) + exact[variable](b) ** (k - 1))
@@ -212,7 +218,7 @@ def test_k_predictions_integrate_polynomials_of_degree_below_k(held, variable, k
     ],
     ids=str,
 )
-def test_pure_noise_enters_memory_only_where_the_variable_is_finite(sampler, kept):
+def test_the_prediction_at_pure_noise_is_kept_only_if_the_variable_is_finite(sampler, kept):
     knots = Trailing().knots(Flow(), 6)
     state, lengths = sampler.start(NOISE.start(), knots, NOISE), []
     while not state.done:
@@ -225,8 +231,8 @@ def test_pure_noise_enters_memory_only_where_the_variable_is_finite(sampler, kep
 @pytest.mark.parametrize(
     "sampler", [sampler for sampler in SAMPLERS if sampler in ORDERS and sampler != DDIM()], ids=str
 )
-def test_a_map_of_levels_takes_every_row_along_its_own_knots(sampler):
-    """TimeSampling as float64 tensors, one a row: each row does what it would alone."""
+def test_each_sample_of_a_map_of_levels_has_its_own_knots(sampler):
+    """With one float64 level per sample, each sample equals that of a run over its knots."""
     oracle, x = mixture(), NOISE.start()[:3]
     rows = [(-4.0, -2.5, -1.0, 0.0, 1.5), (-3.0, -2.0, -0.5, 0.2, 2.0), (-6.0, -1.0, 0.0, 3.0, 4.0)]
     alone = torch.cat(
@@ -261,6 +267,6 @@ def test_a_map_of_levels_takes_every_row_along_its_own_knots(sampler):
         (lambda: GradientEstimation(2.0, 1.0), "mu is"),
     ],
 )
-def test_options_out_of_range_are_refused(make, match):
+def test_options_out_of_range_are_rejected(make, match):
     with pytest.raises(ValueError, match=match):
         make()

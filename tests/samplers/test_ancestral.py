@@ -1,6 +1,4 @@
-"""DDPM and Euler ancestral against their papers' formulas and against diffusers on the
-same noise.
-"""
+"""DDPM and Euler ancestral equal the formulas of their papers, and diffusers on the same noise."""
 
 import math
 
@@ -36,7 +34,7 @@ def step(sampler, scaling, t, s):
 @pytest.mark.parametrize("variance", (0.0, 0.3, 1.0))
 @pytest.mark.parametrize(("t", "s"), PAIRS)
 def test_a_step_is_the_posterior_of_ddpm_with_its_variance(t, s, variance):
-    """2006.11239, eq. 7: its mean; the variance β̃ or β, or iDDPM's exp(v ln β + (1-v) ln β̃)."""
+    """The mean is eq. 7 of 2006.11239, the variance iDDPM's exp(v ln β + (1-v) ln β̃)."""
     t, s, x = step(DDPM(variance), "vp", t, s)
     bar_t, bar_s = t.alpha**2, s.alpha**2
     beta = 1 - bar_t / bar_s
@@ -57,7 +55,7 @@ def test_the_step_is_the_same_in_every_scaling(variance, scaling):
 
 
 @pytest.mark.parametrize("variance", (0.0, 1.0))
-def test_from_pure_noise_all_is_renoised_and_to_clean_nothing(variance):
+def test_a_step_from_pure_noise_replaces_all_noise_and_a_step_to_clean_adds_none(variance):
     _, s, x = step(DDPM(variance), "vp", -math.inf, -2.0)
     spread = 1.0 if variance else s.sigma  # β = 1 - ᾱ_t/ᾱ_s = 1
     torch.testing.assert_close(x, s.alpha * X0 + spread * NOISE.step(3), rtol=1e-12, atol=1e-12)
@@ -85,27 +83,29 @@ def test_euler_ancestral_steps_down_and_adds_noise(eta):
     torch.testing.assert_close(x, expected, rtol=1e-12, atol=1e-12)
 
 
-class Drawn:
-    """Noise of torch's generators, as diffusers draws it when seeded with the step's number."""
+class GeneratorNoise:
+    """Noise of a torch generator seeded with the index of the step, as used for diffusers."""
 
     def between(self, t, s, step):
         return torch.randn(8, 2, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
 
 
-def along(theirs, sampler, steps, to_theirs):
-    """(theirs, ours) after each step, both from the same x and of the same denoiser."""
+def compare_steps(theirs, sampler, steps, to_theirs):
+    """x of diffusers and ours after each step from the same x, with the same denoiser."""
     oracle = mixture(process(Discrete()))
     knots = Trailing().knots(oracle.process.schedule, steps)
     theirs.set_timesteps(steps)
-    state = sampler.start(NOISE.start(), knots, Drawn())
+    state = sampler.start(NOISE.start(), knots, GeneratorNoise())
     x = to_theirs(NOISE.start(), knots[0])
     for i, t in enumerate(theirs.timesteps):
         theirs.scale_model_input(x, t)
         output = target("epsilon", *oracle(state.x, state.level), state.level, 0.5)
         x = theirs.step(output, t, x, generator=torch.Generator().manual_seed(i)).prev_sample
-        state = sampler.advance(state, oracle(state.x, state.level), Drawn())
+        state = sampler.advance(state, oracle(state.x, state.level), GeneratorNoise())
         yield x, to_theirs(state.x, state.level)
-        x = to_theirs(state.x, state.level)  # their table is float32; steps are compared one by one
+        x = to_theirs(
+            state.x, state.level
+        )  # each step starts from our x, since the table of diffusers is float32
 
 
 TABLE = {
@@ -117,17 +117,17 @@ TABLE = {
 
 
 @pytest.mark.parametrize(("name", "variance"), (("fixed_small", 0.0), ("fixed_large", 1.0)))
-def test_steps_equal_diffusers_ddpm_but_for_the_noise_it_leaves_on_the_sample(name, variance):
+def test_steps_equal_diffusers_ddpm_except_for_the_noise_that_it_adds_to_the_result(name, variance):
     theirs = DDPMScheduler(
         **TABLE, variance_type=name, clip_sample=False, timestep_spacing="trailing"
     )
-    *steps, (x, ours) = along(theirs, DDPM(variance), 10, lambda x, level: x)
+    *steps, (x, ours) = compare_steps(theirs, DDPM(variance), 10, lambda x, level: x)
     for theirs_x, ours_x in steps:
         torch.testing.assert_close(ours_x, theirs_x, rtol=1e-5, atol=1e-5)
     last = Trailing().knots(Discrete(), 10)[
         -2
     ]  # from there to clean β = 1 - ᾱ, 0.32² at 10 steps; β̃ = 0
-    left = variance * last.sigma * Drawn().between(last, None, 9)
+    left = variance * last.sigma * GeneratorNoise().between(last, None, 9)
     torch.testing.assert_close(x - ours, left, rtol=1e-5, atol=1e-5)
 
 
@@ -136,20 +136,20 @@ def test_steps_equal_diffusers_ddpm_but_for_the_noise_it_leaves_on_the_sample(na
 )  # diffusers' own use of numpy
 @pytest.mark.parametrize("steps", (10, 25))
 def test_steps_equal_diffusers_euler_ancestral(steps):
-    """Theirs works in y = x/α."""
+    """The scheduler of diffusers works in y = x/α."""
     theirs = EulerAncestralDiscreteScheduler(**TABLE, timestep_spacing="trailing")
-    for x, ours in along(theirs, EulerAncestral(), steps, lambda x, level: x / level.alpha):
+    for x, ours in compare_steps(theirs, EulerAncestral(), steps, lambda x, level: x / level.alpha):
         torch.testing.assert_close(ours, x, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("variance", (-0.1, 1.1, math.nan))
-def test_variances_outside_0_to_1_are_refused(variance):
+def test_variances_outside_0_to_1_are_rejected(variance):
     with pytest.raises(ValueError, match="variance is"):
         DDPM(variance)
 
 
 @pytest.mark.parametrize("sampler", (DDPM(), DDPM(1.0), EulerAncestral()), ids=str)
-def test_knots_that_rise_in_noise_are_refused(sampler):
+def test_knots_that_rise_in_noise_are_rejected(sampler):
     knots = Explicit((1.0, -1.0)).knots(Cosine(), 1)
     with pytest.raises(ValueError, match="fall in noise"):
         integrate(mixture(), sampler, NOISE.start(), knots, NOISE)

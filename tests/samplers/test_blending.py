@@ -30,7 +30,7 @@ def test_order_1_is_ddim_bit_for_bit(grid, scaling):
 
 
 def iadb(oracle, z, blends):
-    """The midpoint rule on dz/da = ε - x_0 for x = (1-a) x_0 + a ε, with levels made by hand."""
+    """The midpoint rule for dz/da = ε - x_0 with x = (1-a) x_0 + a ε."""
 
     def velocity(z, a):
         logsnr = math.inf if a == 0 else -math.inf if a == 1 else 2 * math.log((1 - a) / a)
@@ -45,7 +45,7 @@ def iadb(oracle, z, blends):
 
 @pytest.mark.parametrize("name", TO_NOISE)
 def test_order_2_is_the_midpoint_rule_in_a_from_pure_noise_to_data(name):
-    """x = (α+σ) z; at both ends α+σ is 1, so x and z start and end equal whatever the scaling."""
+    """x = (α+σ) z with α+σ = 1 at both ends, so x and z are equal there in every scaling."""
     oracle = mixture(process(TO_NOISE[name]))
     knots = Trailing().knots(oracle.process.schedule, 20)
     assert (knots[0].alpha, knots[-1].sigma) == (0, 0)
@@ -58,8 +58,7 @@ def test_order_2_is_the_midpoint_rule_in_a_from_pure_noise_to_data(name):
 
 
 @pytest.mark.parametrize("schedule", (Flow(), Flow(scaling="vp")), ids=str)
-def test_order_2_is_kept_down_to_sigma_0_on_uniform_a(schedule):
-    """And from α = 0: no exception at either end."""
+def test_order_2_holds_from_alpha_0_to_sigma_0_on_uniform_a(schedule):
     oracle = mixture(process(schedule))
     exact = flow(oracle, NOISE.start(), schedule.level(1.0), schedule.level(0.0))
     errors = []
@@ -71,7 +70,7 @@ def test_order_2_is_kept_down_to_sigma_0_on_uniform_a(schedule):
     assert torch.log2(errors[0] / errors[1]) == pytest.approx(2, abs=0.15)
 
 
-def test_order_2_runs_towards_noise_as_well():
+def test_order_2_also_integrates_towards_noise():
     oracle = mixture(process(Flow()))
     schedule = oracle.process.schedule
     down = [schedule.at(-5 + i / 20) for i in range(201)]
@@ -82,6 +81,6 @@ def test_order_2_runs_towards_noise_as_well():
 
 
 @pytest.mark.parametrize("order", (0, 3))
-def test_other_orders_are_refused(order):
+def test_other_orders_are_rejected(order):
     with pytest.raises(ValueError, match="order is"):
         AlphaBlending(order)

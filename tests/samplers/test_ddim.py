@@ -1,6 +1,4 @@
-"""DDIM against the formulas of its paper and of DDPM, exact Gaussian moments, and diffusers'
-scheduler.
-"""
+"""DDIM equals the formulas of its paper and of DDPM, and diffusers' scheduler."""
 
 import math
 from types import SimpleNamespace
@@ -33,7 +31,7 @@ def step(sampler, scaling, t, s):
 @pytest.mark.parametrize("eta", (0.0, 0.3, 1.0))
 @pytest.mark.parametrize(("t", "s"), PAIRS)
 def test_a_step_is_equation_12_and_16_of_the_paper(t, s, eta):
-    """2010.02502, whose α is ᾱ here: σ = η √((1-ᾱ_s)/(1-ᾱ_t)) √(1-ᾱ_t/ᾱ_s)."""
+    """2010.02502, which writes α for ᾱ: σ = η √((1-ᾱ_s)/(1-ᾱ_t)) √(1-ᾱ_t/ᾱ_s)."""
     t, s, state = step(DDIM(eta), "vp", t, s)
     bar_t, bar_s = t.alpha**2, s.alpha**2
     sigma = eta * math.sqrt((1 - bar_s) / (1 - bar_t)) * math.sqrt(1 - bar_t / bar_s)
@@ -76,18 +74,19 @@ def test_from_pure_noise_eta_1_renoises_in_full(scaling):
     )
 
 
-def test_every_step_has_noise_of_its_own():
-    """300 numbers a step: independent ones correlate by less than 5/√300 = 0.29."""
+def test_each_step_has_independent_noise():
+    """With 300 numbers per step, independent ones correlate by less than 5/√300 = 0.29."""
     many = Noise(torch.arange(300), (1,), dtype=torch.float64)
     steps = torch.stack([many.start().flatten(), *(many.step(i).flatten() for i in range(4))])
     assert (steps.corrcoef() - torch.eye(5)).abs().max() < 0.29
 
 
 @pytest.mark.parametrize("eta", (0.0, 0.7))
-@pytest.mark.parametrize("kind", ("epsilon", "v_prediction", "sample"))
-def test_steps_equal_diffusers_where_its_previous_timestep_is_right(kind, eta):
-    """Trailing with n = 10 of T = 1000: t - T//n is the next knot. Its table is float32: ᾱ to 5e-7
-    (hence 1e-5).
+@pytest.mark.parametrize("prediction", ("epsilon", "v_prediction", "sample"))
+def test_steps_equal_diffusers_where_its_previous_timestep_is_the_next_knot(prediction, eta):
+    """For 10 trailing steps of a table of 1000, t - T//n is the next knot.
+
+    The tolerance is 1e-5 because the table of diffusers has ᾱ in float32.
     """
     theirs = DDIMScheduler(
         1000,
@@ -95,7 +94,7 @@ def test_steps_equal_diffusers_where_its_previous_timestep_is_right(kind, eta):
         0.02,
         "linear",
         clip_sample=False,
-        prediction_type=kind,
+        prediction_type=prediction,
         timestep_spacing="trailing",
     )
     theirs.set_timesteps(10)
@@ -104,16 +103,14 @@ def test_steps_equal_diffusers_where_its_previous_timestep_is_right(kind, eta):
     assert [round(1000 * knot.t) - 1 for knot in knots] == [*theirs.timesteps.tolist(), -1]
     state, x = DDIM(eta).start(NOISE.start(), knots, NOISE), NOISE.start()
     for t in theirs.timesteps:
-        output = target(kind, *oracle(x, state.level), state.level, 0.5)
+        output = target(prediction, *oracle(x, state.level), state.level, 0.5)
         x = theirs.step(output, t, x, eta=eta, variance_noise=NOISE.step(state.step)).prev_sample
         state = DDIM(eta).advance(state, oracle(state.x, state.level), NOISE)
         torch.testing.assert_close(state.x, x, rtol=1e-5, atol=1e-5)
 
 
 def test_eta_0_follows_the_flow_from_data_to_noise():
-    """Inversion: the same steps on rising noise. Their error is first order, 0.0045 at 500 steps
-    and half at 1000.
-    """
+    """The error is of first order: 0.0045 at 500 steps and half as much at 1000."""
     oracle = mixture()
     schedule, x = oracle.process.schedule, oracle.sample(torch.arange(8))
     exact = flow(oracle, x, schedule.at(6.0), schedule.at(-6.0))
@@ -126,13 +123,13 @@ def test_eta_0_follows_the_flow_from_data_to_noise():
 
 
 @pytest.mark.parametrize("logsnrs", ((0.0, -1.0), (math.inf, 3.0), (0.0, -math.inf)))
-def test_fresh_noise_is_refused_on_the_way_to_noise(logsnrs):
+def test_fresh_noise_is_rejected_on_the_way_to_noise(logsnrs):
     with pytest.raises(ValueError, match="fall in noise"):
         step(DDIM(0.5), "vp", *logsnrs)
 
 
 @pytest.mark.parametrize("eta", (-0.1, 1.1, math.nan))
-def test_eta_outside_0_to_1_is_refused(eta):
+def test_eta_outside_0_to_1_is_rejected(eta):
     with pytest.raises(ValueError, match="eta is"):
         DDIM(eta)
 
@@ -140,9 +137,7 @@ def test_eta_outside_0_to_1_is_refused(eta):
 @pytest.mark.parametrize("scaling", ("vp", "ve", "flow"))
 @pytest.mark.parametrize("eta", (0.0, 0.3, 1.0))
 def test_knots_may_be_maps_of_levels(eta, scaling):
-    """Each element at its own level: equal to a run of its own. A clean element stays, one that
-    becomes clean is x_0.
-    """
+    """Each element equals that of a run at its level; a clean element does not change."""
     before, after = [-9.0, -1.0, 2.0, 2.0, math.inf], [-2.0, 0.5, 3.0, math.inf, math.inf]
     schedule = Cosine(scaling=scaling)
     t, s = (schedule.at(torch.tensor(v, dtype=torch.float64)) for v in (before, after))
@@ -161,10 +156,10 @@ def test_knots_may_be_maps_of_levels(eta, scaling):
             continue
         a, b = map(schedule.at, pair)
         one = Prediction(x0[:, column], eps[:, column])
-        given = SimpleNamespace(
+        column_noise = SimpleNamespace(
             between=lambda t, s, step, column=column: noise.step(step)[:, column]
         )
-        expected = DDIM(eta).advance(State(one.at(a), a, (b,)), one, given).x
+        expected = DDIM(eta).advance(State(one.at(a), a, (b,)), one, column_noise).x
         torch.testing.assert_close(x[:, column], expected, rtol=1e-12, atol=1e-12)
     half = (
         DDIM(eta)
@@ -178,7 +173,7 @@ def test_knots_may_be_maps_of_levels(eta, scaling):
     assert half.dtype == torch.float32
 
 
-def test_maps_that_rise_anywhere_are_refused_fresh_noise():
+def test_fresh_noise_on_a_map_that_rises_anywhere_is_rejected():
     t, s = (Cosine().at(torch.tensor(v, dtype=torch.float64)) for v in ((0.0, 1.0), (0.5, 0.9)))
     with pytest.raises(ValueError, match="fall in noise"):
         DDIM(0.5).advance(State(X0, t, (s,)), Prediction(X0, EPS), NOISE)

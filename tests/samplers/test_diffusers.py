@@ -1,7 +1,7 @@
-"""Equality with diffusers' schedulers on the same knots and exact denoiser, and what differs where
-theirs is not right.
+"""Samplers equal diffusers' schedulers on the same knots, except where a scheduler has a defect.
 
-Their tables of σ are overwritten with our knots, in float64, so that only the steps are compared.
+The schedulers' tables of σ are overwritten with our knots in float64, so that only the steps are
+compared.
 """
 
 import math
@@ -17,7 +17,7 @@ from tests.helpers.oracles import flow, mixture, process
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array:DeprecationWarning"
-)  # theirs, in set_timesteps
+)  # in set_timesteps of diffusers
 LOGSNRS = (-7.0, -5.2, -4.0, -2.6, -1.5, -0.4, 0.6, 1.8, 3.1, 4.5, 6.0)
 NOISE = Noise(torch.arange(64), (2,), dtype=torch.float64)
 
@@ -27,14 +27,14 @@ def knots(scaling, clean):
     return Explicit(logsnrs).knots(Cosine(scaling=scaling), len(logsnrs) - 1)
 
 
-def theirs(scheduler, knots):
-    """Every state that diffusers' scheduler comes to. EDM-like schedulers carry y = x/α."""
+def states_of_scheduler(scheduler, knots):
+    """x after each step of a diffusers scheduler; schedulers that follow EDM step y = x/α."""
     scheduler.set_timesteps(len(knots) - 1)
     sigmas, evaluated = (
         [0.0 if knot.logsnr == math.inf else knot.ratio for knot in knots],
         knots[:-1],
     )
-    if isinstance(scheduler, diffusers.HeunDiscreteScheduler):  # names inner knots twice
+    if isinstance(scheduler, diffusers.HeunDiscreteScheduler):  # its table has inner knots twice
         sigmas, evaluated = (
             [levels[0], *(level for level in levels[1:-1] for _ in range(2)), *levels[-1:]]
             for levels in (sigmas, knots)
@@ -43,7 +43,7 @@ def theirs(scheduler, knots):
     scheduler.sigmas = torch.tensor(sigmas, dtype=torch.float64)
     oracle, x, states = mixture(), knots[0].sigma * NOISE.start(), []
     for t, level in zip(scheduler.timesteps, evaluated, strict=True):
-        scheduler.scale_model_input(x, t)  # some insist
+        scheduler.scale_model_input(x, t)  # some schedulers require this call
         x0, eps = oracle(x.double(), level)
         output = eps if scheduler.config.prediction_type == "epsilon" else x0
         x = scheduler.step(output, t, x).prev_sample
@@ -51,7 +51,8 @@ def theirs(scheduler, knots):
     return states
 
 
-def ours(sampler, knots):
+def states_of_sampler(sampler, knots):
+    """x after each step of our sampler."""
     state, oracle, states = (
         sampler.start(knots[0].sigma * NOISE.start(), knots, NOISE),
         mixture(),
@@ -63,15 +64,15 @@ def ours(sampler, knots):
     return states
 
 
-def dpm(order, kind="midpoint", **config):
+def dpm(order, solver_type="midpoint", **config):
     return diffusers.DPMSolverMultistepScheduler(
-        solver_order=order, solver_type=kind, prediction_type="sample", **config
+        solver_order=order, solver_type=solver_type, prediction_type="sample", **config
     )
 
 
-def unipc(order, kind, **config):
+def unipc(order, solver_type, **config):
     return diffusers.UniPCMultistepScheduler(
-        solver_order=order, solver_type=kind, prediction_type="sample", **config
+        solver_order=order, solver_type=solver_type, prediction_type="sample", **config
     )
 
 
@@ -82,7 +83,7 @@ def deis(order):
 
 
 NOISY = {"lower_order_final": False, "final_sigmas_type": "sigma_min"}
-# Theirs, its scaling, whether to the clean level, ours, tolerance (float32's where it casts)
+# scheduler, scaling, whether the last knot is clean, sampler, tolerance (5e-6 if it uses float32)
 EQUAL = {
     "Euler": (diffusers.EulerDiscreteScheduler, "ve", True, Euler(), 5e-6),
     "Heun": (diffusers.HeunDiscreteScheduler, "ve", True, Heun(), 1e-12),
@@ -112,7 +113,9 @@ EQUAL = {
 def test_every_state_equals_diffusers(name):
     make, scaling, clean, sampler, tolerance = EQUAL[name]
     levels = knots(scaling, clean)
-    for mine, other in zip(ours(sampler, levels), theirs(make(), levels), strict=True):
+    for mine, other in zip(
+        states_of_sampler(sampler, levels), states_of_scheduler(make(), levels), strict=True
+    ):
         torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance)
 
 
@@ -120,7 +123,7 @@ def test_every_state_equals_diffusers(name):
     "sampler", (DDIM(), Euler(), AdamsBashforth.flow(1), AlphaBlending(1)), ids=str
 )
 def test_flow_euler_equals_diffusers_from_noise_to_data(sampler):
-    """Its table of σ is our a; it steps in float32."""
+    """The σ of this scheduler is our a; it steps in float32."""
     blends = [1.0, 0.93, 0.8, 0.55, 0.31, 0.1, 0.0]
     schedule, oracle = Flow(), mixture(process(Flow()))
     levels = tuple(schedule.level(a) for a in blends)
@@ -142,27 +145,26 @@ def distance(states, levels):
     return (states[-1] - exact).norm(dim=1).median().item()
 
 
-def test_where_theirs_is_second_order_ours_is_closer():
-    """DPM-Solver++ 3M, 60 steps of λ from -6 to 4: 1.4e-4 from the flow as published, 1.9e-5 with
-    the factor of 2.
-    """
+def test_dpm_solver_3m_is_closer_to_the_flow_than_its_published_form():
+    """Over 60 steps of λ from -6 to 4, the distances are 1.4e-4 (published) and 1.9e-5."""
     levels = Explicit(tuple(-6 + i / 6 for i in range(61))).knots(Cosine(), 60)
     published, true = (
-        distance(ours(DPMSolverPP(v), levels), levels) for v in ("3M published", "3M")
+        distance(states_of_sampler(DPMSolverPP(v), levels), levels) for v in ("3M published", "3M")
     )
-    assert distance(theirs(dpm(3, "heun", **NOISY), levels), levels) == pytest.approx(
+    assert distance(states_of_scheduler(dpm(3, "heun", **NOISY), levels), levels) == pytest.approx(
         published, rel=0.02
     )
     assert true < published / 3
 
 
-def test_unipc_bh1_to_the_clean_level_is_nan_there_and_x0_here():
-    """B(h) = h is infinite. At order 3 theirs lowers the order of the last two steps below 15
-    steps, for every number of steps.
+def test_unipc_bh1_is_finite_at_the_clean_level_and_nan_in_diffusers():
+    """B(h) = h is infinite at the clean level.
+
+    At order 3 and below 15 steps, diffusers lowers the order of the last two steps.
     """
     levels = knots("vp", True)
-    assert theirs(unipc(2, "bh1"), levels)[-1].isnan().all()
-    assert ours(UniPC(2, "bh1"), levels)[-1].isfinite().all()
-    other, mine = theirs(unipc(3, "bh2"), levels), ours(UniPC(3), levels)
+    assert states_of_scheduler(unipc(2, "bh1"), levels)[-1].isnan().all()
+    assert states_of_sampler(UniPC(2, "bh1"), levels)[-1].isfinite().all()
+    other, mine = states_of_scheduler(unipc(3, "bh2"), levels), states_of_sampler(UniPC(3), levels)
     torch.testing.assert_close(mine[-3], other[-3], rtol=1e-12, atol=1e-12)
     assert 0.01 < (mine[-1] - other[-1]).abs().max() < 1

@@ -1,6 +1,4 @@
-"""DPM-Solver++ for the SDE against its integral, its special cases and diffusers on the
-same noise.
-"""
+"""DPM-Solver++ for the SDE equals its integral, its special cases, and diffusers."""
 
 import math
 
@@ -23,7 +21,7 @@ LOGSNRS = (-3.0, -2.1, -0.5, 0.6)
 
 
 def polynomial(logsnr, degree):
-    """The x_0 of a made-up network, a polynomial in λ."""
+    """A polynomial in λ, used as the prediction of x_0."""
     return torch.stack(
         [(k + 1) * torch.ones(8, 2, dtype=torch.float64) * logsnr**k for k in range(degree + 1)]
     ).sum(0)
@@ -32,9 +30,7 @@ def polynomial(logsnr, degree):
 @pytest.mark.parametrize("eta", (0.0, 0.5, 1.0))
 @pytest.mark.parametrize("steps", (1, 2, 3))
 def test_a_step_is_the_integral_of_the_polynomial_through_the_last_predictions(steps, eta):
-    """Exact for an x_0 that is a polynomial of degree steps-1: the integral by quadrature, and the
-    exact noise.
-    """
+    """The step is exact for an x_0 that is a polynomial of degree steps-1 in λ."""
     sampler, levels = DPMSolverSDE(steps, eta, "heun"), [Cosine().at(logsnr) for logsnr in LOGSNRS]
     state = State(EPS, levels[0], tuple(levels[1:]))
     for _ in range(3):
@@ -77,7 +73,7 @@ def test_without_noise_it_is_the_multistep_solver_of_the_flow_at_its_full_order(
     schedule = oracle.process.schedule
     x = (
         schedule.at(-14.0).sigma * NOISE.start()
-    )  # so noisy that x_0 does not move: a start-up of order 1 costs nothing
+    )  # so noisy that x_0 is constant, and the first-order start has no error
     exact = flow(oracle, x, schedule.at(-14.0), schedule.at(4.0))
     for n in (256, 512):
         knots = Explicit(tuple(-14 + 18 * i / n for i in range(n + 1))).knots(schedule, n)
@@ -96,8 +92,9 @@ def test_without_noise_it_is_the_multistep_solver_of_the_flow_at_its_full_order(
 @pytest.mark.parametrize("solver", ("midpoint", "heun"))
 @pytest.mark.parametrize("steps", (10, 25))
 def test_2m_equals_diffusers_sde(solver, steps):
-    """On its table in float32, so to 1e-4; both take the last step to the clean level
-    by order 1.
+    """The tolerance is 1e-4 because the table of diffusers is float32.
+
+    Both take the first-order step to the clean level.
     """
     theirs = DPMSolverMultistepScheduler(
         1000,
@@ -121,7 +118,7 @@ def test_2m_equals_diffusers_sde(solver, steps):
         torch.testing.assert_close(state.x.float(), x, rtol=1e-4, atol=1e-4)
 
 
-def test_pure_noise_enters_no_memory():
+def test_the_prediction_at_pure_noise_is_not_kept():
     oracle = mixture()
     knots = Trailing().knots(oracle.process.schedule, 4)
     sampler = DPMSolverSDE(3)
@@ -134,7 +131,7 @@ def test_pure_noise_enters_no_memory():
     assert state.x.isfinite().all()
 
 
-def test_steps_may_rise_in_noise_without_noise_only():
+def test_noise_may_increase_only_with_eta_0():
     oracle = mixture()
     knots = Explicit(tuple(4 - i / 20 for i in range(161))).knots(oracle.process.schedule, 160)
     x = oracle.sample(torch.arange(8))
@@ -156,6 +153,6 @@ def test_steps_may_rise_in_noise_without_noise_only():
         ((2, 1.0, "euler"), "solver"),
     ],
 )
-def test_bad_arguments_are_refused(arguments, message):
+def test_options_out_of_range_are_rejected(arguments, message):
     with pytest.raises(ValueError, match=message):
         DPMSolverSDE(*arguments)

@@ -1,4 +1,4 @@
-"""Euler and Heun against Algorithms 1 and 2 of EDM, with churn."""
+"""Euler and Heun equal Algorithms 1 and 2 of EDM, with and without churn."""
 
 import math
 
@@ -18,7 +18,7 @@ CHURN = {"churn": 3.0, "churn_min": 0.05, "churn_max": 20.0, "noise_scale": 1.00
 
 
 def algorithm_2(x, sigmas, churn, churn_min, churn_max, noise_scale, second_order):
-    """2206.00364, in its own words: t = σ, s = 1. The last of the sigmas is 0."""
+    """Algorithm 2 of 2206.00364 with t = σ and s = 1; the last of the sigmas is 0."""
 
     def slope(x, t):
         return (x - ORACLE(x, ORACLE.process.schedule.at(-2 * math.log(t))).x0) / t
@@ -59,8 +59,8 @@ def test_a_run_is_algorithm_2(sampler, options, scaling):
     assert sampler(**options).evaluations(knots) == (17 if sampler is Heun else 9)
 
 
-def test_churn_reaches_every_network_call_and_the_noise_of_its_own_step():
-    """The noise is that of the step it begins: 0 for `start`."""
+def test_churn_acts_before_the_evaluation_with_the_noise_of_the_step():
+    """The noise is that of the step that begins; in `start` this is step 0."""
     state = Euler(2.0).start(KNOTS[0].sigma * NOISE.start(), KNOTS, NOISE)
     gamma = 2 / 9
     assert state.level.ratio == pytest.approx(40 * (1 + gamma))
@@ -69,7 +69,7 @@ def test_churn_reaches_every_network_call_and_the_noise_of_its_own_step():
 
 
 def test_churn_stays_within_the_schedules_levels():
-    """A table's last level is the noisiest that its network knows."""
+    """The last level of a table is the noisiest at which its network is trained."""
     table = Discrete()
     knots = Explicit((table.logsnr(1.0), table.logsnr(1.0) + 0.1, 3.0)).knots(table, 2)
     first = Heun(10.0).start(NOISE.start(), knots, NOISE)
@@ -83,7 +83,7 @@ def test_churn_stays_within_the_schedules_levels():
 
 
 @pytest.mark.parametrize("sampler", (Euler(5.0), Heun(5.0)))
-def test_nothing_is_churned_into_pure_noise(sampler):
+def test_pure_noise_is_not_churned(sampler):
     oracle = mixture(process(Flow()))
     knots = Trailing().knots(Flow(), 4)
     state = sampler.start(NOISE.start(), knots, NOISE)
@@ -92,7 +92,7 @@ def test_nothing_is_churned_into_pure_noise(sampler):
 
 
 @pytest.mark.parametrize("sampler", (Euler, Heun))
-def test_churn_is_refused_on_the_way_to_noise(sampler):
+def test_churn_on_knots_that_rise_in_noise_is_rejected(sampler):
     with pytest.raises(ValueError, match="churn = 0"):
         sampler(1.0).start(NOISE.start(), KNOTS[::-1][1:], NOISE)
 
@@ -107,6 +107,6 @@ def test_churn_is_refused_on_the_way_to_noise(sampler):
         ({"noise_scale": -1.0}, "noise_scale is"),
     ],
 )
-def test_options_out_of_range_are_refused(options, match):
+def test_options_out_of_range_are_rejected(options, match):
     with pytest.raises(ValueError, match=match):
         Heun(**options)

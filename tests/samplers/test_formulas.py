@@ -1,5 +1,5 @@
-"""Every deterministic sampler equals its published formula, whatever the scaling, what the network
-outputs, and the ends.
+"""Each deterministic sampler equals its published formula in every scaling, with every prediction
+type, and at both ends.
 """
 
 import math
@@ -80,21 +80,21 @@ def D(y, logsnr):
 
 def expected(formula, knots):
     """x at the last knot, from standard noise times n at the first, n² = α²/4 + σ²."""
-    noise, last, logsnrs, seen = NOISE.start(), knots[-1], [knot.logsnr for knot in knots], []
-    if knots[0].alpha == 0:  # the first-order step, and forgotten where u or λ is infinite
+    noise, last, logsnrs, past = NOISE.start(), knots[-1], [knot.logsnr for knot in knots], []
+    if knots[0].alpha == 0:  # the first-order step, whose value is not kept
         x0, eps = ORACLE(noise, knots[0])
         if last is knots[1]:
             return x0
-        y, logsnrs, seen = x0 + formulas.u(logsnrs[1]) * eps, logsnrs[1:], [(1.0, eps)]
+        y, logsnrs, past = x0 + formulas.u(logsnrs[1]) * eps, logsnrs[1:], [(1.0, eps)]
     else:
         y = math.hypot(0.5, formulas.u(logsnrs[0])) * noise
     finite = [logsnr for logsnr in logsnrs if logsnr < math.inf]
-    y = formula(D, y, finite, seen)
+    y = formula(D, y, finite, past)
     return last.alpha * y if len(finite) == len(logsnrs) else D(y, finite[-1])[0]
 
 
 def expected_in_a(formula, knots):
-    """The same of the forms that hold ε - x_0."""
+    """x at the last knot for the forms that hold ε - x_0."""
     first, last = knots[0], knots[-1]
 
     def velocity(z, a):
@@ -111,28 +111,30 @@ def expected_in_a(formula, knots):
 def test_every_deterministic_sampler_has_a_formula():
     assert {*FORMULAS, *IN_A, AlphaBlending(2)} == set(
         ORDERS
-    )  # the midpoint rule is in test_blending
+    )  # the midpoint rule is tested in test_blending
 
 
 @pytest.mark.parametrize("sampler", [*FORMULAS, *IN_A], ids=str)
-def test_a_run_is_the_formula_or_refused(sampler):
+def test_a_run_equals_the_formula_or_is_rejected(sampler):
     for grid, n in GRIDS:
         knots = grid.knots(Cosine(), n)
-        answer = (
+        reference = (
             expected_in_a(IN_A[sampler], knots)
             if sampler in IN_A
             else expected(FORMULAS[sampler], knots)
         )
-        kinds = PREDICTION_TYPES if isinstance(grid, Trailing) else ("v_prediction", "epsilon")
-        for scaling, kind in product(SCALINGS, kinds):
-            check(sampler, grid.knots(Cosine(scaling=scaling), n), kind, answer)
+        predictions = (
+            PREDICTION_TYPES if isinstance(grid, Trailing) else ("v_prediction", "epsilon")
+        )
+        for scaling, prediction in product(SCALINGS, predictions):
+            check(sampler, grid.knots(Cosine(scaling=scaling), n), prediction, reference)
 
 
-def check(sampler, knots, kind, answer):
+def check(sampler, knots, prediction, reference):
     first, last = knots[0], knots[-1]
-    record = process(first.schedule, prediction=kind)
+    record = process(first.schedule, prediction=prediction)
     denoiser = Denoiser(ExactNetwork(mixture(record), record), record)
-    if first.logsnr == -math.inf and (kind == "epsilon" or record.schedule.scaling == "ve"):
+    if first.logsnr == -math.inf and (prediction == "epsilon" or record.schedule.scaling == "ve"):
         with pytest.raises(ValueError, match="pure noise"):
             integrate(denoiser, sampler, NOISE.start(), knots, NOISE)
         return
@@ -141,6 +143,6 @@ def check(sampler, knots, kind, answer):
     )
     x = x / math.hypot(last.alpha, last.sigma)  # as in vp
     torch.testing.assert_close(
-        x, answer, rtol=1e-7, atol=1e-8, msg=lambda m: f"{kind}, {knots}: {m}"
+        x, reference, rtol=1e-7, atol=1e-8, msg=lambda m: f"{prediction}, {knots}: {m}"
     )
     assert evaluations == sampler.evaluations(knots)

@@ -1,4 +1,4 @@
-"""Gradient estimation's stochastic form against its code in print and against DDPM."""
+"""The stochastic form of gradient estimation equals the published code and DDPM."""
 
 import math
 
@@ -17,9 +17,10 @@ LOGSNRS = (-6.0, -3.5, -2.0, 0.0, 1.0, 3.0)
 
 @pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize(("gamma", "mu"), [(1.0, 0.5), (2.0, 0.5), (2.0, 0.2), (1.6, 0.9)])
-def test_a_run_is_the_authors(gamma, mu, scaling):
-    """smalldiffusion: σ_p = (σ'/σ^μ)^(1/(1-μ)), η = √(σ'² - σ_p²), x' = x - (σ - σ_p) ε̄ + η z, in
-    the ve scaling.
+def test_a_run_equals_the_published_code(gamma, mu, scaling):
+    """smalldiffusion, in the ve scaling, with σ_p = (σ'/σ^μ)^(1/(1-μ)), η = √(σ'² - σ_p²):
+
+    x' = x - (σ - σ_p) ε̄ + η z
     """
     ve = mixture(process(Cosine(scaling="ve")))
     knots = Explicit(LOGSNRS).knots(ve.process.schedule, 5)
@@ -43,7 +44,7 @@ def test_a_run_is_the_authors(gamma, mu, scaling):
 
 @pytest.mark.parametrize("schedule", (Cosine(), Flow()), ids=str)
 def test_gamma_1_and_mu_half_is_ddpm_from_pure_noise_to_data(schedule):
-    """2006.11239: DDIM at η = 1, which renoises in full from α = 0 and adds nothing at the end."""
+    """DDIM at η = 1 is DDPM; it replaces all noise at α = 0 and adds none at the clean level."""
     oracle, knots = mixture(process(schedule)), Trailing().knots(schedule, 7)
     one, other = (
         integrate(oracle, s, NOISE.start(), knots, NOISE)[0]
@@ -52,7 +53,7 @@ def test_gamma_1_and_mu_half_is_ddpm_from_pure_noise_to_data(schedule):
     torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
 
 
-def test_fresh_noise_is_refused_on_the_way_to_noise():
+def test_fresh_noise_on_knots_that_rise_in_noise_is_rejected():
     with pytest.raises(ValueError, match="mu = 0"):
         GradientEstimation(2.0, 0.5).start(
             NOISE.start(), Explicit(LOGSNRS[::-1]).knots(Cosine(), 5), NOISE

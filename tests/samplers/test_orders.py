@@ -1,4 +1,4 @@
-"""Every sampler converges to the exact flow at the order that it declares."""
+"""Each sampler converges to the exact flow at its declared order."""
 
 import dataclasses
 import importlib
@@ -58,42 +58,42 @@ ORDERS = {  # deterministic samplers; the stochastic ones are in WEAK
     GradientEstimation(): 1,
     GradientEstimation(1.5): 2,
 }
-ADAPTIVE = {  # with a tolerance that every step meets, they step from knot to knot
+ADAPTIVE = {  # the tolerance accepts each step, so the steps are those of the knots
     AdaptiveRungeKutta("BogackiShampine", rtol=1e6): 3,
     AdaptiveRungeKutta("DormandPrince", rtol=1e6): 5,
 }
-ROWS, LOW, HIGH = 256, -6.0, 4.0
+COUNT, LOW, HIGH = 256, -6.0, 4.0
 SEEDED = 4
 """Knots before LOW at which a multistep method is given exact predictions: a first-order start caps
 every order at 2.
 """
-NOISE = Noise(torch.arange(ROWS), (2,), dtype=torch.float64)
+NOISE = Noise(torch.arange(COUNT), (2,), dtype=torch.float64)
 
 
-def concrete(base):
-    """The library's subclasses that can be built."""
+def concrete_subclasses(base):
+    """The subclasses in the library that are not abstract."""
     for module in pkgutil.iter_modules(diffcore.samplers.__path__):
         importlib.import_module(f"diffcore.samplers.{module.name}")
-    found = {cls for sub in base.__subclasses__() for cls in {sub, *concrete(sub)}}
+    subclasses = {cls for sub in base.__subclasses__() for cls in {sub, *concrete_subclasses(sub)}}
     return {
         cls
-        for cls in found
+        for cls in subclasses
         if cls.__module__.startswith("diffcore.samplers") and not inspect.isabstract(cls)
     }
 
 
 @cache
 def ends():
-    """Points of the noisy marginal at λ = LOW, and where the exact flow takes them."""
+    """Points of the noisy marginal at λ = LOW, and the ends of the exact flow from them."""
     oracle = mixture()
     low, high = (oracle.process.schedule.at(logsnr) for logsnr in (LOW, HIGH))
-    x = low.alpha * oracle.sample(torch.arange(ROWS)) + low.sigma * NOISE.start()
+    x = low.alpha * oracle.sample(torch.arange(COUNT)) + low.sigma * NOISE.start()
     return x, flow(oracle, x, low, high)
 
 
 @cache
 def before(steps):
-    """Knots before LOW at the same distance, and exact states there."""
+    """Knots before LOW at the same spacing, and the exact states there."""
     oracle = mixture()
     schedule, h = oracle.process.schedule, (HIGH - LOW) / steps
     levels = [schedule.at(LOW - i * h) for i in range(SEEDED, 0, -1)]
@@ -101,7 +101,7 @@ def before(steps):
 
 
 def error(sampler, steps):
-    """Median over the points: one near a separatrix would spoil the mean."""
+    """Median error over the points; the mean is dominated by points near a separatrix."""
     oracle = mixture()
     grid = Explicit(
         tuple(LOW + (HIGH - LOW) * i / steps for i in range(steps + 1))
@@ -118,21 +118,21 @@ def error(sampler, steps):
     return (state.x - exact).norm(dim=1).median()
 
 
-def test_every_sampler_is_in_a_table():
-    assert concrete(Sampler) == {type(sampler) for sampler in (*ORDERS, *ADAPTIVE, *WEAK)}
+def test_each_sampler_has_a_declared_order_in_a_table():
+    assert concrete_subclasses(Sampler) == {
+        type(sampler) for sampler in (*ORDERS, *ADAPTIVE, *WEAK)
+    }
 
 
 @pytest.mark.parametrize("sampler", [*ORDERS, *ADAPTIVE, *WEAK], ids=str)
-def test_an_instance_holds_its_fields_alone(sampler):
-    """So that YAML, which writes what an instance holds, reads it back."""
+def test_an_instance_has_no_attributes_except_its_fields(sampler):
+    """YAML files contain the attributes of an instance, and are read back as fields."""
     assert vars(sampler).keys() == {field.name for field in dataclasses.fields(sampler)}
 
 
 @pytest.mark.parametrize(("sampler", "order"), [*ORDERS.items(), *ADAPTIVE.items()], ids=str)
 def test_the_measured_order_is_the_declared_one(sampler, order):
-    """The slope of the finest pair of step counts whose errors are above the reference's own,
-    5e-13.
-    """
+    """The slope is that of the finest two grids with errors above 5e-13, that of the reference."""
     steps = 128 if sampler in ADAPTIVE else 256
     errors = error(sampler, steps)
     while errors < 5e-13:

@@ -1,5 +1,5 @@
-"""Langevin correctors keep the exact marginal, and predictor-corrector guidance is what its paper
-proves.
+"""Langevin correctors preserve the exact marginal, and predictor-corrector guidance has the limits
+of its paper.
 """
 
 import math
@@ -24,7 +24,7 @@ COV = covariance(0.8, 0.2, 0.7)
 
 
 @pytest.mark.parametrize("snr", (None, 0.16, 0.5))
-def test_a_correction_is_langevins_step_with_its_noise_cut(snr):
+def test_a_correction_is_a_langevin_step_with_reduced_noise(snr):
     """x + τ σ² s + √(2τ - τ²) σ z, s = -ε/σ, at the level that the predictor reached."""
     oracle = mixture()
     t, s, _ = knots = Explicit((-2.0, -1.0, 1.0)).knots(oracle.process.schedule, 2)
@@ -42,8 +42,8 @@ def test_a_correction_is_langevins_step_with_its_noise_cut(snr):
     assert (after.level, after.remaining, after.step) == (state.level, state.remaining, state.step)
 
 
-def chain(oracle, level, ratio, count):
-    """Covariance after so many corrections at one level, from the exact marginal there."""
+def corrected_covariance(oracle, level, ratio, count):
+    """Covariance after `count` corrections at one level, from the exact marginal there."""
     sampler = PredictorCorrector(snr=math.sqrt((1 - ratio) / 2))
     cov = level.alpha**2 * COV + level.sigma**2 * EYE
     A, B = [], []
@@ -58,39 +58,39 @@ def chain(oracle, level, ratio, count):
 
 
 def corrected(sampler, prediction, level, z):
-    class Given:
+    """x after one correction of z at the level, with the noise z."""
+
+    class FixedNoise:
         def branch(self, index):
             return self
 
         def between(self, t, s, step):
             return z
 
-    state = sampler.start(z, (level, Cosine().at(9.0)), Given())
+    state = sampler.start(z, (level, Cosine().at(9.0)), FixedNoise())
     pending = state.memory._replace(corrections=1)
     return sampler.advance(
-        type(state)(z, level, state.remaining, 1, pending), prediction, Given()
+        type(state)(z, level, state.remaining, 1, pending), prediction, FixedNoise()
     ).x
 
 
 @pytest.mark.parametrize("logsnr", (-2.0, 1.0, 5.0))
-def test_many_corrections_leave_the_marginal_in_the_limit_of_small_steps(logsnr):
-    """Relative bias of each variance V below (1-ρ)/2, that is V (1+ρ)/(2 - (1-ρ) σ²/V) in the
-    limit: halved with the step.
-    """
+def test_many_corrections_preserve_the_marginal_in_the_limit_of_small_steps(logsnr):
+    """In the limit each variance V becomes V (1+ρ)/(2 - (1-ρ) σ²/V), a bias below (1-ρ)/2."""
     oracle = gaussian([1.0, -0.5], COV)
     level = oracle.process.schedule.at(logsnr)
     exact = level.alpha**2 * COV + level.sigma**2 * EYE
     for ratio in (0.9, 0.95):
-        found = torch.linalg.eigvalsh(chain(oracle, level, ratio, 20000))
+        eigenvalues = torch.linalg.eigvalsh(corrected_covariance(oracle, level, ratio, 20000))
         V = torch.linalg.eigvalsh(exact)
         torch.testing.assert_close(
-            found, V * (1 + ratio) / (2 - (1 - ratio) * level.sigma**2 / V), rtol=1e-9, atol=0
+            eigenvalues, V * (1 + ratio) / (2 - (1 - ratio) * level.sigma**2 / V), rtol=1e-9, atol=0
         )
-        assert ((found / V - 1).abs() <= (1 - ratio) / 2).all()
+        assert ((eigenvalues / V - 1).abs() <= (1 - ratio) / 2).all()
 
 
-def test_a_point_mass_is_kept_exactly_whatever_the_step():
-    """There ε is the noise itself: (1+ρ)/(2 - (1-ρ)) = 1."""
+def test_a_point_mass_is_preserved_exactly_by_any_step():
+    """For a point mass V = σ², so that (1+ρ)/(2 - (1-ρ)) = 1."""
     level = Cosine().at(0.0)
     z = NOISE.start()
     prediction = Prediction(torch.ones(4, 2, dtype=torch.float64), z)
@@ -109,7 +109,7 @@ def test_a_point_mass_is_kept_exactly_whatever_the_step():
 
 @pytest.mark.parametrize("corrections", (0, 1, 3))
 @pytest.mark.parametrize("predictor", (DDIM(), AlphaBlending(2), DPMSolverSDE(2)), ids=str)
-def test_evaluations_are_counted_exactly(predictor, corrections):
+def test_the_number_of_evaluations_is_exact(predictor, corrections):
     oracle, sampler = mixture(), PredictorCorrector(predictor, corrections)
     for steps in (1, 2, 5):
         knots = Trailing().knots(oracle.process.schedule, steps)
@@ -123,8 +123,8 @@ def test_evaluations_are_counted_exactly(predictor, corrections):
             assert torch.equal(x, integrate(oracle, predictor, NOISE.start(), knots, NOISE)[0])
 
 
-class Pair:
-    """p(x | any class) = N(0, 1), p(x) = N(0, 2)."""
+class TwoGaussians:
+    """A denoiser with p(x | class) = N(0, 1) and p(x) = N(0, 2)."""
 
     process = process(Flow(), shape=(1,), classes=1)
     conditional, reference = (gaussian([0.0], torch.tensor([[v]]), process) for v in (1.0, 2.0))
@@ -135,24 +135,25 @@ class Pair:
         return Prediction(*(torch.where(null, a, b) for a, b in pairs))
 
 
-ROWS = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
+BASIS = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
 LABELS = torch.zeros(2, dtype=torch.int64)
-UNIT = SimpleNamespace(between=lambda t, s, step: ROWS.flip(0), branch=lambda index: UNIT)
+UNIT = SimpleNamespace(between=lambda t, s, step: BASIS.flip(0), branch=lambda index: UNIT)
 
 
-@cache  # the same for all corrections at a knot
+@cache  # all corrections at a knot have the same linear prediction
 def predicted(w, level):
-    return guided_prediction(Pair(), CFG(w), ROWS, level, LABELS, None)[0]
+    return guided_prediction(TwoGaussians(), CFG(w), BASIS, level, LABELS, None)[0]
 
 
-def propagated(sampler, w, steps):
-    """The variance at λ = 12 from a unit one at λ = -12: each advance is A x + B z, rows 0 and 1
-    read off A and B.
+def propagated_variance(sampler, w, steps):
+    """The variance at λ = 12 from the one at λ = -12.
+
+    Each advance is A x + B z. Sample 0, with x = 1 and z = 0, gives A; sample 1 gives B.
     """
     knots = Explicit(tuple(-12 + 24 * i / steps for i in range(steps + 1))).knots(Flow(), steps)
-    state, variance = sampler.start(ROWS, knots, UNIT), knots[0].alpha ** 2 + knots[0].sigma ** 2
+    state, variance = sampler.start(BASIS, knots, UNIT), knots[0].alpha ** 2 + knots[0].sigma ** 2
     while not state.done:
-        state = replace(state, x=ROWS)
+        state = replace(state, x=BASIS)
         prediction = predicted(w if sampler.uses_guidance(state) else 1.0, state.level)
         state = sampler.advance(state, prediction, UNIT)
         A, B = state.x.flatten().tolist()
@@ -161,19 +162,17 @@ def propagated(sampler, w, steps):
 
 
 def variance(sampler, w, steps):
-    """Of the guided samples, extrapolated twice to no step size."""
+    """Variance of the guided samples, extrapolated twice to vanishing steps."""
     return (
-        8 * propagated(sampler, w, steps)
-        - 6 * propagated(sampler, w, steps // 2)
-        + propagated(sampler, w, steps // 4)
+        8 * propagated_variance(sampler, w, steps)
+        - 6 * propagated_variance(sampler, w, steps // 2)
+        + propagated_variance(sampler, w, steps // 4)
     ) / 3
 
 
 @pytest.mark.parametrize("w", (1.5, 2.0, 3.0))
 def test_pcg_with_one_correction_is_cfg_in_the_limit_of_the_sde(w):
-    """Bradley & Nakkiran 2408.09000, theorem 3: CFG(2w-1) on the corrector alone is CFG(w) of the
-    SDE.
-    """
+    """CFG(2w-1) on the corrector is CFG(w) of the SDE (2408.09000, theorem 3)."""
     sde = (2 - 2 ** (2 - 2 * w)) / (2 * w - 1)
     assert variance(DDIM(1.0), w, 160) == pytest.approx(sde, rel=3e-3)
     assert variance(
@@ -183,20 +182,22 @@ def test_pcg_with_one_correction_is_cfg_in_the_limit_of_the_sde(w):
 
 @pytest.mark.parametrize(("corrections", "expected"), ((1, 0.75), (10, 0.674), (100, 0.667)))
 def test_more_corrections_approach_the_powered_density(corrections, expected):
-    """Of p_c^γ p_u^(1-γ): 2/(γ+1) = .6667 with γ = 2, from .75, the variance of CFG(1.5) of the
-    SDE, at K = 1.
+    """p_c^γ p_u^(1-γ) has the variance 2/(γ+1) = 0.6667 for γ = 2.
+
+    At K = 1 the variance is 0.75, that of CFG(1.5) of the SDE.
     """
     pcg = PredictorCorrector(DDIM(), corrections, guides="corrector")
     assert variance(pcg, 2.0, 160) == pytest.approx(expected, abs=1e-3)
 
 
-def test_guidance_of_the_corrector_alone_costs_the_reference_there_alone():
+def test_with_guidance_on_the_corrector_the_predictor_needs_no_reference():
     labels, knots = torch.zeros(4, dtype=torch.int64), Trailing().knots(Flow(), 6)
     noise = Noise(torch.arange(4), (1,), dtype=torch.float64)
     for guides, expected in (("both", 2 * (6 + 2 * 5)), ("corrector", 6 + 2 * 2 * 5)):
         sampler = PredictorCorrector(DDIM(), 2, guides=guides)
         assert (
-            integrate(Pair(), sampler, noise.start(), knots, noise, CFG(3.0), labels)[1] == expected
+            integrate(TwoGaussians(), sampler, noise.start(), knots, noise, CFG(3.0), labels)[1]
+            == expected
         )
 
 
@@ -209,6 +210,6 @@ def test_guidance_of_the_corrector_alone_costs_the_reference_there_alone():
         ({"guides": "predictor"}, "guides is"),
     ],
 )
-def test_bad_arguments_are_refused(arguments, message):
+def test_options_out_of_range_are_rejected(arguments, message):
     with pytest.raises(ValueError, match=message):
         PredictorCorrector(**arguments)

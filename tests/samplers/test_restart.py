@@ -1,4 +1,4 @@
-"""Restart: the levels it visits, the noise it adds, and the marginals it keeps."""
+"""Restart visits the levels of the paper, adds its noise, and preserves the marginals."""
 
 import math
 
@@ -17,21 +17,21 @@ TWO = ((0.2, 0.8, 2, 2), (1.5, 4.0, 3, 1))
 
 
 def visited_levels(sampler, knots, oracle=mixture()):
-    """(σ/α, x) of each evaluation, and the end."""
-    state, seen = sampler.start(NOISE.start(), knots, NOISE), []
+    """(σ/α, x) of each evaluation, and the last state."""
+    state, evaluated = sampler.start(NOISE.start(), knots, NOISE), []
     while not state.done:
-        seen.append((state.level.ratio, state.x))
+        evaluated.append((state.level.ratio, state.x))
         state = sampler.advance(state, oracle(state.x, state.level), NOISE)
-    return seen, state
+    return evaluated, state
 
 
 @pytest.mark.parametrize("sampler", (Restart(DDIM(), TWO), Restart(AlphaBlending(2), TWO)), ids=str)
-def test_evaluations_are_counted_exactly(sampler):
+def test_the_number_of_evaluations_is_exact(sampler):
     knots = Karras(0.01, 20.0).knots(Cosine(), 9)
-    seen, state = visited_levels(sampler, knots)
-    inserted = 2  # neither u_min is a knot
+    evaluated, state = visited_levels(sampler, knots)
+    inserted = 2  # both u_min are added as knots
     assert (
-        len(seen)
+        len(evaluated)
         == sampler.evaluations(knots)
         == sampler.inner.order * (9 + inserted + 2 * 2 + 3 * 1)
     )
@@ -39,36 +39,34 @@ def test_evaluations_are_counted_exactly(sampler):
     assert state.step == 9 + inserted + 2 * 2 + 3 * 1
 
 
-def test_levels_are_the_runs_and_the_intervals_levels_in_turn():
+def test_the_evaluated_levels_are_the_knots_and_the_levels_of_the_interval():
     knots = Explicit(tuple(-2 * math.log(u) for u in (10.0, 3.0, 1.0, 0.5, 0.1))).knots(Cosine(), 4)
-    seen, _ = visited_levels(Restart(DDIM(), ((0.5, 3.0, 2, 2),)), knots)
-    middle = ((3 ** (1 / 7) + 0.5 ** (1 / 7)) / 2) ** 7  # Karras' ρ = 7
+    evaluated, _ = visited_levels(Restart(DDIM(), ((0.5, 3.0, 2, 2),)), knots)
+    middle = ((3 ** (1 / 7) + 0.5 ** (1 / 7)) / 2) ** 7  # Karras' spacing with ρ = 7
     expected = [10.0, 3.0, 1.0, 3.0, middle, 3.0, middle, 0.5]  # 0.5 is a knot already
-    assert [ratio for ratio, _ in seen] == pytest.approx(expected, rel=1e-9)
+    assert [ratio for ratio, _ in evaluated] == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("schedule", (Cosine(), Cosine(scaling="ve"), Flow()), ids=str)
-def test_the_jump_adds_what_the_levels_differ_in(schedule):
-    """Algorithm 1: y + √(u_max² - u_min²) z in y = x/α, whatever the scaling."""
+def test_the_jump_adds_the_variance_by_which_the_levels_differ(schedule):
+    """Algorithm 1: y + √(u_max² - u_min²) z in y = x/α, in every scaling."""
     knots = Explicit(tuple(-2 * math.log(u) for u in (10.0, 0.5, 0.1))).knots(schedule, 2)
     oracle, sampler = (
         gaussian([1.0, -0.5], covariance(0.8, 0.2, 0.7), process(schedule)),
         Restart(DDIM(), ((0.5, 3.0, 1, 1),)),
     )
     first, again = knots[0], schedule.at(-2 * math.log(3.0))
-    seen, _ = visited_levels(sampler, knots, oracle)
+    evaluated, _ = visited_levels(sampler, knots, oracle)
     low = DDIM().advance(
         DDIM().start(NOISE.start(), knots, NOISE), oracle(NOISE.start(), first), NOISE
     )
-    z = (seen[1][1] / again.alpha - low.x / low.level.alpha) / math.sqrt(3.0**2 - 0.5**2)
+    z = (evaluated[1][1] / again.alpha - low.x / low.level.alpha) / math.sqrt(3.0**2 - 0.5**2)
     torch.testing.assert_close(z, NOISE.branch(4).step(1), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("steps", (8, 32))
-def test_the_marginal_is_kept_up_to_the_inner_samplers_error(steps):
-    """And errors shrink: noise and flow back contract them. DDIM is of order 1, so 4 times the
-    steps err 4 times less.
-    """
+def test_the_error_of_the_marginal_is_smaller_than_that_of_the_inner_sampler(steps):
+    """The added noise contracts errors; with DDIM, of order 1, they are inverse to the steps."""
     cov = covariance(0.8, 0.2, 0.7)
     oracle = gaussian([1.0, -0.5], cov)
     knots = Explicit(tuple(-6 + 10 * i / steps for i in range(steps + 1))).knots(
@@ -86,20 +84,18 @@ def test_the_marginal_is_kept_up_to_the_inner_samplers_error(steps):
     assert again.norm() < 0.6 * plain.norm()
 
 
-def test_x_is_kept_where_a_run_only_goes_on():
-    """From the last repeat into the rest of the run no noise is added: draws are one for each
-    repeat.
-    """
+def test_no_noise_is_added_after_the_last_repeat():
+    """Noise is used once for each repeat."""
     oracle = gaussian([1.0, -0.5], covariance(0.8, 0.2, 0.7))
     knots = Karras(0.01, 20.0).knots(oracle.process.schedule, 9)
     assert len(affine(oracle, Restart(DDIM(), TWO), knots)[2]) == 2 + 1
 
 
-def test_it_nests_with_a_corrector():
+def test_restart_accepts_a_corrector_as_its_inner_sampler():
     sampler = Restart(PredictorCorrector(AlphaBlending(2), 2), TWO)
     knots = Karras(0.01, 20.0).knots(mixture().process.schedule, 9)
-    seen, _ = visited_levels(sampler, knots)
-    assert len(seen) == sampler.evaluations(knots)
+    evaluated, _ = visited_levels(sampler, knots)
+    assert len(evaluated) == sampler.evaluations(knots)
     ends = [integrate(mixture(), sampler, NOISE.start(), knots, NOISE)[0] for _ in range(2)]
     assert torch.equal(*ends)
 
@@ -108,7 +104,7 @@ def test_it_nests_with_a_corrector():
     "interval",
     ((0.0, 1.0, 1, 1), (1.0, 0.5, 1, 1), (0.5, math.inf, 1, 1), (0.5, 1.0, 0, 1), (0.5, 1.0, 1, 0)),
 )
-def test_intervals_that_are_none_are_refused(interval):
+def test_invalid_intervals_are_rejected(interval):
     with pytest.raises(ValueError, match="interval is"):
         Restart(intervals=(interval,))
 
@@ -116,13 +112,13 @@ def test_intervals_that_are_none_are_refused(interval):
 @pytest.mark.parametrize(
     "logsnrs", ((0.0, 4.0, 8.0), (-4.0, 1.0), (8.0, -4.0)), ids=("from below", "to above", "rising")
 )
-def test_intervals_outside_of_the_run_are_refused(logsnrs):
+def test_intervals_outside_the_run_are_rejected(logsnrs):
     knots = Explicit(logsnrs).knots(Cosine(), len(logsnrs) - 1)
     with pytest.raises(ValueError, match="not within the run"):
         Restart(intervals=((0.2, 2.0, 2, 1),)).start(NOISE.start(), knots, NOISE)
 
 
-def test_one_step_from_pure_noise_restarts_within_it():
+def test_an_interval_may_lie_within_one_step_from_pure_noise():
     knots = Trailing().knots(Flow(), 1)
     x, evaluations = integrate(
         mixture(process(Flow())), Restart(DDIM()), NOISE.start(), knots, NOISE

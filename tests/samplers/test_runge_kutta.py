@@ -1,6 +1,4 @@
-"""The adaptive pairs: errors follow the tolerance, every knot is reached, nothing is evaluated
-where it may not be.
-"""
+"""Adaptive pairs meet their tolerance, reach each knot, and never evaluate beyond the ends."""
 
 import math
 import pickle
@@ -19,7 +17,7 @@ from tests.helpers.oracles import PointMass, flow, mixture, process
 NOISE = Noise(torch.arange(32), (2,), dtype=torch.float64)
 
 
-class Counted:
+class RecordingOracle:
     """An oracle that records the levels of its evaluations."""
 
     def __init__(self, oracle):
@@ -32,9 +30,7 @@ class Counted:
 
 @pytest.mark.parametrize("pair", PAIRS)
 def test_the_error_weights_are_those_of_a_method_one_order_lower(pair):
-    """Σ e = 0 and Σ e_i c_i^q = 0 for q below the lower order, and not at it: else the error would
-    are not informative.
-    """
+    """Σ e_i c_i^q = 0 for q below the lower order, and is not 0 at the lower order."""
     order, rows, error = PAIRS[pair]
     c, e, b = np.array([0.0, *map(sum, rows)]), np.array(error), np.array([*rows[-1], 0.0])
     lower = order - 1
@@ -60,8 +56,8 @@ def test_errors_follow_the_tolerance_from_pure_noise_to_data(pair, schedule):
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_it_lands_on_every_knot_and_asks_within(pair):
-    oracle = Counted(mixture(process(Flow())))
+def test_each_knot_is_reached_and_evaluations_stay_between_the_ends(pair):
+    oracle = RecordingOracle(mixture(process(Flow())))
     sampler, knots = (
         AdaptiveRungeKutta(pair),
         Explicit((-math.inf, -3.0, 0.0, 2.0, math.inf)).knots(Flow(), 4),
@@ -78,8 +74,8 @@ def test_it_lands_on_every_knot_and_asks_within(pair):
     assert (state.x - exact).norm(dim=1).median() < 3e-3
 
 
-def test_an_end_nearer_than_atol_is_the_first_order_step():
-    oracle = Counted(mixture(process(Flow())))
+def test_the_step_to_an_end_nearer_than_atol_is_the_first_order_step():
+    oracle = RecordingOracle(mixture(process(Flow())))
     knots = Explicit((0.0, 20.0, math.inf)).knots(Flow(), 2)
     x, _ = integrate(oracle, AdaptiveRungeKutta(), NOISE.start(), knots, NOISE)
     assert oracle.levels[-1] == knots[1]
@@ -88,7 +84,7 @@ def test_an_end_nearer_than_atol_is_the_first_order_step():
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_there_and_back(pair):
+def test_integration_to_noise_and_back_reproduces_the_data(pair):
     oracle, schedule = mixture(process(Flow())), Flow()
     x, ends = oracle.sample(torch.arange(32)), (schedule.at(8.0), schedule.at(-math.inf))
     sampler = AdaptiveRungeKutta(pair, 1e-6, 1e-6)
@@ -99,14 +95,12 @@ def test_there_and_back(pair):
 
 
 def test_a_step_is_rejected_where_the_flow_is_sharp():
-    """A point mass, whose velocity is constant, takes the fewest evaluations; a mixture needs
-    levels a second time.
-    """
+    """A point mass has constant velocity and needs no rejected step; a mixture has some."""
     point = PointMass(torch.tensor([0.7, -1.3], dtype=torch.float64), process(Flow()))
     knots = Trailing().knots(Flow(), 1)
     x, easy = integrate(point, AdaptiveRungeKutta(), NOISE.start(), knots, NOISE)
     torch.testing.assert_close(x, point.point.expand_as(x), rtol=0, atol=1e-12)
-    oracle = Counted(mixture(process(Flow())))
+    oracle = RecordingOracle(mixture(process(Flow())))
     _, hard = integrate(
         oracle, AdaptiveRungeKutta("DormandPrince", 1e-5, 1e-5), NOISE.start(), knots, NOISE
     )
@@ -117,32 +111,32 @@ def test_a_step_is_rejected_where_the_flow_is_sharp():
     )
 
 
-def test_a_row_alone_chooses_steps_of_its_own():
+def test_a_sample_alone_in_its_batch_determines_its_steps():
     oracle, knots, sampler = (
         mixture(process(Flow())),
         Trailing().knots(Flow(), 1),
         AdaptiveRungeKutta(),
     )
-    together, most = integrate(oracle, sampler, NOISE.start(), knots, NOISE)
-    alone = [integrate(oracle, sampler, row[None], knots, NOISE) for row in NOISE.start()]
-    assert any(evaluations < most for _, evaluations in alone)
+    together, maximum = integrate(oracle, sampler, NOISE.start(), knots, NOISE)
+    alone = [integrate(oracle, sampler, sample[None], knots, NOISE) for sample in NOISE.start()]
+    assert any(evaluations < maximum for _, evaluations in alone)
     assert (torch.cat([x for x, _ in alone]) - together).norm(dim=1).median() < 3e-3
 
 
-def test_a_tolerance_below_rounding_is_refused():
+def test_a_tolerance_below_rounding_is_rejected():
     sampler, knots = AdaptiveRungeKutta("DormandPrince", 0.0, 1e-7), Trailing().knots(Flow(), 1)
     sampler.start(NOISE.start(), knots, NOISE)
     with pytest.raises(ValueError, match=r"below the rounding of torch\.float32"):
         sampler.start(NOISE.start().float(), knots, NOISE)
 
 
-def test_a_network_that_is_not_finite_ends_the_run():
+def test_a_network_output_that_is_not_finite_raises_an_error():
     point = PointMass(torch.tensor([math.nan, 0.0], dtype=torch.float64), process(Flow()))
     with pytest.raises(ValueError, match="cannot meet its tolerance"):
         integrate(point, AdaptiveRungeKutta(), NOISE.start(), Trailing().knots(Flow(), 1), NOISE)
 
 
-def test_evaluations_cannot_be_told_beforehand():
+def test_the_number_of_evaluations_is_unknown_before_the_run():
     with pytest.raises(ValueError, match="run it"):
         AdaptiveRungeKutta().evaluations(Trailing().knots(Flow(), 2))
 
@@ -156,22 +150,22 @@ def test_evaluations_cannot_be_told_beforehand():
         ({"atol": 1.0}, "atol is"),
     ],
 )
-def test_options_out_of_range_are_refused(options, match):
+def test_options_out_of_range_are_rejected(options, match):
     with pytest.raises(ValueError, match=match):
         AdaptiveRungeKutta(**options)
 
 
-def test_a_state_saved_in_mid_step_continues_bit_for_bit():
+def test_a_state_stored_within_a_step_continues_bit_for_bit():
     oracle, sampler, knots = (
         mixture(process(Flow())),
         AdaptiveRungeKutta(),
         Trailing().knots(Flow(), 2),
     )
-    state, kept = sampler.start(NOISE.start(), knots, NOISE), []
+    state, stored = sampler.start(NOISE.start(), knots, NOISE), []
     while not state.done:
-        kept.append(pickle.dumps(state))
+        stored.append(pickle.dumps(state))
         state = sampler.advance(state, oracle(state.x, state.level), NOISE)
-    for saved in kept[:: len(kept) // 5]:
+    for saved in stored[:: len(stored) // 5]:
         again = pickle.loads(saved)
         while not again.done:
             again = sampler.advance(again, oracle(again.x, again.level), NOISE)

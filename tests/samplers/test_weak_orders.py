@@ -1,6 +1,7 @@
-"""Every stochastic sampler's law converges at the weak order that it declares. Monte Carlo could
-not show a slope; here the law is propagated exactly: on a Gaussian its moments, on a mixture in one
-dimension an expectation, by quadrature.
+"""The distribution of each stochastic sampler converges at its declared weak order.
+
+The distribution is propagated exactly, because Monte Carlo estimates are too noisy for a slope: the
+moments on a Gaussian, and an expectation by quadrature on a mixture in one dimension.
 """
 
 import math
@@ -29,8 +30,8 @@ from tests.helpers.moments import Probe, moments
 from tests.helpers.oracles import covariance, gaussian, process
 
 INTERVALS = ((0.2, 0.8, 4, 2), (1.5, 4.0, 4, 1))
-# What is measured on a Gaussian; it is the declared order, but for the midpoint rule in a, which
-# gains one there
+# Weak orders measured on a Gaussian. They are the declared ones, except for the midpoint rule in a,
+# whose order on a Gaussian is higher by one.
 WEAK = {
     DDIM(0.5): 1,
     DDIM(1.0): 1,
@@ -58,7 +59,7 @@ EYE = torch.eye(2, dtype=torch.float64)
 
 
 def knots_of(steps, low=-6.0, high=4.0):
-    """Uniform in λ, no clean knot."""
+    """Knots uniform in λ, without a clean one."""
     return Explicit(tuple(low + (high - low) * i / steps for i in range(steps + 1))).knots(
         ORACLE.process.schedule, steps
     )
@@ -69,14 +70,14 @@ def marginal(level, cov=COV):
 
 
 def errors(sampler, steps):
-    """Of mean and covariance at the last knot."""
-    if isinstance(sampler, Restart):  # the steps within its intervals grow with the grid's
+    """Errors of mean and covariance at the last knot."""
+    if isinstance(sampler, Restart):  # the steps of its intervals increase with those of the grid
         sampler = replace(
             sampler, intervals=tuple((*ends, steps // 8, k) for *ends, _, k in sampler.intervals)
         )
     knots = knots_of(steps)
-    found, exact = moments(ORACLE, sampler, knots, *marginal(knots[0])), marginal(knots[-1])
-    return [(a - b).norm() for a, b in zip(found, exact, strict=True)]
+    propagated, exact = moments(ORACLE, sampler, knots, *marginal(knots[0])), marginal(knots[-1])
+    return [(a - b).norm() for a, b in zip(propagated, exact, strict=True)]
 
 
 @pytest.mark.parametrize(("sampler", "measured"), WEAK.items(), ids=str)
@@ -88,7 +89,7 @@ def test_the_mean_is_exact_and_the_covariance_converges_at_the_weak_order(sample
     assert fine < 0.05 * COV.norm()
 
 
-def test_three_predictions_err_less_than_two_at_the_same_weak_order():
+def test_three_predictions_have_a_smaller_error_than_two_at_the_same_weak_order():
     assert errors(DPMSolverSDE(3), 160)[1] < 0.5 * errors(DPMSolverSDE(2), 160)[1]
 
 
@@ -119,15 +120,16 @@ def observed(x):
     return np.cos(2 * x) + x**2
 
 
-def law(sampler, steps):
-    """E observed(x_end), by the backward recursion f_t(x) = E f_s(one step from x) = Σ w_j f_s(m(x)
-    + c z_j).
+def propagated_expectation(sampler, steps):
+    """E observed(x) at the last knot, by the backward recursion over the steps
+
+    f_t(x) = E f_s(step from x) = Σ w_j f_s(m(x) + c z_j)
     """
     knots, grid = knots_of(steps), np.linspace(-9, 9, 1501)
     x, function = torch.from_numpy(grid)[:, None], observed
     for t, s in reversed(list(pairwise(knots))):
         m, c = (
-            integrate(LINE, sampler, x, (t, s), Constant(z, len(x)))[0][:, 0].numpy()
+            integrate(LINE, sampler, x, (t, s), ConstantNoise(z, len(x)))[0][:, 0].numpy()
             for z in (0.0, 1.0)
         )
         values = function(np.clip(m[:, None] + (c - m)[:, None] * NODES, -9, 9)) @ NODE_WEIGHTS
@@ -135,11 +137,11 @@ def law(sampler, steps):
     return expected(function, knots[0])
 
 
-class Constant:
-    """Noise that is a number."""
+class ConstantNoise:
+    """Noise with the same value everywhere."""
 
-    def __init__(self, z, rows):
-        self.z = torch.full((rows, 1), z, dtype=torch.float64)
+    def __init__(self, z, count):
+        self.z = torch.full((count, 1), z, dtype=torch.float64)
 
     def between(self, t, s, step):
         return self.z
@@ -150,13 +152,13 @@ class Constant:
 )
 def test_the_weak_order_on_a_mixture(sampler):
     exact = expected(observed, knots_of(1)[-1])
-    coarse, fine = (abs(law(sampler, n) - exact) for n in (32, 64))
+    coarse, fine = (abs(propagated_expectation(sampler, n) - exact) for n in (32, 64))
     assert math.log2(coarse / fine) == pytest.approx(sampler.order, abs=0.15)
 
 
 @pytest.mark.parametrize("sampler", WEAK, ids=str)
-def test_no_two_draws_of_a_run_have_one_key(sampler):
-    """Neither by step nor, with a path, by interval."""
+def test_each_noise_of_a_run_has_its_own_key(sampler):
+    """Keys are steps, or intervals of levels if the noise follows a path."""
     probe = Probe(1, 2)
     integrate(ORACLE, sampler, torch.zeros(1, 2, dtype=torch.float64), knots_of(8), probe)
     assert len(set(probe.keys)) == len(set(probe.intervals)) == len(probe.keys) > 0
@@ -174,9 +176,7 @@ STRONG = (
 
 
 def change(sampler, noise, steps):
-    """Root mean square distance between a seed's samples at these many steps and at
-    twice as many.
-    """
+    """Root mean square distance between the samples of a seed at `steps` and at 2 `steps` steps."""
     level = ORACLE.process.schedule.at(-6.0)
     x = level.alpha * ORACLE.means + level.sigma * noise.start()
     ends = [integrate(ORACLE, sampler, x, knots_of(n), noise)[0] for n in (steps, 2 * steps)]
@@ -184,11 +184,9 @@ def change(sampler, noise, steps):
 
 
 @pytest.mark.parametrize("sampler", STRONG, ids=str)
-def test_with_one_path_a_seed_gives_a_nearby_sample_at_twice_the_steps(sampler):
-    """Strong convergence. Without the path the noise is another, and so is the sample: as far as
-    two seeds are.
-    """
-    followed = replace(SEEDS, path=True)
-    first, second = change(sampler, followed, 20), change(sampler, followed, 40)
+def test_with_a_path_twice_the_steps_give_a_nearby_sample(sampler):
+    """Strong convergence; without a path, the samples differ as much as those of two seeds."""
+    with_path = replace(SEEDS, path=True)
+    first, second = change(sampler, with_path, 20), change(sampler, with_path, 40)
     assert second < 0.7 * first
     assert second < 0.2 * change(sampler, SEEDS, 40)

@@ -1,5 +1,5 @@
-"""torch.compile of the denoiser, and what only a GPU can show: no synchronisation in the loop, and
-its capture in a graph.
+"""The denoiser compiles with torch.compile; on a GPU the loop never synchronises, and CUDA graphs
+capture it.
 """
 
 import pytest
@@ -31,18 +31,16 @@ class Network(nn.Module):
         return self.layer(torch.cat((x, time[:, None] / 1000), 1))
 
 
-def denoiser(kind="v_prediction"):
+def denoiser(prediction="v_prediction"):
     torch.manual_seed(0)
-    return Denoiser(Network(), Process(Cosine(), kind, shape=(2,))).eval()
+    return Denoiser(Network(), Process(Cosine(), prediction, shape=(2,))).eval()
 
 
-@pytest.mark.parametrize("kind", [kind for kind in PREDICTION_TYPES if kind != "epsilon"])
-def test_the_whole_denoiser_compiles_once_and_once_more_when_the_level_changes(kind):
-    """Arithmetic and network in one graph; α, σ and the time become its inputs. From pure noise,
-    for two numbers of steps.
-    """
+@pytest.mark.parametrize("prediction", [name for name in PREDICTION_TYPES if name != "epsilon"])
+def test_the_denoiser_compiles_once_and_again_when_the_level_first_changes(prediction):
+    """Arithmetic and network are one graph, of which α, σ and the time become inputs."""
     torch._dynamo.reset()
-    counter, plain = CompileCounter(), denoiser(kind)
+    counter, plain = CompileCounter(), denoiser(prediction)
     compiled = torch.compile(plain, fullgraph=True, backend=counter)
     compiled.process = plain.process
     for steps in (20, 13):
@@ -55,7 +53,7 @@ def test_the_whole_denoiser_compiles_once_and_once_more_when_the_level_changes(k
 
 
 def test_a_compiled_network_alone_is_compiled_once():
-    """The time is a tensor."""
+    """The time is a tensor, so a new level needs no new graph."""
     torch._dynamo.reset()
     counter, plain = CompileCounter(), denoiser()
     compiled = Denoiser(
@@ -82,7 +80,7 @@ def test_the_loop_does_not_synchronise_with_the_gpu(sampler):
 
 @ON_GPU
 @pytest.mark.parametrize("sampler", DETERMINISTIC, ids=str)
-def test_the_loop_is_captured_in_a_graph(sampler):
+def test_a_cuda_graph_captures_the_loop(sampler):
     noise, model = Noise(torch.arange(4), (2,), torch.device("cuda")), denoiser().cuda()
     x, knots = noise.start(), Trailing().knots(Cosine(), 10)
 
@@ -92,7 +90,7 @@ def test_the_loop_is_captured_in_a_graph(sampler):
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # libraries make their handles before the capture
+    with torch.cuda.stream(side):  # libraries create their handles before the capture
         expected = loop()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()

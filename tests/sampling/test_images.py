@@ -1,4 +1,4 @@
-"""Pictures: the process's range becomes bytes, and a grid has each sample in its row."""
+"""Conversion of samples to images and grids of images, and back."""
 
 import numpy as np
 import pytest
@@ -14,22 +14,22 @@ def process(channels=1, size=8, low=-1.0, high=1.0):
 
 
 @pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (0.0, 1.0), (-2.0, 6.0)])
-def test_the_range_becomes_0_to_255_and_what_is_beyond_is_cut(low, high):
+def test_the_range_of_the_process_becomes_0_to_255_with_clipping(low, high):
     unit = torch.tensor([-9.0, 0.0, 0.25, 0.5, 1.0, 9.0])
     x = (low + (high - low) * unit).view(6, 1, 1, 1).expand(6, 1, 8, 8)
-    made = images.to_pixels(x, process(low=low, high=high))
-    assert (made.shape, made.dtype) == ((6, 8, 8, 1), np.uint8)
-    assert made[:, 0, 0, 0].tolist() == [0, 0, 64, 128, 255, 255]
+    pixels = images.to_pixels(x, process(low=low, high=high))
+    assert (pixels.shape, pixels.dtype) == ((6, 8, 8, 1), np.uint8)
+    assert pixels[:, 0, 0, 0].tolist() == [0, 0, 64, 128, 255, 255]
 
 
-def test_every_byte_comes_back():
+def test_conversion_to_x0_and_back_preserves_each_byte():
     data = torch.arange(256).view(4, 1, 8, 8)
-    made = images.to_pixels(data / 127.5 - 1, process())
-    assert made.transpose(0, 3, 1, 2).flatten().tolist() == list(range(256))
+    pixels = images.to_pixels(data / 127.5 - 1, process())
+    assert pixels.transpose(0, 3, 1, 2).flatten().tolist() == list(range(256))
 
 
 @pytest.mark.parametrize("shape", [(2,), (2, 8, 8), (4, 8, 8), (1, 2, 3, 4)])
-def test_what_is_no_image_is_refused_with_the_remedy(shape):
+def test_shapes_that_are_not_images_are_rejected_with_a_remedy(shape):
     with pytest.raises(
         ValueError, match=r"not images of 1 or 3 channels: write \.safetensors instead"
     ):
@@ -38,23 +38,23 @@ def test_what_is_no_image_is_refused_with_the_remedy(shape):
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("names", [["", "", ""], ["0", "1", "22"]])
-def test_a_grid_has_each_sample_in_its_place(channels, names):
+def test_a_grid_has_each_sample_at_its_position(channels, names):
     values = torch.linspace(-1, 1, 5)  # three rows of two, the last one shorter
     x = values.view(5, 1, 1, 1).expand(5, channels, 8, 8)
     sheet = np.array(images.draw_grid(x, process(channels), names, 2))
     tile, margin = 40, images.MARGIN
     left = sheet.shape[1] - 2 * (tile + margin)
     assert (left > margin) == any(names)
-    for place, value in enumerate(values):
-        row, column = divmod(place, 2)
+    for index, value in enumerate(values):
+        row, column = divmod(index, 2)
         top, start = margin + row * (tile + margin), left + column * (tile + margin)
         cell = sheet[top : top + tile, start : start + tile]
-        assert (cell == round((float(value) + 1) * 127.5)).all(), place
+        assert (cell == round((float(value) + 1) * 127.5)).all(), index
         assert (sheet[top - margin : top, start:] == 255).all()
     assert (
         sheet[margin + 2 * (tile + margin) :, left + tile + margin :] == 255
-    ).all()  # the sixth is not there
-    for row, name in enumerate(names):  # its name is written beside it
+    ).all()  # the sixth cell is empty
+    for row, name in enumerate(names):  # the name is written to the left of the row
         beside = sheet[margin + row * (tile + margin) :][:tile, :left]
         assert (beside < 128).any() == bool(name)
 
@@ -67,19 +67,19 @@ def test_small_samples_are_enlarged_and_large_ones_are_not():
     assert sizes == [48, 48, 48, 72]
 
 
-def test_a_picture_is_whole_or_not_there(tmp_path, monkeypatch):
-    picture = images.to_image(images.to_pixels(torch.zeros(1, 3, 8, 8), process(3))[0])
-    images.save_image(picture, tmp_path / "new/a.png")
+def test_a_failed_save_leaves_no_file(tmp_path, monkeypatch):
+    image = images.to_image(images.to_pixels(torch.zeros(1, 3, 8, 8), process(3))[0])
+    images.save_image(image, tmp_path / "new/a.png")
     with Image.open(tmp_path / "new/a.png") as back:
-        assert np.array_equal(np.array(back), np.array(picture))
+        assert np.array_equal(np.array(back), np.array(image))
     monkeypatch.setattr(Image.Image, "save", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        images.save_image(picture, tmp_path / "new/b.png")
+        images.save_image(image, tmp_path / "new/b.png")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.png"]
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_saved_picture_loads_as_its_x0(channels, tmp_path):
+def test_a_saved_image_loads_as_its_x0(channels, tmp_path):
     record = Process(shape=(channels, 4, 6), low=-2.0, high=6.0)
     data = torch.arange(24 * channels).view(channels, 4, 6) * 3
     x = record.low + data / 255 * 8
@@ -98,14 +98,14 @@ def test_a_saved_picture_loads_as_its_x0(channels, tmp_path):
         ("LA", (8, 8), "of mode LA"),
     ],
 )
-def test_a_picture_of_another_size_or_mode_is_refused(mode, size, message, tmp_path):
+def test_an_image_of_another_size_or_mode_is_rejected(mode, size, message, tmp_path):
     Image.new(mode, size).save(tmp_path / "x.png")
     with pytest.raises(ValueError, match=message):
         images.load_image(tmp_path / "x.png", process())
 
 
-def test_what_is_no_picture_is_refused(tmp_path):
-    (tmp_path / "x.png").write_text("no picture")
+def test_a_file_that_is_not_an_image_is_rejected(tmp_path):
+    (tmp_path / "x.png").write_text("not an image")
     with pytest.raises(ValueError, match=r"x.png is not a readable image"):
         images.load_image(tmp_path / "x.png", process())
     with pytest.raises(ValueError, match="is not a readable image"):
