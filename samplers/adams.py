@@ -184,11 +184,7 @@ class AdamsBashforth(Adams[History]):
 
     @classmethod
     def flow(cls, k: Literal[1, 2, 3, 4, 5] = 2) -> "AdamsBashforth":
-        """Adams-Bashforth in the velocity ε - x_0 of a rectified flow, over a.
-
-        Returns:
-            The sampler with at most k values.
-        """
+        """Adams-Bashforth for rectified flows: ε - x_0 over a, k the maximum number of values."""
         return cls(k, "velocity", "a")
 
     @classmethod
