@@ -88,7 +88,7 @@ def test_known_pixels_have_fresh_noise_at_the_level_of_each_knot(scaling):
 
     The knots are close, so that a jump back keeps much of the noise.
     """
-    oracle, seen = mixture(process(Cosine(scaling=scaling))), []
+    oracle, states = mixture(process(Cosine(scaling=scaling))), []
     noise = Noise(torch.arange(400), (2,), dtype=torch.float64)
     knots = Explicit((-1.0, -0.6, -0.2, 0.2, 0.6, math.inf)).knots(oracle.process.schedule, 5)
     integrate(
@@ -97,10 +97,10 @@ def test_known_pixels_have_fresh_noise_at_the_level_of_each_knot(scaling):
         noise.start(),
         knots,
         noise,
-        callback=lambda _, state, __: seen.append(state),
+        callback=lambda _, state, __: states.append(state),
     )
     visits = [
-        state for state in seen if state.level != knots[0]
+        state for state in states if state.level != knots[0]
     ]  # the first knot has its initial noise
     z = torch.stack(
         [(state.x[:, 0] - state.level.alpha * IMAGE[0]) / state.level.sigma for state in visits]
@@ -169,15 +169,15 @@ def test_a_state_can_be_kept_copied_and_continued_bit_for_bit():
 
 def test_a_run_may_start_and_stop_at_any_level():
     knots = Within(Trailing(), -2.0, 3.0).knots(Cosine(), 5)
-    seen = []
+    samples = []
     start = torch.zeros(64, 2, dtype=torch.float64)
     x, _ = integrate(
-        ORACLE, paint(), start, knots, NOISE, callback=lambda _, state, __: seen.append(state.x)
+        ORACLE, paint(), start, knots, NOISE, callback=lambda _, state, __: samples.append(state.x)
     )
-    for at, knot in ((seen[0], knots[0]), (x, knots[-1])):
-        z = (at[:, 0] - knot.alpha * IMAGE[0]) / knot.sigma
+    for sample_at_knot, knot in ((samples[0], knots[0]), (x, knots[-1])):
+        z = (sample_at_knot[:, 0] - knot.alpha * IMAGE[0]) / knot.sigma
         assert z.std() == pytest.approx(1, abs=0.3)
-    assert (seen[0][:, 1] == 0).all()
+    assert (samples[0][:, 1] == 0).all()
 
 
 def test_the_loop_never_reads_the_sample():

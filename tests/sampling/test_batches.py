@@ -68,11 +68,13 @@ def test_without_a_condition_the_null_label_is_used():
     )
 
 
-@pytest.mark.parametrize(("guidance", "rows"), [(CFG(1.0), 4), (CFG(0.0), 8), (CFG(2.0), 8)])
+@pytest.mark.parametrize(
+    ("guidance", "network_batch"), [(CFG(1.0), 4), (CFG(0.0), 8), (CFG(2.0), 8)]
+)
 @pytest.mark.parametrize("sampler", (DDIM(), AlphaBlending(2)), ids=str)
 @pytest.mark.parametrize("count", (1, 4, 7))
 def test_the_network_always_receives_full_batches_and_evaluations_are_counted(
-    count, sampler, guidance, rows
+    count, sampler, guidance, network_batch
 ):
     denoiser = small_denoiser()
     result = sample(
@@ -84,9 +86,9 @@ def test_the_network_always_receives_full_batches_and_evaluations_are_counted(
         guidance=guidance,
         batch_size=4,
     )
-    assert set(denoiser.network.batch_sizes) == {rows}
+    assert set(denoiser.network.batch_sizes) == {network_batch}
     assert result.x.shape == (count, 2)
-    assert result.evaluations == sampler.evaluations(result.knots) * rows // 4
+    assert result.evaluations == sampler.evaluations(result.knots) * network_batch // 4
     assert sum(denoiser.network.batch_sizes) == result.evaluations * 4 * math.ceil(count / 4)
 
 

@@ -39,7 +39,7 @@ def test_shapes_that_are_not_images_are_rejected_with_a_remedy(shape):
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("names", [["", "", ""], ["0", "1", "22"]])
 def test_a_grid_has_each_sample_at_its_position(channels, names):
-    values = torch.linspace(-1, 1, 5)  # three rows of two, the last one shorter
+    values = torch.linspace(-1, 1, 5)  # rows of 2, 2 and 1 samples
     x = values.view(5, 1, 1, 1).expand(5, channels, 8, 8)
     sheet = np.array(images.draw_grid(x, process(channels), names, 2))
     tile, margin = 40, images.MARGIN

@@ -110,7 +110,7 @@ def test_more_steps_than_a_table_has_are_rejected(grid):
 
 
 @pytest.mark.parametrize("prediction", ["sample", "v_prediction"])
-def test_x0_prediction_cannot_start_at_the_clean_level(prediction):
+def test_prediction_of_x0_cannot_start_at_the_clean_level(prediction):
     rising = Explicit((math.inf, 2.0, -3.0))
     denoiser = mixture(process(prediction=prediction))
     if prediction == "sample":
