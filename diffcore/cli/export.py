@@ -92,7 +92,7 @@ def _export(folder: Path, request: ExportRequest) -> None:
     pipeline = _load_pipeline(_pipeline_or_run(folder), request)
     request.out.parent.mkdir(parents=True, exist_ok=True)
     if request.format == "diffusers":
-        _export_stock(folder, pipeline, request)
+        _export_diffusers(folder, pipeline, request)
         return
     write_folder(request.out, pipeline.save_pretrained)
     print(
@@ -101,29 +101,30 @@ def _export(folder: Path, request: ExportRequest) -> None:
     )
 
 
-def _export_stock(folder: Path, pipeline: "DiffcorePipeline", request: ExportRequest) -> None:
-    """Write a pipeline of diffusers itself, after a comparison of its samples with ours."""
-    from diffcore.integrations.diffusers.pipeline.export import check, exact_steps, export_pipeline
+def _export_diffusers(folder: Path, pipeline: "DiffcorePipeline", request: ExportRequest) -> None:
+    """Write a pipeline of diffusers, after a comparison of its samples with those of diffcore."""
+    from diffcore.integrations.diffusers.pipeline.export import export_pipeline
+    from diffcore.integrations.diffusers.pipeline.parity import check_samples, find_exact_steps
 
-    stock, differences = export_pipeline(pipeline), []
+    exported, differences = export_pipeline(pipeline), []
 
     def write(path: Path) -> None:
-        stock.save_pretrained(path)
+        exported.save_pretrained(path)
         try:
-            differences.append(check(path, pipeline))
+            differences.append(check_samples(path, pipeline))
         except ValueError:
             shutil.rmtree(path)
             raise
 
     write_folder(request.out, write)
-    steps = exact_steps(stock.scheduler, request.steps)
+    steps = find_exact_steps(exported.scheduler, request.steps)
     print(
-        f"{folder} -> {request.out}: a {type(stock).__name__} with a "
-        f"{type(stock.scheduler).__name__}, which diffusers loads alone\n"
+        f"{folder} -> {request.out}: a {type(exported).__name__} with a "
+        f"{type(exported.scheduler).__name__}, which diffusers loads alone\n"
         f"greatest difference from diffcore's samples: {differences[0]:.2g} of their greatest "
         f"value ({steps} steps)"
     )
-    for line in _remarks(stock, request, steps):
+    for line in _remarks(exported, request, steps):
         print(line)
 
 
@@ -155,15 +156,15 @@ def _check_is_diffcore_pipeline(folder: Path) -> None:
         )
 
 
-def _remarks(stock: Any, request: ExportRequest, steps: int) -> list[str]:
-    """Lines for users of the stock pipeline: exact step counts, and settings that it leaves out."""
-    name, remarks = type(stock.scheduler).__name__, []
+def _remarks(exported: Any, request: ExportRequest, steps: int) -> list[str]:
+    """Lines for users of the exported pipeline: exact step counts, and omitted settings."""
+    name, remarks = type(exported.scheduler).__name__, []
     if name in ("DDIMScheduler", "DDPMScheduler"):
         remarks.append(
-            f"use a num_inference_steps that divides {len(stock.scheduler)}, such as {steps}: "
+            f"use a num_inference_steps that divides {len(exported.scheduler)}, such as {steps}: "
             f"{name} is exact there"
         )
-    if request.guidance != CFG(1.0) and type(stock).__name__ == "ConsistencyModelPipeline":
+    if request.guidance != CFG(1.0) and type(exported).__name__ == "ConsistencyModelPipeline":
         remarks.append(f"left out: guidance {request.guidance}; the pipeline samples without it")
     if request.sampler not in (DDIM(), DDPM()):
         remarks.append(f"left out: sampler {request.sampler}; the pipeline takes first-order steps")

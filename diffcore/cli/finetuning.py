@@ -9,7 +9,7 @@ from diffcore.io.specs import to_spec
 
 __all__ = ["complete_settings", "find_pipeline"]
 
-READERS = {"network": "Pretrained", "data": "LatentDataset"}
+READERS = {"network": "PretrainedNetwork", "data": "LatentDataset"}
 """Setting -> class of the component that reads a pipeline's folder."""
 
 

@@ -1,7 +1,7 @@
 """The diffusers pipeline that a run writes: pipeline/, its averaged network with process, sampler,
 grid and guidance.
 
-An `ExportableNetwork` (such as `Pretrained`) writes its own pipeline or adapter instead.
+An `ExportableNetwork` (such as `PretrainedNetwork`) writes its own pipeline or adapter instead.
 """
 
 import sys
@@ -47,7 +47,7 @@ def _save_pipeline(state: "TrainState") -> None:
     if settings.source.texts:
         raise ValueError(
             "the network is conditioned on text: start from the network of a pipeline "
-            "(Pretrained), "
+            "(PretrainedNetwork), "
             "whose text encoders are known"
         )
     from diffcore.integrations.diffusers.pipeline.pipeline import DiffcorePipeline

@@ -155,7 +155,7 @@ def build_pipeline(unet: Any, scheduler: Any) -> Any:
 
 
 def call(pipe: Any, steps: int) -> Tensor:
-    """PipelineCall a pipeline with fixed prompts and noise.
+    """Call a pipeline with fixed prompts and noise.
 
     Args:
         pipe: the pipeline.

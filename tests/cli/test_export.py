@@ -138,7 +138,7 @@ def test_impossible_exports_are_refused_in_one_line(
 def test_an_export_with_different_samples_is_refused_and_leaves_nothing(
     diffcore, trained, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("diffcore.integrations.diffusers.pipeline.export.TOLERANCE", 0.0)
+    monkeypatch.setattr("diffcore.integrations.diffusers.pipeline.parity.TOLERANCE", 0.0)
     ended = diffcore("export", trained, "--format", "diffusers", "--out", tmp_path / "out")
     assert ended.status == 1
     assert "samples of the exported pipeline differ from those of diffcore by" in ended.err

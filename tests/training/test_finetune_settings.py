@@ -52,7 +52,7 @@ def test_the_settings_of_a_file_take_precedence_over_the_pipeline(workspace):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"process": "VP"}, {"network": {"class_path": "Pretrained", "init_args": 3}}],
+    [{"process": "VP"}, {"network": {"class_path": "PretrainedNetwork", "init_args": 3}}],
     ids=repr,
 )
 def test_settings_that_are_no_table_are_refused(workspace, settings):

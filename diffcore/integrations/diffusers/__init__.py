@@ -14,7 +14,7 @@ from diffcore.integrations.diffusers.loading.prompts import PromptNetwork, Promp
 from diffcore.integrations.diffusers.loading.text_encoding import encode_prompts
 from diffcore.integrations.diffusers.loading.vae import Latents
 from diffcore.integrations.diffusers.pipeline.pipeline import DiffcorePipeline
-from diffcore.integrations.diffusers.pipeline.pretrained_network import LoRA, Pretrained
+from diffcore.integrations.diffusers.pipeline.pretrained_network import LoRA, PretrainedNetwork
 from diffcore.integrations.diffusers.scheduler.scheduler import DiffcoreScheduler
 
 __all__ = [
@@ -23,7 +23,7 @@ __all__ = [
     "DiffcoreScheduler",
     "Latents",
     "LoRA",
-    "Pretrained",
+    "PretrainedNetwork",
     "PromptNetwork",
     "Prompts",
     "attach",

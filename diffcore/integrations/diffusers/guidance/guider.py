@@ -28,7 +28,7 @@ from diffcore.guidance import (
 )
 from diffcore.integrations.diffusers.guidance.joint_forward import check_rule, split_input
 from diffcore.integrations.diffusers.scheduler.scheduler import DiffcoreScheduler
-from diffcore.integrations.diffusers.scheduler.scheduler_config import named_config
+from diffcore.integrations.diffusers.scheduler.scheduler_config import read_config
 from diffcore.io.specs import from_spec, to_spec
 from diffcore.schedules import Level
 
@@ -167,7 +167,7 @@ class DiffcoreGuider(BaseGuidance):
         Returns:
             The guider, with the process that the scheduler describes.
         """
-        return cls(rule, DiffcoreScheduler.from_config(named_config(scheduler)).settings.process)
+        return cls(rule, DiffcoreScheduler.from_config(read_config(scheduler)).settings.process)
 
     @property
     def levels(self) -> tuple[float, ...]:

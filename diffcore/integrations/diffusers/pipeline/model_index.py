@@ -1,6 +1,4 @@
-"""The settings in the model_index.json of a DiffcorePipeline, and the check of a
-pipeline folder.
-"""
+"""The settings in the model_index.json of a DiffcorePipeline, and the check of its folder."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,7 +10,7 @@ from diffcore.core.process import Process
 from diffcore.guidance import Guidance
 from diffcore.integrations.diffusers.loading.folder import NETWORKS, read_json
 
-__all__ = ["COMPONENTS", "PipelineSettings", "check_folder"]
+__all__ = ["COMPONENTS", "PROCESS_SETTINGS", "PipelineSettings", "check_folder"]
 
 PIPELINE = "DiffcorePipeline"
 SCHEDULER = ["diffcore.integrations.diffusers.scheduler.scheduler", "DiffcoreScheduler"]
@@ -41,31 +39,36 @@ class PipelineSettings:
     guidance: Guidance
     num_inference_steps: int
 
-    @property
-    def of_process(self) -> dict[str, Any]:
-        """The settings that are fields of a Process, by name."""
-        return {
-            f.name: getattr(self, f.name)
-            for f in fields(self)
-            if f.name in Process.__dataclass_fields__
-        }
+    def process_settings(self) -> dict[str, Any]:
+        """The settings that are fields of a Process.
+
+        Returns:
+            Name -> value.
+        """
+        return {name: getattr(self, name) for name in PROCESS_SETTINGS}
+
+
+PROCESS_SETTINGS = tuple(
+    f.name for f in fields(PipelineSettings) if f.name in Process.__dataclass_fields__
+)
+"""Names of the settings that are fields of a Process."""
 
 
 def check_folder(folder: Path, given: dict[str, Any]) -> None:
-    """Check that a folder holds a whole DiffcorePipeline without code of its own.
+    """Check that a folder holds a complete DiffcorePipeline, and that no code of it is executed.
 
     Args:
         folder: folder of the pipeline.
-        given: components that are passed by name, and not read from the folder.
+        given: components by name that the caller passes, which are not read from the folder.
 
     Raises:
         ValueError: A part is missing or of another class; the message contains the remedy.
     """
     path = folder / "model_index.json"
     index = read_json(path)
-    if (kind := index.get("_class_name")) != PIPELINE:
+    if (name := index.get("_class_name")) != PIPELINE:
         raise ValueError(
-            f"{folder} holds a {kind}, expected a {PIPELINE}: load it as such, or its network by "
+            f"{folder} holds a {name}, expected a {PIPELINE}: load it as such, or its network by "
             f"diffcore.integrations.diffusers.from_diffusers({str(folder)!r})"
         )
     missing = [
@@ -87,11 +90,11 @@ def check_folder(folder: Path, given: dict[str, Any]) -> None:
             _check_model(path, name, *index[name][:2])
 
 
-def _check_model(path: Path, name: str, library: str, kind: str) -> None:
-    cls = getattr(diffusers, str(kind), None) if library == "diffusers" else None
+def _check_model(path: Path, component: str, library: str, name: str) -> None:
+    cls = getattr(diffusers, str(name), None) if library == "diffusers" else None
     if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
         raise ValueError(
-            f"{path} names {library}.{kind} as {name}, which is no model of diffusers: code that "
-            "lies beside weights is not "
-            f"executed; import it, load it yourself and pass {name}="
+            f"{path} names {library}.{name} as {component}, which is no model of diffusers: code "
+            f"that lies beside weights is not executed; import it, load it yourself and pass "
+            f"{component}="
         )

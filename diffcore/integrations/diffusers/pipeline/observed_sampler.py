@@ -40,4 +40,4 @@ class ObservedSampler(SamplerWrapper):
         return self.inner.uses_guidance(state)
 
     def dry_run(self, knots: tuple[Level, ...]) -> Iterator[State]:
-        return self.inner.dry_run(knots)  # a dry run has no steps to report
+        return self.inner.dry_run(knots)  # the steps of a dry run are not observed

@@ -1,17 +1,18 @@
 """A network with its process, sampler, grid and guidance as a diffusers pipeline.
 
-    model_index.json    shape, range and classes of the data; guidance; number of steps
-    scheduler/          sampler, grid, schedule, prediction type, time conditioning (a
-    DiffcoreScheduler) unet/ or transformer/, vae/    configs and safetensors
+    model_index.json        shape, range and classes of the data; guidance; number of steps
+    scheduler/              a DiffcoreScheduler: sampler, grid, schedule, prediction type, time
+    unet/ or transformer/   config and safetensors of the network
+    vae/                    config and safetensors of the decoder, for latents
 
-The sampling loop is that of diffcore: every sampler and every guidance rule works, and seeds give
-the samples of `diffcore.sample`.
+The sampling loop is that of diffcore: every sampler and every guidance rule works, and the samples
+of given seeds are those of `diffcore.sample`.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, NamedTuple, Self
 
 import torch
 from diffusers import ModelMixin
@@ -23,20 +24,25 @@ from diffcore.core.noise import Noise
 from diffcore.core.process import Process
 from diffcore.guidance import CFG, Guidance, find_weaker_networks, load_weaker_networks
 from diffcore.integrations.diffusers.loading.network import MeanOutput, mean_network
-from diffcore.integrations.diffusers.loading.vae import Latents
+from diffcore.integrations.diffusers.pipeline.call_arguments import count_images, expand_labels
 from diffcore.integrations.diffusers.pipeline.model_index import (
     COMPONENTS,
+    PROCESS_SETTINGS,
     PipelineSettings,
     check_folder,
 )
 from diffcore.integrations.diffusers.pipeline.observed_sampler import ObservedSampler
+from diffcore.integrations.diffusers.pipeline.output import (
+    OutputType,
+    check_output_type,
+    convert_samples,
+)
 from diffcore.integrations.diffusers.scheduler.generator_noise import GeneratorNoise, Generators
 from diffcore.integrations.diffusers.scheduler.scheduler import DiffcoreScheduler
 from diffcore.integrations.diffusers.scheduler.settings import SchedulerSettings
 from diffcore.io.specs import from_spec, to_spec
 from diffcore.run import Run
 from diffcore.samplers import Sampler, State
-from diffcore.sampling import images
 from diffcore.sampling.generation import (
     DEFAULT_GRID,
     DEFAULT_SAMPLER,
@@ -49,8 +55,25 @@ from diffcore.schedules import Grid, Level
 
 __all__ = ["DiffcorePipeline"]
 
-OutputType = Literal["pil", "np", "pt", "latent"]
 Callback = Callable[[Any, int, float, dict[str, Any]], dict[str, Any]]
+
+
+class _Call(NamedTuple):
+    """The checked arguments of one call, for N samples.
+
+    Args:
+        sampler: numerical integrator.
+        knots: levels between which the sampler steps.
+        guidance: guidance rule, whose weaker networks are loaded.
+        noise: noise of the samples.
+        labels: (N,) labels on the host; None for unconditional samples.
+    """
+
+    sampler: Sampler
+    knots: tuple[Level, ...]
+    guidance: Guidance
+    noise: Noise
+    labels: Tensor | None
 
 
 class DiffcorePipeline(DiffusionPipeline):
@@ -138,7 +161,7 @@ class DiffcorePipeline(DiffusionPipeline):
             The pipeline.
 
         Raises:
-            ValueError: The network is no ModelMixin of diffusers, and cannot be saved in a
+            ValueError: The network is no ModelMixin of diffusers, and so cannot be saved in a
                 pipeline.
         """
         network, process = denoiser.network, denoiser.process
@@ -147,26 +170,16 @@ class DiffcorePipeline(DiffusionPipeline):
         if not isinstance(network, ModelMixin):
             raise ValueError(
                 f"the network is a {type(network).__name__}, and a pipeline holds ModelMixins of "
-                "diffusers: make it one "
-                f"(ModelMixin, ConfigMixin), or sample the run itself"
+                "diffusers: derive its class from ModelMixin and ConfigMixin, or sample the run "
+                "itself"
             )
-        name = (
-            "unet"
-            if any("UNet" in kind.__name__ for kind in type(network).__mro__)
-            else "transformer"
-        )
+        is_unet = any("UNet" in cls.__name__ for cls in type(network).__mro__)
         scheduler = DiffcoreScheduler(
             sampler, grid, process.schedule, process.prediction, process.time, process.sigma_data
         )
-        parts: dict[str, Any] = {name: network, "vae": vae}
-        values = {
-            f.name: getattr(process, f.name)
-            for f in fields(PipelineSettings)
-            if hasattr(process, f.name)
-        }
-        return cls(
-            scheduler, **parts, **values, guidance=guidance, num_inference_steps=num_inference_steps
-        )
+        parts: dict[str, Any] = {"unet" if is_unet else "transformer": network, "vae": vae}
+        parts |= {name: getattr(process, name) for name in PROCESS_SETTINGS}
+        return cls(scheduler, **parts, guidance=guidance, num_inference_steps=num_inference_steps)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
@@ -201,8 +214,7 @@ class DiffcorePipeline(DiffusionPipeline):
         except OSError as error:
             raise ValueError(
                 f"{folder} cannot be read ({' '.join(str(error).split())}): each part needs its "
-                "config and safetensors; "
-                f"pickled weights are not opened, convert them first"
+                "config and safetensors; pickled weights are not opened, convert them first"
             ) from None
 
     @property
@@ -215,26 +227,25 @@ class DiffcorePipeline(DiffusionPipeline):
         """The settings of the scheduler.
 
         Raises:
-            ValueError: It is no DiffcoreScheduler, or it clips x_0.
+            ValueError: The scheduler is no DiffcoreScheduler, or it clips x_0.
         """
         if not isinstance(self.scheduler, DiffcoreScheduler):
             raise ValueError(
                 f"the scheduler is a {type(self.scheduler).__name__}, expected a "
-                "DiffcoreScheduler: "
-                f"DiffcoreScheduler.from_config(scheduler.config) makes one of it"
+                "DiffcoreScheduler: DiffcoreScheduler.from_config(scheduler.config) converts it"
             )
         settings = self.scheduler.settings
         if settings.clip is not None:
             raise ValueError(
-                f"the scheduler clips x_0 to ±{settings.clip:g}, which this pipeline does not: "
-                f"DiffcoreScheduler.from_config(scheduler.config, clip=None)"
+                f"the scheduler clips x_0 to ±{settings.clip:g}, which this pipeline does not "
+                "support: use DiffcoreScheduler.from_config(scheduler.config, clip=None)"
             )
         return settings
 
     @property
     def process(self) -> Process:
         """The process that the network was trained on."""
-        return replace(self.settings.process, **self._settings.of_process)
+        return replace(self.settings.process, **self._settings.process_settings())
 
     @property
     def guidance(self) -> Guidance:
@@ -262,11 +273,11 @@ class DiffcorePipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Draw images.
+        """Draw N images.
 
         With seeds each image is a function of its seed and label, and with output_type "latent"
         they are the samples of `sample(pipe.denoiser, ..., seeds=seeds, batch_size=len(seeds))`,
-        bit for bit. With torch generators they are drawn in the way of diffusers pipelines.
+        bit for bit. With torch generators the noise is drawn in the order of diffusers pipelines.
 
         Args:
             batch_size: number of images N, if no other argument defines it; default 1.
@@ -274,10 +285,10 @@ class DiffcorePipeline(DiffusionPipeline):
             seeds: N integers of 64 bits.
             generator: generators that replace the seeds: N, one for all, or None for torch's global
                 one.
-            num_inference_steps: number of steps; default: that of the pipeline.
-            guidance: guidance rule; default: that of the pipeline.
-            sampler: numerical integrator; default: that of the scheduler.
-            grid: rule that places the knots; default: that of the scheduler.
+            num_inference_steps: number of steps; None for that of the pipeline.
+            guidance: guidance rule; None for that of the pipeline.
+            sampler: numerical integrator; None for that of the scheduler.
+            grid: rule that places the knots; None for that of the scheduler.
             output_type: pil, np (N, H, W, C) or pt (N, C, H, W) in [0, 1], or latent (x_0 of the
                 network).
             return_dict: True returns an object with `images`, False a tuple.
@@ -286,46 +297,66 @@ class DiffcorePipeline(DiffusionPipeline):
                 returns. `pipe._interrupt = True` stops it there.
 
         Returns:
-            The images.
+            The N images in the type of the output.
 
         Raises:
-            ValueError: The arguments do not fit together. It is raised before the first step.
+            ValueError: The arguments contradict each other. It is raised before the first step.
         """
         self._interrupt = False
-        denoiser, rule = (
-            self.denoiser,
-            load_weaker_networks(guidance or self.guidance, self._weaker),
+        call = self._prepare_call(
+            batch_size, class_labels, seeds, generator, num_inference_steps, guidance, sampler, grid
         )
-        process, sampler = denoiser.process, sampler or self.settings.sampler
-        count = _count(
+        process, vae = self.process, self.vae
+        check_output_type(output_type, process, vae)
+        x = self._sample(call, callback_on_step_end)
+        images = convert_samples(x, output_type, process, vae)
+        self.maybe_free_model_hooks()  # type: ignore[no-untyped-call]
+        return ImagePipelineOutput(images) if return_dict else (images,)
+
+    def _prepare_call(
+        self,
+        batch_size: int | None,
+        class_labels: Any,
+        seeds: Sequence[int] | None,
+        generator: Generators,
+        steps: int | None,
+        guidance: Guidance | None,
+        sampler: Sampler | None,
+        grid: Grid | None,
+    ) -> _Call:
+        """Complete the arguments of a call by the defaults of the pipeline, and check them."""
+        process, sampler = self.process, sampler or self.settings.sampler
+        rule = load_weaker_networks(guidance or self.guidance, self._load_weaker_network)
+        count = count_images(
             batch_size=batch_size, class_labels=class_labels, seeds=seeds, generator=generator
         )
-        knots = insert_levels(self._knots(num_inference_steps, grid), rule.levels(process))
-        numbers, condition = range(count) if seeds is None else seeds, _labels(class_labels, count)
-        labels = check_sampling(process, knots, numbers, condition, rule, count, sampler)
-        self._check_output(output_type)
+        knots = insert_levels(self._knots(steps, grid), rule.levels(process))
+        keys, labels = range(count) if seeds is None else seeds, expand_labels(class_labels, count)
+        labels = check_sampling(process, knots, keys, labels, rule, count, sampler)
         noise = self._noise(process, count, seeds, generator)
-        labels, x = _on(labels, noise.device), noise.first_sample(knots[0], process.sigma_data)
+        return _Call(sampler, knots, rule, noise, labels)
+
+    def _sample(self, call: _Call, callback: Callback | None) -> Tensor:
+        """The samples (N, *shape) of a call, with a progress bar that counts sampler steps."""
+        denoiser, noise = self.denoiser, call.noise
+        x = noise.first_sample(call.knots[0], denoiser.process.sigma_data)
+        labels = None if call.labels is None else call.labels.to(noise.device)
         with (
-            evaluation_mode(denoiser, *find_weaker_networks(rule)),
-            self.progress_bar(total=len(knots) - 1) as bar,
+            evaluation_mode(denoiser, *find_weaker_networks(call.guidance)),
+            self.progress_bar(total=len(call.knots) - 1) as bar,
         ):
-            observed = ObservedSampler(
-                sampler, self._observer(process, bar.update, callback_on_step_end)
+            sampler = ObservedSampler(
+                call.sampler, self._observer(denoiser.process, bar.update, callback)
             )
-            x, _ = integrate(denoiser, observed, x, knots, noise, rule, labels)
-        result: Any = (x if output_type == "latent" else self._to_output(x, output_type),)
-        self.maybe_free_model_hooks()  # type: ignore[no-untyped-call]
-        return ImagePipelineOutput(*result) if return_dict else result
+            x, _ = integrate(denoiser, sampler, x, call.knots, noise, call.guidance, labels)
+        return x
 
     def _knots(self, steps: int | None, grid: Grid | None) -> tuple[Level, ...]:
-        settings, steps = (
-            self.settings,
-            self._settings.num_inference_steps if steps is None else steps,
-        )
+        settings = self.settings
+        steps = self._settings.num_inference_steps if steps is None else steps
         return replace(settings, grid=grid or settings.grid).knots(steps)
 
-    def _weaker(self, folder: str) -> Denoiser:
+    def _load_weaker_network(self, folder: str) -> Denoiser:
         """The denoiser of a run that a guidance rule names by its folder."""
         return Run(Path(folder)).denoiser(self._execution_device)
 
@@ -336,12 +367,16 @@ class DiffcorePipeline(DiffusionPipeline):
         if seeds is not None:
             return Noise(torch.tensor(seeds), process.shape, device)
         dtype = next((p.dtype for p in self.network.parameters()), torch.float32)
-        rows = torch.zeros(count, dtype=torch.int64)
-        return GeneratorNoise(rows, process.shape, device, generator=generator, draw_dtype=dtype)
+        seeds_unused = torch.zeros(count, dtype=torch.int64)
+        return GeneratorNoise(
+            seeds_unused, process.shape, device, generator=generator, draw_dtype=dtype
+        )
 
     def _observer(
         self, process: Process, count: Callable[[], Any], callback: Callback | None
     ) -> Callable[[State, State], State]:
+        """A function that reports each step to the progress bar and the callback."""
+
         def observe(before: State, after: State) -> State:
             count()
             if callback is not None:
@@ -351,64 +386,3 @@ class DiffcorePipeline(DiffusionPipeline):
             return replace(after, remaining=()) if self._interrupt else after
 
         return observe
-
-    @property
-    def _image_process(self) -> Process:
-        """The process of the images: of the samples, or of what the VAE decodes from them."""
-        process = self.process
-        if self.vae is None:
-            return process
-        channels = self.vae.config.get("out_channels", 3)
-        return replace(process, shape=(channels, *process.shape[1:]), low=-1.0, high=1.0)
-
-    def _check_output(self, output_type: str) -> None:
-        """Raise ValueError, before sampling, if the samples cannot be returned as `output_type`."""
-        if output_type not in get_args(OutputType):
-            raise ValueError(
-                f"output_type is {output_type!r}, expected one of {', '.join(get_args(OutputType))}"
-            )
-        if output_type != "latent" and not images.is_image(image_process := self._image_process):
-            raise ValueError(
-                f"samples of shape {image_process.shape} are not images of 1 or 3 channels: pass "
-                "output_type='latent' for x_0"
-            )
-
-    def _to_output(self, x: Tensor, output_type: OutputType) -> Any:
-        image_process = self._image_process
-        if self.vae is not None:
-            x = Latents(self.vae).decode(x.to(self.vae.dtype))
-        if output_type == "pil":
-            return [images.to_image(array) for array in images.to_pixels(x, image_process)]
-        unit = images.to_unit_range(x, image_process)
-        return unit if output_type == "pt" else unit.permute(0, 2, 3, 1).cpu().numpy()
-
-
-def _count(**given: Any) -> int:
-    """The number of images that the arguments define."""
-    lengths = {
-        name: value if name == "batch_size" else _length(value) for name, value in given.items()
-    }
-    counts = {name: count for name, count in lengths.items() if count is not None}
-    if len(set(counts.values())) > 1:
-        text = ", ".join(f"{count} by {name}" for name, count in counts.items())
-        raise ValueError(f"the call defines {text}: pass as many of each")
-    if given["seeds"] is not None and given["generator"] is not None:
-        raise ValueError("seeds and generator were given: pass one of them")
-    return next(iter(counts.values()), 1)
-
-
-def _length(value: Any) -> int | None:
-    """Length of a list or tensor; None for a single value, which is for all."""
-    listed = value.ndim > 0 if isinstance(value, Tensor) else isinstance(value, Sequence)
-    return len(value) if listed else None
-
-
-def _labels(class_labels: Any, count: int) -> Tensor | None:
-    if class_labels is None:
-        return None
-    labels = torch.as_tensor(class_labels, device="cpu")
-    return labels if labels.ndim else labels.expand(count)
-
-
-def _on(labels: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if labels is None else labels.to(device)

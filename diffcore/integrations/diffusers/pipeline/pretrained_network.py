@@ -1,4 +1,4 @@
-"""The network of a diffusers pipeline as the start of training: all weights, or a LoRA adapter.
+"""Fine-tuning of the network of a diffusers pipeline: all of its weights, or a LoRA adapter.
 
 The result is saved in the format of diffusers: a pipeline folder, or a LoRA file for
 `pipe.load_lora_weights`.
@@ -31,18 +31,18 @@ from diffcore.io.files import hash_file, write_folder
 from diffcore.samplers import DDIM
 from diffcore.schedules import Trailing
 
-__all__ = ["ADAPTER", "LoRA", "Pretrained", "run_scheduler"]
+__all__ = ["ADAPTER", "LoRA", "PretrainedNetwork", "build_scheduler"]
 
 ADAPTER = "pytorch_lora_weights.safetensors"
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-UNREAD = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl", "*.msgpack", "*.onnx*", "*.py")
-"""Pickles and code, which are not copied."""
+"""Name of the file of an adapter, which diffusers reads."""
+ATTENTION_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
+NOT_COPIED = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl", "*.msgpack", "*.onnx*", "*.py")
+"""Patterns of pickles and code, which are not copied from the pipeline to a run."""
 
 
 @dataclass(frozen=True)
 class LoRA:
-    """A low-rank adapter: W + (alpha / rank) B A with trained A and B, and B = 0 at the start. By
-    peft.
+    """A low-rank adapter of peft: W + (alpha / rank) B A, with trained A and B and B = 0 at first.
 
     Hu et al. 2021 (2106.09685).
 
@@ -54,7 +54,7 @@ class LoRA:
 
     rank: int = 0
     alpha: int = 0
-    targets: list[str] = field(default_factory=lambda: list(ATTENTION))
+    targets: list[str] = field(default_factory=lambda: list(ATTENTION_LAYERS))
 
     def __post_init__(self) -> None:
         if self.rank < 0:
@@ -65,8 +65,11 @@ class LoRA:
                 "0 (0: the rank) and at least one suffix"
             )
 
-    def add(self, network: Any) -> None:
+    def add_to(self, network: Any) -> None:
         """Freeze the weights of a network, and add the adapter to its layers.
+
+        Args:
+            network: ModelMixin of diffusers.
 
         Raises:
             ValueError: No layer has one of the suffixes, or peft is not installed.
@@ -76,12 +79,13 @@ class LoRA:
         from peft import LoraConfig
 
         names = [name for name, _ in network.named_modules()]
-        if lost := [
+        unmatched = [
             target for target in self.targets if not any(name.endswith(target) for name in names)
-        ]:
+        ]
+        if unmatched:
             raise ValueError(
-                f"no layer of {type(network).__name__} ends in {', '.join(lost)}: see targets of "
-                "LoRA"
+                f"no layer of {type(network).__name__} ends in {', '.join(unmatched)}: correct the "
+                "targets of LoRA"
             )
         network.requires_grad_(False)
         alpha = self.alpha or self.rank
@@ -95,15 +99,18 @@ class LoRA:
         )
 
 
-class Pretrained(ExportableNetwork):
-    """The network of a diffusers pipeline. With LoRA its state is the adapter alone.
+class PretrainedNetwork(ExportableNetwork):
+    """The network of a diffusers pipeline, to be trained further.
+
+    With LoRA its state_dict contains only the adapter.
 
     Args:
-        pipeline: folder that `save_pretrained` wrote, with safetensors and without code.
+        pipeline: folder of a diffusers pipeline (`save_pretrained`) with safetensors.
         lora: adapter that is trained in place of the weights; rank 0 trains all weights.
 
     Raises:
-        ValueError: The folder holds no whole pipeline, or no layer fits the adapter.
+        ValueError: The folder holds no complete pipeline, no layer fits the adapter, or diffusers
+            loads no adapter into this pipeline.
     """
 
     def __init__(self, pipeline: str, lora: LoRA = LoRA()) -> None:
@@ -117,22 +124,21 @@ class Pretrained(ExportableNetwork):
                     f"diffusers loads no LoRA into a {self.index.pipeline_class.__name__}: train "
                     "all weights"
                 )
-            lora.add(self.network)
+            lora.add_to(self.network)
             self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
             load_hook = self.register_load_state_dict_post_hook
-            load_hook(_forgive_frozen)  # type: ignore[no-untyped-call]
-        elif lost := sorted(
+            load_hook(_accept_missing_frozen)  # type: ignore[no-untyped-call]
+        elif missing_parts := sorted(
             name for name in self.index.parts if not (self.index.folder / name).is_dir()
         ):
             raise ValueError(
-                f"{pipeline} names {', '.join(lost)} in model_index.json, and holds no such folder "
-                "to copy into the run's "
-                f"pipeline: download it, or write [null, null] there"
+                f"{pipeline} names {', '.join(missing_parts)} in model_index.json, and holds no "
+                "such folder to copy into the run's pipeline: download it, or write [null, null] "
+                "in model_index.json"
             )
 
     def forward(self, x: Tensor, timestep: Tensor, **condition: Any) -> Tensor:
-        """The output (B, *shape) of the network, without the variance that some networks also
-        return.
+        """Evaluate the network, and drop the variance that some networks also output.
 
         Args:
             x: (B, *shape) noisy samples.
@@ -140,7 +146,7 @@ class Pretrained(ExportableNetwork):
             **condition: labels or text embeddings.
 
         Returns:
-            (B, *shape) output.
+            (B, *shape) output, of the prediction type of the process.
 
         Raises:
             ValueError: The network is conditioned on text, and no text embeddings are passed.
@@ -150,8 +156,7 @@ class Pretrained(ExportableNetwork):
         if family.is_text_conditioned(network) and "encoder_hidden_states" not in condition:
             raise ValueError(
                 "the network is conditioned on text, not on labels: sample its pipeline/ with "
-                "--prompt, "
-                "or use PromptNetwork(network, prompts)"
+                "--prompt, or use PromptNetwork(network, prompts)"
             )
         return extract_tensor(family.wrap(network)(x, timestep=timestep, **condition))[
             :, : x.shape[1]
@@ -159,7 +164,7 @@ class Pretrained(ExportableNetwork):
 
     @cached_property
     def content_hash(self) -> str:
-        """Hash of the frozen weights under an adapter; "" without LoRA."""
+        """Hash of the frozen weights that an adapter is trained for; "" without LoRA."""
         files = (
             sorted((self.index.folder / self.index.network_name).glob("*.safetensors"))
             if self.lora.rank
@@ -180,14 +185,16 @@ class Pretrained(ExportableNetwork):
         return replace(read_folder(self.index.folder), network=self.network, scheduler=scheduler)
 
     def export(self, folder: Path, process: Process) -> None:
-        """Write pipeline/ to a run's folder, or with LoRA pytorch_lora_weights.safetensors and
-        scheduler/.
+        """Write the network to a run's folder in the format of diffusers.
+
+        Without LoRA it is the folder pipeline/; with LoRA it is pytorch_lora_weights.safetensors
+        and the folder scheduler/.
 
         Args:
             folder: folder of the run.
             process: process that the network was trained on.
         """
-        scheduler = run_scheduler(self.index.scheduler, process)
+        scheduler = build_scheduler(self.index.scheduler, process)
         if self.lora.rank:
             self._save_adapter(folder)
             write_folder(folder / "scheduler", scheduler.save_pretrained)
@@ -197,37 +204,36 @@ class Pretrained(ExportableNetwork):
     def _save_adapter(self, run: Path) -> None:
         from peft.utils import get_peft_model_state_dict
 
-        own, name = self.network, self.index.network_name
-        layers = {f"{name}_lora_layers": get_peft_model_state_dict(own)}
-        metadata = {
-            f"{name}_lora_adapter_metadata": own.peft_config["default"].to_dict()
-        }  # without it alpha is the rank
+        name = self.index.network_name
+        layers = {f"{name}_lora_layers": get_peft_model_state_dict(self.network)}
+        # Without the metadata diffusers takes the rank for alpha.
+        adapter_config = self.network.peft_config["default"].to_dict()
+        metadata = {f"{name}_lora_adapter_metadata": adapter_config}
         with TemporaryDirectory(dir=run) as folder:
             self.index.pipeline_class.save_lora_weights(folder, **layers, **metadata)
             Path(folder, ADAPTER).rename(run / ADAPTER)
 
     def _save_pipeline(self, folder: Path, scheduler: Any) -> None:
-        """Write the pipeline's folder with this network and scheduler; the other parts
-        are copied.
-        """
+        """Write a pipeline's folder with this network and scheduler, and copy the other parts."""
         self.network.save_pretrained(folder / self.index.network_name)
         scheduler.save_pretrained(folder / "scheduler")
         for name in self.index.parts - {self.index.network_name, "scheduler"}:
             shutil.copytree(
-                self.index.folder / name, folder / name, ignore=shutil.ignore_patterns(*UNREAD)
+                self.index.folder / name, folder / name, ignore=shutil.ignore_patterns(*NOT_COPIED)
             )
-        kind = type(scheduler)
-        library = "diffusers" if kind.__module__.startswith("diffusers.") else kind.__module__
-        index = self.index.content | {"scheduler": [library, kind.__name__]}
+        cls = type(scheduler)
+        library = "diffusers" if cls.__module__.startswith("diffusers.") else cls.__module__
+        index = self.index.content | {"scheduler": [library, cls.__name__]}
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def run_scheduler(config: Mapping[str, Any], process: Process) -> Any:
-    """A scheduler for a process: the given one of a flow if it is still right, else one of
-    diffusers, else a DiffcoreScheduler.
+def build_scheduler(config: Mapping[str, Any], process: Process) -> Any:
+    """Build the scheduler of a fine-tuned network.
 
-    A DDIM scheduler of diffusers starts at the last level (trailing) and ends clean, as zero
-    terminal SNR requires.
+    It is the scheduler of the pipeline if this describes the process (a flow), else the one of
+    diffusers that expresses the process, else a DiffcoreScheduler. A DDIM scheduler of diffusers
+    starts at the last level (trailing) and ends at the clean level, which zero terminal SNR
+    requires.
 
     Args:
         config: config of the pipeline's scheduler.
@@ -240,14 +246,15 @@ def run_scheduler(config: Mapping[str, Any], process: Process) -> Any:
         return getattr(diffusers, config["_class_name"]).from_config(dict(config))
     description = (process.schedule, process.prediction, process.time, process.sigma_data)
     try:
-        made = export_scheduler(process, SchedulerSettings(DDIM(), Trailing(), *description), 1)
+        scheduler = export_scheduler(
+            process, SchedulerSettings(DDIM(), Trailing(), *description), 1
+        )
     except ValueError:
         return DiffcoreScheduler(DDIM(), Trailing(), *description)
-    if hasattr(
-        made.config, "steps_offset"
-    ):  # StableDiffusionPipeline requires 1, which trailing spacing does not read
-        made.register_to_config(steps_offset=1)
-    return made
+    if "steps_offset" in scheduler.config:
+        # StableDiffusionPipeline requires 1; trailing spacing ignores it.
+        scheduler.register_to_config(steps_offset=1)
+    return scheduler
 
 
 def _describes(config: Mapping[str, Any], process: Process) -> bool:
@@ -258,12 +265,13 @@ def _describes(config: Mapping[str, Any], process: Process) -> bool:
 
 
 def _drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, _local: Any) -> None:
+    """Remove the frozen weights from a state_dict."""
     for name in _frozen(module):
         state.pop(prefix + name, None)
 
 
-def _forgive_frozen(module: nn.Module, keys: Any) -> None:
-    """Do not report frozen weights as missing from the state of an adapter."""
+def _accept_missing_frozen(module: nn.Module, keys: Any) -> None:
+    """After loading the state of an adapter, do not report the frozen weights as missing."""
     frozen = tuple(_frozen(module))
     keys.missing_keys[:] = [name for name in keys.missing_keys if not name.endswith(frozen)]
 

@@ -1,9 +1,9 @@
-"""One call of a pipeline: the levels at which its network is evaluated, and the progress of the
-call.
+"""One call of a pipeline: the levels of its network evaluations, and its progress.
 
-The levels depend only on the knots, so that a dry run on an empty batch lists them beforehand. A
-pipeline may start at any of them (image-to-image, a refiner). At the start of a step the sampler
-starts there; within a step the first-order step finishes it, and the sampler starts at its end.
+The levels depend only on the knots, so a dry run on an empty batch lists them before the call. A
+pipeline may start at any of them (image-to-image, a refiner). If the first evaluation is at the
+start of a step, the sampler starts there. Otherwise a first-order step goes to the next knot, and
+the sampler starts at that knot.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class CallPlan:
     Args:
         process: process of the network.
         sampler: numerical integrator.
-        all_knots: levels between which the sampler steps.
+        all_knots: knots of a call that starts at the first evaluation.
         states: state before each evaluation.
         mode_changes: λ of the knots at which guidance changes its mode.
     """
@@ -57,7 +57,7 @@ class CallPlan:
             The plan.
 
         Raises:
-            ValueError: The network cannot be evaluated at a knot, or the sampler changes x before
+            ValueError: The network cannot be evaluated at a knot, or the sampler adds noise before
                 its first evaluation.
         """
         check_levels(process, knots)
@@ -66,9 +66,9 @@ class CallPlan:
         )
         if plan.states[0].level != knots[0]:
             raise ValueError(
-                f"{sampler} adds noise before its first evaluation, which a pipeline has made by "
-                "then: set churn_max below "
-                f"σ/α = {knots[0].ratio:.4g}, that of the first knot"
+                f"{sampler} adds noise before its first evaluation, but a pipeline evaluates the "
+                f"network before it calls the scheduler: set churn_max below σ/α = "
+                f"{knots[0].ratio:.4g}, that of the first knot"
             )
         return plan
 
@@ -76,26 +76,27 @@ class CallPlan:
         """The time input of each evaluation, of shape (E,): int64 if all are indices of a table,
         else float32.
         """
-        host_timesteps = torch.tensor(
+        times = torch.tensor(
             [float(self.process.time(state.level)) for state in self.states], dtype=torch.float64
         )
-        entries = self.process.time.variable == "index" and bool(
-            ((host_timesteps - host_timesteps.round()).abs() < 1e-6).all()
+        are_indices = self.process.time.variable == "index" and bool(
+            ((times - times.round()).abs() < 1e-6).all()
         )
-        return host_timesteps.round().long() if entries else host_timesteps.float()
+        return times.round().long() if are_indices else times.float()
 
     def starts_step(self, position: int) -> bool:
-        """True if the evaluation at a position is the first of its step."""
+        """True if evaluation number `position` (from 0) is the first of its step."""
         return position == 0 or self.states[position].step != self.states[position - 1].step
 
     def knots(self, position: int) -> Knots:
-        """The knots of a call that starts at a position.
+        """The knots of a call that starts at evaluation number `position` (from 0).
 
         Returns:
-            The level of the evaluation, and the knots after it.
+            The level of this evaluation, and the knots after it.
 
         Raises:
-            ValueError: A sampler that starts there evaluates other levels than the planned ones.
+            ValueError: A sampler that starts there would evaluate other levels than the plan, which
+                the pipeline has already read.
         """
         if position == 0:
             return self.all_knots
@@ -103,9 +104,9 @@ class CallPlan:
         knots = (state.level, *state.remaining)
         if self._levels(position, knots) != [state.level for state in self.states[position:]]:
             raise ValueError(
-                f"{self.sampler} cannot start at evaluation {position} of {len(self.states)}, it "
-                "would evaluate other levels "
-                f"than the planned ones: use another strength, or a sampler such as DDIM()"
+                f"{self.sampler} cannot start at evaluation {position} of {len(self.states)}: from "
+                "there it evaluates other levels than in the whole call; use another strength, or "
+                "a sampler such as DDIM()"
             )
         return knots
 
@@ -121,12 +122,13 @@ class PipelineCall:
 
     Args:
         plan: levels of its evaluations.
-        timesteps: time inputs of the network, on the device of the pipeline.
-        host_timesteps: the same on the host.
-        begin: position of the first evaluation; None before it is known.
+        timesteps: (E,) time input of each evaluation, on the device of the pipeline.
+        host_timesteps: the time inputs as Python numbers.
+        begin: index of the first evaluation; None before it is known.
         state: state of the sampler; None before the first step.
-        finishes_step: True if the call started within a step, which the first-order step finishes.
-        guidance_state: state of attached guidance in this call.
+        finishes_step: True if the call started within a step and has not left it: a first-order
+            step then goes to the next knot.
+        guidance_state: state of attached guidance in this call; None without guidance.
     """
 
     plan: CallPlan
@@ -142,7 +144,7 @@ class PipelineCall:
         """A call before its first evaluation.
 
         Args:
-            plan: levels of its evaluations.
+            plan: plan of the call.
             device: device of the time inputs.
 
         Returns:
@@ -157,10 +159,10 @@ class PipelineCall:
         return self.plan.knots(self.begin or 0)
 
     def state_at(self, t: Any) -> State:
-        """The state of the evaluation at time input `t`.
+        """The state of the sampler at the evaluation with time input `t`.
 
         Returns:
-            The state; before the first step its x is empty.
+            The state. Before the first step it is that of the dry run, whose x is empty.
         """
         if self.state is not None:
             return self.state
@@ -169,7 +171,7 @@ class PipelineCall:
         return replace(state, step=0, memory=None) if position else state
 
     def start(self, t: Any, x: Tensor, noise: Noise) -> State:
-        """The state of the sampler at the present evaluation.
+        """Start an evaluation: the state of the sampler with the pipeline's x.
 
         Args:
             t: time input of the network.
@@ -177,7 +179,7 @@ class PipelineCall:
             noise: noise of the sampler.
 
         Returns:
-            The state.
+            The state of this evaluation.
 
         Raises:
             ValueError: The call is over, or `t` is not one of its time inputs.
@@ -225,21 +227,22 @@ class PipelineCall:
         return self.state
 
     def _position(self, t: Any) -> int:
-        """Position of the first evaluation: `begin` if set, else the one with time input `t`, at
-        the start of a step if there are two.
+        """Index of the first evaluation: `begin` if it is set, else the one with time input `t`.
+
+        Of several evaluations with this time input, it is the one at the start of a step.
         """
         if self.begin is not None:
             return self.begin
         number = float(t)
-        found = [
+        matches = [
             i
-            for i, own in enumerate(self.host_timesteps)
-            if abs(own - number) <= 1e-6 * max(1.0, abs(own))
+            for i, time in enumerate(self.host_timesteps)
+            if abs(time - number) <= 1e-6 * max(1.0, abs(time))
         ]
-        if not found:
+        if not matches:
             raise ValueError(
                 f"timestep is {number:g}, expected one of those of set_timesteps: "
                 f"{self.host_timesteps}"
             )
-        self.begin = next((i for i in found if self.plan.starts_step(i)), found[0])
+        self.begin = next((i for i in matches if self.plan.starts_step(i)), matches[0])
         return self.begin

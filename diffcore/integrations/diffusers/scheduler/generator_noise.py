@@ -1,4 +1,4 @@
-"""Noise from the torch.Generator of a diffusers pipeline, which is the seed there."""
+"""Noise from the torch.Generator of a diffusers pipeline, which replaces the seeds of diffcore."""
 
 from dataclasses import dataclass
 
@@ -16,13 +16,14 @@ Generators = torch.Generator | list[torch.Generator] | None
 
 @dataclass(frozen=True)
 class GeneratorNoise(Noise):
-    """The next normals of a generator at each draw, in the order and dtype of diffusers' own
-    schedulers.
+    """Standard normal noise that each draw takes next from a torch.Generator.
+
+    The order and the dtype of the draws are those of diffusers' schedulers.
 
     Args:
         generator: one generator, a list with one for each sample (which then depends on it alone),
             or None for torch's global generator.
-        draw_dtype: dtype in which the normals are draw_dtype.
+        draw_dtype: dtype in which the normals are drawn, before they are converted to that of x.
     """
 
     generator: Generators = None
@@ -33,9 +34,9 @@ class GeneratorNoise(Noise):
         """Noise for x.
 
         Args:
-            output: output of the network, whose dtype the normals are draw_dtype in.
+            output: output of the network; the normals are drawn in its dtype.
             x: (B, *shape) samples.
-            generator: generator, list of generators, or None.
+            generator: one generator, one for each sample, or None for torch's global generator.
 
         Returns:
             The noise.

@@ -27,9 +27,9 @@ from diffcore.schedules import Discrete, Explicit, Grid, Level, Schedule, Traili
 
 __all__ = ["DiffcoreScheduler", "SchedulerStepOutput"]
 
-ROUNDED = 1e-3
-"""Tolerance in λ: a first level beyond the terminal one by less is replaced by it (published σ/α
-are rounded).
+TERMINAL_TOLERANCE = 1e-3
+"""A first knot that exceeds the terminal level by less than this in λ is replaced by it: published
+σ/α are rounded.
 """
 
 
@@ -45,8 +45,8 @@ class SchedulerStepOutput(SchedulerOutput):
     pred_original_sample: Tensor
 
 
-class _PerThread(threading.local):
-    """The call of each thread; a copy has none."""
+class _ThreadCalls(threading.local):
+    """The call of each thread; a copy of the scheduler has none."""
 
     call: PipelineCall | None = None
 
@@ -57,11 +57,12 @@ class _PerThread(threading.local):
 class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
     """A sampler, a grid and a process with the interface of a diffusers scheduler.
 
-        pipe.scheduler = DiffcoreScheduler.from_config(pipe.scheduler.config,
-        sampler=DPMSolverPP("2M"), grid=Trailing())
+        pipe.scheduler = DiffcoreScheduler.from_config(
+            pipe.scheduler.config, sampler=DPMSolverPP("2M"), grid=Trailing()
+        )
 
     `from_config` reads the config of any diffusers scheduler; keyword arguments replace its values.
-    x is in the scaling of the schedule (vp for tables), so that `init_noise_sigma` is 1 or nearly.
+    x is in the scaling of the schedule (vp for tables), for which `init_noise_sigma` is close to 1.
     The progress of a call is kept for each thread, so that several threads can call one pipeline.
     Stochastic samplers draw from the generator that the pipeline passes to `step` (default: torch's
     global one), in the order in which diffusers draws.
@@ -110,20 +111,20 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
         max_shift: float = 1.15,
     ) -> None:
         given = dict(locals())
-        own = {name: given.pop(name) for name in SchedulerSettings.__dataclass_fields__}
-        self.settings = SchedulerSettings.read(own)
+        components = {name: given.pop(name) for name in SchedulerSettings.__dataclass_fields__}
+        self.settings = SchedulerSettings.read(components)
         others = {name: value for name, value in given.items() if name not in ("self", "__class__")}
         self.register_to_config(**to_spec(self.settings), **others)  # type: ignore[no-untyped-call]
-        self._threads = _PerThread()
+        self._threads = _ThreadCalls()
 
     @classmethod
     def from_config(
         cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
-        """A scheduler from its own config, or from that of any diffusers scheduler.
+        """A scheduler from the config of a DiffcoreScheduler or of any diffusers scheduler.
 
         Args:
-            config: config of a scheduler, or a scheduler.
+            config: config of a scheduler.
             return_unused_kwargs: True also returns the unused keyword arguments, as in diffusers.
             **kwargs: arguments that replace those of the config.
 
@@ -141,8 +142,8 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
     @cached_property
     def order(self) -> int:
         """Number of evaluations of a step between two noisy knots; pipelines read it."""
-        inside = tuple(self.settings.schedule.at(logsnr) for logsnr in (-1.0, 1.0))
-        return self.settings.sampler.evaluations(inside)
+        noisy_knots = tuple(self.settings.schedule.at(logsnr) for logsnr in (-1.0, 1.0))
+        return self.settings.sampler.evaluations(noisy_knots)
 
     @property
     def call(self) -> PipelineCall:
@@ -164,7 +165,7 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def num_inference_steps(self) -> int:
-        """Number of steps of this thread's call."""
+        """Number of sampler steps in the call of this thread."""
         return 1 + self.call.plan.states[-1].step
 
     @property
@@ -176,11 +177,11 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def begin_index(self) -> int | None:
-        """Position of the first evaluation, or None before it is known."""
+        """Index of the first evaluation in `timesteps`, or None before it is known."""
         return self.call.begin
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Start the call at this evaluation."""
+        """Start the call at the evaluation `timesteps[begin_index]`."""
         self.call.begin = begin_index
 
     def set_timesteps(
@@ -191,7 +192,7 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
         sigmas: Sequence[float] | None = None,
         mu: float | None = None,
     ) -> None:
-        """CallPlan a call of this thread.
+        """Start a call in this thread: define its knots, and so the levels of its evaluations.
 
         Args:
             num_inference_steps: number of steps of the grid.
@@ -200,7 +201,11 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
             sigmas: σ/α at each knot, which replaces the grid (for a flow: the time t before its
                 shift); a clean knot follows. The default of flow pipelines, n uniform times from 1
                 to 1/n, is read as n steps of the grid.
-            mu: μ of the shift, with use_dynamic_shifting.
+            mu: μ of the shift; required with use_dynamic_shifting.
+
+        Raises:
+            ValueError: The arguments define no knots or contradict each other, or the sampler or
+                the network cannot be evaluated at them.
         """
         settings = self._settings(mu)
         times, ratios = (
@@ -227,7 +232,7 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
         return_dict: bool = True,
         **options: Any,
     ) -> SchedulerStepOutput | tuple[Tensor, Tensor]:
-        """x of the next evaluation, computed in float32 or better.
+        """Advance the sampler by one network evaluation, in float32 or a wider dtype.
 
         Args:
             model_output: (B, *shape) output of the network.
@@ -235,15 +240,16 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
             sample: (B, *shape) x of the evaluation.
             generator: generator of the noise of stochastic samplers.
             return_dict: True returns a `SchedulerStepOutput`, False a tuple.
-            **options: options of other schedulers, such as eta; refused unless they are 0, None or
-                False.
+            **options: options of other schedulers, such as eta; only 0, None and False are
+                accepted.
 
         Returns:
             x of the next evaluation, and the predicted x_0; both (B, *shape) in the dtype of
             `sample`.
 
         Raises:
-            ValueError: An option is set that the sampler defines, or the call is over.
+            ValueError: An option is set that the sampler defines, the call is over, or `timestep`
+                is not one of `timesteps`.
         """
         _check_options(options)
         call = self.call
@@ -266,7 +272,7 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
         Returns:
             (B, *shape) noisy samples in the dtype of x_0.
         """
-        return self._combined(original_samples, noise, timesteps)
+        return self._noisy(original_samples, noise, timesteps)
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """`add_noise` with the name and the argument order of flow schedulers.
@@ -279,10 +285,10 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
         Returns:
             (B, *shape) noisy samples in the dtype of x_0.
         """
-        return self._combined(sample, noise, timestep)
+        return self._noisy(sample, noise, timestep)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The training target v = α ε - σ x_0 of the vp process.
+        """The training target v = α ε - σ x_0 of the vp process at the levels of `timesteps`.
 
         Args:
             sample: (B, *shape) x_0.
@@ -305,24 +311,23 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
                 "use_dynamic_shifting is set: pass mu, the μ that the pipeline computes from the "
                 "image's size"
             )
-        return self.settings.shifted(mu, self.config.time_shift_type)
+        return self.settings.shift(mu, self.config.time_shift_type)
 
     def _prediction(self, output: Tensor, x: Tensor, level: Level) -> Prediction:
         settings = self.settings
         prediction = predict(settings.prediction_type, output, x, level, settings.sigma_data)
         if settings.clip is None:
             return prediction
-        return add_to_x0(
-            prediction, prediction.x0.clamp(-settings.clip, settings.clip) - prediction.x0, level
-        )
+        change = prediction.x0.clamp(-settings.clip, settings.clip) - prediction.x0
+        return add_to_x0(prediction, change, level)
 
     def _levels(self, timesteps: Tensor, x: Tensor) -> Level:
-        """The level of each sample."""
+        """The level of each sample, whose values broadcast against x."""
         call, time = self._threads.call, self.settings.time
         schedule = self.settings.schedule if call is None else call.plan.process.schedule
         return time.level(schedule, timesteps.reshape(-1, *[1] * (x.ndim - 1))).to(x)
 
-    def _combined(self, x0: Tensor, eps: Tensor, timesteps: Tensor) -> Tensor:
+    def _noisy(self, x0: Tensor, eps: Tensor, timesteps: Tensor) -> Tensor:
         pair = Prediction(
             *(value.to(torch.promote_types(value.dtype, torch.float32)) for value in (x0, eps))
         )
@@ -333,8 +338,8 @@ def _check_options(options: dict[str, Any]) -> None:
     given = {name: value for name, value in options.items() if value}
     if given:
         raise ValueError(
-            f"step got {given}, which the sampler defines: pass it to the sampler, such as "
-            "DDIM(eta=1.0)"
+            f"step got {given}, which the sampler defines: set it there, such as "
+            "sampler=DDIM(eta=1.0)"
         )
 
 
@@ -367,24 +372,25 @@ def _knots(
     if timesteps is not None and sigmas is not None:
         raise ValueError("timesteps and sigmas were given: pass one of them")
     if timesteps is not None:
-        return _explicit(settings, [settings.time.level(schedule, t) for t in timesteps])
+        return _explicit_knots(settings, [settings.time.level(schedule, t) for t in timesteps])
     if sigmas is None:
         if steps is None:
             raise ValueError("num_inference_steps is missing: pass it, timesteps or sigmas")
         return settings.knots(steps)
     if settings.time.variable != "blend":
-        return _explicit(
+        return _explicit_knots(
             settings, [schedule.at(-2 * math.log(sigma)) for sigma in sigmas if sigma > 0]
         )
+    # Flow pipelines pass this default when the user gives only a number of steps.
     if np.allclose(sigmas, np.linspace(1, 1 / len(sigmas), len(sigmas))):
         return settings.knots(len(sigmas))
-    return _explicit(settings, [schedule.level(sigma) for sigma in sigmas if sigma > 0])
+    return _explicit_knots(settings, [schedule.level(sigma) for sigma in sigmas if sigma > 0])
 
 
-def _explicit(settings: SchedulerSettings, levels: list[Level]) -> tuple[Level, ...]:
+def _explicit_knots(settings: SchedulerSettings, levels: list[Level]) -> tuple[Level, ...]:
     lowest = settings.schedule.logsnr(1.0)
     logsnrs = [float(level.logsnr) for level in levels]
-    if logsnrs and lowest - ROUNDED < logsnrs[0] < lowest:
+    if logsnrs and lowest - TERMINAL_TOLERANCE < logsnrs[0] < lowest:
         logsnrs[0] = lowest
     grid = Explicit((*logsnrs, math.inf))
-    return settings.ended(grid.knots(settings.schedule, len(logsnrs)))
+    return settings.complete_knots(grid.knots(settings.schedule, len(logsnrs)))

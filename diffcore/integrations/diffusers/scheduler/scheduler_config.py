@@ -1,13 +1,13 @@
-"""The process that the config of a diffusers scheduler describes: noise levels, prediction type,
-time conditioning.
+"""The process that the config of a diffusers scheduler describes.
 
-    table (DDPM, DDIM, Euler, DPM-Solver ...)    prediction_type             index i of T =
-    num_train_timesteps flow (FlowMatchEuler ..., use_flow_sigmas)   flow_prediction             T
-    a, a = σ/(α+σ) EDM (EDMEuler, EDMDPMSolverMultistep)        edm (prediction epsilon)
-    ln(σ/α)/4 continuous Euler (SVD, CosXL)                v_prediction                ln(σ/α)/4
+    scheduler                                    prediction type             time input
+    table (DDPM, DDIM, Euler, DPM-Solver ...)    prediction_type             index i < T
+    flow (FlowMatchEuler ..., use_flow_sigmas)   flow_prediction             T a, a = σ/(α+σ)
+    EDM (EDMEuler, EDMDPMSolverMultistep)        edm (prediction epsilon)    ln(σ/α)/4
+    continuous Euler (SVD, CosXL)                v_prediction                ln(σ/α)/4
 
-The network of a table is evaluated at x of the vp process, also by schedulers that keep y = x/α
-(Euler, Heun, LMS).
+T is num_train_timesteps. The network of a table is evaluated at x of the vp process, also by
+schedulers that keep y = x/α (Euler, Heun, LMS).
 """
 
 import inspect
@@ -41,7 +41,7 @@ __all__ = [
     "describe_process",
     "dynamic_shift",
     "grid_from_config",
-    "named_config",
+    "read_config",
     "scheduler_arguments",
 ]
 
@@ -68,17 +68,20 @@ class ProcessDescription(NamedTuple):
     sigma_data: float | None = None
 
 
-def named_config(scheduler: Any) -> dict[str, Any]:
-    """The config of a scheduler, or a config itself, with the name of its class.
+def read_config(scheduler: Any) -> dict[str, Any]:
+    """Read the config of a scheduler, with the name of its class.
 
-    `scheduler.config` of a scheduler constructed in Python has no class name; it gets the name of a
-    class of its family.
+    `scheduler.config` of a scheduler that was constructed in Python contains no class name. It gets
+    the name of a class with the same options.
 
     Args:
         scheduler: scheduler of diffusers, or its config.
 
     Returns:
         A copy of the config with `_class_name`.
+
+    Raises:
+        ValueError: The config has no class name, and its options are those of no known scheduler.
     """
     if isinstance(scheduler, Mapping):
         config = dict(scheduler)
@@ -100,14 +103,11 @@ def describe_process(config: Config, mu: float | None = None) -> ProcessDescript
         ValueError: The config contradicts itself, or is incomplete; the message contains the
             remedy.
     """
-    if "sampler" in config:  # of a DiffcoreScheduler
-        settings = SchedulerSettings.read(
-            {
-                name: config[name]
-                for name in SchedulerSettings.__dataclass_fields__
-                if name in config
-            }
-        )
+    if "sampler" in config:  # a DiffcoreScheduler
+        components = {
+            name: config[name] for name in SchedulerSettings.__dataclass_fields__ if name in config
+        }
+        settings = SchedulerSettings.read(components)
         if config.get("use_dynamic_shifting"):
             settings = _shifted(settings, config, mu)
         return ProcessDescription(
@@ -126,8 +126,8 @@ def describe_process(config: Config, mu: float | None = None) -> ProcessDescript
     if name not in TABLES or schedule.scaling != "vp":
         raise ValueError(
             f"{name} does not contain the prediction type or the time conditioning: pass the "
-            "network with schedule, "
-            f"prediction and time, as diffcore.core.process.Process describes them"
+            "network with schedule, prediction and time, which diffcore.core.process.Process "
+            "describes"
         )
     return ProcessDescription(
         schedule, _of_table(config, name), TimeConditioning("index", _entries(config))
@@ -137,10 +137,10 @@ def describe_process(config: Config, mu: float | None = None) -> ProcessDescript
 def _shifted(settings: SchedulerSettings, config: Config, mu: float | None) -> SchedulerSettings:
     if mu is None:
         raise ValueError(
-            "use_dynamic_shifting is set: give mu, the μ that the pipeline computes from the "
+            "use_dynamic_shifting is set: pass mu, the μ that the pipeline computes from the "
             "image's size"
         )
-    return settings.shifted(mu, config.get("time_shift_type", "exponential"))
+    return settings.shift(mu, config.get("time_shift_type", "exponential"))
 
 
 def _entries(config: Config) -> float:
@@ -157,9 +157,8 @@ def _check_flow(config: Config, name: str) -> None:
         )
     if name in TABLES and (kind := config.get("prediction_type", "epsilon")) != "flow_prediction":
         raise ValueError(
-            f"{name} has use_flow_sigmas, but prediction_type {kind!r}: a flow's network predicts "
-            "flow_prediction; set one "
-            f"of the two in its config"
+            f"{name} has use_flow_sigmas, but prediction_type is {kind!r}: set prediction_type to "
+            "flow_prediction, or leave use_flow_sigmas out"
         )
 
 
@@ -169,8 +168,8 @@ def _of_table(config: Config, name: str) -> PredictionType:
             return kind
         case "flow_prediction":
             raise ValueError(
-                f"{name} has prediction_type 'flow_prediction', but a table of betas: set "
-                "use_flow_sigmas, or another type"
+                f"{name} has prediction_type 'flow_prediction', but its noise levels are a table "
+                "of betas: set use_flow_sigmas, or another prediction_type"
             )
     raise ValueError(
         f"prediction_type is {kind!r}, expected epsilon, sample, v_prediction or flow_prediction"
@@ -180,7 +179,7 @@ def _of_table(config: Config, name: str) -> PredictionType:
 def _edm(config: Config, schedule: Schedule) -> ProcessDescription:
     if (kind := config.get("prediction_type", "epsilon")) != "epsilon":
         raise ValueError(
-            f"prediction_type is {kind!r}: an EDM network's output here is that of 'epsilon' "
+            f"prediction_type is {kind!r}, expected 'epsilon', the only one of an EDM network "
             "(c_out above 0)"
         )
     return ProcessDescription(schedule, "edm", C_NOISE, float(config.get("sigma_data", 0.5)))
@@ -189,7 +188,8 @@ def _edm(config: Config, schedule: Schedule) -> ProcessDescription:
 def _continuous(config: Config, schedule: Schedule) -> ProcessDescription:
     if (kind := config.get("prediction_type", "epsilon")) != "v_prediction":
         raise ValueError(
-            f"prediction_type is {kind!r}, but timestep_type 'continuous' needs 'v_prediction'"
+            f"prediction_type is {kind!r}, expected 'v_prediction', which timestep_type "
+            "'continuous' requires"
         )
     return ProcessDescription(Rescaled(schedule, "vp"), "v_prediction", C_NOISE)
 
@@ -203,8 +203,7 @@ def _family(config: Config) -> str:
         return "FlowMatchEulerDiscreteScheduler"
     raise ValueError(
         f"the config ({', '.join(sorted(config)) or 'empty'}) names no scheduler: pass the "
-        "scheduler itself, or its "
-        f"config with _class_name"
+        "scheduler itself, or its config with _class_name"
     )
 
 
@@ -218,25 +217,29 @@ def dynamic_shift(config: Config, tokens: int) -> float:
     Returns:
         μ.
     """
-    low, high, base, maximum = (config.get(name, default) for name, default in SHIFTS.items())
+    low, high, base, maximum = (
+        config.get(name, default) for name, default in DEFAULT_SHIFTS.items()
+    )
     return base + (maximum - base) * (tokens - low) / (high - low)
 
 
-SHIFTS = {
+DEFAULT_SHIFTS = {
     "base_image_seq_len": 256,
     "max_image_seq_len": 4096,
     "base_shift": 0.5,
     "max_shift": 1.15,
 }
-PASSED_ON = ("time_shift_type", *SHIFTS)
+"""Defaults of the line through (tokens, μ) of a dynamic shift."""
+SHIFT_OPTIONS = ("time_shift_type", *DEFAULT_SHIFTS)
+"""Options of a dynamic shift, which have the same names in a DiffcoreScheduler."""
 
 
 def scheduler_arguments(config: Config) -> dict[str, Any]:
-    """The arguments of a DiffcoreScheduler for the config of a diffusers scheduler: process,
-    spacing, end and clipping.
+    """The arguments of a DiffcoreScheduler that express the config of a diffusers scheduler.
 
-    The spacings leading, trailing and linspace, and beta, exponential and Karras levels, become
-    grids. The sampler is not read; the default is DDIM.
+    They define the process, the grid, the last level and the clipping. The spacings leading,
+    trailing and linspace, and beta, exponential and Karras levels, become grids. The sampler is not
+    read; the default is DDIM.
 
     Args:
         config: config with `_class_name`.
@@ -253,26 +256,22 @@ def scheduler_arguments(config: Config) -> dict[str, Any]:
     described = describe_process(
         config | ({"use_dynamic_shifting": False, "shift": 1.0} if dynamic else {})
     )
-    fields: dict[str, Any] = {
+    _check_expressible(config)
+    arguments: dict[str, Any] = {
         "schedule": described.schedule,
         "prediction_type": described.prediction,
         "time": described.time,
-    }
-    if described.sigma_data is not None:
-        fields["sigma_data"] = described.sigma_data
-    _check_expressible(config)
-    end = {
-        "last": _last(config, described.schedule),
+        "last": _last_logsnr(config, described.schedule),
         "clip": _clip(config),
         "grid": grid_from_config(config, described.schedule),
+        "use_dynamic_shifting": dynamic,
+        "num_train_timesteps": int(_entries(config)),
     }
-    passed = {name: config[name] for name in PASSED_ON if config.get(name) is not None}
-    return (
-        fields
-        | end
-        | passed
-        | {"use_dynamic_shifting": dynamic, "num_train_timesteps": int(_entries(config))}
-    )
+    if described.sigma_data is not None:
+        arguments["sigma_data"] = described.sigma_data
+    return arguments | {
+        name: config[name] for name in SHIFT_OPTIONS if config.get(name) is not None
+    }
 
 
 def _check_expressible(config: Config) -> None:
@@ -320,9 +319,7 @@ def grid_from_config(config: Config, schedule: Schedule) -> Grid:
 
 
 def _ratio(lowest: float) -> float:
-    """σ/α of the noisiest level, lowered by a relative 1e-12 so that rounding does not
-    exceed it.
-    """
+    """σ/α of the noisiest level, lowered by a relative 1e-12 so that rounding cannot exceed it."""
     return math.exp(-_finite(lowest) / 2) * (1 - 1e-12)
 
 
@@ -335,7 +332,7 @@ def _finite(logsnr: float) -> float:
     return logsnr
 
 
-def _last(config: Config, schedule: Schedule) -> float | None:
+def _last_logsnr(config: Config, schedule: Schedule) -> float | None:
     """λ of index 0 if sampling ends there (set_alpha_to_one false, or final_sigmas_type sigma_min),
     else None.
     """
@@ -354,6 +351,4 @@ def _with_defaults(config: Config) -> dict[str, Any]:
     parameters = (
         inspect.signature(kind.__init__).parameters.values() if inspect.isclass(kind) else ()
     )
-    return {p.name: p.default for p in parameters if p.default is not p.empty} | named_config(
-        config
-    )
+    return {p.name: p.default for p in parameters if p.default is not p.empty} | read_config(config)

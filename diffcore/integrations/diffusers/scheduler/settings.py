@@ -54,22 +54,22 @@ class SchedulerSettings:
             )
         if self.clip is not None and not 0 < self.clip < math.inf:
             raise ValueError(f"clip is {self.clip}, expected a positive bound on x_0, or None")
-        self.process  # refuses fields that contradict each other
+        self.process  # raises if the fields contradict each other
 
     @property
     def process(self) -> Process:
-        """The process; its shape is a placeholder."""
+        """The process that the network was trained on; its shape is a placeholder."""
         return Process(
             self.schedule, self.prediction_type, self.time, shape=(1,), sigma_data=self.sigma_data
         )
 
-    def shifted(self, mu: float, kind: str) -> "SchedulerSettings":
+    def shift(self, mu: float, shift_type: str) -> "SchedulerSettings":
         """The settings with the schedule shifted in time by s = e^μ (exponential) or s = μ
         (linear).
 
         Args:
             mu: μ, which the pipeline computes from the image size.
-            kind: exponential or linear.
+            shift_type: exponential or linear.
 
         Returns:
             The shifted settings.
@@ -77,25 +77,24 @@ class SchedulerSettings:
         Raises:
             ValueError: A linear shift is not positive.
         """
-        if kind == "linear" and not mu > 0:
+        if shift_type == "linear" and not mu > 0:
             raise ValueError(f"mu is {mu}, expected a time shift above 0")
-        return replace(
-            self,
-            schedule=Shifted(self.schedule, -2 * (mu if kind == "exponential" else math.log(mu))),
-        )
+        log_shift = mu if shift_type == "exponential" else math.log(mu)
+        return replace(self, schedule=Shifted(self.schedule, -2 * log_shift))
 
     def knots(self, steps: int) -> tuple[Level, ...]:
         """The knots of the grid for a number of steps."""
-        return self.ended(self.grid.knots(self.schedule, steps))
+        return self.complete_knots(self.grid.knots(self.schedule, steps))
 
-    def ended(self, knots: tuple[Level, ...]) -> tuple[Level, ...]:
-        """The knots with `levels` inserted, and `last` in place of the clean one.
+    def complete_knots(self, knots: tuple[Level, ...]) -> tuple[Level, ...]:
+        """Insert the knots at `levels`, and replace the clean knot by that at `last`.
 
         Args:
             knots: knots of a grid.
 
         Returns:
-            The knots; the clean one stays if the knot before it is cleaner than `last`.
+            The knots of sampling. The clean knot stays if the knot before it is cleaner than
+            `last`.
         """
         knots = insert_levels(knots, self.levels)
         if self.last is None or knots[-1].logsnr < math.inf or not knots[-2].logsnr < self.last:
@@ -104,7 +103,7 @@ class SchedulerSettings:
 
     @classmethod
     def read(cls, fields: dict[str, Any]) -> "SchedulerSettings":
-        """The settings from their fields.
+        """Read the settings from plain data.
 
         Args:
             fields: components or their plain data, by field name.

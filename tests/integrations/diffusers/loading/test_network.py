@@ -283,7 +283,7 @@ def test_a_folder_that_is_incomplete_or_holds_code_is_refused(folder, damage, me
 REFUSED = [
     (
         diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True),
-        "use_flow_sigmas, but prediction_type 'epsilon'",
+        "use_flow_sigmas, but prediction_type is 'epsilon'",
     ),
     (
         diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction"),
@@ -291,7 +291,7 @@ REFUSED = [
     ),
     (
         diffusers.EDMEulerScheduler(prediction_type="v_prediction"),
-        "prediction_type is 'v_prediction': an EDM",
+        "prediction_type is 'v_prediction', expected 'epsilon', the only one of an EDM",
     ),
     (
         diffusers.DDPMScheduler().config | {"prediction_type": "eps"},

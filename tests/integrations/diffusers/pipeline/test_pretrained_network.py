@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from diffcore.core.process import Process, TimeConditioning
-from diffcore.integrations.diffusers import DiffcoreScheduler, LoRA, Pretrained
+from diffcore.integrations.diffusers import DiffcoreScheduler, LoRA, PretrainedNetwork
 from diffcore.integrations.diffusers.loading.index import PipelineIndex
-from diffcore.integrations.diffusers.pipeline.pretrained_network import run_scheduler
+from diffcore.integrations.diffusers.pipeline.pretrained_network import build_scheduler
 from diffcore.integrations.diffusers.scheduler.scheduler_config import (
     describe_process,
-    named_config,
+    read_config,
 )
 from diffcore.schedules import Cosine, Discrete, Flow, Shifted, ZeroTerminalSNR
 from tests.helpers.captioned_images import OLD, change_json, write_pipeline
@@ -35,7 +35,7 @@ def answer(network):
 
 
 def test_it_answers_as_the_pipelines_network_and_trains_all_of_it(folder):
-    made = Pretrained(str(folder))
+    made = PretrainedNetwork(str(folder))
     assert torch.equal(answer(made), PipelineIndex(folder).read("unet")(X, TIME, STATES).sample)
     assert all(value.requires_grad for value in made.parameters())
     assert set(made.state_dict()) == {f"network.{name}" for name in made.network.state_dict()}
@@ -43,14 +43,15 @@ def test_it_answers_as_the_pipelines_network_and_trains_all_of_it(folder):
 
 def test_the_mean_of_a_network_that_also_outputs_a_variance(tmp_path):
     dit_pipeline(diffusers.DDIMScheduler()).save_pretrained(tmp_path)
-    made, labels = Pretrained(str(tmp_path)), torch.tensor([1, 2])
+    made, labels = PretrainedNetwork(str(tmp_path)), torch.tensor([1, 2])
     expected = made.network(X, TIME, class_labels=labels).sample[:, :4]
     assert torch.equal(made(X, TIME, class_labels=labels), expected)
 
 
 def test_the_state_of_an_adapter_is_the_adapter_alone(folder):
     torch.manual_seed(0)
-    made, base = Pretrained(str(folder), LoRA(rank=2, alpha=6)), Pretrained(str(folder))
+    made = PretrainedNetwork(str(folder), LoRA(rank=2, alpha=6))
+    base = PretrainedNetwork(str(folder))
     trained = {name for name, value in made.named_parameters() if value.requires_grad}
     assert set(made.state_dict()) == trained
     assert all(".lora_A." in name or ".lora_B." in name for name in trained)
@@ -73,9 +74,8 @@ def test_the_first_adapter_is_a_function_of_the_seed(folder):
     states = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        states.append(
-            torch.cat([v.flatten() for v in Pretrained(str(folder), LoRA(2)).state_dict().values()])
-        )
+        state = PretrainedNetwork(str(folder), LoRA(2)).state_dict()
+        states.append(torch.cat([value.flatten() for value in state.values()]))
     assert torch.equal(states[0], states[1])
     assert not torch.equal(states[0], states[2])
 
@@ -91,7 +91,7 @@ def test_the_first_adapter_is_a_function_of_the_seed(folder):
 )
 def test_an_adapter_that_cannot_be_is_refused(folder, options, message):
     with pytest.raises(ValueError, match=message):
-        Pretrained(str(folder), LoRA(**options))
+        PretrainedNetwork(str(folder), LoRA(**options))
 
 
 def test_without_peft_an_adapter_is_refused_with_the_remedy(folder, monkeypatch):
@@ -99,7 +99,7 @@ def test_without_peft_an_adapter_is_refused_with_the_remedy(folder, monkeypatch)
         "diffcore.integrations.diffusers.pipeline.pretrained_network.has_extra", lambda name: False
     )
     with pytest.raises(ValueError, match=r"LoRA .* not installed: pip install 'diffcore\[lora\]'"):
-        Pretrained(str(folder), LoRA(2))
+        PretrainedNetwork(str(folder), LoRA(2))
 
 
 def test_an_adapter_that_diffusers_would_not_load_is_refused_before_it_is_trained(folder, tmp_path):
@@ -107,21 +107,21 @@ def test_an_adapter_that_diffusers_would_not_load_is_refused_before_it_is_traine
     with pytest.raises(
         ValueError, match="diffusers loads no LoRA into a DiTPipeline: train all weights"
     ):
-        Pretrained(str(tmp_path / "dit"), LoRA(2))
+        PretrainedNetwork(str(tmp_path / "dit"), LoRA(2))
     shutil.copytree(folder, tmp_path / "other")
     change_json(tmp_path / "other/model_index.json", _class_name="logging")
     with pytest.raises(ValueError, match="holds a logging, expected a pipeline of diffusers"):
-        Pretrained(str(tmp_path / "other"), LoRA(2))
+        PretrainedNetwork(str(tmp_path / "other"), LoRA(2))
 
 
 def test_what_is_no_pipeline_or_is_told_text_by_label_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="is missing: expected the folder of a diffusers pipeline"):
-        Pretrained(str(tmp_path))
+        PretrainedNetwork(str(tmp_path))
     with pytest.raises(
         ValueError,
         match="is conditioned on text, not on labels: sample its pipeline/ with --prompt",
     ):
-        Pretrained(str(folder))(X, TIME, class_labels=torch.tensor([0, 1]))
+        PretrainedNetwork(str(folder))(X, TIME, class_labels=torch.tensor([0, 1]))
 
 
 # The scheduler that is saved
@@ -157,10 +157,10 @@ SD3 = Shifted.by_time_shift(Flow(), 3.0)
 )
 def test_the_saved_scheduler_describes_the_process(tmp_path, config, described, kind):
     process = Process(*described, shape=(4, 8, 8), sigma_data=1.0)
-    run_scheduler(named_config(config), process).save_pretrained(tmp_path)
+    build_scheduler(read_config(config), process).save_pretrained(tmp_path)
     found = kind.from_pretrained(tmp_path)
     assert type(found) is kind
-    schedule, *others = describe_process(named_config(found))[:3]
+    schedule, *others = describe_process(read_config(found))[:3]
     assert others == [process.prediction, process.time]
     t = torch.linspace(0.001, 1, 1000, dtype=torch.float64)
     torch.testing.assert_close(
@@ -173,8 +173,8 @@ def test_the_saved_scheduler_describes_the_process(tmp_path, config, described, 
 
 def test_a_schedule_that_is_no_table_is_saved_as_one(tmp_path):
     process = Process(Cosine(), "v_prediction", INDEX, shape=(4, 8, 8), sigma_data=1.0)
-    run_scheduler(named_config(diffusers.PNDMScheduler(**OLD)), process).save_pretrained(tmp_path)
-    found = describe_process(named_config(diffusers.DDIMScheduler.from_pretrained(tmp_path)))
+    build_scheduler(read_config(diffusers.PNDMScheduler(**OLD)), process).save_pretrained(tmp_path)
+    found = describe_process(read_config(diffusers.DDIMScheduler.from_pretrained(tmp_path)))
     t = torch.arange(1, 1001, dtype=torch.float64) / 1000
     torch.testing.assert_close(found.schedule.logsnr(t), Cosine().logsnr(t), rtol=0, atol=1e-9)
     assert found[1:3] == ("v_prediction", INDEX)
