@@ -23,7 +23,9 @@ from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
 from diffcore.schedules import Level, Real
 
-if TYPE_CHECKING:  # the default lets annotations read `Sampler`, which command-line parsers need
+if TYPE_CHECKING:
+    # The default permits the annotation `Sampler` without a type argument, which the command-line
+    # parser can read.
     from typing_extensions import TypeVar
 
     Memory = TypeVar("Memory", default=Any)

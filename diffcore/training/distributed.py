@@ -146,7 +146,7 @@ def restore_state(
     Args:
         network: network, possibly sharded.
         optimizer: optimizer of its parameters.
-        state: whole state, as `capture_state` returns it on the first rank.
+        state: whole state, as `capture_state` returned it on the first rank; every rank passes it.
     """
     by_parameter: dict[str, Any] = {}
     for name, value in state.optimizer.items():

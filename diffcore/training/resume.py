@@ -1,7 +1,7 @@
 """How a run starts and resumes: what a checkpoint contains, how it is loaded, and what is refused.
 
-A run resumes from its newest whole checkpoint as if it had not stopped. It is refused if a setting
-that enters the weights, the process, the data or frozen weights changed since it was started.
+A run resumes from its newest complete checkpoint as if it had not stopped. Resuming is refused if
+the process, the data, the frozen weights, or a setting that affects the weights has changed.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from diffcore.core.network import frozen_hash
 from diffcore.core.process import Process
 from diffcore.io.files import write_file
 from diffcore.training import checkpoint
@@ -49,7 +48,7 @@ They do not enter the weights, except `steps`, which enters only the learning ra
 
 
 def start_or_resume(state: TrainState, message: Callable[[str], None]) -> None:
-    """Start the folder of the run, or load its newest whole checkpoint if `resume` is set.
+    """Start the folder of the run, or load its newest complete checkpoint if `resume` is set.
 
     Args:
         state: state at step 0; changed in place.
@@ -97,7 +96,7 @@ def checkpoint_of(state: TrainState) -> Checkpoint:
             "skipped": state.non_finite_steps,
             "groups": captured.groups,
             **_rounding(state),
-            **_hashes(state),
+            **state.content_hashes,
         },
     )
 
@@ -129,7 +128,7 @@ def check_settings(run: "Run", config: str, process: Process) -> None:
 
 
 def _resume(state: TrainState, message: Callable[[str], None]) -> None:
-    """Load the newest whole checkpoint; a run that stopped before its first one starts again."""
+    """Load the newest complete checkpoint; a run that stopped before its first one starts again."""
     settings, run = state.settings, state.settings.run
     check_settings(run, settings.config, settings.process)
     newest = checkpoint.newest(run.checkpoints, message)
@@ -167,7 +166,7 @@ def _check_checkpoint(
             f"steps is {settings.steps}, but the run has taken {saved['step']}: set steps to at "
             "least as many"
         )
-    changed = [name for name, now in _hashes(state).items() if saved.get(name, now) != now]
+    changed = [name for name, now in state.content_hashes.items() if saved.get(name, now) != now]
     if changed:
         raise ValueError(
             f"the {' and '.join(changed)} are not those with which the run in "
@@ -192,9 +191,3 @@ def _refuse(run: "Run", changed: list[str]) -> None:
 def _rounding(state: TrainState) -> dict[str, int]:
     """What the last bits of a run depend on."""
     return {"processes": state.accelerator.num_processes, "threads": torch.get_num_threads()}
-
-
-def _hashes(state: TrainState) -> dict[str, str]:
-    """Hashes of what a run is made of beside its config, where they are known."""
-    hashes = {"data": state.settings.source.content_hash, "network": frozen_hash(state.network)}
-    return {name: value for name, value in hashes.items() if value}

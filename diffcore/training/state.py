@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from diffcore.core.denoiser import Denoiser
+from diffcore.core.network import frozen_hash
 from diffcore.core.process import Process
 from diffcore.core.random import Stream, derive_seed
 from diffcore.objectives.objective import SampleKey
@@ -42,6 +43,7 @@ class TrainState:
         order: order in which the run reads its data.
         level_sampler: distribution of the training levels, which may adapt to the losses.
         window: losses and gradient norms since the last report.
+        content_hashes: hashes of the data and of frozen weights at the start, if known.
         step: number of optimizer steps taken.
         non_finite_steps: number of last steps in a row that were not finite.
     """
@@ -55,6 +57,7 @@ class TrainState:
     order: DataOrder
     level_sampler: LevelSampler
     window: LossWindow
+    content_hashes: dict[str, str]
     step: int = 0
     non_finite_steps: int = 0
 
@@ -141,7 +144,13 @@ def build_state(settings: "Trainer") -> TrainState:
             settings.objective, settings.process, settings.seed, settings.batch_size, *split
         ),
         LossWindow(*split),
+        _content_hashes(settings, accelerator.unwrap_model(modules[0])),
     )
+
+
+def _content_hashes(settings: "Trainer", network: nn.Module) -> dict[str, str]:
+    hashes = {"data": settings.source.content_hash, "network": frozen_hash(network)}
+    return {name: value for name, value in hashes.items() if value}
 
 
 def _check_batch(settings: "Trainer", ranks: int) -> None:

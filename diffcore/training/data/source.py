@@ -38,7 +38,7 @@ class DataSource(Dataset[Any]):
     """Captions; a label is an index into them. Empty: labels are classes, or there are none."""
 
     is_latent: bool = False
-    """True if x_0 are latents that `decode` converts to images."""
+    """True if x_0 are latents; a data set of latents also overrides `decode`."""
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -205,9 +205,8 @@ def prepare_data(
         device: device on which encoders run.
         is_main_process: True on the rank that does the work.
     """
-    if not data.is_ready:
-        data.prepare(device, is_main_process)
-        check_data(data, process)
+    data.prepare(device, is_main_process)
+    check_data(data, process)
 
 
 def check_labels(label: Tensor, index: Tensor, process: Process) -> None:

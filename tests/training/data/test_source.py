@@ -61,6 +61,21 @@ def test_a_data_source_is_not_adapted_again():
     assert as_data_source(data) is data
 
 
+def test_data_that_overrides_prepare_alone_is_prepared_and_checked():
+    class PreparedOnly(PreparedSource):
+        is_ready = True
+
+        def __getitem__(self, index):
+            return self.items[index] if self.items else torch.zeros(2)
+
+    prepare_data(
+        data := PreparedOnly(torch.zeros(2)), Process(shape=(2,)), torch.device("cpu"), True
+    )
+    assert data.items
+    with pytest.raises(ValueError, match="expected a float tensor of the process's shape"):
+        prepare_data(PreparedOnly(torch.zeros(3)), Process(shape=(2,)), torch.device("cpu"), True)
+
+
 def test_data_is_checked_after_it_was_prepared():
     process = Process(shape=(2,))
     prepare_data(good := PreparedSource(torch.zeros(2)), process, torch.device("cpu"), True)

@@ -39,6 +39,10 @@ class TextCondition(ABC):
     unsupported_config: ClassVar[Mapping[str, str]] = {}
     """Keys that the network's config must not set -> why a network that does is refused."""
 
+    def check_pipeline(self, pipeline: Any) -> None:
+        """Raise ValueError if prompts of this pipeline cannot be encoded; by default they can."""
+        return
+
     @abstractmethod
     def encode(self, pipeline: Any, text: str, is_null: bool) -> dict[str, Tensor]:
         """Encode one prompt.

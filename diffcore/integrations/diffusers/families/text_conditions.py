@@ -42,12 +42,14 @@ class StableDiffusionText(TextCondition):
 class StableDiffusionXLText(StableDiffusionText):
     """The states of two encoders, a pooled one, and the size in pixels as `time_ids`."""
 
-    def encode(self, pipeline: Any, text: str, is_null: bool) -> Arguments:
+    def check_pipeline(self, pipeline: Any) -> None:
         if pipeline.config.get("requires_aesthetics_score"):
             raise ValueError(
                 f"this {type(pipeline).__name__} is a refiner, conditioned on an aesthetic score "
                 f"beside the prompt: load the base"
             )
+
+    def encode(self, pipeline: Any, text: str, is_null: bool) -> Arguments:
         encoded = pipeline.encode_prompt("" if is_null else text, **_negative(text, is_null))
         return {
             "encoder_hidden_states": encoded[0 + is_null],

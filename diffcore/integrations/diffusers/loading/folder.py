@@ -217,8 +217,9 @@ def sampling_defaults(folder: Path) -> dict[str, Any]:
     family = family_of_class(str(index[network_name(folder, index)][1])) or GENERIC
     cls: Any = getattr(diffusers, str(index.get("_class_name")), None)
     parameters = inspect.signature(cls.__call__).parameters if callable(cls) else {}
-    argument = parameters.get(family.guidance_argument)
-    scale = 1.0 if argument is None else float(argument.default)
+    names = (family.guidance_argument, *(("true_cfg_scale",) if family is GENERIC else ()))
+    given = [parameters[name].default for name in reversed(names) if name in parameters]
+    scale = float(next((value for value in given if isinstance(value, int | float)), 1.0))
     defaults = {"guidance": to_spec(CFG(scale))} | {
         name: config[name] for name in ("sampler", "grid") if name in config
     }

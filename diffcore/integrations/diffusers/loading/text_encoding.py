@@ -76,6 +76,7 @@ def _text_encoders(pipe: Any, condition: TextCondition) -> list[nn.Module]:
     Raises:
         ValueError: one that is not optional, or its tokenizer, is missing.
     """
+    condition.check_pipeline(pipe)
     names = [name for name in pipe.components if name.startswith("text_encoder")]
     needed = [
         part
