@@ -30,10 +30,13 @@ class Run:
     """The folder of a training run.
 
     Args:
-        folder: path of the folder.
+        folder: path of the folder; a string becomes a Path.
     """
 
     folder: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", Path(self.folder))
 
     @property
     def config(self) -> Path:

@@ -43,7 +43,7 @@ class Grid(ABC):
             ValueError: `steps` is below 1 or above the number of entries of a table, or a knot is
                 noisier than the schedule. The message contains the bound.
 
-        Example:
+        Examples:
             >>> from diffcore.schedules import Flow, Trailing
             >>> [knot.t for knot in Trailing().knots(Flow(), steps=4)]
             [1.0, 0.75, 0.5, 0.25, 0.0]
@@ -114,7 +114,7 @@ class Within(CoordinateGrid):
         low: λ of the first knot; -inf: first knot of the inner grid.
         high: λ of the last knot; inf: last knot of the inner grid.
 
-    Example:
+    Examples:
         >>> from diffcore.schedules import Flow, UniformLogSNR
         >>> grid = Within(UniformLogSNR(), low=-2.0, high=4.0)
         >>> [knot.logsnr for knot in grid.knots(Flow(), steps=3)]

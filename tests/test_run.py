@@ -72,3 +72,8 @@ def test_a_configuration_cannot_call_functions_outside_diffcore(run):
     run.config.write_text("network: os.getcwd\n")
     with pytest.raises(ValueError, match=r"os\.getcwd"):
         run.denoiser()
+
+
+def test_the_folder_of_a_run_may_be_a_string(trained):
+    assert Run(str(trained)) == Run(trained)
+    assert Run(str(trained)).denoiser().process == Run(trained).denoiser().process

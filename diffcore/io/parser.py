@@ -33,6 +33,7 @@ MAXIMUM_LISTED = 12
 UNION_WITH_NONE = re.compile(
     r"Does not validate against.*?- (.*?)\n\s*- Expected a <class 'NoneType'>.*", re.DOTALL
 )
+NOT_TRUSTED = re.compile(r"Importing '([\w.]+)' is not allowed")
 MISSING_PACKAGE = re.compile(r"import of (\w+)[\w.]* halted|No module named '(\w+)")
 UNKNOWN_CLASS = re.compile(r"(?<=import path string: )[\w.]+")
 UNKNOWN_OPTION = re.compile(r"(?:(?<=ption ')|(?<=arguments: --))[\w.]+")
@@ -142,6 +143,12 @@ class ComponentParser(ArgumentParser):
         absent = MISSING_PACKAGE.search(message)
         if absent and (package := absent[1] or absent[2]) in EXTRAS:
             return str(missing(package, "A class that is named in the settings"))
+        if denied := NOT_TRUSTED.search(message):
+            module = denied[1].rpartition(".")[0]
+            return (
+                f"importing '{denied[1]}' is not allowed, because its module is not trusted: "
+                f"add --trust {module}"
+            )
         message = " ".join(UNION_WITH_NONE.sub(r"\1", message).split())
         classes = _known_classes()
         named = [cls for name, cls in classes.items() if re.search(rf"\b{name}\b", message)]
