@@ -22,6 +22,7 @@ from diffcore.guidance.base import (
     Step,
     check_space,
     expand_per_sample,
+    outputs,
 )
 from diffcore.guidance.reference import Reference
 
@@ -123,12 +124,8 @@ class AdaptiveGuidance(GuidanceWrapper[AdaptiveGuidanceMemory]):
         space: Literal["epsilon", "v_prediction", "sample"], inputs: GuidanceInput
     ) -> Tensor:
         """cos(F_c, F_ref) of each sample in any space, shape (B,); 0 where either is 0."""
-        level, sigma_data = inputs.step.level, inputs.step.process.sigma_data
-        F_c, F_ref = (
-            target(space, *prediction, level, sigma_data).flatten(1)
-            for prediction in (inputs.conditional, inputs.references[0])
-        )
-        return cosine_similarity(F_c, F_ref, dim=1)
+        F_c, F_ref = outputs(space, inputs.step, inputs.conditional, inputs.references[0])
+        return cosine_similarity(F_c.flatten(1), F_ref.flatten(1), dim=1)
 
 
 class LinearAGMemory(NamedTuple):
@@ -293,10 +290,7 @@ def _output_pair(space: PredictionType, inputs: GuidanceInput) -> OutputPair:
             "LinearAG needs one reference at each step: use a rule that requires it at each, such "
             "as CFG(4.0)"
         )
-    F_c, F_ref = (
-        target(space, *prediction, inputs.step.level, inputs.step.process.sigma_data)
-        for prediction in (inputs.conditional, *inputs.references)
-    )
+    F_c, F_ref = outputs(space, inputs.step, inputs.conditional, *inputs.references)
     return F_c, F_ref
 
 

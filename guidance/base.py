@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Generic, NamedTuple
 from torch import Tensor
 from typing_extensions import TypeVar
 
-from diffcore.core.prediction import Prediction, PredictionType
+from diffcore.core.prediction import Prediction, PredictionType, target
 from diffcore.core.process import Process
 from diffcore.guidance.reference import Condition, Reference, Unconditional, check_reference
 from diffcore.guidance.scale import ScaleLike, check_scale, scale_at
@@ -33,6 +33,7 @@ __all__ = [
     "check_space",
     "dot_per_sample",
     "expand_per_sample",
+    "outputs",
 ]
 
 Memory = TypeVar("Memory", default=Any)
@@ -310,6 +311,21 @@ def add_to_x0(prediction: Prediction, change: Tensor, level: Level) -> Predictio
     if level.sigma == 0:
         return prediction
     return Prediction(prediction.x0 + change, prediction.eps - (level.alpha / level.sigma) * change)
+
+
+def outputs(space: PredictionType, step: Step, *predictions: Prediction) -> tuple[Tensor, ...]:
+    """The network output F (B, *shape) of each prediction at the level of a step.
+
+    Args:
+        space: prediction type of F.
+        step: step of the evaluation.
+        *predictions: predictions at its level.
+
+    Returns:
+        One F for each prediction.
+    """
+    sigma_data = step.process.sigma_data
+    return tuple(target(space, *prediction, step.level, sigma_data) for prediction in predictions)
 
 
 def dot_per_sample(a: Tensor, b: Tensor) -> Tensor:

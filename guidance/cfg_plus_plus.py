@@ -20,8 +20,8 @@ class CFGPlusPlus(Guidance[None]):
     Source: Chung et al. 2024 (2406.08070, Algorithm 2); w = 0.6 is used where CFG has 7.5.
     w = 0 is the unconditional first-order step. w = 1 steps to the conditional x_0; it is not the
     conditional model. The pair breaks x = α x_0 + σ ε, so it has no limit of small steps and is
-    for first-order samplers only: a step from u = σ/α to u' is a step of CFG with w' =
-    w u/(u - u').
+    for first-order samplers only: a step from u = σ/α to u' is a step of CFG with
+    w' = w u/(u - u').
 
     Args:
         scale: w within [0, 1]: a number, a scale schedule, or in Python any function of λ.

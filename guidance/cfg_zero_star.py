@@ -50,8 +50,7 @@ class CFGZeroStar(Contrast[None]):
         x, step = inputs.x, inputs.step
         if step.index < self.zero_init:
             return predict("flow_prediction", torch.zeros_like(x), x, step.level, 1.0), memory
-        guided, _ = super().combine(inputs, memory)
-        return guided, memory
+        return super().combine(inputs, memory)
 
     def extrapolate(
         self, inputs: GuidanceInput, reference: Prediction, scale: float, memory: None

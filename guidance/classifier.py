@@ -120,8 +120,9 @@ class ClassifierGuidance(Guidance[None]):
         w = scale_at(self.scale, level)
         if w == 0 or level.sigma == 0:
             return inputs.conditional, memory
-        label = None if self.label is None else torch.full((len(x),), self.label, device=x.device)
-        y = inputs.condition if label is None else label
+        y = inputs.condition
+        if self.label is not None:
+            y = torch.full((len(x),), self.label, device=x.device)
         point = x if self.input == "x" else inputs.conditional.x0
         gradient = self._gradient(point, level, y, inputs.step.process.classes)
         if self.input == "x0":

@@ -122,9 +122,9 @@ class Interval(GuidanceWrapper[Any]):
         if self.variable == "logsnr":
             return low, high
         unit = 1.0 if self.sigma_data is None else process.sigma_data / self.sigma_data
-        return -2 * math.log(high * unit) if high < math.inf else -math.inf, _logsnr(low * unit)
+        return _logsnr(high * unit), _logsnr(low * unit)
 
 
 def _logsnr(sigma: float) -> float:
-    """λ at σ/α = sigma; inf at 0."""
+    """λ at σ/α = sigma; inf at 0, -inf at inf."""
     return -2 * math.log(sigma) if sigma else math.inf

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from diffcore.core.denoiser import DenoiserProtocol
+from diffcore.core.denoiser import DenoiserProtocol, DenoiserWrapper
 from diffcore.core.prediction import Prediction
 from diffcore.guidance.reference import Query, Reference
 from diffcore.schedules import Level
@@ -142,21 +141,12 @@ class SkippedLayers(AlteredNetwork):
         return module.register_forward_hook(_return_input, with_kwargs=True).remove
 
 
-class _AlteredDenoiser:
+class _AlteredDenoiser(DenoiserWrapper):
     """A denoiser whose network is altered during each evaluation."""
 
     def __init__(self, denoiser: DenoiserProtocol, alteration: AlteredNetwork) -> None:
-        self.denoiser, self.alteration, self.process = denoiser, alteration, denoiser.process
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the inner denoiser."""
-        return self.denoiser.device
-
-    @property
-    def network(self) -> nn.Module | None:
-        """The network of the inner denoiser."""
-        return self.denoiser.network
+        super().__init__(denoiser)
+        self.alteration = alteration
 
     def __call__(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Prediction:
         if (network := self.network) is None:
@@ -165,7 +155,7 @@ class _AlteredDenoiser:
                 f"WeakerNetwork"
             )
         with self.alteration.apply(network):
-            return self.denoiser(x, level, condition)
+            return self.inner(x, level, condition)
 
 
 def _identity_attention(attention: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:

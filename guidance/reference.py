@@ -5,7 +5,8 @@
     another network, the same condition        WeakerNetwork   Karras et al. 2024 (2406.02507)
     the same network with altered layers       PerturbedAttention, SkippedLayers (perturbation.py)
 
-Every rule accepts every reference. All predictions of one network share one forward.
+Every rule accepts every reference. The predictions of the guided network
+under several conditions share one forward.
 """
 
 from abc import ABC, abstractmethod
@@ -14,9 +15,9 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffcore.core.denoiser import DenoiserProtocol, null_condition
+from diffcore.core.denoiser import DenoiserProtocol, DenoiserWrapper, null_condition
 from diffcore.core.prediction import Prediction
 from diffcore.core.process import Process
 from diffcore.schedules import Level
@@ -232,35 +233,22 @@ class WeakerNetwork(Reference):
         return f"WeakerNetwork({name})"
 
 
-class _LevelMatchedDenoiser:
+class _LevelMatchedDenoiser(DenoiserWrapper):
     """A denoiser that accepts x and levels of another process."""
-
-    def __init__(self, denoiser: DenoiserProtocol) -> None:
-        self.denoiser, self.process = denoiser, denoiser.process
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the inner denoiser."""
-        return self.denoiser.device
-
-    @property
-    def network(self) -> nn.Module | None:
-        """The network of the inner denoiser."""
-        return self.denoiser.network
 
     def __call__(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Prediction:
         if self.process.schedule == level.schedule:
-            return self.denoiser(x, level, condition)
+            return self.inner(x, level, condition)
         matched = self.process.schedule.at(level.logsnr)
         # At pure noise α is 0 in both scalings, so the ratio is that of σ.
         ratio = matched.alpha / level.alpha if level.alpha else matched.sigma / level.sigma
-        return self.denoiser(ratio * x, matched, condition)
+        return self.inner(ratio * x, matched, condition)
 
 
 def evaluate_queries(
     queries: Sequence[Query], x: Tensor, level: Level, micro_batch: int = 0
 ) -> list[Prediction]:
-    """Evaluate the queries at one level. Queries to one network share one forward.
+    """Evaluate the queries at one level. Queries to one denoiser share one forward.
 
     Args:
         queries: networks and conditions.
@@ -271,8 +259,6 @@ def evaluate_queries(
     Returns:
         The prediction of each query, in the order of the queries.
     """
-    if len(queries) == 1:
-        return [_evaluate(queries[0].denoiser, x, level, queries[0].condition, micro_batch)]
     predictions: dict[int, Prediction] = {}
     for i, query in enumerate(queries):
         if i not in predictions:

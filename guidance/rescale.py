@@ -5,8 +5,8 @@ from typing import Any, ClassVar, get_args
 
 from torch import Tensor
 
-from diffcore.core.prediction import Prediction, PredictionType, predict, target
-from diffcore.guidance.base import GuidanceInput, GuidanceWrapper, Step, check_space
+from diffcore.core.prediction import Prediction, PredictionType, predict
+from diffcore.guidance.base import GuidanceInput, GuidanceWrapper, Step, check_space, outputs
 from diffcore.guidance.reference import Reference
 
 __all__ = ["Rescale"]
@@ -64,10 +64,7 @@ class Rescale(GuidanceWrapper[Any]):
         process, level = inputs.step.process, inputs.step.level
         space = self.space or process.prediction
         check_space(self, space, level)  # needed here for classifiers, which have no reference
-        F, F_c = (
-            target(space, *prediction, level, process.sigma_data)
-            for prediction in (guided, inputs.conditional)
-        )
+        F, F_c = outputs(space, inputs.step, guided, inputs.conditional)
         rescaled = F * (self.phi * _deviation_ratio(F_c, F) + 1 - self.phi)
         return predict(space, rescaled, inputs.x, level, process.sigma_data), memory
 

@@ -29,8 +29,8 @@ from diffcore.samplers.lagrange import (
     QuadratureRule,
     even_moments,
     gauss_legendre,
-    lagrange_weights,
     moments,
+    polynomial_correction,
 )
 from diffcore.schedules import Level, Real
 
@@ -106,7 +106,9 @@ class Adams(Sampler[Memory], ABC):
 
     def _held_value(self, prediction: Prediction) -> Tensor:
         x0, eps = prediction
-        return {"eps": eps, "x0": x0}[self.held] if self.held != "velocity" else eps - x0
+        if self.held == "velocity":
+            return eps - x0
+        return eps if self.held == "eps" else x0
 
     def _scale(self, level: Level) -> Real:
         """c, the ratio of x to the coordinate whose change is the integral of the held quantity."""
@@ -130,16 +132,14 @@ class Adams(Sampler[Memory], ABC):
         Returns:
             c_s Σ_{j≥1} w_j (f_j - f_0), of the shape of x; 0 for a history of one value.
         """
-        (t, f), *past = history
-        if not past:
+        if len(history) == 1:
             return 0.0
-        scale = self._scale(s)
         nodes = [
             _coordinate(level, index, self.variable)
             for index, (level, _) in zip(indices, history, strict=False)
         ]
-        w = lagrange_weights(nodes, self._moments(t, s, len(past)))
-        return sum(multiply(scale * w_j, f_j - f) for w_j, (_, f_j) in zip(w, past, strict=True))
+        moments = self._moments(history[0].level, s, len(history) - 1)
+        return polynomial_correction([f for _, f in history], nodes, moments, self._scale(s))
 
     def _moments(self, t: Level, s: Level, count: int) -> list[Real]:
         """Moments M_1 .. M_count of the measure from t to s, in the variable.

@@ -40,12 +40,12 @@ __all__ = [
     "Sampler",
     "SamplerWrapper",
     "State",
-    "add_noise",
     "fresh_noise_share",
     "is_clean",
     "is_falling",
     "is_interior",
     "multiply",
+    "raise_noise",
     "renoise_prediction",
 ]
 
@@ -288,7 +288,7 @@ def renoise_prediction(prediction: Prediction, share: Real, z: Tensor) -> Predic
     return Prediction(prediction.x0, (1 - share) ** 0.5 * prediction.eps + share**0.5 * z)
 
 
-def add_noise(x: Tensor, level: Level, noisier: Level, z: Tensor) -> Tensor:
+def raise_noise(x: Tensor, level: Level, noisier: Level, z: Tensor) -> Tensor:
     """Raise the noise of x from one level to a noisier one: (α'/α) x + √(σ'² - (σ α'/α)²) z.
 
     The result has exactly the marginal of the noisier level.
@@ -302,7 +302,7 @@ def add_noise(x: Tensor, level: Level, noisier: Level, z: Tensor) -> Tensor:
     Returns:
         The sample at the noisier level.
     """
-    share = -math.expm1(float(noisier.logsnr) - float(level.logsnr))
+    share = fresh_noise_share(noisier, level)
     return noisier.alpha / level.alpha * x + noisier.sigma * share**0.5 * z
 
 

@@ -47,8 +47,9 @@ class DDIM(Sampler[None]):
 
 @dataclass(frozen=True)
 class DDPM(Sampler[None]):
-    """x_s = α_s x_0 + σ_s r ε + √V z, r = u_s/u_t of u = σ/α, with the posterior variance V =
-    β̃^(1-v) β^v.
+    """x_s = α_s x_0 + σ_s r ε + √V z, r = u_s/u_t of u = σ/α, with the posterior variance
+
+        V = β̃^(1-v) β^v
 
     In the vp scaling β̃ = σ_s² (1-r²) and β = σ_t² (1-r²) = 1 - ᾱ_t/ᾱ_s, for knots any distance
     apart; another scaling multiplies both by α_s² + σ_s². v = 0 is DDIM(1). β is exact

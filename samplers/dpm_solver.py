@@ -22,7 +22,7 @@ from diffcore.samplers.base import (
     multiply,
     renoise_prediction,
 )
-from diffcore.samplers.lagrange import lagrange_weights
+from diffcore.samplers.lagrange import polynomial_correction
 from diffcore.schedules import Level, Real
 
 __all__ = ["DPMSolverPP", "DPMSolverSDE", "data_gain", "polynomial_term", "secant_term"]
@@ -122,12 +122,11 @@ def polynomial_term(history: History, s: Level) -> Tensor | float:
     Returns:
         (B, *shape), the shape of x_0; 0 for a history of one value.
     """
-    (t, x0), *past = history
-    if not past:
+    if len(history) == 1:
         return 0.0
     nodes = [level.logsnr for level, _ in history]
-    w = lagrange_weights(nodes, exponential_moments(t, s, len(past)))
-    return sum(multiply(s.sigma * w_j, x0_j - x0) for w_j, (_, x0_j) in zip(w, past, strict=True))
+    moments = exponential_moments(history[0].level, s, len(history) - 1)
+    return polynomial_correction([x0 for _, x0 in history], nodes, moments, s.sigma)
 
 
 def _unpublished_half(history: History, s: Level) -> Tensor:

@@ -13,10 +13,19 @@ from collections.abc import Callable, Iterable, Sequence
 from math import prod
 
 from numpy.polynomial.legendre import leggauss
+from torch import Tensor
 
+from diffcore.samplers.base import multiply
 from diffcore.schedules import Real
 
-__all__ = ["QuadratureRule", "even_moments", "gauss_legendre", "lagrange_weights", "moments"]
+__all__ = [
+    "QuadratureRule",
+    "even_moments",
+    "gauss_legendre",
+    "lagrange_weights",
+    "moments",
+    "polynomial_correction",
+]
 
 GAUSS = tuple(((1 + float(x)) / 2, float(w) / 2) for x, w in zip(*leggauss(16), strict=True))
 """Points and weights on [0, 1]. For a step of Δλ = 40 and an exponential measure, the quadrature is
@@ -89,6 +98,25 @@ def lagrange_weights(nodes: Sequence[Real], moments: Sequence[Real]) -> list[Rea
     """
     offsets = [node - nodes[0] for node in nodes[1:]]
     return [_weight(r, offsets[:j] + offsets[j + 1 :], moments) for j, r in enumerate(offsets)]
+
+
+def polynomial_correction(
+    values: Sequence[Tensor], nodes: Sequence[Real], moments: Sequence[Real], scale: Real
+) -> Tensor | float:
+    """c Σ_{j≥1} w_j (f_j - f_0): what the polynomial through f adds to a step with constant f_0.
+
+    Args:
+        values: f_j at two or more nodes, each (B, *shape); the step begins at the first.
+        nodes: values of the variable of the polynomial.
+        moments: M_1, M_2, ... of the step's measure about the first node.
+        scale: c.
+
+    Returns:
+        (B, *shape).
+    """
+    first, *past = values
+    w = lagrange_weights(nodes, moments)
+    return sum(multiply(scale * w_j, f_j - first) for w_j, f_j in zip(w, past, strict=True))
 
 
 def _weight(r: Real, others: Sequence[Real], moments: Sequence[Real]) -> Real:

@@ -41,9 +41,9 @@ class _CorrectorMemory(NamedTuple):
 class PredictorCorrector(SamplerWrapper[_CorrectorMemory]):
     """After each step of `inner`, apply x ← α x_0 + σ (ρ ε + √(1-ρ²) z) K times at the new level.
 
-    With the score s = -ε/σ this is Langevin's step x + τ σ² s + √(2τ) σ z to first order in τ = 1 -
-    ρ. The variance of its noise is 1 - ρ² = 2τ - τ² instead of 2τ, so that the step is stable at
-    every size and exact if ε is standard normal. There are two rules for the step size:
+    With the score s = -ε/σ this is Langevin's step x + τ σ² s + √(2τ) σ z to first order in
+    τ = 1 - ρ. The variance of its noise is 1 - ρ² = 2τ - τ² instead of 2τ, so that the step is
+    stable at every size and exact if ε is standard normal. There are two rules for the step size:
 
     - With `snr`: τ = 2 snr². This is the published rule τ = 2 snr² |z|²/|ε|² with both norms
       replaced by their expectation √D, so that a step is affine and each sample is independent of

@@ -227,7 +227,7 @@ class AdaptiveRungeKutta(Sampler[_Attempt | float]):
             if abs(target - a) < MIN_STEP / 10:
                 x = state.x if is_interior(knot) else prediction.at(knot)
                 return state.at_next_knot(x, length)
-        elif not length > MIN_STEP:  # also NaN
+        elif length <= MIN_STEP:
             raise ValueError(
                 f"{self} cannot meet its tolerance at a = {a:g}: raise rtol and atol, or check "
                 "that the output of the network is finite"

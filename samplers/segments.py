@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
-from diffcore.samplers.base import Knots, Sampler, SamplerWrapper, State, add_noise
+from diffcore.samplers.base import Knots, Sampler, SamplerWrapper, State, raise_noise
 from diffcore.schedules import Level
 
 __all__ = ["SegmentPosition", "SegmentSampler"]
@@ -97,7 +97,7 @@ class SegmentSampler(SamplerWrapper[SegmentPosition]):
         (segment, *later), x = position.later, position.inner.x
         level = position.inner.level
         if _is_noisier(segment[0], level):
-            x = add_noise(x, level, segment[0], self._jump_noise(noise, position))
+            x = raise_noise(x, level, segment[0], self._jump_noise(noise, position))
         position = SegmentPosition(position.inner, position.finished + 1, tuple(later))
         return self._enter_segment(x, segment, position, noise, step)
 

@@ -72,7 +72,8 @@ class GridSpan(NamedTuple):
 class CoordinateGrid(Grid):
     """A grid that is uniform in a coordinate c of the level.
 
-    A subclass implements `_coordinate`, c of a level; `_at`, its inverse; and `_span`, the bounds.
+    A subclass implements `_coordinate`, c of a level; and `_at`, its inverse; it may override
+    `_span`, the bounds.
     """
 
     @abstractmethod
@@ -83,8 +84,9 @@ class CoordinateGrid(Grid):
     def _at(self, schedule: Schedule, coordinate: float) -> Level:
         """The level at the coordinate c."""
 
-    @abstractmethod
-    def _span(self, schedule: Schedule) -> GridSpan: ...
+    def _span(self, schedule: Schedule) -> GridSpan:
+        """The bounds; by default from the terminal level to clean."""
+        return GridSpan(schedule.level(1.0), schedule.at(CLEAN), clean=False)
 
     def _levels(self, schedule: Schedule, steps: int) -> list[Level]:
         first, last, clean = self._span(schedule)

@@ -129,9 +129,6 @@ class UniformBlend(CoordinateGrid):
             -2 * self.rho * float(special.logit(coordinate)) - 2 * math.log(self.center)
         )
 
-    def _span(self, schedule: Schedule) -> GridSpan:
-        return GridSpan(schedule.level(1.0), schedule.at(CLEAN), clean=False)
-
 
 @dataclass(frozen=True)
 class AlignYourSteps(CoordinateGrid):

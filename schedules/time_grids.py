@@ -54,9 +54,6 @@ class TimeGrid(CoordinateGrid):
     def _at(self, schedule: Schedule, coordinate: float) -> Level:
         return schedule.level(coordinate)
 
-    def _span(self, schedule: Schedule) -> GridSpan:
-        return GridSpan(schedule.level(1.0), schedule.at(CLEAN), clean=False)
-
 
 @dataclass(frozen=True)
 class Trailing(TimeGrid):
@@ -78,7 +75,7 @@ class BoundedTimeGrid(TimeGrid):
 
     last: float
 
-    def _check_last(self) -> None:
+    def __post_init__(self) -> None:
         if not 0 < self.last < 1:
             raise ValueError(f"last is {self.last}, expected a time in (0, 1)")
 
@@ -98,9 +95,6 @@ class Linspace(BoundedTimeGrid):
     """
 
     last: float = 1e-3
-
-    def __post_init__(self) -> None:
-        self._check_last()
 
     def _indices(self, steps: int, total: int) -> Iterable[int]:
         gaps = max(steps - 1, 1)
@@ -125,7 +119,7 @@ class Leading(BoundedTimeGrid):
     last: float = 1e-3
 
     def __post_init__(self) -> None:
-        self._check_last()
+        super().__post_init__()
         if self.offset < 0:
             raise ValueError(f"offset is {self.offset}, expected an index of at least 0")
 

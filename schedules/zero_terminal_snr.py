@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from diffcore.schedules.base import Level, Schedule
+from diffcore.schedules.base import Level
 from diffcore.schedules.transforms import ScheduleWrapper
 
 __all__ = ["ZeroTerminalSNR"]
@@ -22,8 +22,6 @@ class ZeroTerminalSNR(ScheduleWrapper):
     Args:
         inner: any schedule; one that ends at λ = -inf is unchanged.
     """
-
-    inner: Schedule
 
     @cached_property
     def _ends(self) -> tuple[Level, Level]:

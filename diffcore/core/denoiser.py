@@ -12,7 +12,7 @@ from diffcore.core.prediction import Prediction, predict, scale_input
 from diffcore.core.process import Process
 from diffcore.schedules import Level, Real
 
-__all__ = ["Denoiser", "DenoiserProtocol", "extract_tensor", "null_condition"]
+__all__ = ["Denoiser", "DenoiserProtocol", "DenoiserWrapper", "extract_tensor", "null_condition"]
 
 
 class DenoiserProtocol(Protocol):
@@ -44,6 +44,27 @@ class DenoiserProtocol(Protocol):
             condition: int64 class labels (B,); None for no condition.
         """
         ...
+
+
+class DenoiserWrapper(DenoiserProtocol):
+    """A denoiser around an inner one, with its process, device and network.
+
+    Args:
+        inner: denoiser that a subclass evaluates in `__call__`.
+    """
+
+    def __init__(self, inner: DenoiserProtocol) -> None:
+        self.inner, self.process = inner, inner.process
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the inner denoiser."""
+        return self.inner.device
+
+    @property
+    def network(self) -> nn.Module | None:
+        """The network of the inner denoiser, or None."""
+        return self.inner.network
 
 
 class Denoiser(nn.Module):

@@ -81,7 +81,7 @@ class Noise:
         if not self.path:
             return self.step(step)
         coefficients = increment_coefficients(t, s)
-        normals = self._normals(Stream.PATH, list(coefficients))
+        normals = self._normals(list(coefficients))
         return sum(
             (c * z for c, z in zip(coefficients.values(), normals, strict=True)),
             torch.zeros((), dtype=self.dtype),
@@ -116,7 +116,7 @@ class Noise:
         """
         return edm_norm(level, sigma_data) * self.start()
 
-    def _normals(self, stream: Stream, indices: Sequence[int]) -> Iterator[Tensor]:
+    def _normals(self, indices: Sequence[int]) -> Iterator[Tensor]:
         """Yield the normals (B, *shape) at each index, drawn in blocks that bound the memory.
 
         The low 24 bits of a position hold the index of a step or a node, the bits above the
@@ -128,5 +128,5 @@ class Noise:
             positions = torch.tensor(indices[first : first + block]) + (self.channel << 24)
             seeds, positions = self.seeds.repeat(len(positions)), positions.repeat_interleave(batch)
             yield from normal(
-                seeds, stream, positions, self.shape, self.device, self.dtype
+                seeds, Stream.PATH, positions, self.shape, self.device, self.dtype
             ).unflatten(0, (-1, batch))

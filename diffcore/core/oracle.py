@@ -201,8 +201,7 @@ class EmpiricalDistribution(Oracle):
         return (-eps / _level_columns(x, level)[1]).view_as(x).to(x.dtype)
 
     def log_density(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Tensor:
-        alpha, sigma = _level_columns(x, level)
-        y = x.double().flatten(1) - alpha * self.center
+        y, _, sigma = self._centred(x, level)
         log_normal = (
             -(y**2).sum(1) / (2 * sigma[:, 0] ** 2)
             - y.shape[1] * (2 * math.pi * sigma[:, 0] ** 2).log() / 2
@@ -214,10 +213,14 @@ class EmpiricalDistribution(Oracle):
             1, self.process.shape
         )
 
+    def _centred(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor, Tensor]:
+        """x - α m of the mean m (B, D), and the columns α and σ."""
+        alpha, sigma = _level_columns(x, level)
+        return x.double().flatten(1) - alpha * self.center, alpha, sigma
+
     def _logits(self, x: Tensor, level: Level, condition: Tensor | None) -> Tensor:
         """ln r_i (B, N), up to a constant that is common to all points."""
-        alpha, sigma = _level_columns(x, level)
-        y = x.double().flatten(1) - alpha * self.center
+        y, alpha, sigma = self._centred(x, level)
         log_likelihood = alpha / sigma**2 * (y @ self.points.T - alpha * self.half_norms)
         return log_likelihood + self._log_prior(len(x), condition)
 

@@ -171,11 +171,13 @@ def edm_norm(level: Level, sigma_data: float) -> Real:
     return hypot(level.alpha * sigma_data, level.sigma)
 
 
-def scale_input(kind: PredictionType, x: Tensor, level: Level, sigma_data: float) -> Tensor:
+def scale_input(
+    prediction_type: PredictionType, x: Tensor, level: Level, sigma_data: float
+) -> Tensor:
     """The network's input for x: x / √(σ² + α² s²) for `edm` (its c_in), else x.
 
     Args:
-        kind: prediction type of the network.
+        prediction_type: prediction type of the network.
         x: noisy samples (B, ...).
         level: their noise level.
         sigma_data: s, the standard deviation of the data.
@@ -183,14 +185,16 @@ def scale_input(kind: PredictionType, x: Tensor, level: Level, sigma_data: float
     Returns:
         A tensor of the shape of x.
     """
-    return x / edm_norm(level, sigma_data) if kind == "edm" else x
+    return x / edm_norm(level, sigma_data) if prediction_type == "edm" else x
 
 
-def unscale_input(kind: PredictionType, scaled: Tensor, level: Level, sigma_data: float) -> Tensor:
+def unscale_input(
+    prediction_type: PredictionType, scaled: Tensor, level: Level, sigma_data: float
+) -> Tensor:
     """The inverse of `scale_input`: x of a network's input.
 
     Args:
-        kind: prediction type of the network.
+        prediction_type: prediction type of the network.
         scaled: the network's input (B, ...).
         level: noise level of x.
         sigma_data: s, the standard deviation of the data.
@@ -198,7 +202,7 @@ def unscale_input(kind: PredictionType, scaled: Tensor, level: Level, sigma_data
     Returns:
         x, of the shape of the input.
     """
-    return scaled * edm_norm(level, sigma_data) if kind == "edm" else scaled
+    return scaled * edm_norm(level, sigma_data) if prediction_type == "edm" else scaled
 
 
 def hypot(a: Real, b: Real) -> Real:

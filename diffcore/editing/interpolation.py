@@ -97,8 +97,9 @@ def noise_diffusion(
     image: float = 1.2,
     bound: float = 2.0,
 ) -> Tensor:
-    """clip(p clip(a) + q clip(b) + (μ-p) α x_a + (ν-q) α x_b + γ σ z) in the vp scaling, with p² +
-    q² + γ² = 1.
+    """Interpolate two images and their noise at one level, in the vp scaling:
+
+        clip(p clip(a) + q clip(b) + (μ-p) α x_a + (ν-q) α x_b + γ σ z),   p² + q² + γ² = 1.
 
     Zheng et al. 2024, "NoiseDiffusion" (2403.08840). For a = α x_a + σ ε_a and b = α x_b + σ ε_b it
     is, without the clipping, α (μ x_a + ν x_b) + σ (p ε_a + q ε_b + γ z): the noise keeps the

@@ -121,7 +121,7 @@ def extract(
                 denoiser, guidance, state.x, state.level, condition, memory, step
             )
             maps.append(_step_noise(sampler, state, prediction, x0, noise))
-            state = sampler.advance(state, prediction, FixedNoise.of(noise, torch.stack(maps)))
+            state = _advance(sampler, state, prediction, noise, maps[-1])
     return NoiseMaps(knots, eta, x, FixedNoise.of(noise, torch.stack(maps)), x0 - state.x)
 
 
@@ -177,14 +177,15 @@ def _step_noise(
     knot, zero = state.remaining[0], torch.zeros_like(x0)
     if knot.sigma == 0:
         return zero
-
-    def step(prediction: Prediction, z: Tensor) -> Tensor:
-        return sampler.advance(
-            state, prediction, FixedNoise.of(noise, z.expand(state.step + 1, *z.shape))
-        ).x
-
-    mean, std = step(prediction, zero), step(Prediction(zero, zero), torch.ones_like(zero))
+    mean = _advance(sampler, state, prediction, noise, zero).x
+    std = _advance(sampler, state, Prediction(zero, zero), noise, torch.ones_like(zero)).x
     return (knot.alpha * x0 + knot.sigma * noise.step(state.step) - mean) / std
+
+
+def _advance(sampler: DDIM, state: State, prediction: Prediction, noise: Noise, z: Tensor) -> State:
+    """The state after a step whose noise is z (B, *shape)."""
+    fixed = FixedNoise.of(noise, z.expand(state.step + 1, *z.shape))
+    return sampler.advance(state, prediction, fixed)
 
 
 def _stochastic_sampler(eta: float) -> DDIM:

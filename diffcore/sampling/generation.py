@@ -20,7 +20,7 @@ from diffcore.sampling.loop import (
     check_guidance,
     check_levels,
     count_evaluations,
-    integrate_unchecked,
+    integrate,
 )
 from diffcore.schedules import Grid, Level, UniformBlend
 
@@ -137,8 +137,17 @@ def sample(
                 else add_noise(image[chunk], first, noise)
             )
             chosen = None if labels is None else labels[chunk].to(device)
-            x, count = integrate_unchecked(
-                denoiser, sampler, x, knots, noise, guidance, chosen, micro_batch, callback
+            x, count = integrate(
+                denoiser,
+                sampler,
+                x,
+                knots,
+                noise,
+                guidance,
+                chosen,
+                micro_batch,
+                callback,
+                checked=True,
             )
             chunks.append(x.cpu())
             real = min(batch_size, len(seeds) - int(chunk[0]))

@@ -38,7 +38,6 @@ __all__ = [
     "forget_at_mode_change",
     "guided_prediction",
     "integrate",
-    "integrate_unchecked",
     "watch",
 ]
 
@@ -63,6 +62,8 @@ def integrate(
     condition: Tensor | None = None,
     micro_batch: int = 0,
     callback: Callback | None = None,
+    *,
+    checked: bool = False,
 ) -> tuple[Tensor, int]:
     """Integrate x from the first knot to the last.
 
@@ -77,6 +78,8 @@ def integrate(
         micro_batch: number of samples in each call of the network; 0: B and its references in one
             call.
         callback: receives each prediction, and can stop the loop.
+        checked: true if `check_levels` and `check_guidance` have accepted the arguments, as
+            `sample` does once for all of its chunks.
 
     Returns:
         x (B, *shape) at the last knot, and the number of network evaluations for each sample.
@@ -85,40 +88,9 @@ def integrate(
         ValueError: The process, the knots, the condition, the guidance and the sampler do not fit
             together.
     """
-    check_levels(denoiser.process, knots)
-    check_guidance(denoiser.process, knots, condition, guidance, sampler)
-    return integrate_unchecked(
-        denoiser, sampler, x, knots, noise, guidance, condition, micro_batch, callback
-    )
-
-
-def integrate_unchecked(
-    denoiser: DenoiserProtocol,
-    sampler: Sampler,
-    x: Tensor,
-    knots: tuple[Level, ...],
-    noise: Noise,
-    guidance: Guidance,
-    condition: Tensor | None,
-    micro_batch: int = 0,
-    callback: Callback | None = None,
-) -> tuple[Tensor, int]:
-    """`integrate` for arguments that were checked: the loop itself.
-
-    Args:
-        denoiser: network with its process.
-        sampler: numerical integrator.
-        x: (B, *shape) samples at the first knot.
-        knots: levels between which the sampler steps.
-        noise: noise of stochastic samplers.
-        guidance: guidance rule.
-        condition: (B,) labels, or None.
-        micro_batch: number of samples in each call of the network; 0 for one call.
-        callback: receives each prediction, and can stop the loop.
-
-    Returns:
-        x (B, *shape) at the last knot, and the number of network evaluations for each sample.
-    """
+    if not checked:
+        check_levels(denoiser.process, knots)
+        check_guidance(denoiser.process, knots, condition, guidance, sampler)
     mode_changes = find_mode_changes(knots, guidance.levels(denoiser.process))
     state, step, memory, evaluations = sampler.start(x, knots, noise), None, None, 0
     while not state.done:
@@ -373,8 +345,7 @@ def check_guidance(
     if not guidance.is_consistent and not sampler.is_direct:
         raise ValueError(
             f"{guidance} breaks x = α x_0 + σ ε, which {sampler} relies on: use a sampler of "
-            "first-order steps such as DDIM(), "
-            f"or CFG"
+            "first-order steps such as DDIM(), or CFG"
         )
     if guidance.requires_one_evaluation_per_step and (
         sampler.is_adaptive or sampler.evaluations(knots) != len(knots) - 1

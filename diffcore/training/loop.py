@@ -6,7 +6,6 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from diffcore.core.denoiser import Denoiser
 from diffcore.core.random import Stream, derive_seed
 from diffcore.io.safetensors import write_weights
 from diffcore.training import checkpoint, pipeline
@@ -30,10 +29,9 @@ def run(state: TrainState, reporter: Reporter) -> None:
         ValueError: Too many steps in a row were not finite, or a label is not a class.
     """
     settings, batches = state.settings, training_batches(state, state.settings.steps)
-    denoiser = state.denoiser(state.modules[0]).train()
     with reporter.progress(state):
         while state.step < settings.steps:
-            advance(state, denoiser, batches)
+            advance(state, batches)
             reporter.count(settings.batch_size)
             if state.step % settings.log_every == 0:
                 reporter.report(state)
@@ -58,15 +56,14 @@ def training_batches(state: TrainState, stop: int) -> Iterator[Batch]:
     return load_batches(settings.source, state.order.steps(state.step, stop), settings.workers)
 
 
-def advance(state: TrainState, denoiser: Denoiser, batches: Iterator[Batch]) -> None:
+def advance(state: TrainState, batches: Iterator[Batch]) -> None:
     """Take one optimizer step: update the network, its average, and the losses to be reported.
 
     Args:
         state: state of the run; changed in place.
-        denoiser: training network, from `state.denoiser`.
         batches: micro-batches of this rank; `accumulation` of them are read.
     """
-    losses, norm = _optimize(state, denoiser, islice(batches, state.settings.accumulation))
+    losses, norm = _optimize(state, islice(batches, state.settings.accumulation))
     state.step += 1
     state.average.update(state.step)
     state.window.add(losses, norm)
@@ -86,9 +83,7 @@ def save(state: TrainState, reporter: Reporter) -> None:
     state.accelerator.wait_for_everyone()
 
 
-def _optimize(
-    state: TrainState, denoiser: Denoiser, batches: Iterator[Batch]
-) -> tuple[Tensor, Tensor]:
+def _optimize(state: TrainState, batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:
     """One optimizer step: losses (samples,) of this rank, gradient norm () before clipping."""
     settings, accelerator = state.settings, state.accelerator
     for group in state.optimizer.param_groups:
@@ -97,7 +92,7 @@ def _optimize(
     for part, batch in enumerate(batches):
         torch.manual_seed(_network_seed(state, part))
         with accelerator.accumulate(*state.modules):
-            loss = _losses(state, denoiser, batch)
+            loss = _losses(state, batch)
             accelerator.backward(loss.mean())
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(state.modules.parameters(), settings.clip)
@@ -108,16 +103,16 @@ def _optimize(
     return torch.cat(losses), norm
 
 
-def _losses(state: TrainState, denoiser: Denoiser, batch: Batch) -> Tensor:
+def _losses(state: TrainState, batch: Batch) -> Tensor:
     """The weighted losses (B,) of a micro-batch."""
     settings, device = state.settings, state.accelerator.device
     objective, process = settings.objective, settings.process
-    key = state.sample_key(batch.batch_index)
+    key = state.sample_key(state.step, batch.batch_index)
     draw = objective.draw(process, key, device, state.level_sampler.learned)
     check_labels(batch.label, batch.index, process)
     label = batch.label.to(device) if process.classes else None
     x0 = batch.x0.to(device, non_blocking=True)
-    return objective(denoiser, x0, label, draw, state.uncertainty)
+    return objective(state.denoiser, x0, label, draw, state.uncertainty)
 
 
 def _zero_non_finite_gradient(state: TrainState) -> None:

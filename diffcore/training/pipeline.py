@@ -47,8 +47,7 @@ def _save_pipeline(state: "TrainState") -> None:
     if settings.source.texts:
         raise ValueError(
             "the network is conditioned on text: start from the network of a pipeline "
-            "(PretrainedNetwork), "
-            "whose text encoders are known"
+            "(PretrainedNetwork), whose text encoders are known"
         )
     from diffcore.integrations.diffusers.pipeline.pipeline import DiffcorePipeline
 

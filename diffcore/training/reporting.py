@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffcore.objectives.objective import SampleKey
 from diffcore.sampling import images
 from diffcore.sampling.generation import sample
 from diffcore.training.checkpoint import name as checkpoint_name
@@ -258,14 +257,13 @@ class Reporter:
             guidance=settings.guidance,
         )
         with state.average.applied():
-            image = preview(state.denoiser(state.network), settings.source, draw)
+            image = preview(state.plain_denoiser, settings.source, draw)
         images.save_image(image, settings.run.samples / f"{checkpoint_name(state.step)}.png")
 
 
 def _describe(state: "TrainState", found: NonFinite) -> str:
     """Step, sample, level and loss of a step that was not finite."""
-    settings, batch_index = state.settings, torch.tensor([found.batch_index])
-    key = SampleKey(settings.seed, found.step, batch_index, settings.batch_size)
+    key = state.sample_key(found.step, torch.tensor([found.batch_index]))
     level = state.level_sampler.describe(key, state.step)
     index = state.order.index(int(key.position))
     return f"step {found.step}, sample {index} of the data at λ = {level}, loss {found.loss}"

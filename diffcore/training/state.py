@@ -39,6 +39,7 @@ class TrainState:
             uncertainty of the objective if it has one.
         optimizer: accelerate's optimizer.
         label_wrapper: wraps a network so that it accepts the labels of the data.
+        denoiser: training network as a denoiser, in training mode.
         average: averaged weights of the network.
         order: order in which the run reads its data.
         level_sampler: distribution of the training levels, which may adapt to the losses.
@@ -53,6 +54,7 @@ class TrainState:
     modules: nn.ModuleList
     optimizer: Any
     label_wrapper: LabelWrapper
+    denoiser: Denoiser
     average: EMA
     order: DataOrder
     level_sampler: LevelSampler
@@ -79,28 +81,22 @@ class TrainState:
         uncertainty = self.accelerator.unwrap_model(self.uncertainty)
         return nn.ModuleDict({"network": self.network, "uncertainty": uncertainty})
 
-    def denoiser(self, network: nn.Module) -> Denoiser:
-        """The denoiser of a network that accepts the labels of the data.
+    @property
+    def plain_denoiser(self) -> Denoiser:
+        """The network itself as a denoiser; it has the averaged weights in `average.applied()`."""
+        return Denoiser(self.label_wrapper(self.network), self.settings.process)
+
+    def sample_key(self, step: int, batch_index: Tensor) -> SampleKey:
+        """Key of the random numbers of samples.
 
         Args:
-            network: the training network, or the network without what accelerate wrapped around it.
-
-        Returns:
-            The denoiser with the process of the run.
-        """
-        return Denoiser(self.label_wrapper(network), self.settings.process)
-
-    def sample_key(self, batch_index: Tensor) -> SampleKey:
-        """Key of the random numbers of samples of the present step.
-
-        Args:
-            batch_index: (B,) index of each sample in the global batch.
+            step: optimizer step.
+            batch_index: (B,) index of each sample in the global batch of the step.
 
         Returns:
             The key.
         """
-        settings = self.settings
-        return SampleKey(settings.seed, self.step, batch_index, settings.batch_size)
+        return SampleKey(self.settings.seed, step, batch_index, self.settings.batch_size)
 
 
 def build_state(settings: "Trainer") -> TrainState:
@@ -131,6 +127,7 @@ def build_state(settings: "Trainer") -> TrainState:
         nn.ModuleList(modules),
         optimizer,
         label_wrapper,
+        Denoiser(label_wrapper(modules[0]), settings.process).train(),
         EMA(accelerator.unwrap_model(modules[0]), settings.ema),
         DataOrder(
             len(settings.source),

@@ -144,7 +144,7 @@ class Trainer:
     @cached_property
     def run(self) -> Run:
         """Paths of the files in the run's folder."""
-        return Run(Path(self.folder))
+        return Run(self.folder)
 
     @cached_property
     def source(self) -> DataSource:

@@ -236,4 +236,4 @@ def step_function(state: TrainState) -> Callable[[], None]:
         The function, which may be called more often than the recipe has steps.
     """
     batches = training_batches(state, 2**31)
-    return partial(advance, state, state.denoiser(state.modules[0]).train(), batches)
+    return partial(advance, state, batches)

@@ -12,7 +12,7 @@ from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
 from diffcore.editing.inpainting import RePaint
 from diffcore.samplers import DDIM, AlphaBlending
-from diffcore.samplers.base import add_noise
+from diffcore.samplers.base import raise_noise
 from diffcore.sampling.generation import sample
 from diffcore.sampling.loop import integrate
 from diffcore.schedules import Cosine, Explicit, Karras, Trailing, UniformLogSNR, Within
@@ -124,7 +124,7 @@ def test_a_jump_has_exactly_the_marginal_of_the_noisier_level(low, high, scaling
     t, s = (Cosine(scaling=scaling).at(logsnr) for logsnr in (low, high))
     unit, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     image, old, new = (
-        add_noise(x, t, s, z)
+        raise_noise(x, t, s, z)
         for x, z in ((t.alpha * unit, zero), (t.sigma * unit, zero), (zero, unit))
     )
     assert image == pytest.approx(s.alpha, abs=1e-12)

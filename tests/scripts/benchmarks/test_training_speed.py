@@ -49,7 +49,9 @@ def test_both_sides_do_the_same_work(tmp_path):
     bare.network.load_state_dict(state.network.state_dict())
     bare.shadow = [value.clone() for value in state.network.parameters()]
     places = torch.arange(state.settings.batch_size)
-    draw = state.settings.objective.draw(state.settings.process, state.sample_key(places))
+    draw = state.settings.objective.draw(
+        state.settings.process, state.sample_key(state.step, places)
+    )
     rows = torch.tensor([state.order.index(int(place)) for place in places])
     labels = bare.labels[rows].masked_fill(draw.dropout_mask, state.settings.process.classes)
     found = bare.update(bare.x0[rows], labels, draw.level.t.flatten().float(), draw.noise)

@@ -348,7 +348,9 @@ class DiffcorePipeline(DiffusionPipeline):
             sampler = ObservedSampler(
                 call.sampler, self._observer(denoiser.process, bar.update, callback)
             )
-            x, _ = integrate(denoiser, sampler, x, call.knots, noise, call.guidance, labels)
+            x, _ = integrate(
+                denoiser, sampler, x, call.knots, noise, call.guidance, labels, checked=True
+            )
         return x
 
     def _knots(self, steps: int | None, grid: Grid | None) -> tuple[Level, ...]:
