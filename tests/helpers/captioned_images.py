@@ -1,7 +1,5 @@
 """Five images with captions, a tiny text-to-image pipeline, and the data set of both."""
 
-import json
-
 import diffusers
 import numpy as np
 import torch
@@ -53,8 +51,3 @@ def prepared_dataset(folder, **options):
     data = latent_dataset(folder, **options)
     data.prepare(torch.device("cpu"), True)
     return data
-
-
-def change_json(path, **fields):
-    """Set fields of a JSON file."""
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))

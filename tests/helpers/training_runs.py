@@ -28,7 +28,7 @@ PROCESS = Process(shape=(1, 8, 8), classes=10, dropout=0.1)
 GREY, NAN = torch.zeros(1, 8, 8), torch.full((1, 8, 8), math.nan)
 
 
-class RecordingNetwork(nn.Module):
+class LabelRecorder(nn.Module):
     """A perceptron on 8x8 images that records the labels of each call in `calls`."""
 
     def __init__(self, classes: int = 10, dropout: float = 0.0) -> None:
@@ -74,7 +74,7 @@ def make_trainer(folder: Path, **options: Any) -> Trainer:
         The trainer.
     """
     defaults = {
-        "network": RecordingNetwork,
+        "network": LabelRecorder,
         "data": Digits(),
         "process": PROCESS,
         "optimizer": torch.optim.AdamW,

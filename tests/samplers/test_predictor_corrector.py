@@ -16,7 +16,7 @@ from diffcore.guidance import CFG
 from diffcore.samplers import DDIM, AlphaBlending, DPMSolverSDE, PredictorCorrector
 from diffcore.sampling.loop import guided_prediction, integrate
 from diffcore.schedules import Cosine, Explicit, Flow, Trailing
-from tests.helpers.oracles import covariance, gaussian, mixture, process
+from tests.helpers.oracles import Pair, covariance, gaussian, mixture
 
 NOISE = Noise(torch.arange(4), (2,), dtype=torch.float64)
 EYE = torch.eye(2, dtype=torch.float64)
@@ -123,18 +123,6 @@ def test_the_number_of_evaluations_is_exact(predictor, corrections):
             assert torch.equal(x, integrate(oracle, predictor, NOISE.start(), knots, NOISE)[0])
 
 
-class TwoGaussians:
-    """A denoiser with p(x | class) = N(0, 1) and p(x) = N(0, 2)."""
-
-    process = process(Flow(), shape=(1,), classes=1)
-    conditional, reference = (gaussian([0.0], torch.tensor([[v]]), process) for v in (1.0, 2.0))
-
-    def __call__(self, x, level, condition):
-        null = (condition == 1)[:, None]
-        pairs = zip(self.reference(x, level), self.conditional(x, level), strict=True)
-        return Prediction(*(torch.where(null, a, b) for a, b in pairs))
-
-
 BASIS = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
 LABELS = torch.zeros(2, dtype=torch.int64)
 UNIT = SimpleNamespace(between=lambda t, s, step: BASIS.flip(0), branch=lambda index: UNIT)
@@ -142,7 +130,7 @@ UNIT = SimpleNamespace(between=lambda t, s, step: BASIS.flip(0), branch=lambda i
 
 @cache  # all corrections at a knot have the same linear prediction
 def predicted(w, level):
-    return guided_prediction(TwoGaussians(), CFG(w), BASIS, level, LABELS, None)[0]
+    return guided_prediction(Pair(), CFG(w), BASIS, level, LABELS, None)[0]
 
 
 def propagated_variance(sampler, w, steps):
@@ -196,8 +184,7 @@ def test_with_guidance_on_the_corrector_the_predictor_needs_no_reference():
     for guides, expected in (("both", 2 * (6 + 2 * 5)), ("corrector", 6 + 2 * 2 * 5)):
         sampler = PredictorCorrector(DDIM(), 2, guides=guides)
         assert (
-            integrate(TwoGaussians(), sampler, noise.start(), knots, noise, CFG(3.0), labels)[1]
-            == expected
+            integrate(Pair(), sampler, noise.start(), knots, noise, CFG(3.0), labels)[1] == expected
         )
 
 

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from diffcore.integrations.diffusers import Latents
 from diffcore.integrations.diffusers.loading.index import PipelineIndex
 from diffcore.integrations.diffusers.pipeline.pretrained_network import ADAPTER
-from tests.helpers.captioned_images import change_json, write_image
+from tests.helpers.captioned_images import write_image
+from tests.helpers.damaged_folders import edit_json
 from tests.helpers.finetune_runs import (
     OPTIONS,
     STEPS_PER_CHECKPOINT,
@@ -75,7 +76,7 @@ def change_image(folder):
 
 
 def change_vae(folder):
-    change_json(folder / "pipeline/vae/config.json", scaling_factor=0.5)
+    edit_json(folder / "pipeline/vae/config.json", scaling_factor=0.5)
 
 
 def change_frozen_weights(folder):

@@ -8,7 +8,7 @@ from diffcore.cli.finetuning import complete_settings
 from diffcore.core.process import Process
 from diffcore.io.specs import from_spec
 from diffcore.schedules import Cosine, Discrete, Shifted, ZeroTerminalSNR
-from tests.helpers.captioned_images import change_json
+from tests.helpers.damaged_folders import edit_json
 from tests.helpers.finetune_runs import OPTIONS, finetune_command, run_command
 
 PIPELINE_SCHEDULE = Discrete("scaled_linear", 1000, 0.00085, 0.012)
@@ -38,7 +38,7 @@ def test_a_schedule_that_wraps_none_of_its_own_wraps_the_pipelines(workspace, se
 
 def test_zero_terminal_snr_is_not_applied_twice(workspace):
     shutil.copytree("pipeline", "zero")
-    change_json(workspace / "zero/scheduler/scheduler_config.json", rescale_betas_zero_snr=True)
+    edit_json(workspace / "zero/scheduler/scheduler_config.json", rescale_betas_zero_snr=True)
     completed = complete_settings({"process": {"schedule": "ZeroTerminalSNR"}}, "zero")["process"]
     assert completed["schedule"]["init_args"]["inner"]["class_path"] == "Discrete"
 
@@ -111,7 +111,7 @@ def test_invalid_settings_are_refused_in_one_line_before_anything_is_written(
 
 def test_a_pipeline_with_a_missing_part_trains_an_adapter_but_not_all_weights(workspace, capsys):
     shutil.copytree("pipeline", "partial")
-    change_json(
+    edit_json(
         workspace / "partial/model_index.json",
         feature_extractor=["transformers", "CLIPImageProcessor"],
     )

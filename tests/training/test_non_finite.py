@@ -10,8 +10,8 @@ from tests.helpers.training_runs import (
     GREY,
     NAN,
     PROCESS,
+    LabelRecorder,
     ListDataset,
-    RecordingNetwork,
     make_trainer,
     read_reports,
     refused_run,
@@ -36,7 +36,7 @@ def test_a_nan_in_the_data_stops_the_run_and_names_level_and_sample(tmp_path, ca
 def test_the_reported_level_is_that_at_which_the_sample_was_trained(tmp_path):
     times = []
 
-    class TimeRecorder(RecordingNetwork):
+    class TimeRecorder(LabelRecorder):
         def forward(self, x, time, class_labels=None):
             times.extend(time[x.flatten(1).isnan().any(1)].tolist())
             return super().forward(x, time, class_labels)
@@ -60,7 +60,7 @@ def test_a_rare_nan_is_reported_and_does_not_stop_the_run(tmp_path, capsys):
 
 @pytest.mark.parametrize("element", [math.nan, math.inf])
 def test_one_element_that_is_not_finite_drops_the_whole_gradient(tmp_path, element):
-    class BrokenGradient(RecordingNetwork):
+    class BrokenGradient(LabelRecorder):
         def forward(self, x, time, class_labels=None):
             out = super().forward(x, time, class_labels)
             if out.requires_grad:

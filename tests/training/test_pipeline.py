@@ -43,7 +43,7 @@ def test_a_new_pipeline_replaces_the_old_one_and_interrupted_writes(trained, tmp
 
 
 REASONS = {
-    "the network is a RecordingNetwork, and a pipeline holds ModelMixins": {},
+    "the network is a LabelRecorder, and a pipeline holds ModelMixins": {},
     "is adaptive, and a pipeline needs the levels": {
         "network": lambda: unet(in_channels=1, out_channels=1, num_class_embeds=11),
         "sampler": AdaptiveRungeKutta(),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.helpers.training_runs import (
-    RecordingNetwork,
+    LabelRecorder,
     hashes,
     read_checkpoint,
     read_reports,
@@ -50,5 +50,5 @@ def test_runs_of_different_seeds_differ(tmp_path):
 def test_the_global_random_state_does_not_enter_a_run(tmp_path):
     for seed in (1, 2):
         torch.manual_seed(seed)
-        train(tmp_path / str(seed), network=partial(RecordingNetwork, dropout=0.5))
+        train(tmp_path / str(seed), network=partial(LabelRecorder, dropout=0.5))
     assert hashes(tmp_path / "1") == hashes(tmp_path / "2")

@@ -7,7 +7,7 @@ import torch
 
 from diffcore.training import checkpoint
 from tests.helpers.training_runs import (
-    RecordingNetwork,
+    LabelRecorder,
     crash_after,
     hashes,
     make_trainer,
@@ -28,7 +28,7 @@ def truncate_newest(folder):
 @pytest.mark.parametrize("log_every", [1, 4])
 def test_a_resumed_run_writes_the_same_bytes(tmp_path, step, log_every):
     options = {
-        "network": partial(RecordingNetwork, dropout=0.2),
+        "network": partial(LabelRecorder, dropout=0.2),
         "save_every": 1,
         "keep": 2,
         "log_every": log_every,

@@ -7,7 +7,7 @@ import torch
 
 from diffcore.core.process import Process
 from diffcore.guidance import CFG
-from tests.helpers.training_runs import GREY, ListDataset, RecordingNetwork, make_trainer, train
+from tests.helpers.training_runs import GREY, LabelRecorder, ListDataset, make_trainer, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -112,7 +112,7 @@ def test_an_accumulation_in_the_environment_is_refused(tmp_path, monkeypatch):
         train(tmp_path)
 
 
-class WideNetwork(RecordingNetwork):
+class WideNetwork(LabelRecorder):
     """Its output has twice as many channels as x."""
 
     def forward(self, x, time, class_labels=None):

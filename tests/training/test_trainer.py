@@ -12,7 +12,7 @@ from diffcore.training.state import build_state
 from tests.helpers.training_runs import (
     PROCESS,
     STEPS,
-    RecordingNetwork,
+    LabelRecorder,
     hashes,
     make_trainer,
     read_checkpoint,
@@ -49,7 +49,7 @@ def test_the_tensorboard_tracker_writes_its_events(tmp_path):
 
 
 def test_preview_images_change_nothing_else(tmp_path):
-    network = partial(RecordingNetwork, dropout=0.2)
+    network = partial(LabelRecorder, dropout=0.2)
     train(tmp_path / "with", sample_every=1, network=network)
     train(tmp_path / "without", network=network)
     files = hashes(tmp_path / "with")

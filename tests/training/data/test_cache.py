@@ -11,11 +11,11 @@ from diffcore.integrations.diffusers import Latents
 from diffcore.integrations.diffusers.loading.index import PipelineIndex
 from diffcore.training.data import cache, latents
 from tests.helpers.captioned_images import (
-    change_json,
     latent_dataset,
     prepared_dataset,
     write_image,
 )
+from tests.helpers.damaged_folders import edit_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -79,7 +79,7 @@ def test_another_vae_encodes_the_images_again(captioned, encoded):
     scale_weights(captioned / "pipeline/vae/diffusion_pytorch_model.safetensors")
     assert encoded() == (5, 0)
     assert not torch.equal(latent_dataset(captioned)[0][0], before[0][0])
-    change_json(captioned / "pipeline/vae/config.json", scaling_factor=0.4)
+    edit_json(captioned / "pipeline/vae/config.json", scaling_factor=0.4)
     assert encoded() == (5, 0)
 
 
@@ -95,7 +95,7 @@ def test_another_text_encoder_encodes_the_captions_again(captioned, encoded):
 def test_networks_with_different_text_inputs_share_no_embeddings(captioned):
     """Flux dev and schnell have equal encoders; only dev has the guidance strength as an input."""
     before = latent_dataset(captioned)
-    change_json(captioned / "pipeline/unet/config.json", guidance_embeds=True)
+    edit_json(captioned / "pipeline/unet/config.json", guidance_embeds=True)
     after = latent_dataset(captioned)
     assert after.embeddings.folder != before.embeddings.folder
     assert after.latents.folder == before.latents.folder

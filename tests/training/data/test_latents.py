@@ -14,11 +14,11 @@ from diffcore.training.data import DataOrder, latents, load_batches
 from tests.helpers.captioned_images import (
     CAPTIONS,
     DISTINCT_CAPTIONS,
-    change_json,
     latent_dataset,
     prepared_dataset,
     write_image,
 )
+from tests.helpers.damaged_folders import edit_json
 
 CPU = torch.device("cpu")
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_latents_are_the_posterior_of_the_vae_scaled_and_shifted_by_its_config(captioned):
-    change_json(captioned / "pipeline/vae/config.json", scaling_factor=0.7, shift_factor=0.2)
+    edit_json(captioned / "pipeline/vae/config.json", scaling_factor=0.7, shift_factor=0.2)
     data = prepared_dataset(captioned)
     vae = PipelineIndex(captioned / "pipeline").read("vae")
     for index in range(len(data)):
@@ -176,11 +176,11 @@ ERRORS = {
         "vae.* is missing",
     ),
     "no VAE": (
-        lambda images: change_json(images.parent / "pipeline/model_index.json", vae=[None, None]),
+        lambda images: edit_json(images.parent / "pipeline/model_index.json", vae=[None, None]),
         "has no vae, only",
     ),
     "no text encoder": (
-        lambda images: change_json(
+        lambda images: edit_json(
             images.parent / "pipeline/model_index.json", text_encoder=[None, None]
         ),
         "has no text_encoder, only",

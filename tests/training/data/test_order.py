@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from torch.utils.data import Dataset
 
 from diffcore.training.data import DataOrder, Digits, as_data_source, load_batches
+from tests.helpers.training_runs import ListDataset
 
 SIZE, BATCH, SEED = 37, 8, 2**40 + 3
 
@@ -70,16 +70,6 @@ def test_a_batch_larger_than_the_data_repeats_items():
     assert all(sorted(indices[first : first + 3]) == [0, 1, 2] for first in range(0, 24, 3))
 
 
-class UnlabelledDataset(Dataset):
-    """x_0 without labels."""
-
-    def __len__(self):
-        return 5
-
-    def __getitem__(self, index):
-        return torch.full((2,), float(index))
-
-
 def test_a_batch_holds_the_items_and_their_indices():
     data = Digits()
     order = DataOrder(len(data), 0, 8, 2, 1, 2)
@@ -93,9 +83,8 @@ def test_a_batch_holds_the_items_and_their_indices():
 
 
 def test_data_without_labels_has_the_label_minus_one():
-    (batch,) = load_batches(
-        as_data_source(UnlabelledDataset()), DataOrder(5, 0, 4, 1, 0, 1).steps(0, 1), 0
-    )
+    images = ListDataset(*(torch.full((2,), float(i)) for i in range(5)))
+    (batch,) = load_batches(as_data_source(images), DataOrder(5, 0, 4, 1, 0, 1).steps(0, 1), 0)
     assert batch.label.tolist() == [-1] * 4
     assert batch.x0[:, 0].tolist() == batch.index.tolist()
 

@@ -17,7 +17,8 @@ from diffcore.integrations.diffusers.scheduler.scheduler_config import (
     read_config,
 )
 from diffcore.schedules import Cosine, Discrete, Flow, Shifted, ZeroTerminalSNR
-from tests.helpers.captioned_images import OLD, change_json, write_pipeline
+from tests.helpers.captioned_images import OLD, write_pipeline
+from tests.helpers.damaged_folders import edit_json
 from tests.helpers.tiny_pipelines import dit_pipeline
 
 X, TIME, STATES = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 700.0]), torch.randn(2, 12, 8)
@@ -109,7 +110,7 @@ def test_an_adapter_that_diffusers_would_not_load_is_refused_before_it_is_traine
     ):
         PretrainedNetwork(str(tmp_path / "dit"), LoRA(2))
     shutil.copytree(folder, tmp_path / "other")
-    change_json(tmp_path / "other/model_index.json", _class_name="logging")
+    edit_json(tmp_path / "other/model_index.json", _class_name="logging")
     with pytest.raises(ValueError, match="holds a logging, expected a pipeline of diffusers"):
         PretrainedNetwork(str(tmp_path / "other"), LoRA(2))
 
