@@ -36,7 +36,7 @@ from diffcore.samplers import DDIM
 from diffcore.sampling.generation import evaluation_mode, sample
 from diffcore.sampling.loop import watch
 from diffcore.training.data import Digits
-from experiments.study import continue_study, small_unet, train_averaged
+from experiments.study import continue_study, sample_seeds, small_unet, train_averaged
 from experiments.training import KNOTS, VARIANTS, digits_trainer, digits_unet
 
 TABLES = (
@@ -126,7 +126,7 @@ def measure(denoiser: Denoiser, guidance: Guidance, seed: int, count: int = 500)
         number of samples that are drawn together (over the first samples, if the number matters).
     """
     labels = torch.arange(count) % 10
-    seeds = range(seed * 10**6, seed * 10**6 + count)
+    seeds = sample_seeds(seed, count)
     samples = sample(
         denoiser,
         DDIM(),

@@ -2,16 +2,34 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 from diffcore.core.denoiser import Denoiser
+from diffcore.core.process import Process
+from diffcore.objectives.objective import Objective
 from diffcore.run import Run
+from diffcore.training.ema import Decay
+from diffcore.training.lr import LearningRate
 from diffcore.training.trainer import Trainer
 
-__all__ = ["continue_study", "read_measurements", "small_unet", "train_averaged"]
+__all__ = [
+    "BATCH",
+    "continue_study",
+    "create_trainer",
+    "read_measurements",
+    "sample_seeds",
+    "small_unet",
+    "train_averaged",
+]
+
+BATCH = 64
+"""Images in each training step."""
 
 
 def small_unet(
@@ -46,6 +64,61 @@ def small_unet(
         num_class_embeds=class_embeddings,
     )
     return network
+
+
+def create_trainer(
+    network: Callable[[], nn.Module],
+    data: Dataset[Any],
+    process: Process,
+    objective: Objective,
+    folder: Path,
+    seed: int,
+    steps: int,
+    resume: bool = False,
+) -> Trainer:
+    """Create a training with the optimizer, learning rate and average of all studies.
+
+    Args:
+        network: function that builds the network.
+        data: training images.
+        process: diffusion process.
+        objective: loss and its weight.
+        folder: folder of the run.
+        seed: seed of everything random in the run.
+        steps: optimizer steps.
+        resume: whether the folder holds the first steps of this run.
+
+    Returns:
+        The trainer, which has not started.
+    """
+    return Trainer(
+        network=network,
+        data=data,
+        process=process,
+        optimizer=partial(torch.optim.AdamW, betas=(0.9, 0.99)),
+        folder=folder,
+        steps=steps,
+        objective=objective,
+        lr=LearningRate(1e-3, warmup=50),
+        ema=Decay(0.995),
+        batch_size=BATCH,
+        seed=seed,
+        trackers=[],
+        resume=resume,
+    )
+
+
+def sample_seeds(seed: int, count: int) -> range:
+    """The seeds of the samples of a measurement.
+
+    Args:
+        seed: seed of the training.
+        count: number of samples, at most a million.
+
+    Returns:
+        Seeds that no other training uses.
+    """
+    return range(seed * 10**6, seed * 10**6 + count)
 
 
 def train_averaged(trainer: Trainer) -> Denoiser:

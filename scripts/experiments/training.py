@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from benchmarks.table import markdown_table, mean_and_half_range
 
+from diffcore.cli.figures import create_figure, save_figure
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.prediction import PredictionType
 from diffcore.core.process import Process
@@ -29,16 +30,20 @@ from diffcore.samplers import DDIM
 from diffcore.sampling.generation import sample
 from diffcore.schedules import Cosine, Discrete, Laplace, Normal, Schedule, UniformLogSNR
 from diffcore.training.data import Digits
-from diffcore.training.ema import Decay
-from diffcore.training.lr import LearningRate
 from diffcore.training.trainer import Trainer
-from experiments.study import continue_study, small_unet, train_averaged
+from experiments.study import (
+    BATCH,
+    continue_study,
+    create_trainer,
+    sample_seeds,
+    small_unet,
+    train_averaged,
+)
 
 POINTS = (100, 200, 400, 800)
 """Numbers of optimizer steps after which samples are drawn."""
 KNOTS = UniformLogSNR(-9.0, 7.0)
 """Grid that lies within all compared schedules."""
-BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -118,21 +123,9 @@ def digits_trainer(
         classes=10,
         dropout=0.1,
     )
-    return Trainer(
-        network=network,
-        data=Digits("train"),
-        process=process,
-        optimizer=partial(torch.optim.AdamW, betas=(0.9, 0.99)),
-        folder=folder,
-        steps=steps,
-        objective=replace(variant.objective, levels=levels),
-        lr=LearningRate(1e-3, warmup=50),
-        ema=Decay(0.995),
-        batch_size=BATCH,
-        seed=seed,
-        trackers=[],
-        resume=resume,
-    )
+    objective = replace(variant.objective, levels=levels)
+    data = Digits("train")
+    return create_trainer(network, data, process, objective, folder, seed, steps, resume=resume)
 
 
 def measure(
@@ -174,7 +167,7 @@ def measure_distances(denoiser: Denoiser, seed: int, per_label: int) -> tuple[fl
         The distances to the training scans and to the held-out scans.
     """
     labels = torch.arange(10).repeat_interleave(per_label)
-    seeds = range(seed * 10**6, seed * 10**6 + len(labels))
+    seeds = sample_seeds(seed, len(labels))
     samples = sample(denoiser, DDIM(), KNOTS, 20, seeds=seeds, condition=labels, batch_size=100).x
     to_train, to_test = (
         frechet_distance(to_scan_units(samples), to_scan_units(Digits(split).x0))
@@ -233,39 +226,40 @@ def format_table(measurements: list[dict[str, Any]], scans: int) -> str:
 
 
 def draw(measurements: list[dict[str, Any]], out: Path) -> None:
-    """Draw the mean distance over seeds against steps; independent levels are dashed.
+    """Draw the mean distance to the held-out scans against steps, in one panel for each variant.
+
+    Independent levels are dashed; the curves of all other variants are grey.
 
     Args:
         measurements: content of the study's file.
         out: image to write.
     """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
     names = list(dict.fromkeys(row["arm"] for row in measurements))
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5.4), layout="constrained")
-    for index, name in enumerate(names):
-        colour = mpl.colormaps["viridis"](0.9 * index / max(len(names) - 1, 1))
-        marker = "os^Dvpx*P+h"[index % 11]
-        for levels, style in (("stratified", "-"), ("independent", "--")):
-            seeds = _distances(measurements, name, levels)
-            points = sorted(map(int, seeds[0])) if seeds else []
-            for scans, axis in enumerate(axes):
-                curve = [mean(found[str(point)][scans] for found in seeds) for point in points]
-                label = name if (scans, style) == (0, "-") else None
-                axis.plot(points, curve, style, color=colour, marker=marker, label=label)
-    for axis, scans, limits in zip(
-        axes, ("training", "held-out"), ((20, 250), (90, 250)), strict=True
-    ):
-        axis.set(xscale="log", yscale="log", xlabel="steps", ylim=limits)
-        axis.set_ylabel(f"Fréchet distance to the {scans} scans")
+    figure, axes = create_figure(4, -(-len(names) // 4), width=3, height=2.6)
+    for axis, name in zip(axes, names, strict=False):
+        for other in sorted(names, key=lambda each: each == name):
+            for levels, style in (("stratified", "-"), ("independent", "--")):
+                curve = _mean_distances(measurements, other, levels)
+                look = {"color": "k", "lw": 2} if other == name else {"color": "0.8", "lw": 1}
+                label = levels if other == name == names[0] else None
+                axis.plot(list(curve), list(curve.values()), style, label=label, **look)
+        axis.set(title=name, xscale="log", yscale="log", xlabel="steps", ylim=(90, 250))
+        points = [point for point in POINTS if point in curve] or list(curve)
         axis.set_xticks(points, map(str, points))
-        axis.grid(alpha=0.3, which="both")
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(out, dpi=120)
-    plt.close(figure)
+        axis.set_yticks((100, 150, 200), ("100", "150", "200"))
+        axis.minorticks_off()
+    for axis in axes[len(names) :]:
+        axis.set_visible(False)
+    for axis in axes[::4]:
+        axis.set_ylabel("Fréchet distance")
+    save_figure(figure, out)
+
+
+def _mean_distances(measurements: list[dict[str, Any]], name: str, levels: str) -> dict[int, float]:
+    """The mean distance to the held-out scans over seeds, by the number of steps."""
+    seeds = _distances(measurements, name, levels)
+    points = sorted(map(int, seeds[0])) if seeds else []
+    return {point: mean(found[str(point)][1] for found in seeds) for point in points}
 
 
 def _distances(

@@ -30,10 +30,13 @@ from diffcore.objectives.weighting import MSE
 from diffcore.samplers import DDIM
 from diffcore.sampling.generation import sample
 from diffcore.schedules import Discrete, Grid, Leading, Schedule, Trailing, ZeroTerminalSNR
-from diffcore.training.ema import Decay
-from diffcore.training.lr import LearningRate
-from diffcore.training.trainer import Trainer
-from experiments.study import continue_study, small_unet, train_averaged
+from experiments.study import (
+    continue_study,
+    create_trainer,
+    sample_seeds,
+    small_unet,
+    train_averaged,
+)
 
 SIZE = 16
 """Height and width of the images in pixels."""
@@ -136,21 +139,12 @@ def create_denoiser(
     if variant.prediction is None:
         process = _process(variant.schedule, "v_prediction")
         return EmpiricalDistribution(BrightnessFields().x0, process=process)
+    process = _process(variant.schedule, variant.prediction)
+    network, objective = partial(small_unet, SIZE, 3, (16, 32)), Objective(MSE(variant.prediction))
     with TemporaryDirectory() as folder:
         return train_averaged(
-            Trainer(
-                network=partial(small_unet, SIZE, 3, (16, 32)),
-                data=BrightnessFields(),
-                process=_process(variant.schedule, variant.prediction),
-                optimizer=partial(torch.optim.AdamW, betas=(0.9, 0.99)),
-                folder=Path(folder),
-                steps=steps,
-                objective=Objective(MSE(variant.prediction)),
-                lr=LearningRate(1e-3, warmup=50),
-                ema=Decay(0.995),
-                batch_size=64,
-                seed=seed,
-                trackers=[],
+            create_trainer(
+                network, BrightnessFields(), process, objective, Path(folder), seed, steps
             )
         )
 
@@ -208,7 +202,7 @@ def measure_variant(name: str, seed: int, steps: int, count: int) -> Iterator[di
     """
     denoiser = create_denoiser(VARIANTS[name], seed, steps)
     for grid, knots in GRIDS.items():
-        seeds = range(seed * 10**6, seed * 10**6 + count)
+        seeds = sample_seeds(seed, count)
         x = sample(denoiser, DDIM(), knots, STEPS, seeds=seeds, batch_size=100).x
         yield {"grid": grid, **measure(brightness(x))}
 
