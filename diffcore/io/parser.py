@@ -33,6 +33,7 @@ MAXIMUM_LISTED = 12
 UNION_WITH_NONE = re.compile(
     r"Does not validate against.*?- (.*?)\n\s*- Expected a <class 'NoneType'>.*", re.DOTALL
 )
+NAMED_KEY = re.compile(r'Parser key "([^"]*)"')
 NOT_TRUSTED = re.compile(r"Importing '([\w.]+)' is not allowed")
 MISSING_PACKAGE = re.compile(r"import of (\w+)[\w.]* halted|No module named '(\w+)")
 UNKNOWN_CLASS = re.compile(r"(?<=import path string: )[\w.]+")
@@ -144,10 +145,10 @@ class ComponentParser(ArgumentParser):
         if absent and (package := absent[1] or absent[2]) in EXTRAS:
             return str(missing(package, "A class that is named in the settings"))
         if denied := NOT_TRUSTED.search(message):
-            module = denied[1].rpartition(".")[0]
+            key = NAMED_KEY.match(message)
             return (
-                f"importing '{denied[1]}' is not allowed, because its module is not trusted: "
-                f"add --trust {module}"
+                f"{key[1] + ': ' if key else ''}importing '{denied[1]}' is not allowed, because "
+                f"its module is not trusted: add --trust {denied[1].rpartition('.')[0]}"
             )
         message = " ".join(UNION_WITH_NONE.sub(r"\1", message).split())
         classes = _known_classes()

@@ -56,7 +56,12 @@ def from_spec(cls: type[T], settings: Mapping[str, Any]) -> T:
     try:
         return parser.instantiate(parser.parse_object({"value": dict(settings)})).value
     except SpecError as error:
-        message = str(error).replace('"value.', '"').replace("Group 'value'", cls.__name__)
+        message = (
+            str(error)
+            .removeprefix("value.")
+            .replace('"value.', '"')
+            .replace("Group 'value'", cls.__name__)
+        )
         raise ValueError(message) from None
 
 
