@@ -81,11 +81,13 @@ class State(Generic[Memory]):
 
     @property
     def is_first_order(self) -> bool:
-        """Whether the next step touches α = 0 or σ = 0, where u or λ is infinite.
+        """Whether the next step touches α = 0 or σ = 0, or ends beyond the levels of training.
 
-        Methods that interpolate in u or λ take the first-order step there.
+        Methods that interpolate in u or λ, which are infinite at α = 0 or σ = 0, take the
+        first-order step there. Beyond the cleanest level of training no network is evaluated.
         """
-        return not (is_interior(self.level) and is_interior(self.remaining[0]))
+        knot = self.remaining[0]
+        return not (is_interior(self.level) and is_interior(knot)) or knot.is_beyond_training
 
     def at_next_knot(self, x: Tensor, memory: Memory | None = None) -> "State[Memory]":
         """The state at the next knot.

@@ -28,7 +28,7 @@ class AlphaBlending(Sampler[_StepStart]):
     of a (order 2).
 
     Order 1 is the first-order step, which is DDIM. Steps that touch α = 0 or σ = 0 need no
-    exception.
+    exception. A step whose midpoint is cleaner than the levels of training is of order 1.
 
     Stochastic blending (η > 0) deblends to a level d cleaner than the knot s,
     u_d² = u_s² (1 - η²(1 - u_s²/u_t²)) with u = σ/α, and blends with fresh noise back to s:
@@ -59,12 +59,13 @@ class AlphaBlending(Sampler[_StepStart]):
         t, s = state.level if state.memory is None else state.memory.level, state.remaining[0]
         is_deterministic = self.eta == 0 or is_clean(s)
         end = s if is_deterministic else self._deblending_level(t, s)
-        if self.order == 1:
-            x = prediction.at(end)
-        elif state.memory is None:
-            return self._to_midpoint(state, prediction, end)
-        else:
+        if state.memory is not None:
             x = _euler_step(state.memory, end, prediction)
+        else:
+            middle = end.schedule.at_blend((t.blend + end.blend) / 2)
+            if self.order == 2 and not middle.is_beyond_training:
+                return _to_midpoint(state, prediction, middle)
+            x = prediction.at(end)
         if not is_deterministic:
             spread = self.eta * s.sigma * fresh_noise_share(t, s) ** 0.5
             x = (s.alpha / end.alpha) * x + spread * noise.between(t, s, state.step)
@@ -75,15 +76,15 @@ class AlphaBlending(Sampler[_StepStart]):
         kept = 1 - self.eta**2 * fresh_noise_share(t, s)
         return s.schedule.at(s.logsnr - math.log(kept) if kept > 0 else math.inf)
 
-    def _to_midpoint(
-        self, state: State[_StepStart], prediction: Prediction, end: Level
-    ) -> State[_StepStart]:
-        """The state at the midpoint of a between the current level and `end`."""
-        t = state.level
-        start = _StepStart(state.x / (t.alpha + t.sigma), t)
-        middle = end.schedule.at_blend((t.blend + end.blend) / 2)
-        x = _euler_step(start, middle, prediction)
-        return replace(state, x=x, level=middle, memory=start)
+
+def _to_midpoint(
+    state: State[_StepStart], prediction: Prediction, middle: Level
+) -> State[_StepStart]:
+    """The state at `middle`, the midpoint of a, after Euler's step from the current level."""
+    t = state.level
+    start = _StepStart(state.x / (t.alpha + t.sigma), t)
+    x = _euler_step(start, middle, prediction)
+    return replace(state, x=x, level=middle, memory=start)
 
 
 def _euler_step(start: _StepStart, end: Level, prediction: Prediction) -> Tensor:

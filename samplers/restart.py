@@ -89,7 +89,9 @@ def _split(knots: Knots, low: float, high: float, steps: int, repeats: int) -> l
     """
     schedule = knots[0].schedule
     bottom, top = (-2 * math.log(u) for u in (low, high))
-    if not knots[0].logsnr <= top < bottom <= knots[-1].logsnr:
+    end = schedule.at(bottom)
+    is_within = knots[0].logsnr <= top < bottom <= knots[-1].logsnr
+    if not is_within or end.is_beyond_training:
         raise ValueError(
             f"the interval of σ/α from {low} to {high} is not within the run, which goes from "
             f"{knots[0].ratio:g} to {knots[-1].ratio:g}: remove the interval, or choose knots "
@@ -99,7 +101,6 @@ def _split(knots: Knots, low: float, high: float, steps: int, repeats: int) -> l
         (high ** (1 / RHO) + i / steps * (low ** (1 / RHO) - high ** (1 / RHO))) ** RHO
         for i in range(1, steps)
     ]
-    end = schedule.at(bottom)
     repeat = (schedule.at(top), *(schedule.at(-2 * math.log(u)) for u in ratios), end)
     before = tuple(knot for knot in knots if knot.logsnr < bottom - KNOT_TOLERANCE)
     after = tuple(knot for knot in knots if knot.logsnr > bottom + KNOT_TOLERANCE)

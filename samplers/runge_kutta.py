@@ -100,7 +100,8 @@ class AdaptiveRungeKutta(Sampler[_Attempt | float]):
     sampler, unlike all others, synchronises with the device.
 
     A step from α = 0 needs no exception. The network is never evaluated at the end of a step to
-    α = 0 or σ = 0: over the last `atol` of a the step is the first-order step.
+    α = 0 or σ = 0: over the last `atol` of a the step is the first-order step. So it is from the
+    cleanest level of training to a cleaner knot.
 
     Args:
         pair: the embedded pair, BogackiShampine (1989, order 3) or DormandPrince (1980, order 5).
@@ -178,9 +179,10 @@ class AdaptiveRungeKutta(Sampler[_Attempt | float]):
         return self._to_next_stage(state, attempt)
 
     def _target(self, knot: Level) -> float:
-        """The a at which the pair stops: the knot's, or `atol` before an end."""
+        """The a at which the pair stops: the knot's, `atol` before an end, or the cleanest one."""
         a = _to_number(knot)
-        return a if is_interior(knot) else min(max(a, self.atol), 1 - self.atol)
+        a = a if is_interior(knot) else min(max(a, self.atol), 1 - self.atol)
+        return max(a, _to_number(knot.schedule.cleanest)) if knot.is_beyond_training else a
 
     def _to_next_stage(
         self, state: State[_Attempt | float], attempt: _Attempt
@@ -225,7 +227,7 @@ class AdaptiveRungeKutta(Sampler[_Attempt | float]):
         if size <= 1:
             z, a, slopes = after, a + h, slopes[-1:]
             if abs(target - a) < MIN_STEP / 10:
-                x = state.x if is_interior(knot) else prediction.at(knot)
+                x = state.x if target == _to_number(knot) else prediction.at(knot)
                 return state.at_next_knot(x, length)
         elif length <= MIN_STEP:
             raise ValueError(

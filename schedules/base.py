@@ -17,6 +17,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, TypeVar, cast, get_args
 
 import torch
@@ -27,6 +28,8 @@ __all__ = ["Level", "Real", "Scaling", "Schedule", "alpha_sigma", "check_scaling
 Scaling = Literal["vp", "ve", "flow"]
 Real = float | Tensor
 R = TypeVar("R", bound=float | Tensor)
+LEVEL_TOLERANCE = 1e-6
+"""Rounding in λ that is allowed in the comparison with the cleanest level of training."""
 
 
 def alpha_sigma(logsnr: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
@@ -102,6 +105,11 @@ class Level:
         if isinstance(self.logsnr, Tensor):
             return float(self.logsnr.min()), float(self.logsnr.max())
         return self.logsnr, self.logsnr
+
+    @property
+    def is_beyond_training(self) -> bool:
+        """Whether the level, or a part of a map, is cleaner than the levels of training."""
+        return self.logsnr_range[1] > self.schedule.cleanest.logsnr_range[1] + LEVEL_TOLERANCE
 
     def to(self, x: Tensor) -> "Level":
         """Move the tensors of the level to the device and the dtype of `x`.
@@ -182,6 +190,15 @@ class Schedule(ABC):
         so that each of its entries is drawn equally often.
         """
         return u if self.steps is None else (u * self.steps).ceil().clamp(min=1) / self.steps
+
+    @cached_property
+    def cleanest(self) -> Level:
+        """The cleanest level of training: entry 0 of a table, t = 0 of a continuous schedule.
+
+        It is finite on tables and on Truncated, LogLinear and Rho. No grid evaluates a network at
+        a cleaner level, since λ(t) has none there: `time` is 0 for all of them, or below entry 0.
+        """
+        return self.level(0.0 if self.steps is None else 1 / self.steps)
 
     def level(self, t: Real) -> Level:
         """The level at time t, a number or a tensor of any shape."""

@@ -8,6 +8,10 @@ never recompute one. Almost every grid is uniform in a coordinate c of the level
 
 where g = n, or g = n-1 if a clean knot follows the last one. Such a grid is a coordinate with two
 bounds, and `Within` changes the bounds.
+
+No network is evaluated at a cleaner level than those of its training (`Schedule.cleanest`): where
+one of the first n knots would be cleaner, these n are uniform from c(first) to c(cleanest) instead,
+and the last knot, at which no network is evaluated, stays where it is.
 """
 
 import math
@@ -41,7 +45,8 @@ class Grid(ABC):
 
         Raises:
             ValueError: `steps` is below 1 or above the number of entries of a table, or a knot is
-                noisier than the schedule. The message contains the bound.
+                noisier than the schedule, or one before the last is cleaner than its cleanest
+                level. The message contains the bound.
 
         Examples:
             >>> from diffcore.schedules import Flow, Trailing
@@ -90,10 +95,14 @@ class CoordinateGrid(Grid):
 
     def _levels(self, schedule: Schedule, steps: int) -> list[Level]:
         first, last, clean = self._span(schedule)
+        end, cleanest = schedule.at(CLEAN) if clean else last, schedule.cleanest
         if not clean:
-            return self._between(first, last, steps)
+            knots = self._between(first, last, steps)
+            if knots[-2].logsnr <= cleanest.logsnr:
+                return knots
+        last = min(last, cleanest, key=lambda level: level.logsnr)
         inside = self._between(first, last, steps - 1) if steps > 1 else [first]
-        return [*inside, schedule.at(CLEAN)]
+        return [*inside, end]
 
     def _between(self, first: Level, last: Level, gaps: int) -> list[Level]:
         """gaps + 1 levels from `first` to `last`, both of them exact."""
@@ -197,6 +206,12 @@ def _check_knots(grid: Grid, schedule: Schedule, knots: tuple[Level, ...]) -> No
             raise ValueError(
                 f"{grid} has a knot at λ = {knot.logsnr:g}, but {schedule} ends at λ = {lowest:g} "
                 f"(σ/α = {math.exp(-lowest / 2):g}): choose bounds within it"
+            )
+    for knot in knots[:-1]:
+        if knot.is_beyond_training:
+            raise ValueError(
+                f"{grid} has a knot at λ = {knot.logsnr:g}, but the cleanest level of {schedule} "
+                f"is λ = {schedule.cleanest.logsnr:g}: only the last knot may be cleaner"
             )
     gaps = [b.logsnr - a.logsnr for a, b in pairwise(knots)]
     if not (all(gap > 0 for gap in gaps) or all(gap < 0 for gap in gaps)):

@@ -34,7 +34,8 @@ class Karras(CoordinateGrid):
     0.5; for data of standard deviation s multiply them by 2s. One step is [sigma_max, clean].
 
     Args:
-        sigma_min: σ/α of the last noisy knot, above 0.
+        sigma_min: σ/α of the last noisy knot, above 0; at least that of the cleanest level of
+            training.
         sigma_max: σ/α of the first knot, finite.
         rho: ρ > 0; a larger value puts more knots near the data.
     """
@@ -72,7 +73,7 @@ class UniformLogSNR(CoordinateGrid):
 
     Args:
         low: λ of the first knot, finite.
-        high: λ of the last noisy knot, finite.
+        high: λ of the last noisy knot, finite; at most that of the cleanest level of training.
     """
 
     low: float = -10.0

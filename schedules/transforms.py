@@ -129,8 +129,8 @@ class Shifted(ScheduleWrapper):
 class Interpolated(ScheduleWrapper):
     """λ'(t) = λ(t) + (1-t) clean + t noise: a shift that is interpolated in t.
 
-    The interpolated resolution shift of simple diffusion (`by_resolution`): fine detail receives
-    the noise of a low resolution, layout that of a high one. Hoogeboom et al. 2023 (2301.11093).
+    `by_resolution` is the interpolated resolution shift of simple diffusion. Hoogeboom et al. 2023
+    (2301.11093).
 
     Args:
         inner: schedule to shift; λ(t) must decrease faster than the shift increases, for any t
@@ -161,21 +161,32 @@ class Interpolated(ScheduleWrapper):
     def by_resolution(
         cls, schedule: Schedule, size: float, low: float, high: float
     ) -> "Interpolated":
-        """Adapt a schedule to images of one size with the shifts of two other sizes.
+        """λ'(t) = t λ_low(t) + (1-t) λ_high(t), with λ_d the schedule shifted by 2 ln(d/size).
+
+        Hoogeboom et al. 2023 (2301.11093): layout receives the noise of a schedule for images of
+        the size `low`, which destroys it, and fine detail keeps more signal, as at the size `high`.
 
         Args:
             schedule: schedule to shift.
             size: side of the images in pixels.
-            low: side in pixels whose shift applies at the clean end.
-            high: side in pixels whose shift applies at the noisy end.
+            low: side in pixels whose shift applies at the noisy end; the paper has 32.
+            high: side in pixels whose shift applies at the clean end; the paper has the size.
 
         Returns:
             The shifted schedule.
+
+        Example:
+            >>> from diffcore.schedules import Cosine
+            >>> schedule = Interpolated.by_resolution(Cosine(), size=256, low=32, high=256)
+            >>> schedule.clean, round(schedule.noise, 4)
+            (0.0, -4.1589)
         """
         d = _log_positive("size", size)
-        return cls(
-            schedule, 2 * (_log_positive("low", low) - d), 2 * (_log_positive("high", high) - d)
+        low_shift, high_shift = (
+            2 * (_log_positive("low", low) - d),
+            2 * (_log_positive("high", high) - d),
         )
+        return cls(schedule, clean=high_shift, noise=low_shift)
 
     @property
     def _is_monotone(self) -> bool:

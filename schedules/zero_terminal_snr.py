@@ -26,8 +26,7 @@ class ZeroTerminalSNR(ScheduleWrapper):
     @cached_property
     def _ends(self) -> tuple[Level, Level]:
         """The level that is unchanged (α_0) and the level that is mapped to α = 0 (α_T)."""
-        first = 0.0 if self.steps is None else 1 / self.steps
-        return self.inner.level(first), self.inner.level(1.0)
+        return self.inner.cleanest, self.inner.level(1.0)
 
     @cached_property
     def _constants(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -16,6 +16,7 @@ from diffcore.core.prediction import PredictionType
 from diffcore.io.files import write_file
 from diffcore.io.specs import from_spec, to_spec
 from diffcore.schedules import Cosine, Level, Real, Schedule
+from diffcore.schedules.base import LEVEL_TOLERANCE
 
 __all__ = ["Process", "TimeConditioning", "TimeVariable"]
 
@@ -170,6 +171,8 @@ class Process:
         """Raise ValueError if a network of this process cannot be evaluated at a level.
 
         At λ = -inf, x_0 as a function of the output, the time conditioning and σ must be finite.
+        Beyond the cleanest level of the schedule, which is finite on tables and truncated
+        schedules, the time of a level is not defined.
 
         Args:
             level: noise level, or a map of levels.
@@ -178,8 +181,18 @@ class Process:
         noisiest, cleanest = level.logsnr_range
         if cleanest == math.inf:
             self._check_clean(name)
-        if noisiest != -math.inf:
-            return
+        if noisiest == -math.inf:
+            self._check_pure_noise(name)
+        limit = self.schedule.cleanest.logsnr_range[1]
+        if cleanest > limit + LEVEL_TOLERANCE:
+            raise ValueError(
+                f"{name} is at λ = {cleanest:g}, but the cleanest level of {self.schedule}, with "
+                f"which the network was trained, is λ = {limit:g}: evaluate it at most there (the "
+                "last knot may be cleaner)"
+            )
+
+    def _check_pure_noise(self, name: str) -> None:
+        """Raise ValueError if a network of this process is undefined at λ = -inf."""
         remedy = (
             "train on Truncated levels, or start from a grid whose first level is finite "
             "(Karras, UniformLogSNR)"

@@ -181,17 +181,21 @@ def insert_levels(knots: tuple[Level, ...], logsnrs: Sequence[float]) -> tuple[L
 
     Args:
         knots: strictly monotone levels.
-        logsnrs: λ of the levels to insert; those at a knot or outside of the range are left out.
+        logsnrs: λ of the levels to insert; those at a knot, outside of the range, or cleaner than
+            the levels of training are left out.
 
     Returns:
         Strictly monotone levels in the direction of `knots`.
     """
     found = {float(knot.logsnr): knot for knot in knots}
     for logsnr in logsnrs:
-        if min(found) < logsnr < max(found) and all(
-            abs(known - logsnr) > SAME_LEVEL for known in found
+        level = knots[0].schedule.at(logsnr)
+        if (
+            min(found) < logsnr < max(found)
+            and not level.is_beyond_training
+            and all(abs(known - logsnr) > SAME_LEVEL for known in found)
         ):
-            found[logsnr] = knots[0].schedule.at(logsnr)
+            found[logsnr] = level
     return tuple(
         found[logsnr] for logsnr in sorted(found, reverse=bool(knots[0].logsnr > knots[-1].logsnr))
     )

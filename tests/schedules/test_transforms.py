@@ -94,18 +94,34 @@ def test_scales_that_are_not_positive_are_refused(value):
             make(Flow(), value)
 
 
-@pytest.mark.parametrize(("size", "low", "high"), [(256, 32, 256), (512, 32, 64), (64, 64, 32)])
-def test_interpolated_is_simple_diffusions_lerp_of_two_shifts(size, low, high):
-    """k-diffusion's rand_cosine_interpolated: torch.lerp(logsnr_low, logsnr_high, t)."""
+@pytest.mark.parametrize(("size", "low", "high"), [(256, 32, 256), (512, 32, 64), (256, 8, 256)])
+def test_by_resolution_is_simple_diffusions_interpolation(size, low, high):
+    """2301.11093: t λ_low(t) + (1-t) λ_high(t), where t = 1 is noise and λ_d is shifted for d."""
     schedule = Interpolated.by_resolution(Cosine(), size, low, high)
-    shifts = [Cosine().logsnr(t) + 2 * math.log(d / size) for d in (low, high)]
-    torch.testing.assert_close(schedule.logsnr(t), torch.lerp(*shifts, t), rtol=1e-13, atol=1e-13)
+    cosine = -2 * torch.log(torch.tan(math.pi * t / 2))
+    at_low, at_high = (cosine + 2 * math.log(d / size) for d in (low, high))
+    expected = t * at_low + (1 - t) * at_high
+    torch.testing.assert_close(schedule.logsnr(t), expected, rtol=1e-13, atol=1e-12)
+
+
+def test_by_resolution_equals_k_diffusions_interpolation_whose_time_starts_at_noise():
+    """rand_cosine_interpolated: lerp(low, high, u) of λ that rises with u, from noise at u = 0."""
+    size, low, high, bound = 256, 32, 256, 2 * math.log(1e12)
+
+    def rising(u, shift):
+        start, end = (math.atan(math.exp(-0.5 * (sign * bound - shift))) for sign in (-1, 1))
+        return -2 * torch.log(torch.tan(start + u * (end - start))) + shift
+
+    shifts = [2 * math.log(d / size) for d in (low, high)]
+    expected = torch.lerp(*(rising(1 - t, shift) for shift in shifts), 1 - t)
+    schedule = Interpolated.by_resolution(Cosine(), size, low, high)
+    torch.testing.assert_close(schedule.logsnr(t), expected, rtol=0, atol=1e-7)
 
 
 def test_interpolation_is_monotone_up_to_a_ratio_of_e_to_the_pi():
-    Interpolated.by_resolution(Cosine(), 64, 1.0, 23.14)
+    Interpolated.by_resolution(Cosine(), 64, 23.14, 1.0)
     with pytest.raises(ValueError, match="not be monotone: bring clean and noise closer"):
-        Interpolated.by_resolution(Cosine(), 64, 1.0, 23.15)
+        Interpolated.by_resolution(Cosine(), 64, 23.15, 1.0)
     with pytest.raises(
         ValueError, match=r"clean and noise are inf and 0\.0, expected finite shifts"
     ):
