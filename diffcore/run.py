@@ -64,6 +64,11 @@ class Run:
         return self.folder / "checkpoints"
 
     @property
+    def snapshots(self) -> Path:
+        """The folder of the averages from which one of any length can be reconstructed."""
+        return self.folder / "snapshots"
+
+    @property
     def samples(self) -> Path:
         """The folder of the preview samples."""
         return self.folder / "samples"
@@ -111,7 +116,10 @@ class Run:
         return network()
 
     def denoiser(
-        self, device: torch.device | str = "cpu", network: nn.Module | None = None
+        self,
+        device: torch.device | str = "cpu",
+        network: nn.Module | None = None,
+        weights: str | Path = "",
     ) -> Denoiser:
         """The denoiser with the averaged weights, in evaluation mode.
 
@@ -119,6 +127,8 @@ class Run:
             device: device of the network.
             network: network of the run's architecture, needed if the folder has no config.yaml, as
                 for a `Trainer` built in Python; by default it is built from config.yaml.
+            weights: file of other weights, such as one that `diffcore ema` reconstructed; "": the
+                run's average.
 
         Returns:
             The denoiser of the network and the saved process.
@@ -129,14 +139,15 @@ class Run:
         """
         network = self.network() if network is None else network
         process = Process.load(self.process)
-        tensors = read_weights(self.weights)
+        path = Path(weights) if weights else self.weights
+        tensors = read_weights(path)
         own = {name: tuple(value.shape) for name, value in network.state_dict().items()}
         wrong = sorted(
             n for n in {*own, *tensors} if n not in tensors or own.get(n) != tuple(tensors[n].shape)
         )
         if wrong:
             raise ValueError(
-                f"{self.weights} does not fit the network of {self.config}: {len(wrong)} tensors "
+                f"{path} does not fit the network of {self.config}: {len(wrong)} tensors "
                 f"are missing, unknown or of another shape, such as {wrong[0]}"
             )
         network.load_state_dict(tensors)

@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "train a network from a recipe or a YAML file of settings",
     "sample": "draw samples from a run or a diffusers pipeline, as images or arrays",
     "export": "save the network of a run as a diffusers pipeline",
+    "ema": "reconstruct an average of the weights of any length after training",
     "plot": "draw noise schedules, loss weights, and effective weights of training settings",
     "info": "describe a run, or this machine",
 }

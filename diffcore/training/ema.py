@@ -3,7 +3,7 @@
 shadow ← β shadow + (1-β) weights,   β(step) = min(decay, (1 + step) / (10 + step))
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -45,10 +45,10 @@ class EMA:
 
     Args:
         module: module whose state is averaged.
-        decay: decay β(step).
+        decay: β as a function of the step, such as `Decay`.
     """
 
-    def __init__(self, module: nn.Module, decay: Decay) -> None:
+    def __init__(self, module: nn.Module, decay: Callable[[int], float]) -> None:
         self.module, self.decay = module, decay
         state = module.state_dict()
         self.shadow = {name: _averaged(value).clone() for name, value in state.items()}

@@ -11,6 +11,7 @@ from diffcore.io.safetensors import write_weights
 from diffcore.training import checkpoint, pipeline
 from diffcore.training.data.order import Batch, load_batches
 from diffcore.training.data.source import check_labels
+from diffcore.training.power_ema import write_snapshot
 from diffcore.training.reporting import Reporter
 from diffcore.training.resume import checkpoint_of
 from diffcore.training.state import TrainState
@@ -37,6 +38,8 @@ def run(state: TrainState, reporter: Reporter) -> None:
                 reporter.report(state)
             if settings.sample_every and state.step % settings.sample_every == 0:
                 reporter.draw_preview(state)
+            if settings.snapshots.is_due(state.step, settings.steps):
+                _write_snapshots(state)
             if state.step % settings.save_every == 0 or state.step == settings.steps:
                 save(state, reporter)
         reporter.check_finite(state, state.window.gathered())
@@ -65,7 +68,8 @@ def advance(state: TrainState, batches: Iterator[Batch]) -> None:
     """
     losses, norm = _optimize(state, islice(batches, state.settings.accumulation))
     state.step += 1
-    state.average.update(state.step)
+    for average in (state.average, *state.further_averages.values()):
+        average.update(state.step)
     state.window.add(losses, norm)
     state.level_sampler.add(state.step, losses)
 
@@ -81,6 +85,13 @@ def save(state: TrainState, reporter: Reporter) -> None:
         write_weights(run_folder.weights, state.average.shadow, step=state.step)
         pipeline.save(state, reporter.message)
     state.accelerator.wait_for_everyone()
+
+
+def _write_snapshots(state: TrainState) -> None:
+    """Write the averages from which one of any length can be reconstructed."""
+    if state.accelerator.is_main_process:
+        for length, average in state.further_averages.items():
+            write_snapshot(state.settings.run.snapshots, length, state.step, average.shadow)
 
 
 def _optimize(state: TrainState, batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from diffcore.io.files import write_file
 from diffcore.training import checkpoint
 from diffcore.training.checkpoint import Checkpoint
 from diffcore.training.distributed import GatheredState, capture_state, restore_state
+from diffcore.training.ema import EMA
 from diffcore.training.reporting import Metrics
 from diffcore.training.state import TrainState
 
@@ -88,7 +89,7 @@ def checkpoint_of(state: TrainState) -> Checkpoint:
     return Checkpoint(
         {
             "model.safetensors": captured.network,
-            "ema.safetensors": state.average.shadow,
+            **{name: average.shadow for name, average in _averages(state).items()},
             "training.safetensors": {**captured.optimizer, **levels, "window": window},
         },
         {
@@ -152,8 +153,16 @@ def _load(state: TrainState, saved: Checkpoint) -> None:
     network = saved.tensors["model.safetensors"]
     gathered = GatheredState(network, optimizer, saved.state["groups"])
     restore_state(state.trained, state.optimizer.optimizer, gathered)
-    state.average.load(saved.tensors["ema.safetensors"])
+    for name, average in _averages(state).items():
+        average.load(saved.tensors[name])
     state.step, state.non_finite_steps = saved.state["step"], saved.state["skipped"]
+
+
+def _averages(state: TrainState) -> dict[str, EMA]:
+    """All averages by the name of their file in a checkpoint."""
+    further = state.further_averages.items()
+    names = {f"ema-{length:.4f}.safetensors": average for length, average in further}
+    return {"ema.safetensors": state.average, **names}
 
 
 def _check_checkpoint(

@@ -18,6 +18,7 @@ from diffcore.training.data.source import prepare_data
 from diffcore.training.distributed import make_accelerator, wrap
 from diffcore.training.ema import EMA
 from diffcore.training.level_sampler import LevelSampler
+from diffcore.training.power_ema import PowerFunction
 from diffcore.training.reporting import LossWindow
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class TrainState:
         label_wrapper: wraps a network so that it accepts the labels of the data.
         denoiser: training network as a denoiser, in training mode.
         average: averaged weights of the network.
+        further_averages: averages with power-function profiles, by their length.
         order: order in which the run reads its data.
         level_sampler: distribution of the training levels, which may adapt to the losses.
         window: losses and gradient norms since the last report.
@@ -56,6 +58,7 @@ class TrainState:
     label_wrapper: LabelWrapper
     denoiser: Denoiser
     average: EMA
+    further_averages: dict[float, EMA]
     order: DataOrder
     level_sampler: LevelSampler
     window: LossWindow
@@ -120,6 +123,7 @@ def build_state(settings: "Trainer") -> TrainState:
     prepare_data(settings.source, settings.process, device, is_main)
     label_wrapper = settings.source.label_wrapper(device)
     modules, optimizer = wrap(accelerator, *_build_modules(settings, label_wrapper))
+    network = accelerator.unwrap_model(modules[0])
     split = (settings.accumulation, accelerator.gather)
     return TrainState(
         settings,
@@ -128,7 +132,8 @@ def build_state(settings: "Trainer") -> TrainState:
         optimizer,
         label_wrapper,
         Denoiser(label_wrapper(modules[0]), settings.process).train(),
-        EMA(accelerator.unwrap_model(modules[0]), settings.ema),
+        EMA(network, settings.ema),
+        {length: EMA(network, PowerFunction(length)) for length in settings.snapshots.lengths},
         DataOrder(
             len(settings.source),
             settings.seed,
@@ -141,7 +146,7 @@ def build_state(settings: "Trainer") -> TrainState:
             settings.objective, settings.process, settings.seed, settings.batch_size, *split
         ),
         LossWindow(*split),
-        _content_hashes(settings, accelerator.unwrap_model(modules[0])),
+        _content_hashes(settings, network),
     )
 
 

@@ -24,6 +24,7 @@ from diffcore.training.data.source import (
 )
 from diffcore.training.ema import Decay
 from diffcore.training.lr import LearningRate
+from diffcore.training.power_ema import Snapshots
 from diffcore.training.reporting import Reporter
 from diffcore.training.resume import start_or_resume
 from diffcore.training.state import TrainState, build_state
@@ -64,6 +65,7 @@ class Trainer:
         objective: training loss: its weight, distribution of noise levels, coupling.
         lr: learning rate as a function of the step.
         ema: decay of the averaged weights.
+        snapshots: further averages, from which `diffcore ema` reconstructs one of any length.
         batch_size: number of samples of an optimizer step, over all ranks and micro-batches.
         accumulation: number of micro-batches into which a rank splits its part of the batch.
         clip: largest norm of the gradient; a larger gradient is scaled down. `.inf` does not clip.
@@ -108,6 +110,7 @@ class Trainer:
     objective: Objective = field(default_factory=Objective)
     lr: LearningRate = field(default_factory=LearningRate)
     ema: Decay = field(default_factory=Decay)
+    snapshots: Snapshots = field(default_factory=Snapshots)
     batch_size: int = 128
     accumulation: int = 1
     clip: float = 1.0
