@@ -16,6 +16,23 @@ SYMBOLS = [
         "diffcore/io/parser.py",
         "jsonargparse<4.54",
     ),
+    *(
+        (f"jsonargparse.{path}", "diffcore/io/trust.py", "jsonargparse<4.54")
+        for path in (
+            "_actions.import_object",
+            "_common.ImportDenied",
+            "_typehints.NestedArg",
+            "_typehints.adapt_typehints",
+            "_typehints.callable_origin_types",
+            "_typehints.get_callable_return_type",
+            "_typehints.get_subclass_types",
+            "_typehints.get_typehint_origin",
+            "_typehints.import_object",
+            "_typehints.is_protocol",
+            "_util.canonical_import_paths",
+            "_util.import_object",
+        )
+    ),
     (
         "jsonargparse.DefaultHelpFormatter._expand_help",
         "diffcore/io/parser.py",

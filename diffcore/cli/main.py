@@ -72,11 +72,10 @@ def _trust_modules_and_run(command: str, words: Sequence[str]) -> None:
         "trust",
         "the name of a module whose classes the configuration may name",
     )
-    if modules:
-        from diffcore.io.parser import trust
+    from diffcore.io.trust import trust
 
-        trust(*modules)
-    import_module(f"diffcore.cli.{command}").main(words)
+    with trust(*modules, remedy="add --trust {}"):
+        import_module(f"diffcore.cli.{command}").main(words)
 
 
 if __name__ == "__main__":

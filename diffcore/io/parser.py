@@ -1,18 +1,17 @@
 """The parser of command lines and plain data into components; errors name the nearest spelling.
 
-A configuration can name classes of diffcore, torch and diffusers, and of other modules only if the
-user trusts them by name: neither a configuration nor the folder of a run can make Python import or
-call something else.
+A configuration can name the classes that `diffcore.io.trust` lists, and others only if the user
+trusts their modules by name: neither a configuration nor the folder of a run can make Python import
+or call something else.
 """
 
 import ast
 import difflib
-import pydoc
 import re
 import sys
 from abc import ABC
-from collections.abc import Callable, Iterator, Mapping
-from inspect import isclass, isroutine, signature
+from collections.abc import Callable
+from inspect import isclass, signature
 from typing import Any, NoReturn
 
 from jsonargparse import (
@@ -23,18 +22,21 @@ from jsonargparse import (
     set_parsing_settings,
 )
 
+import diffcore.io.trust  # noqa: F401  # enforces what settings may name
 from diffcore.io.extras import EXTRAS, missing
 
-__all__ = ["ComponentParser", "SpecError", "trust"]
+__all__ = ["ComponentParser", "SpecError"]
 
-TRUSTED = ("diffcore", "torch", "diffusers")
 MAXIMUM_LISTED = 12
 """Longer lists of subclasses are left out of the help: torch alone has hundreds of modules."""
 UNION_WITH_NONE = re.compile(
     r"Does not validate against.*?- (.*?)\n\s*- Expected a <class 'NoneType'>.*", re.DOTALL
 )
 NAMED_KEY = re.compile(r'Parser key "([^"]*)"')
-NOT_TRUSTED = re.compile(r"Importing '([\w.]+)' is not allowed")
+NOT_TRUSTED = re.compile(
+    r"(importing '.*? is not allowed.*?|a (?:function|network) is given in Python.*?)"
+    r"(?=\. Got value|\n|$)"
+)
 MISSING_PACKAGE = re.compile(r"import of (\w+)[\w.]* halted|No module named '(\w+)")
 UNKNOWN_CLASS = re.compile(r"(?<=import path string: )[\w.]+")
 UNKNOWN_OPTION = re.compile(r"(?:(?<=ption ')|(?<=arguments: --))[\w.]+")
@@ -125,15 +127,8 @@ class ComponentParser(ArgumentParser):
             The namespace with components in place of their settings.
 
         Raises:
-            ValueError: a component refuses its options, or a path of diffcore, torch or diffusers
-                is not a class. A function could do anything when it is called, so functions need a
-                trusted module.
+            ValueError: a component refuses its options.
         """
-        for path in _import_paths(namespace.as_dict()):
-            if not isclass(pydoc.locate(path)) and path.partition(".")[0] in TRUSTED:
-                self.error(
-                    f"{path} is not a class: name one, or a function of a module that you --trust"
-                )
         try:
             return super().instantiate(namespace, instantiate_groups, instantiators=instantiators)
         except ValueError as error:
@@ -146,10 +141,7 @@ class ComponentParser(ArgumentParser):
             return str(missing(package, "A class that is named in the settings"))
         if denied := NOT_TRUSTED.search(message):
             key = NAMED_KEY.match(message)
-            return (
-                f"{key[1] + ': ' if key else ''}importing '{denied[1]}' is not allowed, because "
-                f"its module is not trusted: add --trust {denied[1].rpartition('.')[0]}"
-            )
+            return f"{key[1] + ': ' if key else ''}{denied[0]}"
         message = " ".join(UNION_WITH_NONE.sub(r"\1", message).split())
         classes = _known_classes()
         named = [cls for name, cls in classes.items() if re.search(rf"\b{name}\b", message)]
@@ -162,24 +154,6 @@ class ComponentParser(ArgumentParser):
         return message
 
 
-def trust(*modules: str) -> None:
-    """Allow configurations to name classes and functions of these modules.
-
-    Args:
-        *modules: import names, also of modules in the current folder. diffcore, torch and diffusers
-            are always trusted.
-    """
-    if modules and "" not in sys.path:
-        sys.path.append("")
-    set_parsing_settings(
-        unset_sentinel=True,
-        instantiate_subclass_spec_in_any=False,
-        import_path_denylist=["*"],
-        import_path_allowlist=[*TRUSTED, *modules],
-        subclasses_enabled=[ABC],  # a component derives from ABC; a plain dataclass is a group
-    )
-
-
 def _discard_options_of_other_class(_parser: Any, before: Any, after: Any) -> None:
     """Let a component of another class begin with its own defaults."""
     first, second = (
@@ -189,7 +163,11 @@ def _discard_options_of_other_class(_parser: Any, before: Any, after: Any) -> No
         before["init_args"] = type(before)()
 
 
-trust()
+set_parsing_settings(
+    unset_sentinel=True,
+    instantiate_subclass_spec_in_any=False,
+    subclasses_enabled=[ABC],  # a component derives from ABC; a plain dataclass is a group
+)
 # jsonargparse keeps options whose names agree: P2 in place of MinSNR(5) would silently get γ = 5.
 _typehints.discard_init_args_on_class_path_change = _discard_options_of_other_class
 
@@ -208,17 +186,3 @@ def _nearest(word: str, candidates: list[str]) -> str | None:
         if (close := difflib.get_close_matches(part, candidates, n=1)) and close[0] != word:
             return close[0]
     return None
-
-
-def _import_paths(value: Any) -> Iterator[str]:
-    """Import paths in parsed settings: class paths, and functions where callables are expected."""
-    if isinstance(value, Mapping):
-        if isinstance(path := value.get("class_path"), str):
-            yield path
-        for item in value.values():
-            yield from _import_paths(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _import_paths(item)
-    elif isroutine(value):
-        yield f"{value.__module__}.{value.__qualname__}"

@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from diffcore.core.process import Process, TimeConditioning
-from diffcore.io.parser import ComponentParser, trust
+from diffcore.io.parser import ComponentParser
 from diffcore.io.specs import from_spec, to_spec
+from diffcore.io.trust import trust
 from diffcore.objectives.coupling import OptimalTransport
 from diffcore.objectives.level_sampling import LearnedSchedule, SecondMoment
 from diffcore.objectives.losses import Huber, PseudoHuber
@@ -176,11 +177,11 @@ def test_a_module_trusted_by_name_can_be_used_and_no_other(two_modules):
     )
     with pytest.raises(ValueError, match="is not allowed"):
         from_spec(Process, mine)
-    trust("my_schedules")
-    process = from_spec(Process, mine)
-    assert type(process.schedule).__module__ == "my_schedules"
-    with pytest.raises(ValueError, match="is not allowed"):
-        from_spec(Process, other)
+    with trust("my_schedules"):
+        process = from_spec(Process, mine)
+        assert type(process.schedule).__module__ == "my_schedules"
+        with pytest.raises(ValueError, match="is not allowed"):
+            from_spec(Process, other)
     # By the bare class name, another interpreter could not find the class, even if trusted.
     assert to_spec(process)["schedule"]["class_path"] == "my_schedules.Mine"
 
