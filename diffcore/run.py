@@ -78,6 +78,11 @@ class Run:
         """The training metrics, one JSON object per line."""
         return self.folder / "metrics.jsonl"
 
+    @property
+    def validation(self) -> Path:
+        """The losses on held-out data, one JSON object per line."""
+        return self.folder / "validation.jsonl"
+
     def settings(self) -> dict[str, Any]:
         """The contents of config.yaml as plain data.
 

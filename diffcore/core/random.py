@@ -49,6 +49,7 @@ class Stream(IntEnum):
     PERTURBATION = 20
     OFFSET = 21
     LATENT = 22
+    VALIDATION = 23
 
 
 def philox(

@@ -15,6 +15,7 @@ from diffcore.training.power_ema import write_snapshot
 from diffcore.training.reporting import Reporter
 from diffcore.training.resume import checkpoint_of
 from diffcore.training.state import TrainState
+from diffcore.training.validation import validate
 
 __all__ = ["advance", "run", "save", "training_batches"]
 
@@ -31,18 +32,34 @@ def run(state: TrainState, reporter: Reporter) -> None:
     """
     settings, batches = state.settings, training_batches(state, state.settings.steps)
     with reporter.progress(state):
-        while state.step < settings.steps:
+        while state.step < settings.steps and not state.ends_early:
             advance(state, batches)
             reporter.count(settings.batch_size)
-            if state.step % settings.log_every == 0:
-                reporter.report(state)
-            if settings.sample_every and state.step % settings.sample_every == 0:
-                reporter.draw_preview(state)
-            if settings.snapshots.is_due(state.step, settings.steps):
-                _write_snapshots(state)
-            if state.step % settings.save_every == 0 or state.step == settings.steps:
-                save(state, reporter)
+            _report_and_save(state, reporter)
         reporter.check_finite(state, state.window.gathered())
+        if state.ends_early:
+            patience = settings.validation.patience
+            reporter.message(
+                f"the held-out loss was not lower in {patience} measurements: ended at step "
+                f"{state.step} of {settings.steps}"
+            )
+
+
+def _report_and_save(state: TrainState, reporter: Reporter) -> None:
+    """Everything that is due after a step. Every rank must call it."""
+    settings, step, last = state.settings, state.step, state.settings.steps
+    if step % settings.log_every == 0:
+        reporter.report(state)
+    if settings.sample_every and step % settings.sample_every == 0:
+        reporter.draw_preview(state)
+    if settings.validation.is_due(step, last):
+        held_out = validate(state)
+        state.held_out_losses.append(held_out.averaged.loss)
+        reporter.report_validation(state, held_out)
+    if settings.snapshots.is_due(step, last):
+        _write_snapshots(state)
+    if step % settings.save_every == 0 or step == last or state.ends_early:
+        save(state, reporter)
 
 
 def training_batches(state: TrainState, stop: int) -> Iterator[Batch]:

@@ -6,7 +6,7 @@ Losses stay on the device and are read once for each report.
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from diffcore.training.state import TrainState
     from diffcore.training.trainer import Trainer
+    from diffcore.training.validation import Measurement
 
 __all__ = ["LossWindow", "Metrics", "NonFinite", "Reporter", "find_non_finite"]
 
@@ -119,7 +120,7 @@ class Metrics:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def reports(self) -> list[dict[str, float | None]]:
+    def reports(self) -> list[dict[str, Any]]:
         """The reports in the file, without a line that a crash cut short.
 
         Returns:
@@ -136,9 +137,9 @@ class Metrics:
             temporary.write_text("".join(f"{json.dumps(report)}\n" for report in kept))
             temporary.rename(self.path)
 
-    def write(self, values: dict[str, float]) -> None:
+    def write(self, values: Mapping[str, float | list[float]]) -> None:
         """Append a report; a value that is not finite becomes null, because JSON has no NaN."""
-        plain = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        plain = {name: _plain(value) for name, value in values.items()}
         with self.path.open("a") as file:
             file.write(json.dumps(plain) + "\n")
 
@@ -154,6 +155,7 @@ class Reporter:
     def __init__(self, settings: "Trainer", accelerator: "Accelerator") -> None:
         self.settings, self.accelerator = settings, accelerator
         self.metrics = Metrics(settings.run.metrics)
+        self.validation = Metrics(settings.run.validation)
         self.bar: Any = None
 
     def start_trackers(self) -> None:
@@ -212,6 +214,22 @@ class Reporter:
             self.metrics.write(values)
         self.check_finite(state, table)
 
+    def report_validation(self, state: "TrainState", found: "Measurement") -> None:
+        """Write the losses on held-out data.
+
+        Args:
+            state: state of the run.
+            found: the losses.
+        """
+        values = {"loss": found.averaged.loss, "loss_current": found.current.loss}
+        levels = {f"level {bin_}": loss for bin_, loss in enumerate(found.averaged.by_level)}
+        tracked = {f"validation/{name}": value for name, value in (values | levels).items()}
+        self.accelerator.log(tracked, step=state.step)
+        if self.accelerator.is_main_process:
+            lists = {"logsnr": found.logsnr, "loss_by_level": found.averaged.by_level}
+            self.validation.write({"step": state.step, **values, **lists})
+        self.message(f"step {state.step}: loss {values['loss']:.4f} on the held-out data")
+
     def check_finite(self, state: "TrainState", table: Tensor) -> None:
         """Print which steps of a window were not finite.
 
@@ -269,7 +287,13 @@ def _describe(state: "TrainState", found: NonFinite) -> str:
     return f"step {found.step}, sample {index} of the data at λ = {level}, loss {found.loss}"
 
 
-def _parsed(line: str) -> dict[str, float | None] | None:
+def _plain(value: float | list[float]) -> Any:
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return value if math.isfinite(value) else None
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
     try:
         report = json.loads(line)
     except ValueError:

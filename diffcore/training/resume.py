@@ -40,6 +40,7 @@ CHANGEABLE = {
     "save_every",
     "steps",
     "trackers",
+    "validation",
     "workers",
 }
 """Settings that may change on resume.
@@ -75,6 +76,7 @@ def start_or_resume(state: TrainState, message: Callable[[str], None]) -> None:
         if settings.config or not run.config.exists():
             write_file(run.config, settings.config.encode())
         Metrics(run.metrics).rewind(state.step)
+        Metrics(run.validation).rewind(state.step)
     state.accelerator.wait_for_everyone()
 
 
@@ -95,6 +97,7 @@ def checkpoint_of(state: TrainState) -> Checkpoint:
         {
             "step": state.step,
             "skipped": state.non_finite_steps,
+            "held_out": state.held_out_losses,
             "groups": captured.groups,
             **_rounding(state),
             **state.content_hashes,
@@ -156,6 +159,7 @@ def _load(state: TrainState, saved: Checkpoint) -> None:
     for name, average in _averages(state).items():
         average.load(saved.tensors[name])
     state.step, state.non_finite_steps = saved.state["step"], saved.state["skipped"]
+    state.held_out_losses = list(saved.state["held_out"])
 
 
 def _averages(state: TrainState) -> dict[str, EMA]:

@@ -1,7 +1,7 @@
 """The state of a training run: everything that its steps change, built once and then complete."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,7 @@ from diffcore.training.ema import EMA
 from diffcore.training.level_sampler import LevelSampler
 from diffcore.training.power_ema import PowerFunction
 from diffcore.training.reporting import LossWindow
+from diffcore.training.validation import stops_early
 
 if TYPE_CHECKING:
     from diffcore.training.trainer import Trainer
@@ -49,6 +50,7 @@ class TrainState:
         content_hashes: hashes of the data and of frozen weights at the start, if known.
         step: number of optimizer steps taken.
         non_finite_steps: number of last steps in a row that were not finite.
+        held_out_losses: losses of the averaged weights on the held-out data so far.
     """
 
     settings: "Trainer"
@@ -65,6 +67,7 @@ class TrainState:
     content_hashes: dict[str, str]
     step: int = 0
     non_finite_steps: int = 0
+    held_out_losses: list[float] = field(default_factory=list)
 
     @property
     def network(self) -> nn.Module:
@@ -75,6 +78,11 @@ class TrainState:
     def uncertainty(self) -> nn.Module | None:
         """The uncertainty of the objective as accelerate wrapped it, or None."""
         return self.modules[1] if len(self.modules) > 1 else None
+
+    @property
+    def ends_early(self) -> bool:
+        """Whether the held-out loss has not become lower for the patience of the validation."""
+        return stops_early(self.held_out_losses, self.settings.validation.patience)
 
     @property
     def trained(self) -> nn.Module:
@@ -121,6 +129,8 @@ def build_state(settings: "Trainer") -> TrainState:
     _check_batch(settings, accelerator.num_processes)
     device, is_main = accelerator.device, accelerator.is_main_process
     prepare_data(settings.source, settings.process, device, is_main)
+    if held_out := settings.validation.source:
+        prepare_data(held_out, settings.validation.process(settings.process), device, is_main)
     label_wrapper = settings.source.label_wrapper(device)
     modules, optimizer = wrap(accelerator, *_build_modules(settings, label_wrapper))
     network = accelerator.unwrap_model(modules[0])

@@ -28,6 +28,7 @@ from diffcore.training.power_ema import Snapshots
 from diffcore.training.reporting import Reporter
 from diffcore.training.resume import start_or_resume
 from diffcore.training.state import TrainState, build_state
+from diffcore.training.validation import Validation
 
 __all__ = ["Trainer"]
 
@@ -65,6 +66,7 @@ class Trainer:
         objective: training loss: its weight, distribution of noise levels, coupling.
         lr: learning rate as a function of the step.
         ema: decay of the averaged weights.
+        validation: held-out data and how often its loss is measured.
         snapshots: further averages, from which `diffcore ema` reconstructs one of any length.
         batch_size: number of samples of an optimizer step, over all ranks and micro-batches.
         accumulation: number of micro-batches into which a rank splits its part of the batch.
@@ -110,6 +112,7 @@ class Trainer:
     objective: Objective = field(default_factory=Objective)
     lr: LearningRate = field(default_factory=LearningRate)
     ema: Decay = field(default_factory=Decay)
+    validation: Validation = field(default_factory=Validation)
     snapshots: Snapshots = field(default_factory=Snapshots)
     batch_size: int = 128
     accumulation: int = 1
@@ -141,6 +144,7 @@ class Trainer:
         object.__setattr__(self, "process", process_with_captions(self.process, self.source))
         self.objective.check(self.process)
         check_data(self.source, self.process)
+        self.validation.process(self.process)
         if self.sample_every:
             self._check_previews()
 

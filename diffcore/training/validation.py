@@ -1,0 +1,245 @@
+"""Validation: the loss on held-out data at fixed noise levels, with fixed noise.
+
+    loss = 1/M Σ_i L(x_0 of item π(i) mod N, t_i, ε_i),   t_i = U + i/M mod 1,   M = N draws
+
+The permutation π, the levels, the noise and the dropped conditions are functions of the seed alone,
+so that the curve over the steps has no sampling noise, and differs between runs of one seed only by
+the network. The loss is that of the objective without what makes training noisier or easier:
+perturbation, coupling, resampling and learned uncertainty.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from diffcore.core.denoiser import Denoiser
+from diffcore.core.process import Process
+from diffcore.core.random import Stream, derive_seed, permutation
+from diffcore.objectives.coupling import IndependentCoupling
+from diffcore.objectives.objective import Objective, SampleKey
+from diffcore.sampling.generation import evaluation_mode
+from diffcore.training.data.source import (
+    DataSource,
+    as_data_source,
+    check_data,
+    check_labels,
+    process_with_captions,
+    split_item,
+)
+
+if TYPE_CHECKING:
+    from diffcore.training.state import TrainState
+
+__all__ = [
+    "HeldOutLoss",
+    "Measurement",
+    "Validation",
+    "measure_loss",
+    "stops_early",
+    "validate",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Validation:
+    """Held-out data and how often its loss is measured.
+
+    Args:
+        data: held-out data set, with items as those of the training data; None: no validation.
+        every: number of steps between two measurements; the last step has one too.
+        items: largest number of items, spread evenly over the data.
+        draws: number of noise levels at which each item is evaluated.
+        bins: number of intervals of noise levels, with equally many levels in each.
+        patience: number of measurements in a row without a lower loss of the averaged weights after
+            which the run ends; 0 never ends it early.
+
+    Raises:
+        ValueError: A number is out of range, or the data set is empty or not map-style.
+    """
+
+    data: Dataset | None = None  # type: ignore[type-arg]  # jsonargparse reads the bare class
+    every: int = 1000
+    items: int = 1024
+    draws: int = 1
+    bins: int = 8
+    patience: int = 0
+
+    def __post_init__(self) -> None:
+        minimum = {"every": 1, "items": 1, "draws": 1, "bins": 1, "patience": 0}
+        for name, least in minimum.items():
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"validation.{name} is {getattr(self, name)}, expected at least {least}"
+                )
+
+    @cached_property
+    def source(self) -> DataSource | None:
+        """The held-out data with the defaults of every optional member, or None."""
+        return None if self.data is None else as_data_source(self.data)
+
+    def process(self, process: Process) -> Process:
+        """The process of the held-out data, which may have other captions than the training data.
+
+        Args:
+            process: process of the run.
+
+        Raises:
+            ValueError: The held-out data does not fit it.
+        """
+        if self.source is None:
+            return process
+        if self.source.texts:
+            process = process_with_captions(replace(process, classes=0), self.source)
+        check_data(self.source, process)
+        return process
+
+    def is_due(self, step: int, last: int) -> bool:
+        """Whether the loss is measured after `step` steps of a run of `last` steps."""
+        return self.data is not None and (step % self.every == 0 or step == last)
+
+
+class HeldOutLoss(NamedTuple):
+    """The loss on held-out data.
+
+    Args:
+        loss: mean over all levels.
+        by_level: mean in each interval of noise levels, from clean to noise.
+    """
+
+    loss: float
+    by_level: list[float]
+
+
+class Measurement(NamedTuple):
+    """The losses of a run on its held-out data at one step.
+
+    Args:
+        averaged: loss of the averaged weights.
+        current: loss of the current weights.
+        logsnr: λ at the bounds of the intervals of noise levels.
+    """
+
+    averaged: HeldOutLoss
+    current: HeldOutLoss
+    logsnr: list[float]
+
+
+def measure_loss(
+    denoiser: Denoiser,
+    validation: Validation,
+    objective: Objective,
+    seed: int,
+    batch_size: int,
+    ranks: tuple[int, int],
+    gather: Callable[[Tensor], Tensor],
+) -> HeldOutLoss:
+    """The loss of a network on the held-out data. Every rank must call it.
+
+    Args:
+        denoiser: network that accepts the labels of the held-out data, with its process.
+        validation: held-out data and number of evaluations.
+        objective: training objective.
+        seed: seed of the run.
+        batch_size: number of samples in a network call.
+        ranks: index of this rank, and number of ranks.
+        gather: gathers a tensor (1, n) of each rank to (ranks, n).
+
+    Returns:
+        The loss, the same on every rank, and equal to rounding for every number of ranks and batch
+        size.
+
+    Raises:
+        ValueError: An item has a label that is no class.
+    """
+    source = validation.source
+    assert source is not None
+    plain = replace(
+        objective,
+        coupling=IndependentCoupling(),
+        levels="stratified",
+        perturbation=0.0,
+        resampler=None,
+        uncertainty=None,
+    )
+    size = min(validation.items, len(source))
+    total, (rank, world) = size * validation.draws, ranks
+    key_seed = derive_seed(seed, Stream.VALIDATION, 0)
+    # Sorted data must not put each class at levels of its own.
+    rows = permutation(key_seed, 0, total) % size * len(source) // size
+    own = torch.arange(rank, -(-total // world) * world, world) % total  # as many on each rank
+    with torch.no_grad(), evaluation_mode(denoiser):
+        losses = torch.cat(
+            [
+                _batch_losses(
+                    denoiser, source, plain, SampleKey(key_seed, 0, index, total), rows[index]
+                )
+                for index in own.split(batch_size)
+            ]
+        )
+    table = gather(losses[None]).T.flatten()[:total].double().cpu()
+    times = plain.times(SampleKey(key_seed, 0, torch.arange(total), total))
+    bins = (times * validation.bins).long().clamp(max=validation.bins - 1)
+    by_level = [float(table[bins == bin_].mean()) for bin_ in range(validation.bins)]
+    return HeldOutLoss(float(table.mean()), by_level)
+
+
+def _batch_losses(
+    denoiser: Denoiser, source: DataSource, objective: Objective, key: SampleKey, rows: Tensor
+) -> Tensor:
+    """The losses (B,) of items at the levels that a key indexes, on the device of the network."""
+    process, device = denoiser.process, denoiser.device
+    items = [split_item(source[int(row)]) for row in rows]
+    label = torch.tensor([label for _, label in items])
+    check_labels(label, rows, process)
+    draw = objective.draw(process, key, device)
+    condition = label.to(device) if process.classes else None
+    return objective(denoiser, torch.stack([x0 for x0, _ in items]).to(device), condition, draw)
+
+
+def validate(state: "TrainState") -> Measurement:
+    """Measure the held-out loss of the averaged and of the current weights. All ranks must call it.
+
+    Args:
+        state: state of the run.
+
+    Returns:
+        Both losses, the same on every rank.
+    """
+    settings, accelerator = state.settings, state.accelerator
+    validation = settings.validation
+    source = validation.source
+    assert source is not None
+    process = validation.process(settings.process)
+    denoiser = Denoiser(source.label_wrapper(accelerator.device)(state.network), process)
+    measure = partial(
+        measure_loss,
+        denoiser,
+        validation,
+        settings.objective,
+        settings.seed,
+        settings.batch_size // accelerator.num_processes // settings.accumulation,
+        (accelerator.process_index, accelerator.num_processes),
+        accelerator.gather,
+    )
+    current = measure()
+    with state.average.applied():
+        averaged = measure()
+    edges = [bin_ / validation.bins for bin_ in range(validation.bins + 1)]
+    return Measurement(averaged, current, [float(process.schedule.logsnr(t)) for t in edges])
+
+
+def stops_early(losses: list[float], patience: int) -> bool:
+    """Whether the last `patience` losses are all no lower than an earlier one.
+
+    Args:
+        losses: losses of the averaged weights, in the order of their measurement.
+        patience: number of measurements; 0: never.
+    """
+    if not patience or len(losses) <= patience:
+        return False
+    return min(losses[-patience:]) >= min(losses[:-patience])
