@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.process import Process
 from diffcore.io.parser import ComponentParser
+from diffcore.io.plain_data import read_yaml
 from diffcore.io.safetensors import read_weights
 
 __all__ = ["NetworkFactory", "OptimizerFactory", "Run"]
@@ -96,11 +96,8 @@ class Run:
             raise ValueError(f"{self.folder} is not a run's folder: it does not exist")
         if not self.config.is_file():
             raise ValueError(f"{self.config} is missing: without it the network cannot be built")
-        try:
-            settings = yaml.safe_load(self.config.read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{self.config} is not YAML: {error}") from None
-        if not isinstance(settings, dict) or "network" not in settings:
+        settings = read_yaml(self.config)
+        if "network" not in settings:
             raise ValueError(f"{self.config} has no entry `network`: add the class of the network")
         return settings
 

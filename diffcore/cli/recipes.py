@@ -4,7 +4,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
+from diffcore.io.plain_data import read_yaml
 
 __all__ = ["find_settings", "read_settings", "recipe_names"]
 
@@ -59,10 +59,4 @@ def read_settings(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is not YAML, or is not a table of settings; the message names the file.
     """
-    try:
-        settings = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} holds no settings: expected lines such as `steps: 800`")
-    return settings
+    return read_yaml(path)

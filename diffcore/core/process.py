@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffcore.core.prediction import PredictionType
 from diffcore.io.files import write_file
+from diffcore.io.plain_data import read_json
 from diffcore.io.specs import from_spec, to_spec
 from diffcore.schedules import Cosine, Level, Real, Schedule
 from diffcore.schedules.base import LEVEL_TOLERANCE
@@ -246,7 +247,7 @@ class Process:
                 f"{path} is missing: weights cannot be sampled without their process record"
             )
         try:
-            data = json.loads(path.read_text())
+            data = read_json(path)
             process = from_spec(cls, data)
             missing = [f.name for f in fields(cls) if f.name not in data]
             if missing:

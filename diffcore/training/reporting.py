@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from diffcore.io.plain_data import read_text
 from diffcore.sampling import images
 from diffcore.sampling.generation import sample
 from diffcore.training.checkpoint import name as checkpoint_name
@@ -126,7 +127,7 @@ class Metrics:
         Returns:
             One dictionary for each line.
         """
-        lines = self.path.read_text().splitlines() if self.path.is_file() else []
+        lines = read_text(self.path, 1 << 30).splitlines() if self.path.is_file() else []
         return [report for line in lines if (report := _parsed(line)) is not None]
 
     def rewind(self, step: int) -> None:

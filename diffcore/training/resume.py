@@ -13,6 +13,7 @@ import yaml
 
 from diffcore.core.process import Process
 from diffcore.io.files import write_file
+from diffcore.io.plain_data import read_yaml
 from diffcore.training import checkpoint
 from diffcore.training.checkpoint import Checkpoint
 from diffcore.training.distributed import GatheredState, capture_state, restore_state
@@ -118,7 +119,7 @@ def check_settings(run: "Run", config: str, process: Process) -> None:
             f"{run.folder} holds no run to resume: leave out --resume, or choose another folder"
         )
     if config:
-        then, now = yaml.safe_load(run.config.read_text()) or {}, yaml.safe_load(config)
+        then, now = read_yaml(run.config), yaml.safe_load(config)
         names = {*then, *now} - CHANGEABLE
         _refuse(run, sorted(name for name in names if then.get(name) != now.get(name)))
     before = Process.load(run.process)

@@ -5,7 +5,6 @@ transformers, weights are safetensors.
 """
 
 import inspect
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -20,6 +19,7 @@ from diffcore.core.process import Process
 from diffcore.guidance import CFG
 from diffcore.integrations.diffusers.families import GENERIC, family_of, family_of_class
 from diffcore.integrations.diffusers.loading.vae import downsampling_factor
+from diffcore.io import plain_data
 from diffcore.io.specs import from_spec, to_spec
 
 __all__ = [
@@ -334,10 +334,4 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path} is missing: expected the folder of a diffusers pipeline, as save_pretrained "
             f"writes it"
         )
-    try:
-        data = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} holds a {type(data).__name__}, expected an object")
-    return data
+    return plain_data.read_json(path)
