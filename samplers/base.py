@@ -44,9 +44,11 @@ __all__ = [
     "is_clean",
     "is_falling",
     "is_interior",
+    "is_noisier",
     "multiply",
     "raise_noise",
     "renoise_prediction",
+    "require_number",
 ]
 
 Knots = tuple[Level, ...]
@@ -305,7 +307,8 @@ def raise_noise(x: Tensor, level: Level, noisier: Level, z: Tensor) -> Tensor:
         The sample at the noisier level.
     """
     share = fresh_noise_share(noisier, level)
-    return noisier.alpha / level.alpha * x + noisier.sigma * share**0.5 * z
+    kept = multiply(noisier.alpha / level.alpha, x)
+    return kept + multiply(noisier.sigma * share**0.5, z)
 
 
 def is_clean(level: Level) -> bool:
@@ -324,8 +327,33 @@ def is_interior(level: Level) -> bool:
 
 def is_falling(knots: Knots) -> bool:
     """Whether noise decreases from the first knot to the last, everywhere in maps of levels."""
-    rises = knots[0].logsnr < knots[-1].logsnr
-    return bool(rises.all()) if isinstance(rises, Tensor) else rises
+    return is_noisier(knots[0], knots[-1])
+
+
+def is_noisier(level: Level, other: Level) -> bool:
+    """Whether a level is noisier than another, everywhere in maps of levels."""
+    return bool(torch.as_tensor(level.logsnr < other.logsnr).all())
+
+
+def require_number(value: Real, subject: str, remedy: str) -> float:
+    """A value of a level that is the same for the whole batch, as a float.
+
+    Args:
+        value: λ, u or a of a level.
+        subject: what needs one level; it begins the message.
+        remedy: what to do instead.
+
+    Returns:
+        The value.
+
+    Raises:
+        TypeError: The level is a map. Follow the remedy.
+    """
+    if isinstance(value, Tensor):
+        raise TypeError(
+            f"{subject} needs one level for the whole batch, not a map of levels: {remedy}"
+        )
+    return float(value)
 
 
 @overload

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
-from diffcore.samplers.base import Sampler, State, fresh_noise_share, is_clean
+from diffcore.samplers.base import Sampler, State, fresh_noise_share, is_clean, multiply
 from diffcore.samplers.ddim import check_eta
 from diffcore.schedules import Level
 
@@ -68,12 +68,15 @@ class AlphaBlending(Sampler[_StepStart]):
             x = prediction.at(end)
         if not is_deterministic:
             spread = self.eta * s.sigma * fresh_noise_share(t, s) ** 0.5
-            x = (s.alpha / end.alpha) * x + spread * noise.between(t, s, state.step)
+            z = noise.between(t, s, state.step)
+            x = multiply(s.alpha / end.alpha, x) + multiply(spread, z)
         return state.at_next_knot(x)
 
     def _deblending_level(self, t: Level, s: Level) -> Level:
         """The level d of stochastic blending, cleaner than s."""
         kept = 1 - self.eta**2 * fresh_noise_share(t, s)
+        if isinstance(kept, Tensor):
+            return s.schedule.at(s.logsnr - kept.log())
         return s.schedule.at(s.logsnr - math.log(kept) if kept > 0 else math.inf)
 
 
@@ -82,12 +85,13 @@ def _to_midpoint(
 ) -> State[_StepStart]:
     """The state at `middle`, the midpoint of a, after Euler's step from the current level."""
     t = state.level
-    start = _StepStart(state.x / (t.alpha + t.sigma), t)
+    start = _StepStart(multiply(1 / (t.alpha + t.sigma), state.x), t)
     x = _euler_step(start, middle, prediction)
     return replace(state, x=x, level=middle, memory=start)
 
 
 def _euler_step(start: _StepStart, end: Level, prediction: Prediction) -> Tensor:
     """x at `end` after Euler's step in a from the beginning of the step."""
-    z = start.z + (end.blend - start.level.blend) * (prediction.eps - prediction.x0)
-    return (end.alpha + end.sigma) * z
+    slope = prediction.eps - prediction.x0
+    z = start.z + multiply(end.blend - start.level.blend, slope)
+    return multiply(end.alpha + end.sigma, z)

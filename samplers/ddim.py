@@ -4,6 +4,9 @@ DDPM and k-diffusion.
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction, hypot
 from diffcore.samplers.base import (
@@ -11,6 +14,7 @@ from diffcore.samplers.base import (
     State,
     fresh_noise_share,
     is_clean,
+    multiply,
     renoise_prediction,
 )
 from diffcore.schedules import Level, Real
@@ -78,9 +82,16 @@ class DDPM(Sampler[None]):
         t, s = state.level, state.remaining[0]
         if is_clean(s):
             return state.at_next_knot(prediction.at(s))
-        z = (_vp_sigma(t) / _vp_sigma(s)) ** self.variance * noise.between(t, s, state.step)
+        z = multiply(self._gain(t, s), noise.between(t, s, state.step))
         share = fresh_noise_share(t, s)
         return state.at_next_knot(renoise_prediction(prediction, share, z).at(s))
+
+    def _gain(self, t: Level, s: Level) -> Real:
+        """√(V/β̃), the factor of the noise; 1 where s is clean, since no noise is added there."""
+        gain = (_vp_sigma(t) / _vp_sigma(s)) ** self.variance
+        if isinstance(gain, Tensor):
+            return gain.masked_fill(torch.as_tensor(s.sigma == 0), 1.0)
+        return gain
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,7 @@ def _second_stage(
     return state.at_next_knot(first.prediction.at(knot) + change)
 
 
-DataHistory = tuple[tuple[float, Tensor], ...]
+DataHistory = tuple[tuple[Real, Tensor], ...]
 """(λ, x_0) at the last knots, newest first."""
 
 
@@ -222,34 +222,33 @@ class DPMSolverSDE(Sampler[DataHistory]):
             z = noise.between(t, s, state.step)
             first_order = renoise_prediction(prediction, share, z)
         past = state.memory or ()
-        logsnr = float(t.logsnr)
-        correction = self._correction(prediction.x0, logsnr, float(s.logsnr), past)
-        x = first_order.at(s) + s.alpha * correction
-        kept = ((logsnr, prediction.x0), *past) if logsnr > -math.inf else ()
+        x = first_order.at(s)
+        if past and is_interior(s):
+            correction = self._correction(prediction.x0, t.logsnr, s.logsnr, past)
+            x = x + multiply(s.alpha, correction)
+        kept = ((t.logsnr, prediction.x0), *past) if is_interior(t) else ()
         return state.at_next_knot(x, kept[: self.steps - 1] or None)
 
-    def _correction(self, x0: Tensor, t: float, s: float, past: DataHistory) -> Tensor | float:
+    def _correction(self, x0: Tensor, t: Real, s: Real, past: DataHistory) -> Tensor:
         """The terms that slope and curvature of x_0 in λ add to the step, divided by α_s.
 
         Args:
             x0: prediction at the beginning of the step.
             t: λ at the beginning of the step.
             s: λ at its end.
-            past: earlier values, newest first.
+            past: earlier values, newest first, at least one.
         """
-        if not past:
-            return 0.0
         H = (1 + self.eta) * (s - t) / 2
-        flat_weight = -math.expm1(-H)
+        flat_weight = (-H).expm1() * -1 if isinstance(H, Tensor) else -math.expm1(-H)
         slope_weight = 1 - flat_weight / H
         (logsnr1, x1), *older = past
-        near = (x0 - x1) * ((s - t) / (t - logsnr1))
+        near = multiply((s - t) / (t - logsnr1), x0 - x1)
         if not older:
             is_midpoint = self.steps == 2 and self.solver == "midpoint"
-            return (flat_weight / 2 if is_midpoint else slope_weight) * near
+            return multiply(flat_weight / 2 if is_midpoint else slope_weight, near)
         ((logsnr2, x2),) = older
-        far = (x1 - x2) * ((s - t) / (logsnr1 - logsnr2))
+        far = multiply((s - t) / (logsnr1 - logsnr2), x1 - x2)
         r0, r = (t - logsnr1) / (s - t), (t - logsnr2) / (s - t)
-        curvature = (near - far) / r
-        slope = near + r0 * curvature
-        return slope_weight * slope + (1 - 2 * slope_weight / H) * curvature
+        curvature = multiply(1 / r, near - far)
+        slope = near + multiply(r0, curvature)
+        return multiply(slope_weight, slope) + multiply(1 - 2 * slope_weight / H, curvature)

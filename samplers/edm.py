@@ -25,8 +25,9 @@ from diffcore.samplers.base import (
     is_falling,
     is_interior,
     multiply,
+    require_number,
 )
-from diffcore.schedules import Level
+from diffcore.schedules import Level, Real
 
 __all__ = ["Euler", "Heun"]
 
@@ -147,9 +148,5 @@ class Heun(_ChurnSampler[_FirstStage]):
         return self._add_churn(state.at_next_knot(x), noise)
 
 
-def _to_float(value: object) -> float:
-    if not isinstance(value, float | int):
-        raise TypeError(
-            "churn above 0 needs one level for the whole batch, not a map of levels: use churn = 0"
-        )
-    return float(value)
+def _to_float(value: Real) -> float:
+    return require_number(value, "churn above 0", "use churn = 0")

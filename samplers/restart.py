@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from diffcore.core.noise import Noise
-from diffcore.samplers.base import Knots, Sampler, State
+from diffcore.samplers.base import Knots, Sampler, State, require_number
 from diffcore.samplers.blending import AlphaBlending
 from diffcore.samplers.segments import SegmentPosition, SegmentSampler
 
@@ -86,8 +86,11 @@ def _split(knots: Knots, low: float, high: float, steps: int, repeats: int) -> l
 
     Raises:
         ValueError: The interval is not within the segment.
+        TypeError: The knots are maps of levels.
     """
     schedule = knots[0].schedule
+    for knot in knots:
+        require_number(knot.logsnr, "Restart", "use its inner sampler alone")
     bottom, top = (-2 * math.log(u) for u in (low, high))
     end = schedule.at(bottom)
     is_within = knots[0].logsnr <= top < bottom <= knots[-1].logsnr

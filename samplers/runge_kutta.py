@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
-from diffcore.samplers.base import Knots, Sampler, State, is_interior
+from diffcore.samplers.base import Knots, Sampler, State, is_interior, require_number
 from diffcore.schedules import Level
 
 __all__ = ["PAIRS", "AdaptiveRungeKutta"]
@@ -256,9 +256,4 @@ def _divide(rest: float, length: float) -> float:
 
 def _to_number(level: Level) -> float:
     """a of a level that is the same for the whole batch."""
-    if isinstance(level.blend, Tensor):
-        raise TypeError(
-            "adaptive steps need the whole batch at one level, not a map of levels: use another "
-            "sampler"
-        )
-    return level.blend
+    return require_number(level.blend, "AdaptiveRungeKutta", "use another sampler")

@@ -10,8 +10,14 @@ from torch import Tensor
 
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
-from diffcore.samplers.base import Knots, Sampler, SamplerWrapper, State, raise_noise
-from diffcore.schedules import Level
+from diffcore.samplers.base import (
+    Knots,
+    Sampler,
+    SamplerWrapper,
+    State,
+    is_noisier,
+    raise_noise,
+)
 
 __all__ = ["SegmentPosition", "SegmentSampler"]
 
@@ -96,7 +102,7 @@ class SegmentSampler(SamplerWrapper[SegmentPosition]):
         """The position at the beginning of the next segment, after the jump has added noise."""
         (segment, *later), x = position.later, position.inner.x
         level = position.inner.level
-        if _is_noisier(segment[0], level):
+        if is_noisier(segment[0], level):
             x = raise_noise(x, level, segment[0], self._jump_noise(noise, position))
         position = SegmentPosition(position.inner, position.finished + 1, tuple(later))
         return self._enter_segment(x, segment, position, noise, step)
@@ -113,10 +119,6 @@ class SegmentSampler(SamplerWrapper[SegmentPosition]):
 
     def uses_guidance(self, state: State[SegmentPosition]) -> bool:
         return self.inner.uses_guidance(state.require_memory().inner)
-
-
-def _is_noisier(level: Level, other: Level) -> bool:
-    return bool(level.logsnr < other.logsnr)
 
 
 def _outer_state(position: SegmentPosition, step: int) -> State[SegmentPosition]:

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
+import torch
+
 from diffcore.schedules.base import Level, Schedule
 
 __all__ = ["CLEAN", "CoordinateGrid", "Explicit", "Grid", "GridSpan", "Within", "check_falling"]
@@ -192,7 +194,9 @@ class Explicit(Grid):
 
 def check_falling(knots: tuple[Level, ...]) -> None:
     """Raise ValueError unless there are two or more knots, each less noisy than the one before."""
-    if len(knots) < 2 or not all(t.logsnr < s.logsnr for t, s in pairwise(knots)):
+    if len(knots) < 2 or not all(
+        torch.as_tensor(t.logsnr < s.logsnr).all() for t, s in pairwise(knots)
+    ):
         raise ValueError(
             f"knots are at λ = {[knot.logsnr for knot in knots]}, expected two or more that fall "
             "in noise, as in sampling"

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from diffcore.core.noise import Noise
+from diffcore.core.prediction import Prediction
 from diffcore.samplers import Knots, Sampler, SegmentSampler, State
 from diffcore.samplers.segments import SegmentPosition
 from diffcore.schedules import Level, check_falling
@@ -98,8 +99,7 @@ class RePaint(SegmentSampler):
         """
         if not len(x):
             return x
-        image = self.image.to(x)
-        known = level.alpha * image + level.sigma * z if level.sigma else image
+        known = Prediction(self.image.to(x), z).at(level)
         return torch.where(self.mask.to(x.device), known, x)
 
 

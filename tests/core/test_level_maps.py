@@ -10,12 +10,16 @@ from diffcore.core.denoiser import Denoiser
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import predict, target
 from diffcore.core.process import Process
+from diffcore.editing.inpainting import RePaint
 from diffcore.objectives.objective import Draw, Objective
 from diffcore.objectives.weighting import MinSNR
-from diffcore.samplers import DDIM, AlphaBlending, DPMSolverPP, Heun
+from diffcore.samplers import DDIM, AdaptiveRungeKutta, Heun, Restart
 from diffcore.sampling.loop import integrate
 from diffcore.schedules import Cosine, Flow, Level, Normal
 from tests.helpers.oracles import PREDICTION_TYPES, ExactNetwork
+from tests.helpers.products import sampled
+from tests.samplers.test_orders import ORDERS
+from tests.samplers.test_weak_orders import WEAK
 
 SHAPE = (1, 2, 3)
 SEEDS = torch.arange(4)
@@ -47,23 +51,53 @@ def knots(schedule, steps: int, last: float = math.inf) -> tuple[Level, ...]:
     )
 
 
+SAMPLERS = [
+    *ORDERS,
+    *(sampler for sampler in WEAK if not isinstance(sampler, Restart)),
+    RePaint(DDIM(1.0), torch.full(SHAPE, 0.4), OFFSETS[0] > 0, 2, 2),
+]
+"""Every sampler that accepts maps of levels."""
+
+
 @pytest.mark.parametrize(
-    "sampler",
-    [DDIM(), DDIM(0.7), AlphaBlending(1), AlphaBlending(2), Heun(), DPMSolverPP("2M")],
-    ids=str,
+    ("sampler", "schedule", "last"),
+    sampled(SAMPLERS, [Cosine(), Flow(), Normal(scaling="ve")], [8.0, math.inf], count=110),
+    ids=lambda value: str(value)[:60],
 )
-@pytest.mark.parametrize("schedule", [Cosine(), Flow(), Normal(scaling="ve")], ids=repr)
-def test_each_pixel_of_a_map_is_sampled_as_with_its_knots_alone(sampler, schedule):
-    """The pixels are independent, so pixel k follows its knots; the last is λ = 8 for all."""
-    denoiser, levels = Pixels(Process(schedule, shape=SHAPE)), knots(schedule, 9, last=8.0)
+def test_each_pixel_of_a_map_is_sampled_as_with_its_knots_alone(sampler, schedule, last):
+    """The pixels are independent, so pixel k follows its knots; the last is equal for all."""
+    denoiser, levels = Pixels(Process(schedule, shape=SHAPE)), knots(schedule, 9, last)
     x = levels[0].sigma * NOISE.start()
     result, _ = integrate(denoiser, sampler, x, levels, NOISE)
     for k, offset in enumerate(OFFSETS.flatten().tolist()):
-        alone = (*(schedule.at(-6 + 12 * i / 8 + offset) for i in range(9)), schedule.at(8.0))
+        alone = (*(schedule.at(-6 + 12 * i / 8 + offset) for i in range(9)), schedule.at(last))
         expected, _ = integrate(denoiser, sampler, x, alone, NOISE)
         torch.testing.assert_close(
-            result.flatten(1)[:, k], expected.flatten(1)[:, k], rtol=1e-10, atol=1e-12
+            result.flatten(1)[:, k], expected.flatten(1)[:, k], rtol=1e-9, atol=1e-11
         )
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda value: str(value)[:60])
+def test_a_map_of_levels_keeps_the_dtype_of_the_samples(sampler):
+    noise, levels = Noise(SEEDS, SHAPE), knots(Flow(), 5)
+    x, _ = integrate(Pixels(Process(Flow(), shape=SHAPE)), sampler, noise.start(), levels, noise)
+    assert x.dtype == torch.float32
+    assert x.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("sampler", "remedy"),
+    [
+        (Heun(3.0), "churn above 0 .*: use churn = 0"),
+        (AdaptiveRungeKutta(), "AdaptiveRungeKutta .*: use another sampler"),
+        (Restart(), "Restart .*: use its inner sampler alone"),
+    ],
+    ids=str,
+)
+def test_a_sampler_that_needs_one_level_for_the_batch_refuses_a_map(sampler, remedy):
+    denoiser = Pixels(Process(Flow(), shape=SHAPE))
+    with pytest.raises(TypeError, match=remedy):
+        integrate(denoiser, sampler, NOISE.start(), knots(Flow(), 5), NOISE)
 
 
 class CosineNetwork(nn.Module):
