@@ -6,7 +6,7 @@ from diffcore.core.prediction import Prediction
 from diffcore.guidance.base import Guidance, GuidanceInput, Step
 from diffcore.guidance.cfg import extrapolate_linearly
 from diffcore.guidance.reference import Reference, Unconditional, check_reference
-from diffcore.guidance.scale import ScaleLike, check_scale, scale_at
+from diffcore.guidance.scale import ScaleLike, check_scale, is_number, scale_at
 
 __all__ = ["CFGPlusPlus"]
 
@@ -33,7 +33,7 @@ class CFGPlusPlus(Guidance[None]):
 
     def __post_init__(self) -> None:
         check_reference(self.reference)
-        if isinstance(self.scale, (int, float)):
+        if is_number(self.scale):
             _check_interpolates(self.scale)
         else:
             check_scale(self.scale)

@@ -4,6 +4,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
+from typing import TypeGuard
 
 from diffcore.schedules import Level
 
@@ -16,6 +18,7 @@ __all__ = [
     "ScaleLike",
     "check_scale",
     "check_scale_value",
+    "is_number",
     "scale_at",
 ]
 
@@ -112,13 +115,18 @@ class CosineScale(Ramp):
         return (1 - math.cos(math.pi * p)) / 2
 
 
+def is_number(scale: object) -> TypeGuard[float]:
+    """Whether a scale is a real number, also one of numpy."""
+    return isinstance(scale, Real)
+
+
 def check_scale(scale: ScaleLike) -> None:
     """Check that a scale is a number w ≥ 0 or a function of λ.
 
     Raises:
         ValueError: it is something else, such as a class or a string.
     """
-    if isinstance(scale, (int, float)):
+    if is_number(scale):
         check_scale_value(scale)
     elif isinstance(scale, type) or not callable(scale):
         raise ValueError(
@@ -132,7 +140,7 @@ def check_scale_value(scale: float) -> None:
     Raises:
         ValueError: it is negative, infinite, NaN, or no number.
     """
-    if not isinstance(scale, (int, float)) or not 0 <= scale < math.inf:
+    if not is_number(scale) or not 0 <= scale < math.inf:
         raise ValueError(
             f"scale is {scale!r}, expected a finite w ≥ 0 (1 is the conditional model)"
         )
@@ -144,8 +152,8 @@ def scale_at(scale: ScaleLike, level: Level) -> float:
     Raises:
         ValueError: the function of λ returned a value that is negative or not finite.
     """
-    if isinstance(scale, (int, float)):
-        return scale
+    if not callable(scale):
+        return float(scale)
     value = float(scale(float(level.logsnr)))
     if not 0 <= value < math.inf:
         raise ValueError(

@@ -18,6 +18,7 @@ from diffcore.samplers.base import (
     renoise_prediction,
 )
 from diffcore.samplers.ddim import DDIM
+from diffcore.samplers.segments import SegmentSampler
 from diffcore.schedules import Level
 
 __all__ = ["PredictorCorrector"]
@@ -61,7 +62,9 @@ class PredictorCorrector(SamplerWrapper[_CorrectorMemory]):
     Song et al. 2020 (2011.13456, Algorithms 2 to 5).
 
     Args:
-        inner: the predictor, a sampler whose state is at a knot after each step.
+        inner: the predictor, a sampler whose state is at a knot after each step; not one that
+            returns to noisier levels (Restart, RePaint), which takes the corrector as its own inner
+            sampler.
         corrections: K ≥ 0, the number of Langevin steps at each knot, with one evaluation each.
         snr: ratio of score to noise that determines the corrector's step, 0.16 for VE and 0.01 for
             VP in the paper; without it ρ = u_s/u_t.
@@ -81,6 +84,11 @@ class PredictorCorrector(SamplerWrapper[_CorrectorMemory]):
         if self.snr is not None and not 0 < self.snr <= 0.5**0.5:
             raise ValueError(
                 f"snr is {self.snr}, expected within (0, 0.707], where the step 2 snr² is at most 1"
+            )
+        if _returns_to_noise(self.inner):
+            raise ValueError(
+                f"inner is {self.inner}, which returns to noisier levels: put the corrector inside "
+                f"it, {type(self.inner).__name__}(PredictorCorrector(...), ...)"
             )
         if self.guides not in ("both", "corrector"):
             raise ValueError(f"guides is {self.guides!r}, expected both or corrector")
@@ -145,3 +153,10 @@ class PredictorCorrector(SamplerWrapper[_CorrectorMemory]):
 def _inner_state(state: State[_CorrectorMemory]) -> State:
     """The state of the predictor, with the predictor's memory."""
     return replace(state, memory=state.require_memory().inner)
+
+
+def _returns_to_noise(sampler: Sampler) -> bool:
+    """Whether a sampler, or one inside it, returns to noisier levels."""
+    if isinstance(sampler, SamplerWrapper):
+        return isinstance(sampler, SegmentSampler) or _returns_to_noise(sampler.inner)
+    return False

@@ -4,6 +4,7 @@ times.
 
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -36,9 +37,9 @@ class Restart(SegmentSampler):
     Args:
         inner: sampler that integrates between the jumps; its memory is empty after each jump.
         intervals: one (u_min, u_max, steps, K) per interval: σ/α at its two ends, the steps from
-            u_max to u_min, and the number of repetitions K. The interval must lie within the levels
-            of the run. The default is the paper's for CIFAR-10, where data has standard deviation
-            0.5.
+            u_max to u_min, and the number of repetitions K. Intervals do not overlap, and lie
+            within the levels of the run. The default is the paper's for CIFAR-10, where data has
+            standard deviation 0.5.
     """
 
     inner: Sampler = AlphaBlending(2)
@@ -52,6 +53,12 @@ class Restart(SegmentSampler):
                 raise ValueError(
                     f"interval is {interval}, expected (u_min, u_max, steps, repeats) with "
                     f"0 < u_min < u_max < inf and at least 1 step and 1 repeat"
+                )
+        for below, above in pairwise(sorted(self.intervals)):
+            if above[0] < below[1]:
+                raise ValueError(
+                    f"the intervals {below} and {above} overlap: choose u_min of the noisier one "
+                    f"at or above {below[1]}, u_max of the other"
                 )
 
     def segments(self, knots: Knots) -> list[Knots]:

@@ -14,6 +14,12 @@ from diffcore.schedules import Level
 
 __all__ = ["Noise"]
 
+DIGIT = 12
+"""Bits of one digit of a channel. The digits of a branch are 1 to 4094, or ESCAPE and two more."""
+
+ESCAPE = 2**DIGIT - 1
+"""Digit that two more digits follow, which hold a larger index."""
+
 BLOCK = 2**16
 """Maximum number of normals of a Brownian path that are drawn in one call."""
 
@@ -59,12 +65,11 @@ class Noise:
 
     def start(self) -> Tensor:
         """Standard normal noise (B, *shape) for the first x of the trajectory."""
-        return normal(self.seeds, Stream.START, 0, self.shape, self.device, self.dtype)
+        return self._keyed_normal(self.seeds, Stream.START, 0)
 
     def step(self, index: int) -> Tensor:
-        """Standard normal noise (B, *shape) of the step with number `index`."""
-        position = (self.channel << 24) + index
-        return normal(self.seeds, Stream.STEP, position, self.shape, self.device, self.dtype)
+        """Standard normal noise (B, *shape) of the step with number `index`, below 2^24."""
+        return self._keyed_normal(self.seeds, Stream.STEP, index)
 
     def between(self, t: Level, s: Level, step: int) -> Tensor:
         """Standard normal noise (B, *shape) of the step from level t to level s.
@@ -91,20 +96,27 @@ class Noise:
         """An independent noise of the same seeds, for a step that needs several normals.
 
         Args:
-            index: number of the branch, from 0 to 4094; branches can be nested three deep.
+            index: number of the branch, from 0 to 2^24 - 1. A channel has five digits of 12 bits;
+                a branch adds one digit, or three if its index is above 4093.
 
         Returns:
             The noise of branch `index`, with the same shape, device and dtype.
 
         Raises:
-            ValueError: the index is out of range, or the nesting is deeper. Use fewer branches.
+            ValueError: the index is out of range, or the branches are nested too deep. Use fewer
+                branches.
         """
-        if not 0 <= index < 2**12 - 1 or self.channel >= 2**27:
+        if index < ESCAPE - 1:
+            channel = (self.channel << DIGIT) + index + 1
+        else:
+            channel = (((self.channel << DIGIT) + ESCAPE) << 2 * DIGIT) + index
+        if not 0 <= index < 2 ** (2 * DIGIT) or channel >= 2 ** (5 * DIGIT):
             raise ValueError(
                 f"branch {index} of channel {self.channel}, expected an index from 0 to "
-                f"{2**12 - 2} and branches nested at most 3 deep"
+                f"{2 ** (2 * DIGIT) - 1}, and at most 5 nested branches, where one with an index "
+                f"above {ESCAPE - 2} counts as 3: use fewer branches"
             )
-        return replace(self, channel=(self.channel << 12) + index + 1)
+        return replace(self, channel=channel)
 
     def first_sample(self, level: Level, sigma_data: float) -> Tensor:
         """√(α² s² + σ²) z of shape (B, *shape): the first x, with the standard deviation of noisy
@@ -117,16 +129,21 @@ class Noise:
         return edm_norm(level, sigma_data) * self.start()
 
     def _normals(self, indices: Sequence[int]) -> Iterator[Tensor]:
-        """Yield the normals (B, *shape) at each index, drawn in blocks that bound the memory.
-
-        The low 24 bits of a position hold the index of a step or a node, the bits above the
-        channel.
-        """
+        """Yield the normals (B, *shape) at each index, drawn in blocks that bound the memory."""
         batch = len(self.seeds)
         block = max(1, BLOCK // max(1, batch * math.prod(self.shape)))
         for first in range(0, len(indices), block):
-            positions = torch.tensor(indices[first : first + block]) + (self.channel << 24)
-            seeds, positions = self.seeds.repeat(len(positions)), positions.repeat_interleave(batch)
-            yield from normal(
-                seeds, Stream.PATH, positions, self.shape, self.device, self.dtype
-            ).unflatten(0, (-1, batch))
+            nodes = torch.tensor(indices[first : first + block])
+            seeds, nodes = self.seeds.repeat(len(nodes)), nodes.repeat_interleave(batch)
+            yield from self._keyed_normal(seeds, Stream.PATH, nodes).unflatten(0, (-1, batch))
+
+    def _keyed_normal(self, seeds: Tensor, stream: Stream, index: int | Tensor) -> Tensor:
+        """Normals (len(seeds), *shape) of a step or node of this channel.
+
+        The low 24 bits of the position hold the index, the 36 bits above them the three low digits
+        of the channel; the other two digits are in the word of the stream, above its 8 bits.
+        """
+        high, low = divmod(self.channel, 2 ** (3 * DIGIT))
+        position = (low << 24) + index
+        word = int(stream) + (high << 8)
+        return normal(seeds, word, position, self.shape, self.device, self.dtype)

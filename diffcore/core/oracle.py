@@ -30,6 +30,9 @@ class Oracle(DenoiserProtocol, ABC):
         weights: positive weights (K,) of the components; they are normalised.
         labels: int64 class labels (K,) of the components; None sets all of them to 0.
         process: schedule and number of classes of the denoiser.
+
+    Raises:
+        ValueError: it is evaluated under a class without components. Choose another class.
     """
 
     def __init__(self, weights: Tensor, labels: Tensor | None, process: Process) -> None:
@@ -75,6 +78,11 @@ class Oracle(DenoiserProtocol, ABC):
         if condition is None:
             return self.log_weights.log_softmax(0).expand(rows, -1)
         other = (condition[:, None] != self.labels) & (condition[:, None] != self.process.classes)
+        if (empty := other.all(1)).any():
+            raise ValueError(
+                f"class {int(condition[empty][0])} has no component, expected one of "
+                f"{sorted(set(self.labels.tolist()))}, or {self.process.classes} for no condition"
+            )
         return self.log_weights.masked_fill(other, -math.inf).log_softmax(1)
 
     def _component(self, seeds: Tensor, condition: Tensor | None) -> Tensor:

@@ -81,7 +81,7 @@ def philox(
 
 def words(
     seed: int | Tensor,
-    stream: Stream,
+    stream: int,
     position: int | Tensor,
     count: int,
     device: torch.device | None = None,
@@ -90,7 +90,7 @@ def words(
 
     Args:
         seed: 64-bit seed, an integer or an int64 tensor of shape (B,).
-        stream: purpose of the numbers.
+        stream: purpose of the numbers, a `Stream` or another 32-bit word.
         position: 64-bit position in the stream, an integer or an int64 tensor of shape (B,).
         count: number of words for each seed and position.
         device: device of the result; the host by default.
@@ -131,7 +131,7 @@ def uniform(seed: int | Tensor, stream: Stream, position: int | Tensor, count: i
 
 def normal(
     seed: int | Tensor,
-    stream: Stream,
+    stream: int,
     position: int | Tensor,
     shape: Sequence[int],
     device: torch.device | None = None,
@@ -143,7 +143,7 @@ def normal(
 
     Args:
         seed: 64-bit seed, an integer or an int64 tensor of shape (B,).
-        stream: purpose of the numbers.
+        stream: purpose of the numbers, a `Stream` or another 32-bit word.
         position: 64-bit position in the stream, an integer or an int64 tensor of shape (B,).
         shape: shape of the numbers for one seed and position.
         device: device of the result; the host by default.

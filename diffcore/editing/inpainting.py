@@ -34,8 +34,8 @@ class RePaint(SegmentSampler):
 
     Args:
         inner: sampler between two jumps.
-        image: x_0 at the known pixels, (*shape) or (B, *shape); `sample` needs (*shape), the same
-            image for all samples.
+        image: x_0 at the known pixels, (*shape), or (B, *shape) with as many images as samples are
+            integrated together (`batch_size` of `sample`).
         mask: booleans that broadcast against the image, True where it is known.
         jump: number of steps of a jump, j; the paper has 10 of 250.
         resamplings: number of passes over the steps of each jump, r; 1 has no jumps.
@@ -66,6 +66,11 @@ class RePaint(SegmentSampler):
 
     def start(self, x: Tensor, knots: Knots, noise: Noise) -> State[SegmentPosition]:
         check_falling(knots)
+        if len(x) and self.image.shape not in (x.shape, x.shape[1:]):
+            raise ValueError(
+                f"image has shape {tuple(self.image.shape)}, expected {tuple(x.shape[1:])}, the "
+                f"same image for all samples, or {tuple(x.shape)}, one for each sample of the batch"
+            )
         x = self._replace_known(x, knots[0], _branch(noise, 0, KNOWN).start())
         return super().start(x, knots, noise)
 

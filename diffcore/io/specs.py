@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
+import numpy as np
+
 from diffcore.io.parser import ComponentParser, SpecError
 
 __all__ = ["from_spec", "to_spec"]
@@ -30,6 +32,8 @@ def to_spec(value: Any) -> Any:
         return arguments
     if isinstance(value, (tuple, list)):
         return [to_spec(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return "-.inf" if value < 0 else ".inf" if value > 0 else ".nan"
     return value

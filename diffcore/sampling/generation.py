@@ -1,5 +1,6 @@
 """From seeds to samples: `sample`, its checks before the first step, and its chunks."""
 
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -66,7 +67,7 @@ def sample(
     grid: Grid = DEFAULT_GRID,
     steps: int = 25,
     *,
-    seeds: Sequence[int],
+    seeds: Sequence[int] | Tensor,
     condition: Condition = None,
     guidance: Guidance = CFG(1.0),
     image: Tensor | None = None,
@@ -88,7 +89,7 @@ def sample(
         sampler: numerical integrator.
         grid: rule that places the knots.
         steps: number of steps.
-        seeds: N integers of 64 bits, one for each sample.
+        seeds: N integers of 64 bits, one for each sample: a sequence, or an integer tensor (N,).
         condition: N class labels (the null label is no condition); None: unconditional samples.
         guidance: guidance rule; CFG(1) is the conditional model. Levels at which the rule changes
             its mode become knots.
@@ -124,12 +125,12 @@ def sample(
             "network"
         )
     image = None if image is None else _images(process, knots[0], len(seeds), image)
-    device = denoiser.device
+    device, all_seeds = denoiser.device, torch.tensor([int(seed) for seed in seeds])
     chunks, evaluations = [], 0
     bar = tqdm(total=len(seeds), unit="sample", disable=not progress)
     with torch.no_grad(), evaluation_mode(denoiser, *find_weaker_networks(guidance)), bar:
         for chunk in _chunks(len(seeds), batch_size):
-            noise = Noise(torch.tensor(seeds)[chunk], process.shape, device, dtype, path)
+            noise = Noise(all_seeds[chunk], process.shape, device, dtype, path)
             first = knots[0]
             x = (
                 noise.first_sample(first, process.sigma_data)
@@ -204,7 +205,7 @@ def insert_levels(knots: tuple[Level, ...], logsnrs: Sequence[float]) -> tuple[L
 def check_sampling(
     process: Process,
     knots: tuple[Level, ...],
-    seeds: Sequence[int],
+    seeds: Sequence[int] | Tensor,
     condition: Condition,
     guidance: Guidance,
     batch_size: int,
@@ -230,15 +231,21 @@ def check_sampling(
     check_levels(process, knots)
     if not len(seeds):
         raise ValueError("seeds is empty, expected one integer a sample")
-    long = [seed for seed in seeds if not -(2**63) <= seed < 2**63]
-    if long:
-        raise ValueError(
-            f"seeds has {long[0]}, which is beyond 64 bits: expected integers within [-2^63, 2^63)"
-        )
+    for seed in seeds:
+        if not _is_seed(seed):
+            raise ValueError(f"seeds has {seed!r}, expected integers within [-2^63, 2^63)")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1")
     check_guidance(process, knots, condition, guidance, sampler)
     return _labels(process, len(seeds), condition, guidance.reads_condition)
+
+
+def _is_seed(seed: object) -> bool:
+    """Whether a value is an integer of 64 bits, also one of numpy or of a tensor."""
+    try:
+        return -(2**63) <= operator.index(seed) < 2**63  # type: ignore[arg-type]  # else TypeError
+    except TypeError:
+        return False
 
 
 def _labels(process: Process, count: int, condition: Condition, read: bool) -> Tensor | None:

@@ -65,14 +65,37 @@ def test_channels_of_branches_differ_and_deeper_branches_are_refused():
     noise = Noise(torch.arange(1), ())
     channels = [noise.channel]
     for indices in itertools.chain.from_iterable(
-        itertools.product((0, 1, 2, 4094), repeat=depth) for depth in (1, 2, 3)
+        itertools.product((0, 1, 2, 4093), repeat=depth) for depth in (1, 2, 3, 4, 5)
     ):
         branch = noise
         for index in indices:
             branch = branch.branch(index)
         channels.append(branch.channel)
+    large = [noise.branch(0).branch(1), noise.branch(4094), noise.branch(2**24 - 1)]
+    large = [*large, noise.branch(1).branch(8000).branch(5), noise.branch(4095).branch(1)]
+    channels += [branch.channel for branch in large[1:]]
     assert len(set(channels)) == len(channels)
-    assert (max(channels) << 24) < 2**63
-    for index, start in ((-1, noise), (4095, noise), (0, branch)):
-        with pytest.raises(ValueError, match="branch"):
+    for index, start in ((-1, noise), (2**24, noise), (0, branch), (4094, large[0].branch(0))):
+        with pytest.raises(ValueError, match=r"branch .*use fewer branches"):
             start.branch(index)
+
+
+@pytest.mark.parametrize("path", (False, True))
+def test_no_two_draws_of_branches_and_steps_share_a_key(path):
+    """Steps beyond 4096 and digits beyond the third are apart from the channels beside them."""
+    root = Noise(torch.arange(1), (4,), dtype=torch.float64, path=path)
+    branches = [root, root.branch(0), root.branch(1), root.branch(4094), root.branch(4095)]
+    for index in (0, 4093):
+        branches.append(branches[-1].branch(index))
+    draws = [branch.start() for branch in branches]
+    draws += [branch.step(2**k) for branch in branches for k in (0, 11, 12, 13, 23)]
+    if path:
+        draws += [branch.between(T, S, 0) for branch in branches]
+    assert len({draw[0, 0].item() for draw in draws}) == len(draws)
+
+
+def test_the_draws_of_three_nested_branches_have_the_position_of_their_channel():
+    noise = Noise(torch.arange(3), (2,)).branch(5).branch(0).branch(4093)
+    position = (6 << 48) + (1 << 36) + (4094 << 24)
+    assert torch.equal(noise.step(7), normal(torch.arange(3), Stream.STEP, position + 7, (2,)))
+    assert torch.equal(noise.start(), normal(torch.arange(3), Stream.START, position, (2,)))

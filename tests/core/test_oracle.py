@@ -303,3 +303,15 @@ def test_samples_have_the_class_of_the_condition(condition, labels):
     oracle = EmpiricalDistribution(LABELS[:, None].double(), LABELS)
     given = None if condition is None else torch.full((50,), condition)
     assert set(oracle.sample(torch.arange(50), given).round().long().flatten().tolist()) == labels
+
+
+def test_a_class_without_components_is_refused():
+    oracle = GaussianMixture(
+        torch.zeros(2, 2), torch.eye(2).expand(2, 2, 2), labels=torch.tensor([0, 2])
+    )
+    x, level = torch.zeros(3, 2), Cosine().at(0.0)
+    with pytest.raises(ValueError, match=r"class 1 has no component, expected one of \[0, 2\]"):
+        oracle(x, level, torch.tensor([0, 1, 3]))
+    with pytest.raises(ValueError, match="class 1 has no component"):
+        oracle.sample(torch.arange(2), torch.tensor([1, 0]))
+    assert oracle(x, level, torch.tensor([0, 2, 3])).x0.isfinite().all()

@@ -11,7 +11,7 @@ import torch
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
 from diffcore.editing.inpainting import RePaint
-from diffcore.samplers import DDIM, AlphaBlending
+from diffcore.samplers import DDIM, AlphaBlending, PredictorCorrector, Restart
 from diffcore.samplers.base import raise_noise
 from diffcore.sampling.generation import sample
 from diffcore.sampling.loop import integrate
@@ -217,3 +217,49 @@ def test_invalid_arguments_are_rejected(make, message):
 
 def test_alpha_blending_is_evaluated_at_its_midpoints():
     assert paint(AlphaBlending(2), 1, 1).evaluations(Trailing().knots(Cosine(), 6)) == 12
+
+
+def test_a_run_may_have_more_than_1365_segments():
+    """Three branches for each segment: more than 4095 of them."""
+    sampler, knots = paint(DDIM(1.0), 1, 500), Trailing().knots(Cosine(), 4)
+    noise = Noise(torch.arange(2), (2,), dtype=torch.float64)
+    x, evaluations = integrate(ORACLE, sampler, noise.start(), knots, noise)
+    assert x[:, 0].tolist() == [IMAGE[0]] * 2
+    assert evaluations == sampler.evaluations(knots) > 1490
+
+
+def test_a_corrector_around_repaint_is_refused_and_one_inside_works():
+    with pytest.raises(ValueError, match=r"put the corrector inside it, RePaint\(Predictor"):
+        PredictorCorrector(paint())
+    sampler, knots = paint(PredictorCorrector(DDIM(), 2)), Trailing().knots(Cosine(), 6)
+    x, evaluations = integrate(ORACLE, sampler, NOISE.start(), knots, NOISE)
+    assert evaluations == sampler.evaluations(knots)
+    assert (x[:, 0] == IMAGE[0]).all()
+
+
+def test_restart_around_repaint_has_fresh_noise_at_the_known_pixels_of_each_restart():
+    levels, drawn = [], []
+    restart = Restart(RePaint(DDIM(), IMAGE, MASK, 1, 1), ((0.3, 2.0, 2, 3),))
+    knots = Karras(0.05, 20.0).knots(Cosine(), 5)
+
+    def record(_, state, __):
+        z = (state.x[:, 0] - state.level.alpha * IMAGE[0]) / state.level.sigma
+        levels.append(state.level.ratio)
+        drawn.append(z)
+
+    integrate(ORACLE, restart, NOISE.start(), knots, NOISE, callback=record)
+    begin = [i for i, ratio in enumerate(levels) if abs(ratio - 2.0) < 1e-9]
+    assert len(begin) == 3
+    known = torch.stack([NOISE.start()[:, 0], *(drawn[i] for i in begin)])
+    assert (known.corrcoef() - torch.eye(4)).abs().max() < 0.5
+
+
+def test_images_may_be_one_for_each_sample_of_the_batch():
+    images = torch.linspace(-1, 1, 8, dtype=torch.float64).view(4, 2)
+    sampler = RePaint(DDIM(1.0), images, MASK, 2, 2)
+    arguments = {"steps": 5, "seeds": range(4), "dtype": torch.float64}
+    result = sample(ORACLE, sampler, Trailing(), batch_size=4, **arguments)
+    assert torch.equal(result.x[:, 0], images[:, 0])
+    assert result.planned == result.evaluations
+    with pytest.raises(ValueError, match=r"image has shape \(4, 2\), expected \(2,\), the same"):
+        sample(ORACLE, sampler, Trailing(), **arguments)

@@ -1,8 +1,10 @@
 """Scales over λ: their values, and every rule reads them at the level of the evaluation."""
 
+import json
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +23,8 @@ from diffcore.guidance import (
     Step,
 )
 from diffcore.guidance.classifier import GFCGMemory
+from diffcore.guidance.scale import scale_at
+from diffcore.io.specs import to_spec
 from diffcore.samplers import AlphaBlending
 from diffcore.sampling.generation import sample
 from diffcore.sampling.loop import guided_prediction, integrate
@@ -138,3 +142,11 @@ def test_wrong_scales_are_refused_at_construction_or_before_the_first_step(value
 def test_wrong_ramps_are_refused(low, high):
     with pytest.raises(ValueError, match="low < high"):
         LinearScale(1.0, 2.0, low, high)
+
+
+@pytest.mark.parametrize("number", (np.float32(2), np.float64(2), np.int64(2)), ids=repr)
+def test_a_scale_may_be_a_number_of_numpy(number):
+    assert scale_at(number, mixture().process.schedule.at(0.0)) == 2.0
+    for make in (CFG, ConstantScale, CFGPlusPlus, *MAKE_RULE.values()):
+        make(number / 4)
+    assert json.loads(json.dumps(to_spec(CFG(number))))["init_args"]["scale"] == 2.0

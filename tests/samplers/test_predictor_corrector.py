@@ -13,7 +13,7 @@ import torch
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
 from diffcore.guidance import CFG
-from diffcore.samplers import DDIM, AlphaBlending, DPMSolverSDE, PredictorCorrector
+from diffcore.samplers import DDIM, AlphaBlending, DPMSolverSDE, PredictorCorrector, Restart
 from diffcore.sampling.loop import guided_prediction, integrate
 from diffcore.schedules import Cosine, Explicit, Flow, Trailing
 from tests.helpers.oracles import Pair, covariance, gaussian, mixture
@@ -195,6 +195,7 @@ def test_with_guidance_on_the_corrector_the_predictor_needs_no_reference():
         ({"snr": 0.0}, "snr is"),
         ({"snr": 0.8}, "snr is"),
         ({"guides": "predictor"}, "guides is"),
+        ({"inner": Restart()}, r"put the corrector inside it, Restart\(PredictorCorrector"),
     ],
 )
 def test_options_out_of_range_are_rejected(arguments, message):

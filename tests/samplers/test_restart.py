@@ -109,6 +109,14 @@ def test_invalid_intervals_are_rejected(interval):
         Restart(intervals=(interval,))
 
 
+def test_intervals_that_overlap_are_rejected_and_those_that_touch_are_not():
+    with pytest.raises(ValueError, match=r"\(0.1, 0.5, 2, 1\) and \(0.2, 0.8, 2, 1\) overlap"):
+        Restart(intervals=((0.2, 0.8, 2, 1), (0.1, 0.5, 2, 1)))
+    touching = Restart(DDIM(), ((0.5, 0.8, 2, 1), (0.1, 0.5, 2, 1)))
+    knots = Karras(0.01, 20.0).knots(Cosine(), 9)
+    assert visited_levels(touching, knots)[1].done
+
+
 @pytest.mark.parametrize(
     "logsnrs", ((0.0, 4.0, 8.0), (-4.0, 1.0), (8.0, -4.0)), ids=("from below", "to above", "rising")
 )

@@ -3,6 +3,7 @@
 import math
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 
@@ -159,3 +160,11 @@ def test_seeds_have_64_bits(seed):
     x = sample(small_denoiser(), steps=2, seeds=[seed, 0, seed % 2**32]).x
     assert not torch.equal(x[0], x[1])
     assert not torch.equal(x[0], x[2])
+
+
+@pytest.mark.parametrize("make", (torch.tensor, np.array, tuple), ids=("torch", "numpy", "tuple"))
+def test_seeds_may_be_a_tensor_or_an_array(make):
+    seeds = [3, -1, 2**40]
+    arguments = {"grid": Trailing(), "steps": 2}
+    result = sample(mixture(), seeds=make(seeds), **arguments)
+    assert torch.equal(result.x, sample(mixture(), seeds=seeds, **arguments).x)
