@@ -13,7 +13,7 @@ from diffcore.io.parser import ComponentParser
 from diffcore.run import Run
 from diffcore.training.reporting import Metrics
 
-__all__ = ["main"]
+__all__ = ["describe_machine", "describe_run", "main"]
 
 PACKAGES = ("torch", "accelerate", "safetensors", "jsonargparse", "diffusers", "transformers")
 
@@ -33,13 +33,21 @@ def main(argv: Sequence[str]) -> None:
         "run", type=str, nargs="?", default="", metavar="RUN", help="folder of a run"
     )
     folder = parser.parse_args(list(argv)).run
-    facts = _describe_run(Run(Path(folder))) if folder else _describe_machine()
+    facts = describe_run(Run(Path(folder))) if folder else describe_machine()
     width = max(map(len, facts))
     for name, value in facts.items():
         print(f"{name:<{width}}  {value}")
 
 
-def _describe_run(run: Run) -> dict[str, object]:
+def describe_run(run: Run) -> dict[str, object]:
+    """The facts of a run: network, process, checkpoints and last report.
+
+    Args:
+        run: folder of the run.
+
+    Returns:
+        Values by their name.
+    """
     settings, process = run.settings(), Process.load(run.process)
     schedule = process.schedule
     parameters = sum(parameter.numel() for parameter in run.network().parameters())
@@ -55,12 +63,19 @@ def _describe_run(run: Run) -> dict[str, object]:
         "data": f"shape {process.shape}, range [{process.low:g}, {process.high:g}]",
         "classes": f"{process.classes}, dropped in {process.dropout:.0%} of samples",
         "checkpoints": ", ".join(checkpoints) or "none",
-        "last report": ", ".join(f"{name} {value}" for name, value in last_report.items())
+        "last report": ", ".join(
+            f"{name} {_shortened(value)}" for name, value in last_report.items()
+        )
         or "none",
     }
 
 
-def _describe_machine() -> dict[str, object]:
+def describe_machine() -> dict[str, object]:
+    """The facts of this machine: versions of packages, and the device.
+
+    Returns:
+        Values by their name.
+    """
     has_accelerator = torch.accelerator.is_available()
     return {
         "diffcore": __version__,
@@ -68,6 +83,10 @@ def _describe_machine() -> dict[str, object]:
         **{name: _version(name) for name in PACKAGES},
         "device": torch.accelerator.current_accelerator() if has_accelerator else "cpu",
     }
+
+
+def _shortened(value: object) -> object:
+    return f"{value:.4g}" if isinstance(value, float) else value
 
 
 def _version(package: str) -> str:

@@ -18,6 +18,7 @@ COMMANDS = {
     "export": "save the network of a run as a diffusers pipeline",
     "ema": "reconstruct an average of the weights of any length after training",
     "plot": "draw noise schedules, loss weights, and effective weights of training settings",
+    "report": "write the report of a run as one page of HTML",
     "info": "describe a run, or this machine",
 }
 

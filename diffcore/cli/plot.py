@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffcore.cli.figures import create_figure, line_styles, save_figure
 from diffcore.cli.recipes import find_settings, read_settings
 from diffcore.core.prediction import PredictionType
 from diffcore.core.process import Process
@@ -15,6 +14,7 @@ from diffcore.io.parser import ComponentParser
 from diffcore.io.specs import from_spec
 from diffcore.objectives.objective import Objective
 from diffcore.objectives.weighting import Weight
+from diffcore.report.figures import create_figure, line_styles, save_figure
 from diffcore.schedules import Schedule
 
 __all__ = [

@@ -8,7 +8,7 @@ from statistics import geometric_mean
 
 from benchmarks.accuracy import GRIDS, Measurement
 from benchmarks.table import markdown_table
-from diffcore.cli.figures import create_figure
+from diffcore.report.figures import create_figure
 from diffcore.sampling.generation import DEFAULT_GRID, DEFAULT_SAMPLER
 
 ROUNDING = 1e-12

@@ -16,7 +16,6 @@ import torch
 from benchmarks.table import markdown_table, mean_and_half_range
 from torch import Tensor
 
-from diffcore.cli.figures import create_figure, line_styles, save_figure
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.noise import Noise
 from diffcore.evaluation.digits import to_scan_units
@@ -32,6 +31,7 @@ from diffcore.guidance import (
     Rescale,
     find_weaker_networks,
 )
+from diffcore.report.figures import create_figure, line_styles, save_figure
 from diffcore.samplers import DDIM
 from diffcore.sampling.generation import evaluation_mode, sample
 from diffcore.sampling.loop import watch

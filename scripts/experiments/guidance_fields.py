@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffcore.cli.figures import create_figure, save_figure
 from diffcore.core.oracle import GaussianMixture
 from diffcore.core.process import Process
 from diffcore.guidance import (
@@ -31,6 +30,7 @@ from diffcore.guidance import (
     Rescale,
     Step,
 )
+from diffcore.report.figures import create_figure, save_figure
 from diffcore.samplers import DDIM, PredictorCorrector, Sampler
 from diffcore.sampling.generation import sample
 from diffcore.sampling.loop import guided_prediction

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from benchmarks.table import markdown_table, mean_and_half_range
 
-from diffcore.cli.figures import create_figure, save_figure
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.prediction import PredictionType
 from diffcore.core.process import Process
@@ -26,6 +25,7 @@ from diffcore.objectives.coupling import OptimalTransport
 from diffcore.objectives.level_sampling import LearnedSchedule, SecondMoment
 from diffcore.objectives.objective import Objective, TimeSampling
 from diffcore.objectives.weighting import MSE, P2, DebiasedWeight, MinSNR
+from diffcore.report.figures import create_figure, save_figure
 from diffcore.samplers import DDIM
 from diffcore.sampling.generation import sample
 from diffcore.schedules import Cosine, Discrete, Laplace, Normal, Schedule, UniformLogSNR

@@ -19,7 +19,6 @@ from benchmarks.table import markdown_table, mean_and_half_range
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from diffcore.cli.figures import create_figure, save_figure
 from diffcore.core.denoiser import DenoiserProtocol
 from diffcore.core.oracle import EmpiricalDistribution
 from diffcore.core.prediction import PredictionType
@@ -27,6 +26,7 @@ from diffcore.core.process import Process
 from diffcore.core.random import Stream, uniform
 from diffcore.objectives.objective import Objective
 from diffcore.objectives.weighting import MSE
+from diffcore.report.figures import create_figure, save_figure
 from diffcore.samplers import DDIM
 from diffcore.sampling.generation import sample
 from diffcore.schedules import Discrete, Grid, Leading, Schedule, Trailing, ZeroTerminalSNR

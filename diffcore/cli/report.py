@@ -1,0 +1,185 @@
+"""`diffcore report`: write the report of a run as one page of HTML."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffcore.cli.info import describe_machine, describe_run
+from diffcore.cli.plot import LOGSNR, effective_weight, read_training_levels
+from diffcore.io.files import write_file
+from diffcore.io.parser import ComponentParser
+from diffcore.report.charts import Curve, line_chart
+from diffcore.report.page import (
+    Section,
+    chart_grid,
+    facts_table,
+    page,
+    picture_slider,
+    text_block,
+)
+from diffcore.run import Run
+from diffcore.training.reporting import Metrics
+
+__all__ = ["main", "write_report"]
+
+LEVELS_SHOWN = 4
+"""Number of intervals of noise levels in one chart over the steps."""
+Reports = list[dict[str, Any]]
+
+
+def main(argv: Sequence[str]) -> None:
+    """Write the page of the run that the first word names.
+
+    Args:
+        argv: command-line words after `report`.
+    """
+    parser = ComponentParser(
+        prog="diffcore report",
+        description="Write the report of the run in folder RUN as one page of HTML, which needs no "
+        "network: losses, held-out losses by noise level, preview samples, schedule, effective "
+        "weight, settings and environment.",
+    )
+    parser.add_argument("run", type=str, metavar="RUN", help="folder of a run")
+    parser.add_argument(
+        "--out", type=str, default="", help='file to write; "": report.html in the run\'s folder'
+    )
+    arguments = parser.parse_args(list(argv))
+    run = Run(arguments.run)
+    out = Path(arguments.out or run.folder / "report.html")
+    write_report(run, out)
+    print(f"{run.folder} -> {out}")
+
+
+def write_report(run: Run, out: Path) -> None:
+    """Write the page of a run.
+
+    Args:
+        run: folder of the run.
+        out: file to write.
+
+    Raises:
+        ValueError: the folder holds no run, or one without config.yaml.
+    """
+    facts = describe_run(run)
+    reports, held_out = Metrics(run.metrics).reports(), Metrics(run.validation).reports()
+    steps = f"{reports[-1]['step']} steps" if reports else "no report yet"
+    sections = [
+        Section("Run", facts_table(facts)),
+        Section("Training", chart_grid(_training_charts(reports))),
+        Section(
+            "Held-out data",
+            chart_grid(_held_out_charts(held_out)),
+            "The loss at fixed levels with fixed noise; by level, of the averaged weights.",
+        ),
+        Section(
+            "Samples during training",
+            picture_slider(_previews(run)),
+            "Drawn from the same seeds by the averaged weights.",
+        ),
+        Section("Noise levels", chart_grid(_level_charts(run))),
+        Section("Settings", text_block(run.config.read_text("utf-8"))),
+        Section(
+            "Environment",
+            facts_table(describe_machine()),
+            "Of the machine that wrote this page.",
+        ),
+    ]
+    title = f"Run {run.folder.resolve().name}"
+    html = page(title, f"{facts['network']}; {steps}.", sections)
+    write_file(out, html.encode())
+
+
+def _training_charts(reports: Reports) -> dict[str, str]:
+    titles = {"loss": "loss", "grad_norm": "norm of the gradient", "lr": "learning rate"}
+    charts = {
+        title: line_chart(title, {title: _over_steps(reports, name)}, "step", _scale(name))
+        for name, title in titles.items()
+        if reports
+    }
+    if sum(report["skipped"] for report in reports):
+        title = "steps that were not finite, since the report before"
+        charts[title] = line_chart(title, {title: _over_steps(reports, "skipped")}, "step")
+    return charts
+
+
+def _held_out_charts(held_out: Reports) -> dict[str, str]:
+    if not held_out:
+        return {}
+    names = {"averaged weights": "loss", "current weights": "loss_current"}
+    curves = {title: _over_steps(held_out, name) for title, name in names.items()}
+    charts = {"held-out loss": line_chart("held-out loss", curves, "step", "log")}
+    last = held_out[-1]
+    bounds, bins = last["logsnr"], range(len(last["loss_by_level"]))
+    shown = sorted({round(i * (len(bins) - 1) / (LEVELS_SHOWN - 1)) for i in range(LEVELS_SHOWN)})
+    by_level = {
+        _interval(bounds, bin_): Curve(
+            [report["step"] for report in held_out],
+            [report["loss_by_level"][bin_] for report in held_out],
+        )
+        for bin_ in (shown if len(bins) > 1 else bins)
+    }
+    charts["held-out loss by noise level"] = line_chart("by level", by_level, "step", "log")
+    ends = {"first": held_out[0], "last": last}
+    profile = {
+        f"step {report['step']}": Curve(
+            [(bin_ + 0.5) / len(bins) for bin_ in bins],
+            report["loss_by_level"],
+            "--" if name == "first" else "-",
+        )
+        for name, report in ends.items()
+    }
+    title = "held-out loss over noise levels"
+    charts[title] = line_chart(title, profile, "t  (0 is data, 1 is noise)", "log", xlim=(0, 1))
+    return charts
+
+
+def _level_charts(run: Run) -> dict[str, str]:
+    try:
+        training = read_training_levels(str(run.config))
+    except ValueError:
+        return {}  # a pipeline completes the process
+    schedule = training.process.schedule
+    t = torch.linspace(0, 1, 401, dtype=torch.float64)
+    level = schedule.level(t)
+    weight = effective_weight(training, training.process.prediction, LOGSNR)
+    weight = weight / torch.trapezoid(weight, LOGSNR)
+    density = schedule.density(LOGSNR)
+    time, logsnr = "t  (0 is data, 1 is noise)", "λ = log α²/σ²"
+    return {
+        "λ over t": line_chart(
+            "λ over t", {"λ": _curve(t, level.logsnr)}, time, ylim=(-15.0, 15.0)
+        ),
+        "α and σ over t": line_chart(
+            "α and σ", {"α": _curve(t, level.alpha), "σ": _curve(t, level.sigma)}, time
+        ),
+        "training levels and effective weight, area 1": line_chart(
+            "effective weight",
+            {"p(λ)": _curve(LOGSNR, density), "w(λ) p(λ)": _curve(LOGSNR, weight)},
+            logsnr,
+        ),
+    }
+
+
+def _previews(run: Run) -> dict[str, Path]:
+    paths = sorted(run.samples.glob("step-*.png"))
+    return {f"step {int(path.stem.removeprefix('step-'))}": path for path in paths}
+
+
+def _over_steps(reports: Reports, name: str) -> Curve:
+    return Curve([report["step"] for report in reports], [report[name] for report in reports])
+
+
+def _curve(x: torch.Tensor, y: Any) -> Curve:
+    return Curve(x.tolist(), torch.where(y.isfinite(), y, torch.nan).tolist())
+
+
+def _scale(name: str) -> Any:
+    return "linear" if name == "lr" else "log"
+
+
+def _interval(bounds: list[float | None], bin_: int) -> str:
+    """The λ of an interval of levels, whose bounds fall from clean to noise."""
+    high, low = bounds[bin_], bounds[bin_ + 1]
+    return f"λ {'-∞' if low is None else f'{low:.1f}'} to {'∞' if high is None else f'{high:.1f}'}"

@@ -1,0 +1,122 @@
+"""`diffcore report`: one page that holds everything of a run, and fetches nothing."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+
+from diffcore.report.charts import Curve, line_chart
+from diffcore.report.page import Section, page, text_block
+
+VOID = {"img", "input", "meta", "path", "use"}
+
+
+class Checker(HTMLParser):
+    """Collects tags and addresses, and checks that elements are closed in order."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.tags, self.addresses, self.text = [], [], [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.addresses += [v for k, v in attrs if k in ("src", "href", "xlink:href", "action")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of a run, with held-out losses and two previews."""
+    from PIL import Image
+
+    folder = shutil.copytree(trained, tmp_path / "a <b>run")
+    lines = [
+        {
+            "step": step,
+            "loss": 1 / step,
+            "loss_current": None,
+            "logsnr": [None, 1.5, None],
+            "loss_by_level": [0.5, 0.25 / step],
+        }
+        for step in (2, 4)
+    ]
+    (folder / "validation.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in lines))
+    (folder / "samples").mkdir(exist_ok=True)
+    for step in (2, 4):
+        Image.new("L", (8, 8), 30 * step).save(folder / "samples" / f"step-{step:08d}.png")
+    return folder
+
+
+def test_the_page_holds_everything_of_the_run(diffcore, run):
+    ended = diffcore("report", run)
+    assert ended.status == 0, ended.err
+    html = (run / "report.html").read_text("utf-8")
+    found = Checker(html)
+    assert not [tag for tag in found.open if tag != "html"]
+    assert found.tags.count("svg") == 3 + 3 + 3  # training, held-out, noise levels
+    assert found.tags.count("img") == 2
+    text = " ".join(found.text)
+    for fact in ("UNet2DModel", "v_prediction", "λ 1.5 to ∞", "norm of the gradient", "MinSNR"):
+        assert fact in text, fact
+    assert "a &lt;b&gt;run" in html
+    assert "a <b>run" not in html
+
+
+def test_the_page_fetches_nothing(diffcore, run, tmp_path):
+    diffcore("report", run, f"--out={tmp_path / 'page.html'}")
+    html = (tmp_path / "page.html").read_text("utf-8")
+    addresses = Checker(html).addresses
+    assert addresses
+    assert all(a.startswith(("#", "data:image/png;base64,")) for a in addresses)
+    assert "default-src 'none'" in html
+    style = re.search("<style>(.*?)</style>", html, re.DOTALL)[1]
+    assert "url(" not in style
+    assert "@import" not in style
+
+
+def test_a_run_without_previews_and_held_out_data_has_no_empty_sections(
+    diffcore, trained, tmp_path
+):
+    ended = diffcore("report", trained, f"--out={tmp_path / 'page.html'}")
+    assert ended.status == 0, ended.err
+    html = (tmp_path / "page.html").read_text("utf-8")
+    assert "Held-out data" not in html
+    assert "Samples during training" not in html
+    assert "Environment" in html
+
+
+def test_a_folder_that_holds_no_run_is_one_line(diffcore, tmp_path):
+    ended = diffcore("report", tmp_path / "absent")
+    assert ended.status == 1
+    assert "is not a run's folder" in ended.err
+    assert len(ended.err.splitlines()) == 1
+
+
+def test_a_chart_has_the_colour_of_the_page_and_the_same_bytes_each_time():
+    curves = {"a": Curve([1, 2, 3], [1.0, None, 3.0]), "b & c": Curve([1, 2], [2.0, 1.0], "--")}
+    svg = line_chart('a "<title>"', curves, "step", "log")
+    assert svg == line_chart('a "<title>"', curves, "step", "log")
+    assert "currentColor" in svg
+    assert "#123456" not in svg
+    assert "#000000" not in svg
+    assert "b &amp; c" in svg
+    assert 'aria-label="a &quot;&lt;title>&quot;"' in svg
+    assert not re.search(r"<svg[^>]*(width|height)=", svg)
+
+
+def test_text_is_escaped_and_sections_without_a_body_are_left_out():
+    html = page("<t>", "a & b", [Section("one", text_block("<x>")), Section("two", text_block(""))])
+    assert "&lt;x&gt;" in html
+    assert "a &amp; b" in html
+    assert "two" not in html
