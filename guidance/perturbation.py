@@ -1,9 +1,12 @@
 """References from the same network with altered layers: identity attention maps, or skipped layers.
 
-Both alter diffusers' networks in place for one call and restore them, also if the call fails. Other
-threads must not evaluate the same network during the call.
+A hook on each named layer replaces its output during the call, and is removed afterwards, also if
+the call fails. It acts in the thread that makes the call alone, so that several threads can
+evaluate one network. A network that is compiled (`torch.compile`) is evaluated without compilation
+while its layers are altered, since compiled code does not see new hooks.
 """
 
+import threading
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,15 +14,22 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from diffcore.core.denoiser import DenoiserProtocol, DenoiserWrapper
+from diffcore.core.network import unwrap
 from diffcore.core.prediction import Prediction
 from diffcore.guidance.reference import Query, Reference
 from diffcore.schedules import Level
 
 __all__ = ["AlteredNetwork", "PerturbedAttention", "SkippedLayers"]
+
+_HOOKS = threading.Lock()
+"""Held while hooks are added or removed: torch numbers them by a counter without a lock."""
+_EAGER = threading.RLock()
+"""Held while a compiled network is evaluated without compilation, which is a global setting."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +54,41 @@ class AlteredNetwork(Reference):
 
     @contextmanager
     def apply(self, network: nn.Module) -> Iterator[None]:
-        """Alter the network within a `with` block, and restore it afterwards, also after an error.
+        """Alter the network for this thread within a `with` block, and restore it afterwards.
+
+        It is restored after an error too.
+
+        Args:
+            network: the network, which may be wrapped by `torch.compile` or
+                DistributedDataParallel; the names of layers are those of the network inside.
 
         Yields:
             None, while the network is altered.
 
         Raises:
-            ValueError: no layer that can be altered has one of the names.
+            ValueError: no layer that can be altered has one of the names, or the network is
+                evaluated by the threads of DataParallel.
+        """
+        if any(isinstance(module, nn.DataParallel) for module in network.modules()):
+            raise ValueError(
+                f"{self} does not reach the replicas of DataParallel: pass its module, or use "
+                f"DistributedDataParallel"
+            )
+        with ExitStack() as stack:
+            if _is_compiled(network):
+                stack.enter_context(_EAGER)
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            for module in self._select(unwrap(network)):
+                with _HOOKS:
+                    hook = module.register_forward_hook(self._hook(), with_kwargs=True)
+                stack.callback(_remove, hook)
+            yield
+
+    def _select(self, network: nn.Module) -> list[nn.Module]:
+        """The layers with one of the names.
+
+        Raises:
+            ValueError: there is none that can be altered.
         """
         candidates = {
             name: module
@@ -70,21 +108,36 @@ class AlteredNetwork(Reference):
             raise ValueError(
                 f"{self} finds no such layer in {type(network).__name__}; it could alter {examples}"
             )
-        with ExitStack() as stack:
-            for module in selected:
-                stack.callback(self.alter(module))
-            yield
+        return selected
+
+    def _hook(self) -> Callable[..., Any]:
+        """A forward hook that alters the output of a layer in this thread."""
+        owner = threading.get_ident()
+
+        def hook(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
+            if threading.get_ident() != owner:
+                return None  # `rest` may then lack the keyword arguments, if the hook is removed
+            kwargs, output = rest
+            return self.alter(module, args, kwargs, output)
+
+        return hook
 
     @abstractmethod
     def can_alter(self, module: nn.Module) -> bool:
         """Whether this layer can be altered in this way."""
 
     @abstractmethod
-    def alter(self, module: nn.Module) -> Callable[[], Any]:
-        """Alter one layer in place.
+    def alter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """The output of an altered layer.
+
+        Args:
+            module: the layer.
+            args: positional arguments of its forward.
+            kwargs: keyword arguments of its forward.
+            output: output of the layer itself.
 
         Returns:
-            A function that restores the layer.
+            The value that replaces `output`.
         """
 
 
@@ -118,10 +171,8 @@ class PerturbedAttention(AlteredNetwork):
             )
         )
 
-    def alter(self, module: Any) -> Callable[[], Any]:
-        processor = module.processor
-        module.set_processor(_identity_attention)
-        return lambda: module.set_processor(processor)
+    def alter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        return _identity_attention(module, args[0] if args else kwargs["hidden_states"])
 
 
 @dataclass(frozen=True)
@@ -137,8 +188,16 @@ class SkippedLayers(AlteredNetwork):
     def can_alter(self, module: nn.Module) -> bool:
         return not isinstance(module, (nn.ModuleList, nn.ModuleDict))
 
-    def alter(self, module: nn.Module) -> Callable[[], Any]:
-        return module.register_forward_hook(_return_input, with_kwargs=True).remove
+    def alter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if not isinstance(output, Tensor):
+            return _ordered_like(output, hidden, kwargs.get("encoder_hidden_states"), module)
+        if hidden.shape != output.shape:
+            raise ValueError(
+                f"a layer {type(module).__name__} maps {tuple(hidden.shape)} to "
+                f"{tuple(output.shape)}, so it cannot be skipped: name layers that keep the shape"
+            )
+        return hidden
 
 
 class _AlteredDenoiser(DenoiserWrapper):
@@ -158,8 +217,21 @@ class _AlteredDenoiser(DenoiserWrapper):
             return self.inner(x, level, condition)
 
 
-def _identity_attention(attention: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """A diffusers attention processor whose map is the identity: the values, projected."""
+def _is_compiled(network: nn.Module) -> bool:
+    """Whether `torch.compile`, or the method `compile`, was applied to the network or a layer."""
+    return any(
+        "_orig_mod" in module._modules or module._compiled_call_impl is not None
+        for module in network.modules()
+    )
+
+
+def _remove(hook: Any) -> None:
+    with _HOOKS:
+        hook.remove()
+
+
+def _identity_attention(attention: Any, hidden_states: Tensor) -> Tensor:
+    """The output of an attention layer whose map is the identity: the values, projected."""
     is_image = hidden_states.ndim == 4
     tokens = rearrange(hidden_states, "b c h w -> b (h w) c") if is_image else hidden_states
     if attention.group_norm is not None:
@@ -172,21 +244,6 @@ def _identity_attention(attention: Any, hidden_states: Tensor, *args: Any, **kwa
     if attention.residual_connection:
         out = out + hidden_states
     return out / attention.rescale_output_factor
-
-
-def _return_input(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> Any:
-    """A forward hook that replaces the output by the input."""
-    hidden = args[0] if args else kwargs["hidden_states"]
-    if isinstance(output, Tensor):
-        if hidden.shape != output.shape:
-            raise ValueError(
-                f"a layer {type(module).__name__} maps {tuple(hidden.shape)} to "
-                f"{tuple(output.shape)}, so it cannot be skipped: name layers that keep the shape"
-            )
-        return hidden
-    return _ordered_like(output, hidden, kwargs.get("encoder_hidden_states"), module)
 
 
 def _ordered_like(output: Any, hidden: Tensor, encoder: Any, module: nn.Module) -> tuple[Any, ...]:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from diffcore.core.network import evaluation_dtype, network_config
 from diffcore.core.prediction import Prediction, predict, scale_input
 from diffcore.core.process import Process
 from diffcore.schedules import Level, Real
@@ -76,15 +77,15 @@ class Denoiser(nn.Module):
     noise level, and, if the process has classes, the keyword `class_labels` (B,). It returns a
     tensor of the shape of x, a tuple that begins with it, or an object with it as attribute
     `sample`, as the networks of diffusers do. The network is evaluated in the dtype of its
-    parameters, and the prediction has the dtype of x.
+    parameters (`evaluation_dtype`), and the prediction has the dtype of x.
 
     Args:
         network: the network, on any device.
         process: the diffusion process that the network was trained on.
 
     Raises:
-        ValueError: a diffusers network embeds fewer labels than the classes and the null label. Set
-            its `num_class_embeds` to classes + 1.
+        ValueError: a diffusers network embeds fewer labels than the classes and the null label, or
+            labels that the process does not have. Set its `num_class_embeds` to classes + 1.
 
     Example:
         >>> process = Process(shape=(1, 8, 8), prediction="sample")
@@ -128,16 +129,26 @@ class Denoiser(nn.Module):
             condition: int64 class labels (B,); None for the null label.
 
         Raises:
-            ValueError: the output has another shape than x. Set the network's channels and size.
+            ValueError: the output has another shape than x, or the network has no embedding of the
+                null label. Set the network's channels and size, or its number of embeddings.
         """
         process = self.process
         scaled = scale_input(process.prediction, x, level.to(x), process.sigma_data)
         if condition is None:
             condition = null_condition(process, len(x), x.device)
         arguments = {} if condition is None else {"class_labels": condition}
-        dtype = next((p.dtype for p in self.network.parameters()), x.dtype)
+        scaled = scaled.to(evaluation_dtype(self.network, x.dtype))
         time = _time_tensor(process.time(level), x)
-        output = extract_tensor(self.network(scaled.to(dtype), time, **arguments))
+        try:
+            output = extract_tensor(self.network(scaled, time, **arguments))
+        except IndexError as error:
+            if not process.classes:
+                raise
+            raise ValueError(
+                f"the network fails for x of shape {tuple(x.shape)} and labels from 0 to "
+                f"{process.classes} (IndexError: {error}). It needs {process.classes + 1} label "
+                f"embeddings: {process.classes} classes and the null label {process.classes}"
+            ) from error
         if output.shape != x.shape:
             raise ValueError(
                 f"the network's output has shape {tuple(output.shape)}, expected that of x, "
@@ -175,12 +186,22 @@ def _time_tensor(time: Real, x: Tensor) -> Tensor:
 
 
 def _check_embeddings(network: nn.Module, process: Process) -> None:
-    """Raise ValueError if a diffusers network has fewer label embeddings than classes + 1."""
-    embeddings = getattr(getattr(network, "config", None), "num_class_embeds", None)
-    if process.classes and embeddings is not None and embeddings <= process.classes:
+    """Raise ValueError if a diffusers network does not embed the classes and the null label."""
+    config, classes = network_config(network), process.classes
+    embeddings = config.get("num_class_embeds")
+    if embeddings is not None and (embeddings <= classes or not classes):
         raise ValueError(
-            f"the network embeds {embeddings} labels (num_class_embeds), expected "
-            f"{process.classes + 1}: {process.classes} classes and the null label"
+            f"the network embeds {embeddings} labels, and the process has {classes} classes, which "
+            f"need {classes + 1 if classes else 0}: the classes and the null label. Set the "
+            f"process's classes to at most {embeddings - 1}, or the network's number of labels "
+            f"(num_class_embeds) to classes + 1"
+        )
+    is_unet = "num_class_embeds" in config and "cross_attention_dim" not in config
+    if classes and is_unet and embeddings is None and config.get("class_embed_type") is None:
+        raise ValueError(
+            f"the process has {classes} classes, and the network embeds no labels: set its "
+            f"num_class_embeds to {classes + 1}, the classes and the null label; or the process's "
+            f"classes to 0"
         )
 
 

@@ -1,13 +1,29 @@
-"""Optional capabilities of a network: export to another library, and a hash of frozen weights."""
+"""What is read from a network beside its output: its config, its dtype, its optional capabilities.
 
+The optional capabilities are export to another library, and a hash of frozen weights.
+"""
+
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
+import torch
 from torch import nn
 
 from diffcore.core.process import Process
 
-__all__ = ["ExportableNetwork", "frozen_hash"]
+__all__ = [
+    "ExportableNetwork",
+    "class_name",
+    "evaluation_dtype",
+    "frozen_hash",
+    "network_config",
+    "unwrap",
+]
+
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+"""Modules that evaluate the network in their attribute `module`."""
 
 
 class ExportableNetwork(nn.Module):
@@ -51,4 +67,86 @@ def frozen_hash(network: nn.Module) -> str:
     Returns:
         The network's `content_hash`, or "" if it is not an `ExportableNetwork`.
     """
+    network = unwrap(network)
     return network.content_hash if isinstance(network, ExportableNetwork) else ""
+
+
+def unwrap(network: nn.Module) -> nn.Module:
+    """The network inside of `torch.compile`, DataParallel and DistributedDataParallel.
+
+    Args:
+        network: any module.
+
+    Returns:
+        The module of the user's class, which shares its weights with `network`.
+    """
+    while True:
+        if isinstance(network, WRAPPERS):
+            network = network.module
+        elif (compiled := network._modules.get("_orig_mod")) is not None:
+            network = compiled
+        else:
+            return network
+
+
+def class_name(network: nn.Module) -> str:
+    """The name of a network's class, for messages; not that of its wrapper (`unwrap`)."""
+    return type(unwrap(network)).__name__
+
+
+def network_config(network: nn.Module) -> Mapping[str, Any]:
+    """The config of a network of diffusers.
+
+    Args:
+        network: any module, which may be wrapped (`unwrap`).
+
+    Returns:
+        A mapping, which is empty if the network has no config.
+    """
+    config = getattr(unwrap(network), "config", None)
+    return config if isinstance(config, Mapping) else {}
+
+
+_LARGEST: WeakKeyDictionary[nn.Module, ref[nn.Parameter]] = WeakKeyDictionary()
+"""Network -> its largest parameter that is not quantised, whose present dtype is read."""
+
+
+def evaluation_dtype(network: nn.Module, default: torch.dtype) -> torch.dtype:
+    """The dtype in which a network is evaluated.
+
+    It is that of the largest floating-point parameter of at least 16 bits: quantised weights
+    (integers, float8) are converted before they are used, and a table or a norm may be kept in
+    float32 beside weights in half precision. If diffusers casts the weights layer by layer
+    (`enable_layerwise_casting`), it is the dtype to which it casts them.
+
+    Args:
+        network: any module.
+        default: dtype for a network without such a parameter.
+
+    Returns:
+        The dtype to which the network's input is converted.
+    """
+    reference = _LARGEST.get(network)
+    largest = None if reference is None else reference()
+    if largest is None or not _is_unquantised(largest):
+        if (computed := _layerwise_dtype(network)) is not None:
+            return computed
+        parameters = [p for p in network.parameters() if _is_unquantised(p)]
+        if not parameters:
+            return default
+        largest = max(parameters, key=lambda parameter: parameter.numel())
+        _LARGEST[network] = ref(largest)
+    return largest.dtype
+
+
+def _is_unquantised(parameter: nn.Parameter) -> bool:
+    return parameter.is_floating_point() and parameter.itemsize >= 2
+
+
+def _layerwise_dtype(network: nn.Module) -> torch.dtype | None:
+    """The dtype to which diffusers converts stored weights before a layer uses them, or None."""
+    for module in network.modules():
+        hooks = getattr(module, "_diffusers_hook", None)
+        if hooks is not None and (hook := hooks.get_hook("layerwise_casting")) is not None:
+            return hook.compute_dtype
+    return None

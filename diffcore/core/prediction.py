@@ -25,6 +25,7 @@ __all__ = [
     "Prediction",
     "PredictionType",
     "add_scaled",
+    "at_least_float32",
     "edm_norm",
     "hypot",
     "log_gain",
@@ -52,6 +53,11 @@ class Prediction(NamedTuple):
         """α x_0 + σ ε at another level, of the shape of x: the first-order step of samplers."""
         level = level.to(self.x0)
         return add_scaled(level.alpha * self.x0, level.sigma, self.eps)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32 if its dtype is narrower, else x itself."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def add_scaled(x: Tensor, b: Real, y: Tensor) -> Tensor:

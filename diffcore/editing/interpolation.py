@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import hypot
+from diffcore.guidance.base import expand_per_sample
 from diffcore.schedules import Level
 
 __all__ = ["Blend", "noise_diffusion", "slerp"]
@@ -148,10 +149,8 @@ def noise_diffusion(
 
 def _per_sample(value: float | Tensor, x: Tensor) -> Tensor:
     """One number for each sample of x, in a shape that broadcasts against x."""
-    return (
-        torch.as_tensor(value, dtype=x.dtype, device=x.device)
-        .expand(len(x))
-        .view(-1, *[1] * (x.ndim - 1))
+    return expand_per_sample(
+        torch.as_tensor(value, dtype=x.dtype, device=x.device).expand(len(x)), x
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diffcore.core.denoiser import Denoiser
-from diffcore.core.prediction import target
+from diffcore.core.prediction import at_least_float32, target
 from diffcore.core.process import Process
 from diffcore.core.random import Stream, normal, uniform
 from diffcore.objectives.coupling import Coupling, IndependentCoupling
@@ -237,7 +237,7 @@ class Objective:
             log_variance: module u(λ) of `uncertainty`; None gives the loss without it.
         """
         # Levels and errors of half-precision data are computed in float32.
-        x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
+        x0 = at_least_float32(x0)
         process, level = denoiser.process, draw.level.to(x0)
         noise = self.coupling(x0, draw.noise, condition)
         if condition is not None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from diffcore.core.denoiser import Denoiser
-from diffcore.core.network import ExportableNetwork
+from diffcore.core.network import ExportableNetwork, class_name, unwrap
 from diffcore.io.files import write_folder
 
 if TYPE_CHECKING:
@@ -27,9 +27,9 @@ def save(state: "TrainState", message: Callable[[str], None]) -> None:
     """
     settings = state.settings
     try:
-        if isinstance(state.network, ExportableNetwork):
+        if isinstance(network := unwrap(state.network), ExportableNetwork):
             with state.average.applied():
-                state.network.export(settings.run.folder, settings.process)
+                network.export(settings.run.folder, settings.process)
         else:
             _save_pipeline(state)
     except ValueError as error:
@@ -41,7 +41,7 @@ def _save_pipeline(state: "TrainState") -> None:
     settings = state.settings
     if "diffusers" not in sys.modules:  # then the network is no network of diffusers
         raise ValueError(
-            f"the network is a {type(state.network).__name__}, and a pipeline holds ModelMixins of "
+            f"the network is a {class_name(state.network)}, and a pipeline holds ModelMixins of "
             "diffusers"
         )
     if settings.source.texts:

@@ -6,6 +6,7 @@ from typing import get_args
 
 import pytest
 import torch
+from diffusers import UNet2DModel
 from torch import nn
 
 from diffcore.core.denoiser import Denoiser, null_condition
@@ -201,6 +202,60 @@ def test_low_precision_samples_do_not_round_the_time():
     assert network.inputs[1].tolist() == pytest.approx([750] * 4, abs=1e-3)
 
 
+class Quantised(nn.Module):
+    """Weights as a quantiser stores them: integers or float8, and a norm beside them."""
+
+    def __init__(self, stored, norm):
+        super().__init__()
+        self.stored = nn.Parameter(torch.full((8,), 3).to(stored), requires_grad=False)
+        self.norm = nn.Parameter(torch.ones(2, dtype=norm)) if norm else None
+        self.seen = None
+
+    def forward(self, x, time):
+        self.seen = x.dtype
+        return x * self.stored[0].to(x.dtype)
+
+
+@pytest.mark.parametrize(
+    ("stored", "norm", "expected"),
+    [
+        (torch.uint8, torch.float16, torch.float16),
+        (torch.int8, None, torch.float32),
+        (torch.float8_e4m3fn, torch.bfloat16, torch.bfloat16),
+        (torch.float8_e4m3fn, None, torch.float32),
+        (torch.bfloat16, torch.float32, torch.bfloat16),  # most weights in half precision
+    ],
+    ids=str,
+)
+def test_x_is_never_converted_to_the_dtype_of_quantised_weights(stored, norm, expected):
+    network, record = Quantised(stored, norm), process(prediction="sample", classes=0)
+    x = X.float()
+    prediction = Denoiser(network, record)(x, record.schedule.at(0.3))
+    assert network.seen == expected
+    torch.testing.assert_close(prediction.x0, 3 * x, rtol=1e-2, atol=0)
+
+
+def test_the_dtype_of_the_input_follows_a_conversion_of_the_network():
+    network, record = Recorder(torch.float32), process()
+    denoiser, level = Denoiser(network, record), record.schedule.at(0.3)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        network.to(dtype)
+        denoiser(X, level)
+        assert network.inputs[0].dtype == dtype
+
+
+def test_a_network_with_layerwise_casting_is_evaluated_in_its_compute_dtype():
+    network = unet()
+    denoiser = Denoiser(network, process(shape=(1, 8, 8)))
+    x, level = torch.randn(2, 1, 8, 8), denoiser.process.schedule.at(0.3)
+    with torch.no_grad():
+        expected = denoiser(x, level).x0
+        network.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+        actual = denoiser(x.double(), level).x0
+    assert network.mid_block.resnets[0].conv1.weight.dtype == torch.float8_e4m3fn
+    torch.testing.assert_close(actual.float(), expected, rtol=0.1, atol=0.2)
+
+
 def test_labels_are_passed_by_keyword_and_none_is_the_null_label():
     network, record = Recorder(), process()
     level, labels = record.schedule.at(0.0), torch.tensor([0, 1, 2, 0])
@@ -240,3 +295,42 @@ def test_a_diffusers_unet_is_conditioned_on_the_class():
         assert (
             denoiser(x, level, torch.tensor([1, 1, 1])).x0[0] - prediction.x0[0]
         ).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("wrap", (lambda x: x, lambda x: torch.compile(x, backend="eager")))
+@pytest.mark.parametrize(
+    ("config", "classes", "message"),
+    [
+        ({"num_class_embeds": 3}, 3, "embeds 3 labels, .* 3 classes, which need 4"),
+        ({"num_class_embeds": 3}, 0, "embeds 3 labels, .* at most 2"),
+        ({}, 4, "embeds no labels: set its num_class_embeds to 5, the classes and the null label"),
+    ],
+)
+def test_a_network_that_does_not_embed_the_classes_and_the_null_label_is_refused(
+    config, classes, message, wrap
+):
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    network = UNet2DModel(
+        sample_size=8, norm_num_groups=4, block_out_channels=(8,), **blocks, **config
+    )
+    with pytest.raises(ValueError, match=message):
+        Denoiser(wrap(network), process(shape=(3, 8, 8), classes=classes))
+
+
+class Embedding(nn.Module):
+    def __init__(self, count):
+        super().__init__()
+        self.table = nn.Embedding(count, 2)
+
+    def forward(self, x, time, class_labels):
+        return x + self.table(class_labels)
+
+
+def test_a_missing_embedding_of_the_null_label_is_named_with_the_shape():
+    record = process()
+    denoiser, level = Denoiser(Embedding(record.classes), record), record.schedule.at(0.0)
+    denoiser(X, level, torch.tensor([0, 0, 0, 0]))
+    message = rf"shape \(4, 2\) .* {record.classes} classes and the null label {record.classes}"
+    with pytest.raises(ValueError, match=message):
+        denoiser(X, level)
+    Denoiser(Embedding(record.classes + 1), record)(X, level)

@@ -1,5 +1,8 @@
 """References from altered layers: exactly as published, and restored also after an error."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
@@ -131,11 +134,11 @@ def test_around_the_identity_norm_residual_and_scale_stay(shape, monkeypatch):
 
 
 def test_cross_attention_is_left_alone():
-    network = Attentions()
-    before = network.own.processor, network.cross.processor
+    network, x, text = Attentions(), torch.randn(1, 9, 8), torch.randn(1, 5, 6)
+    own, cross = network.own(x), network.cross(x, text)
     with PerturbedAttention(("*",)).apply(network):
-        assert network.own.processor is not before[0]
-        assert network.cross.processor is before[1]
+        assert not torch.equal(network.own(x), own)
+        assert torch.equal(network.cross(x, text), cross)
     with (
         pytest.raises(ValueError, match="finds no such layer"),
         PerturbedAttention(("cross",)).apply(network),
@@ -224,3 +227,65 @@ def test_an_oracle_has_no_layers():
 def test_no_layers_are_refused():
     with pytest.raises(ValueError, match="layers is empty"):
         SkippedLayers(())
+
+
+@each_network
+def test_two_threads_with_altered_layers_and_one_without_share_a_network(make, layers):
+    """Each thread is given the values that it is given alone, and the network is restored."""
+    denoiser, calls = Denoiser(make(), RECORD), 12
+    rules = (CFG(3.0, PerturbedAttention((layers,))), CFG(5.0, PerturbedAttention((layers,))))
+
+    def evaluate(rule):
+        with torch.no_grad():
+            return guided_prediction(denoiser, rule, X, LEVEL, LABELS, None)[0].x0
+
+    rules = (*rules, CFG(1.0))
+    alone = [evaluate(rule) for rule in rules]
+    start = threading.Barrier(len(rules))
+
+    def run(rule):
+        start.wait()
+        return [evaluate(rule) for _ in range(calls)]
+
+    with ThreadPoolExecutor(len(rules)) as pool:
+        together = list(pool.map(run, rules))
+    for expected, values in zip(alone, together, strict=True):
+        for value in values:
+            torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+    assert not any(module._forward_hooks for module in denoiser.network.modules())
+
+
+def compiled_in_place(network):
+    network.compile(backend="eager")
+    return network
+
+
+@pytest.mark.parametrize(
+    "wrap", (lambda network: torch.compile(network, backend="eager"), compiled_in_place)
+)
+@pytest.mark.parametrize(
+    "reference",
+    (PerturbedAttention(), SkippedLayers(("mid_block.attentions.0",))),
+    ids=("perturbed", "skipped"),
+)
+def test_layers_of_a_compiled_network_are_altered_too(wrap, reference):
+    rule = CFG(3.0, reference)
+
+    def evaluate(network):
+        denoiser = Denoiser(network, RECORD)
+        predict(denoiser)  # compiles, before the layers are altered
+        with torch.no_grad():
+            return guided_prediction(denoiser, rule, X, LEVEL, LABELS, None)[0].x0
+
+    expected = evaluate(unet())
+    torch.testing.assert_close(evaluate(wrap(unet())), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_replicas_of_data_parallel_cannot_be_altered():
+    with (
+        pytest.raises(ValueError, match="does not reach the replicas of DataParallel"),
+        PerturbedAttention().apply(nn.DataParallel(unet())),
+    ):
+        pass
+    with PerturbedAttention().apply(nn.DataParallel(unet()).module):
+        pass

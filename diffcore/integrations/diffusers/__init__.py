@@ -7,7 +7,7 @@ from diffcore.io.extras import import_extra
 for _package in ("diffusers", "transformers"):
     import_extra(_package, "diffcore.integrations.diffusers")
 
-from diffcore.integrations.diffusers.guidance.attach import attach
+from diffcore.integrations.diffusers.guidance.attach import attach, detach
 from diffcore.integrations.diffusers.guidance.guider import DiffcoreGuider
 from diffcore.integrations.diffusers.loading.network import from_diffusers
 from diffcore.integrations.diffusers.loading.prompts import PromptNetwork, Prompts
@@ -27,6 +27,7 @@ __all__ = [
     "PromptNetwork",
     "Prompts",
     "attach",
+    "detach",
     "encode_prompts",
     "from_diffusers",
 ]

@@ -6,7 +6,6 @@ from diffcore.integrations.diffusers.families.family import (
     GuidanceBatching,
     ModelFamily,
     TextCondition,
-    network_config,
 )
 from diffcore.integrations.diffusers.families.records import (
     FAMILIES,
@@ -28,6 +27,5 @@ __all__ = [
     "family_of",
     "family_of_class",
     "family_of_pipeline",
-    "network_config",
     "register_family",
 ]

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from diffcore.core.network import class_name, network_config
 from diffcore.core.prediction import PredictionType
 from diffcore.core.process import Process
 
@@ -17,7 +18,7 @@ __all__ = [
     "GuidanceBatching",
     "ModelFamily",
     "TextCondition",
-    "network_config",
+    "config_shape",
 ]
 
 Config = Mapping[str, Any]
@@ -138,6 +139,21 @@ def _unwrapped(network: nn.Module) -> nn.Module:
     return network
 
 
+def config_shape(config: Config) -> tuple[int, ...] | None:
+    """Shape (C, H, W) of one x_0 by `in_channels` and `sample_size` of a network's config.
+
+    Args:
+        config: the network's config.
+
+    Returns:
+        The shape, or None if the config does not contain both.
+    """
+    channels, size = config.get("in_channels"), config.get("sample_size")
+    if channels is None or size is None:
+        return None
+    return (channels, *((size, size) if isinstance(size, int) else size))
+
+
 @dataclass(frozen=True)
 class ModelFamily:
     """What diffcore knows about one model family of diffusers.
@@ -162,7 +178,7 @@ class ModelFamily:
         patch_size: width of the patch of x that is one token, from which a pipeline computes the
             token count of dynamic shifting; None, or an absent config key: no tokens.
         sample_shape: function (config) -> shape (C, H, W) of one x_0, or None if the config does
-            not determine it; None: `in_channels` and `sample_size` of the config.
+            not determine it. Default: `config_shape`.
         wrap: function (network) -> module with forward (x, timestep, **condition) -> output of
             the shape of x, or with a variance in channels C to 2C. Default: the network itself.
         export_target: how a trained network is exported to a pipeline that needs no diffcore;
@@ -185,7 +201,7 @@ class ModelFamily:
     prediction: PredictionType | None = None
     time_factor: float | str = 1.0
     patch_size: int | str | None = None
-    sample_shape: Callable[[Config], tuple[int, ...] | None] | None = None
+    sample_shape: Callable[[Config], tuple[int, ...] | None] = config_shape
     wrap: Callable[[nn.Module], nn.Module] = _unwrapped
     export_target: ExportTarget | None = None
 
@@ -217,13 +233,7 @@ class ModelFamily:
 
     def shape(self, network: nn.Module) -> tuple[int, ...] | None:
         """Shape (C, H, W) of one x_0, or None if the network's config does not determine it."""
-        config = network_config(network)
-        if self.sample_shape is not None:
-            return self.sample_shape(config)
-        channels, size = config.get("in_channels"), config.get("sample_size")
-        if channels is None or size is None:
-            return None
-        return (channels, *((size, size) if isinstance(size, int) else size))
+        return self.sample_shape(network_config(network))
 
     def token_count(self, network: nn.Module, shape: tuple[int, ...]) -> int | None:
         """Number of tokens of x, or None if the network is not a transformer.
@@ -247,20 +257,7 @@ class ModelFamily:
         )
 
 
-def network_config(network: Any) -> Any:
-    """A network's config.
-
-    Args:
-        network: any module.
-
-    Returns:
-        A mapping, which is empty if the network has no config.
-    """
-    return getattr(network, "config", None) or {}
-
-
 def _unsupported(network: nn.Module, reason: str) -> ValueError:
     return ValueError(
-        f"{type(network).__name__} {reason}. Guide it in its pipeline "
-        f"(attach, or a DiffcoreScheduler)"
+        f"{class_name(network)} {reason}. Guide it in its pipeline (attach, or a DiffcoreScheduler)"
     )

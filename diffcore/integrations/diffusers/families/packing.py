@@ -4,7 +4,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from diffcore.integrations.diffusers.families.family import Config, network_config
+from diffcore.core.network import network_config
+from diffcore.integrations.diffusers.families.family import Config
 
 __all__ = ["PackedTransformer", "packed_shape"]
 

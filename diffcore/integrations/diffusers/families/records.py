@@ -4,10 +4,12 @@ A new family is one record in `FAMILIES` (CONTRIBUTING.md, "Supporting a new dif
 `register_family(record)` in the code of a user.
 """
 
+import inspect
 from typing import Any
 
 from torch import nn
 
+from diffcore.core.network import network_config, unwrap
 from diffcore.integrations.diffusers.families.class_labels import (
     DIT_NULL_LABEL,
     check_label_embedding,
@@ -23,7 +25,6 @@ from diffcore.integrations.diffusers.families.family import (
     ClassCondition,
     ExportTarget,
     ModelFamily,
-    network_config,
 )
 from diffcore.integrations.diffusers.families.packing import PackedTransformer, packed_shape
 from diffcore.integrations.diffusers.families.text_conditions import (
@@ -151,7 +152,16 @@ GENERIC = ModelFamily(
 """Any network that is called as network(x, timestep), with or without `class_labels`. It is the
 record of a network whose class has none, unless its config has a text condition."""
 
-_TEXT_CONFIG = ("encoder_hid_dim", "cross_attention_dim", "joint_attention_dim")
+_TEXT_CONFIG = (
+    "encoder_hid_dim",
+    "cross_attention_dim",
+    "joint_attention_dim",
+    "text_dim",
+    "text_embed_dim",
+    "cap_feat_dim",
+    "caption_channels",
+)
+"""Keys of a config that give the width of text states, in networks whose text is optional too."""
 
 
 def register_family(family: ModelFamily) -> None:
@@ -172,15 +182,16 @@ def family_of(network: nn.Module) -> ModelFamily:
     """The record of a network's family.
 
     Args:
-        network: a network of diffusers, or any module.
+        network: a network of diffusers, or any module, which may be wrapped (`unwrap`).
 
     Returns:
         The record of its class, selected by its config; `GENERIC` for a class without a
-        record whose config has no text condition.
+        record that takes no text and no other argument than x, the time and a class label.
 
     Raises:
         ValueError: the network is conditioned in a way that no record describes.
     """
+    network = unwrap(network)
     config = network_config(network)
     candidates = _by_network([cls.__name__ for cls in type(network).__mro__])
     for family in candidates:
@@ -190,9 +201,23 @@ def family_of(network: nn.Module) -> ModelFamily:
         keys = sorted({key for family in candidates for key in family.config})
         given = ", ".join(f"{key} {config.get(key)!r}" for key in keys)
         raise _unknown(f"{type(network).__name__} with {given}")
-    if condition := [key for key in _TEXT_CONFIG if config.get(key)]:
-        raise _unknown(f"{type(network).__name__}, conditioned by {condition[0]}")
+    condition = [key for key in _TEXT_CONFIG if config.get(key)] or _other_arguments(network)
+    if condition:
+        raise _unknown(f"{type(network).__name__}, conditioned by {', '.join(condition)}")
     return GENERIC
+
+
+def _other_arguments(network: nn.Module) -> list[str]:
+    """The arguments that a network of diffusers requires beside x, the time and a class label."""
+    if not network_config(network):
+        return []  # a network of the user's, whose arguments may have any name
+    return [
+        p.name
+        for p in list(inspect.signature(type(network).forward).parameters.values())[2:]
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        and p.default is p.empty
+        and p.name not in ("timestep", "time", "t", "class_labels")
+    ]
 
 
 def family_of_class(name: str) -> ModelFamily | None:

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffcore.integrations.diffusers.families.family import TextCondition, network_config
+from diffcore.core.network import network_config, unwrap
+from diffcore.integrations.diffusers.families.family import TextCondition
 
 __all__ = [
     "FluxText",
@@ -28,6 +29,7 @@ class StableDiffusionText(TextCondition):
 
     unsupported_config = {  # noqa: RUF012  # constant
         "encoder_hid_dim_type": "its text states are projected together with another condition",
+        "num_class_embeds": "it is conditioned on a class label beside the text",
         "class_embed_type": "it is conditioned on an embedding beside the text",
         "time_cond_proj_dim": "it takes the guidance scale as an input beside the noise level",
     }
@@ -121,7 +123,7 @@ class PixArtText(MaskedText):
     def shared_arguments(
         self, network: nn.Module, size: tuple[int, int], guidance_scale: float
     ) -> Arguments:
-        if not getattr(network, "use_additional_conditions", False):
+        if not getattr(unwrap(network), "use_additional_conditions", False):
             return {}
         height, width = size
         return {

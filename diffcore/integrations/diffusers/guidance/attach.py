@@ -6,21 +6,25 @@ halves, so that F + s (F - F) = F, bit for bit. The scheduler is a DiffcoreSched
 two knots of the step and the prediction type are known, and rules act on exact x_0 and ε.
 """
 
+import logging
 from typing import Any, Self
 
 from diffusers import DiffusionPipeline
 
+from diffcore.core.network import unwrap
 from diffcore.guidance import CFG, Guidance
 from diffcore.integrations.diffusers.families import ModelFamily, family_of_pipeline
 from diffcore.integrations.diffusers.guidance.joint_forward import GuidedForward, check_rule
 from diffcore.integrations.diffusers.guidance.sequential_forward import SequentialGuidedForward
-from diffcore.integrations.diffusers.loading.folder import parts_of
+from diffcore.integrations.diffusers.loading.folder import network_of, parts_of
 from diffcore.integrations.diffusers.scheduler.scheduler import DiffcoreScheduler
 from diffcore.integrations.diffusers.scheduler.scheduler_config import read_config
 from diffcore.samplers import DDIM, AlphaBlending, DPMSolverPP, Euler, Sampler
 from diffcore.schedules import Grid
 
-__all__ = ["Attachment", "attach"]
+__all__ = ["Attachment", "attach", "detach"]
+
+log = logging.getLogger(__name__)
 
 FIRST_ORDER = (DDIM(), Euler(), AlphaBlending(1), DPMSolverPP("1"))
 """Samplers whose step is x_s = α_s x_0 + σ_s ε."""
@@ -32,7 +36,7 @@ def attach(
     sampler: Sampler | None = None,
     grid: Grid | None = None,
 ) -> "Attachment":
-    """Give a pipeline a guidance rule, a sampler and a grid until `detach`, or within a `with`.
+    """Give a pipeline a guidance rule, a sampler and a grid within a `with`, or until `detach`.
 
         rule = Interval(APG(4.0), sigma=(0.19, 1.61))
         with attach(pipe, guidance=rule, sampler=DPMSolverPP("2M")):
@@ -41,7 +45,9 @@ def attach(
     For the pipelines in the records of `diffcore.integrations.diffusers.families.FAMILIES`. The
     pipeline's guidance scale (`guidance_scale`, of Flux `true_cfg_scale`) decides only whether the
     pipeline prepares the negative half: leave it above 1 if the rule needs a reference, and set it
-    to 1 with CFG(1.0) to save the work. Its value is not used otherwise.
+    to 1 with CFG(1.0) to save the work. Its value is not used otherwise: the scale is the rule's.
+    Compile a network before, `pipe.unet = torch.compile(pipe.unet)`. `pipe.save_pretrained` saves
+    the sampler and the grid, and not the rule.
 
     Args:
         pipe: the pipeline; the forward of its network and its scheduler are replaced.
@@ -51,13 +57,23 @@ def attach(
         grid: rule that places the knots; default: the one of the pipeline's scheduler.
 
     Returns:
-        A handle with `detach`, which is also a context manager.
+        A handle with `detach`, which is also a context manager; `detach(pipe)` needs no handle.
 
     Raises:
         ValueError: the pipeline is in no record, or the rule cannot be used in it; the message has
             the remedy.
     """
     return Attachment(pipe, guidance, sampler, grid)
+
+
+def detach(pipe: DiffusionPipeline) -> None:
+    """Restore a pipeline to which guidance was attached; any other pipeline is left as it is.
+
+    Args:
+        pipe: the pipeline; its network gets its own forward, and the pipeline its own scheduler.
+    """
+    if (forward := _guided_forward(network_of(pipe))) is not None:
+        forward.detach()
 
 
 class Attachment:
@@ -78,8 +94,11 @@ class Attachment:
         self.network: Any = parts_of(pipe).network
         self._scheduler = pipe.scheduler
         self._instance_forward = vars(self.network).get("forward")
-        if isinstance(self._instance_forward, GuidedForward):
-            raise ValueError("this pipeline has attached guidance already: detach it first")
+        if _guided_forward(self.network) is not None:
+            raise ValueError(
+                "this pipeline has attached guidance already: call "
+                "diffcore.integrations.diffusers.detach(pipe) first"
+            )
         scheduler = _scheduler(self._scheduler, guidance, sampler, grid)
         is_sequential = family.guidance_batching == "separate calls"
         forward_class = SequentialGuidedForward if is_sequential else GuidedForward
@@ -89,9 +108,11 @@ class Attachment:
             scheduler,
             guidance,
             family,
-            lambda: getattr(pipe, "do_classifier_free_guidance", None),
+            pipe,
+            self.detach,
         )
         pipe.scheduler = scheduler
+        pipe.save_pretrained = self._save
 
     def detach(self) -> None:
         """Restore the network's forward and the pipeline's scheduler; again, it does nothing."""
@@ -101,12 +122,27 @@ class Attachment:
         if self._instance_forward is not None:  # of another library, such as a hook of accelerate
             self.network.forward = self._instance_forward
         self.pipe.scheduler = self._scheduler
+        del self.pipe.save_pretrained
+
+    def _save(self, *args: Any, **kwargs: Any) -> Any:
+        """The pipeline's `save_pretrained`, with a warning."""
+        log.warning(
+            "the sampler and the grid are saved, and the attached guidance is not: attach it again "
+            "after loading, or call detach(pipe) before saving to keep the pipeline's own scheduler"
+        )
+        return type(self.pipe).save_pretrained(self.pipe, *args, **kwargs)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.detach()
+
+
+def _guided_forward(network: Any) -> GuidedForward | None:
+    """The forward that `attach` gave to a network, which may have been compiled since."""
+    forwards = (vars(module).get("forward") for module in (network, unwrap(network)))
+    return next((forward for forward in forwards if isinstance(forward, GuidedForward)), None)
 
 
 def _family(pipe: Any, guidance: Guidance) -> ModelFamily:

@@ -16,7 +16,13 @@ import torch
 from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
 from torch import Tensor, nn
 
-from diffcore.core.prediction import Prediction, predict, target, unscale_input
+from diffcore.core.prediction import (
+    Prediction,
+    at_least_float32,
+    predict,
+    target,
+    unscale_input,
+)
 from diffcore.core.process import Process
 from diffcore.guidance import (
     AlteredNetwork,
@@ -26,7 +32,8 @@ from diffcore.guidance import (
     Step,
     Unconditional,
 )
-from diffcore.integrations.diffusers.guidance.joint_forward import check_rule, split_input
+from diffcore.integrations.diffusers.guidance.joint_forward import check_rule
+from diffcore.integrations.diffusers.guidance.pipeline_denoiser import split_input
 from diffcore.integrations.diffusers.scheduler.scheduler import DiffcoreScheduler
 from diffcore.integrations.diffusers.scheduler.scheduler_config import read_config
 from diffcore.io.specs import from_spec, to_spec
@@ -317,8 +324,7 @@ class DiffcoreGuider(BaseGuidance):
         process, level = self.settings.process, evaluation.step.level
         kind, sigma_data = process.prediction, process.sigma_data
         channels = min(x.shape[1], outputs[0].shape[1])
-        x = x[:, :channels].to(torch.promote_types(x.dtype, torch.float32))
-        x = unscale_input(kind, x, level, sigma_data)
+        x = unscale_input(kind, at_least_float32(x[:, :channels]), level, sigma_data)
         predictions: list[Prediction] = [
             predict(kind, o[:, :channels].to(x.dtype), x, level, sigma_data) for o in outputs
         ]

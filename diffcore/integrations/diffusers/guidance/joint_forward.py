@@ -2,11 +2,8 @@
 
 The pipeline passes 2B samples: B with the condition and B with its negative. The wrapped network
 evaluates those that the guidance rule needs, and returns the guided output F in both halves.
-
-The halves are two labels of one network, 0 for the condition and 1, the null label, for its
-negative. So rules and references are used as in the sampling loop of diffcore. Every argument with
-2B entries is indexed with its samples: embeddings, ControlNet residuals, image embeddings of
-IP-adapters, also inside lists and dictionaries.
+If a callback switches the pipeline's guidance off in mid-call, the pipeline passes B samples from
+there on, and the network is evaluated for the condition alone, as without attached guidance.
 """
 
 from collections.abc import Callable
@@ -15,10 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from diffcore.core.denoiser import extract_tensor
-from diffcore.core.prediction import Prediction, predict, scale_input, target, unscale_input
+from diffcore.core.prediction import Prediction, target
 from diffcore.core.process import Process
 from diffcore.guidance import (
     CFG,
@@ -30,116 +25,13 @@ from diffcore.guidance import (
     Unconditional,
 )
 from diffcore.integrations.diffusers.families import ModelFamily
+from diffcore.integrations.diffusers.guidance.pipeline_denoiser import PipelineDenoiser, split_input
 from diffcore.integrations.diffusers.scheduler.call import PipelineCall
 from diffcore.integrations.diffusers.scheduler.scheduler import DiffcoreScheduler
+from diffcore.samplers import Knots
 from diffcore.sampling.loop import check_guidance, current_step, evaluate_references
-from diffcore.schedules import Level
 
-__all__ = [
-    "CallState",
-    "GuidedForward",
-    "PipelineDenoiser",
-    "check_rule",
-    "guided_output",
-    "missing_negative",
-    "same_first_order_step",
-    "split_input",
-]
-
-INPUT_NAMES = ("sample", "hidden_states")
-"""Names of x in the forward of diffusers' networks."""
-
-
-@dataclass
-class PipelineDenoiser:
-    """A pipeline's call of its network (2B samples) as a denoiser of B samples.
-
-    Label 0 is the condition, and label 1, the null label, its negative.
-
-    Args:
-        network: the network, whose layers a reference may alter.
-        forward: the network's original forward.
-        process: the process, of one class; of none if the pipeline passes no negative half.
-        x: the pipeline's input, 2B samples, or B if the process has no class.
-        args: the forward's other positional arguments.
-        kwargs: the forward's other keyword arguments.
-        conditional_first: whether the first B samples are those with the condition.
-        output: the network's first output, which has the type that the pipeline expects.
-    """
-
-    network: nn.Module
-    forward: Callable[..., Any]
-    process: Process
-    x: Tensor
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    conditional_first: bool
-    output: Any = None
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the pipeline's input."""
-        return self.x.device
-
-    @property
-    def batch_size(self) -> int:
-        """Number of samples, B."""
-        return len(self.x) // (2 if self.process.classes else 1)
-
-    def sample(self, level: Level) -> Tensor:
-        """The noisy samples x (B, ...) in float32 or better.
-
-        EDM's input scaling is undone, and channels that are no part of x, such as a mask and a
-        masked image, are left out.
-        """
-        channels = getattr(getattr(self.network, "config", None), "out_channels", None)
-        x = self.x[: self.batch_size, : channels if self.x.ndim > 3 else None]
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return unscale_input(self.process.prediction, x, level, self.process.sigma_data)
-
-    def __call__(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Prediction:
-        """Predictions for any number of these samples, under label 0 or 1."""
-        process = self.process
-        indices = self._indices(condition, len(x), x.device)
-        args, kwargs = self._arguments(indices)
-        scaled = scale_input(process.prediction, x, level, process.sigma_data)
-        full = torch.cat([scaled.to(self.x.dtype), self.x[indices, x.shape[1] :]], 1)
-        output = self.forward(full, *args, **kwargs)
-        self.output = output if self.output is None else self.output
-        mean = extract_tensor(output)[:, : x.shape[1]].to(x.dtype)
-        return predict(process.prediction, mean, x, level, process.sigma_data)
-
-    def pipeline_output(self, guided: Tensor) -> Any:
-        """The guided output in the form that the pipeline expects.
-
-        Args:
-            guided: guided output of the network (B, ...).
-
-        Returns:
-            An object of the type of the network's output, with the guided output in both halves,
-            in its dtype, and with its variance channels.
-        """
-        output = extract_tensor(self.output)
-        variance = output[: self.batch_size, guided.shape[1] :]
-        full = torch.cat([guided.to(output.dtype), variance], 1)
-        full = torch.cat([full] * (len(self.x) // self.batch_size))
-        return (full,) if isinstance(self.output, tuple) else type(self.output)(sample=full)
-
-    def _indices(self, condition: Tensor | None, count: int, device: torch.device) -> Tensor:
-        """Indices into the pipeline's 2B samples, of `count` samples under their labels."""
-        within_half = torch.arange(count, device=device) % self.batch_size
-        if condition is None:
-            return within_half
-        half = condition if self.conditional_first else 1 - condition
-        return within_half + half.to(device) * self.batch_size
-
-    def _arguments(self, indices: Tensor) -> Any:
-        """The forward's other arguments for these samples."""
-        total = len(self.x)
-        return tree_map(
-            lambda a: a[indices] if isinstance(a, Tensor) and a.ndim and len(a) == total else a,
-            (self.args, self.kwargs),
-        )
+__all__ = ["CallState", "GuidedForward", "check_rule", "guided_output"]
 
 
 @dataclass
@@ -147,7 +39,10 @@ class CallState:
     """State of guidance during one call of a pipeline.
 
     Args:
-        process: the process, of one class if both halves are present, else of none.
+        process: the process without classes.
+        knots: levels between which the sampler steps, from the start of the call.
+        has_both: whether the call began with both halves.
+        count: number of rows of x at the first evaluation.
         guidance_argument: argument of the pipeline's call that makes it prepare the negative half.
         memory: the rule's memory.
         step: the step that holds the latest evaluation.
@@ -158,6 +53,9 @@ class CallState:
     """
 
     process: Process
+    knots: Knots
+    has_both: bool
+    count: int
     guidance_argument: str
     memory: Any = None
     step: Step | None = None
@@ -181,7 +79,7 @@ class CallState:
                 f"above 1, or pass a different seed for each sample"
             )
         if self.waiting_rule is not None:
-            raise ValueError(missing_negative(self.waiting_rule, self.guidance_argument))
+            raise ValueError(_missing_negative(self.waiting_rule, self.guidance_argument))
         self.evaluation = None
 
 
@@ -194,8 +92,8 @@ class GuidedForward:
         scheduler: the pipeline's DiffcoreScheduler, which knows the noise level.
         guidance: the rule.
         family: the record of the pipeline's family.
-        has_negative_half: function -> whether the pipeline passes both halves in this call; None
-            if the pipeline does not expose it.
+        pipeline: the pipeline, whose options of the call in progress are read.
+        detach: function that restores the network's forward and the pipeline's scheduler.
     """
 
     def __init__(
@@ -205,14 +103,16 @@ class GuidedForward:
         scheduler: DiffcoreScheduler,
         guidance: Guidance,
         family: ModelFamily,
-        has_negative_half: Callable[[], bool | None],
+        pipeline: Any,
+        detach: Callable[[], None],
     ) -> None:
         self.network = network
         self.forward = forward
         self.scheduler = scheduler
         self.guidance = guidance
         self.family = family
-        self.has_negative_half = has_negative_half
+        self.pipeline = pipeline
+        self.detach = detach
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The guided output, in the form of the network's own."""
@@ -222,28 +122,33 @@ class GuidedForward:
         if call.guidance_state is None:
             call.guidance_state = self._begin(call, x, kwargs.get("class_labels"))
         state: CallState = call.guidance_state
+        has_both = self._still_has_both_halves(state, len(x))
+        process = _process_of_halves(state.process) if has_both else state.process
         conditional_first = self.family.guidance_batching == "condition first"
         denoiser = PipelineDenoiser(
-            self.network, self.forward, state.process, x, args, kwargs, conditional_first
+            self.network, self.forward, process, x, args, kwargs, conditional_first
         )
-        if state.evaluation is None:
-            state.step = current_step(state.process, call.knots, sampler_state, state.step)
-        rule = self.guidance if call.plan.sampler.uses_guidance(sampler_state) else CFG(1.0)
-        return self._evaluate(rule, denoiser, state)
+        if state.evaluation is None or state.step is None:
+            state.step = current_step(process, state.knots, sampler_state, state.step)
+        is_guided = call.plan.sampler.uses_guidance(sampler_state)
+        is_guided = is_guided and has_both == state.has_both  # else a callback has switched it off
+        rule = self.guidance if is_guided else CFG(1.0)
+        return self._evaluate(rule, denoiser, state.step, state)
 
-    def _evaluate(self, rule: Guidance, denoiser: PipelineDenoiser, state: CallState) -> Any:
+    def _evaluate(
+        self, rule: Guidance, denoiser: PipelineDenoiser, step: Step, state: CallState
+    ) -> Any:
         """The output for the pipeline."""
         if state.evaluation:
             raise ValueError(
                 "the pipeline calls its network twice at one noise level: leave out the option "
                 "that makes it, such as skip_guidance_layers"
             )
-        assert state.step is not None
-        state.evaluation, step = True, state.step
+        state.evaluation = True
         x = denoiser.sample(step.level)
         condition = (
             torch.zeros(len(x), dtype=torch.int64, device=x.device)
-            if state.process.classes
+            if denoiser.process.classes
             else None
         )
         given = evaluate_references(denoiser, rule, x, condition, state.memory, step)
@@ -261,28 +166,51 @@ class GuidedForward:
         Raises:
             ValueError: the rule cannot guide this call.
         """
-        has_both = self._has_both_halves(x, labels)
-        steps = (current_step(call.plan.process, call.knots, state) for state in call.plan.states)
+        has_both, knots = self._has_both_halves(x, labels), call.knots
+        if has_both:
+            self._check_options()
+        steps = (current_step(call.plan.process, knots, state) for state in call.plan.states)
         if not has_both and any(
             isinstance(reference, Unconditional)
             for step in steps
             for reference in self.guidance.required_references(step, None)
         ):
-            raise ValueError(missing_negative(self.guidance, self.family.guidance_argument))
-        is_guessed = has_both and labels is None and self.has_negative_half() is None
+            raise ValueError(_missing_negative(self.guidance, self.family.guidance_argument))
+        is_guessed = has_both and labels is None and self._exposed_half() is None
+        self._check_guidance(call, knots, has_both)
         return CallState(
-            self._checked_process(call, has_both),
+            call.plan.process,
+            knots,
+            has_both,
+            len(x),
             self.family.guidance_argument,
             expected_batch=len(x) // 2 if is_guessed else None,
         )
 
-    def _checked_process(self, call: PipelineCall, has_both: bool) -> Process:
-        """The call's process; with both halves it has one class, and a null label."""
+    def _check_guidance(self, call: PipelineCall, knots: Knots, has_both: bool) -> None:
         process = call.plan.process
-        process = replace(process, classes=1, dropout=0.1) if has_both else process
+        process = _process_of_halves(process) if has_both else process
         condition = torch.zeros(1, dtype=torch.int64) if has_both else None
-        check_guidance(process, call.knots, condition, self.guidance, call.plan.sampler)
-        return process
+        check_guidance(process, knots, condition, self.guidance, call.plan.sampler)
+
+    def _check_options(self) -> None:
+        """Raise ValueError if an option of the call would have no effect on equal halves."""
+        if phi := getattr(self.pipeline, "_guidance_rescale", 0.0):
+            raise ValueError(
+                f"guidance_rescale is {phi:g}, which has no effect on attached guidance: leave it "
+                f"out, and attach Rescale({self.guidance}, phi={phi:g})"
+            )
+
+    def _exposed_half(self) -> bool | None:
+        """Whether the pipeline passes both halves at this moment; None if it does not expose it."""
+        return getattr(self.pipeline, "do_classifier_free_guidance", None)
+
+    def _still_has_both_halves(self, state: CallState, count: int) -> bool:
+        """Whether x, of `count` rows, holds each sample twice; a callback may have changed it."""
+        if count == state.count:
+            return state.has_both
+        exposed = self._exposed_half()
+        return not state.has_both if exposed is None else exposed
 
     def _has_both_halves(self, x: Tensor, labels: Tensor | None) -> bool:
         """Whether x holds each sample twice.
@@ -290,26 +218,22 @@ class GuidedForward:
         If the pipeline does not expose it, the two halves of x, and their labels, are compared:
         once in a call, since the comparison waits for the device.
         """
-        exposed = self.has_negative_half()
+        exposed = self._exposed_half()
         if exposed is not None:
             return exposed
         null = self.family.null_label
         if labels is not None and null is not None and bool(labels[len(x) // 2 :].ne(null).any()):
             return False
-        first, *second = x.chunk(2)
-        return bool(second) and len(x) % 2 == 0 and torch.equal(first, second[0])
+        return len(x) % 2 == 0 and torch.equal(*x.chunk(2))
 
 
-def missing_negative(rule: Guidance, guidance_argument: str) -> str:
-    """The error message for a pipeline that passes no negative half.
+def _process_of_halves(process: Process) -> Process:
+    """The process of a call with both halves: one class, and a null label."""
+    return replace(process, classes=1, dropout=0.1)
 
-    Args:
-        rule: the rule that needs it.
-        guidance_argument: argument of the pipeline's call that makes it prepare the negative half.
 
-    Returns:
-        One line, with the remedy.
-    """
+def _missing_negative(rule: Guidance, guidance_argument: str) -> str:
+    """The error message for a pipeline that passes no negative half."""
     return (
         f"{rule} needs the negative half, which the pipeline leaves out: call it with "
         f"{guidance_argument} above 1, whose value is not used, and with a negative prompt if it "
@@ -330,20 +254,15 @@ def guided_output(rule: Guidance, given: GuidanceInput, state: CallState) -> Ten
     """
     prediction, state.memory = rule.combine(given, state.memory)
     step = given.step
-    pair = prediction if rule.is_consistent else same_first_order_step(prediction, given.x, step)
+    pair = prediction if rule.is_consistent else _same_first_order_step(prediction, given.x, step)
     return target(step.process.prediction, *pair, step.level, step.process.sigma_data)
 
 
-def same_first_order_step(prediction: Prediction, x: Tensor, step: Step) -> Prediction:
+def _same_first_order_step(prediction: Prediction, x: Tensor, step: Step) -> Prediction:
     """The pair (x_0, ε) with x = α x_0 + σ ε whose first-order step ends where this one's ends.
 
-    Args:
-        prediction: a pair with x ≠ α x_0 + σ ε (CFG++), of tensors (B, ...).
-        x: noisy samples (B, ...).
-        step: the step; it gives the levels at its beginning and end.
-
-    Returns:
-        The pair that solves α x_0 + σ ε = x and α' x_0 + σ' ε = y, with y the result of the step.
+    It solves α x_0 + σ ε = x and α' x_0 + σ' ε = y, with y the result of the step from a pair with
+    x ≠ α x_0 + σ ε (CFG++).
     """
     t, s = step.level, step.end
     y, det = prediction.at(s), t.alpha * s.sigma - t.sigma * s.alpha
@@ -357,21 +276,3 @@ def check_rule(rule: Guidance) -> None:
             f"{rule} reads class labels, which a pipeline's condition is not: use CFG, APG or "
             f"Interval"
         )
-
-
-def split_input(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    """x among the arguments of a network's forward, and the other arguments.
-
-    Args:
-        args: positional arguments; x is the first, if there are any.
-        kwargs: keyword arguments; else x is `sample` or `hidden_states`.
-
-    Returns:
-        x, the other positional arguments, the other keyword arguments.
-    """
-    if args:
-        return args[0], args[1:], kwargs
-    name = next(name for name in INPUT_NAMES if name in kwargs)
-    return kwargs[name], (), {key: value for key, value in kwargs.items() if key != name}

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from diffcore.core.denoiser import extract_tensor
 from diffcore.core.prediction import Prediction
-from diffcore.guidance import Guidance, GuidanceInput, Unconditional, evaluate_queries
+from diffcore.guidance import Guidance, GuidanceInput, Step, Unconditional, evaluate_queries
 from diffcore.guidance.reference import Query
 from diffcore.integrations.diffusers.guidance.joint_forward import (
     CallState,
     GuidedForward,
-    PipelineDenoiser,
     guided_output,
 )
+from diffcore.integrations.diffusers.guidance.pipeline_denoiser import PipelineDenoiser
 from diffcore.integrations.diffusers.scheduler.call import PipelineCall
 
 __all__ = ["ConditionalHalf", "SequentialGuidedForward"]
@@ -44,24 +44,21 @@ class ConditionalHalf:
 
 
 class SequentialGuidedForward(GuidedForward):
-    """A network's forward with a guidance rule, for pipelines that pass one half in each call.
+    """A `GuidedForward` for pipelines that pass one half in each call.
 
-    Args:
-        network: the network.
-        forward: the network's original forward.
-        scheduler: the pipeline's DiffcoreScheduler, which knows the noise level.
-        guidance: the rule.
-        family: the record of the pipeline's family.
-        has_negative_half: not used; whether the second call comes is known when it does.
+    Whether the pipeline calls the network for the negative half is known only when it does so: if
+    it does not, and the rule needs it, the scheduler's next step raises the error.
     """
 
-    def _evaluate(self, rule: Guidance, denoiser: PipelineDenoiser, state: CallState) -> Any:
+    def _evaluate(
+        self, rule: Guidance, denoiser: PipelineDenoiser, step: Step, state: CallState
+    ) -> Any:
         evaluate = self._evaluate_first if state.evaluation is None else self._evaluate_second
-        return evaluate(rule, denoiser, state)
+        return evaluate(rule, denoiser, step, state)
 
-    def _evaluate_first(self, rule: Guidance, denoiser: PipelineDenoiser, state: CallState) -> Any:
-        step = state.step
-        assert step is not None
+    def _evaluate_first(
+        self, rule: Guidance, denoiser: PipelineDenoiser, step: Step, state: CallState
+    ) -> Any:
         x, references = denoiser.sample(step.level), rule.required_references(step, state.memory)
         indices = [
             i for i, reference in enumerate(references) if not isinstance(reference, Unconditional)
@@ -81,12 +78,12 @@ class SequentialGuidedForward(GuidedForward):
         state.evaluation = half
         return half.output
 
-    def _evaluate_second(self, rule: Guidance, denoiser: PipelineDenoiser, state: CallState) -> Any:
+    def _evaluate_second(
+        self, rule: Guidance, denoiser: PipelineDenoiser, step: Step, state: CallState
+    ) -> Any:
         half: ConditionalHalf = state.evaluation
-        step = state.step
         if state.waiting_rule is None:
             return half.output
-        assert step is not None
         x = denoiser.sample(step.level)
         negative = denoiser(x, step.level)
         indices = range(len(rule.required_references(step, state.memory)))
@@ -97,6 +94,6 @@ class SequentialGuidedForward(GuidedForward):
         return half.output
 
     def _begin(self, call: PipelineCall, x: Tensor, labels: Tensor | None) -> CallState:
-        # Whether the negative half comes is known only when it does; each call has B samples.
-        self._checked_process(call, has_both=True)
-        return CallState(call.plan.process, self.family.guidance_argument)
+        knots = call.knots
+        self._check_guidance(call, knots, has_both=True)
+        return CallState(call.plan.process, knots, False, len(x), self.family.guidance_argument)

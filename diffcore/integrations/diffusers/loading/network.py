@@ -14,8 +14,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from diffcore.core.denoiser import Denoiser, extract_tensor
+from diffcore.core.network import class_name, network_config
 from diffcore.core.process import Process
-from diffcore.integrations.diffusers.families import ClassCondition, family_of, network_config
+from diffcore.integrations.diffusers.families import ClassCondition, family_of
 from diffcore.integrations.diffusers.loading.folder import PipelineParts, parts_of, read_folder
 from diffcore.integrations.diffusers.loading.prompts import PromptNetwork, Prompts
 from diffcore.integrations.diffusers.loading.text_encoding import encode_prompts
@@ -129,7 +130,7 @@ def read_process_fields(
     family = family_of(parts.network)
     if family.prediction not in (None, described.prediction):
         raise ValueError(
-            f"{type(parts.network).__name__} predicts {family.prediction}, but the config of its "
+            f"{class_name(parts.network)} predicts {family.prediction}, but the config of its "
             f"{config['_class_name']} has {described.prediction}: pass the scheduler that it was "
             f"trained with, such as FlowMatchEulerDiscreteScheduler"
         )
@@ -137,7 +138,7 @@ def read_process_fields(
     if described.time.variable == "index" and factor != 1 and "time" not in fields:
         # index i = T t - 1, so a multiple of it is no index of another table.
         raise ValueError(
-            f"{type(parts.network).__name__} takes {factor:g} times the timestep, which is only "
+            f"{class_name(parts.network)} takes {factor:g} times the timestep, which is only "
             f"possible for a flow, not for the table of {config['_class_name']}: pass time="
         )
     time = replace(described.time, scale=described.time.scale * factor)
@@ -176,8 +177,7 @@ def _conditioned(
     if not family.is_text_conditioned(network):
         if prompts or negative:
             raise ValueError(
-                f"{type(network).__name__} is not conditioned on text: leave prompts and negative "
-                f"out"
+                f"{class_name(network)} is not conditioned on text: leave prompts and negative out"
             )
         return network, _class_fields(network, fields)
     if not isinstance(prompts, Prompts):
@@ -197,7 +197,7 @@ def _encoded(
 ) -> Prompts:
     if parts.pipeline is None:
         raise ValueError(
-            f"{type(parts.network).__name__} is conditioned on text, which a network alone cannot "
+            f"{class_name(parts.network)} is conditioned on text, which a network alone cannot "
             f"encode: pass its pipeline, or prompts=encode_prompts(...) of "
             f"diffcore.integrations.diffusers"
         )
@@ -224,7 +224,7 @@ class MeanOutput(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
-        self.config = getattr(network, "config", None)
+        self.config = network_config(network)
 
     def forward(self, x: Tensor, time: Tensor, **condition: Tensor) -> Tensor:
         """The network's mean, of the shape of x.
@@ -247,6 +247,5 @@ def mean_network(network: nn.Module, process: Process) -> nn.Module:
     Returns:
         `MeanOutput(network)` if the network has 2C output channels, else the network itself.
     """
-    config = getattr(network, "config", {})
-    has_variance = config.get("out_channels") == 2 * process.shape[0]
+    has_variance = network_config(network).get("out_channels") == 2 * process.shape[0]
     return MeanOutput(network) if has_variance else network

@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from diffcore.core.network import network_config
 from diffcore.io.files import CorruptFileError
 from diffcore.io.safetensors import read_weights_and_metadata, write_weights
 
@@ -126,7 +127,7 @@ class PromptNetwork(nn.Module):
     def __init__(self, network: nn.Module, prompts: Prompts, move_prompts: bool = True) -> None:
         super().__init__()
         self.network, self.prompts, self.move_prompts = network, prompts, move_prompts
-        self.config = getattr(network, "config", None)
+        self.config = network_config(network)
 
     def forward(self, x: Tensor, time: Tensor, class_labels: Tensor | None = None) -> Any:
         """The network's output.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffcore.core.network import class_name
 from diffcore.integrations.diffusers.families import TextCondition, family_of
 from diffcore.integrations.diffusers.loading.folder import network_of
 from diffcore.integrations.diffusers.loading.prompts import Prompts
@@ -52,9 +53,7 @@ def encode_prompts(
     network = network_of(pipeline)
     family = family_of(network)
     if not family.is_text_conditioned(network):
-        raise ValueError(
-            f"{type(network).__name__} is not conditioned on text: leave the prompts out"
-        )
+        raise ValueError(f"{class_name(network)} is not conditioned on text: leave the prompts out")
     condition = family.condition
     assert isinstance(condition, TextCondition)
     with torch.no_grad(), evaluation_mode(nn.ModuleList(_text_encoders(pipeline, condition))):

@@ -19,6 +19,7 @@ import diffusers
 import torch
 from torch import nn
 
+from diffcore.core.network import class_name
 from diffcore.core.process import Process, TimeConditioning
 from diffcore.integrations.diffusers.families import family_of
 from diffcore.integrations.diffusers.families.export_targets import ALTERNATIVE
@@ -115,7 +116,7 @@ def build_pipeline(
     target = family_of(network).export_target
     if target is None:
         raise ValueError(
-            f"no pipeline of diffusers samples a {type(network).__name__} alone: {ALTERNATIVE}"
+            f"no pipeline of diffusers samples a {class_name(network)} alone: {ALTERNATIVE}"
         )
     return target.build(network, process, scheduler, vae)
 

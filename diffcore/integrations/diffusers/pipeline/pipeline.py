@@ -20,6 +20,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from torch import Tensor, nn
 
 from diffcore.core.denoiser import Denoiser
+from diffcore.core.network import evaluation_dtype, unwrap
 from diffcore.core.noise import Noise
 from diffcore.core.process import Process
 from diffcore.guidance import CFG, Guidance, find_weaker_networks, load_weaker_networks
@@ -150,7 +151,8 @@ class DiffcorePipeline(DiffusionPipeline):
         """The pipeline of a denoiser.
 
         Args:
-            denoiser: network with its process.
+            denoiser: network with its process. A wrapper such as that of `torch.compile` is left
+                out, since a pipeline could not be saved with it.
             sampler: default sampler of a call.
             grid: default grid of a call.
             num_inference_steps: default number of steps of a call.
@@ -167,6 +169,7 @@ class DiffcorePipeline(DiffusionPipeline):
         network, process = denoiser.network, denoiser.process
         if isinstance(network, MeanOutput):
             network = network.network
+        network = unwrap(network)
         if not isinstance(network, ModelMixin):
             raise ValueError(
                 f"the network is a {type(network).__name__}, and a pipeline holds ModelMixins of "
@@ -368,7 +371,7 @@ class DiffcorePipeline(DiffusionPipeline):
         device = self._execution_device
         if seeds is not None:
             return Noise(torch.tensor(seeds), process.shape, device)
-        dtype = next((p.dtype for p in self.network.parameters()), torch.float32)
+        dtype = evaluation_dtype(self.network, torch.float32)
         seeds_unused = torch.zeros(count, dtype=torch.int64)
         return GeneratorNoise(
             seeds_unused, process.shape, device, generator=generator, draw_dtype=dtype

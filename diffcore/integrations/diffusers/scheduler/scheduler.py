@@ -14,9 +14,16 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
-from diffcore.core.prediction import Prediction, edm_norm, predict, scale_input, target
+from diffcore.core.prediction import (
+    Prediction,
+    at_least_float32,
+    edm_norm,
+    predict,
+    scale_input,
+    target,
+)
 from diffcore.core.process import TimeConditioning
-from diffcore.guidance.base import add_to_x0
+from diffcore.guidance.base import add_to_x0, expand_per_sample
 from diffcore.integrations.diffusers.scheduler.call import CallPlan, PipelineCall
 from diffcore.integrations.diffusers.scheduler.generator_noise import GeneratorNoise, Generators
 from diffcore.integrations.diffusers.scheduler.scheduler_config import scheduler_arguments
@@ -230,6 +237,7 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
         sample: Tensor,
         generator: Generators = None,
         return_dict: bool = True,
+        eta: float | None = None,
         **options: Any,
     ) -> SchedulerStepOutput | tuple[Tensor, Tensor]:
         """Advance the sampler by one network evaluation, in float32 or a wider dtype.
@@ -240,8 +248,9 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
             sample: (B, *shape) x of the evaluation.
             generator: generator of the noise of stochastic samplers.
             return_dict: True returns a `SchedulerStepOutput`, False a tuple.
-            **options: options of other schedulers, such as eta; only 0, None and False are
-                accepted.
+            eta: η of diffusers' DDIM, which pipelines pass only to a scheduler that names it; only
+                0 and None are accepted, since the sampler defines η.
+            **options: options of other schedulers; only 0, None and False are accepted.
 
         Returns:
             x of the next evaluation, and the predicted x_0; both (B, *shape) in the dtype of
@@ -251,9 +260,9 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
             ValueError: An option is set that the sampler defines, the call is over, or `timestep`
                 is not one of `timesteps`.
         """
-        _check_options(options)
+        _check_options({"eta": eta} | options)
         call = self.call
-        x = sample.to(torch.promote_types(sample.dtype, torch.float32))
+        x = at_least_float32(sample)
         noise = GeneratorNoise.like(model_output, x, generator)
         state = call.start(timestep, x, noise)
         prediction = self._prediction(model_output[:, : x.shape[1]].to(x.dtype), x, state.level)
@@ -298,9 +307,7 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
         Returns:
             (B, *shape) v in the dtype of x_0.
         """
-        x0, eps = (
-            value.to(torch.promote_types(value.dtype, torch.float32)) for value in (sample, noise)
-        )
+        x0, eps = at_least_float32(sample), at_least_float32(noise)
         return target("v_prediction", x0, eps, self._levels(timesteps, x0), 1.0).to(sample.dtype)
 
     def _settings(self, mu: float | None) -> SchedulerSettings:
@@ -325,12 +332,10 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
         """The level of each sample, whose values broadcast against x."""
         call, time = self._threads.call, self.settings.time
         schedule = self.settings.schedule if call is None else call.plan.process.schedule
-        return time.level(schedule, timesteps.reshape(-1, *[1] * (x.ndim - 1))).to(x)
+        return time.level(schedule, expand_per_sample(timesteps, x)).to(x)
 
     def _noisy(self, x0: Tensor, eps: Tensor, timesteps: Tensor) -> Tensor:
-        pair = Prediction(
-            *(value.to(torch.promote_types(value.dtype, torch.float32)) for value in (x0, eps))
-        )
+        pair = Prediction(at_least_float32(x0), at_least_float32(eps))
         return pair.at(self._levels(timesteps, pair.x0)).to(x0.dtype)
 
 
@@ -339,7 +344,7 @@ def _check_options(options: dict[str, Any]) -> None:
     if given:
         raise ValueError(
             f"step got {given}, which the sampler defines: set it there, such as "
-            "sampler=DDIM(eta=1.0)"
+            f"sampler=DDIM(eta={float(given.get('eta', 1.0)):g})"
         )
 
 

@@ -119,6 +119,39 @@ def test_a_module_without_a_record_is_generic_unless_it_is_conditioned_on_text()
         family_of(conditioned)
 
 
+OTHERS = {
+    "WanTransformer3DModel": {"num_attention_heads": 1, "attention_head_dim": 12},
+    "CogVideoXTransformer3DModel": {"num_attention_heads": 1, "attention_head_dim": 16},
+    "Lumina2Transformer2DModel": {"axes_dim_rope": (4, 2, 2), "hidden_size": 24},
+    "HunyuanVideoTransformer3DModel": {"num_attention_heads": 1, "attention_head_dim": 128},
+    "PriorTransformer": {"num_attention_heads": 1, "attention_head_dim": 8},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_network_of_another_text_family_is_refused_with_its_name(name):
+    with torch.device("meta"):
+        other = getattr(diffusers, name)(num_layers=1, **OTHERS[name])
+    with pytest.raises(ValueError, match=f"describes a {name}, conditioned by .*; known are"):
+        family_of(other)
+
+
+WRAPPERS = {
+    "compiled": lambda module: torch.compile(module, backend="eager"),
+    "parallel": nn.DataParallel,
+    "both": lambda module: torch.compile(nn.DataParallel(module), backend="eager"),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_a_wrapped_network_belongs_to_the_family_of_the_network_inside(network, wrap):
+    name, module = network
+    family = family_of(wrap(module))
+    assert family.name == name
+    assert family.shape(wrap(module)) == family.shape(module)
+    assert family.time_scale(wrap(module)) == family.time_scale(module)
+
+
 def test_a_config_that_no_record_selects_is_refused_with_the_value():
     network = unet_2d_condition(addition_embed_type="image", encoder_hid_dim=4)
     with pytest.raises(ValueError, match=r"addition_embed_type 'image'.*add a record"):

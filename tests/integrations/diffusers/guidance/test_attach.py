@@ -278,6 +278,16 @@ def unguided(pipe):
         pipe(num_inference_steps=2, guidance_scale=1.0, **TEXT)
 
 
+def rescaled(pipe):
+    with attach(pipe, CFG(3.0)):
+        pipe(num_inference_steps=2, guidance_scale=2.0, guidance_rescale=0.7, **TEXT)
+
+
+def with_eta(pipe):
+    with attach(pipe, CFG(3.0)):
+        pipe(num_inference_steps=2, guidance_scale=2.0, eta=0.5, **TEXT)
+
+
 def pix2pix(pipe):
     """Three halves: text and image, image, neither."""
     return stable_diffusion(
@@ -290,8 +300,10 @@ BAD = [
         lambda pipe: attach(pix2pix(pipe)),
         "InstructPix2PixPipeline is in no record of a model family",
     ),
-    (again, "has attached guidance already: detach it first"),
+    (again, r"has attached guidance already: call .*detach\(pipe\) first"),
     (unguided, "call it with guidance_scale above 1"),
+    (rescaled, r"attach Rescale\(CFG\(scale=3.0.*phi=0.7\)"),
+    (with_eta, r"step got {'eta': 0.5}, .* such as sampler=DDIM\(eta=0.5\)"),
     (lambda pipe: attach(pipe, CFGPlusPlus(0.6), Heun()), "breaks x = α x_0 .* use DDIM"),
     (lambda pipe: attach(pipe, CFGPlusPlus(0.6), EulerAncestral()), "breaks x = α x_0 .* use DDIM"),
     (lambda pipe: attach(pipe, GFCG(lambda x, level: x)), "reads class labels"),

@@ -12,7 +12,7 @@ from torch import nn
 from diffcore.core.noise import Noise
 from diffcore.core.process import TimeConditioning
 from diffcore.guidance import CFG
-from diffcore.integrations.diffusers import Latents, from_diffusers
+from diffcore.integrations.diffusers import DiffcorePipeline, Latents, from_diffusers
 from diffcore.samplers import DDIM, Euler
 from diffcore.sampling.generation import sample
 from diffcore.sampling.loop import integrate
@@ -178,6 +178,34 @@ def test_a_class_conditional_unet_needs_classes_and_dropout():
     undropped = from_diffusers(network, scheduler, classes=4, dropout=0.0)
     with pytest.raises(ValueError, match="trained without condition dropout"):
         sample(undropped, steps=2, guidance=CFG(3.0), **arguments)
+
+
+WRAPPERS = {
+    "compiled": lambda module: torch.compile(module, backend="eager"),
+    "parallel": nn.DataParallel,
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_a_wrapped_network_is_loaded_as_the_network_inside(wrap):
+    scheduler, x = diffusers.DDIMScheduler(), start(2, (4, 8, 8))
+    plain, wrapped = (from_diffusers(network, scheduler) for network in (dit(), wrap(dit())))
+    assert wrapped.process == plain.process
+    level, labels = plain.process.schedule.level(0.5), torch.tensor([1, 2])
+    with torch.no_grad():
+        torch.testing.assert_close(wrapped(x, level, labels).x0, plain(x, level, labels).x0)
+    with pytest.raises(ValueError, match="UNet2DConditionModel is conditioned on text"):
+        from_diffusers(wrap(unet_2d_condition()), scheduler)
+    with pytest.raises(ValueError, match=r"embeds 5 labels, .* Pass classes=4"):
+        from_diffusers(wrap(unet(num_class_embeds=5)), scheduler)
+    of = DiffcorePipeline.of(from_diffusers(wrap(unet()), scheduler))
+    assert type(of.unet) is diffusers.UNet2DModel
+
+
+def test_a_network_whose_config_is_none_is_loaded():
+    network = nn.Identity()
+    network.config = None
+    assert from_diffusers(network, diffusers.DDIMScheduler(), shape=(2,)).process.shape == (2,)
 
 
 def test_a_field_that_contradicts_the_configs_is_logged(caplog):
