@@ -63,7 +63,7 @@ class Sigmoid(Distribution):
         return _log_sinh((1 - t) * self._w) - _log_sinh(t * self._w) + self._c
 
     def _time(self, logsnr: Tensor) -> Tensor:
-        return _solve_sinh_ratio(logsnr - self._c, self._w)
+        return _solve_sinh_ratio(logsnr - self._c, self._w).clamp(max=1)
 
     def _density(self, logsnr: Tensor) -> Tensor:
         z, w = logsnr - self._c, self._w
@@ -231,11 +231,13 @@ class Beta(Distribution):
             )
 
     def _logsnr(self, t: Tensor) -> Tensor:
-        from scipy.special import betainccinv, betaincinv
+        from scipy.special import betainccinv, betaincinv, betaln
 
         a = torch.as_tensor(betaincinv(self.p, self.q, t.numpy()))
         rest = torch.as_tensor(betainccinv(self.q, self.p, t.numpy()))  # 1 - a
-        return 2 * (rest / a).log()
+        # t = a^p / pB(p, q) to rounding for a below e^-40, where scipy's inverse may be NaN.
+        log_a = (t.log() + math.log(self.p) + float(betaln(self.p, self.q))) / self.p
+        return torch.where(log_a < -40, -2 * log_a, 2 * (rest / a).log())
 
     def _time(self, logsnr: Tensor) -> Tensor:
         from scipy.special import betainc, betaincc

@@ -24,7 +24,11 @@ def invert(f: Function, y: Tensor, low: Tensor, high: Tensor) -> Tensor:
         high: upper bounds, in the shape of `y`.
 
     Returns:
-        x in the shape of `y`; the nearer bound where `y` is outside f([low, high]).
+        x in the shape of `y`; the nearer bound where `y` is outside f([low, high]), NaN where `y`
+        is.
+
+    Raises:
+        ValueError: No root was found where there is one, because f is not finite and monotone.
     """
     from scipy.optimize.elementwise import find_root
 
@@ -33,8 +37,15 @@ def invert(f: Function, y: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
     with np.errstate(all="ignore"):  # the interpolation divides by 0 where a bracket has closed
         root = find_root(difference, (low.numpy(), high.numpy()), args=(y.numpy(),))
-    nearer = torch.where((f(low) - y).abs() <= (f(high) - y).abs(), low, high)
-    return torch.where(torch.as_tensor(root.success), torch.as_tensor(root.x), nearer)
+    solved, at_low, at_high = torch.as_tensor(root.success), f(low) - y, f(high) - y
+    outside = (at_low.sign() * at_high.sign() > 0) | ~y.isfinite()
+    if not (solved | outside).all():
+        raise ValueError(
+            f"a level or time has no inverse at {y[~(solved | outside)].tolist()[:3]}, because the "
+            "schedule is not finite and monotone there: choose less extreme parameters"
+        )
+    nearer = torch.where(at_low.abs() <= at_high.abs(), low, high).masked_fill(y.isnan(), torch.nan)
+    return torch.where(solved, torch.as_tensor(root.x), nearer)
 
 
 def invert_by_newton(f: Function, rate: Function, y: Tensor, low: Tensor, high: Tensor) -> Tensor:

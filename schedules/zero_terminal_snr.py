@@ -5,6 +5,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from diffcore.schedules.base import Level
 from diffcore.schedules.transforms import ScheduleWrapper
@@ -29,17 +30,20 @@ class ZeroTerminalSNR(ScheduleWrapper):
         return self.inner.cleanest, self.inner.level(1.0)
 
     @cached_property
-    def _constants(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """α_0, 1 - α_0, α_T and the slope c = dα/dα' = (α_0 - α_T) / α_0."""
+    def _constants(self) -> tuple[Tensor, Tensor, Tensor]:
+        """ln α_T, ln((1-α_0) α_T / α_0) and ln c, c = dα/dα' = (α_0 - α_T) / α_0."""
         logsnr = torch.tensor([level.logsnr for level in self._ends], dtype=torch.float64)
-        (alpha_0, alpha_t), (rest_0, _) = _alpha(logsnr)
-        return alpha_0, rest_0, alpha_t, (alpha_0 - alpha_t) / alpha_0
+        (alpha_0, alpha_t), (rest_0, _) = _log_alpha(logsnr)
+        return alpha_t, rest_0 + alpha_t - alpha_0, (-(alpha_t - alpha_0).expm1()).log()
 
     def _logsnr(self, t: Tensor) -> Tensor:
         logsnr = self.inner.logsnr(t)
-        alpha_0, rest_0, alpha_t, c = self._constants
-        alpha, rest = _alpha(logsnr)
-        scaled = _from_alpha((alpha - alpha_t) / c, (rest - rest_0 * alpha_t / alpha_0) / c)
+        alpha_t, rest_t, c = self._constants
+        alpha, rest = _log_alpha(logsnr)
+        scaled = _from_log_alpha(
+            alpha + (-(alpha_t - alpha).exp()).log1p() - c,
+            rest + (-(rest_t - rest).exp()).log1p() - c,
+        )
         return torch.where(
             self._is_cleaner(logsnr), logsnr, torch.where(t == 1, -torch.inf, scaled)
         )
@@ -49,32 +53,34 @@ class ZeroTerminalSNR(ScheduleWrapper):
 
     def _density(self, logsnr: Tensor) -> Tensor:
         inner, c = self._inner(logsnr), self._constants[-1]
-        slope = c * _alpha_rate(logsnr) / _alpha_rate(inner)  # dλ/dλ'
+        slope = (c + _log_alpha_rate(logsnr) - _log_alpha_rate(inner)).exp()  # dλ/dλ'
         density = self.inner.density(inner) * torch.where(self._is_cleaner(logsnr), 1.0, slope)
         return density.masked_fill(logsnr == -torch.inf, 0.0)
 
     def _inner(self, logsnr: Tensor) -> Tensor:
         """λ of the inner schedule from λ'."""
-        alpha_0, rest_0, alpha_t, c = self._constants
-        alpha, rest = _alpha(logsnr)
-        inner = _from_alpha(alpha * c + alpha_t, rest * c + rest_0 * alpha_t / alpha_0)
+        alpha_t, rest_t, c = self._constants
+        alpha, rest = _log_alpha(logsnr)
+        inner = _from_log_alpha(
+            torch.logaddexp(alpha + c, alpha_t), torch.logaddexp(rest + c, rest_t)
+        )
         return torch.where(self._is_cleaner(logsnr), logsnr, inner)
 
     def _is_cleaner(self, logsnr: Tensor) -> Tensor:
         return logsnr >= self._ends[0].logsnr
 
 
-def _alpha(logsnr: Tensor) -> tuple[Tensor, Tensor]:
-    """α = √sigmoid(λ) and 1 - α = σ² / (1 + α), without cancellation."""
-    alpha = logsnr.sigmoid().sqrt()
-    return alpha, (-logsnr).sigmoid() / (1 + alpha)
+def _log_alpha(logsnr: Tensor) -> tuple[Tensor, Tensor]:
+    """ln α = ln √sigmoid(λ) and ln(1 - α) = ln(σ² / (1 + α)), finite at every finite λ."""
+    alpha = logsigmoid(logsnr) / 2
+    return alpha, logsigmoid(-logsnr) - alpha.exp().log1p()
 
 
-def _from_alpha(alpha: Tensor, rest: Tensor) -> Tensor:
-    """λ from α and 1 - α: ln α² - ln((1-α)(1+α))."""
-    return 2 * alpha.log() - (rest * (1 + alpha)).log()
+def _from_log_alpha(alpha: Tensor, rest: Tensor) -> Tensor:
+    """λ from ln α and ln(1 - α): ln α² - ln((1-α)(1+α))."""
+    return 2 * alpha - rest - alpha.exp().log1p()
 
 
-def _alpha_rate(logsnr: Tensor) -> Tensor:
-    """2 dα/dλ = α σ² in the vp scaling."""
-    return logsnr.sigmoid().sqrt() * (-logsnr).sigmoid()
+def _log_alpha_rate(logsnr: Tensor) -> Tensor:
+    """ln 2 dα/dλ = ln α σ² in the vp scaling."""
+    return logsigmoid(logsnr) / 2 + logsigmoid(-logsnr)

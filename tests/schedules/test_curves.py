@@ -1,13 +1,25 @@
 """Schedules given as curves against the published formula of each curve."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
+from scipy.special import betaln
 
-from diffcore.schedules import Beta, Cosine, Flow, Mode, PowerCosine, Shifted, Sigmoid
+from diffcore.schedules import (
+    Beta,
+    Cosine,
+    Flow,
+    Interpolated,
+    Mode,
+    PowerCosine,
+    Shifted,
+    Sigmoid,
+    Truncated,
+)
 
 t = np.linspace(0.005, 0.995, 199)
 times = torch.from_numpy(t)
@@ -198,3 +210,45 @@ def test_a_power_cosine_that_ends_next_to_1_is_next_to_the_one_that_ends_there(e
     torch.testing.assert_close(
         schedule.logsnr(times), PowerCosine(0.1, 1.0, 1.5).logsnr(times), rtol=1e-2, atol=1e-2
     )
+
+
+@pytest.mark.parametrize(("p", "q"), [(3.0, 3.0), (0.6, 4.2), (4.9, 0.5), (0.01, 1.0), (80.0, 2.0)])
+def test_beta_has_its_asymptote_at_times_far_below_rounding(p, q):
+    """t = a^p / pB(p, q) for a near 0, also where scipy's inverse is NaN."""
+    log_t = np.array([-340.0, -300.0, -200.0, -120.0])
+    logsnr = Beta(p, q).logsnr(torch.from_numpy(np.exp(log_t)))
+    log_a = (log_t + np.log(p) + betaln(p, q)) / p
+    expected = -2 * log_a
+    far = log_a < -30
+    np.testing.assert_allclose(logsnr.numpy()[far], expected[far], rtol=1e-12)
+    assert logsnr.isfinite().all()
+    assert (logsnr.diff() < 0).all()
+
+
+@pytest.mark.parametrize(("p", "q"), [(3.0, 3.0), (0.8, 4.7), (4.4, 2.1), (0.5, 0.5)])
+def test_an_interpolated_beta_is_inverted_at_every_level(p, q):
+    schedule = Interpolated(Beta(p, q), 1.0, -1.0)
+    t = torch.linspace(0.001, 0.999, 99, dtype=torch.float64)
+    torch.testing.assert_close(schedule.time(schedule.logsnr(t)), t, rtol=0, atol=1e-9)
+
+
+def test_the_time_of_sigmoid_is_at_most_1_and_its_truncation_ends_there():
+    logsnr = torch.tensor([-40.0, -60.0, -800.0, -math.inf], dtype=torch.float64)
+    for start, tau in itertools.product(np.linspace(-4, 0, 23), np.linspace(0.4, 2, 23)):
+        schedule = Sigmoid(float(start), 2.0, float(tau))
+        assert schedule.time(logsnr).max() <= 1
+        assert math.isfinite(Truncated(schedule, -45.0, 5.0).logsnr(1.0))
+
+
+def test_the_density_of_mode_keeps_its_digits_in_both_tails():
+    """For s = -1, a = sin²(πt/2) and p(λ) = sech(λ/4) / 4π."""
+    logsnr = torch.tensor([-200.0, -60.0, 0.0, 60.0, 200.0], dtype=torch.float64)
+    expected = 1 / (4 * math.pi * (logsnr / 4).cosh())
+    torch.testing.assert_close(Mode(-1.0).density(logsnr), expected, rtol=1e-11, atol=0)
+
+
+def test_the_time_of_beta_keeps_its_digits_at_the_noisy_end():
+    """For p = 1, 1 - t = (1-a)^q; the level λ = -200 is at 1 - a = e^-100."""
+    logsnr = torch.tensor([-400.0, -200.0, -30.0, -1.0], dtype=torch.float64)
+    expected = 1 - (logsnr / 2).sigmoid() ** 0.1
+    torch.testing.assert_close(Beta(1.0, 0.1).time(logsnr), expected, rtol=1e-13, atol=0)

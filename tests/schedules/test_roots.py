@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -12,6 +13,19 @@ def test_a_monotone_function_is_inverted_to_the_last_bits():
     y = torch.tensor([-3.0, 0.0, 1e-9, 7.0], dtype=torch.float64)
     root = invert(lambda x: x**3, y, torch.full_like(y, -10), torch.full_like(y, 10))
     torch.testing.assert_close(root**3, y, rtol=1e-14, atol=1e-40)
+
+
+def test_a_function_that_is_not_finite_has_no_silent_inverse():
+    y = torch.tensor([0.5, 2.0], dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"no inverse at \[0.5\].*choose less extreme parameters"):
+        invert(lambda x: torch.where(x < 1, torch.nan, x), y, y * 0, y * 0 + 10)
+    x = invert(
+        lambda x: x,
+        torch.tensor([math.nan, 20.0, 3.0]).double(),
+        *torch.tensor([[0.0] * 3, [9.0] * 3]).double(),
+    )
+    assert x[0].isnan()
+    assert x[1:].tolist() == [9, 3]
 
 
 def test_times_are_solved_in_both_tails_and_at_infinite_levels():

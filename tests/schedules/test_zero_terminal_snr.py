@@ -8,11 +8,13 @@ import torch
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
 from diffcore.schedules import (
+    Cauchy,
     Cosine,
     Discrete,
     Flow,
     Laplace,
     LogLinear,
+    Mixture,
     Schedule,
     Shifted,
     ZeroTerminalSNR,
@@ -117,3 +119,25 @@ def test_transforms_of_two_tables_share_no_cached_values():
     ]
     assert len({schedule.logsnr(0.5) for schedule in schedules}) == 3
     assert schedules[0] != schedules[1]
+
+
+@pytest.mark.parametrize(
+    "inner", [Cauchy(0.5, 2.0), Cosine(), Cauchy(scaling="flow"), Discrete()], ids=repr
+)
+def test_the_density_is_the_slope_of_the_time_at_levels_beyond_the_range_of_float64(inner):
+    """σ² is below the smallest float64 from λ = 745 on, where a Cauchy density is still large."""
+    schedule = ZeroTerminalSNR(inner)
+    logsnr = torch.tensor([-900.0, -750.0, -20.0, 700.0, 744.0, 760.0, 5e3], dtype=torch.float64)
+    density = schedule.density(logsnr)
+    assert density.isfinite().all()
+    h = logsnr.abs() * 1e-6
+    slope = (schedule.time(logsnr - h) - schedule.time(logsnr + h)) / (2 * h)
+    clean = logsnr > 0  # times near 1 have no digits for a difference
+    torch.testing.assert_close(density[clean], slope[clean], rtol=1e-6, atol=1e-250)
+    assert Mixture(schedule, Cauchy(), 0.2).logsnr(torch.tensor([1e-4])).isfinite().all()
+
+
+def test_a_level_beyond_the_range_of_float64_is_the_inverse_of_its_time():
+    schedule = ZeroTerminalSNR(Cauchy(0.5, 2.0))
+    logsnr = torch.tensor([-2e3, -100.0, 100.0, 800.0, 1e5], dtype=torch.float64)
+    torch.testing.assert_close(schedule.logsnr(schedule.time(logsnr)), logsnr, rtol=1e-10, atol=0)
