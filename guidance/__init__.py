@@ -27,7 +27,7 @@ from diffcore.guidance.reference import (
     Unconditional,
     WeakerNetwork,
     evaluate_queries,
-    find_weaker_networks,
+    find_networks,
     load_weaker_networks,
 )
 from diffcore.guidance.rescale import Rescale
@@ -66,7 +66,7 @@ __all__ = [
     "Unconditional",
     "WeakerNetwork",
     "evaluate_queries",
-    "find_weaker_networks",
+    "find_networks",
     "load_weaker_networks",
     "minority_classes",
     "minority_score",

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffcore.core.denoiser import DenoiserProtocol, DenoiserWrapper, null_condition
 from diffcore.core.prediction import Prediction
@@ -33,7 +33,7 @@ __all__ = [
     "WeakerNetwork",
     "check_reference",
     "evaluate_queries",
-    "find_weaker_networks",
+    "find_networks",
     "load_weaker_networks",
 ]
 
@@ -334,21 +334,25 @@ def _load_value(value: Any, holds_network: bool, load: Callable[[str], DenoiserP
     return load_weaker_networks(value, load)
 
 
-def find_weaker_networks(part: Any) -> Iterator[DenoiserProtocol]:
+def find_networks(part: Any) -> Iterator[DenoiserProtocol | nn.Module]:
     """Iterate over the networks that a rule or reference evaluates beside the guided one.
 
     Yields:
-        Their denoisers. A network that is named by the folder of its run is not among them.
+        The denoisers of weaker networks, and classifiers that are modules or methods of modules. A
+        network that is named by the folder of its run is not among them.
     """
-    if isinstance(part, tuple):
+    part = getattr(part, "__self__", part)  # the module of a bound method
+    if isinstance(part, nn.Module):
+        yield part
+    elif isinstance(part, tuple):
         for item in part:
-            yield from find_weaker_networks(item)
+            yield from find_networks(item)
     elif is_dataclass(part) and not isinstance(part, type):
         for f in fields(part):
             if not f.init:
                 continue  # AutoGuidance builds this reference from its weaker network
             value = getattr(part, f.name)
             if "holds_network" not in f.metadata:
-                yield from find_weaker_networks(value)
+                yield from find_networks(value)
             elif not isinstance(value, str):
                 yield value

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffcore.core.denoiser import DenoiserProtocol
 from diffcore.core.prediction import hypot
-from diffcore.guidance import CFG, Guidance, Step, find_weaker_networks
+from diffcore.guidance import CFG, Guidance, Step, find_networks
 from diffcore.sampling.generation import evaluation_mode
 from diffcore.sampling.loop import check_guidance, check_levels, guided_prediction
 from diffcore.schedules import Level, check_falling
@@ -82,7 +82,7 @@ def invert(
     check_levels(denoiser.process, knots)
     check_guidance(denoiser.process, knots, condition, guidance, None)
     x, residuals, evaluations = x0, [], 0
-    with evaluation_mode(denoiser, *find_weaker_networks(guidance)):
+    with evaluation_mode(denoiser, *find_networks(guidance)):
         for i, (t, s) in reversed(list(enumerate(pairwise(knots)))):
             step = Step(denoiser.process, t, t, s, i, len(knots) - 1)
             end, x = x, x * (hypot(t.alpha, t.sigma) / hypot(s.alpha, s.sigma))

@@ -10,7 +10,7 @@ from torch import Tensor
 from diffcore.core.denoiser import DenoiserProtocol
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
-from diffcore.guidance import CFG, Guidance, find_weaker_networks
+from diffcore.guidance import CFG, Guidance, find_networks
 from diffcore.samplers import DDIM, State
 from diffcore.sampling.generation import add_noise, evaluation_mode
 from diffcore.sampling.loop import (
@@ -114,7 +114,7 @@ def extract(
     _check_arguments(denoiser, knots, guidance, condition)
     x = add_noise(x0, knots[0], noise)
     x0, state, step, memory, maps = x0.to(x), sampler.start(x, knots, noise), None, None, []
-    with evaluation_mode(denoiser, *find_weaker_networks(guidance)):
+    with evaluation_mode(denoiser, *find_networks(guidance)):
         while not state.done:
             step = current_step(denoiser.process, knots, state, step)
             prediction, memory, _ = guided_prediction(
@@ -146,7 +146,7 @@ def replay(
     Returns:
         (B, *shape) images.
     """
-    with evaluation_mode(denoiser, *find_weaker_networks(guidance)):
+    with evaluation_mode(denoiser, *find_networks(guidance)):
         x, _ = integrate(
             denoiser,
             _stochastic_sampler(maps.eta),

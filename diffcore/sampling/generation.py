@@ -2,17 +2,16 @@
 
 import operator
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from diffcore.core.denoiser import DenoiserProtocol, null_condition
 from diffcore.core.noise import Noise
 from diffcore.core.process import Process
-from diffcore.guidance import CFG, Guidance, find_weaker_networks
+from diffcore.guidance import CFG, Guidance, find_networks
 from diffcore.guidance.reference import Condition
 from diffcore.samplers import AdamsMoulton, Sampler
 from diffcore.sampling.loop import (
@@ -21,6 +20,7 @@ from diffcore.sampling.loop import (
     check_guidance,
     check_levels,
     count_evaluations,
+    evaluation_mode,
     integrate,
 )
 from diffcore.schedules import Grid, Level, UniformBlend
@@ -128,7 +128,7 @@ def sample(
     device, all_seeds = denoiser.device, torch.tensor([int(seed) for seed in seeds])
     chunks, evaluations = [], 0
     bar = tqdm(total=len(seeds), unit="sample", disable=not progress)
-    with torch.no_grad(), evaluation_mode(denoiser, *find_weaker_networks(guidance)), bar:
+    with torch.no_grad(), evaluation_mode(denoiser, *find_networks(guidance)), bar:
         for chunk in _chunks(len(seeds), batch_size):
             noise = Noise(all_seeds[chunk], process.shape, device, dtype, path)
             first = knots[0]
@@ -290,28 +290,3 @@ def _chunks(count: int, size: int) -> Iterator[Tensor]:
     """
     for start in range(0, count, size):
         yield torch.arange(start, start + size).clamp(max=count - 1)
-
-
-@contextmanager
-def evaluation_mode(*denoisers: object) -> Iterator[None]:
-    """Put networks into evaluation mode, and restore their modes on exit.
-
-    A network in evaluation mode is not changed, so that threads can share it.
-
-    Args:
-        *denoisers: networks; other objects are ignored.
-
-    Returns:
-        A context manager.
-    """
-    training = [
-        network for network in denoisers if isinstance(network, nn.Module) and network.training
-    ]
-    modes = [(module, module.training) for network in training for module in network.modules()]
-    for network in training:
-        network.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -11,17 +11,18 @@ continues without its memory.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffcore.core.denoiser import DenoiserProtocol
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
 from diffcore.core.process import Process
-from diffcore.guidance import CFG, Guidance, GuidanceInput, Step, evaluate_queries
+from diffcore.guidance import CFG, Guidance, GuidanceInput, Step, evaluate_queries, find_networks
 from diffcore.guidance.reference import Condition, Query
 from diffcore.samplers import Sampler, State
 from diffcore.schedules import Level
@@ -34,6 +35,7 @@ __all__ = [
     "count_evaluations",
     "current_step",
     "evaluate_references",
+    "evaluation_mode",
     "find_mode_changes",
     "forget_at_mode_change",
     "guided_prediction",
@@ -117,7 +119,7 @@ def watch(
     condition: Tensor | None = None,
 ) -> Iterator[GuidanceInput]:
     """The input of the guidance rule at each evaluation, to fit LinearAG or a threshold of
-    AdaptiveGuidance.
+    AdaptiveGuidance. Networks are in evaluation mode during each evaluation, as in `sample`.
 
     Args:
         denoiser: network with its process, or an exact denoiser.
@@ -139,7 +141,7 @@ def watch(
     mode_changes = find_mode_changes(knots, guidance.levels(denoiser.process))
     state, step, memory = sampler.start(x, knots, noise), None, None
     while not state.done:
-        with torch.no_grad():
+        with torch.no_grad(), evaluation_mode(denoiser, *find_networks(guidance)):
             rule = guidance if sampler.uses_guidance(state) else CFG(1.0)
             step = current_step(denoiser.process, knots, state, step)
             inputs = evaluate_references(denoiser, rule, state.x, condition, memory, step)
@@ -354,3 +356,32 @@ def check_guidance(
             f"{guidance} requires one evaluation per step: use a sampler such as DDIM(), not "
             f"{sampler}"
         )
+
+
+@contextmanager
+def evaluation_mode(*denoisers: object) -> Iterator[None]:
+    """Put networks into evaluation mode, and restore their modes on exit.
+
+    A network in evaluation mode is not changed, so that threads can share it.
+
+    Args:
+        *denoisers: networks, or denoisers around one; other objects are ignored.
+
+    Returns:
+        A context manager.
+    """
+    networks = [
+        denoiser if isinstance(denoiser, nn.Module) else getattr(denoiser, "network", None)
+        for denoiser in denoisers
+    ]
+    training = [
+        network for network in networks if isinstance(network, nn.Module) and network.training
+    ]
+    modes = [(module, module.training) for network in training for module in network.modules()]
+    for network in training:
+        network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -29,7 +29,7 @@ from diffcore.guidance import (
     Guidance,
     Interval,
     Rescale,
-    find_weaker_networks,
+    find_networks,
 )
 from diffcore.report.figures import create_figure, line_styles, save_figure
 from diffcore.samplers import DDIM
@@ -189,7 +189,7 @@ def count_references(
     knots = KNOTS.knots(denoiser.process.schedule, STEPS)
     noise = Noise(seeds, denoiser.process.shape)
     x = noise.first_sample(knots[0], denoiser.process.sigma_data)
-    with evaluation_mode(denoiser, *find_weaker_networks(rule)):
+    with evaluation_mode(denoiser, *find_networks(rule)):
         path = list(watch(denoiser, DDIM(), x, knots, noise, rule, labels))
     agrees = [rule.cosine(seen) >= rule.threshold for seen in path if seen.references]
     if not agrees:

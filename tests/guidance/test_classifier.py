@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from diffcore.core.noise import Noise
 from diffcore.core.oracle import GaussianMixture
@@ -11,6 +12,7 @@ from diffcore.guidance import (
     CFG,
     GFCG,
     ClassifierGuidance,
+    Interval,
     MinorityGuidance,
     Sum,
     WeakerNetwork,
@@ -364,3 +366,27 @@ def test_a_classifier_of_too_few_classes_is_refused(rule, message):
             guidance=rule,
             dtype=torch.float64,
         )
+
+
+class DropoutClassifier(nn.Module):
+    """A classifier whose logits depend on its mode, which it records."""
+
+    def __init__(self):
+        super().__init__()
+        self.dropout, self.modes = nn.Dropout(0.5), set()
+
+    def forward(self, x, level):
+        self.modes.add(self.training)
+        return self.dropout(x)
+
+
+@pytest.mark.parametrize("make", (ClassifierGuidance, GFCG, MinorityGuidance), ids=str)
+@pytest.mark.parametrize("wrap", (lambda rule: rule, lambda rule: Interval(rule, 0.1, 9.0)))
+def test_a_classifier_is_evaluated_without_dropout_and_its_mode_is_restored(make, wrap):
+    for choose in (lambda module: module, lambda module: module.forward):
+        classifier = DropoutClassifier()
+        options = {"label": 1} if make is MinorityGuidance else {}
+        rule = wrap(make(choose(classifier), 2.0, **options))
+        sample(mixture(), steps=4, seeds=[1, 2], condition=[0, 1], guidance=rule)
+        assert classifier.modes == {False}
+        assert classifier.training

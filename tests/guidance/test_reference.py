@@ -19,7 +19,7 @@ from diffcore.guidance import (
     Sum,
     Unconditional,
     WeakerNetwork,
-    find_weaker_networks,
+    find_networks,
     load_weaker_networks,
 )
 from diffcore.guidance.reference import Query, evaluate_queries
@@ -296,7 +296,7 @@ class DropoutNetwork(nn.Module):
 def test_a_weaker_network_is_evaluated_without_dropout_and_returns_to_training(rule):
     weak = Denoiser(DropoutNetwork(), RECORD)
     assert weak.training
-    assert list(find_weaker_networks(rule(weak))) == [weak]
+    assert list(find_networks(rule(weak))) == [weak]
     torch.manual_seed(0)
     made = [
         sample(ORACLE, steps=3, seeds=[1, 2], condition=[0, 1], guidance=rule(weak)).x
@@ -326,8 +326,8 @@ def test_run_folders_are_loaded_at_any_depth_of_a_rule():
     assert ready == expected
     assert folders == ["weak", "other"]
     assert load_weaker_networks(CFG(2.0), load) == CFG(2.0)
-    assert list(find_weaker_networks(rule)) == []
-    assert list(find_weaker_networks(ready)) == [ORACLE, ORACLE]
-    assert list(find_weaker_networks(GFCG(len, 2.0, ORACLE))) == [ORACLE]
+    assert list(find_networks(rule)) == []
+    assert list(find_networks(ready)) == [ORACLE, ORACLE]
+    assert list(find_networks(GFCG(len, 2.0, ORACLE))) == [ORACLE]
     assert "weak" in repr(rule)
     assert "GaussianMixture" in repr(ready)

@@ -6,6 +6,7 @@ from itertools import groupby, pairwise
 import pytest
 import torch
 
+from diffcore.core.denoiser import Denoiser, DenoiserWrapper
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
 from diffcore.editing.inpainting import RePaint
@@ -43,6 +44,7 @@ from diffcore.schedules import Cosine, Karras, Trailing, UniformLogSNR
 from tests.helpers.guidance_rules import ORACLE, WEAKER, classifier
 from tests.helpers.oracles import mixture, process
 from tests.helpers.products import sampled
+from tests.helpers.recording_network import RecordingNetwork
 
 IMAGE, MASK = torch.tensor([0.5, -0.5]), torch.tensor([True, False])
 ADAPTIVE = AdaptiveRungeKutta("BogackiShampine", 0.1, 0.1)
@@ -298,3 +300,21 @@ def test_gfcg_in_an_interval_begins_with_the_conditional_model():
     assert changed == [now and i != first for i, now in enumerate(inside)]
     assert sum(changed) >= 2
     assert math.isclose(knots[first].ratio, BOUNDS[1])
+
+
+class Wrapped(DenoiserWrapper):
+    """A denoiser that evaluates its inner one."""
+
+    def __call__(self, x, level, condition=None):
+        return self.inner(x, level, condition)
+
+
+@pytest.mark.parametrize("wrap", (lambda denoiser: denoiser, Wrapped))
+def test_watch_evaluates_the_network_without_dropout_and_restores_its_mode(wrap):
+    network = RecordingNetwork()
+    denoiser = wrap(Denoiser(network, process()).train())
+    knots = Trailing().knots(denoiser.process.schedule, 3)
+    start = NOISE.first_sample(knots[0], 0.5)
+    for _ in watch(denoiser, DDIM(), start, knots, NOISE, CFG(2.0), LABELS):
+        assert network.training
+    assert network.modes == {False}

@@ -23,7 +23,7 @@ from diffcore.core.denoiser import Denoiser
 from diffcore.core.network import evaluation_dtype, unwrap
 from diffcore.core.noise import Noise
 from diffcore.core.process import Process
-from diffcore.guidance import CFG, Guidance, find_weaker_networks, load_weaker_networks
+from diffcore.guidance import CFG, Guidance, find_networks, load_weaker_networks
 from diffcore.integrations.diffusers.loading.network import MeanOutput, mean_network
 from diffcore.integrations.diffusers.pipeline.call_arguments import count_images, expand_labels
 from diffcore.integrations.diffusers.pipeline.model_index import (
@@ -345,7 +345,7 @@ class DiffcorePipeline(DiffusionPipeline):
         x = noise.first_sample(call.knots[0], denoiser.process.sigma_data)
         labels = None if call.labels is None else call.labels.to(noise.device)
         with (
-            evaluation_mode(denoiser, *find_weaker_networks(call.guidance)),
+            evaluation_mode(denoiser, *find_networks(call.guidance)),
             self.progress_bar(total=len(call.knots) - 1) as bar,
         ):
             sampler = ObservedSampler(
