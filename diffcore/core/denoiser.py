@@ -177,12 +177,14 @@ def null_condition(
 def _time_tensor(time: Real, x: Tensor) -> Tensor:
     """The time conditioning (B,), or of the shape of a map of levels.
 
-    The dtype is at least float32, since bfloat16 represents integers exactly only up to 256.
+    The dtype is at least float32, since bfloat16 represents integers exactly only up to 256. A map
+    that broadcasts over the batch stays a map, whatever its number of elements.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     if not isinstance(time, Tensor):
         return torch.full((len(x),), time, dtype=dtype, device=x.device)
-    return (time.flatten() if time.numel() == len(x) else time).to(x.device, dtype)
+    is_per_sample = time.ndim == x.ndim and len(time) == time.numel() == len(x)
+    return (time.flatten() if is_per_sample else time).to(x.device, dtype)
 
 
 def _check_embeddings(network: nn.Module, process: Process) -> None:

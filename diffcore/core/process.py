@@ -21,6 +21,9 @@ from diffcore.schedules.base import LEVEL_TOLERANCE
 
 __all__ = ["Process", "TimeConditioning", "TimeVariable"]
 
+FLOAT32_LOGSNR = 170.0
+"""Bound of |λ| within which σ/α and α/σ are normal numbers of float32."""
+
 TimeVariable = Literal["index", "t", "blend", "logsnr", "sigma"]
 
 
@@ -171,9 +174,9 @@ class Process:
     def check_level(self, level: Level, name: str = "the first knot") -> None:
         """Raise ValueError if a network of this process cannot be evaluated at a level.
 
-        At λ = -inf, x_0 as a function of the output, the time conditioning and σ must be finite.
-        Beyond the cleanest level of the schedule, which is finite on tables and truncated
-        schedules, the time of a level is not defined.
+        At λ = -inf, x_0 as a function of the output, the time conditioning and σ must be finite,
+        and at finite levels they must not overflow float32. Beyond the cleanest level of the
+        schedule, which is finite on tables and truncated schedules, a level has no time.
 
         Args:
             level: noise level, or a map of levels.
@@ -184,6 +187,7 @@ class Process:
             self._check_clean(name)
         if noisiest == -math.inf:
             self._check_pure_noise(name)
+        self._check_overflow(level, name)
         limit = self.schedule.cleanest.logsnr_range[1]
         if cleanest > limit + LEVEL_TOLERANCE:
             raise ValueError(
@@ -191,6 +195,27 @@ class Process:
                 f"which the network was trained, is λ = {limit:g}: evaluate it at most there (the "
                 "last knot may be cleaner)"
             )
+
+    def _check_overflow(self, level: Level, name: str) -> None:
+        """Raise ValueError if a finite level is beyond the range of float32 for this process."""
+        noisiest, cleanest = level.logsnr_range
+        is_clean = self.prediction == "sample" and FLOAT32_LOGSNR < cleanest < math.inf
+        if is_clean or (-math.inf < noisiest < -FLOAT32_LOGSNR and self._overflows_at_noise):
+            raise ValueError(
+                f"{name} is at λ = {cleanest if is_clean else noisiest:g}, where float32 overflows "
+                f"(prediction {self.prediction}, scaling {self.schedule.scaling}, conditioning on "
+                f"{self.time.variable}): use a grid whose noisy knots are within λ = "
+                f"±{FLOAT32_LOGSNR:g}, such as Karras or UniformLogSNR"
+            )
+
+    @property
+    def _overflows_at_noise(self) -> bool:
+        """Whether x_0, x or the time conditioning grows as e^(-λ/2) towards pure noise."""
+        return (
+            self.prediction == "epsilon"
+            or self.schedule.scaling == "ve"
+            or (self.time.variable == "sigma" and self.time.clamp > FLOAT32_LOGSNR)
+        )
 
     def _check_pure_noise(self, name: str) -> None:
         """Raise ValueError if a network of this process is undefined at λ = -inf."""

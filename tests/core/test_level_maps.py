@@ -105,7 +105,7 @@ class CosineNetwork(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         self.time = time
-        return x.cos() + time / 1000
+        return x.cos() + (time.view(-1, *[1] * (x.ndim - 1)) if time.ndim == 1 else time) / 1000
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
@@ -162,3 +162,14 @@ def test_a_map_with_a_level_that_alone_is_refused_is_refused():
     with pytest.raises(ValueError, match="is clean"):
         Process(schedule, "sample", shape=SHAPE).check_level(clean)
     assert (level.logsnr_range, clean.logsnr_range) == ((-math.inf, 1.5), (-1.5, math.inf))
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 3), (1, 6)], ids=str)
+def test_a_map_that_broadcasts_over_as_many_samples_as_it_has_elements_stays_a_map(shape):
+    network, x = CosineNetwork(), torch.zeros(6, *shape[1:])
+    denoiser = Denoiser(network, Process(Cosine(), shape=shape[1:]))
+    denoiser(x, Cosine().at(OFFSETS.view(shape)))
+    assert network.time.shape == shape
+    per_sample = Cosine().at(OFFSETS.view(6, *[1] * (len(shape) - 1)))
+    denoiser.output(x, per_sample)
+    assert network.time.shape == (6,)

@@ -7,9 +7,26 @@ from typing import get_args
 
 import pytest
 import torch
+from torch import nn
 
+from diffcore.core.denoiser import Denoiser
 from diffcore.core.process import Process, TimeConditioning, TimeVariable
-from diffcore.schedules import Cosine, Discrete, Flow, Laplace, Normal, Shifted, ZeroTerminalSNR
+from diffcore.samplers import DDIM
+from diffcore.sampling.generation import sample
+from diffcore.schedules import (
+    Cauchy,
+    Cosine,
+    Discrete,
+    Flow,
+    Karras,
+    Laplace,
+    Leading,
+    Linspace,
+    Normal,
+    Shifted,
+    UniformLogSNR,
+    ZeroTerminalSNR,
+)
 from tests.helpers.oracles import PREDICTION_TYPES
 
 inf = math.inf
@@ -163,7 +180,7 @@ PURE_NOISE = [
 @pytest.mark.parametrize(("fields", "message"), PURE_NOISE, ids=str)
 def test_a_start_at_pure_noise_where_the_network_is_undefined_is_refused(fields, message):
     process = Process(schedule=Cosine(), **fields)  # trains on finite levels
-    process.check_level(Cosine().at(-1000.0))
+    process.check_level(Cosine().at(-160.0))
     with pytest.raises(ValueError, match=f"the first knot is pure noise .*{message}.*{FINITE}"):
         process.check_level(Cosine().level(1.0))
 
@@ -301,3 +318,40 @@ def test_a_process_is_a_frozen_value_with_a_tuple_for_a_shape():
     assert hash(process) == hash(Process(shape=(3, 8, 8)))
     with pytest.raises(FrozenInstanceError):
         process.prediction = "epsilon"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "fields", "logsnr"),
+    [
+        (Cauchy(), {"prediction": "sample"}, 318.3),
+        (Cauchy(), {"prediction": "epsilon"}, -200.0),
+        (Cauchy(scaling="ve"), {"prediction": "edm", "time": EDM}, -200.0),
+        (Cauchy(), {"time": TimeConditioning("sigma", 1.0)}, -200.0),
+    ],
+    ids=str,
+)
+def test_a_finite_level_at_which_float32_overflows_is_refused(schedule, fields, logsnr):
+    record = Process(schedule, **fields)
+    with pytest.raises(ValueError, match=f"knot 3 is at λ = {logsnr:g}, where float32 overflows"):
+        record.check_level(schedule.at(logsnr), "knot 3")
+    record.check_level(schedule.at(math.copysign(170.0, logsnr)))
+    Process(
+        schedule, "v_prediction" if schedule.scaling == "vp" else "flow_prediction"
+    ).check_level(schedule.at(abs(logsnr)))
+
+
+def test_a_grid_to_levels_at_which_float32_overflows_is_refused_and_the_remedy_samples():
+    record = Process(Cauchy(), "sample", shape=(2,))
+    denoiser = Denoiser(Half(), record)
+    for grid in (Linspace(), Leading()):
+        with pytest.raises(ValueError, match="such as Karras or UniformLogSNR"):
+            sample(denoiser, DDIM(), grid, 10, seeds=[0])
+    for grid in (Karras(), UniformLogSNR()):
+        assert sample(denoiser, DDIM(), grid, 10, seeds=[0]).x.isfinite().all()
+
+
+class Half(nn.Module):
+    """A network that returns half of its input."""
+
+    def forward(self, x, time):
+        return x / 2
