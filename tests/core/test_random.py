@@ -91,6 +91,7 @@ def test_streams_keep_their_numbers():
         "PERTURBATION": 20,
         "OFFSET": 21,
         "LATENT": 22,
+        "VALIDATION": 23,
     }
 
 
