@@ -21,6 +21,7 @@ def main() -> None:
         guidance: "digits by guidance rule and scale w",
         inversion: "errors of inverted images, on a network trained for it and on an oracle",
         samplers: "distance to the exact flow of a network trained for it, with guidance",
+        identification: "the process of trained networks, by their denoising error",
         variance: "variance of the loss with independent levels over that with stratified levels",
         zero_terminal_snr: "mean brightness of samples with and without zero terminal SNR",
         fields: "pictures of guided fields and samples of a mixture in two dimensions",
@@ -39,10 +40,11 @@ def main() -> None:
                 default=Path(f"docs/experiments/{name}.jsonl"),
                 help=f"file of measurements (default docs/experiments/{name}.jsonl)",
             )
-        if run in (inversion, samplers):
+        if run in (inversion, samplers, identification):
             study.add_argument(
                 "--steps", type=int, default=400, help="training steps of batch 64 (default 400)"
             )
+        if run in (inversion, samplers):
             count = 32 if run is inversion else 60
             study.add_argument(
                 "--count",
@@ -98,6 +100,13 @@ def samplers(arguments: argparse.Namespace) -> None:
     from experiments.inversion import train_denoiser
 
     print(measure_table(train_denoiser(arguments.steps), arguments.count))
+
+
+def identification(arguments: argparse.Namespace) -> None:
+    """Find the processes of trained networks."""
+    from experiments.identification import measure_table
+
+    print(measure_table(arguments.steps))
 
 
 def variance(arguments: argparse.Namespace) -> None:
