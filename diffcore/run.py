@@ -13,7 +13,8 @@ from torch import nn
 
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.process import Process
-from diffcore.io.parser import ComponentParser
+from diffcore.io.network_size import BoundedFactory
+from diffcore.io.parser import ComponentParser, SpecError
 from diffcore.io.plain_data import read_yaml
 from diffcore.io.safetensors import read_weights
 
@@ -108,14 +109,32 @@ class Run:
             The network with newly initialised weights.
 
         Raises:
-            ValueError: the configuration is missing or does not define a network.
+            ValueError: the configuration is missing, does not define a network, or defines one that
+                is too large for this machine.
         """
+        return self._factory()()
+
+    def architecture(self) -> nn.Module:
+        """The network of config.yaml without weights; one of torch or diffusers takes no memory.
+
+        Returns:
+            The network on the meta device, or one with newly initialised weights if its class is
+            another one.
+
+        Raises:
+            ValueError: as `network`.
+        """
+        factory = self._factory()
+        return factory.without_memory() if isinstance(factory, BoundedFactory) else factory()
+
+    def _factory(self) -> NetworkFactory:
         parser = ComponentParser(exit_on_error=False)
         parser.add_argument("--network", type=NetworkFactory)
-        network: NetworkFactory = parser.instantiate(
-            parser.parse_object({"network": self.settings()["network"]})
-        ).network
-        return network()
+        try:
+            settings = parser.parse_object({"network": self.settings()["network"]})
+            return parser.instantiate(settings).network
+        except SpecError as error:
+            raise ValueError(f"{self.config}: {error}") from None
 
     def denoiser(
         self,
@@ -139,7 +158,7 @@ class Run:
             ValueError: a file of the run is missing or corrupt, or the weights do not fit the
                 network.
         """
-        network = self.network() if network is None else network
+        network = self.architecture() if network is None else network
         process = Process.load(self.process)
         path = Path(weights) if weights else self.weights
         tensors = read_weights(path)
@@ -152,5 +171,7 @@ class Run:
                 f"{path} does not fit the network of {self.config}: {len(wrong)} tensors "
                 f"are missing, unknown or of another shape, such as {wrong[0]}"
             )
+        if any(value.is_meta for value in network.state_dict().values()):
+            network = self.network()
         network.load_state_dict(tensors)
         return Denoiser(network, process).to(device).eval()

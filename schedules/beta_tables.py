@@ -17,6 +17,9 @@ from diffcore.schedules.base import Scaling, Schedule, check_scaling
 
 __all__ = ["Discrete"]
 
+MAXIMUM_LEVELS = 1_000_000
+"""Largest table: a file that declares a larger one takes no memory."""
+
 Form = Literal["linear", "scaled_linear", "cosine", "sigmoid"]
 
 
@@ -124,6 +127,8 @@ class Discrete(Schedule):
     def _check_length(self) -> None:
         if self.steps is None or self.steps < 2:
             raise ValueError(f"steps is {self.steps}, expected a table of at least 2 levels")
+        if self.steps > MAXIMUM_LEVELS:
+            raise ValueError(f"steps is {self.steps}, expected at most {MAXIMUM_LEVELS:,} levels")
 
     def _check_decreasing(self) -> None:
         if (flat := self._table.diff() >= 0).any():

@@ -27,6 +27,8 @@ from diffcore.schedules.base import Level, Schedule
 __all__ = ["CLEAN", "CoordinateGrid", "Explicit", "Grid", "GridSpan", "Within", "check_falling"]
 
 CLEAN = math.inf
+MAXIMUM_STEPS = 100_000
+"""Largest number of steps: a file that declares more takes no memory."""
 
 
 class Grid(ABC):
@@ -46,9 +48,9 @@ class Grid(ABC):
             n + 1 levels, strictly monotone in λ.
 
         Raises:
-            ValueError: `steps` is below 1 or above the number of entries of a table, or a knot is
-                noisier than the schedule, or one before the last is cleaner than its cleanest
-                level. The message contains the bound.
+            ValueError: `steps` is below 1, above 100,000 or above the number of entries of a table,
+                or a knot is noisier than the schedule, or one before the last is cleaner than its
+                cleanest level. The message contains the bound.
 
         Examples:
             >>> from diffcore.schedules import Flow, Trailing
@@ -57,6 +59,8 @@ class Grid(ABC):
         """
         if steps < 1:
             raise ValueError(f"steps is {steps}, expected at least 1")
+        if steps > MAXIMUM_STEPS:
+            raise ValueError(f"steps is {steps}, expected at most {MAXIMUM_STEPS:,}")
         knots = tuple(self._levels(schedule, steps))
         _check_knots(self, schedule, knots)
         return knots

@@ -4,6 +4,7 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,12 +51,12 @@ def describe_run(run: Run) -> dict[str, object]:
     """
     settings, process = run.settings(), Process.load(run.process)
     schedule = process.schedule
-    parameters = sum(parameter.numel() for parameter in run.network().parameters())
+    parameters = sum(parameter.numel() for parameter in run.architecture().parameters())
     checkpoints = sorted(path.name for path in run.checkpoints.glob("step-*"))
     last_report = [{}, *Metrics(run.metrics).reports()][-1]
     return {
         "run": run.folder,
-        "network": f"{settings['network']['class_path']}, {parameters:,} parameters",
+        "network": f"{_class_path(settings['network'])}, {parameters:,} parameters",
         "schedule": schedule,
         "levels": f"λ from {schedule.logsnr(1.0):g} to {schedule.logsnr(0.0):g}",
         "prediction": process.prediction,
@@ -68,6 +69,10 @@ def describe_run(run: Run) -> dict[str, object]:
         )
         or "none",
     }
+
+
+def _class_path(spec: Any) -> str:
+    return str(spec["class_path"] if isinstance(spec, dict) else spec)
 
 
 def describe_machine() -> dict[str, object]:

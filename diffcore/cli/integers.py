@@ -6,7 +6,10 @@ from typing import Any
 
 from jsonargparse.typing import register_type
 
-__all__ = ["IntegerList"]
+__all__ = ["MAXIMUM_COUNT", "IntegerList"]
+
+MAXIMUM_COUNT = 1_000_000
+"""Largest number of samples of one command."""
 
 
 class IntegerList(tuple[int, ...]):
@@ -25,7 +28,8 @@ class IntegerList(tuple[int, ...]):
             The integers, in the given order, with repetitions.
 
         Raises:
-            ValueError: the text is not a list of integers and ranges, or a range runs backwards.
+            ValueError: the text is not a list of integers and ranges, a range runs backwards, or
+                there are too many integers.
         """
         if isinstance(value, int) and not isinstance(value, bool):
             return cls((value,))
@@ -48,4 +52,9 @@ def _parse_range(text: str) -> range:
     first, last = int(match[1]), int(match[2] or match[1])
     if last < first:
         raise ValueError(f"the range {text} runs backwards")
+    if last - first >= MAXIMUM_COUNT:
+        raise ValueError(
+            f"the range {text} has {last - first + 1:,} integers, expected at most "
+            f"{MAXIMUM_COUNT:,}: draw them in several calls"
+        )
     return range(first, last + 1)

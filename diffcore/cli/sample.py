@@ -18,7 +18,7 @@ from diffcore.cli.image_model import (
     load_image_model,
     read_sampling_settings,
 )
-from diffcore.cli.integers import IntegerList
+from diffcore.cli.integers import MAXIMUM_COUNT, IntegerList
 from diffcore.cli.run_defaults import parse_with_run_defaults
 from diffcore.core.process import Process
 from diffcore.guidance import CFG, Guidance, load_weaker_networks
@@ -30,6 +30,9 @@ from diffcore.sampling.generation import DEFAULT_GRID, DEFAULT_SAMPLER, sample
 from diffcore.schedules import CoordinateGrid, Grid, Level, Within
 
 __all__ = ["SampleRequest", "main"]
+
+MAXIMUM_THREADS = 1024
+"""Far more threads than processors end torch with a segmentation fault."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,14 @@ class SampleRequest:
     def __post_init__(self) -> None:
         if self.per_label < 1:
             raise ValueError(f"per_label is {self.per_label}, expected at least 1")
-        if self.threads < 0:
+        if not 0 <= self.threads <= MAXIMUM_THREADS:
             raise ValueError(
-                f"threads is {self.threads}, expected a number, or 0 for torch's choice"
+                f"threads is {self.threads}, expected at most {MAXIMUM_THREADS}, or 0 for torch's "
+                "choice"
+            )
+        if len(self.unique_labels or "1") * self.per_label > MAXIMUM_COUNT:
+            raise ValueError(
+                f"per_label is {self.per_label}, expected at most {MAXIMUM_COUNT:,} samples in all"
             )
         self._check_start()
         if self.labels and self.prompt:

@@ -11,10 +11,42 @@ from safetensors.torch import save
 from torch import Tensor
 
 from diffcore.io.files import CorruptFileError, write_file
+from diffcore.io.network_size import machine_memory
 
-__all__ = ["read_weights", "read_weights_and_metadata", "write_weights"]
+__all__ = ["check_header", "read_weights", "read_weights_and_metadata", "write_weights"]
 
 REMEDY = "resume the run to write it again, or copy it again"
+
+
+MAXIMUM_HEADER = 1 << 24
+"""Largest header in bytes: names and shapes of about a hundred thousand tensors."""
+
+
+def check_header(path: Path) -> None:
+    """Check the sizes that a safetensors file declares, before its header is read.
+
+    Args:
+        path: file to check.
+
+    Raises:
+        CorruptFileError: the file is missing, its header is longer than the file or than any
+            network needs, or the file is larger than the memory of this machine.
+    """
+    try:
+        with path.open("rb") as file:
+            length, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
+    except OSError as error:
+        raise CorruptFileError(f"{path} cannot be read ({error}): {REMEDY}") from None
+    if size < 8 or not 0 < length <= min(size - 8, MAXIMUM_HEADER):
+        raise CorruptFileError(
+            f"{path} cannot be read (its header has {length:,} bytes, expected at most "
+            f"{max(0, min(size - 8, MAXIMUM_HEADER)):,}): {REMEDY}"
+        )
+    if size > machine_memory():
+        raise CorruptFileError(
+            f"{path} cannot be read (it has {size:,} bytes, and this machine's memory "
+            f"{machine_memory():,}): {REMEDY}"
+        )
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], **metadata: int | str) -> None:
@@ -58,6 +90,7 @@ def read_weights_and_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, 
     Raises:
         CorruptFileError: the file is missing, truncated or changed.
     """
+    check_header(path)
     try:
         with safe_open(path, "pt") as file:
             metadata = dict(json.loads((file.metadata() or {})["diffcore"]))

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from inspect import isclass
@@ -22,6 +23,8 @@ from jsonargparse import Namespace, set_parsing_settings
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
+
+from diffcore.io.network_size import BoundedFactory
 
 __all__ = ["trust"]
 
@@ -163,7 +166,19 @@ def _adapt_value(value: Any, hint: Any, *args: Any, **kwargs: Any) -> Any:
             )
         if isclass(hint) and (_typehints.is_protocol(hint) or issubclass(hint, nn.Module)):
             raise _common.ImportDenied(f"a network is given in Python, but {path!r} was named")
-    return _ADAPT(value, hint, *args, **kwargs)
+    result = _ADAPT(value, hint, *args, **kwargs)
+    return BoundedFactory(result) if _builds_library_network(result) else result
+
+
+def _builds_library_network(value: Any) -> bool:
+    """Whether a value is jsonargparse's function that builds a network of torch or diffusers."""
+    classes = filter(isclass, value.args) if isinstance(value, partial) else ()
+    return any(
+        issubclass(cls, nn.Module)
+        and _is_allowed(cls)
+        and not _is_below(cls.__module__, ("diffcore",))
+        for cls in classes
+    )
 
 
 def _named_path(value: Any) -> str:

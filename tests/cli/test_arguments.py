@@ -28,6 +28,13 @@ def test_text_that_is_no_list_of_integers_is_refused(text):
         IntegerList.parse(text)
 
 
+def test_a_range_of_too_many_integers_is_refused_before_they_are_listed():
+    with pytest.raises(
+        ValueError, match="has 100,000,000,000 integers, expected at most 1,000,000"
+    ):
+        IntegerList.parse("0-99999999999")
+
+
 def test_dashes_become_underscores_in_option_names_and_stay_in_values():
     argv = ["--per-label", "a-b", "--batch-size=c-d", "-x-y", "--a.b-c=--d-e"]
     assert normalize_options(argv) == [

@@ -204,6 +204,18 @@ CASES = {
     "unknown device": ((*SAMPLE, "--labels=1", "--device=gpu"), ("gpu", "cpu, cuda")),
     "a device that is not here": ((*SAMPLE, "--labels=1", "--device=xpu"), "xpu"),
     "negative threads": ((*SAMPLE, "--labels=1", "--threads=-1"), ("threads", "-1")),
+    "more threads than torch survives": (
+        (*SAMPLE, "--labels=1", "--threads=9999999"),
+        ("threads is 9999999", "expected at most 1024"),
+    ),
+    "a trillion samples": (
+        (*SAMPLE, "--labels=1", "--per-label=1000000000000"),
+        ("per_label is 1000000000000", "1,000,000 samples"),
+    ),
+    "a trillion steps": (
+        (*SAMPLE, "--labels=1", "--steps=1000000000000"),
+        ("steps is 1000000000000", "at most 100,000"),
+    ),
     # output
     "a wrong suffix": (
         ("sample", RUN, "--labels=1", "--out=x.jpg"),

@@ -253,6 +253,7 @@ def test_alphas_cumprod_that_do_not_decrease_are_refused_with_their_index(bar, m
     ("arguments", "message"),
     [
         ({"steps": 1}, "steps is 1, expected a table of at least 2 levels"),
+        ({"steps": 10**12}, "steps is 1000000000000, expected at most 1,000,000 levels"),
         ({"start": 0.0}, r"start and end are 0.0 and 0.02, expected 0 < start ≤ end < 1"),
         ({"start": 0.1}, r"start and end are 0.1 and 0.02"),
         ({"end": 1.0}, r"start and end are 0.0001 and 1.0"),

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffcore.io.files import CorruptFileError, hash_file
-from diffcore.io.safetensors import read_weights, write_weights
+from diffcore.io.safetensors import check_header, read_weights, write_weights
 
 __all__ = ["Cache", "hash_content"]
 
@@ -147,8 +147,9 @@ def _verify(path: Path) -> None:
 def _open(path: Path) -> Any:
     """A shard whose tensors are read one by one."""
     try:
+        check_header(path)
         return safe_open(path, "pt")
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, CorruptFileError, OSError) as error:
         raise ValueError(
             f"{path} of the cache cannot be read ({error}): delete it, and it is computed again"
         ) from None
