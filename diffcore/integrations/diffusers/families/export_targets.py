@@ -14,8 +14,10 @@ from typing import Any
 import diffusers
 from torch import nn
 
+from diffcore.core.network import network_config
 from diffcore.core.process import Process
 from diffcore.integrations.diffusers.families.class_labels import DIT_NULL_LABEL
+from diffcore.integrations.diffusers.families.family import config_shape
 
 __all__ = ["ALTERNATIVE", "batch_call", "dit_call", "dit_pipeline", "unet_pipeline"]
 
@@ -126,11 +128,9 @@ def dit_call(count: int, labels: list[int] | None) -> dict[str, Any]:
 
 
 def _check_shape(network: Any, process: Process, is_square: bool) -> None:
-    size = network.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size or (0, 0)
-    if process.shape != (network.config.in_channels, height, width) or (
-        is_square and not isinstance(size, int)
-    ):
+    config = network_config(network)
+    size = config.get("sample_size")
+    if process.shape != config_shape(config) or (is_square and not isinstance(size, int)):
         raise ValueError(
             f"a pipeline of diffusers draws samples of the network's sample_size, {size}, and the "
             f"shape of these is {process.shape}: {ALTERNATIVE}"

@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import nn
 
+from diffcore.core.network import network_config
 from diffcore.core.process import Process
 from diffcore.guidance import CFG
 from diffcore.integrations.diffusers.families import GENERIC, family_of, family_of_class
@@ -117,11 +118,12 @@ def network_of(pipeline: Any) -> nn.Module:
     return networks[0]
 
 
-def read_folder(folder: Path) -> PipelineParts:
+def read_folder(folder: Path, network: nn.Module | None = None) -> PipelineParts:
     """Read the parts of a saved pipeline.
 
     Args:
         folder: folder that `save_pretrained` wrote.
+        network: network that takes the place of the folder's, whose weights are then not read.
 
     Returns:
         Network and VAE with their weights, and the scheduler's config.
@@ -133,7 +135,7 @@ def read_folder(folder: Path) -> PipelineParts:
     name = network_name(folder, index)
     vae = read_part(folder, "vae", index) if is_present(index, "vae") else None
     config = read_json(folder / "scheduler" / "scheduler_config.json")
-    network = read_part(folder, name, index)
+    network = read_part(folder, name, index) if network is None else network
     return PipelineParts(
         network,
         config,
@@ -186,7 +188,7 @@ def latent_shape(parts: PipelineParts, height: int, width: int) -> tuple[int, ..
             f"the size of {type(parts.network).__name__}'s images is not known: leave height and "
             f"width out"
         )
-    factor = 1 if parts.vae is None else downsampling_factor(parts.vae.config)
+    factor = 1 if parts.vae is None else downsampling_factor(network_config(parts.vae))
     pixels = [
         given or size * factor for given, size in zip((height, width), default[1:], strict=True)
     ]

@@ -56,7 +56,7 @@ def convert_samples(x: Tensor, output_type: OutputType, process: Process, vae: A
         return x
     image_process = _image_process(process, vae)
     if vae is not None:
-        x = Latents(vae).decode(x.to(vae.dtype))
+        x = Latents(vae).decode(x)
     if output_type == "pil":
         return [images.to_image(array) for array in images.to_pixels(x, image_process)]
     unit = images.to_unit_range(x, image_process)
@@ -64,8 +64,11 @@ def convert_samples(x: Tensor, output_type: OutputType, process: Process, vae: A
 
 
 def _image_process(process: Process, vae: Any) -> Process:
-    """The process with the shape and range of the images, which a VAE decodes to [-1, 1]."""
+    """The process with the number of channels and the range of the images that a VAE decodes.
+
+    Height and width stay those of the latents, which neither the check nor the conversion reads.
+    """
     if vae is None:
         return process
-    channels = vae.config.get("out_channels", 3)
-    return replace(process, shape=(channels, *process.shape[1:]), low=-1.0, high=1.0)
+    shape = (Latents(vae).channels, *process.shape[1:])
+    return replace(process, shape=shape, low=-1.0, high=1.0)

@@ -182,7 +182,8 @@ class PretrainedNetwork(ExportableNetwork):
             The parts.
         """
         scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-        return replace(read_folder(self.index.folder), network=self.network, scheduler=scheduler)
+        parts = read_folder(self.index.folder, self.network)
+        return replace(parts, scheduler=scheduler)
 
     def export(self, folder: Path, process: Process) -> None:
         """Write the network to a run's folder in the format of diffusers.

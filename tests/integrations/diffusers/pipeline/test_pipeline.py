@@ -281,7 +281,7 @@ CALLED_WRONG = [
     ({"seeds": [0], "generator": torch.Generator()}, "seeds and generator were given: pass one"),
     ({"seeds": [0]}, "needs a condition to strengthen"),
     ({"seeds": [0], "class_labels": 9}, r"labels \[9\] are out of range"),
-    ({"seeds": [2**64], "class_labels": 0}, "beyond 64 bits"),
+    ({"seeds": [2**64], "class_labels": 0}, r"expected integers within \[-2\^63"),
     (
         {"class_labels": 0, "output_type": "jpg"},
         "output_type is 'jpg', expected one of pil, np, pt, latent",

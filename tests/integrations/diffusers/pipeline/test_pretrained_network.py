@@ -42,6 +42,15 @@ def test_it_answers_as_the_pipelines_network_and_trains_all_of_it(folder):
     assert set(made.state_dict()) == {f"network.{name}" for name in made.network.state_dict()}
 
 
+def test_the_weights_that_it_replaces_are_not_read_again(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "pipeline")
+    made = PretrainedNetwork(str(tmp_path / "pipeline"))
+    shutil.copytree(folder / "scheduler", tmp_path / "run" / "scheduler")
+    for path in (tmp_path / "pipeline" / "unet").glob("*.safetensors"):
+        path.unlink()
+    assert made.exported_parts(tmp_path / "run").network is made.network
+
+
 def test_the_mean_of_a_network_that_also_outputs_a_variance(tmp_path):
     dit_pipeline(diffusers.DDIMScheduler()).save_pretrained(tmp_path)
     made, labels = PretrainedNetwork(str(tmp_path)), torch.tensor([1, 2])
