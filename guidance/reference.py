@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from diffcore.core.denoiser import DenoiserProtocol, DenoiserWrapper, null_condition
-from diffcore.core.prediction import Prediction
+from diffcore.core.prediction import Prediction, hypot
 from diffcore.core.process import Process
 from diffcore.schedules import Level
 
@@ -240,8 +240,8 @@ class _LevelMatchedDenoiser(DenoiserWrapper):
         if self.process.schedule == level.schedule:
             return self.inner(x, level, condition)
         matched = self.process.schedule.at(level.logsnr)
-        # At pure noise α is 0 in both scalings, so the ratio is that of σ.
-        ratio = matched.alpha / level.alpha if level.alpha else matched.sigma / level.sigma
+        ratio = hypot(matched.alpha, matched.sigma) / hypot(level.alpha, level.sigma)
+        ratio = ratio.to(x) if isinstance(ratio, Tensor) else ratio
         return self.inner(ratio * x, matched, condition)
 
 

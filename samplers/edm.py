@@ -64,6 +64,11 @@ class _ChurnSampler(Sampler[Memory], ABC):
     def start(self, x: Tensor, knots: Knots, noise: Noise) -> State[Memory]:
         if self.churn and not is_falling(knots):
             raise ValueError("churn needs knots that fall in noise: to invert, use churn = 0")
+        if self.churn and noise.path:
+            raise ValueError(
+                "churn raises the noise over intervals of levels that overlap, for which path=True "
+                "has no independent noise: use path=False, or EulerAncestral"
+            )
         return self._add_churn(super().start(x, knots, noise), noise)
 
     def _add_churn(self, state: State[Memory], noise: Noise) -> State[Memory]:

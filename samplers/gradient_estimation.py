@@ -7,7 +7,15 @@ from torch import Tensor
 
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
-from diffcore.samplers.base import Knots, Sampler, State, is_falling, is_interior, multiply
+from diffcore.samplers.base import (
+    Knots,
+    Sampler,
+    State,
+    is_clean,
+    is_falling,
+    is_interior,
+    multiply,
+)
 from diffcore.schedules import Level
 
 __all__ = ["GradientEstimation"]
@@ -76,6 +84,7 @@ class GradientEstimation(Sampler[_LastKnot]):
         if last is not None and not state.is_first_order:
             change = s.alpha * (s.ratio * kept - t.ratio) * (1 - self.gamma)
             x = x + multiply(change, last.eps - prediction.eps)
-        if self.mu:
-            x = x + multiply(s.sigma * (1 - kept**2) ** 0.5, noise.step(state.step))
+        if self.mu and not is_clean(s):
+            z = noise.between(t, s, state.step)
+            x = x + multiply(s.sigma * (1 - kept**2) ** 0.5, z)
         return state.at_next_knot(x, _LastKnot(t, prediction.eps) if is_interior(t) else None)

@@ -32,13 +32,14 @@ class Oracle(DenoiserProtocol, ABC):
         process: schedule and number of classes of the denoiser.
 
     Raises:
-        ValueError: it is evaluated under a class without components. Choose another class.
+        ValueError: it is evaluated on the host under a class without components. Choose another
+            class; on another device the values would be NaN.
     """
 
     def __init__(self, weights: Tensor, labels: Tensor | None, process: Process) -> None:
         self.log_weights = weights.log()
         self.labels = torch.zeros_like(weights, dtype=torch.int64) if labels is None else labels
-        self.process = process
+        self.process, self._classes = process, set(self.labels.tolist())
 
     @abstractmethod
     def __call__(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Prediction:
@@ -77,13 +78,20 @@ class Oracle(DenoiserProtocol, ABC):
         """Normalised log weights (B, K) of the components given the condition."""
         if condition is None:
             return self.log_weights.log_softmax(0).expand(rows, -1)
+        if condition.device.type == "cpu":  # elsewhere, reading the values would wait for them
+            self._check_classes(condition)
         other = (condition[:, None] != self.labels) & (condition[:, None] != self.process.classes)
-        if (empty := other.all(1)).any():
-            raise ValueError(
-                f"class {int(condition[empty][0])} has no component, expected one of "
-                f"{sorted(set(self.labels.tolist()))}, or {self.process.classes} for no condition"
-            )
         return self.log_weights.masked_fill(other, -math.inf).log_softmax(1)
+
+    def _check_classes(self, condition: Tensor) -> None:
+        """Raise ValueError if a class has no component."""
+        known = {*self._classes, self.process.classes}
+        empty = [label for label in condition.numpy().tolist() if label not in known]
+        if empty:
+            raise ValueError(
+                f"class {empty[0]} has no component, expected one of {sorted(self._classes)}, or "
+                f"{self.process.classes} for no condition"
+            )
 
     def _component(self, seeds: Tensor, condition: Tensor | None) -> Tensor:
         """The index (B,) of one component for each seed, drawn from the prior."""

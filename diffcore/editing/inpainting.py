@@ -1,5 +1,6 @@
 """Inpainting by replacement: at each knot the known pixels are replaced by the noisy image."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
 from diffcore.samplers import Knots, Sampler, SegmentSampler, State
+from diffcore.samplers.base import is_clean
 from diffcore.samplers.segments import SegmentPosition
 from diffcore.schedules import Level, check_falling
 
@@ -23,7 +25,8 @@ class RePaint(SegmentSampler):
 
     A jump is x ← (α'/α) x + √(σ'² - (α'/α)² σ²) z. From each knot `jump` steps apart the sampler
     goes back by `jump` steps, resamplings - 1 times, so that the unknown pixels become consistent
-    with the known ones. resamplings = 1 is replacement alone. z is fresh each time. If the last
+    with the known ones. resamplings = 1 is replacement alone. z is fresh each time; with a path
+    (see Noise), the z of the known pixels between two jumps are values of one path. If the last
     knot is clean, the result contains the known pixels exactly.
 
     Any sampler may integrate between jumps; the paper's is DDIM(1). It starts without memory after
@@ -87,11 +90,17 @@ class RePaint(SegmentSampler):
         return _branch(noise, position.finished, INNER)
 
     def _jump_noise(self, noise: Noise, position: SegmentPosition) -> Tensor:
-        return _branch(noise, position.finished, JUMP).step(0)
+        start = position.later[0][0]
+        return _branch(noise, position.finished, JUMP).between(position.inner.level, start, 0)
 
     def _at_knot(self, x: Tensor, position: SegmentPosition, noise: Noise) -> Tensor:
-        z = _branch(noise, position.finished, KNOWN).step(position.inner.step)
-        return self._replace_known(x, position.inner.level, z)
+        level = position.inner.level
+        z = torch.zeros_like(x)
+        if not is_clean(level):
+            pure_noise = level.schedule.at(-math.inf)
+            known = _branch(noise, position.finished, KNOWN)
+            z = known.between(pure_noise, level, position.inner.step)
+        return self._replace_known(x, level, z)
 
     def _replace_known(self, x: Tensor, level: Level, z: Tensor) -> Tensor:
         """x with its known pixels replaced by the image at this level.

@@ -233,7 +233,8 @@ def check_sampling(
         raise ValueError("seeds is empty, expected one integer a sample")
     for seed in seeds:
         if not _is_seed(seed):
-            raise ValueError(f"seeds has {seed!r}, expected integers within [-2^63, 2^63)")
+            beyond = ", which is beyond 64 bits:" if isinstance(seed, int) else ","
+            raise ValueError(f"seeds has {seed!r}{beyond} expected integers within [-2^63, 2^63)")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1")
     check_guidance(process, knots, condition, guidance, sampler)

@@ -25,6 +25,7 @@ from tests.helpers.oracles import (
     process,
     unet,
 )
+from tests.helpers.recording_network import RecordingNetwork
 
 SEEDS = torch.arange(64)
 NOISE = Noise(SEEDS, (2,), dtype=torch.float64)
@@ -215,3 +216,11 @@ def test_samples_that_would_diverge_are_solved_with_a_smaller_gain():
     residual = invert(oracle, x, knots, 60).residual.max(0).values
     assert residual.max() < 1e-6
     assert residual.median() < 1e-14
+
+
+def test_networks_are_evaluated_without_dropout_and_return_to_training():
+    network = RecordingNetwork()
+    denoiser = Denoiser(network, process(classes=0)).train()
+    invert(denoiser, torch.zeros(2, 2), Karras(0.05, 20.0).knots(Cosine(), 3))
+    assert network.modes == {False}
+    assert network.training

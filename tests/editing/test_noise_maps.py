@@ -13,6 +13,7 @@ from diffcore.samplers import DDIM
 from diffcore.sampling.loop import integrate
 from diffcore.schedules import Cosine, Discrete, Explicit, Karras, Trailing, Within
 from tests.helpers.oracles import SCALINGS, mixture, process, unet
+from tests.helpers.recording_network import RecordingNetwork
 
 SEEDS = torch.arange(32)
 NOISE = Noise(SEEDS + 1000, (2,), dtype=torch.float64)
@@ -140,3 +141,15 @@ def test_arguments_without_noise_maps_are_rejected(changes, message):
     } | changes
     with pytest.raises(ValueError, match=message):
         extract(mixture(), **arguments)
+
+
+def test_networks_are_evaluated_without_dropout_and_return_to_training():
+    network = RecordingNetwork()
+    denoiser = Denoiser(network, process(classes=0)).train()
+    knots = Karras(0.05, 20.0).knots(Cosine(), 3)
+    maps = extract(denoiser, torch.zeros(2, 2), knots, Noise(torch.arange(2), (2,)))
+    assert network.modes == {False}
+    assert network.training
+    replay(denoiser, maps)
+    assert network.modes == {False}
+    assert network.training

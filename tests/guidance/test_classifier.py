@@ -320,6 +320,7 @@ def test_the_minority_score_is_the_error_of_reconstruction_and_its_classes_are_e
     classes = minority_classes(scores, 3)
     assert classes.bincount().tolist() == pytest.approx([200] * 3, abs=1)
     assert scores[classes == 2].min() > scores[classes == 1].max() > scores[classes == 0].max()
+    assert minority_classes(torch.tensor([3.0, 1.0, 2.0]), 2).tolist() == [1, 0, 1]  # at the cut
 
 
 def test_a_weaker_network_and_a_classifier_add_up():

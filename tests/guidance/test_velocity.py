@@ -7,7 +7,8 @@ import torch
 from diffusers.guiders.classifier_free_zero_star_guidance import cfg_zero_star_scale
 
 from diffcore.core.noise import Noise
-from diffcore.guidance import CFG, CFGPlusPlus, CFGZeroStar, Interval
+from diffcore.core.prediction import Prediction
+from diffcore.guidance import CFG, CFGPlusPlus, CFGZeroStar, GuidanceInput, Interval, Step
 from diffcore.samplers import DDIM, AlphaBlending
 from diffcore.sampling.generation import sample
 from diffcore.sampling.loop import guided_prediction, integrate
@@ -144,3 +145,15 @@ def test_zero_init_in_all_steps_costs_one_evaluation_each():
         guidance=CFGZeroStar(3.0, zero_init=8),
     )
     assert made.planned == made.evaluations == 8
+
+
+@pytest.mark.parametrize("w", (0.0, 2.0))
+def test_a_reference_without_velocity_counts_as_zero(w):
+    """s = 0/0 at v_ref = 0; s v_ref is then 0, so that the velocity is w v."""
+    level = Flow().at(0.4)
+    conditional = Prediction(X, X.flip(0))
+    reference = Prediction(X, X)  # ε - x_0 = 0
+    step = Step(process(Flow()), level, level, level)
+    inputs = GuidanceInput(level.alpha * X + level.sigma * X.flip(0), step, conditional, (), None)
+    guided, _ = CFGZeroStar(w, zero_init=0).extrapolate(inputs, reference, w, None)
+    torch.testing.assert_close(guided.eps - guided.x0, w * (X.flip(0) - X), rtol=1e-12, atol=1e-12)

@@ -270,3 +270,18 @@ def test_each_sample_of_a_map_of_levels_has_its_own_knots(sampler):
 def test_options_out_of_range_are_rejected(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+@pytest.mark.parametrize(("steps", "k"), ((8, 1), (12, 2), (19, 2), (20, 3)))
+def test_a_sampler_that_forgets_keeps_the_number_of_values_of_its_run(steps, k):
+    """With `every` a run of n steps uses 1 + n // every values, also after a change of guidance."""
+    oracle, knots = mixture(), UniformBlend(1.25, 0.5).knots(Cosine(), steps)
+    ends = []
+    for sampler in (AdamsMoulton(3, every=10), AdamsMoulton(k)):
+        state = sampler.start(NOISE.start(), knots, NOISE)
+        while not state.done:
+            state = sampler.advance(state, oracle(state.x, state.level), NOISE)
+            if state.step == 3:
+                state = sampler.forget(state)
+        ends.append(state.x)
+    assert torch.equal(*ends)

@@ -39,7 +39,15 @@ def algorithm_2(x, sigmas, churn, churn_min, churn_max, noise_scale, second_orde
 
 @pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize(
-    "options", ({}, CHURN, {"churn": 100.0}, {"churn": 0.5, "churn_max": 1.0}), ids=str
+    "options",
+    (
+        {},
+        CHURN,
+        {"churn": 100.0},
+        {"churn": 0.5, "churn_max": 1.0},
+        {"churn": 3.0, "churn_min": KNOTS[6].ratio, "churn_max": KNOTS[2].ratio},
+    ),
+    ids=("none", "bounded", "strongest", "below 1", "bounds at knots"),
 )
 @pytest.mark.parametrize("sampler", (Euler, Heun))
 def test_a_run_is_algorithm_2(sampler, options, scaling):

@@ -141,6 +141,16 @@ def test_cleaner_levels_that_are_given_are_refused_and_the_last_may_be_cleaner()
     ).knots == (knots)
 
 
+@pytest.mark.parametrize("place", (0, 1))
+def test_each_knot_that_is_evaluated_is_checked_also_without_a_grid(place):
+    logsnrs = [-2.0, 3.0, math.inf]
+    logsnrs[place] = 7.0
+    knots = tuple(TRUNCATED.at(logsnr) for logsnr in logsnrs)
+    oracle, name = mixture(process(TRUNCATED)), ("the first knot", "knot 1")[place]
+    with pytest.raises(ValueError, match=f"{name} is at λ = 7, but the cleanest level"):
+        integrate(oracle, DDIM(), NOISE.start(), knots, NOISE)
+
+
 def test_guidance_and_restart_add_no_cleaner_levels():
     knots = DEFAULT_GRID.knots(TRUNCATED, 25)
     assert insert_levels(knots, [9.0]) == knots
