@@ -3,6 +3,7 @@
 `Denoiser` combines a network with its process.
 """
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -85,7 +86,8 @@ class Denoiser(nn.Module):
 
     Raises:
         ValueError: a diffusers network embeds fewer labels than the classes and the null label, or
-            labels that the process does not have. Set its `num_class_embeds` to classes + 1.
+            labels that the process does not have (set its `num_class_embeds` to classes + 1), or
+            it cannot halve the height and width of x as often as its levels require.
 
     Example:
         >>> process = Process(shape=(1, 8, 8), prediction="sample")
@@ -100,6 +102,7 @@ class Denoiser(nn.Module):
     def __init__(self, network: nn.Module, process: Process) -> None:
         super().__init__()
         _check_embeddings(network, process)
+        _check_size(network, process)
         self.network = network
         self.process = process
 
@@ -198,13 +201,32 @@ def _check_embeddings(network: nn.Module, process: Process) -> None:
             f"process's classes to at most {embeddings - 1}, or the network's number of labels "
             f"(num_class_embeds) to classes + 1"
         )
-    is_unet = "num_class_embeds" in config and "cross_attention_dim" not in config
-    if classes and is_unet and embeddings is None and config.get("class_embed_type") is None:
+    has_table = embeddings is not None or config.get("class_embed_type") is not None
+    if classes and _is_unet(config) and not has_table:
         raise ValueError(
             f"the process has {classes} classes, and the network embeds no labels: set its "
             f"num_class_embeds to {classes + 1}, the classes and the null label; or the process's "
             f"classes to 0"
         )
+
+
+def _check_size(network: nn.Module, process: Process) -> None:
+    """Raise ValueError if a UNet2DModel cannot halve the height and width of x at each level."""
+    config = network_config(network)
+    if not _is_unet(config) or len(process.shape) != 3:
+        return
+    halvings = len(config.get("down_block_types") or (None,)) - 1
+    if any(size % 2**halvings for size in process.shape[1:]):
+        raise ValueError(
+            f"the shape of x is {process.shape}, and the network halves height and width "
+            f"{halvings} times: expected multiples of {2**halvings}; crop or resize the data, or "
+            f"use fewer levels (down_block_types)"
+        )
+
+
+def _is_unet(config: Mapping[str, Any]) -> bool:
+    """Whether a network's config is that of a UNet2DModel of diffusers, which takes no text."""
+    return "num_class_embeds" in config and "cross_attention_dim" not in config
 
 
 def extract_tensor(output: Any) -> Tensor:

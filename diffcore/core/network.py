@@ -126,17 +126,27 @@ def evaluation_dtype(network: nn.Module, default: torch.dtype) -> torch.dtype:
     Returns:
         The dtype to which the network's input is converted.
     """
-    reference = _LARGEST.get(network)
+    is_compiling = torch.compiler.is_compiling()  # then this is evaluated once, and needs no cache
+    reference = None if is_compiling else _LARGEST.get(network)
     largest = None if reference is None else reference()
     if largest is None or not _is_unquantised(largest):
         if (computed := _layerwise_dtype(network)) is not None:
             return computed
-        parameters = [p for p in network.parameters() if _is_unquantised(p)]
-        if not parameters:
+        largest = _largest_parameter(network)
+        if largest is None:
             return default
-        largest = max(parameters, key=lambda parameter: parameter.numel())
-        _LARGEST[network] = ref(largest)
+        if not is_compiling:
+            _LARGEST[network] = ref(largest)
     return largest.dtype
+
+
+def _largest_parameter(network: nn.Module) -> nn.Parameter | None:
+    """The largest parameter that is not quantised, or None."""
+    largest = None
+    for parameter in network.parameters():
+        if _is_unquantised(parameter) and (largest is None or parameter.numel() > largest.numel()):
+            largest = parameter
+    return largest
 
 
 def _is_unquantised(parameter: nn.Parameter) -> bool:

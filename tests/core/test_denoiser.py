@@ -334,3 +334,24 @@ def test_a_missing_embedding_of_the_null_label_is_named_with_the_shape():
     with pytest.raises(ValueError, match=message):
         denoiser(X, level)
     Denoiser(Embedding(record.classes + 1), record)(X, level)
+
+
+@pytest.mark.parametrize(("levels", "size"), [(2, 15), (3, 30), (4, 28)])
+def test_a_size_that_a_unet_cannot_halve_is_refused(levels, size):
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    network = UNet2DModel(
+        sample_size=size,
+        norm_num_groups=4,
+        layers_per_block=1,
+        block_out_channels=(8,) * levels,
+        **{name: kind * levels for name, kind in blocks.items()},
+    )
+    expected = (
+        f"halves height and width {levels - 1} times: expected multiples of {2 ** (levels - 1)}"
+    )
+    with pytest.raises(ValueError, match=expected):
+        Denoiser(network, process(shape=(3, size, size), classes=0))
+    fitting = 2**levels
+    denoiser = Denoiser(network, process(shape=(3, fitting, fitting), classes=0))
+    with torch.no_grad():
+        denoiser(torch.zeros(1, 3, fitting, fitting), denoiser.process.schedule.at(0.0))

@@ -245,9 +245,13 @@ class ModelFamily:
         Returns:
             The number from which the family's pipeline computes the shift μ.
         """
-        patch = self.patch_size
-        patch = network_config(network).get(patch) if isinstance(patch, str) else patch
+        patch = self.patch(network)
         return (shape[-2] // patch) * (shape[-1] // patch) if patch else None
+
+    def patch(self, network: nn.Module) -> int | None:
+        """Width of the patch of x that is one token; None if the network is not a transformer."""
+        size = self.patch_size
+        return network_config(network).get(size) if isinstance(size, str) else size
 
     def time_scale(self, network: nn.Module) -> float:
         """The number by which a pipeline multiplies a timestep to get the network's time input."""

@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import nn
 
-from diffcore.core.network import network_config
+from diffcore.core.network import class_name, network_config
 from diffcore.core.process import Process
 from diffcore.guidance import CFG
 from diffcore.integrations.diffusers.families import GENERIC, family_of, family_of_class
@@ -180,22 +180,24 @@ def latent_shape(parts: PipelineParts, height: int, width: int) -> tuple[int, ..
 
     Raises:
         ValueError: the network's config determines no shape, or the size is no multiple of the
-            VAE's factor.
+            VAE's factor and the network's patch.
     """
-    default = family_of(parts.network).shape(parts.network)
+    family = family_of(parts.network)
+    default, patch = family.shape(parts.network), family.patch(parts.network) or 1
     if default is None or len(default) != 3:
         raise ValueError(
-            f"the size of {type(parts.network).__name__}'s images is not known: leave height and "
+            f"the size of {class_name(parts.network)}'s images is not known: leave height and "
             f"width out"
         )
     factor = 1 if parts.vae is None else downsampling_factor(network_config(parts.vae))
     pixels = [
         given or size * factor for given, size in zip((height, width), default[1:], strict=True)
     ]
-    if any(size % factor or size < 0 for size in pixels):
+    if any(size % (factor * patch) or size < 0 for size in pixels):
+        reason = "the factor of the VAE" + (f" times the network's patch, {patch}" * (patch > 1))
         raise ValueError(
-            f"height and width are {pixels[0]} and {pixels[1]}, expected multiples of {factor}, "
-            f"the factor of the VAE"
+            f"height and width are {pixels[0]} and {pixels[1]}, expected multiples of "
+            f"{factor * patch}, {reason}"
         )
     return (default[0], *(size // factor for size in pixels))
 

@@ -13,12 +13,14 @@ from diffcore.core.noise import Noise
 from diffcore.core.process import TimeConditioning
 from diffcore.guidance import CFG
 from diffcore.integrations.diffusers import DiffcorePipeline, Latents, from_diffusers
+from diffcore.integrations.diffusers.loading.folder import latent_shape, parts_of
 from diffcore.samplers import DDIM, Euler
 from diffcore.sampling.generation import sample
 from diffcore.sampling.loop import integrate
 from diffcore.schedules import Discrete, Flow, Karras, Leading, Linspace, Shifted, Trailing
 from tests.helpers.damaged_folders import UnpicklingBomb, edit_json
 from tests.helpers.tiny_pipelines import diffusers_loop, dit, unet, vae
+from tests.helpers.tiny_pipelines import flux as flux_pipeline
 
 # diffusers' set_timesteps passes arrays in a deprecated way.
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
@@ -363,3 +365,11 @@ def unet_2d_condition():
     return diffusers.UNet2DConditionModel(
         sample_size=8, norm_num_groups=4, cross_attention_dim=8, **blocks
     )
+
+
+def test_a_size_that_the_networks_patch_does_not_divide_is_refused():
+    flux = flux_pipeline(diffusers.FlowMatchEulerDiscreteScheduler())
+    parts = parts_of(flux)  # 2 pixels for one of a latent, of which 2 x 2 are a token
+    assert latent_shape(parts, 20, 16) == (4, 10, 8)
+    with pytest.raises(ValueError, match=r"18 and 16, expected multiples of 4, .* patch, 2"):
+        latent_shape(parts, 18, 16)
