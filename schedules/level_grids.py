@@ -135,9 +135,10 @@ class UniformBlend(CoordinateGrid):
 class AlignYourSteps(CoordinateGrid):
     """Align Your Steps: ln u_i, u = σ/α, interpolates 11 knots that were optimised for one model.
 
-    Sabour et al. 2024 (2404.14507): the tables of the paper's project page, and its log-linear
-    interpolation in i/n to other numbers of steps. With 10 steps the knots are the table, except
-    that a clean knot replaces its last entry.
+    Sabour et al. 2024 (2404.14507): the tables of σ/α of the paper's project page, and its
+    log-linear interpolation in i/n to other numbers of steps. The tables of timesteps beside them,
+    which diffusers has too, are these levels rounded to entries of the table. With 10 steps the
+    knots are the table, except that a clean knot replaces its last entry.
 
     Args:
         table: sd15, sdxl or svd, the published tables of three models, or the decreasing positive
