@@ -20,7 +20,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/installed          ## train on real digits, sample a labelled grid, score it
-	$(BIN)/diffcore train digits --steps $(STEPS) --folder $(RUN) --resume $(if $(wildcard $(RUN)/config.yaml),true,false)
+	$(BIN)/diffcore train digits --steps $(STEPS) --folder $(RUN) --resume auto
 	$(BIN)/diffcore sample $(RUN) --labels 0-9 --per-label 8 --seeds 0-79 --out $(RUN)/samples.png
 	$(BIN)/python scripts/evaluate.py $(RUN) $(BOUNDS)
 

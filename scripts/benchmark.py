@@ -36,7 +36,7 @@ def main() -> None:
         parser.error(str(error))
     if arguments.out:
         facts = {"command": _command(), "where": _describe_machine(arguments.threads), **result}
-        arguments.out.write_text(json.dumps(facts, indent=2) + "\n")
+        arguments.out.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def _parser() -> argparse.ArgumentParser:

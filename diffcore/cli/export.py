@@ -1,6 +1,5 @@
 """`diffcore export`: save the network of a run as a diffusers pipeline."""
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,11 +109,7 @@ def _export_diffusers(folder: Path, pipeline: "DiffcorePipeline", request: Expor
 
     def write(path: Path) -> None:
         exported.save_pretrained(path)
-        try:
-            differences.append(check_samples(path, pipeline))
-        except ValueError:
-            shutil.rmtree(path)
-            raise
+        differences.append(check_samples(path, pipeline))
 
     write_folder(request.out, write)
     steps = find_exact_steps(exported.scheduler, request.steps)

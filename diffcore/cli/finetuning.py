@@ -4,10 +4,12 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
+
 from diffcore import schedules
 from diffcore.io.specs import to_spec
 
-__all__ = ["complete_settings", "find_pipeline"]
+__all__ = ["complete_settings", "find_pipeline", "make_pipelines_absolute"]
 
 READERS = {"network": "PretrainedNetwork", "data": "LatentDataset"}
 """Setting -> class of the component that reads a pipeline's folder."""
@@ -34,7 +36,8 @@ def find_pipeline(settings: dict[str, Any], option: str, file: str) -> str:
             "this training starts from a pipeline: name the folder of one of diffusers, "
             "--pipeline FOLDER"
         )
-    read = {_pipeline_of(settings.get(name)) for name in READERS} - {"", str(Path(folder)), folder}
+    named = {_pipeline_of(settings.get(name)) for name in READERS} - {""}
+    read = [path for path in named if Path(path).absolute() != Path(folder).absolute()]
     if option and read:
         raise ValueError(
             f"pipeline is {folder}, but {file} reads {read.pop()}: leave --pipeline out, or begin "
@@ -61,7 +64,10 @@ def complete_settings(settings: dict[str, Any], folder: str) -> dict[str, Any]:
     """
     from diffcore.integrations.diffusers.loading.index import PipelineIndex
 
-    fields = PipelineIndex(Path(folder)).process_fields
+    index = PipelineIndex(Path(folder))
+    if _class_name(settings.get("network")) == READERS["network"]:
+        index.check_pretrained()
+    fields = index.process_fields
     found = {name: to_spec(value) for name, value in fields.items()}
     process = found | _table(settings.get("process"), "process")
     process["schedule"] = _wrap_schedule(process["schedule"], found["schedule"])
@@ -71,6 +77,22 @@ def complete_settings(settings: dict[str, Any], folder: str) -> dict[str, Any]:
         if _class_name(settings.get(name)) == cls
     }
     return settings | readers | {"pipeline": folder, "process": process}
+
+
+def make_pipelines_absolute(settings: Namespace) -> None:
+    """Make the paths of pipelines in parsed settings absolute, so that a run finds them from
+    every folder.
+
+    Args:
+        settings: parsed settings of a training; changed in place.
+    """
+    keys = ["pipeline"]
+    for name, cls in READERS.items():
+        if _class_name(settings.get(f"{name}.class_path")) == cls:
+            keys.append(f"{name}.init_args.pipeline")
+    for key in keys:
+        if path := settings.get(key):
+            settings[key] = str(Path(path).absolute())
 
 
 def _wrap_schedule(schedule: Any, inner: dict[str, Any]) -> Any:

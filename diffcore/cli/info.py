@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from diffcore import __version__
+from diffcore.core.network import ExportableNetwork
 from diffcore.core.process import Process
 from diffcore.io.parser import ComponentParser
 from diffcore.run import Run
+from diffcore.training import checkpoint
 from diffcore.training.reporting import Metrics
 
 __all__ = ["describe_machine", "describe_run", "main"]
@@ -51,18 +53,23 @@ def describe_run(run: Run) -> dict[str, object]:
     """
     settings, process = run.settings(), Process.load(run.process)
     schedule = process.schedule
-    parameters = sum(parameter.numel() for parameter in run.architecture().parameters())
-    checkpoints = sorted(path.name for path in run.checkpoints.glob("step-*"))
+    network = run.architecture()
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    checkpoints = [path.name for path in checkpoint.folders(run.checkpoints)]
+    classes = "classes" if settings.get("process", {}).get("classes") else "distinct captions"
     last_report = [{}, *Metrics(run.metrics).reports()][-1]
     return {
         "run": run.folder,
         "network": f"{_class_path(settings['network'])}, {parameters:,} parameters",
+        **(network.facts if isinstance(network, ExportableNetwork) else {}),
         "schedule": schedule,
         "levels": f"λ from {schedule.logsnr(1.0):g} to {schedule.logsnr(0.0):g}",
         "prediction": process.prediction,
         "time": process.time,
         "data": f"shape {process.shape}, range [{process.low:g}, {process.high:g}]",
-        "classes": f"{process.classes}, dropped in {process.dropout:.0%} of samples",
+        "condition": f"{process.classes} {classes}, dropped in {process.dropout:.0%} of samples"
+        if process.classes
+        else "none",
         "checkpoints": ", ".join(checkpoints) or "none",
         "last report": ", ".join(
             f"{name} {_shortened(value)}" for name, value in last_report.items()

@@ -1,13 +1,16 @@
 """`diffcore train`: train from a recipe or a YAML file, whose settings options override."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import yaml
 
 from diffcore.cli.arguments import extract_option
-from diffcore.cli.finetuning import complete_settings, find_pipeline
+from diffcore.cli.finetuning import complete_settings, find_pipeline, make_pipelines_absolute
 from diffcore.cli.recipes import find_settings, read_settings, recipe_names
 from diffcore.io.parser import ComponentParser
+from diffcore.run import Run
 from diffcore.training.trainer import Trainer
 
 __all__ = ["main"]
@@ -24,6 +27,7 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(f"name a recipe ({names}) or a YAML file, or see --help")
     parser = _parser()
     settings = parser.parse_args(_move_files_first(argv))
+    make_pipelines_absolute(settings)
     config = parser.dump(settings.clone().update(False, "resume"))
     arguments = parser.instantiate(settings).as_dict() | {"config": config}
     del arguments["pipeline"]
@@ -59,11 +63,22 @@ def _move_files_first(argv: Sequence[str]) -> list[str]:
     if words and not words[0].startswith("-"):
         files.insert(0, words.pop(0))
     paths = [find_settings(file) for file in files]
-    configs = [str(path) for path in paths]
     contents = [read_settings(path) for path in paths]
+    # Not their paths: jsonargparse would read the files in the encoding of the locale.
+    configs = [yaml.safe_dump(content, sort_keys=False) for content in contents]
+    if paths and _is_config_of_moved_run(paths[-1], contents[-1]):
+        words.insert(0, f"--folder={paths[-1].parent}")
     if contents and not {"-h", "--help"} & set(words):
         options, _ = extract_option(words, "pipeline", "the folder of a diffusers pipeline")
         folder = find_pipeline(contents[0], options[-1] if options else "", files[0])
         if folder:
-            configs[0] = yaml.safe_dump(complete_settings(contents[0], folder), allow_unicode=True)
+            configs[0] = yaml.safe_dump(complete_settings(contents[0], folder))
     return [f"--config={config}" for config in configs] + words
+
+
+def _is_config_of_moved_run(path: Path, settings: dict[str, Any]) -> bool:
+    """Whether a file is the config.yaml of a run that lies in another folder than at its start."""
+    run = Run(path.parent)
+    if path.name != run.config.name or not run.checkpoints.is_dir():
+        return False
+    return Path(str(settings.get("folder"))).resolve() != path.parent.resolve()

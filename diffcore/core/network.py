@@ -37,7 +37,17 @@ class ExportableNetwork(nn.Module):
         """
         return ""
 
-    def export(self, folder: Path, process: Process) -> None:
+    @property
+    def exported_names(self) -> tuple[str, ...]:
+        """Names of the files and folders that `export` writes."""
+        return ("pipeline",)
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What `diffcore info` prints about the network, by the name of the fact."""
+        return {}
+
+    def export(self, folder: str | Path, process: Process) -> None:
         """Write the network into a folder, in the format of the other library.
 
         Args:
@@ -49,7 +59,7 @@ class ExportableNetwork(nn.Module):
         """
         raise NotImplementedError
 
-    def exported_parts(self, folder: Path) -> Any:
+    def exported_parts(self, folder: str | Path) -> Any:
         """The parts of the exported pipeline, with this network as one of them.
 
         Args:

@@ -3,11 +3,13 @@
 It is stored as JSON beside the weights.
 """
 
+import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -252,34 +254,47 @@ class Process:
                 f"{name} is clean (λ = inf), where {why} is undefined: start from a finite λ"
             )
 
-    def save(self, path: Path) -> None:
-        """Write the record to `path` as JSON."""
-        write_file(path, (json.dumps(to_spec(self), indent=2) + "\n").encode())
+    def save(self, path: str | Path) -> None:
+        """Write the record to `path` as JSON, with the SHA-256 of its fields."""
+        record = to_spec(self)
+        content = record | {"sha256": _hash(record)}
+        write_file(path, (json.dumps(content, indent=2) + "\n").encode())
 
     @classmethod
-    def load(cls, path: Path) -> "Process":
+    def load(cls, path: str | Path) -> "Process":
         """The record that `save` wrote to `path`.
 
         Returns:
             The process, equal to the saved one.
 
         Raises:
-            ValueError: the file is missing, is not JSON, lacks a field, or does not describe a
-                process.
+            ValueError: the file is missing, is not JSON, lacks a field, does not describe a
+                process, or was changed after it was written.
         """
+        path = Path(path)
         if not path.is_file():
             raise ValueError(
                 f"{path} is missing: weights cannot be sampled without their process record"
             )
         try:
             data = read_json(path)
+            written = data.pop("sha256", None)
             process = from_spec(cls, data)
             missing = [f.name for f in fields(cls) if f.name not in data]
             if missing:
                 raise ValueError(f"it lacks {', '.join(missing)}: add these fields as in training")
+            if written not in (None, _hash(data)):
+                raise ValueError(
+                    "it is not what was written (its SHA-256 differs): resume the run to write it "
+                    "again, or delete the entry sha256 if you changed it on purpose"
+                )
             return process
         except ValueError as error:
             raise ValueError(f"{path} is not a process record: {error}") from None
+
+
+def _hash(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _exp(value: Real) -> Real:

@@ -18,7 +18,7 @@ MAXIMUM_ENTRIES = 100_000
 """Largest number of entries of a YAML file in which every alias is written out."""
 
 
-def read_text(path: Path, maximum: int = MAXIMUM_BYTES) -> str:
+def read_text(path: str | Path, maximum: int = MAXIMUM_BYTES) -> str:
     """Read a file of UTF-8 text.
 
     Args:
@@ -31,6 +31,7 @@ def read_text(path: Path, maximum: int = MAXIMUM_BYTES) -> str:
     Raises:
         ValueError: the file is missing, is larger, or is not UTF-8.
     """
+    path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     if path.stat().st_size > maximum:
@@ -44,7 +45,7 @@ def read_text(path: Path, maximum: int = MAXIMUM_BYTES) -> str:
         raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: str | Path) -> dict[str, Any]:
     """Read the object in a JSON file.
 
     Args:
@@ -66,7 +67,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return _as_table(path, data, "an object such as {...}")
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read the table in a YAML file. No tag builds an object.
 
     Args:
@@ -91,7 +92,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return _as_table(path, data, "a table of settings such as `steps: 800`")
 
 
-def _as_table(path: Path, data: Any, expected: str) -> dict[str, Any]:
+def _as_table(path: str | Path, data: Any, expected: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         found = "null" if data is None else f"a {type(data).__name__}"
         raise ValueError(f"{path} holds {found}, expected {expected}")

@@ -22,7 +22,7 @@ MAXIMUM_HEADER = 1 << 24
 """Largest header in bytes: names and shapes of about a hundred thousand tensors."""
 
 
-def check_header(path: Path) -> None:
+def check_header(path: str | Path) -> None:
     """Check the sizes that a safetensors file declares, before its header is read.
 
     Args:
@@ -32,6 +32,7 @@ def check_header(path: Path) -> None:
         CorruptFileError: the file is missing, its header is longer than the file or than any
             network needs, or the file is larger than the memory of this machine.
     """
+    path = Path(path)
     try:
         with path.open("rb") as file:
             length, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
@@ -49,7 +50,7 @@ def check_header(path: Path) -> None:
         )
 
 
-def write_weights(path: Path, tensors: Mapping[str, Tensor], **metadata: int | str) -> None:
+def write_weights(path: str | Path, tensors: Mapping[str, Tensor], **metadata: int | str) -> None:
     """Write a safetensors file atomically; equal tensors and metadata give equal bytes.
 
     Args:
@@ -63,7 +64,7 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], **metadata: int | s
     write_file(path, save(contiguous, {"diffcore": json.dumps(content)}))
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Read and verify the tensors of a file that `write_weights` wrote.
 
     Args:
@@ -78,7 +79,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return read_weights_and_metadata(path)[0]
 
 
-def read_weights_and_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_weights_and_metadata(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read and verify the tensors and the metadata of a file that `write_weights` wrote.
 
     Args:

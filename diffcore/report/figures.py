@@ -1,10 +1,12 @@
 """Figures that print well in grey: curves differ in lightness and dashes."""
 
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from diffcore.io.extras import import_extra
+from diffcore.io.files import write_file
 
 __all__ = ["create_figure", "line_styles", "save_figure"]
 
@@ -51,7 +53,7 @@ def line_styles(count: int) -> Iterator[dict[str, Any]]:
         }
 
 
-def save_figure(figure: Any, out: Path, dpi: int = 120) -> None:
+def save_figure(figure: Any, out: str | Path, dpi: int = 120) -> None:
     """Write a figure with a grid and a legend of all labelled curves, and close it.
 
     Args:
@@ -64,6 +66,8 @@ def save_figure(figure: Any, out: Path, dpi: int = 120) -> None:
         axis.grid(alpha=0.3)
     if any(axis.get_legend_handles_labels()[0] for axis in figure.axes):
         figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    out, content = Path(out), BytesIO()
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=dpi)
+    figure.savefig(content, dpi=dpi, format=out.suffix[1:])
     plt.close(figure)
+    write_file(out, content.getvalue())

@@ -92,7 +92,7 @@ def facts_table(facts: Mapping[str, object]) -> str:
     return rows and f"<table>{rows}</table>"
 
 
-def picture_slider(pictures: Mapping[str, Path]) -> str:
+def picture_slider(pictures: Mapping[str, str | Path]) -> str:
     """Pictures of which a slider shows one at a time, the last one first.
 
     Args:
@@ -105,7 +105,7 @@ def picture_slider(pictures: Mapping[str, Path]) -> str:
         return ""
     images = "".join(
         f'<img alt="{escape(caption)}" src="data:image/png;base64,'
-        f'{b64encode(path.read_bytes()).decode()}">'
+        f'{b64encode(Path(path).read_bytes()).decode()}">'
         for caption, path in pictures.items()
     )
     last = len(pictures) - 1

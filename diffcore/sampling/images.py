@@ -1,6 +1,7 @@
 """Images of samples: conversion of x_0 to pixels and back, and grids of images with labels."""
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from diffcore.core.process import Process
+from diffcore.io.files import write_file
 
 __all__ = [
     "check_image",
@@ -42,7 +44,7 @@ def to_pixels(x: Tensor, process: Process) -> np.ndarray:
     )
 
 
-def load_image(path: Path, process: Process) -> Tensor:
+def load_image(path: str | Path, process: Process) -> Tensor:
     """x_0 (C, H, W) of an image file: bytes 0 .. 255 become the range of the process. The inverse
     of `to_pixels`.
 
@@ -121,9 +123,9 @@ def draw_grid(x: Tensor, process: Process, rows: Sequence[str], per_row: int) ->
     return sheet
 
 
-def save_image(picture: Image.Image, path: Path) -> None:
+def save_image(picture: Image.Image, path: str | Path) -> None:
     """Write an image atomically; the folder is created."""
+    path, content = Path(path), BytesIO()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    picture.save(temporary, format=Image.registered_extensions().get(path.suffix.lower(), "PNG"))
-    temporary.rename(path)
+    picture.save(content, format=Image.registered_extensions().get(path.suffix.lower(), "PNG"))
+    write_file(path, content.getvalue())

@@ -7,25 +7,45 @@
 
 A folder is written under a temporary name, flushed, and renamed, so that a folder with that name is
 complete. manifest.json holds the training state, and the size and SHA-256 of each file and of
-itself, so that every flipped bit is detected.
+itself, so that every flipped bit is detected. Folders with other names are left alone.
 """
 
 import hashlib
 import json
-import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from diffcore.io.files import CorruptFileError, sync_folder, write_and_sync
+from diffcore.io.files import (
+    CorruptFileError,
+    WriteError,
+    remove_leftovers,
+    replace_folder,
+    write_and_sync,
+)
 
-__all__ = ["Checkpoint", "name", "newest", "prune", "read", "set_aside", "write"]
+__all__ = [
+    "MANIFEST",
+    "NAME",
+    "Checkpoint",
+    "folders",
+    "name",
+    "newest",
+    "prune",
+    "read",
+    "set_aside",
+    "write",
+]
 
 MANIFEST = "manifest.json"
+NAME = r"step-\d{8}"
+"""Regular expression of the names of checkpoints; other names belong to the user."""
 
 
 class Checkpoint(NamedTuple):
@@ -40,28 +60,53 @@ class Checkpoint(NamedTuple):
     state: dict[str, Any]
 
 
-def write(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint folder atomically, in place of one with that name."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    files = {}
-    for file, tensors in checkpoint.tensors.items():
-        data = save({key: value.contiguous() for key, value in tensors.items()})
-        write_and_sync(temporary / file, data)
-        files[file] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    manifest = {"state": checkpoint.state, "files": files}
-    write_and_sync(
-        temporary / MANIFEST,
-        json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1).encode(),
-    )
-    sync_folder(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-    sync_folder(folder.parent)
+def write(folder: str | Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint folder atomically, in place of one with that name.
+
+    Args:
+        folder: folder to write.
+        checkpoint: content.
+
+    Raises:
+        WriteError: The folder cannot be written; the older checkpoints are kept.
+    """
+
+    def write_files(temporary: Path) -> None:
+        temporary.mkdir(parents=True)
+        files = {}
+        for file, tensors in checkpoint.tensors.items():
+            data = save({key: value.contiguous() for key, value in tensors.items()})
+            write_and_sync(temporary / file, data)
+            files[file] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        manifest = {"state": checkpoint.state, "files": files}
+        content = {**manifest, "sha256": _digest(manifest)}
+        write_and_sync(temporary / MANIFEST, json.dumps(content, indent=1).encode())
+
+    try:
+        replace_folder(folder, write_files)
+    except WriteError as error:
+        kept = ", ".join(path.name for path in folders(Path(folder).parent)) or "none"
+        raise WriteError(f"{error} (whole checkpoints: {kept})") from None
 
 
-def read(folder: Path) -> Checkpoint:
+def folders(folder: str | Path) -> list[Path]:
+    """List the checkpoints in a folder: the names `step-` and eight digits, oldest first.
+
+    Args:
+        folder: folder of the checkpoints; it need not exist.
+
+    Returns:
+        The paths of the checkpoints, whole or not.
+
+    Raises:
+        OSError: The folder cannot be read.
+    """
+    folder = Path(folder)
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in paths if re.fullmatch(NAME, path.name))
+
+
+def read(folder: str | Path) -> Checkpoint:
     """Read the checkpoint in `folder` and verify every byte.
 
     Returns:
@@ -70,6 +115,7 @@ def read(folder: Path) -> Checkpoint:
     Raises:
         CorruptFileError: A file is missing, truncated or changed; the message contains its path.
     """
+    folder = Path(folder)
     manifest = _manifest(folder)
     return Checkpoint(
         {file: _tensors(folder / file, expected) for file, expected in manifest["files"].items()},
@@ -77,7 +123,7 @@ def read(folder: Path) -> Checkpoint:
     )
 
 
-def newest(folder: Path, message: Callable[[str], None]) -> Checkpoint | None:
+def newest(folder: str | Path, message: Callable[[str], None]) -> Checkpoint | None:
     """Read the newest checkpoint that is whole.
 
     Args:
@@ -87,17 +133,20 @@ def newest(folder: Path, message: Callable[[str], None]) -> Checkpoint | None:
     Returns:
         The checkpoint, or None if there is no whole one.
     """
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    for path in reversed(folders(folder)):
         try:
-            return read(path)
+            found = read(path)
+            if name(found.state["step"]) == path.name:
+                return found
+            raise CorruptFileError(f"{path} holds the checkpoint of step {found.state['step']}")
         except CorruptFileError as error:
             message(f"{error}; going back to the checkpoint before it")
     return None
 
 
-def set_aside(folder: Path, step: int) -> None:
+def set_aside(folder: str | Path, step: int) -> None:
     """Rename the corrupt checkpoints after `step`, so that `prune` does not count them."""
-    for path in folder.glob("step-*"):
+    for path in folders(folder):
         if path.name > name(step):
             aside = path.with_name(f"broken-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
@@ -109,37 +158,53 @@ def name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def prune(folder: Path, keep: int) -> None:
+def prune(folder: str | Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints, and the remains of interrupted writes."""
-    for path in sorted(folder.glob("step-*"))[: -keep or None]:
+    for path in folders(folder)[: -keep or None]:
         shutil.rmtree(path)
-    for path in folder.glob(".step-*"):
-        shutil.rmtree(path)
+    remove_leftovers(folder, NAME)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         digest = manifest.pop("sha256")
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CorruptFileError(f"{path} cannot be read ({type(error).__name__})") from None
     if digest != _digest(manifest):
         raise CorruptFileError(f"{path} is not what was written (its SHA-256 differs)")
+    files, state = manifest.get("files"), manifest.get("state")
+    is_known = isinstance(files, dict) and all(map(_is_entry, files.items()))
+    if not (is_known and isinstance(state, dict) and "step" in state):
+        raise CorruptFileError(f"{path} describes no checkpoint")
     return manifest
 
 
+def _is_entry(entry: tuple[str, Any]) -> bool:
+    """Whether an entry of a manifest has a file of its folder, its size and its hash."""
+    file, expected = entry
+    known = isinstance(expected, dict) and {"bytes", "sha256"} <= expected.keys()
+    return known and Path(file).name == file
+
+
 def _tensors(path: Path, expected: Mapping[str, Any]) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise CorruptFileError(f"{path} is missing")
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise CorruptFileError(f"{path} is missing") from None
+    except OSError as error:
+        raise CorruptFileError(f"{path} cannot be read ({error.strerror})") from None
     if len(data) != expected["bytes"]:
         raise CorruptFileError(
             f"{path} is truncated or padded: {len(data)} bytes of {expected['bytes']}"
         )
     if hashlib.sha256(data).hexdigest() != expected["sha256"]:
         raise CorruptFileError(f"{path} is not what was written (its SHA-256 differs)")
-    return load(data)
+    try:
+        return load(data)
+    except SafetensorError as error:
+        raise CorruptFileError(f"{path} holds no tensors ({error})") from None
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:

@@ -19,7 +19,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 
 from diffcore.io.extras import EXTRAS, has_extra, missing
 
@@ -44,7 +49,7 @@ class GatheredState(NamedTuple):
 
 
 def make_accelerator(
-    precision: str, accumulation: int, trackers: Sequence[str], folder: Path
+    precision: str, accumulation: int, trackers: Sequence[str], folder: str | Path
 ) -> Accelerator:
     """The accelerator of this rank, checked against the launcher.
 
@@ -148,6 +153,9 @@ def restore_state(
         optimizer: optimizer of its parameters.
         state: whole state, as `capture_state` returned it on the first rank; every rank passes it.
     """
+    if not state.optimizer:  # SGD without momentum has no tensors, which torch does not expect
+        set_model_state_dict(network, cast("Any", state.network), options=FULL_ON_HOST)
+        return
     by_parameter: dict[str, Any] = {}
     for name, value in state.optimizer.items():
         parameter, key = name.rsplit(".", 1)

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from diffcore.core.random import Stream, derive_seed
-from diffcore.io.safetensors import write_weights
-from diffcore.training import checkpoint, pipeline
+from diffcore.training import checkpoint, outputs
 from diffcore.training.data.order import Batch, load_batches
 from diffcore.training.data.source import check_labels
 from diffcore.training.power_ema import write_snapshot
@@ -99,8 +98,7 @@ def save(state: TrainState, reporter: Reporter) -> None:
         path = run_folder.checkpoints / checkpoint.name(state.step)
         checkpoint.write(path, content)
         checkpoint.prune(run_folder.checkpoints, settings.keep)
-        write_weights(run_folder.weights, state.average.shadow, step=state.step)
-        pipeline.save(state, reporter.message)
+        outputs.write(state, reporter.message)
     state.accelerator.wait_for_everyone()
 
 

@@ -158,7 +158,9 @@ def _overlap(a: Profile, b: Profile) -> float:
     return factor * powers * both / (a.step * b.step)
 
 
-def write_snapshot(folder: Path, length: float, step: int, average: dict[str, Tensor]) -> None:
+def write_snapshot(
+    folder: str | Path, length: float, step: int, average: dict[str, Tensor]
+) -> None:
     """Write an average of the weights at a step.
 
     Args:
@@ -167,12 +169,13 @@ def write_snapshot(folder: Path, length: float, step: int, average: dict[str, Te
         step: number of optimizer steps.
         average: averaged state of the network.
     """
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"length-{length:.4f}-step-{step:08d}.safetensors"
     write_weights(path, average, step=step, length=str(length))
 
 
-def find_snapshots(folder: Path, last: int | None = None) -> list[Path]:
+def find_snapshots(folder: str | Path, last: int | None = None) -> list[Path]:
     """The snapshots of a run up to a step.
 
     Args:
@@ -187,7 +190,7 @@ def find_snapshots(folder: Path, last: int | None = None) -> list[Path]:
     """
     paths = [
         path
-        for path in sorted(folder.glob("length-*-step-*.safetensors"))
+        for path in sorted(Path(folder).glob("length-*-step-*.safetensors"))
         if last is None or _step(path) <= last
     ]
     if not paths:
@@ -200,7 +203,7 @@ def find_snapshots(folder: Path, last: int | None = None) -> list[Path]:
 
 
 def reconstruct(
-    paths: Sequence[Path], length: float, step: int | None = None
+    paths: Sequence[str | Path], length: float, step: int | None = None
 ) -> tuple[dict[str, Tensor], float]:
     """The average of a length, from snapshots of other lengths.
 
@@ -217,15 +220,16 @@ def reconstruct(
         ValueError: no snapshot is at `step`, or the length is outside (0, 0.2886].
         CorruptFileError: a file is damaged.
     """
-    step = max(map(_step, paths)) if step is None else step
-    if step not in map(_step, paths):
-        known = ", ".join(str(each) for each in sorted(set(map(_step, paths))))
+    files = [Path(path) for path in paths]
+    step = max(map(_step, files)) if step is None else step
+    if step not in map(_step, files):
+        known = ", ".join(str(each) for each in sorted(set(map(_step, files))))
         raise ValueError(f"no snapshot is at step {step}, expected one of {known}")
     target = Profile(step, PowerFunction(length).gamma)
-    profiles = [Profile(_step(path), PowerFunction(_length(path)).gamma) for path in paths]
+    profiles = [Profile(_step(path), PowerFunction(_length(path)).gamma) for path in files]
     coefficients, error = combine_profiles(profiles, target)
     total: dict[str, Tensor] = {}
-    for path, coefficient in zip(paths, coefficients, strict=True):
+    for path, coefficient in zip(files, coefficients, strict=True):
         tensors, _ = read_weights_and_metadata(path)
         for name, value in tensors.items():
             if not value.is_floating_point():

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from diffcore.io.files import WriteError, write_file
 from diffcore.io.plain_data import read_text
 from diffcore.sampling import images
 from diffcore.sampling.generation import sample
@@ -118,8 +119,8 @@ class Metrics:
         path: path of the file, which need not exist.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
 
     def reports(self) -> list[dict[str, Any]]:
         """The reports in the file, without a line that a crash cut short.
@@ -127,22 +128,39 @@ class Metrics:
         Returns:
             One dictionary for each line.
         """
-        lines = read_text(self.path, 1 << 30).splitlines() if self.path.is_file() else []
-        return [report for line in lines if (report := _parsed(line)) is not None]
+        return [report for report in map(_parsed, self._lines()) if report is not None]
 
-    def rewind(self, step: int) -> None:
-        """Remove the reports after `step`."""
-        if self.path.is_file():
-            kept = [report for report in self.reports() if (report["step"] or 0) <= step]
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(f"{json.dumps(report)}\n" for report in kept))
-            temporary.rename(self.path)
+    def rewind(self, step: int) -> list[int]:
+        """Remove the reports after `step`.
+
+        Args:
+            step: last step whose report is kept.
+
+        Returns:
+            Numbers of the lines that were removed because they are no reports, without the last
+            line, which a crash may have cut short.
+        """
+        if not self.path.is_file():
+            return []
+        reports = [_parsed(line) for line in self._lines()]
+        kept = [report for report in reports if report and (report["step"] or 0) <= step]
+        write_file(self.path, "".join(f"{json.dumps(report)}\n" for report in kept).encode())
+        return [number for number, report in enumerate(reports[:-1], 1) if report is None]
 
     def write(self, values: Mapping[str, float | list[float]]) -> None:
         """Append a report; a value that is not finite becomes null, because JSON has no NaN."""
         plain = {name: _plain(value) for name, value in values.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps(plain) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(plain) + "\n")
+        except OSError as error:
+            raise WriteError(
+                f"{self.path} cannot be written ({error.strerror}): its lines and the checkpoints "
+                "are kept; make room on the disk, then continue with --resume true"
+            ) from None
+
+    def _lines(self) -> list[str]:
+        return read_text(self.path, 1 << 30).splitlines() if self.path.is_file() else []
 
 
 class Reporter:
@@ -159,10 +177,15 @@ class Reporter:
         self.validation = Metrics(settings.run.validation)
         self.bar: Any = None
 
-    def start_trackers(self) -> None:
-        """Start the trackers of the settings, if any."""
+    def start_trackers(self, step: int) -> None:
+        """Start the trackers of the settings, if any.
+
+        Args:
+            step: number of steps taken; TensorBoard discards what an interrupted run wrote after.
+        """
+        options = {"tensorboard": {"purge_step": step + 1}} if step else {}
         if self.settings.trackers:
-            self.accelerator.init_trackers("tensorboard")
+            self.accelerator.init_trackers("tensorboard", init_kwargs=options)
 
     @contextmanager
     def progress(self, state: "TrainState") -> Iterator[None]:

@@ -1,20 +1,25 @@
 """How a run starts and resumes: what a checkpoint contains, how it is loaded, and what is refused.
 
 A run resumes from its newest complete checkpoint as if it had not stopped. Resuming is refused if
-the process, the data, the frozen weights, or a setting that affects the weights has changed.
+the process, the data, the frozen weights, or a setting that affects the weights has changed. The
+checkpoint holds these settings, so that a changed config.yaml is detected.
 """
 
-from collections.abc import Callable
+import json
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 
-from diffcore.core.process import Process
-from diffcore.io.files import write_file
-from diffcore.io.plain_data import read_yaml
-from diffcore.training import checkpoint
+from diffcore.io.files import remove_leftovers, write_file
+from diffcore.io.safetensors import read_weights
+from diffcore.io.specs import to_spec
+from diffcore.run import Run
+from diffcore.training import checkpoint, outputs
 from diffcore.training.checkpoint import Checkpoint
 from diffcore.training.distributed import GatheredState, capture_state, restore_state
 from diffcore.training.ema import EMA
@@ -22,9 +27,9 @@ from diffcore.training.reporting import Metrics
 from diffcore.training.state import TrainState
 
 if TYPE_CHECKING:
-    from diffcore.run import Run
+    from diffcore.training.trainer import Trainer
 
-__all__ = ["check_settings", "checkpoint_of", "start_or_resume"]
+__all__ = ["checkpoint_of", "determining_settings", "start_or_resume"]
 
 CHANGEABLE = {
     "accumulation",
@@ -48,37 +53,102 @@ CHANGEABLE = {
 
 They do not enter the weights, except `steps`, which enters only the learning rate.
 """
+FACTORIES = ("network", "data", "optimizer")
+"""Settings that are plain data in config.yaml only."""
+LOCATIONS = {"PretrainedNetwork": {"pipeline"}, "LatentDataset": {"folder", "pipeline", "cache"}}
+"""Class -> its arguments that name folders whose content is hashed, and which may move."""
+HINTS = {"process.classes": ", the captions of the data?"}
 
 
 def start_or_resume(state: TrainState, message: Callable[[str], None]) -> None:
-    """Start the folder of the run, or load its newest complete checkpoint if `resume` is set.
+    """Start the folder of the run, or load its newest complete checkpoint, as `resume` demands.
 
     Args:
         state: state at step 0; changed in place.
         message: prints a line to the user.
 
     Raises:
-        ValueError: The folder holds a run and `resume` is not set; or it holds none, another one,
-            or no whole checkpoint, and `resume` is set.
+        ValueError: The folder holds a run and `resume` is false; or it holds none and `resume` is
+            true; or its run cannot be continued with these settings.
     """
-    settings, run = state.settings, state.settings.run
-    if settings.resume:
+    if _is_resumed(state.settings, message):
         _resume(state, message)
-    elif run.config.exists():
-        raise ValueError(
-            f"{run.folder} holds a run already: continue it with --resume true, or choose another "
-            "folder"
-        )
+    if not state.step and state.settings.initial_weights:
+        _load_initial_weights(state)
     state.accelerator.wait_for_everyone()
     if state.accelerator.is_main_process:
-        run.checkpoints.mkdir(parents=True, exist_ok=True)
-        checkpoint.set_aside(run.checkpoints, state.step)
-        settings.process.save(run.process)
-        if settings.config or not run.config.exists():
-            write_file(run.config, settings.config.encode())
-        Metrics(run.metrics).rewind(state.step)
-        Metrics(run.validation).rewind(state.step)
+        _prepare_folder(state, message)
     state.accelerator.wait_for_everyone()
+
+
+def _is_resumed(settings: "Trainer", message: Callable[[str], None]) -> bool:
+    """Whether the folder holds a run that is to be continued; other runs are not touched."""
+    run = settings.run
+    outcome = [*checkpoint.folders(run.checkpoints), run.weights, run.pipeline]
+    left = [path for path in outcome if path.exists()]
+    if left and not settings.resume:
+        raise ValueError(
+            f"{run.folder} holds a run already ({left[-1].relative_to(run.folder)}): continue it "
+            "with --resume true, or choose another folder"
+        )
+    if not left and not run.config.exists() and settings.resume is True:
+        raise ValueError(
+            f"{run.folder} holds no run to resume: begin it with --resume auto, or name the folder "
+            "of the run with --folder"
+        )
+    if not left and run.config.exists():
+        message(f"{run.folder} holds a run without a checkpoint: starting at step 0")
+    return bool(left)
+
+
+def _resume(state: TrainState, message: Callable[[str], None]) -> None:
+    """Load the newest complete checkpoint."""
+    run = state.settings.run
+    newest = checkpoint.newest(run.checkpoints, message)
+    if newest is None:
+        weights = (
+            f", from its weights: --initial-weights {run.folder}" if run.weights.exists() else ""
+        )
+        raise ValueError(
+            f"{run.checkpoints} has no whole checkpoint left: start a new run in another "
+            f"folder{weights}"
+        )
+    _check_checkpoint(state, newest.state, message)
+    _load(state, newest)
+    message(f"resumed at step {state.step}")
+
+
+def _prepare_folder(state: TrainState, message: Callable[[str], None]) -> None:
+    """Make the files of the run agree with its state, which a checkpoint or a start has defined."""
+    settings, run = state.settings, state.settings.run
+    run.checkpoints.mkdir(parents=True, exist_ok=True)
+    written = (run.config, run.process, run.weights, run.metrics, run.validation)
+    files = [path.name for path in written]
+    remove_leftovers(run.folder, *map(re.escape, (*files, *outputs.exported_names(state))))
+    remove_leftovers(run.checkpoints, checkpoint.NAME, re.escape(outputs.RECORD))
+    checkpoint.set_aside(run.checkpoints, state.step)
+    settings.process.save(run.process)
+    if settings.config or not run.config.exists():
+        write_file(run.config, settings.config.encode())
+    for path in (run.metrics, run.validation):
+        for line in Metrics(path).rewind(state.step):
+            message(f"{path}: line {line} is no report, and is left out")
+    if state.step:
+        outputs.update(state, message)
+
+
+def _load_initial_weights(state: TrainState) -> None:
+    """Give the network and its average the averaged weights of another run."""
+    source = Run(Path(state.settings.initial_weights))
+    weights = read_weights(source.weights)
+    try:
+        state.network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(
+            f"initial_weights is {source.folder}, whose weights do not fit the network: "
+            f"{' '.join(str(error).split())}"
+        ) from None
+    state.average.load(weights)
 
 
 def checkpoint_of(state: TrainState) -> Checkpoint:
@@ -101,52 +171,47 @@ def checkpoint_of(state: TrainState) -> Checkpoint:
             "held_out": state.held_out_losses,
             "groups": captured.groups,
             **_rounding(state),
+            "settings": determining_settings(state.settings),
             **state.content_hashes,
         },
     )
 
 
-def check_settings(run: "Run", config: str, process: Process) -> None:
-    """Raise ValueError if a run was started with other settings or another process.
+def determining_settings(settings: "Trainer") -> dict[str, Any]:
+    """The settings that determine the weights of a run.
 
     Args:
-        run: folder of the run.
-        config: YAML of the present settings; "" if they are not known.
-        process: present process.
+        settings: settings of the run.
+
+    Returns:
+        The settings as plain data of JSON; network, data and optimizer only if config.yaml defines
+        them. Folders whose content is hashed are left out.
     """
-    if not run.config.exists():
-        raise ValueError(
-            f"{run.folder} holds no run to resume: leave out --resume, or choose another folder"
-        )
-    if config:
-        then, now = read_yaml(run.config), yaml.safe_load(config)
-        names = {*then, *now} - CHANGEABLE
-        _refuse(run, sorted(name for name in names if then.get(name) != now.get(name)))
-    before = Process.load(run.process)
-    changed = [
-        field.name
-        for field in fields(Process)
-        if getattr(before, field.name) != getattr(process, field.name)
-    ]
-    hints = {"classes": "process.classes (the captions of the data?)"}
-    _refuse(run, [hints.get(name, f"process.{name}") for name in changed])
+    config = yaml.safe_load(settings.config) or {}
+    left_out = {*CHANGEABLE, *FACTORIES, "config"}
+    names = [field.name for field in fields(settings) if field.name not in left_out]
+    values = {name: to_spec(getattr(settings, name)) for name in names}
+    values |= {name: _without_locations(config[name]) for name in FACTORIES if name in config}
+    plain: dict[str, Any] = json.loads(json.dumps(values, default=lambda value: repr(type(value))))
+    return plain
 
 
-def _resume(state: TrainState, message: Callable[[str], None]) -> None:
-    """Load the newest complete checkpoint; a run that stopped before its first one starts again."""
-    settings, run = state.settings, state.settings.run
-    check_settings(run, settings.config, settings.process)
-    newest = checkpoint.newest(run.checkpoints, message)
-    if newest is None and any(run.checkpoints.glob("step-*")):
-        raise ValueError(
-            f"{run.checkpoints} has no whole checkpoint left: start a new run in another folder"
-        )
-    if newest is None:
-        message("no checkpoint yet: starting at step 0")
-        return
-    _check_checkpoint(state, newest.state, message)
-    _load(state, newest)
-    message(f"resumed at step {state.step}")
+def _without_locations(spec: Any) -> Any:
+    """The spec of a component without its arguments that may move."""
+    if not isinstance(spec, dict) or not isinstance(spec.get("init_args"), dict):
+        return spec
+    locations = LOCATIONS.get(str(spec.get("class_path")).rpartition(".")[2], set())
+    arguments = spec["init_args"].items()
+    return spec | {"init_args": {name: value for name, value in arguments if name not in locations}}
+
+
+def _changes(then: Any, now: Any, name: str = "") -> Iterator[str]:
+    """Describe the entries in which two settings differ."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in sorted({*then, *now}):
+            yield from _changes(then.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif then != now:
+        yield f"{name} ({then}, now {now}{HINTS.get(name, '')})"
 
 
 def _load(state: TrainState, saved: Checkpoint) -> None:
@@ -173,8 +238,16 @@ def _averages(state: TrainState) -> dict[str, EMA]:
 def _check_checkpoint(
     state: TrainState, saved: dict[str, Any], message: Callable[[str], None]
 ) -> None:
-    """Refuse a checkpoint beyond the last step or of other data; announce another rounding."""
-    settings = state.settings
+    """Refuse other settings, other data or a checkpoint beyond the end; announce other rounding."""
+    settings, run = state.settings, state.settings.run
+    anew = (
+        f"start a new run from its weights with --initial-weights {run.folder} and another --folder"
+    )
+    if changes := list(_changes(saved["settings"], determining_settings(settings))):
+        raise ValueError(
+            f"the run in {run.folder} was started with another {', '.join(changes)}: set the first "
+            f"value, or {anew}"
+        )
     if saved["step"] > settings.steps:
         raise ValueError(
             f"steps is {settings.steps}, but the run has taken {saved['step']}: set steps to at "
@@ -184,21 +257,13 @@ def _check_checkpoint(
     if changed:
         raise ValueError(
             f"the {' and '.join(changed)} are not those with which the run in "
-            f"{settings.run.folder} was started: images, captions, their encoders, or the weights "
-            "under an adapter changed since; restore them, or start a new run in another folder"
+            f"{run.folder} was started: images, captions, their encoders, or the weights "
+            f"under an adapter changed since; restore them, or {anew}"
         )
     rounding = _rounding(state).items()
     if other := {name: (saved[name], now) for name, now in rounding if saved[name] != now}:
         message(
             f"(then, now) differ in {other}: the run continues equal to rounding, not bit for bit"
-        )
-
-
-def _refuse(run: "Run", changed: list[str]) -> None:
-    if changed:
-        raise ValueError(
-            f"the run in {run.folder} was started with another {', '.join(changed)}: resume it "
-            f"with --config {run.config}, or start a new run in another folder"
         )
 
 

@@ -46,6 +46,10 @@ MINIMUM = {
 }
 
 
+MAXIMUM_STEPS = 10**8 - 1
+"""The names of checkpoints have eight digits."""
+
+
 @dataclass(frozen=True, eq=False)
 class Trainer:
     """Settings of a training run; `train` starts the run, or resumes it from its last checkpoint.
@@ -61,7 +65,7 @@ class Trainer:
             conditioning, shape and range of the data, classes.
         optimizer: class and options of the optimizer, without the learning rate, which `lr`
             defines.
-        folder: directory that the run is written to.
+        folder: directory that the run is written to; a string becomes a Path.
         steps: number of optimizer steps of the whole run.
         objective: training loss: its weight, distribution of noise levels, coupling.
         lr: learning rate as a function of the step.
@@ -85,8 +89,10 @@ class Trainer:
         grid: knots of preview images and, by default, of `diffcore sample`.
         sample_steps: number of steps of preview images and, by default, of `diffcore sample`.
         guidance: guidance rule of preview images and, by default, of `diffcore sample`.
+        initial_weights: folder of another run, whose averaged weights the network starts with; ""
+            starts with new weights.
         resume: true continues the run in the folder; false starts a new run, and refuses a folder
-            that holds one.
+            that holds one; auto continues the run if the folder holds one, else starts it.
         config: YAML of these settings, which is written to config.yaml.
 
     Raises:
@@ -130,17 +136,25 @@ class Trainer:
     grid: Grid = field(default_factory=lambda: DEFAULT_GRID)
     sample_steps: int = 25
     guidance: Guidance = field(default_factory=CFG)
-    resume: bool = False
+    initial_weights: str = ""
+    resume: bool | Literal["auto"] = False
     config: str = ""
 
     def __post_init__(self) -> None:
         for name, minimum in MINIMUM.items():
             if getattr(self, name) < minimum:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least {minimum}")
+        if self.steps > MAXIMUM_STEPS:
+            raise ValueError(f"steps is {self.steps}, expected at most {MAXIMUM_STEPS}")
+        if self.resume not in (True, False, "auto"):
+            raise ValueError(f"resume is {self.resume!r}, expected true, false or auto")
+        if self.initial_weights and not self.resume:
+            self._check_initial_weights()
         if not self.clip > 0:
             raise ValueError(f"clip is {self.clip}, expected a positive norm (.inf does not clip)")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}, expected within [0, 2^63)")
+        object.__setattr__(self, "folder", Path(self.folder))
         object.__setattr__(self, "process", process_with_captions(self.process, self.source))
         self.objective.check(self.process)
         check_data(self.source, self.process)
@@ -170,10 +184,18 @@ class Trainer:
         state = build_state(self)
         reporter = Reporter(self, state.accelerator)
         start_or_resume(state, reporter.message)
-        reporter.start_trackers()
+        reporter.start_trackers(state.step)
         loop.run(state, reporter)
         state.accelerator.end_training()
         return state
+
+    def _check_initial_weights(self) -> None:
+        weights = Run(Path(self.initial_weights)).weights
+        if not weights.is_file():
+            raise ValueError(
+                f"initial_weights is {self.initial_weights}, which has no {weights.name}: name the "
+                "folder of a run"
+            )
 
     def _check_previews(self) -> None:
         generation.check_sampling(

@@ -23,7 +23,7 @@ class BareLoop:
     """
 
     def __init__(self, device: torch.device) -> None:
-        recipe = yaml.safe_load(RECIPE.read_text())
+        recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
         self.recipe, self.batch, self.device = recipe, recipe["batch_size"], device
         digits = Digits()
         self.x0, self.labels = digits.x0.to(device), digits.labels.to(device)

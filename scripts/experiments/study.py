@@ -143,7 +143,11 @@ def read_measurements(path: Path) -> list[dict[str, Any]]:
     Returns:
         The measurements, in the order of the file.
     """
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if path.is_file()
+        else []
+    )
 
 
 def continue_study(
@@ -169,6 +173,6 @@ def continue_study(
             continue
         key = dict(zip(names, cell, strict=True))
         lines = [json.dumps({**key, **row}, ensure_ascii=False) for row in measure(*cell)]
-        with path.open("a") as file:
+        with path.open("a", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in lines)
         yield from lines

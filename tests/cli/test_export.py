@@ -128,6 +128,7 @@ def test_impossible_exports_are_refused_in_one_line(
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     damage(run)
+    (run / "pipeline/sha256.json").unlink(missing_ok=True)
     ended = diffcore("export", run, "--out", tmp_path / "out", *options)
     assert ended.status
     assert re.search(message, ended.err.splitlines()[-1])

@@ -27,6 +27,7 @@ from diffcore.schedules import (
     UniformLogSNR,
     ZeroTerminalSNR,
 )
+from tests.helpers.damaged_folders import edit_json
 from tests.helpers.oracles import PREDICTION_TYPES
 
 inf = math.inf
@@ -244,7 +245,9 @@ def test_a_saved_process_is_loaded_bit_for_bit(process, tmp_path):
 
 def test_every_field_is_in_the_record(tmp_path):
     PROCESSES[4].save(tmp_path / "process.json")
-    assert json.loads((tmp_path / "process.json").read_text()) == {
+    record = json.loads((tmp_path / "process.json").read_text())
+    assert len(record.pop("sha256")) == 64
+    assert record == {
         "schedule": {
             "class_path": "Normal",
             "init_args": {"scaling": "ve", "mean": 2.4, "std": 2.4},
@@ -258,6 +261,16 @@ def test_every_field_is_in_the_record(tmp_path):
         "classes": 0,
         "dropout": 0.0,
     }
+
+
+def test_a_record_that_was_changed_is_refused_unless_its_hash_is_deleted(tmp_path):
+    path = tmp_path / "process.json"
+    PROCESSES[4].save(path)
+    edit_json(path, sigma_data=0.4)
+    with pytest.raises(ValueError, match=r"it is not what was written .* delete the entry sha256"):
+        Process.load(path)
+    edit_json(path, sha256=None)
+    assert Process.load(path) == replace(PROCESSES[4], sigma_data=0.4)
 
 
 def test_a_missing_record_is_refused(tmp_path):

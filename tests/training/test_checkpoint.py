@@ -1,15 +1,19 @@
 """Checkpoints are read bit for bit as they were written; every change of a file is detected."""
 
+import hashlib
 import json
+import os
 import pickle
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
-from diffcore.io.files import CorruptFileError
-from diffcore.training.checkpoint import Checkpoint, newest, prune, read, write
+from diffcore.io.files import CorruptFileError, WriteError
+from diffcore.training.checkpoint import Checkpoint, newest, prune, read, set_aside, write
+from tests.helpers.file_faults import full_disk
 
 FILES = ("model.safetensors", "training.safetensors", "manifest.json")
 
@@ -166,8 +170,7 @@ def test_a_crash_during_a_write_leaves_no_checkpoint(folder, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         write(folder / "step-00000008", make_checkpoint(8))
     monkeypatch.undo()
-    left = [path for path in folder.iterdir() if path.name.startswith(".")]
-    assert left
+    (folder / f".step-00000010.{os.getpid()}").mkdir()  # as a kill leaves it
     messages = []
     assert are_equal(newest(folder, messages.append), make_checkpoint(6))
     assert messages == []
@@ -221,10 +224,71 @@ def test_a_manifest_that_names_a_file_outside_its_folder_is_refused(folder):
 
 @pytest.mark.parametrize(("keep", "left"), [(1, (6,)), (2, (4, 6)), (3, (2, 4, 6)), (9, (2, 4, 6))])
 def test_pruning_keeps_the_newest_and_deletes_interrupted_writes(folder, keep, left):
-    (folder / ".step-00000008.123").mkdir()
-    (folder / "notes.txt").write_text("mine")
+    (folder / f".step-00000008.{os.getpid()}").mkdir()
     prune(folder, keep)
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "notes.txt",
-        *(f"step-{step:08d}" for step in left),
-    ]
+    assert sorted(path.name for path in folder.iterdir()) == [f"step-{step:08d}" for step in left]
+
+
+def test_copies_with_other_names_are_neither_read_nor_renamed_nor_deleted(folder):
+    mine = ("notes.txt", "step-00000002-good", "step-00000009_best", "step-000000010", "step-7")
+    for name in mine[1:]:
+        shutil.copytree(folder / "step-00000002", folder / name)
+    (folder / "notes.txt").write_text("mine")
+    assert are_equal(newest(folder, pytest.fail), make_checkpoint(6))
+    set_aside(folder, 4)
+    prune(folder, 1)
+    expected = {*mine, "step-00000004", "broken-step-00000006"}
+    assert {path.name for path in folder.iterdir()} == expected
+
+
+def test_a_copy_under_the_name_of_another_step_is_not_read(folder):
+    shutil.copytree(folder / "step-00000002", folder / "step-00000009")
+    messages = []
+    assert are_equal(newest(folder, messages.append), make_checkpoint(6))
+    assert "step-00000009 holds the checkpoint of step 2" in messages[0]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_checkpoint_without_read_permission_is_named_before_an_older_one_is_read(
+    folder, name, monkeypatch
+):
+    def refuse(path, *arguments, **options):
+        if path == folder / "step-00000006" / name:
+            raise PermissionError(13, "Permission denied")
+        return open(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)  # root may read every file
+    messages = []
+    assert are_equal(newest(folder, messages.append), make_checkpoint(4))
+    assert f"step-00000006/{name} cannot be read (Perm" in messages[0]
+    assert len(messages) == 1
+
+
+def test_checkpoints_in_a_folder_that_cannot_be_listed_are_not_missing(folder, monkeypatch):
+    monkeypatch.setattr(Path, "iterdir", lambda _: exec("raise PermissionError(13, 'no')"))
+    with pytest.raises(PermissionError):
+        newest(folder, print)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"files": 3}, {"files": {"../a": {}}}, {"files": {"model.safetensors": 1}}, {"state": [1]}],
+)
+def test_a_crafted_manifest_is_refused(folder, changes):
+    path = folder / "step-00000006/manifest.json"
+    manifest = {**json.loads(path.read_text()), **changes}
+    del manifest["sha256"]
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps({**manifest, "sha256": digest}))
+    with pytest.raises(CorruptFileError, match=r"manifest\.json describes no checkpoint"):
+        read(path.parent)
+
+
+def test_on_a_full_disk_the_error_names_the_checkpoints_that_are_kept(folder):
+    with (
+        full_disk(300),
+        pytest.raises(WriteError, match="step-00000008 cannot be written") as error,
+    ):
+        write(folder / "step-00000008", make_checkpoint(8))
+    assert "whole checkpoints: step-00000002, step-00000004, step-00000006" in str(error.value)
+    assert len(list(folder.iterdir())) == 3

@@ -124,7 +124,8 @@ def expected_files(*steps: int) -> set[str]:
     """Files of a run with checkpoints after `steps`, without config.yaml."""
     names = ("model.safetensors", "ema.safetensors", "training.safetensors", "manifest.json")
     checkpoints = {f"checkpoints/step-{step:08d}/{name}" for step in steps for name in names}
-    return checkpoints | {"process.json", "ema.safetensors", "metrics.jsonl"}
+    files = {"process.json", "ema.safetensors", "metrics.jsonl", "checkpoints/outputs.json"}
+    return checkpoints | files
 
 
 def test_a_run_that_is_killed_and_resumed_writes_the_same_bytes(tmp_path):

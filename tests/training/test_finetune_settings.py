@@ -82,7 +82,7 @@ def test_settings_that_are_no_table_are_refused(workspace, settings):
         ),
         (
             ["train", "runs/full/config.yaml", "--pipeline=other", "--folder=runs/no"],
-            "pipeline is other, but runs/full/config.yaml reads pipeline",
+            "pipeline is other, but runs/full/config.yaml reads /",
         ),
         (["export", "runs/lora", "--out=no"], "pipe.load_lora_weights('runs/lora')"),
         (

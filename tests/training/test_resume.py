@@ -1,16 +1,31 @@
 """Resuming a run: the same bytes as a run that never stopped, also from a corrupt checkpoint."""
 
+import math
+import os
+import shutil
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
+from diffcore.guidance import CFG
+from diffcore.io.safetensors import read_weights
+from diffcore.objectives.objective import Objective
+from diffcore.objectives.weighting import MinSNR
 from diffcore.training import checkpoint
+from diffcore.training.ema import Decay
+from diffcore.training.lr import LearningRate
 from tests.helpers.training_runs import (
+    GREY,
+    PROCESS,
     LabelRecorder,
+    ListDataset,
     crash_after,
     hashes,
     make_trainer,
+    read_checkpoint,
+    read_reports,
     train,
 )
 
@@ -85,14 +100,151 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
 def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
     train(tmp_path)
     whole = hashes(tmp_path)
-    message = "holds a run already: continue it with --resume true, or choose another folder"
+    message = r"holds a run already \(ema.safetensors\): continue it with --resume true, or choose"
     with pytest.raises(ValueError, match=message):
         train(tmp_path, seed=5)
     assert hashes(tmp_path) == whole
 
 
 def test_a_folder_without_a_run_is_not_resumed(tmp_path):
-    message = "holds no run to resume: leave out --resume, or choose another folder"
+    message = "holds no run to resume: begin it with --resume auto, or name the folder of the run"
     with pytest.raises(ValueError, match=message):
         train(tmp_path / "run", resume=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_resume_auto_starts_a_run_and_continues_it(tmp_path):
+    train(tmp_path / "straight", save_every=2)
+    crash_after(make_trainer(tmp_path / "run", save_every=2, resume="auto"), 4)
+    state = train(tmp_path / "run", save_every=2, resume="auto")
+    assert len(state.network.calls) == 3  # a check, and steps 5 and 6
+    assert hashes(tmp_path / "run") == hashes(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("resume", ["yes", "", None, 2])
+def test_another_value_of_resume_is_refused(tmp_path, resume):
+    with pytest.raises(ValueError, match=r"resume is .*, expected true, false or auto"):
+        make_trainer(tmp_path, resume=resume)
+
+
+CHANGES = {
+    "seed": (1, r"seed \(0, now 1\)"),
+    "batch_size": (8, r"batch_size \(16, now 8\)"),
+    "lr": (LearningRate(2e-3, warmup=10), r"lr.peak \(0.001, now 0.002\)"),
+    "ema": (Decay(0.99), r"ema.decay \(0.9, now 0.99\)"),
+    "clip": (math.inf, r"clip \(1.0, now .inf\)"),
+    "objective": (Objective(weight=MinSNR(4.0)), "objective.weight.class_path"),
+    "process": (replace(PROCESS, dropout=0.2), r"process.dropout \(0.1, now 0.2\)"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_setting_is_refused_with_both_values_and_a_remedy_that_works(tmp_path, name):
+    value, message = CHANGES[name]
+    train(tmp_path / "run", steps=2)
+    whole = hashes(tmp_path / "run")
+    with pytest.raises(ValueError, match=rf"was started with another {message}") as error:
+        train(tmp_path / "run", steps=3, resume=True, **{name: value})
+    assert hashes(tmp_path / "run") == whole
+    remedy = f"start a new run from its weights with --initial-weights {tmp_path / 'run'} and an"
+    assert remedy in str(error.value)
+    new = {"initial_weights": str(tmp_path / "run"), name: value}
+    train(tmp_path / "new", steps=1, **new)
+
+
+def test_settings_that_do_not_enter_the_weights_may_change(tmp_path):
+    train(tmp_path, steps=2)
+    train(tmp_path, steps=3, resume=True, log_every=3, save_every=3, keep=1, guidance=CFG(1.0))
+
+
+def test_a_run_starts_with_the_averaged_weights_of_another_one(tmp_path):
+    train(tmp_path / "first", steps=3)
+    weights = read_weights(tmp_path / "first/ema.safetensors")
+    options = {"initial_weights": str(tmp_path / "first"), "lr": LearningRate(1e-30)}
+    options |= {"optimizer": torch.optim.SGD, "steps": 2, "batch_size": 8, "save_every": 1}
+    train(tmp_path / "straight", **options)
+    model = read_checkpoint(tmp_path / "straight", 2)["model.safetensors"]
+    average = read_weights(tmp_path / "straight/ema.safetensors")
+    for name, value in weights.items():
+        if value.is_floating_point():
+            assert torch.equal(model[name], value), name
+            torch.testing.assert_close(average[name], value)
+    # A resumed run needs the other run no more.
+    crash_after(make_trainer(tmp_path / "resumed", **options), 1)
+    shutil.rmtree(tmp_path / "first")
+    train(tmp_path / "resumed", resume=True, **options)
+    assert hashes(tmp_path / "resumed") == hashes(tmp_path / "straight")
+
+
+def test_initial_weights_that_are_missing_or_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere, which has no ema.safetensors: name the folder"):
+        make_trainer(tmp_path / "run", initial_weights=str(tmp_path / "nowhere"))
+    train(tmp_path / "first", steps=1)
+    options = {"initial_weights": str(tmp_path / "first"), "network": partial(LabelRecorder, 11)}
+    with pytest.raises(ValueError, match=r"whose weights do not fit the network: .*labels.weight"):
+        train(tmp_path / "run", **options)
+    assert not (tmp_path / "run/config.yaml").exists()
+
+
+def test_a_run_without_its_config_is_not_overwritten_and_gets_it_back_on_resume(tmp_path):
+    config = "network: {class_path: mine.Network}\n"
+    train(tmp_path, config=config, steps=2)
+    whole = hashes(tmp_path)
+    (tmp_path / "config.yaml").unlink()
+    lost = hashes(tmp_path)
+    with pytest.raises(ValueError, match="holds a run already"):
+        train(tmp_path, config=config, steps=2)
+    assert hashes(tmp_path) == lost
+    train(tmp_path, config=config, steps=2, resume=True)
+    assert hashes(tmp_path) == whole
+
+
+def test_an_average_without_checkpoints_is_not_overwritten(tmp_path):
+    train(tmp_path / "run", steps=2)
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    whole = hashes(tmp_path / "run")
+    with pytest.raises(ValueError, match="holds a run already"):
+        train(tmp_path / "run", steps=2)
+    for resume in (True, "auto"):
+        with pytest.raises(
+            ValueError, match=r"no whole checkpoint left: start a new run .* --init"
+        ):
+            train(tmp_path / "run", steps=2, resume=resume)
+    assert hashes(tmp_path / "run") == whole
+    train(tmp_path / "new", steps=2, initial_weights=str(tmp_path / "run"))
+
+
+def test_a_start_that_failed_does_not_block_the_next_one(tmp_path, capsys):
+    wrong = ListDataset(*[(GREY, 0)] * 150, (GREY, 10))
+    with pytest.raises(ValueError, match="label 10"):
+        train(tmp_path / "run", data=wrong)
+    assert (tmp_path / "run/metrics.jsonl").exists()
+    train(tmp_path / "run", steps=2)
+    assert "holds a run without a checkpoint: starting at step 0" in capsys.readouterr().err
+    train(tmp_path / "straight", steps=2)
+    assert hashes(tmp_path / "run") == hashes(tmp_path / "straight")
+
+
+def test_a_line_of_the_metrics_that_is_no_report_is_named_and_left_out(tmp_path, capsys):
+    train(tmp_path, steps=3)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + b'{"step": 2, "loss": ?}\n' + lines[2] + b'{"step": 4, "lo')
+    train(tmp_path, steps=4, resume=True)
+    assert f"{path}: line 2 is no report, and is left out" in capsys.readouterr().err
+    assert [report["step"] for report in read_reports(tmp_path)] == [1, 3, 4]
+
+
+def test_leftovers_of_a_killed_process_are_removed_on_resume(tmp_path):
+    train(tmp_path, steps=2)
+    for name in ("config.yaml", "process.json", "ema.safetensors", "metrics.jsonl", "pipeline"):
+        (tmp_path / f".{name}.{os.getpid()}").mkdir()
+    (tmp_path / f"checkpoints/.outputs.json.{os.getpid()}").touch()
+    (tmp_path / f"checkpoints/.step-00000003.{os.getpid()}").mkdir()
+    train(tmp_path, steps=2, resume=True)
+    assert list(tmp_path.rglob(".*")) == []
+
+
+def test_more_steps_than_names_of_checkpoints_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="steps is 100000000, expected at most 99999999"):
+        make_trainer(tmp_path, steps=10**8)

@@ -1,9 +1,11 @@
 """A training run: the files that it writes, its learning rate, and the labels of its network."""
 
+import shutil
 from functools import partial
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffcore.core.process import Process
 from diffcore.io.safetensors import read_weights
@@ -13,6 +15,7 @@ from tests.helpers.training_runs import (
     PROCESS,
     STEPS,
     LabelRecorder,
+    crash_after,
     hashes,
     make_trainer,
     read_checkpoint,
@@ -29,7 +32,8 @@ def test_a_run_writes_what_sampling_and_resuming_read(tmp_path):
     names = ("model.safetensors", "ema.safetensors", "training.safetensors", "manifest.json")
     files = {"config.yaml", "process.json", "ema.safetensors", "metrics.jsonl"}
     files |= {f"checkpoints/step-0000000{step}/{name}" for step in (4, 5) for name in names}
-    assert hashes(run).keys() == files | {"samples/step-00000003.png"}
+    files |= {"checkpoints/outputs.json", "samples/step-00000003.png"}
+    assert hashes(run).keys() == files
     assert Process.load(run / "process.json") == PROCESS
     assert (run / "config.yaml").read_text() == "network: {}\n"
     reports = read_reports(run)
@@ -43,9 +47,15 @@ def test_a_run_writes_what_sampling_and_resuming_read(tmp_path):
         assert torch.equal(value, state.network.state_dict()[name]), name
 
 
-def test_the_tensorboard_tracker_writes_its_events(tmp_path):
-    train(tmp_path, steps=1, trackers=["tensorboard"])
-    assert any("tfevents" in path.name for path in tmp_path.rglob("*"))
+def test_tensorboard_shows_no_steps_of_an_interrupted_run_twice(tmp_path):
+    options = {"trackers": ["tensorboard"], "steps": 6}
+    crash_after(make_trainer(tmp_path, save_every=3, **options), 3)
+    # The events of steps 4 and 5, whose checkpoint was not written.
+    crash_after(make_trainer(tmp_path, save_every=5, resume=True, **options), 5)
+    shutil.rmtree(tmp_path / "checkpoints/step-00000005")
+    train(tmp_path, resume=True, **options)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_preview_images_change_nothing_else(tmp_path):

@@ -37,8 +37,8 @@ class Cache:
         ValueError: A shard cannot be read; the message contains its path.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
         self.shards: dict[str, dict[str, Path]] = {}  # key -> name of a tensor -> shard
         self.rescan()
 

@@ -19,7 +19,7 @@ __all__ = ["read_captions"]
 COLUMN = "text"
 
 
-def read_captions(folder: Path, images: Sequence[Path]) -> list[str]:
+def read_captions(folder: str | Path, images: Sequence[str | Path]) -> list[str]:
     """Read the captions of images.
 
     Args:
@@ -32,20 +32,21 @@ def read_captions(folder: Path, images: Sequence[Path]) -> list[str]:
     Raises:
         ValueError: Only some images have a caption, or a file cannot be read.
     """
+    folder, paths = Path(folder), [Path(path) for path in images]
     files = sorted([*folder.rglob("metadata.jsonl"), *folder.rglob("metadata.csv")])
     captions = (
         {path: text for file in files for path, text in _read_metadata(file)}
         if files
-        else _read_text_files(images)
+        else _read_text_files(paths)
     )
-    without = [path.name for path in images if path not in captions]
+    without = [path.name for path in paths if path not in captions]
     if captions and without:
         remedy = f"line in {files[0].name}" if files else ".txt file"
         raise ValueError(
-            f"{len(without)} of the {len(images)} images of {folder} have no caption, such as "
+            f"{len(without)} of the {len(paths)} images of {folder} have no caption, such as "
             f"{without[0]}: give each a {remedy}, or set captions: false"
         )
-    return [captions[path] for path in images] if captions else []
+    return [captions[path] for path in paths] if captions else []
 
 
 def _read_text_files(images: Iterable[Path]) -> dict[Path, str]:

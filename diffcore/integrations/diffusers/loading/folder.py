@@ -21,6 +21,7 @@ from diffcore.guidance import CFG
 from diffcore.integrations.diffusers.families import GENERIC, family_of, family_of_class
 from diffcore.integrations.diffusers.loading.vae import downsampling_factor
 from diffcore.io import plain_data
+from diffcore.io.files import verify_folder
 from diffcore.io.specs import from_spec, to_spec
 
 __all__ = [
@@ -118,7 +119,7 @@ def network_of(pipeline: Any) -> nn.Module:
     return networks[0]
 
 
-def read_folder(folder: Path, network: nn.Module | None = None) -> PipelineParts:
+def read_folder(folder: str | Path, network: nn.Module | None = None) -> PipelineParts:
     """Read the parts of a saved pipeline.
 
     Args:
@@ -129,8 +130,11 @@ def read_folder(folder: Path, network: nn.Module | None = None) -> PipelineParts
         Network and VAE with their weights, and the scheduler's config.
 
     Raises:
-        ValueError: a part is missing, is no class of diffusers, or has no safetensors.
+        ValueError: a part is missing, is no class of diffusers, or has no safetensors; or a file
+            differs from what a run or an export wrote.
     """
+    folder = Path(folder)
+    verify_folder(folder)
     index = read_json(folder / "model_index.json")
     name = network_name(folder, index)
     vae = read_part(folder, "vae", index) if is_present(index, "vae") else None
@@ -145,7 +149,7 @@ def read_folder(folder: Path, network: nn.Module | None = None) -> PipelineParts
     )
 
 
-def network_name(folder: Path, index: dict[str, Any]) -> str:
+def network_name(folder: str | Path, index: dict[str, Any]) -> str:
     """Name of the network in a folder's index, "unet" or "transformer".
 
     Args:
@@ -202,7 +206,7 @@ def latent_shape(parts: PipelineParts, height: int, width: int) -> tuple[int, ..
     return (default[0], *(size // factor for size in pixels))
 
 
-def sampling_defaults(folder: Path) -> dict[str, Any]:
+def sampling_defaults(folder: str | Path) -> dict[str, Any]:
     """The options with which a saved pipeline is sampled by default.
 
     Args:
@@ -216,6 +220,7 @@ def sampling_defaults(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: the folder is no pipeline's.
     """
+    folder = Path(folder)
     index = read_json(folder / "model_index.json")
     config = read_json(folder / "scheduler" / "scheduler_config.json")
     family = family_of_class(str(index[network_name(folder, index)][1])) or GENERIC
@@ -234,7 +239,10 @@ def sampling_defaults(folder: Path) -> dict[str, Any]:
 
 def is_present(index: dict[str, Any], name: str) -> bool:
     """Whether a pipeline's index names a part that is not null."""
-    return isinstance(index.get(name), list) and index[name][1] is not None
+    match index.get(name):
+        case [_, str()]:
+            return True
+    return False
 
 
 def _read_text_pipeline(
@@ -266,7 +274,7 @@ def _read_text_pipeline(
     return cls(**required | options | text | parts)
 
 
-def read_part(folder: Path, name: str, index: dict[str, Any], weights: bool = True) -> Any:
+def read_part(folder: str | Path, name: str, index: dict[str, Any], weights: bool = True) -> Any:
     """Read one part of a saved pipeline.
 
     Args:
@@ -282,6 +290,7 @@ def read_part(folder: Path, name: str, index: dict[str, Any], weights: bool = Tr
     Raises:
         ValueError: its class is none of diffusers or transformers, or it has no safetensors.
     """
+    folder = Path(folder)
     cls = _part_class(folder, name, index)
     if not weights:
         return cls.from_config(read_json(folder / name / "config.json"))
@@ -321,7 +330,7 @@ def _part_class(folder: Path, name: str, index: dict[str, Any]) -> Any:
     return cls
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: str | Path) -> dict[str, Any]:
     """Read a JSON file of a pipeline's folder.
 
     Args:
@@ -333,6 +342,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is missing, or holds no JSON object.
     """
+    path = Path(path)
     if not path.is_file():
         raise ValueError(
             f"{path} is missing: expected the folder of a diffusers pipeline, as save_pretrained "

@@ -30,7 +30,7 @@ class PipelineIndex:
     """The model_index.json of a pipeline's folder.
 
     Args:
-        folder: folder that `save_pretrained` wrote.
+        folder: folder that `save_pretrained` wrote; a string becomes a Path.
 
     Raises:
         ValueError: the folder holds no pipeline with one network and a scheduler.
@@ -39,12 +39,21 @@ class PipelineIndex:
     folder: Path
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", Path(self.folder))
         self.network_name  # refuses a folder that holds no pipeline
 
     @cached_property
     def content(self) -> dict[str, Any]:
         """The JSON object in the file."""
         return read_json(self.folder / "model_index.json")
+
+    def check_pretrained(self) -> None:
+        """Raise ValueError if this is the pipeline of a run, whose scheduler diffusers lacks."""
+        if self.content.get("_class_name") == "DiffcorePipeline":
+            raise ValueError(
+                f"{self.folder} is a DiffcorePipeline, as a run writes it: start from the weights "
+                "of this run with its own settings and --initial-weights, the folder of the run"
+            )
 
     @property
     def parts(self) -> set[str]:

@@ -81,7 +81,7 @@ class Prompts:
         """A bank of the same prompts with the function applied to each tensor (K + 1, ...)."""
         return Prompts({name: function(value) for name, value in self.tensors.items()}, self.texts)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the bank as safetensors."""
         write_weights(
             path,
@@ -90,7 +90,7 @@ class Prompts:
         )
 
     @classmethod
-    def load(cls, path: Path) -> "Prompts":
+    def load(cls, path: str | Path) -> "Prompts":
         """Read a bank that `save` wrote.
 
         Args:

@@ -9,6 +9,7 @@ import diffusers
 from diffcore.core.process import Process
 from diffcore.guidance import Guidance
 from diffcore.integrations.diffusers.loading.folder import NETWORKS, read_json
+from diffcore.io.files import verify_folder
 
 __all__ = ["COMPONENTS", "PROCESS_SETTINGS", "PipelineSettings", "check_folder"]
 
@@ -54,7 +55,7 @@ PROCESS_SETTINGS = tuple(
 """Names of the settings that are fields of a Process."""
 
 
-def check_folder(folder: Path, given: dict[str, Any]) -> None:
+def check_folder(folder: str | Path, given: dict[str, Any]) -> None:
     """Check that a folder holds a complete DiffcorePipeline, and that no code of it is executed.
 
     Args:
@@ -62,8 +63,11 @@ def check_folder(folder: Path, given: dict[str, Any]) -> None:
         given: components by name that the caller passes, which are not read from the folder.
 
     Raises:
-        ValueError: A part is missing or of another class; the message contains the remedy.
+        ValueError: A part is missing, of another class or not what was written; the message
+            contains the remedy.
     """
+    folder = Path(folder)
+    verify_folder(folder)
     path = folder / "model_index.json"
     index = read_json(path)
     if (name := index.get("_class_name")) != PIPELINE:

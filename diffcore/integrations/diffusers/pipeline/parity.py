@@ -45,7 +45,7 @@ class StepRecorder:
         return result
 
 
-def compare_samples(folder: Path, pipe: DiffcorePipeline) -> float:
+def compare_samples(folder: str | Path, pipe: DiffcorePipeline) -> float:
     """Compare two samples of an exported pipeline with those of the diffcore loop.
 
     The pipeline is loaded from its folder and called by its public interface. The loop evaluates
@@ -73,7 +73,7 @@ def compare_samples(folder: Path, pipe: DiffcorePipeline) -> float:
     return float((expected - recorder.last).abs().max() / recorder.last.abs().max())
 
 
-def check_samples(folder: Path, pipe: DiffcorePipeline) -> float:
+def check_samples(folder: str | Path, pipe: DiffcorePipeline) -> float:
     """Compare the samples of an exported pipeline with those of the diffcore loop.
 
     Args:

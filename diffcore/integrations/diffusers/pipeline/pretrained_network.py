@@ -27,7 +27,7 @@ from diffcore.integrations.diffusers.scheduler.scheduler import DiffcoreSchedule
 from diffcore.integrations.diffusers.scheduler.scheduler_config import describe_process
 from diffcore.integrations.diffusers.scheduler.settings import SchedulerSettings
 from diffcore.io.extras import has_extra, missing
-from diffcore.io.files import hash_file, write_folder
+from diffcore.io.files import hash_file, write_file, write_folder
 from diffcore.samplers import DDIM
 from diffcore.schedules import Trailing
 
@@ -113,9 +113,15 @@ class PretrainedNetwork(ExportableNetwork):
             loads no adapter into this pipeline.
     """
 
-    def __init__(self, pipeline: str, lora: LoRA = LoRA()) -> None:
+    def __init__(self, pipeline: str | Path, lora: LoRA = LoRA()) -> None:
         super().__init__()
+        if not Path(pipeline).is_dir():
+            raise ValueError(
+                f"pipeline is {pipeline}, which does not exist: name its folder; of a run whose "
+                "pipeline was moved, write the new folder in config.yaml in place of this one"
+            )
         self.index, self.lora = PipelineIndex(Path(pipeline)), lora
+        self.index.check_pretrained()
         self.network: Any = self.index.read(self.index.network_name)
         self.config = self.network.config
         if lora.rank:
@@ -172,7 +178,24 @@ class PretrainedNetwork(ExportableNetwork):
         )
         return " ".join(map(hash_file, files))
 
-    def exported_parts(self, folder: Path) -> PipelineParts:
+    @property
+    def exported_names(self) -> tuple[str, ...]:
+        """The adapter and its scheduler, or without LoRA the pipeline."""
+        return (ADAPTER, "scheduler") if self.lora.rank else ("pipeline",)
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """The pipeline that the training started from, and the adapter if there is one."""
+        facts = {"base pipeline": str(self.index.folder)}
+        if self.lora.rank:
+            trained = sum(value.numel() for value in self.parameters() if value.requires_grad)
+            facts["adapter"] = (
+                f"LoRA of rank {self.lora.rank}, alpha {self.lora.alpha or self.lora.rank}, "
+                f"{trained:,} trained parameters"
+            )
+        return facts
+
+    def exported_parts(self, folder: str | Path) -> PipelineParts:
         """The parts of the pipeline with this network and the scheduler of a run.
 
         Args:
@@ -181,11 +204,11 @@ class PretrainedNetwork(ExportableNetwork):
         Returns:
             The parts.
         """
-        scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+        scheduler = read_json(Path(folder) / "scheduler" / "scheduler_config.json")
         parts = read_folder(self.index.folder, self.network)
         return replace(parts, scheduler=scheduler)
 
-    def export(self, folder: Path, process: Process) -> None:
+    def export(self, folder: str | Path, process: Process) -> None:
         """Write the network to a run's folder in the format of diffusers.
 
         Without LoRA it is the folder pipeline/; with LoRA it is pytorch_lora_weights.safetensors
@@ -195,6 +218,7 @@ class PretrainedNetwork(ExportableNetwork):
             folder: folder of the run.
             process: process that the network was trained on.
         """
+        folder = Path(folder)
         scheduler = build_scheduler(self.index.scheduler, process)
         if self.lora.rank:
             self._save_adapter(folder)
@@ -210,9 +234,9 @@ class PretrainedNetwork(ExportableNetwork):
         # Without the metadata diffusers takes the rank for alpha.
         adapter_config = self.network.peft_config["default"].to_dict()
         metadata = {f"{name}_lora_adapter_metadata": adapter_config}
-        with TemporaryDirectory(dir=run) as folder:
+        with TemporaryDirectory() as folder:
             self.index.pipeline_class.save_lora_weights(folder, **layers, **metadata)
-            Path(folder, ADAPTER).rename(run / ADAPTER)
+            write_file(run / ADAPTER, Path(folder, ADAPTER).read_bytes())
 
     def _save_pipeline(self, folder: Path, scheduler: Any) -> None:
         """Write a pipeline's folder with this network and scheduler, and copy the other parts."""
@@ -225,7 +249,8 @@ class PretrainedNetwork(ExportableNetwork):
         cls = type(scheduler)
         library = "diffusers" if cls.__module__.startswith("diffusers.") else cls.__module__
         index = self.index.content | {"scheduler": [library, cls.__name__]}
-        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        content = json.dumps(index, indent=2) + "\n"
+        (folder / "model_index.json").write_text(content, encoding="utf-8")
 
 
 def build_scheduler(config: Mapping[str, Any], process: Process) -> Any:

@@ -1,0 +1,81 @@
+"""Runs that start from a pipeline, from its moved folder, and from the weights of another run."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffcore.integrations.diffusers import PretrainedNetwork
+from diffcore.io.safetensors import read_weights
+from diffcore.run import Run
+from tests.helpers.finetune_runs import OPTIONS, finetune_command, run_command
+
+LORA = OPTIONS["lora"]
+
+
+def test_an_adapter_finds_its_pipeline_from_every_folder(workspace, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = workspace / "runs/lora"
+    sample = ("sample", str(run), "--prompt=a dog", "--steps=2", "--out=x.png")
+    assert run_command(*sample) == 0, capsys.readouterr().err
+    capsys.readouterr()
+    assert run_command("info", str(run)) == 0
+    network = Run(run).network()
+    trained = sum(value.numel() for value in network.parameters() if value.requires_grad)
+    facts = dict(re.findall(r"^(\w[\w ]*?)  +(.*)$", capsys.readouterr().out, re.MULTILINE))
+    assert facts["base pipeline"] == str(workspace / "pipeline")
+    assert facts["adapter"] == f"LoRA of rank 2, alpha 6, {trained:,} trained parameters"
+    assert facts["condition"].startswith("4 distinct captions, dropped in 10%")
+
+
+def test_a_pipeline_that_was_moved_is_named_in_the_config(workspace, tmp_path, capsys):
+    shutil.copytree(workspace / "pipeline", tmp_path / "pipeline")
+    run = tmp_path / "run"
+    inputs = (f"--pipeline={tmp_path / 'pipeline'}", "--steps=1")
+    assert run_command(*finetune_command(run, *LORA, *inputs)) == 0
+    (tmp_path / "pipeline").rename(tmp_path / "moved")
+    capsys.readouterr()
+    sample = ("sample", str(run), "--prompt=a dog", "--steps=2", f"--out={tmp_path / 'x.png'}")
+    for command in (sample, ("info", str(run))):
+        assert run_command(*command) == 1
+        message = capsys.readouterr().err
+        assert f"pipeline is {tmp_path / 'pipeline'}, which does not exist" in message
+        assert "write the new folder in config.yaml" in message
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace(f"{tmp_path}/pipeline", f"{tmp_path}/moved"))
+    assert run_command(*sample) == 0
+    assert run_command("train", f"--config={config}", "--resume=true", "--steps=2") == 0
+
+
+def test_a_new_run_starts_with_the_adapter_of_another_one(workspace):
+    options = ("--initial-weights=runs/lora", "--steps=1", "--lr.peak=1e-30", "--seed=3")
+    assert run_command(*finetune_command("runs/from-lora", *LORA, *options)) == 0
+    expected = read_weights(workspace / "runs/lora/ema.safetensors")
+    result = read_weights(workspace / "runs/from-lora/ema.safetensors")
+    for name, value in expected.items():
+        torch.testing.assert_close(result[name], value)
+
+
+def test_the_pipeline_of_a_run_that_diffusers_loads_is_trained_further(workspace):
+    options = ("--pipeline=runs/full/pipeline", "--steps=1", "--lr.peak=1e-30")
+    assert run_command(*finetune_command("runs/further", *options)) == 0
+    before, after = (Run(workspace / name).denoiser() for name in ("runs/full", "runs/further"))
+    assert after.process == before.process
+    for name, value in before.network.state_dict().items():
+        torch.testing.assert_close(after.network.state_dict()[name], value)
+
+
+def test_the_pipeline_of_another_run_is_refused_with_a_remedy_that_works(
+    workspace, trained, tiny, tmp_path, capsys
+):
+    message = "is a DiffcorePipeline, as a run writes it: start from the weights of this run with"
+    with pytest.raises(ValueError, match=message):
+        PretrainedNetwork(trained / "pipeline")
+    command = finetune_command("runs/no", f"--pipeline={trained / 'pipeline'}")
+    assert run_command(*command) == 1
+    assert message in capsys.readouterr().err
+    assert not Path("runs/no").exists()
+    new = ("--steps=1", f"--folder={tmp_path / 'new'}", f"--initial-weights={trained}")
+    assert run_command("train", "digits", *tiny, *new) == 0
