@@ -99,7 +99,7 @@ class Evaluation:
         step: step from the level to itself, as a guider does not receive the next level.
         references: references that the rule needs.
         x: input of the network in the conditional batch; None before it.
-        changes: hooks and altered layers of the network, which are undone after each batch.
+        changes: hooks and altered layers of the network, which are undone after its next forward.
     """
 
     step: Step
@@ -110,6 +110,8 @@ class Evaluation:
     def begin_batch(self, network: nn.Module, index: int) -> None:
         """Prepare the network for a batch: a hook that reads x, or the reference's altered layers.
 
+        All is undone after the forward, also if it fails, when no pipeline cleans up.
+
         Args:
             network: the network.
             index: number of the batch; 0 is the conditional one.
@@ -119,6 +121,8 @@ class Evaluation:
             self.changes.callback(hook.remove)
         elif isinstance(altered := self.references[index - 1], AlteredNetwork):
             self.changes.enter_context(altered.apply(network))
+        done = network.register_forward_hook(lambda *_: self.changes.close(), always_call=True)
+        self.changes.callback(done.remove)
 
     def _read(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.x = split_input(args, kwargs)[0]

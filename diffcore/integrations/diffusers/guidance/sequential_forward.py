@@ -93,6 +93,9 @@ class SequentialGuidedForward(GuidedForward):
         state.waiting_rule = None
         return half.output
 
+    def _still_has_both_halves(self, state: CallState, count: int) -> bool:
+        return False  # each call has one half
+
     def _begin(self, call: PipelineCall, x: Tensor, labels: Tensor | None) -> CallState:
         knots = call.knots
         self._check_guidance(call, knots, has_both=True)

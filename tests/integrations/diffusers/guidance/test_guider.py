@@ -250,3 +250,21 @@ BAD = [
 def test_rules_and_calls_that_a_guider_cannot_serve_are_refused(misuse, message):
     with pytest.raises(ValueError, match=message):
         misuse()
+
+
+@pytest.mark.parametrize("failing", (1, 2))
+def test_a_network_that_fails_in_a_batch_is_restored(failing):
+    pipe, batches = xl(), []
+    pipe.update_components(guider=DiffcoreGuider.of(CFG(2.0, ATTENTION), pipe.scheduler))
+
+    def fail(module, inputs, output):
+        batches.append(output)
+        if len(batches) == failing:
+            raise RuntimeError("out of memory")
+
+    broken = pipe.unet.conv_out.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        call(pipe)
+    broken.remove()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in pipe.unet.modules())
+    assert len(batches) == failing
