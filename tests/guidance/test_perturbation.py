@@ -261,12 +261,12 @@ def compiled_in_place(network):
 
 
 @pytest.mark.parametrize(
-    "wrap", (lambda network: torch.compile(network, backend="eager"), compiled_in_place)
-)
-@pytest.mark.parametrize(
-    "reference",
-    (PerturbedAttention(), SkippedLayers(("mid_block.attentions.0",))),
-    ids=("perturbed", "skipped"),
+    ("wrap", "reference"),
+    [
+        (lambda network: torch.compile(network, backend="eager"), PerturbedAttention()),
+        (compiled_in_place, SkippedLayers(("mid_block.attentions.0",))),
+    ],
+    ids=("compiled", "compiled in place"),
 )
 def test_layers_of_a_compiled_network_are_altered_too(wrap, reference):
     rule = CFG(3.0, reference)

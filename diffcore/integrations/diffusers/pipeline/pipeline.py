@@ -166,10 +166,9 @@ class DiffcorePipeline(DiffusionPipeline):
             ValueError: The network is no ModelMixin of diffusers, and so cannot be saved in a
                 pipeline.
         """
-        network, process = denoiser.network, denoiser.process
+        network, process = unwrap(denoiser.network), denoiser.process
         if isinstance(network, MeanOutput):
-            network = network.network
-        network = unwrap(network)
+            network = unwrap(network.network)
         if not isinstance(network, ModelMixin):
             raise ValueError(
                 f"the network is a {type(network).__name__}, and a pipeline holds ModelMixins of "
