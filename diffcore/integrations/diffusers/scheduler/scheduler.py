@@ -248,8 +248,7 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
             sample: (B, *shape) x of the evaluation.
             generator: generator of the noise of stochastic samplers.
             return_dict: True returns a `SchedulerStepOutput`, False a tuple.
-            eta: η of diffusers' DDIM, which pipelines pass only to a scheduler that names it; only
-                0 and None are accepted, since the sampler defines η.
+            eta: η of diffusers' DDIM; only 0 and None are accepted, since the sampler defines η.
             **options: options of other schedulers; only 0, None and False are accepted.
 
         Returns:
