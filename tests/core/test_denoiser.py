@@ -315,6 +315,8 @@ def test_a_network_that_does_not_embed_the_classes_and_the_null_label_is_refused
     )
     with pytest.raises(ValueError, match=message):
         Denoiser(wrap(network), process(shape=(3, 8, 8), classes=classes))
+    fitting = process(shape=(3, 8, 8), classes=config.get("num_class_embeds", 1) - 1)
+    Denoiser(wrap(network), fitting)
 
 
 class Embedding(nn.Module):

@@ -75,6 +75,15 @@ def test_the_remedy_for_guidance_rescale_gives_the_images_of_the_pipeline():
         assert relative_difference(call(pipe), expected) < 1e-4
 
 
+def test_the_remedy_for_eta_gives_the_images_of_the_pipeline():
+    pipe = sd()
+    expected = call(pipe, eta=0.5)
+    with attach(pipe, CFG(3.0), sampler=DDIM(eta=0.5)):
+        assert relative_difference(call(pipe), expected) < 1e-4
+    pipe.scheduler = DiffcoreScheduler.from_config(pipe.scheduler.config, sampler=DDIM(eta=0.5))
+    assert relative_difference(call(pipe, eta=0.0), expected) < 1e-4
+
+
 def test_guidance_acts_only_where_the_sampler_uses_it(monkeypatch):
     """As a predictor-corrector whose corrections alone are guided."""
     pipe = sd()
