@@ -9,6 +9,8 @@ from typing import NoReturn
 
 from diffcore import __version__
 from diffcore.cli.arguments import extract_option, normalize_options
+from diffcore.io.mistakes import is_mistake, one_line
+from diffcore.io.streams import spell_what_streams_lack
 
 __all__ = ["main"]
 
@@ -27,11 +29,12 @@ class _CommandParser(argparse.ArgumentParser):
     """An argparse parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Errors are one line on stderr, or a traceback if DIFFCORE_TRACEBACK=1 is set.
+    """Run a command. A mistake of the user is reported in one line on stderr, or with a traceback
+    if DIFFCORE_TRACEBACK=1 is set.
 
     Args:
         argv: command-line words; default: those of this program.
@@ -39,7 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 1 after an error, or 130 after an interruption. Unknown options exit
         with status 2.
+
+    Raises:
+        Exception: a bug, of diffcore or of the user's own modules, which keeps its traceback.
     """
+    spell_what_streams_lack()
     parser = _CommandParser(
         prog="diffcore",
         description="Train diffusion models and draw samples from them.",
@@ -53,13 +60,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, text in COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
     arguments, words = parser.parse_known_args(argv)
+    modules: list[str] = []
     try:
-        _trust_modules_and_run(arguments.command, words)
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        if os.environ.get("DIFFCORE_TRACEBACK"):
+        modules, words = extract_option(
+            normalize_options(words),
+            "trust",
+            "the name of a module whose classes the configuration may name",
+        )
+        _run(arguments.command, words, modules)
+    except Exception as error:
+        if os.environ.get("DIFFCORE_TRACEBACK") or not is_mistake(error, modules):
             raise
-        message = " ".join(str(error).split())
-        print(f"diffcore {arguments.command}: error: {message}", file=sys.stderr)
+        print(f"diffcore {arguments.command}: error: {_describe(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"diffcore {arguments.command}: interrupted", file=sys.stderr)
@@ -67,17 +79,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _trust_modules_and_run(command: str, words: Sequence[str]) -> None:
-    modules, words = extract_option(
-        normalize_options(words),
-        "trust",
-        "the name of a module whose classes the configuration may name",
-    )
+def _run(command: str, words: Sequence[str], modules: Sequence[str]) -> None:
     from diffcore.io.trust import trust
 
     with trust(*modules, remedy="add --trust {}"):
         import_module(f"diffcore.cli.{command}").main(words)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _describe(error: Exception) -> str:
+    if type(error).__name__ == "OutOfMemoryError":
+        return one_line(
+            "the device has too little memory: use a smaller --batch-size, or smaller parts of a "
+            f"batch (--accumulation, --micro-batch): {error}"
+        )
+    return one_line(str(error))

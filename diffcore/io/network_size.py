@@ -132,11 +132,13 @@ def build_without_memory(
     try:
         with _counted(_Count(limit, reason)), torch.device("meta"):
             return build()
-    except (RuntimeError, MemoryError, OverflowError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # of the settings, since the network is one of torch or diffusers
         line = " ".join(str(error).split()) or "memory is exhausted"
         raise ValueError(
             f"the network that the settings describe cannot be built: {line}"
-        ) from None
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ from jsonargparse import (
     set_parsing_settings,
 )
 
-import diffcore.io.trust  # noqa: F401  # enforces what settings may name
 from diffcore.io.extras import EXTRAS, missing
+from diffcore.io.mistakes import one_line, passes_through
+from diffcore.io.trust import trusted_modules  # its import enforces what settings may name
 
 __all__ = ["ComponentParser", "SpecError"]
 
@@ -107,7 +108,9 @@ class ComponentParser(ArgumentParser):
         Returns:
             Never.
         """
-        line = self._explain(message)
+        if ex is not None and passes_through(ex, trusted_modules()):
+            raise ex
+        line = one_line(self._explain(message))
         if not self.exit_on_error:
             raise SpecError(line) from ex
         self.exit(2, f"{self.prog}: error: {line}\n")
@@ -132,7 +135,7 @@ class ComponentParser(ArgumentParser):
         try:
             return super().instantiate(namespace, instantiate_groups, instantiators=instantiators)
         except ValueError as error:
-            raise ValueError(UNION_WITH_NONE.sub(r"\1", str(error))) from None
+            raise ValueError(UNION_WITH_NONE.sub(r"\1", str(error))) from error
 
     def _explain(self, message: str) -> str:
         """The message in one line, with the extra to install or the nearest spelling."""

@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 
 from diffcore.io.network_size import BoundedFactory
 
-__all__ = ["trust"]
+__all__ = ["trust", "trusted_modules"]
 
 _actions, _common, _typehints, _util = (
     import_module(f"jsonargparse._{name}") for name in ("actions", "common", "typehints", "util")
@@ -83,6 +83,15 @@ def trust(*modules: str, remedy: str = IN_PYTHON) -> Iterator[None]:
         _modules.reset(tokens[0])
         _remedy.reset(tokens[1])
         sys.path[:] = path
+
+
+def trusted_modules() -> tuple[str, ...]:
+    """The import names of the modules that the user trusts here.
+
+    Returns:
+        The names that surrounding `trust` blocks received.
+    """
+    return _modules.get()
 
 
 def _check_module(name: str) -> None:
