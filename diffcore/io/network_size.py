@@ -21,6 +21,10 @@ MAXIMUM_MODULES = 50_000
 """Largest number of modules, parameters and buffers; the networks of diffusers have thousands."""
 
 
+class _TooLargeError(ValueError):
+    """A network has too many modules or too many entries."""
+
+
 @dataclass
 class _Count:
     """What a network under construction has registered.
@@ -45,14 +49,14 @@ class _Count:
         """
         self.names += 1
         if self.names > MAXIMUM_MODULES:
-            raise ValueError(
+            raise _TooLargeError(
                 f"the settings describe a network of more than {MAXIMUM_MODULES:,} modules and "
                 "parameters: expected a smaller one"
             )
         if isinstance(value, torch.Tensor):
             self.numbers += value.numel()
         if self.numbers > self.limit:
-            raise ValueError(
+            raise _TooLargeError(
                 f"the settings describe a network of {self.numbers:,} numbers or more, "
                 f"{self.reason}"
             )
@@ -132,7 +136,7 @@ def build_without_memory(
     try:
         with _counted(_Count(limit, reason)), torch.device("meta"):
             return build()
-    except ValueError:
+    except _TooLargeError:
         raise
     except Exception as error:  # of the settings, since the network is one of torch or diffusers
         line = " ".join(str(error).split()) or "memory is exhausted"

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType, ProjectConfiguration
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -72,6 +73,12 @@ def make_accelerator(
     for package in trackers:
         if package in EXTRAS and not has_extra(package):
             raise missing(package, f"The tracker {package} (--trackers=[] trains without one)")
+    installed = sorted(LoggerType(name).value for name in get_available_trackers())
+    if unknown := sorted({*trackers} - {*installed}):
+        raise ValueError(
+            f"trackers names {', '.join(unknown)}, which is unknown or not installed: expected "
+            f"some of {', '.join(installed)}, or [] for none"
+        )
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=precision,

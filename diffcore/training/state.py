@@ -185,7 +185,13 @@ def _build_modules(
     if settings.objective.uncertainty:
         modules.append(settings.objective.uncertainty.module())
     parameters = [value for value in nn.ModuleList(modules).parameters() if value.requires_grad]
-    return modules, settings.optimizer(parameters, settings.lr.peak)
+    try:
+        return modules, settings.optimizer(parameters, settings.lr.peak)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"the optimizer cannot be built with its options and lr.peak {settings.lr.peak}: "
+            f"{error}"
+        ) from error
 
 
 @torch.no_grad()
@@ -193,5 +199,12 @@ def _check_network(network: nn.Module, label_wrapper: LabelWrapper, process: Pro
     """Evaluate the network once, so that one that does not fit the process fails before the run."""
     x = torch.zeros(2, *process.shape)
     denoiser = Denoiser(label_wrapper(network.eval()), process)
-    denoiser.output(x, process.schedule.level(0.5))
+    try:
+        denoiser.output(x, process.schedule.level(0.5))
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"the network cannot be evaluated for x of shape {tuple(x.shape)}, and takes (x, time"
+            f"{', class_labels=' if process.classes else ''}): set its channels and size to the "
+            f"process's shape {process.shape}, or its forward ({type(error).__name__}: {error})"
+        ) from error
     network.train()
