@@ -3,6 +3,8 @@
 config.yaml  process.json  ema.safetensors  pipeline/  checkpoints/  samples/  metrics.jsonl
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +18,47 @@ from diffcore.core.process import Process
 from diffcore.io.network_size import BoundedFactory
 from diffcore.io.parser import ComponentParser, SpecError
 from diffcore.io.plain_data import read_yaml
-from diffcore.io.safetensors import read_weights
+from diffcore.io.safetensors import read_weights_and_metadata
 
-__all__ = ["NetworkFactory", "OptimizerFactory", "Run"]
+__all__ = ["NetworkFactory", "OptimizerFactory", "Run", "hash_options", "without_locations"]
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]
 """Builds an optimizer from the parameters and the learning rate."""
 NetworkFactory = Callable[[], nn.Module]
 """Builds a network with newly initialised weights."""
+
+LOCATIONS = {"PretrainedNetwork": {"pipeline"}, "LatentDataset": {"folder", "pipeline", "cache"}}
+"""Class -> its arguments that name folders whose content is hashed, and which may move."""
+
+
+def without_locations(spec: Any) -> Any:
+    """The spec of a component without its arguments that name folders which may move.
+
+    Args:
+        spec: plain data {class_path, init_args}, or the name of a class.
+
+    Returns:
+        The spec with the other arguments.
+    """
+    if not isinstance(spec, dict) or not isinstance(spec.get("init_args"), dict):
+        return spec
+    locations = LOCATIONS.get(str(spec.get("class_path")).rpartition(".")[2], set())
+    arguments = spec["init_args"].items()
+    return spec | {"init_args": {name: value for name, value in arguments if name not in locations}}
+
+
+def hash_options(spec: Any) -> str:
+    """SHA-256 of the arguments of a component, without the folders that may move.
+
+    Args:
+        spec: plain data {class_path, init_args}, or the name of a class.
+
+    Returns:
+        The hash, 64 hexadecimal digits.
+    """
+    options = without_locations(spec).get("init_args") if isinstance(spec, dict) else None
+    content = json.dumps(options or {}, sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -155,13 +190,20 @@ class Run:
             The denoiser of the network and the saved process.
 
         Raises:
-            ValueError: a file of the run is missing or corrupt, or the weights do not fit the
-                network.
+            ValueError: a file of the run is missing or corrupt, the weights do not fit the
+                network, or config.yaml has other options of the network than in training.
         """
+        is_given = network is not None
         network = self.architecture() if network is None else network
         process = Process.load(self.process)
         path = Path(weights) if weights else self.weights
-        tensors = read_weights(path)
+        tensors, metadata = read_weights_and_metadata(path)
+        trained = None if is_given else metadata.get("network")
+        if trained not in (None, hash_options(self.settings()["network"])):
+            raise ValueError(
+                f"{path} was trained with other options of the network than {self.config} has: "
+                f"restore them; diffcore train --config {self.config} --resume true names them"
+            )
         own = {name: tuple(value.shape) for name, value in network.state_dict().items()}
         wrong = sorted(
             n for n in {*own, *tensors} if n not in tensors or own.get(n) != tuple(tensors[n].shape)

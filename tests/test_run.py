@@ -1,14 +1,17 @@
 """A run's folder gives back the trained network; errors name the file that is at fault."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
 
+from diffcore.cli.main import main
 from diffcore.core.process import Process
 from diffcore.io.safetensors import read_weights, write_weights
 from diffcore.run import Run
+from tests.conftest import forget_accelerate
 
 
 @pytest.fixture
@@ -66,6 +69,23 @@ def test_the_error_of_a_misspelt_field_names_it_and_the_nearest_field(run):
     run.process.write_text(json.dumps(record))
     with pytest.raises(ValueError, match=r"process\.json .*'predicton'.*did you mean 'prediction'"):
         run.denoiser()
+
+
+def test_a_config_with_other_options_of_the_network_is_refused(run, capsys):
+    """They change no shape of the weights, and the samples."""
+    text = run.config.read_text()
+    run.config.write_text(text.replace("norm_num_groups: 4", "norm_num_groups: 2"))
+    assert run.config.read_text() != text
+    message = r"was trained with other options of the network than .*config.yaml has: restore them"
+    with pytest.raises(ValueError, match=message) as error:
+        run.denoiser()
+    remedy = re.search(r"diffcore (.*) names them", str(error.value))[1]
+    forget_accelerate()
+    assert main(remedy.split()) == 1
+    assert "another network.init_args.norm_num_groups (4, now 2)" in capsys.readouterr().err
+    run.denoiser(network=run.network())
+    run.config.write_text(text)
+    run.denoiser()
 
 
 def test_a_configuration_cannot_call_functions_outside_diffcore(run):

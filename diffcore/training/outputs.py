@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.network import ExportableNetwork, class_name, unwrap
 from diffcore.io.files import (
@@ -25,6 +27,7 @@ from diffcore.io.files import (
 from diffcore.io.plain_data import read_json
 from diffcore.io.safetensors import write_weights
 from diffcore.io.specs import to_spec
+from diffcore.run import hash_options
 from diffcore.training import checkpoint
 
 if TYPE_CHECKING:
@@ -50,7 +53,9 @@ def write(state: "TrainState", message: Callable[[str], None]) -> None:
     """
     run = state.settings.run
     record = run.checkpoints / RECORD
-    write_weights(run.weights, state.average.shadow, step=state.step)
+    network = (yaml.safe_load(state.settings.config) or {}).get("network")
+    options = {"network": hash_options(network)} if network else {}
+    write_weights(run.weights, state.average.shadow, step=state.step, **options)
     try:
         _write_pipeline(state, message)
         write_file(record, json.dumps(_describe(state), indent=1).encode())

@@ -18,7 +18,7 @@ import yaml
 from diffcore.io.files import remove_leftovers, write_file
 from diffcore.io.safetensors import read_weights
 from diffcore.io.specs import to_spec
-from diffcore.run import Run
+from diffcore.run import Run, without_locations
 from diffcore.training import checkpoint, outputs
 from diffcore.training.checkpoint import Checkpoint
 from diffcore.training.distributed import GatheredState, capture_state, restore_state
@@ -55,8 +55,6 @@ They do not enter the weights, except `steps`, which enters only the learning ra
 """
 FACTORIES = ("network", "data", "optimizer")
 """Settings that are plain data in config.yaml only."""
-LOCATIONS = {"PretrainedNetwork": {"pipeline"}, "LatentDataset": {"folder", "pipeline", "cache"}}
-"""Class -> its arguments that name folders whose content is hashed, and which may move."""
 HINTS = {"process.classes": ", the captions of the data?"}
 
 
@@ -191,18 +189,9 @@ def determining_settings(settings: "Trainer") -> dict[str, Any]:
     left_out = {*CHANGEABLE, *FACTORIES, "config"}
     names = [field.name for field in fields(settings) if field.name not in left_out]
     values = {name: to_spec(getattr(settings, name)) for name in names}
-    values |= {name: _without_locations(config[name]) for name in FACTORIES if name in config}
+    values |= {name: without_locations(config[name]) for name in FACTORIES if name in config}
     plain: dict[str, Any] = json.loads(json.dumps(values, default=lambda value: repr(type(value))))
     return plain
-
-
-def _without_locations(spec: Any) -> Any:
-    """The spec of a component without its arguments that may move."""
-    if not isinstance(spec, dict) or not isinstance(spec.get("init_args"), dict):
-        return spec
-    locations = LOCATIONS.get(str(spec.get("class_path")).rpartition(".")[2], set())
-    arguments = spec["init_args"].items()
-    return spec | {"init_args": {name: value for name, value in arguments if name not in locations}}
 
 
 def _changes(then: Any, now: Any, name: str = "") -> Iterator[str]:

@@ -6,7 +6,9 @@ import math
 import pytest
 import torch
 
+from diffcore.io.files import WriteError
 from diffcore.training.reporting import LossWindow, Metrics, NonFinite, find_non_finite
+from tests.helpers.file_faults import full_disk
 
 STEPS, BATCH = 3, 8
 
@@ -116,3 +118,15 @@ def test_a_line_torn_by_a_crash_is_dropped(metrics, torn):
 def test_a_rewind_of_no_file_makes_none(tmp_path):
     Metrics(tmp_path / "metrics.jsonl").rewind(3)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_on_a_full_disk_the_error_names_the_metrics_and_what_is_kept(tmp_path):
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    metrics.write({"step": 1})
+    message = r"metrics.jsonl cannot be written \(.*\): its lines and the checkpoints are kept"
+    with full_disk(20), pytest.raises(WriteError, match=message):
+        metrics.write({"step": 2, "loss": 0.5})
+    assert metrics.reports() == [{"step": 1}]
+    metrics.rewind(1)
+    metrics.write({"step": 2})
+    assert metrics.reports() == [{"step": 1}, {"step": 2}]

@@ -27,7 +27,7 @@ from diffcore.integrations.diffusers.scheduler.scheduler import DiffcoreSchedule
 from diffcore.integrations.diffusers.scheduler.scheduler_config import describe_process
 from diffcore.integrations.diffusers.scheduler.settings import SchedulerSettings
 from diffcore.io.extras import has_extra, missing
-from diffcore.io.files import hash_file, write_file, write_folder
+from diffcore.io.files import hash_file, verify_folder, write_file, write_folder
 from diffcore.samplers import DDIM
 from diffcore.schedules import Trailing
 
@@ -204,6 +204,7 @@ class PretrainedNetwork(ExportableNetwork):
         Returns:
             The parts.
         """
+        verify_folder(Path(folder) / "scheduler")
         scheduler = read_json(Path(folder) / "scheduler" / "scheduler_config.json")
         parts = read_folder(self.index.folder, self.network)
         return replace(parts, scheduler=scheduler)
