@@ -177,8 +177,8 @@ class Process:
         """Raise ValueError if a network of this process cannot be evaluated at a level.
 
         At λ = -inf, x_0 as a function of the output, the time conditioning and σ must be finite,
-        and at finite levels they must not overflow float32. Beyond the cleanest level of the
-        schedule, which is finite on tables and truncated schedules, a level has no time.
+        and at finite levels they must not overflow float32. Beyond the noisiest and the cleanest
+        level of the schedule, finite on tables and truncated schedules, a level has no time.
 
         Args:
             level: noise level, or a map of levels.
@@ -190,12 +190,12 @@ class Process:
         if noisiest == -math.inf:
             self._check_pure_noise(name)
         self._check_overflow(level, name)
-        limit = self.schedule.cleanest.logsnr_range[1]
-        if cleanest > limit + LEVEL_TOLERANCE:
+        low, high = self.schedule.logsnr(1.0), self.schedule.cleanest.logsnr_range[1]
+        if cleanest > high + LEVEL_TOLERANCE or noisiest < low - LEVEL_TOLERANCE:
             raise ValueError(
-                f"{name} is at λ = {cleanest:g}, but the cleanest level of {self.schedule}, with "
-                f"which the network was trained, is λ = {limit:g}: evaluate it at most there (the "
-                "last knot may be cleaner)"
+                f"{name} is at λ = {noisiest if noisiest < low else cleanest:g}, but the network "
+                f"was trained on {self.schedule}, from λ = {low:g} to {high:g}: evaluate it within "
+                "these levels (the last knot may be cleaner)"
             )
 
     def _check_overflow(self, level: Level, name: str) -> None:

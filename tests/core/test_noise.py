@@ -84,7 +84,10 @@ def test_channels_of_branches_differ_and_deeper_branches_are_refused():
 def test_no_two_draws_of_branches_and_steps_share_a_key(path):
     """Steps beyond 4096 and digits beyond the third are apart from the channels beside them."""
     root = Noise(torch.arange(1), (4,), dtype=torch.float64, path=path)
-    branches = [root, root.branch(0), root.branch(1), root.branch(4094), root.branch(4095)]
+    branches = [root, root.branch(0), root.branch(1), root.branch(4094)]
+    deep = root.branch(1).branch(2).branch(3)
+    branches += [deep, root.branch(0).branch(1).branch(2).branch(3)]  # equal in their low digits
+    branches.append(root.branch(4095))
     for index in (0, 4093):
         branches.append(branches[-1].branch(index))
     draws = [branch.start() for branch in branches]

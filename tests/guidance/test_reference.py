@@ -1,5 +1,7 @@
 """References: another condition or another network; one forward for each network; errors."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -26,7 +28,7 @@ from diffcore.guidance.reference import Query, evaluate_queries
 from diffcore.samplers import AlphaBlending
 from diffcore.sampling.generation import sample
 from diffcore.sampling.loop import guided_prediction, integrate
-from diffcore.schedules import Cosine, Flow, Trailing
+from diffcore.schedules import Cosine, Flow, Laplace, Trailing, Truncated
 from tests.helpers.oracles import (
     COVARIANCES,
     MEANS,
@@ -331,3 +333,13 @@ def test_run_folders_are_loaded_at_any_depth_of_a_rule():
     assert list(find_networks(GFCG(len, 2.0, ORACLE))) == [ORACLE]
     assert "weak" in repr(rule)
     assert "GaussianMixture" in repr(ready)
+
+
+def test_a_weaker_network_is_not_evaluated_beyond_the_levels_of_its_training():
+    """Its time is that of one end for all levels beyond it."""
+    weaker = mixture(process(Truncated(Laplace(), -4.0, 4.0)))
+    arguments = {"steps": 12, "seeds": [1], "condition": [1]}
+    with pytest.raises(ValueError, match=r"weaker network, a knot is at λ = .* from λ = -4 to 4"):
+        sample(ORACLE, guidance=AutoGuidance(2.0, weaker), **arguments)
+    within = Interval(AutoGuidance(2.0, weaker), math.exp(-1.9), math.exp(1.9))
+    assert sample(ORACLE, guidance=within, **arguments).x.isfinite().all()

@@ -10,7 +10,15 @@ from diffcore.core.denoiser import Denoiser
 from diffcore.core.noise import Noise
 from diffcore.core.process import Process, TimeConditioning
 from diffcore.guidance import CFG, Interval
-from diffcore.samplers import DDIM, AdamsBashforth, AdaptiveRungeKutta, AlphaBlending, Restart
+from diffcore.samplers import (
+    DDIM,
+    AdamsBashforth,
+    AdaptiveRungeKutta,
+    AlphaBlending,
+    DPMSolverPP,
+    Heun,
+    Restart,
+)
 from diffcore.sampling.generation import DEFAULT_GRID, DEFAULT_SAMPLER, insert_levels, sample
 from diffcore.sampling.loop import integrate
 from diffcore.schedules import (
@@ -114,7 +122,9 @@ def test_no_sampler_evaluates_a_cleaner_level(sampler, schedule):
 
 
 @pytest.mark.parametrize(
-    "sampler", [AlphaBlending(2), AdaptiveRungeKutta(), *ADAPTIVE], ids=lambda sampler: str(sampler)
+    "sampler",
+    [AlphaBlending(2), Heun(), DPMSolverPP("2S"), AdaptiveRungeKutta(), *ADAPTIVE],
+    ids=lambda sampler: str(sampler),
 )
 def test_the_step_from_the_cleanest_level_to_the_clean_knot_is_x_0(sampler):
     oracle, cleanest = mixture(process(TRUNCATED)), TRUNCATED.cleanest
@@ -133,8 +143,10 @@ def test_cleaner_levels_that_are_given_are_refused_and_the_last_may_be_cleaner()
     with pytest.raises(ValueError, match="knot at λ = 8, but the cleanest"):
         Within(UniformBlend(), low=8.0).knots(TRUNCATED, 3)
     record = Process(TRUNCATED, shape=(2,))
-    with pytest.raises(ValueError, match=r"is at λ = 7, but the cleanest level .* is λ = 6"):
+    with pytest.raises(ValueError, match=r"is at λ = 7, but the network was .* to 6: eval"):
         record.check_level(TRUNCATED.at(7.0))
+    with pytest.raises(ValueError, match=r"is at λ = -7, but the network .* from λ = -6 to 6"):
+        record.check_level(TRUNCATED.at(-7.0))
     knots = Explicit((-2.0, 6.0, 7.0)).knots(TRUNCATED, 2)
     assert sample(
         mixture(process(TRUNCATED)), DDIM(), Explicit((-2.0, 6.0, 7.0)), 2, seeds=[1]
@@ -147,7 +159,7 @@ def test_each_knot_that_is_evaluated_is_checked_also_without_a_grid(place):
     logsnrs[place] = 7.0
     knots = tuple(TRUNCATED.at(logsnr) for logsnr in logsnrs)
     oracle, name = mixture(process(TRUNCATED)), ("the first knot", "knot 1")[place]
-    with pytest.raises(ValueError, match=f"{name} is at λ = 7, but the cleanest level"):
+    with pytest.raises(ValueError, match=f"{name} is at λ = 7, but the network was trained"):
         integrate(oracle, DDIM(), NOISE.start(), knots, NOISE)
 
 
