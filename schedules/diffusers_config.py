@@ -13,7 +13,7 @@ definition; a test measures each difference:
 - Euler, EulerAncestral, DPMSolverMultistep and UniPC with rescale_betas_zero_snr set ᾱ_T = 2^-24
   (λ = -16.6), where the other schedulers and this module have 0 (λ = -inf).
 - The flow schedulers shift σ_min twice, so that set_timesteps ends at another level (0.00892
-  instead of 0.00299 for shift 3).
+  instead of 0.00299 for shift 3). `DiffcoreScheduler.from_config` follows set_timesteps.
 - The tables are float32: ᾱ is right to 6e-7, and λ to 1e-3 at the clean end. Here they are float64.
 """
 

@@ -44,7 +44,7 @@ def from_spec(cls: type[T], settings: Mapping[str, Any]) -> T:
 
     Args:
         cls: dataclass to build.
-        settings: its arguments by name; components are given as specs.
+        settings: its arguments by name; a component is given as such or as its spec.
 
     Returns:
         The instance.
@@ -55,10 +55,11 @@ def from_spec(cls: type[T], settings: Mapping[str, Any]) -> T:
     """
     if not isinstance(settings, Mapping):
         raise ValueError(f"got {settings!r}, expected the fields of a {cls.__name__}")
+    arguments = {name: to_spec(value) for name, value in settings.items()}
     parser = ComponentParser(exit_on_error=False)
     parser.add_class_arguments(cls, "value")
     try:
-        return parser.instantiate(parser.parse_object({"value": dict(settings)})).value
+        return parser.instantiate(parser.parse_object({"value": arguments})).value
     except SpecError as error:
         message = (
             str(error)

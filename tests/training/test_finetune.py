@@ -12,7 +12,7 @@ from diffcore.integrations.diffusers.loading.folder import network_of
 from diffcore.integrations.diffusers.pipeline.pretrained_network import ADAPTER
 from diffcore.integrations.diffusers.scheduler.scheduler_config import (
     describe_process,
-    read_config,
+    read_scheduler_config,
 )
 from diffcore.io.safetensors import read_weights
 from diffcore.schedules import Discrete, Flow, Shifted, ZeroTerminalSNR
@@ -101,7 +101,7 @@ def test_a_pipeline_trains_on_its_own_process_if_the_file_defines_none(workspace
     process = Process.load(run / "process.json")
     assert (process.schedule, process.classes) == (schedule, 4)
     exported = type(pipe).from_pretrained(run / "pipeline")
-    assert describe_process(read_config(exported.scheduler)).schedule == schedule
+    assert describe_process(read_scheduler_config(exported.scheduler)).schedule == schedule
     average = read_weights(run / "ema.safetensors")
     for name, value in network_of(exported).state_dict().items():
         assert torch.equal(value, average[f"network.{name}"]), name

@@ -18,7 +18,7 @@ from diffcore.integrations.diffusers.guidance.joint_forward import GuidedForward
 from diffcore.integrations.diffusers.guidance.sequential_forward import SequentialGuidedForward
 from diffcore.integrations.diffusers.loading.folder import network_of, parts_of
 from diffcore.integrations.diffusers.scheduler.scheduler import DiffcoreScheduler
-from diffcore.integrations.diffusers.scheduler.scheduler_config import read_config
+from diffcore.integrations.diffusers.scheduler.scheduler_config import read_scheduler_config
 from diffcore.samplers import DDIM, AlphaBlending, DPMSolverPP, Euler, Sampler
 from diffcore.schedules import Grid
 
@@ -162,7 +162,7 @@ def _scheduler(
     chosen: dict[str, Any] = {
         name: part for name, part in (("sampler", sampler), ("grid", grid)) if part is not None
     }
-    scheduler = DiffcoreScheduler.from_config(read_config(pipeline_scheduler), **chosen)
+    scheduler = DiffcoreScheduler.from_config(read_scheduler_config(pipeline_scheduler), **chosen)
     settings = scheduler.settings
     check_rule(guidance)
     if not guidance.is_consistent and settings.sampler not in FIRST_ORDER:

@@ -35,9 +35,10 @@ from diffcore.guidance import (
 from diffcore.integrations.diffusers.guidance.joint_forward import check_rule
 from diffcore.integrations.diffusers.guidance.pipeline_denoiser import split_input
 from diffcore.integrations.diffusers.scheduler.scheduler import DiffcoreScheduler
-from diffcore.integrations.diffusers.scheduler.scheduler_config import read_config
+from diffcore.integrations.diffusers.scheduler.scheduler_config import read_scheduler_config
 from diffcore.io.specs import from_spec, to_spec
-from diffcore.schedules import Level
+from diffcore.samplers import DDIM
+from diffcore.schedules import Level, Trailing
 
 __all__ = ["DiffcoreGuider", "Evaluation", "GuiderSettings"]
 
@@ -160,9 +161,7 @@ class DiffcoreGuider(BaseGuidance):
         self, rule: Guidance | Mapping[str, Any], process: Process | Mapping[str, Any]
     ) -> None:
         super().__init__()
-        self.settings = from_spec(
-            GuiderSettings, {"rule": to_spec(rule), "process": to_spec(process)}
-        )
+        self.settings = from_spec(GuiderSettings, {"rule": rule, "process": process})
         self.register_to_config(**to_spec(self.settings))  # type: ignore[no-untyped-call]
         self._memory: Any = None
         self._evaluation: Evaluation | None = None
@@ -178,7 +177,10 @@ class DiffcoreGuider(BaseGuidance):
         Returns:
             The guider, with the process that the scheduler describes.
         """
-        return cls(rule, DiffcoreScheduler.from_config(read_config(scheduler)).settings.process)
+        # Only the process is read: a scheduler whose levels cannot be expressed is accepted.
+        unused: dict[str, Any] = {"sampler": DDIM(), "grid": Trailing(), "last": None, "clip": None}
+        config = read_scheduler_config(scheduler)
+        return cls(rule, DiffcoreScheduler.from_config(config, **unused).settings.process)
 
     @property
     def levels(self) -> tuple[float, ...]:

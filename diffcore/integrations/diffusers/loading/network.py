@@ -23,7 +23,7 @@ from diffcore.integrations.diffusers.loading.text_encoding import encode_prompts
 from diffcore.integrations.diffusers.scheduler.scheduler_config import (
     describe_process,
     dynamic_shift,
-    read_config,
+    read_scheduler_config,
 )
 
 __all__ = ["MeanOutput", "from_diffusers", "mean_network", "read_process_fields"]
@@ -122,7 +122,7 @@ def read_process_fields(
                 f"these"
             )
         return read
-    config = read_config(parts.scheduler)
+    config = read_scheduler_config(parts.scheduler)
     if mu is None:
         mu = _dynamic_shift(config, parts.network, (read | fields)["shape"])
     described = describe_process(config, mu)

@@ -128,9 +128,7 @@ def _sample(denoiser: Denoiser, scheduler: Any, x: Tensor, labels: Tensor | None
     process = _scheduler_process(denoiser.process)
     times = [float(t) for t in scheduler.timesteps]
     levels = [process.time.level(process.schedule, time) for time in times]
-    noise = GeneratorNoise(
-        torch.zeros(len(x), dtype=torch.int64), process.shape, x.device, generator=_generator()
-    )
+    noise = GeneratorNoise.of(len(x), process.shape, x.device, _generator())
     noise.start()  # the pipeline has drawn its first x from an equal generator
     sampler = DDPM() if isinstance(scheduler, diffusers.DDPMScheduler) else DDIM()
     labels = None if labels is None else labels.to(x.device)

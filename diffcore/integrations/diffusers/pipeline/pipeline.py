@@ -132,7 +132,7 @@ class DiffcorePipeline(DiffusionPipeline):
         parts = {"scheduler": scheduler, "unet": unet, "transformer": transformer, "vae": vae}
         self.register_modules(**parts)  # type: ignore[no-untyped-call]
         self._settings = from_spec(
-            PipelineSettings, {f.name: to_spec(given[f.name]) for f in fields(PipelineSettings)}
+            PipelineSettings, {f.name: given[f.name] for f in fields(PipelineSettings)}
         )
         self.register_to_config(**to_spec(self._settings))  # type: ignore[no-untyped-call]
         self._interrupt = False
@@ -371,10 +371,7 @@ class DiffcorePipeline(DiffusionPipeline):
         if seeds is not None:
             return Noise(torch.tensor(seeds), process.shape, device)
         dtype = evaluation_dtype(self.network, torch.float32)
-        seeds_unused = torch.zeros(count, dtype=torch.int64)
-        return GeneratorNoise(
-            seeds_unused, process.shape, device, generator=generator, draw_dtype=dtype
-        )
+        return GeneratorNoise.of(count, process.shape, device, generator, dtype)
 
     def _observer(
         self, process: Process, count: Callable[[], Any], callback: Callback | None

@@ -8,6 +8,7 @@ the sampler starts at that knot.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -84,6 +85,14 @@ class CallPlan:
         )
         return times.round().long() if are_indices else times.float()
 
+    def sigmas(self) -> Tensor:
+        """σ/α at each evaluation and at the last knot, (E + 1,), as diffusers keeps them; of a flow
+        σ/(α+σ).
+        """
+        is_flow = self.process.time.variable == "blend"
+        levels = [*(state.level for state in self.states), self.all_knots[-1]]
+        return torch.tensor([float(knot.blend if is_flow else knot.ratio) for knot in levels])
+
     def starts_step(self, position: int) -> bool:
         """True if evaluation number `position` (from 0) is the first of its step."""
         return position == 0 or self.states[position].step != self.states[position - 1].step
@@ -152,6 +161,11 @@ class PipelineCall:
         """
         times = plan.times()
         return cls(plan, times.to(device), times.tolist())
+
+    @cached_property
+    def sigmas(self) -> Tensor:
+        """(E + 1,) σ/α at each evaluation and after the last, on the CPU as in diffusers."""
+        return self.plan.sigmas()
 
     @property
     def knots(self) -> Knots:

@@ -1,6 +1,7 @@
 """Noise from the torch.Generator of a diffusers pipeline, which replaces the seeds of diffcore."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -30,26 +31,31 @@ class GeneratorNoise(Noise):
     draw_dtype: torch.dtype = torch.float32
 
     @classmethod
-    def like(cls, output: Tensor, x: Tensor, generator: Generators) -> "GeneratorNoise":
-        """Noise for x.
+    def of(
+        cls,
+        count: int,
+        shape: Sequence[int],
+        device: torch.device,
+        generator: Generators,
+        draw_dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype = torch.float32,
+    ) -> "GeneratorNoise":
+        """Noise for a number of samples.
 
         Args:
-            output: output of the network; the normals are drawn in its dtype.
-            x: (B, *shape) samples.
+            count: number of samples.
+            shape: shape of one sample, channels first.
+            device: device of the noise.
             generator: one generator, one for each sample, or None for torch's global generator.
+            draw_dtype: dtype in which the normals are drawn, that of the network's output.
+            dtype: dtype of the noise, that of x.
 
         Returns:
             The noise.
         """
-        seeds = torch.zeros(len(x), dtype=torch.int64)
-        return cls(
-            seeds,
-            tuple(x.shape[1:]),
-            x.device,
-            x.dtype,
-            generator=generator,
-            draw_dtype=output.dtype,
-        )
+        unused_seeds = torch.zeros(count, dtype=torch.int64)
+        noise = cls(unused_seeds, tuple(shape), device, dtype)
+        return replace(noise, generator=generator, draw_dtype=draw_dtype)
 
     def start(self) -> Tensor:
         return self._draw()

@@ -26,9 +26,16 @@ from diffcore.core.process import TimeConditioning
 from diffcore.guidance.base import add_to_x0, expand_per_sample
 from diffcore.integrations.diffusers.scheduler.call import CallPlan, PipelineCall
 from diffcore.integrations.diffusers.scheduler.generator_noise import GeneratorNoise, Generators
-from diffcore.integrations.diffusers.scheduler.scheduler_config import scheduler_arguments
-from diffcore.integrations.diffusers.scheduler.settings import SchedulerSettings
-from diffcore.io.specs import to_spec
+from diffcore.integrations.diffusers.scheduler.scheduler_config import (
+    read_scheduler_config,
+    scheduler_arguments,
+)
+from diffcore.integrations.diffusers.scheduler.scheduler_grid import SchedulerGrid
+from diffcore.integrations.diffusers.scheduler.settings import (
+    SchedulerSettings,
+    apply_dynamic_shift,
+)
+from diffcore.io.specs import from_spec, to_spec
 from diffcore.samplers import DDIM, Sampler
 from diffcore.schedules import Discrete, Explicit, Grid, Level, Schedule, Trailing
 
@@ -68,7 +75,8 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
             pipe.scheduler.config, sampler=DPMSolverPP("2M"), grid=Trailing()
         )
 
-    `from_config` reads the config of any diffusers scheduler; keyword arguments replace its values.
+    `from_config` reads the config of any diffusers scheduler; keyword arguments replace its values,
+    which are then not read.
     x is in the scaling of the schedule (vp for tables), for which `init_noise_sigma` is close to 1.
     The progress of a call is kept for each thread, so that several threads can call one pipeline.
     Stochastic samplers draw from the generator that the pipeline passes to `step` (default: torch's
@@ -119,7 +127,7 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         given = dict(locals())
         components = {name: given.pop(name) for name in SchedulerSettings.__dataclass_fields__}
-        self.settings = SchedulerSettings.read(components)
+        self.settings = from_spec(SchedulerSettings, components)
         others = {name: value for name, value in given.items() if name not in ("self", "__class__")}
         self.register_to_config(**to_spec(self.settings), **others)  # type: ignore[no-untyped-call]
         self._threads = _ThreadCalls()
@@ -131,15 +139,18 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
         """A scheduler from the config of a DiffcoreScheduler or of any diffusers scheduler.
 
         Args:
-            config: config of a scheduler.
+            config: config of a scheduler, or the scheduler itself, whose class decides where two
+                classes have equal options.
             return_unused_kwargs: True also returns the unused keyword arguments, as in diffusers.
             **kwargs: arguments that replace those of the config.
 
         Returns:
             The scheduler.
         """
+        if isinstance(config, SchedulerMixin):
+            config = read_scheduler_config(config)
         if isinstance(config, Mapping) and "sampler" not in config:
-            config = scheduler_arguments(config)
+            config = scheduler_arguments(config, kwargs)
         build = super().from_config
         return build(config, return_unused_kwargs, **kwargs)  # type: ignore[no-untyped-call]
 
@@ -169,6 +180,11 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
     def timesteps(self) -> Tensor:
         """Time input of the network for each evaluation, (evaluations,)."""
         return self.call.timesteps
+
+    @property
+    def sigmas(self) -> Tensor:
+        """σ/α at each evaluation and after the last, (evaluations + 1,); of a flow σ/(α+σ)."""
+        return self.call.sigmas
 
     @property
     def num_inference_steps(self) -> int:
@@ -214,7 +230,7 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
             ValueError: The arguments define no knots or contradict each other, or the sampler or
                 the network cannot be evaluated at them.
         """
-        settings = self._settings(mu)
+        settings = apply_dynamic_shift(self.settings, self.config, mu)
         times, ratios = (
             None if given is None else tuple(map(float, given)) for given in (timesteps, sigmas)
         )
@@ -262,7 +278,9 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
         _check_options({"eta": eta} | options)
         call = self.call
         x = at_least_float32(sample)
-        noise = GeneratorNoise.like(model_output, x, generator)
+        noise = GeneratorNoise.of(
+            len(x), x.shape[1:], x.device, generator, model_output.dtype, x.dtype
+        )
         state = call.start(timestep, x, noise)
         prediction = self._prediction(model_output[:, : x.shape[1]].to(x.dtype), x, state.level)
         after = call.advance(state, prediction, noise)
@@ -280,7 +298,8 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
         Returns:
             (B, *shape) noisy samples in the dtype of x_0.
         """
-        return self._noisy(original_samples, noise, timesteps)
+        pair = Prediction(at_least_float32(original_samples), at_least_float32(noise))
+        return pair.at(self._levels(timesteps, pair.x0)).to(original_samples.dtype)
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """`add_noise` with the name and the argument order of flow schedulers.
@@ -293,7 +312,7 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
         Returns:
             (B, *shape) noisy samples in the dtype of x_0.
         """
-        return self._noisy(sample, noise, timestep)
+        return self.add_noise(sample, noise, timestep)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The training target v = α ε - σ x_0 of the vp process at the levels of `timesteps`.
@@ -309,16 +328,6 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
         x0, eps = at_least_float32(sample), at_least_float32(noise)
         return target("v_prediction", x0, eps, self._levels(timesteps, x0), 1.0).to(sample.dtype)
 
-    def _settings(self, mu: float | None) -> SchedulerSettings:
-        if not self.config.use_dynamic_shifting:
-            return self.settings
-        if mu is None:
-            raise ValueError(
-                "use_dynamic_shifting is set: pass mu, the μ that the pipeline computes from the "
-                "image's size"
-            )
-        return self.settings.shift(mu, self.config.time_shift_type)
-
     def _prediction(self, output: Tensor, x: Tensor, level: Level) -> Prediction:
         settings = self.settings
         prediction = predict(settings.prediction_type, output, x, level, settings.sigma_data)
@@ -332,10 +341,6 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
         call, time = self._threads.call, self.settings.time
         schedule = self.settings.schedule if call is None else call.plan.process.schedule
         return time.level(schedule, expand_per_sample(timesteps, x)).to(x)
-
-    def _noisy(self, x0: Tensor, eps: Tensor, timesteps: Tensor) -> Tensor:
-        pair = Prediction(at_least_float32(x0), at_least_float32(eps))
-        return pair.at(self._levels(timesteps, pair.x0)).to(x0.dtype)
 
 
 def _check_options(options: dict[str, Any]) -> None:
@@ -385,6 +390,8 @@ def _knots(
         return _explicit_knots(
             settings, [schedule.at(-2 * math.log(sigma)) for sigma in sigmas if sigma > 0]
         )
+    if isinstance(settings.grid, SchedulerGrid):
+        return settings.complete_knots(settings.grid.knots_of(schedule, sigmas))
     # Flow pipelines pass this default when the user gives only a number of steps.
     if np.allclose(sigmas, np.linspace(1, 1 / len(sigmas), len(sigmas))):
         return settings.knots(len(sigmas))

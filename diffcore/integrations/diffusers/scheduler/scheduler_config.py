@@ -11,28 +11,22 @@ schedulers that keep y = x/α (Euler, Heun, LMS).
 """
 
 import inspect
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import diffusers
 
 from diffcore.core.prediction import PredictionType
 from diffcore.core.process import TimeConditioning
-from diffcore.integrations.diffusers.scheduler.settings import SchedulerSettings
-from diffcore.schedules import (
-    BetaSpacing,
-    Grid,
-    Karras,
-    Leading,
-    Linspace,
-    Rescaled,
-    Schedule,
-    Trailing,
-    UniformLogSNR,
-    schedule_from_diffusers,
+from diffcore.integrations.diffusers.scheduler.scheduler_grid import grid_from_config
+from diffcore.integrations.diffusers.scheduler.settings import (
+    SchedulerSettings,
+    apply_dynamic_shift,
 )
-from diffcore.schedules.diffusers_config import FLOWS, TABLES
+from diffcore.io.specs import from_spec
+from diffcore.schedules import Rescaled, Schedule, schedule_from_diffusers
+from diffcore.schedules.diffusers_config import FLOWS, SIGMAS, TABLES
 
 __all__ = [
     "C_NOISE",
@@ -40,12 +34,13 @@ __all__ = [
     "ProcessDescription",
     "describe_process",
     "dynamic_shift",
-    "grid_from_config",
-    "read_config",
+    "read_scheduler_config",
     "scheduler_arguments",
 ]
 
 Config = Mapping[str, Any]
+DISTILLED = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
+"""Schedulers of consistency models, which jump to x_0 in each step."""
 C_NOISE = TimeConditioning("logsnr", -1 / 8)
 BACKWARD = ("MiniMaxH3Scheduler", "RFD4ProteinaScheduler")
 """Flows whose networks have the time input 1 - a."""
@@ -68,7 +63,7 @@ class ProcessDescription(NamedTuple):
     sigma_data: float | None = None
 
 
-def read_config(scheduler: Any) -> dict[str, Any]:
+def read_scheduler_config(scheduler: Any) -> dict[str, Any]:
     """Read the config of a scheduler, with the name of its class.
 
     `scheduler.config` of a scheduler that was constructed in Python contains no class name. It gets
@@ -107,9 +102,7 @@ def describe_process(config: Config, mu: float | None = None) -> ProcessDescript
         components = {
             name: config[name] for name in SchedulerSettings.__dataclass_fields__ if name in config
         }
-        settings = SchedulerSettings.read(components)
-        if config.get("use_dynamic_shifting"):
-            settings = _shifted(settings, config, mu)
+        settings = apply_dynamic_shift(from_spec(SchedulerSettings, components), config, mu)
         return ProcessDescription(
             settings.schedule, settings.prediction_type, settings.time, settings.sigma_data
         )
@@ -132,15 +125,6 @@ def describe_process(config: Config, mu: float | None = None) -> ProcessDescript
     return ProcessDescription(
         schedule, _of_table(config, name), TimeConditioning("index", _entries(config))
     )
-
-
-def _shifted(settings: SchedulerSettings, config: Config, mu: float | None) -> SchedulerSettings:
-    if mu is None:
-        raise ValueError(
-            "use_dynamic_shifting is set: pass mu, the μ that the pipeline computes from the "
-            "image's size"
-        )
-    return settings.shift(mu, config.get("time_shift_type", "exponential"))
 
 
 def _entries(config: Config) -> float:
@@ -195,6 +179,23 @@ def _continuous(config: Config, schedule: Schedule) -> ProcessDescription:
 
 
 def _family(config: Config) -> str:
+    """The class whose constructor has the options of a config, else one with such noise levels.
+
+    Of classes with equal options, which list equal levels, it is the one with the shortest name.
+    """
+    options = {name for name in config if not name.startswith("_")}
+    names = [
+        name
+        for name in (*TABLES, *FLOWS, *SIGMAS)
+        if options == {p.name for p in _parameters(name)}
+    ]
+    if names and "FlowMapEulerDiscreteScheduler" not in names:
+        return min(names, key=len)
+    if names:
+        raise ValueError(
+            f"the config is one of {' or '.join(names)}, whose levels differ: pass the scheduler "
+            "itself, or its config with _class_name"
+        )
     if "beta_schedule" in config or "trained_betas" in config:
         return "DDPMScheduler"
     if "sigma_data" in config and "sigma_schedule" in config:
@@ -234,18 +235,18 @@ SHIFT_OPTIONS = ("time_shift_type", *DEFAULT_SHIFTS)
 """Options of a dynamic shift, which have the same names in a DiffcoreScheduler."""
 
 
-def scheduler_arguments(config: Config) -> dict[str, Any]:
+def scheduler_arguments(config: Config, given: Container[str] = ()) -> dict[str, Any]:
     """The arguments of a DiffcoreScheduler that express the config of a diffusers scheduler.
 
-    They define the process, the grid, the last level and the clipping. The spacings leading,
-    trailing and linspace, and beta, exponential and Karras levels, become grids. The sampler is not
-    read; the default is DDIM.
+    They define the process, the grid, the last level and the clipping. The sampler is not read; the
+    default is DDIM.
 
     Args:
         config: config with `_class_name`.
+        given: names of arguments that the caller defines, which are not read from the config.
 
     Returns:
-        Keyword arguments of DiffcoreScheduler.
+        Keyword arguments of DiffcoreScheduler without those in `given`.
 
     Raises:
         ValueError: The config has an option that cannot be expressed; the message contains the
@@ -253,102 +254,67 @@ def scheduler_arguments(config: Config) -> dict[str, Any]:
     """
     config = _with_defaults(config)
     dynamic = bool(config.get("use_dynamic_shifting"))
-    described = describe_process(
-        config | ({"use_dynamic_shifting": False, "shift": 1.0} if dynamic else {})
-    )
-    _check_expressible(config)
-    arguments: dict[str, Any] = {
-        "schedule": described.schedule,
-        "prediction_type": described.prediction,
-        "time": described.time,
-        "last": _last_logsnr(config, described.schedule),
-        "clip": _clip(config),
-        "grid": grid_from_config(config, described.schedule),
-        "use_dynamic_shifting": dynamic,
-        "num_train_timesteps": int(_entries(config)),
-    }
-    if described.sigma_data is not None:
-        arguments["sigma_data"] = described.sigma_data
-    return arguments | {
-        name: config[name] for name in SHIFT_OPTIONS if config.get(name) is not None
-    }
-
-
-def _check_expressible(config: Config) -> None:
-    for name, remedy in (
-        ("thresholding", "clip to a fixed range (clip_sample), or leave it out"),
-        ("shift_terminal", "take a grid whose last knot you choose, Within(Trailing(), high=λ)"),
-    ):
-        if config.get(name):
-            raise ValueError(f"{name} is {config[name]}, which cannot be expressed: {remedy}")
-
-
-def grid_from_config(config: Config, schedule: Schedule) -> Grid:
-    """The grid of a scheduler's config.
-
-    Args:
-        config: config with `_class_name`.
-        schedule: noise schedule of the config.
-
-    Returns:
-        The grid.
-    """
-    lowest, T = schedule.logsnr(1.0), _entries(config)
-    highest = schedule.logsnr(1 / T)
-    if config.get("use_karras_sigmas") or config.get("sigma_schedule") == "karras":
-        return Karras(
-            config.get("sigma_min") or math.exp(-highest / 2),
-            config.get("sigma_max") or _ratio(lowest),
-        )
-    if (
-        config.get("use_exponential_sigmas")
-        or config.get("use_lu_lambdas")
-        or "sigma_schedule" in config
-    ):
-        return UniformLogSNR(_finite(lowest), highest)
-    if config.get("use_beta_sigmas"):
-        return BetaSpacing()
-    if config["_class_name"] in FLOWS:
-        return Linspace(1 / T)
-    match config.get("timestep_spacing", "linspace"):
-        case "leading":
-            return Leading(config.get("steps_offset", 0))
-        case "trailing":
-            return Trailing()
-    return Linspace()
-
-
-def _ratio(lowest: float) -> float:
-    """σ/α of the noisiest level, lowered by a relative 1e-12 so that rounding cannot exceed it."""
-    return math.exp(-_finite(lowest) / 2) * (1 - 1e-12)
-
-
-def _finite(logsnr: float) -> float:
-    if logsnr == -math.inf:
+    unshifted = {"use_dynamic_shifting": False, "shift": 1.0, "flow_shift": 1.0}
+    describe = cache(lambda: describe_process(config | (unshifted if dynamic else {})))
+    if config["_class_name"] in DISTILLED and not ("sampler" in given and "grid" in given):
         raise ValueError(
-            "the schedule ends at pure noise, where Karras and exponential levels are infinite: "
-            "pass a grid"
+            f"{config['_class_name']} samples a distilled network in a few steps by a rule of its "
+            "own: keep this scheduler, or pass both sampler and grid, such as "
+            "sampler=DDIM(eta=1.0) and grid=Trailing()"
         )
-    return logsnr
+    readers: dict[str, Callable[[], Any]] = {
+        "schedule": lambda: describe().schedule,
+        "prediction_type": lambda: describe().prediction,
+        "time": lambda: describe().time,
+        "sigma_data": lambda: None if "prediction_type" in given else describe().sigma_data,
+        "last": lambda: _last_logsnr(config, lambda: describe().schedule),
+        "clip": lambda: _clip(config),
+        "grid": lambda: grid_from_config(config, describe().schedule),
+        "use_dynamic_shifting": lambda: dynamic,
+        "num_train_timesteps": lambda: int(_entries(config)),
+    } | {name: partial(config.get, name) for name in SHIFT_OPTIONS}
+    arguments = {name: read() for name, read in readers.items() if name not in given}
+    optional = ("sigma_data", *SHIFT_OPTIONS)
+    return {
+        name: value
+        for name, value in arguments.items()
+        if value is not None or name not in optional
+    }
 
 
-def _last_logsnr(config: Config, schedule: Schedule) -> float | None:
+def _last_logsnr(config: Config, schedule: Callable[[], Schedule]) -> float | None:
     """λ of index 0 if sampling ends there (set_alpha_to_one false, or final_sigmas_type sigma_min),
     else None.
     """
+    if config.get("final_sigmas_type") == "sigma_min" and (
+        config["_class_name"] in EDM or config.get("use_flow_sigmas")
+    ):
+        raise ValueError(
+            f"final_sigmas_type is 'sigma_min', for which {config['_class_name']} repeats its last "
+            "level: pass last=None to end at clean data, or the λ to end at"
+        )
     if config.get("set_alpha_to_one") is False or config.get("final_sigmas_type") == "sigma_min":
-        return schedule.logsnr(1 / _entries(config))
+        return schedule().logsnr(1 / _entries(config))
     return None
 
 
 def _clip(config: Config) -> float | None:
+    if config.get("thresholding"):
+        raise ValueError(
+            "thresholding is True, and a DiffcoreScheduler clamps to a fixed range: pass clip=1.0, "
+            "or clip=None for no bound"
+        )
     return float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample") else None
 
 
 def _with_defaults(config: Config) -> dict[str, Any]:
     """The config completed by the defaults of its class."""
-    kind = getattr(diffusers, str(config.get("_class_name")), None)
-    parameters = (
-        inspect.signature(kind.__init__).parameters.values() if inspect.isclass(kind) else ()
-    )
-    return {p.name: p.default for p in parameters if p.default is not p.empty} | read_config(config)
+    config = read_scheduler_config(config)
+    parameters = _parameters(config["_class_name"])
+    return {p.name: p.default for p in parameters if p.default is not p.empty} | config
+
+
+def _parameters(class_name: Any) -> list[inspect.Parameter]:
+    """The options of a scheduler of diffusers; none if diffusers has no such class."""
+    kind = getattr(diffusers, str(class_name), None)
+    return list(inspect.signature(kind).parameters.values()) if inspect.isclass(kind) else []

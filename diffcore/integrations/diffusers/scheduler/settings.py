@@ -1,17 +1,17 @@
 """The components of a DiffcoreScheduler, which its config holds as plain data."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from diffcore.core.prediction import PredictionType
 from diffcore.core.process import Process, TimeConditioning
-from diffcore.io.specs import from_spec, to_spec
 from diffcore.samplers import Sampler
 from diffcore.sampling.generation import insert_levels
 from diffcore.schedules import Grid, Level, Schedule, Shifted
 
-__all__ = ["SchedulerSettings"]
+__all__ = ["SchedulerSettings", "apply_dynamic_shift"]
 
 
 @dataclass(frozen=True)
@@ -63,25 +63,6 @@ class SchedulerSettings:
             self.schedule, self.prediction_type, self.time, shape=(1,), sigma_data=self.sigma_data
         )
 
-    def shift(self, mu: float, shift_type: str) -> "SchedulerSettings":
-        """The settings with the schedule shifted in time by s = e^μ (exponential) or s = μ
-        (linear).
-
-        Args:
-            mu: μ, which the pipeline computes from the image size.
-            shift_type: exponential or linear.
-
-        Returns:
-            The shifted settings.
-
-        Raises:
-            ValueError: A linear shift is not positive.
-        """
-        if shift_type == "linear" and not mu > 0:
-            raise ValueError(f"mu is {mu}, expected a time shift above 0")
-        log_shift = mu if shift_type == "exponential" else math.log(mu)
-        return replace(self, schedule=Shifted(self.schedule, -2 * log_shift))
-
     def knots(self, steps: int) -> tuple[Level, ...]:
         """The knots of the grid for a number of steps."""
         return self.complete_knots(self.grid.knots(self.schedule, steps))
@@ -101,14 +82,32 @@ class SchedulerSettings:
             return knots
         return (*knots[:-1], self.schedule.at(self.last))
 
-    @classmethod
-    def read(cls, fields: dict[str, Any]) -> "SchedulerSettings":
-        """Read the settings from plain data.
 
-        Args:
-            fields: components or their plain data, by field name.
+def apply_dynamic_shift(
+    settings: SchedulerSettings, config: Mapping[str, Any], mu: float | None
+) -> SchedulerSettings:
+    """Shift the schedule in time by s = e^μ (exponential) or s = μ (linear).
 
-        Returns:
-            The settings.
-        """
-        return from_spec(cls, {name: to_spec(value) for name, value in fields.items()})
+    Args:
+        settings: settings before the shift.
+        config: config with `use_dynamic_shifting` and `time_shift_type`.
+        mu: μ, which the pipeline computes from the image size.
+
+    Returns:
+        The shifted settings; the same settings without `use_dynamic_shifting`.
+
+    Raises:
+        ValueError: μ is missing, or a linear shift is not positive.
+    """
+    if not config.get("use_dynamic_shifting"):
+        return settings
+    if mu is None:
+        raise ValueError(
+            "use_dynamic_shifting is set: pass mu, the μ that the pipeline computes from the "
+            "image's size"
+        )
+    is_linear = config.get("time_shift_type") == "linear"
+    if is_linear and not mu > 0:
+        raise ValueError(f"mu is {mu}, expected a time shift above 0")
+    log_shift = math.log(mu) if is_linear else mu
+    return replace(settings, schedule=Shifted(settings.schedule, -2 * log_shift))

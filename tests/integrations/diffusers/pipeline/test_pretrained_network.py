@@ -14,7 +14,7 @@ from diffcore.integrations.diffusers.loading.index import PipelineIndex
 from diffcore.integrations.diffusers.pipeline.pretrained_network import build_scheduler
 from diffcore.integrations.diffusers.scheduler.scheduler_config import (
     describe_process,
-    read_config,
+    read_scheduler_config,
 )
 from diffcore.schedules import Cosine, Discrete, Flow, Shifted, ZeroTerminalSNR
 from tests.helpers.captioned_images import OLD, write_pipeline
@@ -167,10 +167,10 @@ SD3 = Shifted.by_time_shift(Flow(), 3.0)
 )
 def test_the_saved_scheduler_describes_the_process(tmp_path, config, described, kind):
     process = Process(*described, shape=(4, 8, 8), sigma_data=1.0)
-    build_scheduler(read_config(config), process).save_pretrained(tmp_path)
+    build_scheduler(read_scheduler_config(config), process).save_pretrained(tmp_path)
     found = kind.from_pretrained(tmp_path)
     assert type(found) is kind
-    schedule, *others = describe_process(read_config(found))[:3]
+    schedule, *others = describe_process(read_scheduler_config(found))[:3]
     assert others == [process.prediction, process.time]
     t = torch.linspace(0.001, 1, 1000, dtype=torch.float64)
     torch.testing.assert_close(
@@ -183,8 +183,12 @@ def test_the_saved_scheduler_describes_the_process(tmp_path, config, described, 
 
 def test_a_schedule_that_is_no_table_is_saved_as_one(tmp_path):
     process = Process(Cosine(), "v_prediction", INDEX, shape=(4, 8, 8), sigma_data=1.0)
-    build_scheduler(read_config(diffusers.PNDMScheduler(**OLD)), process).save_pretrained(tmp_path)
-    found = describe_process(read_config(diffusers.DDIMScheduler.from_pretrained(tmp_path)))
+    build_scheduler(read_scheduler_config(diffusers.PNDMScheduler(**OLD)), process).save_pretrained(
+        tmp_path
+    )
+    found = describe_process(
+        read_scheduler_config(diffusers.DDIMScheduler.from_pretrained(tmp_path))
+    )
     t = torch.arange(1, 1001, dtype=torch.float64) / 1000
     torch.testing.assert_close(found.schedule.logsnr(t), Cosine().logsnr(t), rtol=0, atol=1e-9)
     assert found[1:3] == ("v_prediction", INDEX)

@@ -2,6 +2,8 @@
 every thread.
 """
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import diffusers
@@ -236,3 +238,40 @@ def test_eight_threads_equal_eight_calls(sampler):
         together = list(pool.map(call, range(8)))
     assert all(torch.equal(a, b) for a, b in zip(serial, together, strict=True))
     assert not torch.equal(serial[0], serial[3])
+
+
+def test_the_default_levels_of_flux_are_those_of_its_pipeline():
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    text = {
+        name: TEXT[name] for name in ("prompt_embeds", "negative_prompt_embeds", "output_type")
+    } | POOLED
+
+    def call(pipe):
+        size = {"height": 16, "width": 16, "num_inference_steps": 3}
+        return pipe(generator=seed(), true_cfg_scale=2.0, **size, **text).images
+
+    mine, other = both(flux(scheduler), call)
+    assert relative_difference(mine, other) < 1e-4
+
+
+FRESH_PROCESS = """
+import sys
+import diffusers
+try:
+    diffusers.DiffusionPipeline.from_pretrained(sys.argv[1])
+except ValueError as error:
+    assert "has not been imported" in str(error), error
+else:
+    raise AssertionError("documented as refused")
+import diffcore.integrations.diffusers
+pipe = diffusers.DiffusionPipeline.from_pretrained(sys.argv[1])
+print(type(pipe.scheduler).__name__)
+"""
+
+
+def test_a_fresh_process_loads_a_saved_pipeline_after_the_import(tmp_path):
+    pipe = diffusers.DDPMPipeline(unet(), DiffcoreScheduler())
+    pipe.save_pretrained(tmp_path)
+    command = [sys.executable, "-c", FRESH_PROCESS, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "DiffcoreScheduler\n"), done.stderr

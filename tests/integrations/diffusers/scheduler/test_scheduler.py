@@ -15,6 +15,7 @@ import torch
 from diffcore.core.noise import Noise
 from diffcore.core.process import TimeConditioning
 from diffcore.integrations.diffusers import DiffcoreScheduler, from_diffusers
+from diffcore.integrations.diffusers.scheduler.scheduler_grid import SchedulerGrid
 from diffcore.samplers import (
     DDIM,
     AdamsBashforth,
@@ -29,7 +30,6 @@ from diffcore.samplers import (
 )
 from diffcore.sampling.loop import integrate
 from diffcore.schedules import (
-    BetaSpacing,
     Cosine,
     Discrete,
     Flow,
@@ -253,7 +253,7 @@ def test_a_flow_is_given_times_before_its_shift_and_its_pipelines_default_is_our
     )
 
 
-TERMINAL = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift_terminal": 0.1}
+BETA_SIGMAS = (("use_beta_sigmas", True),)
 INDEX_0 = Discrete().logsnr(1e-3)
 CONFIGS = [
     ("DDIM", {}, {"grid": Leading(), "clip": 1.0, "schedule": Discrete()}),
@@ -268,12 +268,19 @@ CONFIGS = [
         {"grid": Trailing(), "clip": 2.0},
     ),
     ("PNDM", {"steps_offset": 1}, {"grid": Leading(1), "last": INDEX_0, "clip": None}),
-    ("EulerDiscrete", {"use_beta_sigmas": True}, {"grid": BetaSpacing(), "last": None}),
+    (
+        "EulerDiscrete",
+        {"use_beta_sigmas": True},
+        {"grid": SchedulerGrid("EulerDiscreteScheduler", BETA_SIGMAS), "last": None},
+    ),
     ("DPMSolverMultistep", {"final_sigmas_type": "sigma_min"}, {"last": INDEX_0}),
     (
         "FlowMatchEulerDiscrete",
         {"shift": 3.0},
-        {"grid": Linspace(1e-3), "schedule": Shifted(Flow(), -2 * math.log(3))},
+        {
+            "grid": SchedulerGrid("FlowMatchEulerDiscreteScheduler", (("shift", 3.0),)),
+            "schedule": Shifted(Flow(), -2 * math.log(3)),
+        },
     ),
     (
         "FlowMatchEulerDiscrete",
@@ -382,7 +389,6 @@ BAD = [
         lambda: DiffcoreScheduler.from_config(diffusers.DDIMScheduler(thresholding=True).config),
         "thresholding is True",
     ),
-    (lambda: DiffcoreScheduler.from_config(TERMINAL), "shift_terminal is 0.1"),
     (
         lambda: DiffcoreScheduler.from_config(
             diffusers.DDIMScheduler(rescale_betas_zero_snr=True).config
