@@ -1,13 +1,11 @@
 """The samplers, grids and schedules of diffcore as a diffusers scheduler, for any pipeline."""
 
-import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from diffusers import SchedulerMixin
 from diffusers.configuration_utils import ConfigMixin
@@ -24,27 +22,22 @@ from diffcore.core.prediction import (
 )
 from diffcore.core.process import TimeConditioning
 from diffcore.guidance.base import add_to_x0, expand_per_sample
-from diffcore.integrations.diffusers.scheduler.call import CallPlan, PipelineCall
+from diffcore.integrations.diffusers.scheduler.call import PipelineCall
+from diffcore.integrations.diffusers.scheduler.call_plan import call_plan
 from diffcore.integrations.diffusers.scheduler.generator_noise import GeneratorNoise, Generators
 from diffcore.integrations.diffusers.scheduler.scheduler_config import (
     read_scheduler_config,
     scheduler_arguments,
 )
-from diffcore.integrations.diffusers.scheduler.scheduler_grid import SchedulerGrid
 from diffcore.integrations.diffusers.scheduler.settings import (
     SchedulerSettings,
     apply_dynamic_shift,
 )
 from diffcore.io.specs import from_spec, to_spec
 from diffcore.samplers import DDIM, Sampler
-from diffcore.schedules import Discrete, Explicit, Grid, Level, Schedule, Trailing
+from diffcore.schedules import Discrete, Grid, Level, Schedule, Trailing
 
 __all__ = ["DiffcoreScheduler", "SchedulerStepOutput"]
-
-TERMINAL_TOLERANCE = 1e-3
-"""A first knot that exceeds the terminal level by less than this in λ is replaced by it: published
-σ/α are rounded.
-"""
 
 
 @dataclass
@@ -235,7 +228,7 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
             None if given is None else tuple(map(float, given)) for given in (timesteps, sigmas)
         )
         self._threads.call = PipelineCall.of(
-            _plan(settings, num_inference_steps, times, ratios), device
+            call_plan(settings, num_inference_steps, times, ratios), device
         )
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
@@ -350,58 +343,3 @@ def _check_options(options: dict[str, Any]) -> None:
             f"step got {given}, which the sampler defines: set it there, such as "
             f"sampler=DDIM(eta={float(given.get('eta', 1.0)):g})"
         )
-
-
-Numbers = tuple[float, ...]
-
-
-@lru_cache(32)
-def _plan(
-    settings: SchedulerSettings,
-    steps: int | None,
-    timesteps: Numbers | None,
-    sigmas: Numbers | None,
-) -> CallPlan:
-    """The plan of a call, cached for equal calls."""
-    return CallPlan.of(
-        settings.process,
-        settings.sampler,
-        _knots(settings, steps, timesteps, sigmas),
-        settings.levels,
-    )
-
-
-def _knots(
-    settings: SchedulerSettings,
-    steps: int | None,
-    timesteps: Numbers | None,
-    sigmas: Numbers | None,
-) -> tuple[Level, ...]:
-    schedule = settings.schedule
-    if timesteps is not None and sigmas is not None:
-        raise ValueError("timesteps and sigmas were given: pass one of them")
-    if timesteps is not None:
-        return _explicit_knots(settings, [settings.time.level(schedule, t) for t in timesteps])
-    if sigmas is None:
-        if steps is None:
-            raise ValueError("num_inference_steps is missing: pass it, timesteps or sigmas")
-        return settings.knots(steps)
-    if settings.time.variable != "blend":
-        return _explicit_knots(
-            settings, [schedule.at(-2 * math.log(sigma)) for sigma in sigmas if sigma > 0]
-        )
-    if isinstance(settings.grid, SchedulerGrid):
-        return settings.complete_knots(settings.grid.knots_of(schedule, sigmas))
-    # Flow pipelines pass this default when the user gives only a number of steps.
-    if np.allclose(sigmas, np.linspace(1, 1 / len(sigmas), len(sigmas))):
-        return settings.knots(len(sigmas))
-    return _explicit_knots(settings, [schedule.level(sigma) for sigma in sigmas if sigma > 0])
-
-
-def _explicit_knots(settings: SchedulerSettings, levels: list[Level]) -> tuple[Level, ...]:
-    lowest = settings.schedule.logsnr(1.0)
-    logsnrs = [float(level.logsnr) for level in levels]
-    if logsnrs and lowest - TERMINAL_TOLERANCE < logsnrs[0] < lowest:
-        logsnrs[0] = lowest
-    grid = Explicit((*logsnrs, math.inf))
-    return settings.complete_knots(grid.knots(settings.schedule, len(logsnrs)))
