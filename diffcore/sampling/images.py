@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffcore.core.process import Process
 from diffcore.io.files import write_file
+from diffcore.io.image_reader import read_image
 
 __all__ = [
     "check_image",
@@ -45,8 +46,8 @@ def to_pixels(x: Tensor, process: Process) -> np.ndarray:
 
 
 def load_image(path: str | Path, process: Process) -> Tensor:
-    """x_0 (C, H, W) of an image file: bytes 0 .. 255 become the range of the process. The inverse
-    of `to_pixels`.
+    """x_0 (C, H, W) of an image file, upright by its EXIF orientation: bytes 0 .. 255 become the
+    range of the process. The inverse of `to_pixels`.
 
     Raises:
         ValueError: The file cannot be read, or has another size or number of channels than the
@@ -54,10 +55,10 @@ def load_image(path: str | Path, process: Process) -> Tensor:
     """
     check_image(process)
     try:
-        picture = Image.open(path)
-        array = np.atleast_3d(np.asarray(picture))
-    except (OSError, SyntaxError) as error:
+        picture = read_image(Path(path).read_bytes())
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} is not a readable image: {error}") from None
+    array = np.atleast_3d(np.asarray(picture))
     channels, height, width = process.shape
     if picture.mode not in ("L", "RGB") or array.shape != (height, width, channels):
         raise ValueError(

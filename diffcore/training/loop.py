@@ -9,7 +9,6 @@ from torch import Tensor
 from diffcore.core.random import Stream, derive_seed
 from diffcore.training import checkpoint, outputs
 from diffcore.training.data.order import Batch, load_batches
-from diffcore.training.data.source import check_labels
 from diffcore.training.power_ema import write_snapshot
 from diffcore.training.reporting import Reporter
 from diffcore.training.resume import checkpoint_of
@@ -27,7 +26,8 @@ def run(state: TrainState, reporter: Reporter) -> None:
         reporter: receives every step, and reports every `log_every` steps.
 
     Raises:
-        ValueError: Too many steps in a row were not finite, or a label is not a class.
+        ValueError: Too many steps in a row were not finite, or an item of the data does not fit
+            the process.
     """
     settings, batches = state.settings, training_batches(state, state.settings.steps)
     with reporter.progress(state):
@@ -72,7 +72,8 @@ def training_batches(state: TrainState, stop: int) -> Iterator[Batch]:
         An iterator over `accumulation` micro-batches for each step.
     """
     settings = state.settings
-    return load_batches(settings.source, state.order.steps(state.step, stop), settings.workers)
+    order = state.order.steps(state.step, stop)
+    return load_batches(settings.source, order, settings.process, settings.workers)
 
 
 def advance(state: TrainState, batches: Iterator[Batch]) -> None:
@@ -135,7 +136,6 @@ def _losses(state: TrainState, batch: Batch) -> Tensor:
     objective, process = settings.objective, settings.process
     key = state.sample_key(state.step, batch.batch_index)
     draw = objective.draw(process, key, device, state.level_sampler.learned)
-    check_labels(batch.label, batch.index, process)
     label = batch.label.to(device) if process.classes else None
     x0 = batch.x0.to(device, non_blocking=True)
     return objective(state.denoiser, x0, label, draw, state.uncertainty)

@@ -45,4 +45,5 @@ def preview(denoiser: Denoiser, data: DataSource, draw: Callable[..., Samples]) 
 
 
 def _name(data: DataSource, label: int) -> str:
-    return data.texts[label][:LETTERS] if data.texts else str(label)
+    names = data.texts or data.class_names
+    return names[label][:LETTERS] if names else str(label)

@@ -21,7 +21,7 @@ from diffcore.io.plain_data import read_text
 from diffcore.sampling import images
 from diffcore.sampling.generation import sample
 from diffcore.training.checkpoint import name as checkpoint_name
-from diffcore.training.previews import is_drawable, preview
+from diffcore.training.previews import preview
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -287,9 +287,7 @@ class Reporter:
     def draw_preview(self, state: "TrainState") -> None:
         """Write a grid of samples of the averaged network, on the first rank."""
         settings = self.settings
-        if not self.accelerator.is_main_process or not is_drawable(
-            settings.source, settings.process
-        ):
+        if not self.accelerator.is_main_process:
             return
         draw = partial(
             sample,

@@ -13,8 +13,8 @@ from diffcore.core.network import frozen_hash
 from diffcore.core.process import Process
 from diffcore.core.random import Stream, derive_seed
 from diffcore.objectives.objective import SampleKey
+from diffcore.training.data.checks import prepare_data
 from diffcore.training.data.order import DataOrder
-from diffcore.training.data.source import prepare_data
 from diffcore.training.distributed import make_accelerator, wrap
 from diffcore.training.ema import EMA
 from diffcore.training.level_sampler import LevelSampler

@@ -16,15 +16,13 @@ from diffcore.sampling import generation
 from diffcore.sampling.generation import DEFAULT_GRID, DEFAULT_SAMPLER
 from diffcore.schedules import Grid
 from diffcore.training import loop
-from diffcore.training.data.source import (
-    DataSource,
-    as_data_source,
-    check_data,
-    process_with_captions,
-)
+from diffcore.training.data.adapters import as_data_source
+from diffcore.training.data.checks import check_data, check_held_out, process_with_captions
+from diffcore.training.data.source import DataSource
 from diffcore.training.ema import Decay
 from diffcore.training.lr import LearningRate
 from diffcore.training.power_ema import Snapshots
+from diffcore.training.previews import is_drawable
 from diffcore.training.reporting import Reporter
 from diffcore.training.resume import start_or_resume
 from diffcore.training.state import TrainState, build_state
@@ -158,6 +156,7 @@ class Trainer:
         object.__setattr__(self, "process", process_with_captions(self.process, self.source))
         self.objective.check(self.process)
         check_data(self.source, self.process)
+        check_held_out(self.validation.source, self.source)
         self.validation.process(self.process)
         if self.sample_every:
             self._check_previews()
@@ -198,6 +197,12 @@ class Trainer:
             )
 
     def _check_previews(self) -> None:
+        if not is_drawable(self.source, self.process):
+            raise ValueError(
+                f"sample_every is {self.sample_every}, but samples of shape {self.process.shape} "
+                "are not images of 1 or 3 channels, nor latents that the data decodes: set "
+                "sample_every: 0"
+            )
         generation.check_sampling(
             self.process,
             self.grid.knots(self.process.schedule, self.sample_steps),

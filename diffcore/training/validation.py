@@ -23,14 +23,9 @@ from diffcore.core.random import Stream, derive_seed, permutation
 from diffcore.objectives.coupling import IndependentCoupling
 from diffcore.objectives.objective import Objective, SampleKey
 from diffcore.sampling.generation import evaluation_mode
-from diffcore.training.data.source import (
-    DataSource,
-    as_data_source,
-    check_data,
-    check_labels,
-    process_with_captions,
-    split_item,
-)
+from diffcore.training.data.adapters import as_data_source
+from diffcore.training.data.checks import check_data, process_with_captions, read_item
+from diffcore.training.data.source import DataSource
 
 if TYPE_CHECKING:
     from diffcore.training.state import TrainState
@@ -154,7 +149,7 @@ def measure_loss(
         size.
 
     Raises:
-        ValueError: An item has a label that is no class.
+        ValueError: An item cannot be read, or does not fit the process.
     """
     source = validation.source
     assert source is not None
@@ -193,9 +188,8 @@ def _batch_losses(
 ) -> Tensor:
     """The losses (B,) of items at the levels that a key indexes, on the device of the network."""
     process, device = denoiser.process, denoiser.device
-    items = [split_item(source[int(row)]) for row in rows]
+    items = [read_item(partial(source.__getitem__, row), row, process) for row in rows.tolist()]
     label = torch.tensor([label for _, label in items])
-    check_labels(label, rows, process)
     draw = objective.draw(process, key, device)
     condition = label.to(device) if process.classes else None
     return objective(denoiser, torch.stack([x0 for x0, _ in items]).to(device), condition, draw)

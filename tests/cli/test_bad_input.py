@@ -24,11 +24,8 @@ def files() -> set[str]:
 
 
 @pytest.fixture
-def place(diffcore, trained, monkeypatch, tmp_path):
+def place(diffcore, trained):
     """What the arguments name, in the current folder."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     for name, text in {
         "stepz.yaml": "stepz: 3\n",
         "peek.yaml": "lr: {peek: 3}\n",

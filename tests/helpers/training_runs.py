@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from diffcore.training.trainer import Trainer
 
 STEPS = 6
 PROCESS = Process(shape=(1, 8, 8), classes=10, dropout=0.1)
-GREY, NAN = torch.zeros(1, 8, 8), torch.full((1, 8, 8), math.nan)
+UNBOUNDED = replace(PROCESS, low=-math.inf, high=math.inf)
+GREY, HUGE = torch.zeros(1, 8, 8), torch.full((1, 8, 8), 3e38)  # its squared error is infinite
 
 
 class LabelRecorder(nn.Module):

@@ -89,6 +89,16 @@ def test_a_saved_image_loads_as_its_x0(channels, tmp_path):
     torch.testing.assert_close(loaded, x, rtol=0, atol=1e-5)
 
 
+def test_a_photo_is_loaded_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the top row is displayed as the right column
+    stored = np.zeros((8, 6), np.uint8)
+    stored[0] = 255
+    Image.fromarray(stored).save(tmp_path / "x.png", exif=exif)
+    x = images.load_image(tmp_path / "x.png", Process(shape=(1, 6, 8)))
+    assert torch.equal(x[0], 2 * torch.eye(8)[7].expand(6, 8) - 1)
+
+
 @pytest.mark.parametrize(
     ("mode", "size", "message"),
     [

@@ -12,7 +12,6 @@ def _finetune_folder(tmp_path_factory):
     folder, threads = tmp_path_factory.mktemp("finetune"), torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("datasets.config.HF_DATASETS_CACHE", str(folder / "datasets"))
         patch.chdir(folder)
         write_finetune_runs()
     torch.set_num_threads(threads)
@@ -25,6 +24,5 @@ def workspace(_finetune_folder, monkeypatch, one_thread):
 
     Tests share it: they write only to names of their own.
     """
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(_finetune_folder / "datasets"))
     monkeypatch.chdir(_finetune_folder)
     return _finetune_folder

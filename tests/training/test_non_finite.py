@@ -8,8 +8,9 @@ import torch
 from diffcore.training.state import build_state
 from tests.helpers.training_runs import (
     GREY,
-    NAN,
+    HUGE,
     PROCESS,
+    UNBOUNDED,
     LabelRecorder,
     ListDataset,
     make_trainer,
@@ -21,9 +22,11 @@ from tests.helpers.training_runs import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_a_nan_in_the_data_stops_the_run_and_names_level_and_sample(tmp_path, capsys):
-    data = ListDataset(*[(GREY, 0)] * 3, (NAN, 1))
-    trainer = make_trainer(tmp_path, data=data, batch_size=4, steps=50, patience=5)
+def test_a_sample_that_overflows_stops_the_run_and_names_level_and_sample(tmp_path, capsys):
+    data = ListDataset(*[(GREY, 0)] * 3, (HUGE, 1))
+    trainer = make_trainer(
+        tmp_path, data=data, process=UNBOUNDED, batch_size=4, steps=50, patience=5
+    )
     expected = r"5 steps in a row were not finite \(patience is 5\): step \d, sample 3 .* at λ = "
     state, _ = refused_run(trainer, expected)
     assert state.step == 5
@@ -38,19 +41,21 @@ def test_the_reported_level_is_that_at_which_the_sample_was_trained(tmp_path):
 
     class TimeRecorder(LabelRecorder):
         def forward(self, x, time, class_labels=None):
-            times.extend(time[x.flatten(1).isnan().any(1)].tolist())
+            times.extend(time[x.flatten(1).abs().amax(1) > 1e30].tolist())
             return super().forward(x, time, class_labels)
 
-    data = ListDataset((GREY, 0), (NAN, 1))
-    trainer = make_trainer(tmp_path, network=TimeRecorder, data=data, batch_size=2, patience=1)
+    data = ListDataset((GREY, 0), (HUGE, 1))
+    trainer = make_trainer(
+        tmp_path, network=TimeRecorder, data=data, process=UNBOUNDED, batch_size=2, patience=1
+    )
     _, text = refused_run(trainer, "not finite")
     logsnr = float(text.split("λ = ")[1].split(",")[0])
     assert logsnr == pytest.approx(PROCESS.schedule.logsnr((times[0] + 1) / 1000), abs=1e-3)
 
 
-def test_a_rare_nan_is_reported_and_does_not_stop_the_run(tmp_path, capsys):
-    data = ListDataset(*[(GREY, 0)] * 31, (NAN, 1))
-    state = train(tmp_path, data=data, batch_size=4, steps=16, patience=2)
+def test_a_rare_overflow_is_reported_and_does_not_stop_the_run(tmp_path, capsys):
+    data = ListDataset(*[(GREY, 0)] * 31, (HUGE, 1))
+    state = train(tmp_path, data=data, process=UNBOUNDED, batch_size=4, steps=16, patience=2)
     reports = read_reports(tmp_path)
     assert sum(report["skipped"] for report in reports) == 2  # once an epoch
     assert all((report["loss"] is None) == bool(report["skipped"]) for report in reports)
@@ -79,7 +84,13 @@ def test_one_element_that_is_not_finite_drops_the_whole_gradient(tmp_path, eleme
 
 def test_patience_counts_across_reports(tmp_path):
     trainer = make_trainer(
-        tmp_path, data=ListDataset((NAN, 0)), batch_size=2, steps=50, patience=5, log_every=3
+        tmp_path,
+        data=ListDataset((HUGE, 0)),
+        process=UNBOUNDED,
+        batch_size=2,
+        steps=50,
+        patience=5,
+        log_every=3,
     )
     state, _ = refused_run(trainer, "in a row were not finite")
     assert state.step == 6  # the first report after the fifth
@@ -87,4 +98,12 @@ def test_patience_counts_across_reports(tmp_path):
 
 def test_steps_after_the_last_report_are_checked_at_the_end(tmp_path):
     with pytest.raises(ValueError, match="in a row were not finite"):
-        train(tmp_path, data=ListDataset((NAN, 0)), batch_size=2, steps=4, patience=2, log_every=20)
+        train(
+            tmp_path,
+            data=ListDataset((HUGE, 0)),
+            process=UNBOUNDED,
+            batch_size=2,
+            steps=4,
+            patience=2,
+            log_every=20,
+        )

@@ -91,6 +91,13 @@ def test_previews_that_cannot_be_sampled_are_refused(tmp_path, process, guidance
     make_trainer(tmp_path, process=process, guidance=guidance, sample_every=0)
 
 
+def test_previews_of_samples_that_are_no_images_are_refused(tmp_path):
+    data, process = ListDataset(torch.zeros(2)), Process(shape=(2,))
+    with pytest.raises(ValueError, match=r"sample_every is 2, but samples of shape \(2,\) .* set"):
+        make_trainer(tmp_path, data=data, process=process, guidance=CFG(1.0), sample_every=2)
+    make_trainer(tmp_path, data=data, process=process, guidance=CFG(1.0), sample_every=0)
+
+
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="an accelerator supports fp16")
 def test_fp16_on_a_cpu_is_refused(tmp_path):
     message = "precision is fp16, which a CPU does not support: use bf16 or no"

@@ -2,10 +2,11 @@
 read.
 """
 
+from diffcore.training.data.adapters import as_data_source
 from diffcore.training.data.digits import Digits
 from diffcore.training.data.image_folder import ImageFolder
 from diffcore.training.data.order import Batch, DataOrder, load_batches
-from diffcore.training.data.source import DataSource, as_data_source
+from diffcore.training.data.source import DataSource
 
 __all__ = [
     "Batch",

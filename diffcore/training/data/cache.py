@@ -120,7 +120,8 @@ def hash_content(*parts: str | Path) -> str:
     whole = hashlib.sha256()
     for part in parts:
         for text in [part] if isinstance(part, str) else map(_describe, _files(part)):
-            whole.update(f"{len(text)} {text}".encode())
+            # Names of files that are not UTF-8 contain surrogates.
+            whole.update(f"{len(text)} {text}".encode(errors="surrogateescape"))
     return whole.hexdigest()[:32]
 
 

@@ -4,19 +4,23 @@
     metadata.csv      file_name,text                                   a header, and one row each
     cats/1.txt        a cat
 
-File names are relative to the folder of the metadata file, like in the "imagefolder" builder of the
-datasets library.
+File names are relative to the folder of the metadata file. Text files are read only if there is no
+metadata file. An image has one caption.
 """
 
 import csv
 import io
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+
+from diffcore.training.data.image_files import find_files, printable
 
 __all__ = ["read_captions"]
 
 COLUMN = "text"
+METADATA = ("metadata.jsonl", "metadata.csv")
 
 
 def read_captions(folder: str | Path, images: Sequence[str | Path]) -> list[str]:
@@ -30,31 +34,53 @@ def read_captions(folder: str | Path, images: Sequence[str | Path]) -> list[str]
         One caption for each image, in order; [] if no image has a caption.
 
     Raises:
-        ValueError: Only some images have a caption, or a file cannot be read.
+        ValueError: Only some images have a caption, one has several, or a file cannot be read.
     """
     folder, paths = Path(folder), [Path(path) for path in images]
-    files = sorted([*folder.rglob("metadata.jsonl"), *folder.rglob("metadata.csv")])
-    captions = (
-        {path: text for file in files for path, text in _read_metadata(file)}
-        if files
-        else _read_text_files(paths)
-    )
-    without = [path.name for path in paths if path not in captions]
+    files = [path for path in find_files(folder) if path.name in METADATA]
+    captions = _read_metadata_files(files) if files else _read_text_files(paths)
+    keys = [_absolute(path) for path in paths]
+    without = [
+        printable(path.relative_to(folder))
+        for path, key in zip(paths, keys, strict=True)
+        if key not in captions
+    ]
     if captions and without:
         remedy = f"line in {files[0].name}" if files else ".txt file"
         raise ValueError(
             f"{len(without)} of the {len(paths)} images of {folder} have no caption, such as "
             f"{without[0]}: give each a {remedy}, or set captions: false"
         )
-    return [captions[path] for path in paths] if captions else []
+    return [captions[key] for key in keys] if captions else []
 
 
-def _read_text_files(images: Iterable[Path]) -> dict[Path, str]:
-    texts = {path: path.with_suffix(".txt") for path in images}
+def _read_text_files(images: Iterable[Path]) -> dict[str, str]:
+    texts = {_absolute(path): path.with_suffix(".txt") for path in images}
     return {path: _read(text).strip() for path, text in texts.items() if text.is_file()}
 
 
-def _read_metadata(file: Path) -> Iterator[tuple[Path, str]]:
+def _read_metadata_files(files: Iterable[Path]) -> dict[str, str]:
+    """Absolute path of each image -> its caption."""
+    captions: dict[str, str] = {}
+    origins: dict[str, str] = {}
+    for file in files:
+        for number, (path, text) in enumerate(_read_metadata(file), 1):
+            origin = f"row {number} of {file}"
+            if path in captions:
+                raise ValueError(
+                    f"{path} has two captions, in {origins[path]} and {origin}: keep one row for "
+                    "each image"
+                )
+            captions[path], origins[path] = text, origin
+    return captions
+
+
+def _absolute(path: Path) -> str:
+    """Absolute path of a file by the names of links, not of what they lead to."""
+    return os.path.abspath(path)
+
+
+def _read_metadata(file: Path) -> Iterator[tuple[str, str]]:
     for number, row in enumerate(_rows(file), 1):
         name, text = row.get("file_name"), row.get(COLUMN)
         if not isinstance(name, str) or not isinstance(text, str):
@@ -62,7 +88,7 @@ def _read_metadata(file: Path) -> Iterator[tuple[Path, str]]:
                 f"row {number} of {file} has no file_name or no {COLUMN}: each image's row needs "
                 "both"
             )
-        yield (file.parent / name).resolve(), text.strip()
+        yield _absolute(file.parent / name), text.strip()
 
 
 def _rows(file: Path) -> list[dict[str, object]]:

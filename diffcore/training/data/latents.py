@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from diffcore.core.random import Stream, normal
-from diffcore.io.files import hash_file
 from diffcore.training.data.cache import Cache, hash_content
 from diffcore.training.data.captions import read_captions
-from diffcore.training.data.image_folder import Fit, ImageFolder, Unreadable
+from diffcore.training.data.image_files import Fit, ImageFiles, Unreadable
+from diffcore.training.data.image_folder import label_images
 from diffcore.training.data.order import is_mirrored
 from diffcore.training.data.source import DataSource
 
@@ -35,6 +35,9 @@ The null condition is the empty prompt. Some pipelines encode it otherwise than 
 LARGE_BANK = 2**30
 """Number of bytes above which the text embeddings stay on the host."""
 
+DECODING = "upright"
+"""Rule by which image files are decoded, a part of the key of their latents."""
+
 POLL_SECONDS = 2.0
 """Time between two looks for the entries that the first rank writes."""
 
@@ -45,9 +48,10 @@ class LatentDataset(DataSource):
     """The latents of the images in a folder, with a caption or a sub-folder as the label of each.
 
     A label is an index into `texts`, the distinct captions, or without captions the index of a
-    sub-folder. Latents are cached by the content of the image, its size and fit, and the config and
-    weights of the VAE; text embeddings by the caption and the files of the text encoders. Only
-    missing entries are computed, each alone, and by the first rank; encoders are loaded only then.
+    sub-folder like that of `ImageFolder`. Latents are cached by the content of the image, its size
+    and fit, and the config and weights of the VAE; text embeddings by the caption and the files of
+    the text encoders. Only missing entries are computed, each alone, and by the first rank;
+    encoders are loaded only then.
 
     Args:
         folder: folder of the images, read like `ImageFolder` reads it; captions are in
@@ -63,8 +67,8 @@ class LatentDataset(DataSource):
         cache: folder for latents and text embeddings, on a disk that all ranks share.
 
     Raises:
-        ValueError: There are no images, some cannot be read, only some have a caption, or the
-            pipeline has no VAE.
+        ValueError: There are no images, some cannot be read, only some have a caption, one has
+            several, or the pipeline has no VAE.
     """
 
     def __init__(
@@ -81,15 +85,19 @@ class LatentDataset(DataSource):
         from diffcore.integrations.diffusers.loading.index import PipelineIndex
 
         self.pipeline, self.flip = PipelineIndex(Path(pipeline)), flip
-        self.files = ImageFolder(
-            folder, size or self.pipeline.image_size, "RGB", fit, unreadable=unreadable
-        )
-        texts = read_captions(Path(folder), self.files.paths) if captions else []
+        size = size or self.pipeline.image_size
+        self.images = ImageFiles(Path(folder), size, "RGB", fit, unreadable)
+        texts = read_captions(Path(folder), self.images.paths) if captions else []
         self.texts = tuple(sorted(set(texts)))
-        indices = {text: index for index, text in enumerate(self.texts)}
-        self.labels = [indices[text] for text in texts] or self.files.labels
-        pixels = str(self.files.size)
-        self.latent_keys = [hash_content(hash_file(path), fit, pixels) for path in self.files.paths]
+        if texts:
+            indices = {text: index for index, text in enumerate(self.texts)}
+            self.labels = [indices[text] for text in texts]
+        else:
+            self.class_names, self.labels = label_images(self.images)
+        pixels = str(size)
+        self.latent_keys = [
+            hash_content(content, fit, pixels, DECODING) for content in self.images.hashes
+        ]
         self.text_keys = (
             [hash_content(text, pixels) for text in (*self.texts, NULL)] if texts else []
         )
@@ -211,7 +219,7 @@ class LatentDataset(DataSource):
 
             def entries(keys: Sequence[str]) -> Entries:
                 for index, mirror in (images[key] for key in keys):
-                    image = self.files[index][0].to(device)[None]
+                    image = self.images[index].to(device)[None]
                     mean, std = vae.posterior(image.flip(-1) if mirror else image)
                     yield {"mean": mean[0], "std": std[0]}
 
@@ -223,7 +231,7 @@ class LatentDataset(DataSource):
         if missing := self.embeddings.missing(self.text_keys):
             pipeline = self.pipeline.read_text_pipeline().to(device)
             texts = dict(zip(self.text_keys, self.texts, strict=False))  # without the null key
-            size = (self.files.size, self.files.size)
+            size = (self.images.size, self.images.size)
 
             def entries(keys: Sequence[str]) -> Entries:
                 captions = [texts[key] for key in keys if key in texts]
@@ -244,7 +252,7 @@ class LatentDataset(DataSource):
     def _vae(self, device: torch.device) -> "Latents":
         from diffcore.integrations.diffusers.loading.vae import Latents
 
-        return Latents(self.vae.to(device).eval())
+        return Latents(self.vae.to(device))
 
 
 def _mirrored(key: str) -> str:

@@ -3,13 +3,17 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from traceback import format_exception
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
+from diffcore.core.process import Process
 from diffcore.core.random import Stream, permutation, uniform
-from diffcore.training.data.source import DataSource, split_item
+from diffcore.training.data.checks import read_item
+from diffcore.training.data.source import DataSource
 
 __all__ = ["Batch", "DataOrder", "is_mirrored", "load_batches"]
 
@@ -87,25 +91,30 @@ class DataOrder(Sampler[list[tuple[int, int]]]):
         return len(self.span) * len(self.parts)
 
 
-def load_batches(data: DataSource, order: DataOrder, workers: int) -> Iterator[Batch]:
+def load_batches(
+    data: DataSource, order: DataOrder, process: Process, workers: int
+) -> Iterator[Batch]:
     """The micro-batches of a data order.
 
     Args:
         data: data source, ready to be read.
         order: order and span of steps.
+        process: process that every item must fit.
         workers: number of processes that read data; 0 reads in this process.
 
     Returns:
-        An iterator over the micro-batches of the steps of `order`.
+        An iterator over the micro-batches of the steps of `order`. It raises a ValueError with the
+        index of an item that cannot be read or does not fit the process.
     """
     loader = DataLoader(
-        _PositionedItems(data, order.seed, order.batch),
+        _PositionedItems(data, order.seed, order.batch, process),
         batch_sampler=order,
         num_workers=workers,
+        collate_fn=_collate,
         multiprocessing_context="forkserver" if workers else None,
         pin_memory=torch.cuda.is_available(),
     )
-    return (Batch(*columns) for columns in loader)
+    return map(_as_batch, loader)
 
 
 def is_mirrored(seed: int, position: int) -> bool:
@@ -113,13 +122,36 @@ def is_mirrored(seed: int, position: int) -> bool:
     return bool(uniform(seed, Stream.AUGMENT, position) < 0.5)
 
 
-class _PositionedItems(Dataset[tuple[Tensor, int, int, int]]):
-    """A data source indexed by (index, position); what is random depends only on the position."""
+class _PositionedItems(Dataset[Any]):
+    """A data source indexed by (index, position); what is random depends only on the position.
 
-    def __init__(self, data: DataSource, seed: int, batch: int) -> None:
-        self.data, self.seed, self.batch = data, seed, batch
+    An item is (x_0, label, index, index in the batch), or the error that it cannot be used: a
+    worker that raised it would send the text of a traceback instead.
+    """
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int, int]:
+    def __init__(self, data: DataSource, seed: int, batch: int, process: Process) -> None:
+        self.data, self.seed, self.batch, self.process = data, seed, batch, process
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int, int] | ValueError:
         index, position = key
-        x0, label = split_item(self.data.item(index, self.seed, position))
+        try:
+            x0, label = read_item(
+                lambda: self.data.item(index, self.seed, position), index, self.process
+            )
+        except ValueError as error:
+            if get_worker_info():  # a worker sends the error without its cause
+                error.add_note("".join(format_exception(error)))
+            return error
         return x0, label, index, position % self.batch
+
+
+def _collate(items: list[Any]) -> Any:
+    """The columns of a micro-batch, or the first error among its items."""
+    errors = [item for item in items if isinstance(item, ValueError)]
+    return errors[0] if errors else default_collate(items)
+
+
+def _as_batch(columns: Any) -> Batch:
+    if isinstance(columns, ValueError):
+        raise columns
+    return Batch(*columns)

@@ -13,11 +13,10 @@ def _tiny_pipeline(tmp_path_factory):
 
 
 @pytest.fixture
-def captioned(tmp_path, _tiny_pipeline, monkeypatch):
+def captioned(tmp_path, _tiny_pipeline):
     """A folder with `images` and `pipeline`, which a test may change."""
     from tests.helpers.captioned_images import write_images
 
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     shutil.copytree(_tiny_pipeline, tmp_path / "pipeline")
     write_images(tmp_path / "images")
     return tmp_path

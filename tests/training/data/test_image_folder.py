@@ -1,4 +1,4 @@
-"""Folders of images: labels, modes, sizes, unreadable files and flips."""
+"""Folders of images: labels, options, flips, and the hash of the content."""
 
 from pathlib import Path
 
@@ -7,64 +7,71 @@ import pytest
 import torch
 from PIL import Image
 
+from diffcore.core.process import Process
+from diffcore.core.random import Stream, uniform
 from diffcore.training.data import DataOrder, ImageFolder, load_batches
+from tests.helpers.image_folders import paths, write
 
-
-@pytest.fixture(autouse=True)
-def _datasets_cache(tmp_path_factory, monkeypatch):
-    cache = tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(cache))
-
-
-def write(
-    path: Path, colour: object = 255, mode: str = "L", size: tuple[int, int] = (8, 8)
-) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, colour).save(path)
-    return path
-
-
-def names(data):
-    return sorted(Path(item["image"]["path"]).name for item in data.images)
+GREY = Process(shape=(1, 8, 8))
 
 
 def test_labels_index_the_sub_folders_sorted_by_name(tmp_path):
     for name, colour in (("b", 0), ("c", 255), ("a", 51)):
         write(tmp_path / name / "1.png", colour)
     data = ImageFolder(str(tmp_path), 8, "L")
-    assert data.classes == ["a", "b", "c"]
+    assert data.class_names == ("a", "b", "c")
     assert {label: round(float(x0.mean()), 3) for x0, label in data} == {0: -0.6, 1: -1.0, 2: 1.0}
 
 
-def test_a_folder_without_sub_folders_has_no_classes(tmp_path):
+def test_the_label_is_the_first_folder_below_the_data_folder(tmp_path):
+    for name in ("a/x/1.png", "b/x/2.png", "b/3.png", "b/y/z/4.png"):
+        write(tmp_path / name)
+    data = ImageFolder(str(tmp_path), 8, "L")
+    assert (data.class_names, data.labels) == (("a", "b"), [0, 1, 1, 1])
+
+
+def test_images_without_sub_folders_have_no_classes_and_no_labels(tmp_path):
     write(tmp_path / "1.png")
     write(tmp_path / "2.JPG")
     data = ImageFolder(str(tmp_path), 8)
-    assert (len(data), data.classes) == (2, [])
-    assert data[0][1] == 0
+    assert (len(data), data.class_names, data.labels) == (2, (), [-1, -1])
+    assert data[0][1] == -1
 
 
-@pytest.mark.parametrize(
-    "files",
-    [
-        ("a.png", "test-1.png", "train_2.png"),
-        ("1.png", "test.png"),
-        ("cat/1.png", "test/1.png", "train/1.png"),
-        ("dev/1.png", "eval/1.png"),
-    ],
-)
-def test_images_with_the_name_of_a_split_are_read(tmp_path, files):
-    """The datasets library takes such names for splits."""
-    for number, name in enumerate(files):
-        write(tmp_path / name, 10 * number)
-    assert len(ImageFolder(str(tmp_path), 8)) == len(files)
+def test_images_beside_sub_folders_are_refused_until_they_are_moved(tmp_path):
+    for name in ("cat/0.png", "dog/0.png", "x.png"):
+        write(tmp_path / name)
+    message = "1 of 3 images beside its sub-folders, such as x.png: move each image into the sub-"
+    with pytest.raises(ValueError, match=message):
+        ImageFolder(str(tmp_path), 8)
+    (tmp_path / "x.png").rename(tmp_path / "cat/x.png")
+    assert ImageFolder(str(tmp_path), 8).labels == [0, 0, 1]
 
 
-def test_an_image_that_is_added_later_is_read(tmp_path):
-    write(tmp_path / "1.png")
-    assert len(ImageFolder(str(tmp_path), 8)) == 1
-    write(tmp_path / "2.png")
-    assert len(ImageFolder(str(tmp_path), 8)) == 2
+def test_links_to_folders_and_files_have_the_labels_of_their_own_names(tmp_path):
+    for name in ("blobs/0", "store/b/1.png", "store/a/2.png"):
+        image = write(tmp_path / f"{name}.png")
+        image.rename(tmp_path / name)
+    data = tmp_path / "data"
+    for name in ("ant", "bee"):
+        (data / name).mkdir(parents=True)
+    (data / "ant/x.png").symlink_to(tmp_path / "blobs/0")  # like a cache of the hub
+    (data / "ant/y.png").symlink_to(tmp_path / "store/b/1.png")
+    (data / "bee/z.png").symlink_to(tmp_path / "store/a/2.png")
+    (data / "cat").symlink_to(tmp_path / "store/b")
+    folder = ImageFolder(str(data), 8)
+    assert folder.class_names == ("ant", "bee", "cat")
+    assert paths(folder.images) == ["ant/x.png", "ant/y.png", "bee/z.png", "cat/1.png"]
+    assert folder.labels == [0, 0, 1, 2]
+
+
+def test_a_class_whose_images_are_all_skipped_keeps_its_label(tmp_path):
+    for name in ("a", "c"):
+        write(tmp_path / name / "1.png")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/1.png").write_text("not an image")
+    data = ImageFolder(str(tmp_path), 8, unreadable="skip")
+    assert (data.class_names, data.labels) == (("a", "b", "c"), [0, 2])
 
 
 @pytest.mark.parametrize(
@@ -73,17 +80,21 @@ def test_an_image_that_is_added_later_is_read(tmp_path):
         ("L", 128, (128, 128, 128), 128),
         ("1", 1, (255, 255, 255), 255),
         ("LA", (128, 255), (128, 128, 128), 128),
+        ("LA", (128, 0), (128, 128, 128), 128),  # a transparent pixel keeps its stored colour
         ("RGB", (255, 0, 51), (255, 0, 51), 82),
         ("RGBA", (255, 0, 51, 255), (255, 0, 51), 82),
+        ("RGBA", (255, 0, 51, 0), (255, 0, 51), 82),
         ("P", 1, (255, 0, 51), 82),
+        ("P with transparency", 1, (255, 0, 51), 82),
         ("I;16", 128 * 257, (128, 128, 128), 128),  # Pillow alone would clip at 255
     ],
 )
 def test_each_image_mode_is_converted_to_the_channels(tmp_path, mode, colour, rgb, grey):
-    image = Image.new(mode, (8, 8), colour)
-    if mode == "P":
+    image, options = Image.new(mode.split()[0], (8, 8), colour), {}
+    if image.mode == "P":
         image.putpalette([0, 0, 0, 255, 0, 51])
-    image.save(tmp_path / "1.png")
+        options = {"transparency": 1} if "with" in mode else {}
+    image.save(tmp_path / "1.png", **options)
     for channels, expected in (("RGB", rgb), ("L", (grey,))):
         x0, _ = ImageFolder(str(tmp_path), 8, channels)[0]
         assert (x0.shape, x0.dtype) == ((len(expected), 8, 8), torch.float32)
@@ -113,68 +124,27 @@ def test_pad_scales_the_longer_side_and_fills_with_black(tmp_path):
     assert (x0[6:] == -1).all()
 
 
-def test_exact_keeps_an_image_of_its_size_and_refuses_another(tmp_path):
+def test_the_sides_of_a_rotated_photo_are_those_that_viewers_show(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored 16 x 8 pixels, displayed 8 x 16
+    Image.new("L", (16, 8), 255).save(tmp_path / "1.jpg", exif=exif)
+    x0 = ImageFolder(str(tmp_path), 8, "L", "pad")[0][0][0]
+    assert (x0[:, 2:6] > 0.9).all()
+    assert (x0[:, :2] == -1).all()
+
+
+def test_exact_keeps_an_image_of_its_size_and_names_one_of_another_size_at_the_start(tmp_path):
     pixels = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
     Image.fromarray(pixels).save(tmp_path / "1.png")
     data = ImageFolder(str(tmp_path), 8, "L", "exact")
     torch.testing.assert_close(
         (data[0][0][0] + 1) * 127.5, torch.tensor(pixels).float(), rtol=0, atol=1e-4
     )
-    with pytest.raises(
-        ValueError, match=r"\(8, 8\), expected exactly \(4, 4\): use fit crop or pad"
-    ):
-        ImageFolder(str(tmp_path), 4, "L", "exact")[0]
-
-
-@pytest.mark.parametrize("files", [(), ("notes.txt",), ("sub/notes.txt",)])
-def test_a_folder_without_images_is_refused(tmp_path, files):
-    for name in files:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("no image")
-    with pytest.raises(ValueError, match=r"holds no images: expected files ending in .*\.png"):
-        ImageFolder(str(tmp_path), 8)
-
-
-def test_a_folder_that_does_not_exist_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere is not a folder: expected one with images"):
-        ImageFolder(str(tmp_path / "nowhere"), 8)
-
-
-@pytest.fixture
-def broken(tmp_path):
-    """A folder with three images, a truncated image, and a text file named like an image."""
-    for name in ("1.png", "2.png", "3.png"):
-        write(tmp_path / name, 7)
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64), np.uint8)).save(
-        tmp_path / "torn.png"
-    )
-    data = (tmp_path / "torn.png").read_bytes()
-    (tmp_path / "torn.png").write_bytes(data[: len(data) // 2])
-    (tmp_path / "text.jpg").write_text("not an image")
-    return tmp_path
-
-
-def test_unreadable_images_are_counted_and_listed(broken):
-    with pytest.raises(
-        ValueError, match=r"2 unreadable of 5 images: .*(torn|text).*; .*unreadable: skip"
-    ) as caught:
-        ImageFolder(str(broken), 8)
-    assert all(name in str(caught.value) for name in ("torn.png", "text.jpg"))
-
-
-def test_unreadable_images_are_skipped_with_a_message(broken, capsys):
-    data = ImageFolder(str(broken), 8, unreadable="skip")
-    assert names(data) == ["1.png", "2.png", "3.png"]
-    assert all(x0.isfinite().all() for x0, _ in data)
-    message = "".join(capsys.readouterr())
-    assert "2 unreadable of 5" in message
-    assert "torn.png" in message
-
-
-def test_a_folder_without_a_readable_image_is_refused_even_if_images_are_skipped(tmp_path):
-    (tmp_path / "text.png").write_text("not an image")
-    with pytest.raises(ValueError, match="1 unreadable of 1"):
-        ImageFolder(str(tmp_path), 8, unreadable="skip")
+    write(tmp_path / "wide.png", size=(9, 8))
+    message = r"wide.png has 9 x 8 pixels, expected exactly 8 x 8: resize it, or use fit crop or"
+    with pytest.raises(ValueError, match=message):
+        ImageFolder(str(tmp_path), 8, "L", "exact")
+    assert len(ImageFolder(str(tmp_path), 8, "L", "crop")) == 2
 
 
 @pytest.mark.parametrize(
@@ -200,11 +170,39 @@ def test_mirroring_is_keyed_by_the_position_in_the_run(tmp_path):
 
     def mirrored(batch, parts, start=0):
         order = DataOrder(1, 5, batch, parts, 0, 1).steps(start, 64 // batch)
-        return [bool(x0[0, 0, -1] == 1) for read in load_batches(data, order, 0) for x0 in read.x0]
+        batches = load_batches(data, order, GREY, 0)
+        return [bool(x0[0, 0, -1] == 1) for read in batches for x0 in read.x0]
 
     whole = mirrored(16, 1)
+    # A stream of its own: with that of the data order, mirroring would follow the permutation.
+    assert whole == [float(uniform(5, Stream.AUGMENT, position)) < 0.5 for position in range(64)]
     assert 16 < sum(whole) < 48
     assert mirrored(8, 2) == whole
     assert mirrored(16, 1, start=2) == whole[32:]
     plain = ImageFolder(str(tmp_path), 8, "L")
     assert all(torch.equal(plain.item(0, 5, position)[0], plain[0][0]) for position in range(16))
+
+
+def changed_hash(folder: Path, **options) -> str:
+    return ImageFolder(str(folder), **({"size": 8} | options)).content_hash
+
+
+def test_the_hash_changes_with_names_contents_and_options_and_not_with_the_folder(tmp_path):
+    write(tmp_path / "data/cat/1.png", 1)
+    write(tmp_path / "data/dog/2.png", 2)
+    hashes = [changed_hash(tmp_path / "data"), changed_hash(tmp_path / "data", flip=True)]
+    hashes += [changed_hash(tmp_path / "data", **{name: value}) for name, value in OPTIONS.items()]
+    (tmp_path / "data").rename(tmp_path / "moved")
+    assert changed_hash(tmp_path / "moved") == hashes[0]
+    write(tmp_path / "moved/dog/2.png", 3)
+    hashes.append(changed_hash(tmp_path / "moved"))
+    (tmp_path / "moved/dog/2.png").rename(tmp_path / "moved/dog/3.png")
+    hashes.append(changed_hash(tmp_path / "moved"))
+    (tmp_path / "moved/dog").rename(tmp_path / "moved/fox")
+    hashes.append(changed_hash(tmp_path / "moved"))
+    write(tmp_path / "moved/ant/0.png", 4)
+    hashes.append(changed_hash(tmp_path / "moved"))
+    assert len(set(hashes)) == len(hashes)
+
+
+OPTIONS = {"size": 4, "channels": "L", "fit": "pad"}

@@ -2,11 +2,13 @@
 
 import csv
 import json
+import math
 import shutil
 
 import pytest
 import torch
 
+from diffcore.core.process import Process
 from diffcore.core.random import Stream, normal
 from diffcore.integrations.diffusers import Latents, encode_prompts
 from diffcore.integrations.diffusers.loading.index import PipelineIndex
@@ -31,7 +33,7 @@ def test_latents_are_the_posterior_of_the_vae_scaled_and_shifted_by_its_config(c
     vae = PipelineIndex(captioned / "pipeline").read("vae")
     for index in range(len(data)):
         with torch.no_grad():
-            posterior = vae.encode(data.files[index][0][None]).latent_dist
+            posterior = vae.encode(data.images[index][None]).latent_dist
         mean, std = (posterior.mean[0] - 0.2) * 0.7, posterior.std[0] * 0.7
         entry = data.latents.read(data.latent_keys[index])
         torch.testing.assert_close(data[index][0], mean, rtol=0, atol=1e-6)
@@ -47,7 +49,8 @@ def test_each_visit_draws_new_latents_keyed_by_its_position(captioned):
     assert torch.equal(z, entry["mean"] + entry["std"] * noise)
     assert not torch.equal(z, data.item(1, 7, 2**33 + 1)[0])
     order = DataOrder(len(data), 7, 4, 1, 0, 1).steps(1, 2)
-    (batch,) = load_batches(data, order, 0)
+    process = Process(shape=(4, 8, 8), low=-math.inf, high=math.inf)
+    (batch,) = load_batches(data, order, process, 0)
     expected = [data.item(order.index(position), 7, position)[0] for position in range(4, 8)]
     assert torch.equal(batch.x0, torch.stack(expected))
 
@@ -78,7 +81,7 @@ def test_a_small_bank_is_on_the_device_and_a_large_one_on_the_host(captioned, mo
 
 def test_flip_mirrors_the_image_before_it_is_encoded(captioned):
     data, without = prepared_dataset(captioned, flip=True), latent_dataset(captioned)
-    vae, image = Latents(PipelineIndex(captioned / "pipeline").read("vae")), data.files[0][0][None]
+    vae, image = Latents(PipelineIndex(captioned / "pipeline").read("vae")), data.images[0][None]
     with torch.no_grad():
         posteriors = [vae.posterior(x) for x in (image, image.flip(-1))]
     mirrored = 0
@@ -150,6 +153,15 @@ def test_captions_are_ignored_on_request(captioned):
     assert latent_dataset(captioned, captions=False).texts == ()
 
 
+def write_rows(file, numbers):
+    """A metadata file with a row for each of some images."""
+    head, row = ("file_name,text", "{}.png,a cat") if file.suffix == ".csv" else ("", JSON_ROW)
+    file.write_text("\n".join([head, *(row.replace("{}", str(number)) for number in numbers)]))
+
+
+JSON_ROW = '{"file_name": "{}.png", "text": "a cat"}'
+
+
 ERRORS = {
     "no caption": (
         lambda images: (images / "3.txt").unlink(),
@@ -158,6 +170,17 @@ ERRORS = {
     "no text": (
         lambda images: (images / "metadata.jsonl").write_text('{"file_name": "0.png"}\n'),
         "row 1 .* has no file_name or",
+    ),
+    "two rows": (
+        lambda images: write_rows(images / "metadata.jsonl", [*range(5), 3]),
+        "3.png has two captions, in row 4 of .*jsonl and row 6 of .*jsonl: keep one row for each",
+    ),
+    "a row in two files": (
+        lambda images: [
+            write_rows(images / "metadata.jsonl", range(5)),
+            write_rows(images / "metadata.csv", [3]),
+        ],
+        "3.png has two captions, in row 1 of .*metadata.csv and row 4 of .*metadata.jsonl",
     ),
     "not UTF-8": (
         lambda images: (images / "3.txt").write_bytes(b"caf\xe9"),

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from diffcore.core.process import Process
 from diffcore.training.data import DataOrder, Digits, as_data_source, load_batches
 from tests.helpers.training_runs import ListDataset
 
 SIZE, BATCH, SEED = 37, 8, 2**40 + 3
+DIGITS = Process(shape=(1, 8, 8), classes=10)
 
 
 def read_order(world=1, accumulation=1, start=0, stop=12, seed=SEED):
@@ -73,7 +75,9 @@ def test_a_batch_larger_than_the_data_repeats_items():
 def test_a_batch_holds_the_items_and_their_indices():
     data = Digits()
     order = DataOrder(len(data), 0, 8, 2, 1, 2)
-    for step, parts in enumerate(zip(*[load_batches(data, order.steps(0, 3), 0)] * 2, strict=True)):
+    for step, parts in enumerate(
+        zip(*[load_batches(data, order.steps(0, 3), DIGITS, 0)] * 2, strict=True)
+    ):
         for part, batch in enumerate(parts):
             in_batch = [4 * part + 2, 4 * part + 3]  # the second rank of two
             assert batch.batch_index.tolist() == in_batch
@@ -84,7 +88,9 @@ def test_a_batch_holds_the_items_and_their_indices():
 
 def test_data_without_labels_has_the_label_minus_one():
     images = ListDataset(*(torch.full((2,), float(i)) for i in range(5)))
-    (batch,) = load_batches(as_data_source(images), DataOrder(5, 0, 4, 1, 0, 1).steps(0, 1), 0)
+    process = Process(shape=(2,), high=4.0)
+    order = DataOrder(5, 0, 4, 1, 0, 1).steps(0, 1)
+    (batch,) = load_batches(as_data_source(images), order, process, 0)
     assert batch.label.tolist() == [-1] * 4
     assert batch.x0[:, 0].tolist() == batch.index.tolist()
 
@@ -94,7 +100,7 @@ def test_workers_do_not_change_the_batches():
 
     def batches(workers):
         order = DataOrder(len(data), 7, 16, 2, 0, 1).steps(90, 100)  # crosses the end of an epoch
-        return list(load_batches(data, order, workers))
+        return list(load_batches(data, order, DIGITS, workers))
 
     for first, second in zip(batches(0), batches(2), strict=True):
         for name in ("x0", "label", "index", "batch_index"):

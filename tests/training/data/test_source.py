@@ -1,19 +1,13 @@
 """The data protocol: defaults of a plain data set, and data that does not fit."""
 
-import numpy as np
 import pytest
 import torch
 from torch.utils.data import Dataset
 
 from diffcore.core.process import Process
-from diffcore.training.data.source import (
-    DataSource,
-    as_data_source,
-    check_labels,
-    prepare_data,
-    process_with_captions,
-    split_item,
-)
+from diffcore.training.data.adapters import as_data_source
+from diffcore.training.data.checks import prepare_data, process_with_captions
+from diffcore.training.data.source import DataSource
 
 
 class UnlabelledDataset(Dataset):
@@ -92,14 +86,6 @@ def test_captions_define_the_classes_of_the_process():
         process_with_captions(Process(shape=(2,), classes=2), data)
 
 
-@pytest.mark.parametrize("label", [-1, 10])
-def test_a_label_that_is_no_class_is_named_with_its_item(label):
-    process = Process(shape=(2,), classes=10)
-    check_labels(torch.tensor([0, 9]), torch.tensor([4, 7]), process)
-    with pytest.raises(ValueError, match=f"item 7 of the data has label {label}, expected 0 .. 9"):
-        check_labels(torch.tensor([0, label]), torch.tensor([4, 7]), process)
-
-
 @pytest.mark.parametrize(
     ("data", "message"),
     [(iter([1]), "list_iterator has no length: expected a map-style"), ([], "list is empty")],
@@ -107,10 +93,3 @@ def test_a_label_that_is_no_class_is_named_with_its_item(label):
 def test_data_that_is_not_map_style_or_empty_is_refused(data, message):
     with pytest.raises(ValueError, match=message):
         as_data_source(data)
-
-
-@pytest.mark.parametrize("item", [(1.0, 3), [1.0, 3], (1.0, torch.tensor(3)), (1.0, np.int64(3))])
-def test_an_item_is_x0_and_an_integer_label(item):
-    assert split_item(item) == (1.0, 3)
-    assert type(split_item(item)[1]) is int
-    assert split_item(2.0) == (2.0, -1)

@@ -1,0 +1,43 @@
+"""Image files as a viewer shows them: upright, with 8 bits per channel."""
+
+from io import BytesIO
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+__all__ = ["read_image"]
+
+
+def read_image(content: bytes) -> Image.Image:
+    """Decode an image file.
+
+    The EXIF orientation is applied. Grey values of 16 bits are scaled to 8 bits: 65535 becomes 255.
+    Only the first frame of an animation is read.
+
+    Args:
+        content: bytes of the file, in any format that Pillow reads.
+
+    Returns:
+        The image, in the mode of the file.
+
+    Raises:
+        ValueError: The file is damaged, too large for Pillow, no image, or it has 32 bits per
+            channel; the message is the reason, to be preceded by the name of the file.
+    """
+    try:
+        with Image.open(BytesIO(content)) as opened:
+            opened.load()
+            image = ImageOps.exif_transpose(opened)
+    except UnidentifiedImageError:
+        raise ValueError("it is no image of a known format") from None
+    except Exception as error:  # Pillow raises many types of errors for a damaged file
+        raise ValueError(str(error) or type(error).__name__) from None
+    if image.mode.startswith("I;16"):  # Pillow would clip at 255
+        return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        low, high = image.getextrema()
+        raise ValueError(
+            f"its values of 32 bits from {low} to {high} have no known range, expected 8 or 16 "
+            "bits per channel: convert it first"
+        )
+    return image

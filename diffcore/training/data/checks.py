@@ -1,0 +1,243 @@
+"""Checks of data against the process: items, labels, classes, captions."""
+
+import math
+import reprlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from operator import index as as_integer
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffcore.core.process import Process
+from diffcore.training.data.image_files import printable
+from diffcore.training.data.source import DataSource
+
+__all__ = [
+    "check_data",
+    "check_held_out",
+    "prepare_data",
+    "process_with_captions",
+    "read_item",
+    "split_item",
+]
+
+
+def read_item(read: Callable[[], Any], index: int, process: Process) -> tuple[Tensor, int]:
+    """Read an item and check that it fits the process.
+
+    Args:
+        read: returns the item, x_0 or (x_0, label).
+        index: index of the item in the data set, for messages.
+        process: process that the item must fit.
+
+    Returns:
+        x_0 of the shape of the process, and the label; -1 without a label.
+
+    Raises:
+        ValueError: `read` raises an error, or the item does not fit the process. The message
+            contains the index.
+    """
+    try:
+        item = read()
+    except Exception as error:  # raised by the data set of a user
+        is_plain = isinstance(error, ValueError)
+        reason = str(error) if is_plain else f"{type(error).__name__}: {error}"
+        raise ValueError(f"item {index} of the data cannot be read: {reason}") from error
+    x0, label = split_item(item, index)
+    _check_x0(x0, index, process)
+    _check_label(label, index, process)
+    return x0, label
+
+
+def split_item(item: Any, index: int) -> tuple[Tensor, int]:
+    """Split an item into x_0 and its label.
+
+    Args:
+        item: x_0, (x_0,) or (x_0, label).
+        index: index of the item in the data set, for messages.
+
+    Returns:
+        x_0 and the label; -1 without a label.
+
+    Raises:
+        ValueError: The item has more parts, or the label is no integer.
+    """
+    if not isinstance(item, (tuple, list)):
+        return item, -1
+    if len(item) == 1:
+        return item[0], -1
+    if len(item) != 2:
+        raise ValueError(
+            f"item {index} of the data has {len(item)} parts, expected x_0 or (x_0, label)"
+        )
+    x0, label = item
+    try:
+        return x0, as_integer(label)
+    except (TypeError, RuntimeError):  # RuntimeError: a tensor of several elements
+        raise ValueError(
+            f"item {index} of the data has the label {reprlib.repr(label)}, expected an integer, "
+            "the index of its class: convert it, or return x_0 alone for data without labels"
+        ) from None
+
+
+def process_with_captions(process: Process, data: DataSource) -> Process:
+    """The process with one class for each caption of the data.
+
+    Args:
+        process: process of the settings; `classes` is 0 or the number of captions.
+        data: data source.
+
+    Returns:
+        `process` itself if the data has no captions.
+
+    Raises:
+        ValueError: `classes` is another number, or a condition is dropped that does not exist.
+    """
+    if texts := data.texts:
+        if process.classes not in (0, len(texts)):
+            raise ValueError(
+                f"classes is {process.classes}, but the data has {len(texts)} captions: leave "
+                "classes out"
+            )
+        process = replace(process, classes=len(texts))
+    if process.dropout and not process.classes:
+        raise ValueError(
+            f"dropout is {process.dropout}, but the data has no captions and classes is 0: there "
+            "is no condition to drop; set dropout: 0"
+        )
+    return process
+
+
+def check_data(data: DataSource, process: Process) -> None:
+    """Check the classes, all labels that are known without reading items, and the first item.
+
+    The other items are checked when they are read. An item of data that is not ready is not read.
+
+    Args:
+        data: data source.
+        process: process that the data must fit.
+
+    Raises:
+        ValueError: The data does not fit the process.
+    """
+    _check_classes(data, process)
+    if data.labels is not None:
+        for index, label in enumerate(data.labels):
+            _check_label(int(label), index, process)
+    if data.is_ready:
+        read_item(lambda: data[0], 0, process)
+
+
+def check_held_out(held_out: DataSource | None, data: DataSource) -> None:
+    """Raise ValueError if labels of held-out data name other classes than those of training data.
+
+    Args:
+        held_out: held-out data, or None.
+        data: training data.
+    """
+    if held_out is None or None in (held_out.class_names, data.class_names):
+        return
+    if held_out.class_names != data.class_names:
+        raise ValueError(
+            f"the held-out data has the classes {_listed(held_out.class_names or ())}, expected "
+            f"those of the training data, {_listed(data.class_names or ())}: give both folders the "
+            "same sub-folders"
+        )
+
+
+def prepare_data(
+    data: DataSource, process: Process, device: torch.device, is_main_process: bool
+) -> None:
+    """Make the data readable, then check it.
+
+    Args:
+        data: data source.
+        process: process that the items must fit.
+        device: device on which encoders run.
+        is_main_process: True on the rank that does the work.
+
+    Raises:
+        ValueError: The data does not fit the process.
+    """
+    if data.class_names and not process.classes and is_main_process:
+        print(
+            f"diffcore: process.classes is 0, so that the {len(data.class_names)} classes of the "
+            "data are ignored",
+            file=sys.stderr,
+        )
+    data.prepare(device, is_main_process)
+    check_data(data, process)
+
+
+def _check_x0(x0: Any, index: int, process: Process) -> None:
+    if not isinstance(x0, Tensor) or not x0.is_floating_point() or tuple(x0.shape) != process.shape:
+        raise ValueError(
+            f"item {index} of the data is {_describe(x0)}, expected a float tensor of the "
+            f"process's shape {process.shape}{_shape_remedy(x0, index)}"
+        )
+    low, high = (float(bound) for bound in x0.aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(
+            f"item {index} of the data has values that are not finite (NaN or infinite): repair or "
+            "remove it"
+        )
+    if low < process.low - 1e-6 or high > process.high + 1e-6:
+        raise ValueError(
+            f"item {index} of the data lies in [{low:g}, {high:g}], expected within the process's "
+            f"range [{process.low:g}, {process.high:g}]: scale the data, or set process.low and "
+            "process.high"
+        )
+
+
+def _describe(x0: Any) -> str:
+    return f"{x0.dtype} of shape {tuple(x0.shape)}" if isinstance(x0, Tensor) else type(x0).__name__
+
+
+def _shape_remedy(x0: Any, index: int) -> str:
+    if not isinstance(x0, Tensor) or not x0.is_floating_point():
+        return ""
+    if index:
+        return ": all items have the same shape"
+    channels = (
+        f", and network.in_channels and network.out_channels: {len(x0)} for a network of diffusers"
+        if x0.ndim == 3
+        else ""
+    )
+    return f": set process.shape: {list(x0.shape)}{channels}, or convert the data"
+
+
+def _check_classes(data: DataSource, process: Process) -> None:
+    names = data.class_names
+    if names is None or process.classes in (0, len(names)):
+        return
+    if not names:
+        raise ValueError(
+            f"process.classes is {process.classes}, but the data has no classes: put the images "
+            "into one sub-folder for each class, or set process.classes: 0 and process.dropout: 0"
+        )
+    raise ValueError(
+        f"process.classes is {process.classes}, but the data has {len(names)} classes, "
+        f"{_listed(names)}: set process.classes: {len(names)}"
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first names of classes as text."""
+    return ", ".join([*map(printable, names[:5]), *["..."] * (len(names) > 5)]) or "none"
+
+
+def _check_label(label: int, index: int, process: Process) -> None:
+    """Raise ValueError if a label is not a class of the process, such as the null label."""
+    if process.classes and not 0 <= label < process.classes:
+        remedy = (
+            "return (x_0, label), or set process.classes: 0"  # it is -1 without a label
+            if label == -1
+            else "set process.classes to the number of classes"
+        )
+        raise ValueError(
+            f"item {index} of the data has label {label}, expected 0 .. {process.classes - 1}: "
+            f"{remedy}"
+        )
