@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from diffcore.cli.main import main
+from tests.helpers.image_folders import write
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -42,6 +43,16 @@ def test_the_commands_of_the_readme_run_in_their_order(tmp_path, monkeypatch, ca
     assert {"grid.png", "schedules.png", "runs", "mine"} <= {
         path.name for path in tmp_path.iterdir()
     }
+
+
+def test_the_command_that_trains_on_images_runs(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    for name in ("ant", "bee", "cat"):
+        write(tmp_path / "images" / name / "1.jpg", mode="RGB", size=(40, 30))
+    (block,) = blocks(ROOT / "docs/training-data.md", "sh")
+    words = shlex.split(block.replace("\\\n", " "))[1:]
+    assert main([*words, *shlex.split(TINY), "--sample-every", "0"]) == 0, capfd.readouterr().err
+    assert (tmp_path / "runs/animals/pipeline").is_dir()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

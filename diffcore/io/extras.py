@@ -7,7 +7,6 @@ from typing import Any
 __all__ = ["EXTRAS", "MissingExtraError", "has_extra", "import_extra", "missing"]
 
 EXTRAS = {
-    "datasets": "train",
     "diffusers": "diffusers",
     "matplotlib": "plot",
     "peft": "lora",

@@ -14,8 +14,10 @@ from diffcore.io.safetensors import read_weights
 from diffcore.objectives.objective import Objective
 from diffcore.objectives.weighting import MinSNR
 from diffcore.training import checkpoint
+from diffcore.training.data import ImageFolder
 from diffcore.training.ema import Decay
 from diffcore.training.lr import LearningRate
+from tests.helpers.image_folders import write
 from tests.helpers.training_runs import (
     GREY,
     PROCESS,
@@ -65,6 +67,30 @@ def test_a_run_whose_newest_checkpoint_is_corrupt_resumes_from_the_one_before(tm
     files = hashes(tmp_path)
     assert {name: value for name, value in files.items() if "broken-" not in name} == whole
     assert any("broken-step-00000006" in name for name in files)
+
+
+CHANGES = {
+    "added": lambda folder: write(folder / "ant/0.png", 9),
+    "replaced": lambda folder: write(folder / "cat/1.png", 9),
+    "deleted": lambda folder: (folder / "dog/2.png").unlink(),
+    "renamed": lambda folder: (folder / "cat").rename(folder / "kit"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_is_not_resumed_on_a_folder_of_images_that_changed(tmp_path, change):
+    def options():
+        data = ImageFolder(str(tmp_path / "images"), 8, "L")
+        return {"data": data, "process": replace(PROCESS, classes=len(data.class_names))}
+
+    for name in ("cat/1.png", "dog/1.png", "dog/2.png"):
+        write(tmp_path / "images" / name)
+    train(tmp_path / "run", **options(), save_every=2, steps=2)
+    train(tmp_path / "run", **options(), save_every=2, steps=4, resume=True)
+    CHANGES[change](tmp_path / "images")
+    message = "the data are not those with which the run|another process.classes"
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path / "run", **options(), resume=True)
 
 
 def test_a_corrupt_checkpoint_does_not_displace_those_written_after_it(tmp_path):

@@ -27,12 +27,13 @@ def as_data_source(data: Dataset[Any]) -> DataSource:
         ValueError: The data set is not map-style (it has no length), it is empty, or it joins data
             sources.
     """
-    if not isinstance(data, (DataSource, Sized)):
+    size = len(data) if isinstance(data, (DataSource, Sized)) else None
+    if size is None:
         raise ValueError(
             f"{type(data).__name__} has no length: expected a map-style data set (__len__ and "
             "__getitem__)"
         )
-    if not len(data):
+    if not size:
         raise ValueError(f"{type(data).__name__} is empty")
     if isinstance(data, DataSource):
         return data

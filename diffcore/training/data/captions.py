@@ -41,7 +41,7 @@ def read_captions(folder: str | Path, images: Sequence[str | Path]) -> list[str]
     captions = _read_metadata_files(files) if files else _read_text_files(paths)
     keys = [_absolute(path) for path in paths]
     without = [
-        printable(path.relative_to(folder))
+        printable(os.path.relpath(path, folder))
         for path, key in zip(paths, keys, strict=True)
         if key not in captions
     ]

@@ -25,6 +25,8 @@ class Digits(DataSource):
         ValueError: The split is unknown.
     """
 
+    labels: Tensor
+
     def __init__(self, split: Literal["train", "test"] = "train") -> None:
         if split not in ("train", "test"):
             raise ValueError(f"split is {split!r}, expected train or test")

@@ -37,6 +37,9 @@ class ImageFolder(DataSource):
             contains the files and the remedy.
     """
 
+    class_names: tuple[str, ...]
+    labels: list[int]
+
     def __init__(
         self,
         folder: str,

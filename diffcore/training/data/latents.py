@@ -71,6 +71,8 @@ class LatentDataset(DataSource):
             several, or the pipeline has no VAE.
     """
 
+    labels: list[int]
+
     def __init__(
         self,
         folder: str,

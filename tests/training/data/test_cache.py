@@ -3,8 +3,10 @@
 import threading
 
 import diffusers
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from diffcore.integrations.diffusers import Latents
@@ -72,6 +74,25 @@ def test_only_changed_images_captions_and_sizes_are_encoded_again(captioned, enc
     assert encoded(size=8, fit="pad") == (5, 0)
     assert encoded(flip=True) == (5, 0)
     assert encoded() == (0, 0)
+
+
+def test_photos_are_encoded_upright_and_not_read_from_a_cache_of_stored_pixels(
+    captioned, encoded, monkeypatch
+):
+    path = captioned / "images/1.png"
+    with Image.open(path) as stored:
+        exif = stored.getexif()
+        exif[0x0112] = 6
+        stored.save(path, exif=exif)
+        upright = np.rot90(np.asarray(stored), -1)
+    with monkeypatch.context() as patch:
+        patch.setattr(latents, "DECODING", "stored")
+        encoded()
+    assert encoded() == (5, 0)
+    rotated = latent_dataset(captioned)[1][0]
+    Image.fromarray(upright).save(path)
+    encoded()
+    assert torch.equal(latent_dataset(captioned)[1][0], rotated)
 
 
 def test_another_vae_encodes_the_images_again(captioned, encoded):
