@@ -27,6 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 MOMENT = SecondMoment(bins=4, history=2, update_interval=4)
 LEARNED = LearnedSchedule(bins=6, update_interval=4)
 PROCESS = Process(shape=(1, 8, 8))
+UNBOUNDED = Process(shape=(1, 8, 8), low=-math.inf, high=math.inf)
 UNKNOWN = "unknown (the level sampler has been updated since)"
 
 
@@ -212,13 +213,14 @@ def test_the_uncertainty_is_trained_but_is_not_part_of_the_averaged_weights(tmp_
 
 
 def test_the_resampler_does_not_learn_from_losses_that_are_not_finite(tmp_path, capsys):
-    class DigitsWithNaN(Digits):
+    class DigitsWithOverflow(Digits):
         def __getitem__(self, index):
             x0, label = super().__getitem__(index)
-            return (x0 * math.nan if index == 40 else x0), label
+            return (x0 * 3e38 if index == 40 else x0), label
 
     objective = Objective(resampler=MOMENT, coupling=OptimalTransport(8))
-    trainer = make_trainer(tmp_path, objective, data=DigitsWithNaN(), steps=113, patience=2)
+    options = {"data": DigitsWithOverflow(), "process": UNBOUNDED, "steps": 113, "patience": 2}
+    trainer = make_trainer(tmp_path, objective, **options)
     state = trainer.train()
     assert "sample 40 of the data at λ = " in capsys.readouterr().err
     assert all(value.isfinite().all() for value in state.level_sampler.learned.values())

@@ -69,7 +69,7 @@ def test_a_run_whose_newest_checkpoint_is_corrupt_resumes_from_the_one_before(tm
     assert any("broken-step-00000006" in name for name in files)
 
 
-CHANGES = {
+IMAGE_CHANGES = {
     "added": lambda folder: write(folder / "ant/0.png", 9),
     "replaced": lambda folder: write(folder / "cat/1.png", 9),
     "deleted": lambda folder: (folder / "dog/2.png").unlink(),
@@ -77,7 +77,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", IMAGE_CHANGES)
 def test_a_run_is_not_resumed_on_a_folder_of_images_that_changed(tmp_path, change):
     def options():
         data = ImageFolder(str(tmp_path / "images"), 8, "L")
@@ -87,7 +87,7 @@ def test_a_run_is_not_resumed_on_a_folder_of_images_that_changed(tmp_path, chang
         write(tmp_path / "images" / name)
     train(tmp_path / "run", **options(), save_every=2, steps=2)
     train(tmp_path / "run", **options(), save_every=2, steps=4, resume=True)
-    CHANGES[change](tmp_path / "images")
+    IMAGE_CHANGES[change](tmp_path / "images")
     message = "the data are not those with which the run|another process.classes"
     with pytest.raises(ValueError, match=message):
         train(tmp_path / "run", **options(), resume=True)
