@@ -2,169 +2,56 @@
 
 import json
 import math
+import os
 import sys
-import textwrap
+import time
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from diffcore.cli.arguments import extract_option
 from diffcore.cli.image_model import (
     ImageModel,
-    PipelineOptions,
     load_image_model,
     read_sampling_settings,
 )
-from diffcore.cli.integers import MAXIMUM_COUNT, IntegerList
 from diffcore.cli.run_defaults import parse_with_run_defaults
+from diffcore.cli.sample_request import IntegerList, SampleRequest
 from diffcore.core.process import Process
-from diffcore.guidance import CFG, Guidance, load_weaker_networks
+from diffcore.guidance import Guidance, find_networks, load_weaker_networks
+from diffcore.io.files import hash_file
 from diffcore.io.parser import ComponentParser
-from diffcore.io.safetensors import write_weights
-from diffcore.samplers import Sampler
 from diffcore.sampling import images
-from diffcore.sampling.generation import DEFAULT_GRID, DEFAULT_SAMPLER, sample
-from diffcore.schedules import CoordinateGrid, Grid, Level, Within
+from diffcore.sampling.files import (
+    ARRAY_SUFFIXES,
+    FolderWriter,
+    SampleKey,
+    SampleWriter,
+    WholeWriter,
+    hash_networks,
+    write_arrays,
+)
+from diffcore.sampling.generation import (
+    NonFiniteWarning,
+    Samples,
+    check_sampling,
+    insert_levels,
+    sample,
+)
+from diffcore.sampling.loop import count_evaluations
+from diffcore.schedules import Level
 
-__all__ = ["SampleRequest", "main"]
+__all__ = ["main"]
 
-MAXIMUM_THREADS = 1024
-"""Far more threads than processors end torch with a segmentation fault."""
-
-
-@dataclass(frozen=True)
-class SampleRequest:
-    """Which samples to draw, how, and where to write them.
-
-    Args:
-        labels: class labels, such as 0-9,12. Without labels and prompts the samples are
-            unconditional.
-        prompt: text prompt, for text-conditioned pipelines; may be repeated, and takes the place of
-            a label.
-        negative: negative prompt that guidance moves away from; empty: the pipeline's unconditional
-            prompt.
-        height: height of a pipeline's images in pixels; 0: the network's default.
-        width: width of a pipeline's images in pixels; 0: the network's default.
-        per_label: number of samples for each label or prompt.
-        seeds: one 64-bit seed for each sample, such as 0-79, label after label; default: 0, 1, 2,
-            ...
-        sampler: numerical integrator.
-        grid: rule that places the noise levels (knots).
-        steps: number of sampler steps.
-        guidance: rule that strengthens the condition.
-        image: image file to start from; every seed adds other noise to it.
-        start: noise level σ/α of the noise added to the image; 0: the first level of the grid.
-        batch_size: number of samples drawn together. Another batch size changes samples by rounding
-            errors only.
-        micro_batch: number of samples in one network call, those of guidance included; 0: all of a
-            batch. A lower number saves memory.
-        path: whether the noise of stochastic steps follows one Brownian path per seed, so that more
-            steps give a nearby sample.
-        out: where to write: one image of all samples (.png), a folder for one image per sample, or
-            arrays (.safetensors).
-        threads: number of processor threads; 0: torch's default. The last bits of the samples
-            depend on it.
-        device: device of the network: auto, cpu, cuda, ...
-        print_knots: whether to print all noise levels, and not only the first and last ones.
-    """
-
-    labels: IntegerList = field(default_factory=IntegerList)
-    prompt: tuple[str, ...] = ()
-    negative: str = ""
-    height: int = 0
-    width: int = 0
-    per_label: int = 1
-    seeds: IntegerList = field(default_factory=IntegerList)
-    sampler: Sampler = field(default_factory=lambda: DEFAULT_SAMPLER)
-    grid: Grid = field(default_factory=lambda: DEFAULT_GRID)
-    steps: int = 25
-    guidance: Guidance = field(default_factory=CFG)
-    image: Path | None = None
-    start: float = 0.0
-    batch_size: int = 64
-    micro_batch: int = 0
-    path: bool = False
-    out: Path = Path("samples.png")
-    threads: int = 0
-    device: str = "auto"
-    print_knots: bool = False
-
-    def __post_init__(self) -> None:
-        if self.per_label < 1:
-            raise ValueError(f"per_label is {self.per_label}, expected at least 1")
-        if not 0 <= self.threads <= MAXIMUM_THREADS:
-            raise ValueError(
-                f"threads is {self.threads}, expected at most {MAXIMUM_THREADS}, or 0 for torch's "
-                "choice"
-            )
-        if len(self.unique_labels or "1") * self.per_label > MAXIMUM_COUNT:
-            raise ValueError(
-                f"per_label is {self.per_label}, expected at most {MAXIMUM_COUNT:,} samples in all"
-            )
-        self._check_start()
-        if self.labels and self.prompt:
-            raise ValueError(
-                "labels and prompts were given, expected one of them: a prompt stands in place of "
-                "a label"
-            )
-        name, expected = "prompts" if self.prompt else "labels", len(self.sample_labels or ())
-        if self.seeds and expected and len(self.seeds) != expected:
-            raise ValueError(
-                f"seeds are {len(self.seeds)}, expected {expected}: "
-                f"{len(self.unique_labels)} {name} x {self.per_label}"
-            )
-
-    def _check_start(self) -> None:
-        if not 0 <= self.start < math.inf:
-            raise ValueError(
-                f"start is {self.start}, expected σ/α above 0, or 0 for where the grid begins"
-            )
-        if self.start and self.image is None:
-            raise ValueError(
-                f"start is {self.start}, but there is no image to start from: pass --image"
-            )
-        if self.start and not isinstance(self.grid, CoordinateGrid):
-            raise ValueError(
-                f"start is {self.start}, but {self.grid} names its first knot itself: "
-                "leave start out"
-            )
-
-    @property
-    def started_grid(self) -> Grid:
-        """The grid, which begins at the noise level `start` if there is one."""
-        if not self.start or not isinstance(self.grid, CoordinateGrid):
-            return self.grid
-        return Within(self.grid, low=-2 * math.log(self.start))
-
-    @property
-    def pipeline_options(self) -> PipelineOptions:
-        """The options that only pipelines have."""
-        return PipelineOptions(self.prompt, self.negative, self.height, self.width)
-
-    @property
-    def unique_labels(self) -> Sequence[int]:
-        """The labels, each once, in the given order; prompt k is label k."""
-        return range(len(self.prompt)) if self.prompt else self.labels
-
-    @property
-    def label_names(self) -> list[str]:
-        """A short name of each label or prompt, for the margin of an image."""
-        if self.prompt:
-            return [textwrap.shorten(text, 40, placeholder="…") for text in self.prompt]
-        return [str(label) for label in self.labels]
-
-    @property
-    def sample_labels(self) -> list[int] | None:
-        """The label of each sample, or None for unconditional samples."""
-        return [label for label in self.unique_labels for _ in range(self.per_label)] or None
-
-    @property
-    def sample_seeds(self) -> list[int]:
-        """The seed of each sample."""
-        return list(self.seeds) or list(range(len(self.sample_labels or range(self.per_label))))
+LAUNCHER = {"RANK": 0, "WORLD_SIZE": 1}
+"""Variables that torchrun and accelerate set -> their values without a launcher."""
+LINE_INTERVAL = 10.0
+"""Seconds between two lines about progress where there is no terminal."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -197,61 +84,191 @@ def main(argv: Sequence[str]) -> None:
 def _sample(folder: Path, request: SampleRequest) -> None:
     if request.threads:
         torch.set_num_threads(request.threads)
+    rank, ranks = (int(os.environ.get(name) or number) for name, number in LAUNCHER.items())
     device, options = _device(request.device), request.pipeline_options
     model = load_image_model(folder, options, device)
     _check_labels(request.labels, model)
-    _check_out(request.out, model.image_process)
-    image = None
-    if request.image is not None:
-        image = model.encode(images.load_image(request.image, model.image_process))
-    samples = sample(
-        model.denoiser,
-        request.sampler,
-        request.started_grid,
-        request.steps,
-        seeds=request.sample_seeds,
-        condition=request.sample_labels,
-        guidance=load_weaker_networks(
-            request.guidance,
-            lambda weaker: load_image_model(Path(weaker), options, device).denoiser,
-        ),
-        image=image,
-        batch_size=request.batch_size,
-        micro_batch=request.micro_batch,
-        path=request.path,
-        progress=sys.stderr.isatty(),
+    _check_out(request.out, model.image_process, ranks)
+    guidance = load_weaker_networks(
+        request.guidance, lambda weaker: load_image_model(Path(weaker), options, device).denoiser
     )
-    _write(model.decode(samples.x), request, model)
-    print(_knot_table(samples.knots, request.print_knots))
+    plan = _Plan(model, guidance, request)
+    keys = request.sample_keys(model.denoiser.process.classes)
+    plan.check(keys)
+    writer = _writer(folder, request, plan, keys)
+    share = keys[rank::ranks]
+    wanted = writer.missing(share)
+    evaluations, bad = _draw(plan, wanted, writer)
+    writer.finish()
+    name = f"rank {rank} of {ranks}: " if ranks > 1 else ""
+    if rank == 0:
+        print(_knot_table(plan.knots, request.print_knots))
+    existing = f"{len(share) - len(wanted)} existed, " if len(wanted) < len(share) else ""
     print(
-        f"{len(samples.x)} samples of {samples.evaluations:g} network evaluations each, "
-        f"{_plan(samples.planned)} ({request.sampler}, {request.started_grid}, "
-        f"{len(samples.knots) - 1} steps, {request.guidance}) -> {request.out}"
+        f"{name}{existing}{len(wanted)} samples of {evaluations:g} network evaluations each, "
+        f"{_planned(plan.planned_evaluations)} ({request.sampler}, {request.started_grid}, "
+        f"{len(plan.knots) - 1} steps, {request.guidance}) -> {request.out}"
     )
+    if bad:
+        written = "kept in" if request.out.suffix else "left out of"
+        raise ValueError(
+            f"{name}{len(bad)} of {len(wanted)} samples are not finite, such as that of seed "
+            f"{bad[0].seed}, and {written} {request.out}: check the weights, or use less guidance, "
+            "more steps or another sampler"
+        )
 
 
-def _plan(evaluations: int | None) -> str:
+class _Plan:
+    """What all samples of a command have in common.
+
+    Args:
+        model: network, and the decoder of its latents.
+        guidance: guidance rule with its networks.
+        request: options of the command.
+    """
+
+    def __init__(self, model: ImageModel, guidance: Guidance, request: SampleRequest) -> None:
+        self.model, self.guidance, self.request = model, guidance, request
+        process = model.denoiser.process
+        knots = request.started_grid.knots(process.schedule, request.steps)
+        self.knots = insert_levels(knots, guidance.levels(process))
+        self.image: Tensor | None = None
+        if request.image is not None:
+            self.image = model.encode(images.load_image(request.image, model.image_process))
+
+    @property
+    def planned_evaluations(self) -> int | None:
+        """Number of evaluations if no rule stops early; None for an adaptive sampler."""
+        process, sampler = self.model.denoiser.process, self.request.sampler
+        return count_evaluations(process, sampler, self.knots, self.guidance)
+
+    def check(self, keys: Sequence[SampleKey]) -> None:
+        """Check the arguments of all samples before the first one is drawn."""
+        request, process = self.request, self.model.denoiser.process
+        seeds, labels = [key.seed for key in keys], [key.label for key in keys]
+        condition = labels if request.unique_labels else None
+        check_sampling(
+            process,
+            self.knots,
+            seeds,
+            condition,
+            self.guidance,
+            request.batch_size,
+            request.sampler,
+        )
+
+    def draw(self, keys: Sequence[SampleKey]) -> Samples:
+        """Draw some samples; their x is decoded."""
+        request = self.request
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NonFiniteWarning)  # the command counts them
+            samples = sample(
+                self.model.denoiser,
+                request.sampler,
+                request.started_grid,
+                request.steps,
+                seeds=[key.seed for key in keys],
+                condition=[key.label for key in keys] if request.unique_labels else None,
+                guidance=self.guidance,
+                image=self.image,
+                batch_size=request.batch_size,
+                micro_batch=request.micro_batch,
+                path=request.path,
+            )
+        return samples._replace(x=self.model.decode(samples.x))
+
+    def settings(self, folder: Path) -> dict[str, Any]:
+        """Plain data on which a sample of given label and seed depends, apart from rounding."""
+        request, model = self.request, self.model
+        networks = [model.denoiser.network, *find_networks(self.guidance)]
+        if model.latents is not None:
+            networks.append(model.latents.vae)
+        image = "" if request.image is None else hash_file(request.image)
+        return {
+            "run": str(folder),
+            "weights": hash_networks(networks),
+            "sampler": str(request.sampler),
+            "grid": str(request.started_grid),
+            "steps": request.steps,
+            "guidance": str(request.guidance),
+            "path": request.path,
+            "prompts": list(request.prompt),
+            "negative": request.negative,
+            "shape": list(model.image_process.shape),
+            "image": image,
+            "names": "the seed of a file and its label or prompt determine its noise",
+        }
+
+
+def _draw(
+    plan: _Plan, keys: Sequence[SampleKey], writer: SampleWriter
+) -> tuple[float, list[SampleKey]]:
+    """Draw and write samples in chunks.
+
+    Returns:
+        The mean number of evaluations for each sample, and the samples that are not finite.
+    """
+    size, evaluations = plan.request.batch_size, 0.0
+    bad: list[SampleKey] = []
+    progress = _Progress(len(keys))
+    for start in range(0, len(keys), size):
+        chunk = keys[start : start + size]
+        samples = plan.draw(chunk)
+        evaluations += samples.evaluations * len(chunk)
+        finite = samples.x.flatten(1).isfinite().all(1).tolist()
+        bad += [key for key, is_finite in zip(chunk, finite, strict=True) if not is_finite]
+        writer.add(chunk, samples.x)
+        progress.advance(len(chunk))
+    progress.bar.close()
+    return evaluations / max(len(keys), 1), bad
+
+
+class _Progress:
+    """A progress bar on a terminal; elsewhere a line every `LINE_INTERVAL` seconds.
+
+    Args:
+        total: number of samples.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.bar = tqdm(total=total, unit="sample", disable=not sys.stderr.isatty())
+        self.total, self.done, self.start = total, 0, time.monotonic()
+        self.last = self.start
+
+    def advance(self, count: int) -> None:
+        """Report that further samples are written."""
+        self.bar.update(count)
+        self.done, now = self.done + count, time.monotonic()
+        if self.bar.disable and now - self.last >= LINE_INTERVAL:
+            rate, self.last = self.done / (now - self.start), now
+            print(
+                f"diffcore: {self.done} of {self.total} samples, {rate:.3g} a second",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def _planned(evaluations: int | None) -> str:
     return "as the sampler decided" if evaluations is None else f"{evaluations} planned"
 
 
-def _write(x: Tensor, request: SampleRequest, model: ImageModel) -> None:
-    """Write images or samples (N, *shape) as the suffix of `out` requires."""
-    out, process = request.out, model.image_process
-    labels = torch.tensor(request.sample_labels or [model.denoiser.process.classes] * len(x))
-    if out.suffix == ".safetensors":
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_weights(out, {"x": x, "seed": torch.tensor(request.sample_seeds), "label": labels})
-    elif out.suffix == ".png":
-        columns = request.per_label if request.unique_labels else min(len(x), 10)
-        names = request.label_names or [""] * math.ceil(len(x) / columns)
-        images.save_image(images.draw_grid(x, process, names, columns), out)
-    else:
-        condition = "prompt" if request.prompt else "label"
-        for seed, label, pixels in zip(
-            request.sample_seeds, labels.tolist(), images.to_pixels(x, process), strict=True
-        ):
-            prefix = f"{condition}-{label}-" if request.unique_labels else ""
-            images.save_image(images.to_image(pixels), out / f"{prefix}seed-{seed}.png")
+def _writer(
+    folder: Path, request: SampleRequest, plan: _Plan, keys: Sequence[SampleKey]
+) -> SampleWriter:
+    """The writer that the suffix of `out` requires."""
+    out, process = request.out, plan.model.image_process
+    if out.suffix in ARRAY_SUFFIXES:
+        return WholeWriter(lambda keys, x: write_arrays(out, keys, x))
+    if out.suffix == ".png":
+        columns = request.per_label if request.unique_labels else min(len(keys), 10)
+        names = request.label_names or [""] * math.ceil(len(keys) / columns)
+        return WholeWriter(
+            lambda _, x: images.save_image(images.draw_grid(x, process, names, columns), out)
+        )
+    condition = ("prompt" if request.prompt else "label") if request.unique_labels else ""
+    writer = FolderWriter(out, process, condition, plan.settings(folder))
+    writer.prepare(keys)
+    return writer
 
 
 def _check_labels(labels: IntegerList, model: ImageModel) -> None:
@@ -267,26 +284,40 @@ def _check_labels(labels: IntegerList, model: ImageModel) -> None:
         )
 
 
-def _check_out(out: Path, process: Process) -> None:
+def _check_out(out: Path, process: Process, ranks: int) -> None:
     """Refuse before sampling what could not be written after it."""
-    if out.suffix not in (".png", ".safetensors", ""):
-        raise ValueError(f"out is {out}, expected a .png, a .safetensors, or a folder")
-    if out.suffix != ".safetensors":
+    if out.suffix not in (".png", *ARRAY_SUFFIXES, ""):
+        raise ValueError(
+            f"out is {out}, expected a .png, a .safetensors, a .npz, a .npy, or a folder"
+        )
+    if out.suffix not in ARRAY_SUFFIXES:
         images.check_image(process)
     if out.suffix and out.is_dir():
         raise ValueError(f"out is {out}, which is a folder")
+    if not out.suffix and out.is_file():
+        raise ValueError(f"out is {out}, which is a file: name a folder")
+    if out.suffix and ranks > 1:
+        raise ValueError(
+            f"out is {out}, one file, but {ranks} ranks draw samples: use --out FOLDER"
+        )
 
 
 def _device(name: str) -> torch.device:
+    """The device of this name; "auto" is the accelerator of this rank, or the CPU."""
     if name == "auto":
-        has_accelerator = torch.accelerator.is_available()
-        found = torch.accelerator.current_accelerator() if has_accelerator else None
-        return found or torch.device("cpu")
+        found = (
+            torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        )
+        if found is None:
+            return torch.device("cpu")
+        local = int(os.environ.get("LOCAL_RANK") or 0)
+        return torch.device(found.type, local % torch.accelerator.device_count())
     try:
         return torch.zeros(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0][:120]
         raise ValueError(
-            f"device is {name!r}, which torch does not have here ({error}): use auto or cpu"
+            f"device is {name!r}, which torch does not have here ({reason}): use auto or cpu"
         ) from None
 
 

@@ -1,6 +1,7 @@
 """From seeds to samples: `sample`, its checks before the first step, and its chunks."""
 
 import operator
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -28,12 +29,14 @@ from diffcore.schedules import Grid, Level, UniformBlend
 __all__ = [
     "DEFAULT_GRID",
     "DEFAULT_SAMPLER",
+    "NonFiniteWarning",
     "Samples",
     "add_noise",
     "check_sampling",
     "evaluation_mode",
     "insert_levels",
     "sample",
+    "warn_of_non_finite",
 ]
 
 DEFAULT_SAMPLER: Sampler = AdamsMoulton(3, every=10)
@@ -43,6 +46,10 @@ DEFAULT_SAMPLER: Sampler = AdamsMoulton(3, every=10)
 
 DEFAULT_GRID: Grid = UniformBlend(1.25, 0.5)
 """Default grid: from pure noise to clean, densest in λ at σ/α = 0.5."""
+
+
+class NonFiniteWarning(RuntimeWarning):
+    """Samples contain NaN or infinity."""
 
 
 class Samples(NamedTuple):
@@ -106,7 +113,8 @@ def sample(
         callback: receives each step of each chunk of `batch_size` samples, and can stop that chunk.
 
     Returns:
-        The samples, their knots, and the number of network evaluations.
+        The samples, their knots, and the number of network evaluations. A NonFiniteWarning counts
+        samples with NaN or infinity.
 
     Raises:
         ValueError: The arguments do not fit together. It is raised before the first step, with the
@@ -154,12 +162,30 @@ def sample(
             real = min(batch_size, len(seeds) - int(chunk[0]))
             evaluations += count * real
             bar.update(real)
+    x = torch.cat(chunks)[: len(seeds)]
+    warn_of_non_finite(x)
     return Samples(
-        torch.cat(chunks)[: len(seeds)],
+        x,
         knots,
         evaluations / len(seeds),
         count_evaluations(process, sampler, knots, guidance),
     )
+
+
+def warn_of_non_finite(x: Tensor) -> None:
+    """Warn with NonFiniteWarning of samples with NaN or infinity, and count them.
+
+    Args:
+        x: (N, *shape) samples.
+    """
+    bad = (~x.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+    if bad:
+        warnings.warn(
+            f"{len(bad)} of {len(x)} samples are not finite, the first at index {bad[0]}: check "
+            "the weights, or use less guidance, more steps or another sampler",
+            NonFiniteWarning,
+            stacklevel=3,
+        )
 
 
 def add_noise(image: Tensor, level: Level, noise: Noise) -> Tensor:

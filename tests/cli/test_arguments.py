@@ -3,7 +3,7 @@
 import pytest
 
 from diffcore.cli.arguments import extract_option, normalize_options
-from diffcore.cli.integers import IntegerList
+from diffcore.cli.sample_request import IntegerList
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def test_pictures_are_named_by_prompt(diffcore, pipelines):
     prompts = ("--prompt", "a " + "very " * 20 + "long cat", "--prompt=b")
     ended = diffcore("sample", folder, *QUICK, *prompts, "--guidance.scale=1", "--out=pictures")
     assert "2 samples of 3 network evaluations each" in ended.out
-    assert sorted(path.name for path in Path("pictures").iterdir()) == [
+    assert sorted(path.name for path in Path("pictures").glob("*.png")) == [
         "prompt-0-seed-0.png",
         "prompt-1-seed-1.png",
     ]

@@ -50,6 +50,7 @@ from diffcore.sampling.generation import (
     check_sampling,
     evaluation_mode,
     insert_levels,
+    warn_of_non_finite,
 )
 from diffcore.sampling.loop import integrate
 from diffcore.schedules import Grid, Level
@@ -353,6 +354,7 @@ class DiffcorePipeline(DiffusionPipeline):
             x, _ = integrate(
                 denoiser, sampler, x, call.knots, noise, call.guidance, labels, checked=True
             )
+        warn_of_non_finite(x)
         return x
 
     def _knots(self, steps: int | None, grid: Grid | None) -> tuple[Level, ...]:
