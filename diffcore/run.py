@@ -194,6 +194,7 @@ class Run:
                 network, or config.yaml has other options of the network than in training.
         """
         is_given = network is not None
+        origin = self.config if network is None else "the argument `network`"
         network = self.architecture() if network is None else network
         process = Process.load(self.process)
         path = Path(weights) if weights else self.weights
@@ -210,7 +211,7 @@ class Run:
         )
         if wrong:
             raise ValueError(
-                f"{path} does not fit the network of {self.config}: {len(wrong)} tensors "
+                f"{path} does not fit the network of {origin}: {len(wrong)} tensors "
                 f"are missing, unknown or of another shape, such as {wrong[0]}"
             )
         if any(value.is_meta for value in network.state_dict().values()):

@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from diffcore.core.process import Process
 from diffcore.evaluation.digits import score_digits
 from diffcore.run import Run
 
@@ -36,6 +37,7 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     try:
+        _check_process(Process.load(Run(arguments.run).process))
         score = score_digits(Run(arguments.run).denoiser(), per_label=arguments.per_label)
     except ValueError as error:
         print(f"evaluate: error: {error}", file=sys.stderr)
@@ -52,6 +54,15 @@ def main() -> int:
         )
         return 1
     return 0
+
+
+def _check_process(process: Process) -> None:
+    """Raise ValueError if a process is not that of the digits."""
+    if process.shape != (1, 8, 8) or process.classes != 10:
+        raise ValueError(
+            f"the run is not one of the digits: its samples have shape {process.shape} and "
+            f"{process.classes} classes, expected (1, 8, 8) and 10 of the recipe `digits`"
+        )
 
 
 if __name__ == "__main__":

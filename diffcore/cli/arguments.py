@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-__all__ = ["extract_option", "normalize_options"]
+__all__ = ["extract_option", "normalize_options", "wants_help"]
 
 
 def normalize_options(argv: Sequence[str]) -> list[str]:
@@ -50,3 +50,8 @@ def extract_option(
             raise ValueError(f"--{name} expects {expected}")
         values.append(following)
     return values, others
+
+
+def wants_help(argv: Sequence[str]) -> bool:
+    """Whether command-line words request help, of the command or of a class."""
+    return any(word in ("-h", "--help") or re.match(r"--[\w.]+\.help\b", word) for word in argv)

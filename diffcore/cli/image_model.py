@@ -117,7 +117,6 @@ def read_sampling_settings(folder: Path) -> dict[str, Any]:
     """
     if not is_pipeline(folder):
         return Run(folder).settings()
-    _silence_transformers()
     from diffcore.integrations.diffusers.loading.folder import sampling_defaults
 
     return sampling_defaults(folder)
@@ -157,6 +156,7 @@ def load_image_model(folder: Path, options: PipelineOptions, device: torch.devic
 
 
 def _read_pipeline(folder: Path) -> "PipelineParts":
+    _silence_transformers()
     # Imported here because it takes seconds, and models without latents do not need it.
     from diffcore.integrations.diffusers.loading.folder import read_folder
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffcore.cli.arguments import wants_help
 from diffcore.io.parser import ComponentParser
 
 __all__ = ["parse_with_run_defaults"]
@@ -31,12 +32,11 @@ def parse_with_run_defaults(
         ValueError: the folder does not come first, so that its settings are unknown, or it is not a
             run's.
     """
-    wants_help = any(word in ("-h", "--help") or ".help" in word for word in argv)
     if argv and not argv[0].startswith("-"):
         settings = read_settings(Path(argv[0]))
         parser.set_defaults(
             {option: settings[name] for name, option in OPTIONS.items() if name in settings}
         )
-    elif not wants_help:
+    elif not wants_help(argv):
         raise ValueError(f"the run's folder comes first: {parser.usage}")
     return parser.instantiate(parser.parse_args(list(argv))).as_dict()

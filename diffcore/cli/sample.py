@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffcore.cli.arguments import extract_option
@@ -180,7 +180,8 @@ class _Plan:
     def settings(self, folder: Path) -> dict[str, Any]:
         """Plain data on which a sample of given label and seed depends, apart from rounding."""
         request, model = self.request, self.model
-        networks = [model.denoiser.network, *find_networks(self.guidance)]
+        networks: list[nn.Module] = [model.denoiser.network]
+        networks += [x for x in find_networks(self.guidance) if isinstance(x, nn.Module)]
         if model.latents is not None:
             networks.append(model.latents.vae)
         image = "" if request.image is None else hash_file(request.image)

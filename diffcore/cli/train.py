@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from diffcore.cli.arguments import extract_option
+from diffcore.cli.arguments import extract_option, wants_help
 from diffcore.cli.finetuning import complete_settings, find_pipeline, make_pipelines_absolute
 from diffcore.cli.recipes import find_settings, read_settings, recipe_names
 from diffcore.io.parser import ComponentParser
@@ -68,7 +68,7 @@ def _move_files_first(argv: Sequence[str]) -> list[str]:
     configs = [yaml.safe_dump(content, sort_keys=False) for content in contents]
     if paths and _is_config_of_moved_run(paths[-1], contents[-1]):
         words.insert(0, f"--folder={paths[-1].parent}")
-    if contents and not {"-h", "--help"} & set(words):
+    if contents and not wants_help(words):
         options, _ = extract_option(words, "pipeline", "the folder of a diffusers pipeline")
         folder = find_pipeline(contents[0], options[-1] if options else "", files[0])
         if folder:

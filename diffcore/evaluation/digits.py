@@ -27,7 +27,8 @@ class DigitScore:
         accuracy: share of samples that a support vector machine assigns to their labels.
         real_accuracy: the same share of the held-out scans.
         distance: Fréchet distance of the samples to the held-out scans.
-        real_distance: Fréchet distance of as many training scans to the held-out scans.
+        real_distance: Fréchet distance of training scans to the held-out scans: as many as samples,
+            or all of them if there are fewer.
     """
 
     count: int
@@ -41,7 +42,7 @@ class DigitScore:
             f"recognised by an SVM trained on real scans: {self.accuracy:.1%} of {self.count} "
             f"samples ({self.real_accuracy:.1%} of the held-out real scans)\n"
             f"Fréchet distance to the held-out scans, in pixels: {self.distance:.0f} "
-            f"({self.real_distance:.0f} for {self.count} real training scans: "
+            f"({self.real_distance:.0f} for real training scans: "
             f"{self.distance / self.real_distance:.2f} x)"
         )
 

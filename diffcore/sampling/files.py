@@ -204,5 +204,5 @@ def hash_networks(networks: Sequence[nn.Module]) -> str:
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             if isinstance(value, Tensor):
                 plain = value.detach().cpu().contiguous().flatten().view(torch.uint8)
-                digest.update(plain.numpy())
+                digest.update(plain.numpy().tobytes())
     return digest.hexdigest()

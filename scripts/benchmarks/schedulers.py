@@ -34,7 +34,6 @@ class ConfiguredScheduler:
         scaling: scaling of its x.
         output: network output that it expects.
         ratio: function that returns σ/α at call i with timestep t.
-        set_steps: function that sets the number of steps.
     """
 
     method: str
@@ -43,7 +42,6 @@ class ConfiguredScheduler:
     scaling: Scaling = "vp"
     output: PredictionType = "epsilon"
     ratio: Callable[[Any, int, Tensor], float] = lambda scheduler, i, t: float(scheduler.sigmas[i])
-    set_steps: Callable[[Any, int], None] = lambda scheduler, n: scheduler.set_timesteps(n)
 
     def prepare(self, count: int) -> Any:
         """Build the scheduler with the largest number of steps that so many evaluations allow.
@@ -59,7 +57,7 @@ class ConfiguredScheduler:
         for n in (count, count - 1, (count + 1) // 2):
             scheduler = self.build()
             try:
-                self.set_steps(scheduler, n)
+                scheduler.set_timesteps(n)
             except (ValueError, IndexError):
                 continue
             if len(scheduler.timesteps) + (self.last_ratio(scheduler) > 0) <= count:
@@ -184,10 +182,12 @@ def _edm(method: str, name: str, **given: Any) -> list[ConfiguredScheduler]:
     return [ConfiguredScheduler(method, grid, build, "ve", "edm") for grid, build in builds.items()]
 
 
-def _flow(method: str, name: str, grid: str = "flow", **given: Any) -> list[ConfiguredScheduler]:
+def _flow(method: str, name: str, **given: Any) -> list[ConfiguredScheduler]:
     make = getattr(diffusers, name)
     return [
-        ConfiguredScheduler(method, grid, lambda: make(**given), "flow", "flow_prediction", _blend)
+        ConfiguredScheduler(
+            method, "flow", lambda: make(**given), "flow", "flow_prediction", _blend
+        )
     ]
 
 

@@ -65,9 +65,7 @@ VARIANTS: dict[str, TrainingVariant] = {
     "linear, ε": TrainingVariant(Discrete(), "epsilon", Objective(MSE("epsilon"))),
     "cosine, v": TrainingVariant(Cosine(), "v_prediction", Objective(MSE("v_prediction"))),
     "cosine, v, Min-SNR": TrainingVariant(Cosine(), "v_prediction", Objective(MinSNR())),
-    "cosine, v, DebiasedWeight": TrainingVariant(
-        Cosine(), "v_prediction", Objective(DebiasedWeight())
-    ),
+    "cosine, v, Debiased": TrainingVariant(Cosine(), "v_prediction", Objective(DebiasedWeight())),
     "cosine, v, P2": TrainingVariant(Cosine(), "v_prediction", Objective(P2())),
     "Laplace(0, 0.5), v": TrainingVariant(
         Laplace(), "v_prediction", Objective(MSE("v_prediction"))

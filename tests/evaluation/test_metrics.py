@@ -46,4 +46,4 @@ def test_scan_units_are_pixels_from_0_to_16():
 def test_a_score_prints_its_distance_as_a_multiple_of_that_of_real_scans():
     text = str(DigitScore(500, 0.9, 0.99, 300.0, 100.0))
     assert "90.0% of 500 samples (99.0% of the held-out real scans)" in text
-    assert text.endswith("300 (100 for 500 real training scans: 3.00 x)")
+    assert text.endswith("300 (100 for real training scans: 3.00 x)")

@@ -1,5 +1,8 @@
 """The study of training: its measurements are appended, continued and averaged."""
 
+import json
+from pathlib import Path
+
 import pytest
 from experiments.study import read_measurements
 from experiments.training import KNOTS, VARIANTS, format_table, measure, run_study
@@ -70,3 +73,9 @@ def test_the_table_holds_means_over_seeds_and_half_ranges():
         format_table(measurements, 1).splitlines()[2]
         == "| a | stratified | 0.0 ± 0.0 | 4.0 ± 0.0 |"
     )
+
+
+def test_the_stored_rows_are_those_of_the_variants():
+    path = Path(__file__).parents[3] / "docs" / "experiments" / "training.jsonl"
+    stored = {json.loads(line)["arm"] for line in path.read_text().splitlines()}
+    assert stored == set(VARIANTS)
