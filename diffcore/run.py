@@ -15,6 +15,7 @@ from torch import nn
 
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.process import Process
+from diffcore.io.files import check_links
 from diffcore.io.network_size import BoundedFactory
 from diffcore.io.parser import ComponentParser, SpecError
 from diffcore.io.plain_data import read_yaml
@@ -130,6 +131,7 @@ class Run:
         """
         if not self.folder.is_dir():
             raise ValueError(f"{self.folder} is not a run's folder: it does not exist")
+        check_links(self.folder)
         if not self.config.is_file():
             raise ValueError(f"{self.config} is missing: without it the network cannot be built")
         settings = read_yaml(self.config)
@@ -193,6 +195,7 @@ class Run:
             ValueError: a file of the run is missing or corrupt, the weights do not fit the
                 network, or config.yaml has other options of the network than in training.
         """
+        check_links(self.folder)
         is_given = network is not None
         origin = self.config if network is None else "the argument `network`"
         network = self.architecture() if network is None else network

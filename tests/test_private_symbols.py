@@ -20,6 +20,8 @@ SYMBOLS = [
         (f"jsonargparse.{path}", "diffcore/io/trust.py", "jsonargparse<4.54")
         for path in (
             "_actions.import_object",
+            "_stubs_resolver.StubsResolver",
+            "_stubs_resolver.stubs_resolver",
             "_common.ImportDenied",
             "_typehints.NestedArg",
             "_typehints.adapt_typehints",

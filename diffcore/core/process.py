@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diffcore.core.prediction import PredictionType
 from diffcore.io.files import write_file
+from diffcore.io.network_size import check_memory
 from diffcore.io.plain_data import read_json
 from diffcore.io.specs import from_spec, to_spec
 from diffcore.schedules import Cosine, Level, Real, Schedule
@@ -160,6 +161,7 @@ class Process:
             raise ValueError(
                 f"shape is {self.shape}, expected the positive sizes of one x_0, such as (1, 8, 8)"
             )
+        check_memory(4 * math.prod(self.shape), f"one x_0 of shape {self.shape}")
         if not self.low < self.high:
             raise ValueError(f"low and high are {self.low} and {self.high}, expected low < high")
         if not 0 < self.sigma_data < math.inf:

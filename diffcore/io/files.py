@@ -18,6 +18,7 @@ __all__ = [
     "HASHES",
     "CorruptFileError",
     "WriteError",
+    "check_links",
     "hash_file",
     "remove_leftovers",
     "replace_folder",
@@ -43,6 +44,31 @@ class CorruptFileError(ValueError):
 
 class WriteError(OSError):
     """A file or folder cannot be written, for example because the disk is full."""
+
+
+def check_links(folder: Path) -> None:
+    """Check that no symbolic link in a folder leads out of it.
+
+    The links of a snapshot in the cache of the Hugging Face hub lead to the blobs beside it, which
+    belong to it.
+
+    Args:
+        folder: folder that somebody else may have made; it may itself be a link.
+
+    Raises:
+        ValueError: a link leads out of the folder; the message names it.
+    """
+    roots = [folder.resolve()]
+    if roots[0].parent.name == "snapshots":
+        roots.append(roots[0].parents[1] / "blobs")
+    for parent, folders, files in os.walk(roots[0]):
+        for name in (*folders, *files):
+            path = Path(parent, name)
+            if path.is_symlink() and not any(path.resolve().is_relative_to(r) for r in roots):
+                raise ValueError(
+                    f"{folder / path.relative_to(roots[0])} is a link to {path.readlink()}, which "
+                    f"is outside {folder}: replace the link by what it leads to, if you trust it"
+                )
 
 
 def hash_file(path: str | Path) -> str:

@@ -17,7 +17,7 @@ from torch.nn.modules import module as registration
 
 __all__ = ["BoundedFactory", "build_without_memory", "check_memory", "machine_memory"]
 
-MAXIMUM_MODULES = 50_000
+MAXIMUM_MODULES = 20_000
 """Largest number of modules, parameters and buffers; the networks of diffusers have thousands."""
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,13 @@ from torch import Tensor
 from diffcore.io.files import CorruptFileError, write_file
 from diffcore.io.network_size import machine_memory
 
-__all__ = ["check_header", "read_weights", "read_weights_and_metadata", "write_weights"]
+__all__ = [
+    "check_header",
+    "count_numbers",
+    "read_weights",
+    "read_weights_and_metadata",
+    "write_weights",
+]
 
 REMEDY = "resume the run to write it again, or copy it again"
 
@@ -48,6 +55,28 @@ def check_header(path: str | Path) -> None:
             f"{path} cannot be read (it has {size:,} bytes, and this machine's memory "
             f"{machine_memory():,}): {REMEDY}"
         )
+
+
+def count_numbers(path: Path) -> int:
+    """The number of entries of all tensors in a safetensors file, from its header.
+
+    Args:
+        path: file to read.
+
+    Returns:
+        The sum of the sizes of the tensors.
+
+    Raises:
+        CorruptFileError: the file is missing, or its header is too long or no JSON of shapes.
+    """
+    check_header(path)
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header.pop("__metadata__", None)
+        return sum(math.prod(tensor["shape"]) for tensor in header.values())
+    except (ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
+        raise CorruptFileError(f"{path} cannot be read ({error}): {REMEDY}") from None
 
 
 def write_weights(path: str | Path, tensors: Mapping[str, Tensor], **metadata: int | str) -> None:

@@ -17,8 +17,10 @@ from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from inspect import isclass
+from pathlib import Path
 from typing import Any
 
+import typeshed_client
 from jsonargparse import Namespace, set_parsing_settings
 from torch import nn
 from torch.optim import Optimizer
@@ -28,8 +30,9 @@ from diffcore.io.network_size import BoundedFactory
 
 __all__ = ["trust", "trusted_modules"]
 
-_actions, _common, _typehints, _util = (
-    import_module(f"jsonargparse._{name}") for name in ("actions", "common", "typehints", "util")
+_actions, _common, _stubs_resolver, _typehints, _util = (
+    import_module(f"jsonargparse._{name}")
+    for name in ("actions", "common", "stubs_resolver", "typehints", "util")
 )
 
 LIBRARIES: dict[str, tuple[type, ...]] = {
@@ -211,3 +214,9 @@ _ADAPT: Callable[..., Any] = _typehints.adapt_typehints
 vars(_typehints)["adapt_typehints"] = _adapt_value
 vars(_typehints)["import_object"] = vars(_actions)["import_object"] = _import_trusted
 set_parsing_settings(import_path_denylist=["*"])  # for what is imported in another way
+# By default the search path of type stubs is that of `python -c`, which imports json.py of the
+# current folder.
+_SEARCH_PATH = [Path(folder) for folder in sys.path if folder]
+vars(_stubs_resolver)["stubs_resolver"] = _stubs_resolver.StubsResolver(
+    search_context=typeshed_client.get_search_context(search_path=_SEARCH_PATH)
+)

@@ -29,6 +29,9 @@ from diffcore.io.files import (
     replace_folder,
     write_and_sync,
 )
+from diffcore.io.network_size import check_memory
+from diffcore.io.plain_data import read_json
+from diffcore.io.safetensors import check_header
 
 __all__ = [
     "MANIFEST",
@@ -168,15 +171,15 @@ def prune(folder: str | Path, keep: int) -> None:
 def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
         digest = manifest.pop("sha256")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise CorruptFileError(f"{path} cannot be read ({type(error).__name__})") from None
     if digest != _digest(manifest):
         raise CorruptFileError(f"{path} is not what was written (its SHA-256 differs)")
     files, state = manifest.get("files"), manifest.get("state")
     is_known = isinstance(files, dict) and all(map(_is_entry, files.items()))
-    if not (is_known and isinstance(state, dict) and "step" in state):
+    if not (is_known and isinstance(state, dict) and isinstance(state.get("step"), int)):
         raise CorruptFileError(f"{path} describes no checkpoint")
     return manifest
 
@@ -185,22 +188,27 @@ def _is_entry(entry: tuple[str, Any]) -> bool:
     """Whether an entry of a manifest has a file of its folder, its size and its hash."""
     file, expected = entry
     known = isinstance(expected, dict) and {"bytes", "sha256"} <= expected.keys()
-    return known and Path(file).name == file
+    return known and Path(file).name == file and file.endswith(".safetensors")
 
 
 def _tensors(path: Path, expected: Mapping[str, Any]) -> dict[str, Tensor]:
     try:
-        data = path.read_bytes()
+        size = path.stat().st_size
+        check_memory(size, str(path))
+        data = path.read_bytes() if size == expected["bytes"] else b""
     except FileNotFoundError:
         raise CorruptFileError(f"{path} is missing") from None
     except OSError as error:
         raise CorruptFileError(f"{path} cannot be read ({error.strerror})") from None
-    if len(data) != expected["bytes"]:
+    except ValueError as error:
+        raise CorruptFileError(str(error)) from None
+    if size != expected["bytes"]:
         raise CorruptFileError(
-            f"{path} is truncated or padded: {len(data)} bytes of {expected['bytes']}"
+            f"{path} is truncated or padded: {size} bytes of {expected['bytes']}"
         )
     if hashlib.sha256(data).hexdigest() != expected["sha256"]:
         raise CorruptFileError(f"{path} is not what was written (its SHA-256 differs)")
+    check_header(path)
     try:
         return load(data)
     except SafetensorError as error:

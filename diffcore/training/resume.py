@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from diffcore.io.files import remove_leftovers, write_file
+from diffcore.io.files import check_links, remove_leftovers, write_file
 from diffcore.io.safetensors import read_weights
 from diffcore.io.specs import to_spec
 from diffcore.run import Run, without_locations
@@ -69,6 +69,7 @@ def start_or_resume(state: TrainState, message: Callable[[str], None]) -> None:
         ValueError: The folder holds a run and `resume` is false; or it holds none and `resume` is
             true; or its run cannot be continued with these settings.
     """
+    check_links(state.settings.run.folder)
     if _is_resumed(state.settings, message):
         _resume(state, message)
     if not state.step and state.settings.initial_weights:
@@ -111,8 +112,14 @@ def _resume(state: TrainState, message: Callable[[str], None]) -> None:
             f"{run.checkpoints} has no whole checkpoint left: start a new run in another "
             f"folder{weights}"
         )
-    _check_checkpoint(state, newest.state, message)
-    _load(state, newest)
+    try:
+        _check_checkpoint(state, newest.state, message)
+        _load(state, newest)
+    except (KeyError, IndexError, AttributeError, TypeError, AssertionError) as error:
+        raise ValueError(
+            f"the newest checkpoint in {run.checkpoints} has not the content of one of this run "
+            f"({type(error).__name__}: {error}): start a new run in another folder"
+        ) from None
     message(f"resumed at step {state.step}")
 
 

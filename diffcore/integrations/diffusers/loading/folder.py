@@ -19,14 +19,16 @@ from diffcore.core.network import class_name, network_config
 from diffcore.core.process import Process
 from diffcore.guidance import CFG
 from diffcore.integrations.diffusers.families import GENERIC, family_of, family_of_class
+from diffcore.integrations.diffusers.loading.part_files import check_files, check_size
 from diffcore.integrations.diffusers.loading.vae import downsampling_factor
 from diffcore.io import plain_data
-from diffcore.io.files import verify_folder
+from diffcore.io.files import check_links, verify_folder
 from diffcore.io.specs import from_spec, to_spec
 
 __all__ = [
     "NETWORKS",
     "PipelineParts",
+    "check_part",
     "is_present",
     "latent_shape",
     "network_name",
@@ -134,6 +136,7 @@ def read_folder(folder: str | Path, network: nn.Module | None = None) -> Pipelin
             differs from what a run or an export wrote.
     """
     folder = Path(folder)
+    check_links(folder)
     verify_folder(folder)
     index = read_json(folder / "model_index.json")
     name = network_name(folder, index)
@@ -293,7 +296,8 @@ def read_part(folder: str | Path, name: str, index: dict[str, Any], weights: boo
     folder = Path(folder)
     cls = _part_class(folder, name, index)
     if not weights:
-        return cls.from_config(read_json(folder / name / "config.json"))
+        return _build_part(cls, folder / name)
+    check_part(folder / name, cls)
     # transformers would keep the dtype of the file, and half precision is slow or missing on CPUs.
     is_text_model = issubclass(cls, transformers.PreTrainedModel)
     options: dict[str, Any] = {"dtype": torch.float32} if is_text_model else {}
@@ -312,6 +316,30 @@ def read_part(folder: str | Path, name: str, index: dict[str, Any], weights: boo
             f"{folder / name} cannot be read ({' '.join(str(error).split())}): its config.json and "
             f"safetensors are needed; pickled weights are not opened, convert them first"
         ) from None
+
+
+def check_part(folder: Path, cls: type) -> None:
+    """Check the files of a part before it is loaded: what they name, and the sizes they declare.
+
+    Args:
+        folder: folder of the part.
+        cls: class of the part.
+
+    Raises:
+        ValueError: they name code or files elsewhere, or the config describes a model that is
+            larger than its weights.
+    """
+    check_files(folder)
+    if issubclass(cls, nn.Module) and (folder / "config.json").is_file():
+        check_size(folder, lambda: _build_part(cls, folder))
+
+
+def _build_part(cls: Any, folder: Path) -> Any:
+    """A model of diffusers or transformers with newly initialised weights."""
+    config = read_json(folder / "config.json")
+    if issubclass(cls, transformers.PreTrainedModel):
+        return cls(cls.config_class.from_dict(config))
+    return cls.from_config(config)
 
 
 def _part_class(folder: Path, name: str, index: dict[str, Any]) -> Any:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import torch
 from torch import nn
 
 from diffcore.integrations.diffusers.families import family_of
@@ -21,6 +20,8 @@ from diffcore.integrations.diffusers.loading.folder import (
 from diffcore.integrations.diffusers.loading.network import read_process_fields
 from diffcore.integrations.diffusers.loading.vae import downsampling_factor
 from diffcore.integrations.diffusers.scheduler.scheduler_config import Config
+from diffcore.io.files import check_links
+from diffcore.io.network_size import build_without_memory
 
 __all__ = ["PipelineIndex"]
 
@@ -40,6 +41,7 @@ class PipelineIndex:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "folder", Path(self.folder))
+        check_links(self.folder)
         self.network_name  # refuses a folder that holds no pipeline
 
     @cached_property
@@ -130,8 +132,9 @@ class PipelineIndex:
             The module that its config describes.
         """
         self._check(name)
-        with torch.device("meta"):
-            return read_part(self.folder, name, self.content, weights=False)
+        return build_without_memory(
+            lambda: read_part(self.folder, name, self.content, weights=False)
+        )
 
     def paths(self, *prefixes: str) -> list[Path]:
         """Folders of the parts whose name begins with one of the prefixes.

@@ -8,8 +8,8 @@ import diffusers
 
 from diffcore.core.process import Process
 from diffcore.guidance import Guidance
-from diffcore.integrations.diffusers.loading.folder import NETWORKS, read_json
-from diffcore.io.files import verify_folder
+from diffcore.integrations.diffusers.loading.folder import NETWORKS, check_part, read_json
+from diffcore.io.files import check_links, verify_folder
 
 __all__ = ["COMPONENTS", "PROCESS_SETTINGS", "PipelineSettings", "check_folder"]
 
@@ -67,6 +67,7 @@ def check_folder(folder: str | Path, given: dict[str, Any]) -> None:
             contains the remedy.
     """
     folder = Path(folder)
+    check_links(folder)
     verify_folder(folder)
     path = folder / "model_index.json"
     index = read_json(path)
@@ -90,11 +91,15 @@ def check_folder(folder: str | Path, given: dict[str, Any]) -> None:
             "scheduler="
         )
     for name in COMPONENTS:
+        if not (isinstance(index[name], list) and len(index[name]) > 1):
+            raise ValueError(
+                f"{path} has {index[name]!r} as {name}, expected [library, class] or [null, null]"
+            )
         if name not in given and index[name][1] is not None:
-            _check_model(path, name, *index[name][:2])
+            check_part(folder / name, _model_class(path, name, *index[name][:2]))
 
 
-def _check_model(path: Path, component: str, library: str, name: str) -> None:
+def _model_class(path: Path, component: str, library: str, name: str) -> type:
     cls = getattr(diffusers, str(name), None) if library == "diffusers" else None
     if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
         raise ValueError(
@@ -102,3 +107,4 @@ def _check_model(path: Path, component: str, library: str, name: str) -> None:
             f"that lies beside weights is not executed; import it, load it yourself and pass "
             f"{component}="
         )
+    return cls
