@@ -60,7 +60,8 @@ def complete_settings(settings: dict[str, Any], folder: str) -> dict[str, Any]:
         The completed settings.
 
     Raises:
-        ValueError: the folder holds no pipeline, or a setting is not a table.
+        ValueError: the folder holds no pipeline, a setting is not a table, or the settings change
+            the prediction type of a flow.
     """
     from diffcore.integrations.diffusers.loading.index import PipelineIndex
 
@@ -70,6 +71,12 @@ def complete_settings(settings: dict[str, Any], folder: str) -> dict[str, Any]:
     fields = index.process_fields
     found = {name: to_spec(value) for name, value in fields.items()}
     process = found | _table(settings.get("process"), "process")
+    if found["prediction"] == "flow_prediction" != process["prediction"]:
+        raise ValueError(
+            f"process.prediction is {process['prediction']}, but the network in {folder} predicts "
+            "flow_prediction, which fine-tuning keeps: use the recipe finetune-flow, or leave "
+            "prediction and schedule out of process"
+        )
     process["schedule"] = _wrap_schedule(process["schedule"], found["schedule"])
     readers = {
         name: _with_arguments(settings[name], {"pipeline": folder})

@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_class_arguments(SampleRequest)
     prompts, words = extract_option(argv, "prompt", "a text", may_be_empty=True)
     if prompts:
-        words.append(f"--prompt={json.dumps(prompts)}")
+        words.append(f"--prompt={json.dumps(prompts, ensure_ascii=False)}")
     arguments = parse_with_run_defaults(parser, words, read_sampling_settings)
     arguments.pop("config", None)
     folder = Path(arguments.pop("run"))

@@ -40,6 +40,7 @@ NOT_TRUSTED = re.compile(
 )
 MISSING_PACKAGE = re.compile(r"import of (\w+)[\w.]* halted|No module named '(\w+)")
 UNKNOWN_CLASS = re.compile(r"(?<=import path string: )[\w.]+")
+OPTIMIZER_LR = re.compile(r"\"optimizer\": Option 'lr' is not accepted")
 UNKNOWN_OPTION = re.compile(r"(?:(?<=ption ')|(?<=arguments: --))[\w.]+")
 
 
@@ -146,6 +147,8 @@ class ComponentParser(ArgumentParser):
             key = NAMED_KEY.match(message)
             return f"{key[1] + ': ' if key else ''}{denied[0]}"
         message = " ".join(UNION_WITH_NONE.sub(r"\1", message).split())
+        if OPTIMIZER_LR.search(message):
+            return f"{message}: use lr.peak"
         classes = _known_classes()
         named = [cls for name, cls in classes.items() if re.search(rf"\b{name}\b", message)]
         keys = list(self.get_defaults().keys(branches=True))
@@ -185,7 +188,12 @@ def _known_classes() -> dict[str, type]:
 
 def _nearest(word: str, candidates: list[str]) -> str | None:
     """The candidate closest to a word or to its last dotted part."""
+    by_lower_case = {candidate.lower(): candidate for candidate in reversed(candidates)}
     for part in (word, word.rpartition(".")[2]):
-        if (close := difflib.get_close_matches(part, candidates, n=1)) and close[0] != word:
+        close = difflib.get_close_matches(part, candidates, n=1) or [
+            by_lower_case[name]
+            for name in difflib.get_close_matches(part.lower(), by_lower_case, n=1)
+        ]
+        if close and close[0] != word:
             return close[0]
     return None

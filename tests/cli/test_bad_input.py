@@ -114,6 +114,10 @@ CASES = {
         (*NEW, "--batch-size=9", "--accumulation=2"),
         "batch_size is 9, expected a multiple of",
     ),
+    "a learning rate of the optimizer": (
+        (*NEW, "--optimizer.lr=1"),
+        "optimizer\": Option 'lr' is not accepted: use lr.peak",
+    ),
     "a null learning rate": ((*NEW, "--lr.peak=0"), "peak is 0.0, expected a positive"),
     "no condition to drop": ((*NEW, "--process.classes=0"), ("dropout is 0.1", "set dropout: 0")),
     "another shape": ((*NEW, "--process.shape=[1,9,9]"), ("(1, 8, 8)", "(1, 9, 9)")),

@@ -107,7 +107,7 @@ def test_prompts_are_sampled_as_labels_are(diffcore, pipelines):
 
 def test_pictures_are_named_by_prompt(diffcore, pipelines):
     _, folder = pipelines["sd"]
-    prompts = ("--prompt", "a " + "very " * 20 + "long cat", "--prompt=b")
+    prompts = ("--prompt", "a " + "very " * 20 + "long cat", "--prompt=🐱")  # beyond U+FFFF
     ended = diffcore("sample", folder, *QUICK, *prompts, "--guidance.scale=1", "--out=pictures")
     assert "2 samples of 3 network evaluations each" in ended.out
     assert sorted(path.name for path in Path("pictures").glob("*.png")) == [

@@ -113,6 +113,7 @@ def test_numbers_that_json_lacks_are_spelled_as_in_yaml():
             "'meen' .*did you mean 'mean'",
         ),
         (Objective, {"weight": {"class_path": "MinSRN"}}, "MinSRN .did you mean 'MinSNR'"),
+        (Objective, {"weight": "minsnr"}, "minsnr .did you mean 'MinSNR'"),
         (Objective, {"weigth": {"class_path": "MinSNR"}}, r"'weigth.*did you mean '[\w.]*weight"),
     ],
     ids=str,

@@ -112,6 +112,28 @@ def test_a_pipeline_trains_on_its_own_process_if_the_file_defines_none(workspace
     assert sum(changed) > len(changed) / 2
 
 
+def test_the_recipe_of_a_beta_table_refuses_a_flow_and_names_the_recipe_that_keeps_it(
+    workspace, capsys
+):
+    pipe = text_networks.sd3(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+    pipe.save_pretrained("flow")
+    run, options = workspace / "runs/flow", ("--pipeline=flow", "--data.folder=images")
+    short = ("--steps=1", "--batch-size=2", "--trackers=[]", f"--folder={run}")
+    assert run_command("train", "finetune-text-to-image", *options, *short) == 1
+    message = capsys.readouterr().err
+    assert "process.prediction is v_prediction, but the network in flow predicts" in message
+    assert "use the recipe finetune-flow" in message
+    assert not run.exists()
+    assert run_command("train", "finetune-flow", *options, *short) == 0
+    process = Process.load(run / "process.json")
+    assert (process.schedule, process.prediction) == (SD3, "flow_prediction")
+    out = workspace / "flow.safetensors"
+    sample = ("sample", str(run), "--prompt=a cat", "--steps=2", f"--out={out}")
+    assert run_command(*sample) == 0
+    exported = type(pipe).from_pretrained(run / "pipeline")
+    assert exported.scheduler.config.shift == 3.0
+
+
 def test_the_python_example_of_the_documentation_trains_an_adapter(workspace):
     page = (ROOT / "docs/training-text.md").read_text()
     (example,) = re.findall(r"^```py\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
