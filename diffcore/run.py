@@ -202,12 +202,6 @@ class Run:
         process = Process.load(self.process)
         path = Path(weights) if weights else self.weights
         tensors, metadata = read_weights_and_metadata(path)
-        trained = None if is_given else metadata.get("network")
-        if trained not in (None, hash_options(self.settings()["network"])):
-            raise ValueError(
-                f"{path} was trained with other options of the network than {self.config} has: "
-                f"restore them; diffcore train --config {self.config} --resume true names them"
-            )
         own = {name: tuple(value.shape) for name, value in network.state_dict().items()}
         wrong = sorted(
             n for n in {*own, *tensors} if n not in tensors or own.get(n) != tuple(tensors[n].shape)
@@ -216,6 +210,12 @@ class Run:
             raise ValueError(
                 f"{path} does not fit the network of {origin}: {len(wrong)} tensors "
                 f"are missing, unknown or of another shape, such as {wrong[0]}"
+            )
+        trained = None if is_given else metadata.get("network")
+        if trained not in (None, hash_options(self.settings()["network"])):
+            raise ValueError(
+                f"{path} was trained with other options of the network than {self.config} has: "
+                f"restore them; diffcore train --config {self.config} --resume true names them"
             )
         if any(value.is_meta for value in network.state_dict().values()):
             network = self.network()

@@ -1,6 +1,7 @@
 """Atomic writes of files and folders, and hashes of files."""
 
 import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -43,7 +44,18 @@ class CorruptFileError(ValueError):
 
 
 class WriteError(OSError):
-    """A file or folder cannot be written, for example because the disk is full."""
+    """A file or folder cannot be written, for example because the disk is full.
+
+    Args:
+        message: what cannot be written, what is kept, and the remedy.
+        number: number of the system's error.
+    """
+
+    def __init__(self, message: str, number: int | None = None) -> None:
+        super().__init__(errno.EIO if number is None else number, message)
+
+    def __str__(self) -> str:
+        return str(self.strerror)
 
 
 def check_links(folder: Path) -> None:
@@ -260,7 +272,8 @@ def _write_error(path: Path, error: Exception) -> WriteError:
     return WriteError(
         f"{path} cannot be written ({reason}{place}): an older one of this name is kept whole; "
         "make room on the disk or allow the access, then repeat the command (of a run: with "
-        "--resume true)"
+        "--resume true)",
+        getattr(error, "errno", None),
     )
 
 

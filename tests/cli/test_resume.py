@@ -11,6 +11,7 @@ import yaml
 
 from diffcore.run import Run
 from tests.conftest import forget_accelerate
+from tests.helpers.file_faults import full_disk
 from tests.helpers.training_runs import hashes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -82,6 +83,19 @@ def test_a_run_that_was_moved_is_resumed_where_its_config_lies(train, run):
     assert "elsewhere/moved holds a run already" in ended.err
     ended = train("elsewhere/moved/config.yaml", "--folder=run", "--resume=true")
     assert "run holds no run to resume: begin it with --resume auto, or name the" in ended.err
+
+
+def test_a_full_disk_ends_the_run_with_one_line_and_the_run_continues(train, run):
+    with full_disk(20_000):
+        ended = train("--config=run/config.yaml", "--resume=true", "--steps=6")
+    assert ended.status == 1
+    line = ended.err.splitlines()[-1]
+    assert "diffcore train: error: run/checkpoints/step-00000006 cannot be written (" in line
+    assert "an older one of this name is kept" in line
+    assert "(whole checkpoints: step-00000002, step-00000004)" in line
+    ended = train("--config=run/config.yaml", "--resume=true", "--steps=6")
+    assert ended.status == 0, ended.err
+    assert "resumed at step 4" in ended.err
 
 
 def flip_byte(path):
