@@ -28,7 +28,11 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter], float], torch.optim.Optimiz
 NetworkFactory = Callable[[], nn.Module]
 """Builds a network with newly initialised weights."""
 
-LOCATIONS = {"PretrainedNetwork": {"pipeline"}, "LatentDataset": {"folder", "pipeline", "cache"}}
+LOCATIONS = {
+    "ImageFolder": {"folder"},
+    "LatentDataset": {"folder", "pipeline", "cache"},
+    "PretrainedNetwork": {"pipeline"},
+}
 """Class -> its arguments that name folders whose content is hashed, and which may move."""
 
 
@@ -44,8 +48,12 @@ def without_locations(spec: Any) -> Any:
     if not isinstance(spec, dict) or not isinstance(spec.get("init_args"), dict):
         return spec
     locations = LOCATIONS.get(str(spec.get("class_path")).rpartition(".")[2], set())
-    arguments = spec["init_args"].items()
-    return spec | {"init_args": {name: value for name, value in arguments if name not in locations}}
+    arguments = {
+        name: without_locations(value)
+        for name, value in spec["init_args"].items()
+        if name not in locations
+    }
+    return spec | {"init_args": arguments}
 
 
 def hash_options(spec: Any) -> str:

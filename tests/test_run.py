@@ -10,7 +10,7 @@ import torch
 from diffcore.cli.main import main
 from diffcore.core.process import Process
 from diffcore.io.safetensors import read_weights, write_weights
-from diffcore.run import Run
+from diffcore.run import Run, without_locations
 from tests.conftest import forget_accelerate
 
 
@@ -86,6 +86,14 @@ def test_a_config_with_other_options_of_the_network_is_refused(run, capsys):
     run.denoiser(network=run.network())
     run.config.write_text(text)
     run.denoiser()
+
+
+def test_folders_whose_content_is_hashed_do_not_identify_a_component():
+    images = {"class_path": "ImageFolder", "init_args": {"folder": "a", "size": 8}}
+    subset = {"class_path": "mine.Subset", "init_args": {"data": images, "folder": "b"}}
+    expected = {"data": images | {"init_args": {"size": 8}}, "folder": "b"}
+    assert without_locations(subset) == subset | {"init_args": expected}
+    assert without_locations("Digits") == "Digits"
 
 
 def test_a_configuration_cannot_call_functions_outside_diffcore(run):
