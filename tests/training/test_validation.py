@@ -11,9 +11,10 @@ from diffcore.core.process import Process
 from diffcore.objectives.coupling import OptimalTransport
 from diffcore.objectives.objective import Objective
 from diffcore.schedules import Cosine
-from diffcore.training.data import Digits
+from diffcore.training.data import Digits, ImageFolder
 from diffcore.training.lr import LearningRate
 from diffcore.training.validation import Validation, measure_loss, stops_early
+from tests.helpers.image_folders import write
 from tests.helpers.training_runs import (
     PROCESS,
     LabelRecorder,
@@ -161,3 +162,19 @@ def test_bad_held_out_data_is_refused(tmp_path):
     unlabelled = Validation(ListDataset((torch.zeros(1, 8, 8), 10)))
     with pytest.raises(ValueError, match=r"label 10, expected 0 .. 9"):
         make_trainer(tmp_path, validation=unlabelled)
+
+
+def test_held_out_images_of_other_classes_are_refused_before_the_run(tmp_path):
+    for name in ("train/ant/1.png", "train/bee/1.png", "test/bee/2.png", "test/cat/2.png"):
+        write(tmp_path / name)
+    data, held_out = (ImageFolder(str(tmp_path / name), 8, "L") for name in ("train", "test"))
+    process = Process(shape=(1, 8, 8), classes=2)
+    with pytest.raises(ValueError, match="held-out data has the classes bee, cat, expected .* ant"):
+        make_trainer(tmp_path, data=data, process=process, validation=Validation(held_out))
+    make_trainer(tmp_path, data=data, process=process, validation=Validation(data))
+
+
+def test_a_held_out_item_that_does_not_fit_is_refused_with_its_index():
+    data = ListDataset(*[(torch.zeros(1, 8, 8), 0)] * 3, (torch.full((1, 8, 8), torch.nan), 1))
+    with pytest.raises(ValueError, match="item 3 of the data has values that are not finite"):
+        measure(Validation(data))

@@ -20,7 +20,7 @@ Unreadable = Literal["refuse", "skip"]
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 TRAINING = {"train", "training"}
 HELD_OUT = {"dev", "eval", "test", "testing", "val", "valid", "validation"}
-LISTED = 5
+LISTED = 3
 """Number of unreadable images that a message lists."""
 
 
