@@ -118,6 +118,8 @@ def build_without_memory(
 ) -> nn.Module:
     """Build a network on the meta device, where its tensors have no memory.
 
+    A network whose constructor reads values of tensors is built with memory, within the limit.
+
     Args:
         build: function that builds the network.
         limit: largest number of entries of its parameters and buffers; 0: as many as this machine
@@ -134,8 +136,15 @@ def build_without_memory(
         limit = machine_memory() // 4
         reason = f"and this machine has memory for {limit:,}: expected a smaller one"
     try:
-        with _counted(_Count(limit, reason)), torch.device("meta"):
-            return build()
+        try:
+            with _counted(_Count(limit, reason)), torch.device("meta"):
+                return build()
+        except (RuntimeError, NotImplementedError) as error:
+            if "meta" not in str(error):
+                raise
+            # The constructor reads values of tensors. What it registers is still counted.
+            with _counted(_Count(limit, reason)):
+                return build()
     except _TooLargeError:
         raise
     except Exception as error:  # of the settings, since the network is one of torch or diffusers

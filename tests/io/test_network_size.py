@@ -61,6 +61,21 @@ def test_the_count_ends_with_the_network(monkeypatch):
 LINEAR = {"in_features": 3, "out_features": 10**7}
 
 
+class Reading(nn.Linear):
+    """A layer whose constructor reads the value of a tensor, which the meta device has not."""
+
+    def __init__(self, size):
+        super().__init__(size, size)
+        self.rate = torch.linspace(0, 1, 3)[1].item()
+
+
+def test_a_constructor_that_reads_values_is_counted_with_memory(monkeypatch):
+    assert not BoundedFactory(partial(Reading, 3))().weight.is_meta
+    monkeypatch.setattr(network_size, "machine_memory", lambda: 100)
+    with pytest.raises(ValueError, match="of 30 numbers or more"):
+        BoundedFactory(partial(Reading, 5))()
+
+
 def describe(run, network):
     settings = yaml.safe_load(run.config.read_text())
     settings["network"] = network

@@ -1,5 +1,8 @@
 """Conversion of samples to images and grids of images, and back."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -111,6 +114,20 @@ def test_a_photo_is_loaded_upright(tmp_path):
 def test_an_image_of_another_size_or_mode_is_rejected(mode, size, message, tmp_path):
     Image.new(mode, size).save(tmp_path / "x.png")
     with pytest.raises(ValueError, match=message):
+        images.load_image(tmp_path / "x.png", process())
+
+
+def test_an_image_that_declares_ten_billion_pixels_is_rejected_and_takes_no_memory(tmp_path):
+    size = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 0, 0, 0, 0)
+    chunks = ((b"IHDR", size), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b""))
+    (tmp_path / "x.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + b"".join(
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+            for name, data in chunks
+        )
+    )
+    with pytest.raises(ValueError, match=r"x.png is not a readable image: .*decompression bomb"):
         images.load_image(tmp_path / "x.png", process())
 
 

@@ -336,10 +336,9 @@ def check_part(folder: Path, cls: type) -> None:
 
 def _build_part(cls: Any, folder: Path) -> Any:
     """A model of diffusers or transformers with newly initialised weights."""
-    config = read_json(folder / "config.json")
     if issubclass(cls, transformers.PreTrainedModel):
-        return cls(cls.config_class.from_dict(config))
-    return cls.from_config(config)
+        return cls(cls.config_class.from_pretrained(folder, local_files_only=True))
+    return cls.from_config(read_json(folder / "config.json"))
 
 
 def _part_class(folder: Path, name: str, index: dict[str, Any]) -> Any:
