@@ -220,7 +220,7 @@ class Run:
                 f"are missing, unknown or of another shape, such as {wrong[0]}"
             )
         trained = None if is_given else metadata.get("network")
-        if trained not in (None, hash_options(self.settings()["network"])):
+        if trained is not None and trained != hash_options(self.settings()["network"]):
             raise ValueError(
                 f"{path} was trained with other options of the network than {self.config} has: "
                 f"restore them; diffcore train --config {self.config} --resume true names them"
