@@ -161,13 +161,13 @@ def test_other_sampling_settings_on_resume_enter_the_pipeline(run):
     assert index["guidance"]["init_args"]["scale"] == 2.5
 
 
-def test_a_pipeline_that_is_a_link_does_not_stop_the_run(run, tmp_path, capsys):
-    run.pipeline.rename(tmp_path / "elsewhere")
-    run.pipeline.symlink_to(tmp_path / "elsewhere")
-    before = hashes(tmp_path / "elsewhere")
+def test_a_pipeline_that_is_a_link_does_not_stop_the_run(run, capsys):
+    run.pipeline.rename(run.folder / "elsewhere")
+    run.pipeline.symlink_to(run.folder / "elsewhere")
+    before = hashes(run.folder / "elsewhere")
     resume(run, steps=4)
     assert "run/pipeline is a link, which is not replaced: remove it" in capsys.readouterr().err
-    assert hashes(tmp_path / "elsewhere") == before
+    assert hashes(run.folder / "elsewhere") == before
     assert read_steps(run) == 4
     run.pipeline.unlink()
     resume(run, steps=4)
