@@ -36,6 +36,11 @@ SYMBOLS = [
         )
     ),
     (
+        "jsonargparse._actions._ActionHelpClassPath._help_types",
+        "diffcore/io/parser.py",
+        "jsonargparse<4.54",
+    ),
+    (
         "jsonargparse.DefaultHelpFormatter._expand_help",
         "diffcore/io/parser.py",
         "jsonargparse<4.54",

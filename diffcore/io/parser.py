@@ -9,9 +9,11 @@ import ast
 import difflib
 import re
 import sys
+import textwrap
 from abc import ABC
-from collections.abc import Callable
-from inspect import isclass, signature
+from collections.abc import Callable, Sequence
+from inspect import isabstract, isclass, signature
+from itertools import pairwise
 from typing import Any, NoReturn
 
 from jsonargparse import (
@@ -28,8 +30,6 @@ from diffcore.io.trust import trusted_modules  # its import enforces what settin
 
 __all__ = ["ComponentParser", "SpecError"]
 
-MAXIMUM_LISTED = 12
-"""Longer lists of subclasses are left out of the help: torch alone has hundreds of modules."""
 UNION_WITH_NONE = re.compile(
     r"Does not validate against.*?- (.*?)\n\s*- Expected a <class 'NoneType'>.*", re.DOTALL
 )
@@ -59,8 +59,13 @@ class ComponentHelp(DefaultHelpFormatter):
 
 
 def _shorten_list(match: re.Match[str]) -> str:
-    names = [path.strip().rpartition(".")[2] for path in match[1].split(",")]
-    return "" if len(names) > MAXIMUM_LISTED else f", one of: {', '.join(names)}"
+    paths = [path.strip() for path in match[1].split(",")]
+    if any(path.startswith("torch.nn.") for path in paths):
+        return ", a class of diffusers such as UNet2DModel, of torch.nn, or of yours with --trust"
+    own = [path for path in paths if path.startswith("diffcore.")]
+    names = ", ".join(path.rpartition(".")[2] for path in own)
+    others = ", or a class of yours with --trust" if len(own) < len(paths) else ""
+    return f", one of: {names}{others}" if own else ""
 
 
 def _print_default(match: re.Match[str]) -> str:
@@ -98,6 +103,36 @@ class ComponentParser(ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, formatter_class=ComponentHelp, allow_abbrev=False, **kwargs)
+
+    def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
+        """Parse a command line; `--sampler.help` without a class lists the classes.
+
+        Args:
+            args: command-line words; None: those of this program.
+            *rest: passed on to jsonargparse.
+            **options: passed on to jsonargparse.
+
+        Returns:
+            The settings by name.
+        """
+        words = list(sys.argv[1:] if args is None else args)
+        for word, following in pairwise([*words, "-"]):
+            if word.endswith(".help") and following.startswith("-"):
+                self._list_classes(word)
+        return super().parse_args(words, *rest, **options)
+
+    def _list_classes(self, option: str) -> None:
+        """Print the classes that the component of a help option may have, and exit."""
+        action = self._option_string_actions.get(option)
+        base = next((t for t in getattr(action, "_help_types", ()) if isclass(t)), None)
+        members = [] if base is None else sorted(_members(base), key=lambda cls: cls.__name__)
+        if not members:
+            return
+        print(f"Classes of {option.removesuffix('.help')}; {option} CLASS describes the options:")
+        for cls in members:
+            summary = " ".join((cls.__doc__ or "").strip().partition("\n\n")[0].split())
+            print(f"  {cls.__name__:<22} {textwrap.shorten(summary, 75, placeholder=' …')}")
+        self.exit(0)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End the program with status 2, or raise SpecError if `exit_on_error` is False.
@@ -176,6 +211,19 @@ set_parsing_settings(
 )
 # jsonargparse keeps options whose names agree: P2 in place of MinSNR(5) would silently get γ = 5.
 _typehints.discard_init_args_on_class_path_change = _discard_options_of_other_class
+
+
+def _members(base: type) -> set[type]:
+    """The concrete classes of diffcore below a base class."""
+    return {
+        cls
+        for cls in _known_classes().values()
+        if issubclass(cls, base)
+        and cls is not base
+        and not isabstract(cls)
+        and not cls.__name__.startswith("_")
+        and cls.__module__.startswith("diffcore.")
+    }
 
 
 def _known_classes() -> dict[str, type]:

@@ -1,5 +1,7 @@
 """Help and version: quick, and each option is described."""
 
+import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +112,62 @@ def test_the_scripts_call_the_same_commands(monkeypatch):
 
 def test_help_prints_components_as_constructor_calls(diffcore):
     out = " ".join(diffcore("sample", "--help").out.split())
-    assert "(type: Guidance, default: CFG(scale=1.0, reference=Unconditional()))" in out
+    assert "(type: Guidance, default: CFG(scale=1.0, reference=Unconditional()), one of: " in out
     assert "class_path" not in out
     assert "default: Unset" not in diffcore("export", "--help").out
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "names"),
+    [
+        ("sample", "--sampler", ("DDIM", "UniPC", "Restart")),
+        ("sample", "--guidance", ("CFG", "APG", "Interval")),
+        ("train", "--process.schedule", ("Cosine", "Laplace", "Shifted")),
+        ("train", "--data", ("Digits", "ImageFolder")),
+    ],
+)
+def test_help_lists_the_classes_of_a_component(diffcore, command, option, names):
+    out = " ".join(diffcore(command, "--help").out.split())
+    entry = out[out.index(f" {option} {option.rpartition('.')[2].strip('-').upper()}") :]
+    listed = entry[entry.index("one of: ") :].partition(")")[0]
+    assert all(name in listed for name in names)
+    assert "UNet2DModel" in out or command == "sample"
+    ended = diffcore(command, f"{option}.help")
+    assert ended.status == 0
+    lines = ended.out.splitlines()
+    assert lines[0].startswith(f"Classes of {option}; {option}.help CLASS describes")
+    assert set(names) <= {line.split()[0] for line in lines[1:]}
+    assert all(len(line) <= 100 and len(line.split()) > 2 for line in lines)
+
+
+def test_help_shows_no_internal_types(diffcore):
+    for command in ("train", "sample", "export"):
+        out = diffcore(command, "--help").out
+        assert not re.search(r"Unvalidated|InitVar|<class|Optional\[", out)
+
+
+def test_every_option_that_a_message_names_exists(diffcore):
+    helps = {name: diffcore(name, "--help").out for name in COMMANDS}
+    helps["plot"] += "".join(
+        diffcore("plot", what, "--help").out for what in ("schedules", "weights")
+    )
+    known = set(re.findall(r"--([\w.]+)", "".join(helps.values())))
+    known |= {"help", "trust", "version", "multi_gpu"}  # of all commands, and of accelerate
+    root = Path(__file__).parents[2]
+    listed = subprocess.run(
+        ["git", "ls-files", "diffcore", "schedules", "samplers", "guidance"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    unknown = {
+        f"{name}: --{option}"
+        for name in listed
+        if name.endswith(".py")
+        for node in ast.walk(ast.parse((root / name).read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        for option in re.findall(r"(?<![\w-])--([a-z][\w.-]*\w)", node.value)
+        if option.replace("-", "_") not in known
+    }
+    assert unknown == set()
