@@ -104,7 +104,9 @@ class ComponentParser(ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, formatter_class=ComponentHelp, allow_abbrev=False, **kwargs)
 
-    def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
+    def parse_args(  # type: ignore[override]  # argparse has overloads
+        self, args: Sequence[str] | None = None, *rest: Any, **options: Any
+    ) -> Any:
         """Parse a command line; `--sampler.help` without a class lists the classes.
 
         Args:
