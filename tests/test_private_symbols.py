@@ -45,6 +45,16 @@ SYMBOLS = [
         "diffcore/io/parser.py",
         "jsonargparse<4.54",
     ),
+    (
+        "accelerate.state.AcceleratorState._reset_state",
+        "diffcore/training/distributed.py",
+        "accelerate<2",
+    ),
+    (
+        "accelerate.state.AcceleratorState._shared_state",
+        "diffcore/training/distributed.py",
+        "accelerate<2",
+    ),
     *(
         (f"diffusers.{path}", f"diffcore/integrations/diffusers/{user}", "diffusers<0.43")
         for path, user in (

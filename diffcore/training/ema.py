@@ -54,7 +54,7 @@ class EMA:
         self.shadow = {name: _averaged(value).clone() for name, value in state.items()}
         named = {
             **dict(module.named_parameters(remove_duplicate=False)),
-            **dict(module.named_buffers()),
+            **dict(module.named_buffers(remove_duplicate=False)),
         }
         self.floating = [
             (self.shadow[name], named[name]) for name in state if state[name].is_floating_point()

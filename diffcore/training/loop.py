@@ -2,13 +2,16 @@
 
 from collections.abc import Iterator
 from itertools import islice
+from signal import Signals
 
 import torch
 from torch import Tensor
 
 from diffcore.core.random import Stream, derive_seed
+from diffcore.io.signals import Interruption
 from diffcore.training import checkpoint, outputs
 from diffcore.training.data.order import Batch, load_batches
+from diffcore.training.distributed import DelayedMaximum
 from diffcore.training.power_ema import write_snapshot
 from diffcore.training.reporting import Reporter
 from diffcore.training.resume import checkpoint_of
@@ -18,37 +21,60 @@ from diffcore.training.validation import validate
 __all__ = ["advance", "run", "save", "training_batches"]
 
 
-def run(state: TrainState, reporter: Reporter) -> None:
-    """Train from the step of `state` to the last one.
+def run(state: TrainState, reporter: Reporter) -> int:
+    """Train from the step of `state` to the last one, or until a signal ends the run.
 
     Args:
         state: state of the run; changed in place.
         reporter: receives every step, and reports every `log_every` steps.
 
+    Returns:
+        Number of the signal that ended the run after a checkpoint; 0 at its proper end.
+
     Raises:
         ValueError: Too many steps in a row were not finite, or an item of the data does not fit
             the process.
     """
-    settings, batches = state.settings, training_batches(state, state.settings.steps)
-    with reporter.progress(state):
-        while state.step < settings.steps and not state.ends_early:
-            advance(state, batches)
-            reporter.count(settings.batch_size)
-            _report_and_save(state, reporter)
-        reporter.check_finite(state, state.window.gathered())
-        if state.ends_early:
-            patience = settings.validation.patience
-            reporter.message(
-                f"the held-out loss was not lower in {patience} measurements: ended at step "
-                f"{state.step} of {settings.steps}"
-            )
+    settings = state.settings
+    with reporter.progress(state), Interruption() as interruption:
+        signal = _train(state, reporter, interruption)
+    path = settings.run.checkpoints / checkpoint.name(state.step)
+    if signal:
+        reporter.message(
+            f"stopped by {Signals(signal).name}: step {state.step} of {settings.steps} is saved in "
+            f"{path}; continue with --config {settings.run.config} --resume true"
+        )
+    elif state.ends_early:
+        patience = settings.validation.patience
+        reporter.message(
+            f"the held-out loss was not lower in {patience} measurements: ended at step "
+            f"{state.step} of {settings.steps}"
+        )
+    return signal
 
 
-def _report_and_save(state: TrainState, reporter: Reporter) -> None:
+def _train(state: TrainState, reporter: Reporter, interruption: Interruption) -> int:
+    """Take the steps of the run; the number of the signal that ended them, or 0."""
+    settings, signal = state.settings, 0
+    batches = training_batches(state, settings.steps)
+    signals = DelayedMaximum(state.accelerator, settings.rank_timeout)
+    _fix_gradient_buckets(state)
+    while state.step < settings.steps and not state.ends_early and not signal:
+        advance(state, batches)
+        reporter.count(settings.batch_size)
+        signal = signals.update(interruption.signal)
+        _report_and_save(state, reporter, bool(signal))
+    signals.finish()
+    return 0 if state.step == settings.steps or state.ends_early else signal
+
+
+def _report_and_save(state: TrainState, reporter: Reporter, is_interrupted: bool) -> None:
     """Everything that is due after a step. Every rank must call it."""
     settings, step, last = state.settings, state.step, state.settings.steps
     if step % settings.log_every == 0:
         reporter.report(state)
+    if state.must_be_checked:
+        reporter.check_finite(state)
     if settings.sample_every and step % settings.sample_every == 0:
         reporter.draw_preview(state)
     if settings.validation.is_due(step, last):
@@ -57,8 +83,27 @@ def _report_and_save(state: TrainState, reporter: Reporter) -> None:
         reporter.report_validation(state, held_out)
     if settings.snapshots.is_due(step, last):
         _write_snapshots(state)
-    if step % settings.save_every == 0 or step == last or state.ends_early:
+    if step % settings.save_every == 0 or step == last or state.ends_early or is_interrupted:
+        reporter.check_finite(state)
         save(state, reporter)
+
+
+def _fix_gradient_buckets(state: TrainState) -> None:
+    """Let DDP choose the buckets of its reductions before the first step.
+
+    It chooses them anew after its first backward pass, and they determine the order of the sums
+    over ranks. The first step of a resumed run would otherwise be rounded in another order.
+    """
+    if state.accelerator.num_processes == 1:
+        return
+    buffers = _copy_buffers(state)
+    index = torch.arange(state.order.micro)
+    x0 = torch.zeros(len(index), *state.settings.process.shape)
+    batch = Batch(x0, torch.zeros_like(index), index, index)
+    state.accelerator.backward(_losses(state, batch).mean())
+    state.modules.zero_grad()
+    for value, before in buffers:
+        value.copy_(before)
 
 
 def training_batches(state: TrainState, stop: int) -> Iterator[Batch]:
@@ -116,6 +161,7 @@ def _optimize(state: TrainState, batches: Iterator[Batch]) -> tuple[Tensor, Tens
     for group in state.optimizer.param_groups:
         group["lr"] = settings.lr(state.step, settings.steps)
     losses, norm = [], torch.zeros(())
+    buffers = _copy_buffers(state)
     for part, batch in enumerate(batches):
         torch.manual_seed(_network_seed(state, part))
         with accelerator.accumulate(*state.modules):
@@ -127,7 +173,31 @@ def _optimize(state: TrainState, batches: Iterator[Batch]) -> tuple[Tensor, Tens
             state.optimizer.step()
             state.optimizer.zero_grad()
         losses.append(loss.detach())
-    return torch.cat(losses), norm
+    return torch.cat(losses), _keep_finite_buffers(buffers, norm)
+
+
+def _copy_buffers(state: TrainState) -> list[tuple[Tensor, Tensor]]:
+    """Every buffer, such as a running mean, and a copy of its present value."""
+    return [(value, value.clone()) for value in state.modules.buffers()]
+
+
+@torch.no_grad()
+def _keep_finite_buffers(buffers: list[tuple[Tensor, Tensor]], norm: Tensor) -> Tensor:
+    """Set the buffers back after a step that was not finite, without a synchronisation.
+
+    Args:
+        buffers: buffers and their values before the step.
+        norm: () gradient norm of the step.
+
+    Returns:
+        The norm; NaN if a buffer was not finite.
+    """
+    if not buffers:
+        return norm
+    is_finite = torch.stack([norm.isfinite(), *(value.isfinite().all() for value, _ in buffers)])
+    for value, before in buffers:
+        value.copy_(torch.where(is_finite.all(), value, before))
+    return torch.where(is_finite.all(), norm, torch.nan)
 
 
 def _losses(state: TrainState, batch: Batch) -> Tensor:

@@ -84,7 +84,9 @@ class LossWindow:
         ranks = self.gather(rows[None]).cpu()  # (ranks, steps, 1 + parts * micro)
         losses = ranks[:, :, 1:].unflatten(2, (self.parts, -1)).permute(1, 2, 0, 3).flatten(1)
         table = torch.cat((ranks[0, :, :1], losses), 1)
-        return table if self.past is None else torch.cat((past, table))
+        self.past = table if self.past is None else torch.cat((past, table))
+        self.rows = []
+        return self.past
 
     def restore(self, past: Tensor | None) -> None:
         """Empty the window, and start with the steps that `gathered` returned earlier, if any."""
@@ -187,6 +189,14 @@ class Reporter:
         if self.settings.trackers:
             self.accelerator.init_trackers("tensorboard", init_kwargs=options)
 
+    def describe_devices(self) -> None:
+        """Print on how many ranks, on which device and in which precision the run trains."""
+        ranks, device = self.accelerator.num_processes, self.accelerator.device.type
+        self.message(
+            f"training on {ranks} rank{'s' if ranks > 1 else ''}, device {device}, precision "
+            f"{self.accelerator.mixed_precision}"
+        )
+
     @contextmanager
     def progress(self, state: "TrainState") -> Iterator[None]:
         """Context with a progress bar of samples.
@@ -223,7 +233,6 @@ class Reporter:
             ValueError: `patience` steps in a row were not finite.
         """
         table = state.window.gathered()
-        state.window.restore(None)
         values = {
             "step": state.step,
             "loss": float(table[:, 1:].double().mean()),
@@ -236,7 +245,8 @@ class Reporter:
         self.accelerator.log({**values, "images_per_second": rate}, step=state.step)
         if self.accelerator.is_main_process:
             self.metrics.write(values)
-        self.check_finite(state, table)
+        self.check_finite(state)
+        state.window.restore(None)
 
     def report_validation(self, state: "TrainState", found: "Measurement") -> None:
         """Write the losses on held-out data.
@@ -254,25 +264,26 @@ class Reporter:
             self.validation.write({"step": state.step, **values, **lists})
         self.message(f"step {state.step}: loss {values['loss']:.4f} on the held-out data")
 
-    def check_finite(self, state: "TrainState", table: Tensor) -> None:
-        """Print which steps of a window were not finite.
+    def check_finite(self, state: "TrainState") -> None:
+        """Print which of the steps since the last check were not finite. Every rank must call it.
 
         Args:
-            state: state of the run, whose last steps are those of the window.
-            table: (steps, 1 + B) as `LossWindow.gathered` returns it.
+            state: state of the run.
 
         Raises:
             ValueError: `patience` steps in a row were not finite.
         """
-        first = state.step - len(table)
+        first, state.checked = state.checked, state.step
+        if first == state.step:
+            return
+        table = state.window.gathered()[first - state.step :]
         bad = find_non_finite(table, first)
         if not bad:
             state.non_finite_steps = 0
             return
         where = _describe(state, bad[0])
         self.message(
-            f"{len(bad)} of the last {len(table)} steps were not finite, and had no gradient: "
-            f"{where}"
+            f"{len(bad)} of the last {len(table)} steps were not finite and were skipped: {where}"
         )
         longest, steps = state.non_finite_steps, {found.step for found in bad}
         for step in range(first, state.step):

@@ -39,6 +39,7 @@ CHANGEABLE = {
     "keep",
     "log_every",
     "patience",
+    "rank_timeout",
     "resume",
     "sample_every",
     "sample_steps",
@@ -221,6 +222,7 @@ def _load(state: TrainState, saved: Checkpoint) -> None:
     for name, average in _averages(state).items():
         average.load(saved.tensors[name])
     state.step, state.non_finite_steps = saved.state["step"], saved.state["skipped"]
+    state.checked = state.step
     state.held_out_losses = list(saved.state["held_out"])
 
 

@@ -1,7 +1,9 @@
 """The state of a training run: everything that its steps change, built once and then complete."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +17,8 @@ from diffcore.core.random import Stream, derive_seed
 from diffcore.objectives.objective import SampleKey
 from diffcore.training.data.checks import prepare_data
 from diffcore.training.data.order import DataOrder
-from diffcore.training.distributed import make_accelerator, wrap
+from diffcore.training.data.source import DataSource
+from diffcore.training.distributed import make_accelerator, run_on_first_rank, wrap
 from diffcore.training.ema import EMA
 from diffcore.training.level_sampler import LevelSampler
 from diffcore.training.power_ema import PowerFunction
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
 
 LabelWrapper = Callable[[nn.Module], nn.Module]
 
-__all__ = ["TrainState", "build_state"]
+__all__ = ["TrainState", "build_accelerator", "build_state"]
 
 
 @dataclass
@@ -49,7 +52,8 @@ class TrainState:
         window: losses and gradient norms since the last report.
         content_hashes: hashes of the data and of frozen weights at the start, if known.
         step: number of optimizer steps taken.
-        non_finite_steps: number of last steps in a row that were not finite.
+        non_finite_steps: number of last checked steps in a row that were not finite.
+        checked: number of steps of which is known whether they were finite.
         held_out_losses: losses of the averaged weights on the held-out data so far.
     """
 
@@ -67,6 +71,7 @@ class TrainState:
     content_hashes: dict[str, str]
     step: int = 0
     non_finite_steps: int = 0
+    checked: int = 0
     held_out_losses: list[float] = field(default_factory=list)
 
     @property
@@ -78,6 +83,12 @@ class TrainState:
     def uncertainty(self) -> nn.Module | None:
         """The uncertainty of the objective as accelerate wrapped it, or None."""
         return self.modules[1] if len(self.modules) > 1 else None
+
+    @property
+    def must_be_checked(self) -> bool:
+        """Whether the steps that are not checked yet may complete `patience` non-finite steps."""
+        possible = self.non_finite_steps + self.step - self.checked
+        return possible >= self.settings.patience
 
     @property
     def ends_early(self) -> bool:
@@ -110,11 +121,35 @@ class TrainState:
         return SampleKey(self.settings.seed, step, batch_index, self.settings.batch_size)
 
 
-def build_state(settings: "Trainer") -> TrainState:
+def build_accelerator(settings: "Trainer") -> Accelerator:
+    """The accelerator of this rank, checked against the settings of a run.
+
+    Args:
+        settings: settings of the run.
+
+    Returns:
+        The accelerator.
+
+    Raises:
+        ValueError: The batch cannot be split, or the launcher contradicts the settings.
+    """
+    accelerator = make_accelerator(
+        settings.precision,
+        settings.accumulation,
+        settings.trackers,
+        settings.run.folder,
+        settings.rank_timeout,
+    )
+    _check_batch(settings, accelerator.num_processes)
+    return accelerator
+
+
+def build_state(settings: "Trainer", accelerator: Accelerator | None = None) -> TrainState:
     """Build everything that trains, on the device of this rank, at step 0.
 
     Args:
         settings: settings of the run.
+        accelerator: result of `build_accelerator(settings)`; by default it is built.
 
     Returns:
         The state. The initial weights are a function of the seed.
@@ -123,15 +158,11 @@ def build_state(settings: "Trainer") -> TrainState:
         ValueError: The batch cannot be split, the data cannot be prepared, the network does not
             fit the process, or the launcher contradicts the settings.
     """
-    accelerator = make_accelerator(
-        settings.precision, settings.accumulation, settings.trackers, settings.run.folder
-    )
-    _check_batch(settings, accelerator.num_processes)
-    device, is_main = accelerator.device, accelerator.is_main_process
-    prepare_data(settings.source, settings.process, device, is_main)
+    accelerator = accelerator or build_accelerator(settings)
+    _prepare_data(accelerator, settings.source, settings.process)
     if held_out := settings.validation.source:
-        prepare_data(held_out, settings.validation.process(settings.process), device, is_main)
-    label_wrapper = settings.source.label_wrapper(device)
+        _prepare_data(accelerator, held_out, settings.validation.process(settings.process))
+    label_wrapper = settings.source.label_wrapper(accelerator.device)
     modules, optimizer = wrap(accelerator, *_build_modules(settings, label_wrapper))
     network = accelerator.unwrap_model(modules[0])
     split = (settings.accumulation, accelerator.gather)
@@ -160,6 +191,14 @@ def build_state(settings: "Trainer") -> TrainState:
     )
 
 
+def _prepare_data(accelerator: Accelerator, data: DataSource, process: Process) -> None:
+    """Make the data readable on the first rank, then on the others."""
+    prepare = partial(prepare_data, data, process, accelerator.device)
+    run_on_first_rank(accelerator, partial(prepare, True))
+    if not accelerator.is_main_process:
+        prepare(False)
+
+
 def _content_hashes(settings: "Trainer", network: nn.Module) -> dict[str, str]:
     hashes = {"data": settings.source.content_hash, "network": frozen_hash(network)}
     return {name: value for name, value in hashes.items() if value}
@@ -181,17 +220,40 @@ def _build_modules(
 ) -> tuple[list[nn.Module], torch.optim.Optimizer]:
     torch.manual_seed(derive_seed(settings.seed, Stream.MODEL, 0))
     modules = [settings.network()]
+    _check_dtype(modules[0])
     _check_network(modules[0], label_wrapper, settings.process)
     if settings.objective.uncertainty:
         modules.append(settings.objective.uncertainty.module())
     parameters = [value for value in nn.ModuleList(modules).parameters() if value.requires_grad]
     try:
-        return modules, settings.optimizer(parameters, settings.lr.peak)
+        optimizer = settings.optimizer(parameters, settings.lr.peak)
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"the optimizer cannot be built with its options and lr.peak {settings.lr.peak}: "
             f"{error}"
         ) from error
+    _check_optimizer(optimizer)
+    return modules, optimizer
+
+
+def _check_dtype(network: nn.Module) -> None:
+    """Refuse trained weights in which small updates are lost by rounding."""
+    for name, value in network.named_parameters():
+        if value.requires_grad and value.dtype.itemsize < 4:
+            raise ValueError(
+                f"the weights {name} of the network are {value.dtype}, in which small updates are "
+                "lost: train float32 weights (network.float()), and set precision: bf16 to "
+                "evaluate the network in bfloat16"
+            )
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"optimizer is {type(optimizer).__name__}, whose step evaluates the loss several times "
+            "(a closure): choose one that does not, such as torch.optim.AdamW"
+        )
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """`Trainer`: the settings of a training run, and the run itself."""
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +10,8 @@ from torch.utils.data import Dataset
 
 from diffcore.core.process import Process
 from diffcore.guidance import CFG, Guidance
+from diffcore.io.lock import lock_folder
+from diffcore.io.signals import end_by_signal
 from diffcore.objectives.objective import Objective
 from diffcore.run import NetworkFactory, OptimizerFactory, Run
 from diffcore.samplers import Sampler
@@ -19,13 +22,14 @@ from diffcore.training import loop
 from diffcore.training.data.adapters import as_data_source
 from diffcore.training.data.checks import check_data, check_held_out, process_with_captions
 from diffcore.training.data.source import DataSource
+from diffcore.training.distributed import explain_lost_ranks, run_on_first_rank
 from diffcore.training.ema import Decay
 from diffcore.training.lr import LearningRate
 from diffcore.training.power_ema import Snapshots
 from diffcore.training.previews import is_drawable
 from diffcore.training.reporting import Reporter
 from diffcore.training.resume import start_or_resume
-from diffcore.training.state import TrainState, build_state
+from diffcore.training.state import TrainState, build_accelerator, build_state
 from diffcore.training.validation import Validation
 
 __all__ = ["Trainer"]
@@ -41,6 +45,7 @@ MINIMUM = {
     "save_every": 1,
     "keep": 1,
     "sample_steps": 1,
+    "rank_timeout": 1,
 }
 
 
@@ -77,7 +82,10 @@ class Trainer:
         seed: 64-bit seed of everything random in the run.
         workers: number of processes that load data on each rank; 0 loads in the training process.
         patience: number of steps in a row that are not finite after which the run stops; each of
-            them counts as a step with zero gradient.
+            them counts as a step with zero gradient, and leaves the buffers of the network as they
+            were. Losses are read from the device at least every `patience` steps.
+        rank_timeout: number of seconds that a rank waits for another one before it ends with an
+            error; more than a preview or a checkpoint takes.
         log_every: number of steps between two lines of metrics.jsonl.
         sample_every: number of steps between two preview images; 0 for none.
         save_every: number of steps between two checkpoints.
@@ -125,6 +133,7 @@ class Trainer:
     seed: int = 0
     workers: int = 0
     patience: int = 10
+    rank_timeout: int = 1800
     log_every: int = 20
     sample_every: int = 0
     save_every: int = 1000
@@ -174,18 +183,32 @@ class Trainer:
     def train(self) -> TrainState:
         """Train to `steps`, from the start or from the newest checkpoint.
 
+        SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C save a checkpoint after the current step and end the
+        program, if this is the main thread; a second Ctrl-C ends it at once.
+
         Returns:
             The state after the last step.
 
         Raises:
-            ValueError: The run cannot start or resume, or too many steps were not finite.
+            ValueError: The run cannot start or resume, another process trains in the folder, too
+                many steps were not finite, or another rank ended or did not answer in
+                `rank_timeout` seconds.
+            SystemExit: A signal ended the run; the status is 128 plus the number of the signal.
+            KeyboardInterrupt: Ctrl-C ended the run.
         """
-        state = build_state(self)
-        reporter = Reporter(self, state.accelerator)
-        start_or_resume(state, reporter.message)
-        reporter.start_trackers(state.step)
-        loop.run(state, reporter)
-        state.accelerator.end_training()
+        accelerator = build_accelerator(self)
+        reporter = Reporter(self, accelerator)
+        with explain_lost_ranks(accelerator, self.rank_timeout), ExitStack() as stack:
+            lock = lock_folder(self.run.folder, reporter.message)
+            run_on_first_rank(accelerator, lambda: stack.enter_context(lock))
+            state = build_state(self, accelerator)
+            reporter.describe_devices()
+            start_or_resume(state, reporter.message)
+            reporter.start_trackers(state.step)
+            signal = loop.run(state, reporter)
+            accelerator.end_training()
+        if signal:
+            end_by_signal(signal)
         return state
 
     def _check_initial_weights(self) -> None:

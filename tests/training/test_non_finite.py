@@ -93,7 +93,58 @@ def test_patience_counts_across_reports(tmp_path):
         log_every=3,
     )
     state, _ = refused_run(trainer, "in a row were not finite")
-    assert state.step == 6  # the first report after the fifth
+    assert state.step == 5
+    assert [report["step"] for report in read_reports(tmp_path)] == [3]
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 3), (1, 4), (2, 5), (5, 8)])
+def test_a_run_stops_after_patience_steps_however_seldom_it_reports(tmp_path, first, last):
+    class LateNaN(LabelRecorder):
+        def forward(self, x, time, class_labels=None):
+            bad = self.training and self.training_calls >= first
+            return super().forward(x, time, class_labels) * (math.nan if bad else 1.0)
+
+    trainer = make_trainer(tmp_path, network=LateNaN, steps=50, patience=3, log_every=1000)
+    state, _ = refused_run(trainer, r"3 steps in a row were not finite \(patience is 3\)")
+    assert state.step == last
+
+
+class NormalizedNetwork(LabelRecorder):
+    """It has running statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm2d(1)
+
+    def forward(self, x, time, class_labels=None):
+        return super().forward(self.norm(x), time, class_labels)
+
+
+def test_a_step_that_is_not_finite_leaves_the_running_statistics(tmp_path):
+    data = ListDataset(*[(GREY + 0.5, 0)] * 31, (HUGE, 1))
+    options = {"data": data, "process": UNBOUNDED, "batch_size": 4, "steps": 16}
+    state = train(tmp_path, network=NormalizedNetwork, **options)
+    assert sum(report["skipped"] for report in read_reports(tmp_path)) == 2
+    assert int(state.network.norm.num_batches_tracked) == 14
+    for values in (state.network.state_dict(), state.average.shadow):
+        assert all(value.isfinite().all() for value in values.values())
+
+
+def test_statistics_that_are_not_finite_count_as_a_step_that_is_not_finite(tmp_path):
+    class Overflow(LabelRecorder):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean_square", torch.tensor(1.0))
+
+        def forward(self, x, time, class_labels=None):
+            out = super().forward(x, time, class_labels)
+            if self.training:
+                self.mean_square.fill_(math.inf)
+            return out
+
+    trainer = make_trainer(tmp_path, network=Overflow, patience=2)
+    state, _ = refused_run(trainer, "2 steps in a row were not finite")
+    assert state.network.mean_square == 1
 
 
 def test_steps_after_the_last_report_are_checked_at_the_end(tmp_path):

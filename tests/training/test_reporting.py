@@ -24,7 +24,7 @@ def windows(world, parts, past=None):
     ranks = []
 
     def gather(_):
-        return torch.stack([torch.stack(window.rows) for window in ranks])
+        return stacked
 
     micro = BATCH // world // parts
     for rank in range(world):
@@ -36,6 +36,7 @@ def windows(world, parts, past=None):
                 (part * world + rank) * micro + j for part in range(parts) for j in range(micro)
             ]
             window.add(row[1:][places], row[0])
+    stacked = torch.stack([torch.stack(window.rows) for window in ranks])
     return ranks
 
 

@@ -1,6 +1,8 @@
 """Settings, data and networks that cannot be trained are refused before anything is written."""
 
 import math
+import re
+from functools import partial
 
 import pytest
 import torch
@@ -117,6 +119,72 @@ def test_an_accumulation_in_the_environment_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     with pytest.raises(ValueError, match="ACCELERATE_GRADIENT_ACCUMULATION_STEPS"):
         train(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        (
+            "ACCELERATE_MIXED_PRECISION",
+            "bf16",
+            "the launcher sets mixed precision bf16, but precision is no: train with --precision "
+            "bf16, or launch without --mixed_precision",
+        ),
+        (
+            "ACCELERATE_DYNAMO_BACKEND",
+            "inductor",
+            "the launcher sets the compiler inductor, which training does not use: launch without "
+            "--dynamo_backend, or unset ACCELERATE_DYNAMO_BACKEND",
+        ),
+    ],
+)
+def test_an_option_of_the_launcher_that_contradicts_the_settings_is_refused(
+    tmp_path, monkeypatch, variable, value, message
+):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        train(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_option_of_the_launcher_that_agrees_with_the_settings_is_accepted(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    train(tmp_path, precision="bf16", steps=1)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert f"training on 1 rank, device {device}, precision bf16" in capsys.readouterr().err
+
+
+def test_two_runs_in_a_process_may_differ_in_precision(tmp_path):
+    for precision in ("no", "bf16", "no"):
+        state = train(tmp_path / str(len(list(tmp_path.iterdir()))), precision=precision, steps=1)
+        assert state.accelerator.mixed_precision == precision
+
+
+def test_a_tracker_that_is_not_installed_is_refused_beside_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "diffcore.training.distributed.get_available_trackers", lambda: ["tensorboard"]
+    )
+    with pytest.raises(ValueError, match="trackers names wandb, which is unknown or not installed"):
+        train(tmp_path / "run", trackers=["tensorboard", "wandb"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_trained_weights_in_half_precision_are_refused(tmp_path):
+    message = r"weights .* are torch.bfloat16, .*: train float32 weights .*precision: bf16"
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path / "run", network=lambda: LabelRecorder().bfloat16())
+    assert not (tmp_path / "run").exists()
+    network = lambda: LabelRecorder().bfloat16().float()  # noqa: E731
+    train(tmp_path / "run", network=network, precision="bf16", steps=1)
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused(tmp_path):
+    message = r"optimizer is LBFGS, whose step evaluates the loss several times \(a closure\)"
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path / "run", optimizer=partial(torch.optim.LBFGS))
+    assert not (tmp_path / "run").exists()
 
 
 class WideNetwork(LabelRecorder):

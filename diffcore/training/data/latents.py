@@ -39,7 +39,10 @@ DECODING = "upright"
 """Rule by which image files are decoded, a part of the key of their latents."""
 
 POLL_SECONDS = 2.0
-"""Time between two looks for the entries that the first rank writes."""
+"""Time between two looks for the entries that the first rank has written."""
+
+WAIT_SECONDS = 120.0
+"""Time after which entries that a shared disk does not show are an error."""
 
 Entries = Iterator[dict[str, Tensor]]
 
@@ -193,16 +196,26 @@ class LatentDataset(DataSource):
         return not (self.latents.missing(self._images()) or self.embeddings.missing(self.text_keys))
 
     def prepare(self, device: torch.device, is_main_process: bool) -> None:
-        """Compute the missing entries on one rank; the others wait until they are written.
+        """Compute the missing entries on one rank; the others then wait until they see them.
 
         Args:
             device: device on which the encoders run.
             is_main_process: True on the rank that computes.
+
+        Raises:
+            ValueError: The entries that the first rank has written do not appear.
         """
         if is_main_process:
             self._encode_images(device)
             self._encode_texts(device)
+        deadline = time.monotonic() + WAIT_SECONDS
         while not self.is_ready:
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"the entries that the first rank wrote do not appear in the cache "
+                    f"{self.latents.folder.parent.parent}: set data.cache to a folder on a disk "
+                    "that all ranks share"
+                )
             time.sleep(POLL_SECONDS)
             self.latents.rescan()
             self.embeddings.rescan()

@@ -1,5 +1,9 @@
 """The order in which a run reads its data, a function of (seed, step) for all ranks and workers."""
 
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -112,6 +116,7 @@ def load_batches(
         num_workers=workers,
         collate_fn=_collate,
         multiprocessing_context="forkserver" if workers else None,
+        worker_init_fn=_follow_training_process,
         pin_memory=torch.cuda.is_available(),
     )
     return map(_as_batch, loader)
@@ -120,6 +125,29 @@ def load_batches(
 def is_mirrored(seed: int, position: int) -> bool:
     """True if the image at a position of the run is mirrored; True for half of the positions."""
     return bool(uniform(seed, Stream.AUGMENT, position) < 0.5)
+
+
+def _follow_training_process(worker: int) -> None:
+    """Let a worker end with the training process, and not before it by a signal to both.
+
+    The parent of a worker is the fork server, so that the watchdog of torch does not notice when
+    the training process is killed.
+    """
+    for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    # The first SIGTERM may be sent to the whole job, which is to save; a second one ends a worker.
+    signal.signal(
+        signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    )
+    threading.Thread(target=_end_with_training_process, daemon=True).start()
+
+
+def _end_with_training_process() -> None:
+    training = multiprocessing.parent_process()
+    if training is not None:
+        training.join()
+        os._exit(1)
 
 
 class _PositionedItems(Dataset[Any]):

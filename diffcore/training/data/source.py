@@ -70,11 +70,13 @@ class DataSource(Dataset[Any]):
         return True
 
     def prepare(self, device: torch.device, is_main_process: bool) -> None:
-        """Make the items readable. The trainer calls it on every rank before it builds the network.
+        """Make the items readable, before the network is built.
+
+        The trainer calls it on one rank, which does the work, and then on the others.
 
         Args:
             device: device on which encoders run.
-            is_main_process: True on one rank, which does the work while the others wait.
+            is_main_process: True on the rank that does the work; on the others the work is done.
         """
 
     def label_wrapper(self, device: torch.device) -> Callable[[nn.Module], nn.Module]:
