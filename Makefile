@@ -8,7 +8,7 @@ STEPS ?= 450
 WORKERS ?= auto
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) $(PYTEST_OPTIONS)
 
-.PHONY: help demo test test-slow test-thorough coverage lint typecheck format docs clean
+.PHONY: help demo test test-slow test-thorough coverage lint typecheck format pictures docs clean
 
 help:                            ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -47,6 +47,10 @@ typecheck: $(VENV)/installed     ## check types
 format: $(VENV)/installed        ## repair style and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+pictures: $(VENV)/installed      ## draw the pictures of docs/ that need no training, by the commands in docs/
+	grep -h '^diffcore plot .*--out docs/pictures/' docs/*.md | while read -r line; do $(BIN)/$$line || exit 1; done
+	$(BIN)/python scripts/experiment.py fields
 
 docs: $(VENV)/installed          ## build the documentation in build/site
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
