@@ -9,6 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from diffcore.core.process import Process
 from diffcore.io.safetensors import read_weights
+from diffcore.training.ema import Decay
 from diffcore.training.lr import LearningRate
 from diffcore.training.state import build_state
 from tests.helpers.training_runs import (
@@ -110,3 +111,50 @@ def test_only_dropped_labels_train_the_null_embedding(tmp_path, dropout, is_trai
 def test_without_classes_the_network_receives_no_labels(tmp_path):
     state = train(tmp_path, process=Process(shape=(1, 8, 8)))
     assert state.network.calls == [None] * (1 + STEPS)  # the first call checks the network
+
+
+class SharedWeights(LabelRecorder):
+    """Two of its layers, and two buffers of them, are the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(64)
+        self.layers = torch.nn.Sequential(self.layers, torch.nn.Flatten(), self.norm)
+        self.again = self.layers
+
+
+def test_weights_that_layers_share_are_saved_and_resumed(tmp_path):
+    for folder, steps in (("straight", 4), ("resumed", 2)):
+        train(tmp_path / folder, network=SharedWeights, steps=steps, keep=1)
+    state = train(tmp_path / "resumed", network=SharedWeights, steps=4, keep=1, resume=True)
+    assert state.network.again is state.network.layers
+    assert hashes(tmp_path / "resumed") == hashes(tmp_path / "straight")
+    weights = read_weights(tmp_path / "resumed/ema.safetensors")
+    for name, value in weights.items():
+        if name.startswith("again."):
+            assert torch.equal(value, weights[name.replace("again.", "layers.")]), name
+
+
+def test_every_micro_batch_has_its_own_dropout_mask(tmp_path):
+    masks = []
+
+    class MaskRecorder(LabelRecorder):
+        def forward(self, x, time, class_labels=None):
+            if self.training:
+                ones = torch.ones(64)
+                masks.append(torch.nn.functional.dropout(ones, 0.5, training=True))
+            return super().forward(x, time, class_labels)
+
+    train(tmp_path, network=MaskRecorder, steps=2, accumulation=2)
+    assert len({tuple(mask.tolist()) for mask in masks}) == 4
+
+
+def test_the_average_has_the_decay_of_its_step(tmp_path):
+    one = train(tmp_path / "one", steps=1, ema=Decay(0.9999))
+    two = train(tmp_path / "two", steps=2, ema=Decay(0.9999))
+    name = "image.weight"
+    decay = (1 + 2) / (10 + 2)
+    before, weights = one.average.shadow[name], two.network.state_dict()[name]
+    expected = decay * before + (1 - decay) * weights
+    torch.testing.assert_close(two.average.shadow[name], expected, rtol=1e-6, atol=1e-8)
+    assert (weights - before).abs().max() > 1e-5
