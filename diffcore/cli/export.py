@@ -95,8 +95,8 @@ def _export(folder: Path, request: ExportRequest) -> None:
         return
     write_folder(request.out, pipeline.save_pretrained)
     print(
-        f"{folder} -> {request.out}: a DiffcorePipeline, which diffusers loads where diffcore is "
-        "installed"
+        f"{folder} -> {request.out}: a DiffcorePipeline: load it by "
+        f"diffcore.DiffcorePipeline.from_pretrained({str(request.out)!r})"
     )
 
 
@@ -158,6 +158,11 @@ def _remarks(exported: Any, request: ExportRequest, steps: int) -> list[str]:
         remarks.append(
             f"use a num_inference_steps that divides {len(exported.scheduler)}, such as {steps}: "
             f"{name} is exact there"
+        )
+    if type(exported).__name__ == "ConsistencyModelPipeline":
+        remarks.append(
+            f"ConsistencyModelPipeline is the pipeline of diffusers that passes class labels and "
+            f"scales the input; it samples by its {name}, and the network is no consistency model"
         )
     if request.guidance != CFG(1.0) and type(exported).__name__ == "ConsistencyModelPipeline":
         remarks.append(f"left out: guidance {request.guidance}; the pipeline samples without it")

@@ -115,7 +115,7 @@ def read_sampling_settings(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: the folder is neither a run's nor a pipeline's.
     """
-    if not is_pipeline(folder):
+    if not (is_pipeline(folder) or folder.is_file()):
         return Run(folder).settings()
     from diffcore.integrations.diffusers.loading.folder import sampling_defaults
 

@@ -54,6 +54,7 @@ def test_a_run_becomes_a_stock_pipeline_and_its_omissions_are_printed(diffcore, 
     )
     assert [remark[:26] for remark in remarks] == [
         "use a num_inference_steps ",
+        "ConsistencyModelPipeline i",
         "left out: guidance CFG(sca",
     ]
     stock = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out")

@@ -21,6 +21,7 @@ from diffcore.guidance import CFG
 from diffcore.integrations.diffusers.families import GENERIC, family_of, family_of_class
 from diffcore.integrations.diffusers.loading.part_files import check_files, check_size
 from diffcore.integrations.diffusers.loading.vae import downsampling_factor
+from diffcore.integrations.diffusers.scheduler.scheduler_config import DISTILLED
 from diffcore.io import plain_data
 from diffcore.io.files import check_links, verify_folder
 from diffcore.io.specs import from_spec, to_spec
@@ -226,6 +227,11 @@ def sampling_defaults(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     index = read_json(folder / "model_index.json")
     config = read_json(folder / "scheduler" / "scheduler_config.json")
+    if (name := config.get("_class_name")) in DISTILLED:
+        raise ValueError(
+            f"{folder} has a {name}, which samples a distilled network in a few steps by a rule of "
+            "its own: sample the folder with its pipeline of diffusers"
+        )
     family = family_of_class(str(index[network_name(folder, index)][1])) or GENERIC
     cls: Any = getattr(diffusers, str(index.get("_class_name")), None)
     parameters = inspect.signature(cls.__call__).parameters if callable(cls) else {}
@@ -301,7 +307,8 @@ def read_part(folder: str | Path, name: str, index: dict[str, Any], weights: boo
     # transformers would keep the dtype of the file, and half precision is slow or missing on CPUs.
     is_text_model = issubclass(cls, transformers.PreTrainedModel)
     options: dict[str, Any] = {"dtype": torch.float32} if is_text_model else {}
-    options |= {"use_safetensors": True} if issubclass(cls, nn.Module) else {}
+    if issubclass(cls, nn.Module):
+        options |= {"use_safetensors": True, "variant": _weight_variant(folder / name)}
     if issubclass(cls, transformers.PreTrainedTokenizerBase):
         # Without any of its files transformers would silently build an empty tokenizer.
         files = list(cls.vocab_files_names.values())
@@ -316,6 +323,20 @@ def read_part(folder: str | Path, name: str, index: dict[str, Any], weights: boo
             f"{folder / name} cannot be read ({' '.join(str(error).split())}): its config.json and "
             f"safetensors are needed; pickled weights are not opened, convert them first"
         ) from None
+
+
+def _weight_variant(folder: Path) -> str | None:
+    """The variant of a part's weights, such as "fp16"; None if they have no variant."""
+    stems = [path.name.removesuffix(".safetensors") for path in folder.glob("*.safetensors")]
+    variants = sorted({stem.rpartition(".")[2] for stem in stems if "." in stem})
+    if not variants or any("." not in stem for stem in stems):
+        return None
+    if len(variants) > 1:
+        raise ValueError(
+            f"{folder} holds the weights of the variants {', '.join(variants)}, expected one: move "
+            "the files of the others away"
+        )
+    return variants[0]
 
 
 def check_part(folder: Path, cls: type) -> None:
@@ -370,6 +391,12 @@ def read_json(path: str | Path) -> dict[str, Any]:
         ValueError: the file is missing, or holds no JSON object.
     """
     path = Path(path)
+    if path.parent.is_file():
+        raise ValueError(
+            f"{path.parent} is a file, expected the folder of a diffusers pipeline: convert it by "
+            f"PIPELINE.from_single_file({str(path.parent)!r}).save_pretrained(FOLDER), where "
+            "PIPELINE is a class of diffusers such as StableDiffusionPipeline"
+        )
     if not path.is_file():
         raise ValueError(
             f"{path} is missing: expected the folder of a diffusers pipeline, as save_pretrained "

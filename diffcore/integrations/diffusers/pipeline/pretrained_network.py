@@ -49,7 +49,7 @@ class LoRA:
     Args:
         rank: rank of B A; 0 trains all weights of the network instead.
         alpha: alpha of the factor (alpha / rank); 0 for alpha = rank.
-        targets: suffixes of the names of the adapted layers.
+        targets: ends of the names of the adapted layers, each of whole words between dots.
     """
 
     rank: int = 0
@@ -66,7 +66,7 @@ class LoRA:
             )
 
     def add_to(self, network: Any) -> None:
-        """Freeze the weights of a network, and add the adapter to its layers.
+        """Add the adapter to the layers of a network; peft freezes its other weights.
 
         Args:
             network: ModelMixin of diffusers.
@@ -80,14 +80,15 @@ class LoRA:
 
         names = [name for name, _ in network.named_modules()]
         unmatched = [
-            target for target in self.targets if not any(name.endswith(target) for name in names)
+            target
+            for target in self.targets
+            if not any(f".{name}".endswith(f".{target}") for name in names)
         ]
         if unmatched:
             raise ValueError(
                 f"no layer of {type(network).__name__} ends in {', '.join(unmatched)}: correct the "
-                "targets of LoRA"
+                "targets of LoRA, such as to_q"
             )
-        network.requires_grad_(False)
         alpha = self.alpha or self.rank
         network.add_adapter(
             LoraConfig(

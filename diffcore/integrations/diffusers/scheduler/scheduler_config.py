@@ -30,6 +30,7 @@ from diffcore.schedules.diffusers_config import FLOWS, SIGMAS, TABLES
 
 __all__ = [
     "C_NOISE",
+    "DISTILLED",
     "Config",
     "ProcessDescription",
     "describe_process",

@@ -80,6 +80,15 @@ def test_the_state_of_an_adapter_is_the_adapter_alone(folder):
     torch.testing.assert_close(layer(features), plain(features) + 6 / 2 * features @ down.T @ up.T)
 
 
+def test_without_alpha_the_factor_is_one_and_only_the_adapter_is_trained(folder):
+    made = PretrainedNetwork(str(folder), LoRA(rank=2))
+    layer = made.network.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
+    assert layer.scaling == {"default": 1.0}
+    trained = [name for name, value in made.named_parameters() if value.requires_grad]
+    assert trained
+    assert all(".lora_" in name for name in trained)
+
+
 def test_the_first_adapter_is_a_function_of_the_seed(folder):
     states = []
     for seed in (0, 0, 1):
@@ -97,6 +106,7 @@ def test_the_first_adapter_is_a_function_of_the_seed(folder):
         ({"rank": 2, "alpha": -1}, "alpha is -1 and targets are"),
         ({"rank": 2, "targets": []}, r"targets are \[\], expected"),
         ({"rank": 2, "targets": ["to_w"]}, r"no layer of UNet2DConditionModel ends in to_w"),
+        ({"rank": 2, "targets": ["to_q", "_v"]}, r"ends in _v: correct the targets"),
     ],
 )
 def test_an_adapter_that_cannot_be_is_refused(folder, options, message):

@@ -1,0 +1,47 @@
+"""Files of a pipeline's folder: variants of the weights, single files, schedulers that are refused."""
+
+import diffusers
+import pytest
+import torch
+
+from diffcore.cli.image_model import read_sampling_settings
+from diffcore.integrations.diffusers import from_diffusers
+from diffcore.integrations.diffusers.loading.index import PipelineIndex
+from tests.helpers.tiny_pipelines import quiet, unet
+
+
+@pytest.fixture
+def pipe():
+    return quiet(diffusers.DDPMPipeline(unet(), diffusers.DDPMScheduler()))
+
+
+def test_weights_of_a_variant_are_read(tmp_path, pipe):
+    pipe.save_pretrained(tmp_path, variant="fp16")
+    network = from_diffusers(tmp_path).network
+    for name, value in pipe.unet.state_dict().items():
+        assert torch.equal(network.state_dict()[name], value)
+
+
+def test_of_two_variants_neither_is_read_and_beside_plain_weights_both_are_ignored(tmp_path, pipe):
+    pipe.save_pretrained(tmp_path, variant="fp16")
+    pipe.save_pretrained(tmp_path, variant="ema")
+    with pytest.raises(ValueError, match="weights of the variants ema, fp16, expected one: move"):
+        from_diffusers(tmp_path)
+    pipe.save_pretrained(tmp_path)
+    from_diffusers(tmp_path)
+
+
+def test_a_single_file_is_refused_with_the_conversion(tmp_path):
+    path = tmp_path / "sd.safetensors"
+    path.touch()
+    for read in (from_diffusers, PipelineIndex, read_sampling_settings):
+        with pytest.raises(ValueError, match=r"is a file, .* from_single_file\(.*\)\.save_pre"):
+            read(path)
+
+
+@pytest.mark.parametrize("kind", ("LCM", "TCD"))
+def test_the_folder_of_a_consistency_model_is_not_sampled_by_another_rule(tmp_path, pipe, kind):
+    pipe.scheduler = getattr(diffusers, f"{kind}Scheduler")()
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"has a {kind}Scheduler, which samples a distilled"):
+        read_sampling_settings(tmp_path)
