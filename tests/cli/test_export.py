@@ -26,8 +26,8 @@ def test_a_run_becomes_a_pipeline_with_the_given_defaults(diffcore, trained, tmp
     ended = diffcore("export", trained, "--out", tmp_path / "out", *options)
     assert ended.status == 0
     assert ended.out == (
-        f"{trained} -> {tmp_path / 'out'}: a DiffcorePipeline, which diffusers loads where "
-        "diffcore is installed\n"
+        f"{trained} -> {tmp_path / 'out'}: a DiffcorePipeline: load it by "
+        f"diffcore.DiffcorePipeline.from_pretrained({str(tmp_path / 'out')!r})\n"
     )
     pipe = DiffcorePipeline.from_pretrained(tmp_path / "out")
     assert (pipe.scheduler.settings.sampler, pipe.scheduler.settings.grid) == (Heun(), Trailing())

@@ -176,7 +176,7 @@ class ModelFamily:
         time_factor: factor between the scheduler's timestep and the network's time input; 1 for
             networks of a table of timesteps. A config key that is absent means 1.
         patch_size: width of the patch of x that is one token, from which a pipeline computes the
-            token count of dynamic shifting; None, or an absent config key: no tokens.
+            token count of dynamic shifting; a config key that is absent means no tokens.
         sample_shape: function (config) -> shape (C, H, W) of one x_0, or None if the config does
             not determine it. Default: `config_shape`.
         wrap: function (network) -> module with forward (x, timestep, **condition) -> output of
@@ -200,7 +200,7 @@ class ModelFamily:
     dropout: float = 0.1
     prediction: PredictionType | None = None
     time_factor: float | str = 1.0
-    patch_size: int | str | None = None
+    patch_size: int | str = "patch_size"
     sample_shape: Callable[[Config], tuple[int, ...] | None] = config_shape
     wrap: Callable[[nn.Module], nn.Module] = _unwrapped
     export_target: ExportTarget | None = None

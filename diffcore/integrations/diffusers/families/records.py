@@ -58,7 +58,6 @@ FAMILIES = [
         pipelines=("DiTPipeline",),
         guidance_batching="condition first",
         condition=ClassCondition(dit_class_count, null_label=DIT_NULL_LABEL),
-        patch_size="patch_size",
         export_target=ExportTarget(dit_pipeline, dit_call),
     ),
     ModelFamily(
@@ -106,7 +105,6 @@ FAMILIES = [
         ),
         condition=StableDiffusion3Text(),
         prediction="flow_prediction",
-        patch_size="patch_size",
     ),
     ModelFamily(
         "Flux",
@@ -132,7 +130,6 @@ FAMILIES = [
         network="PixArtTransformer2DModel",
         pipelines=("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
         condition=PixArtText(),
-        patch_size="patch_size",
     ),
     ModelFamily(
         "Sana",
@@ -141,14 +138,11 @@ FAMILIES = [
         condition=MaskedText(),
         prediction="flow_prediction",
         time_factor="timestep_scale",
-        patch_size="patch_size",
     ),
 ]
 """Every known family. Records of one network class differ in `config`."""
 
-GENERIC = ModelFamily(
-    "generic", network="Module", time_factor="timestep_scale", patch_size="patch_size"
-)
+GENERIC = ModelFamily("generic", network="Module", time_factor="timestep_scale")
 """Any network that is called as network(x, timestep), with or without `class_labels`. It is the
 record of a network whose class has none, unless its config has a text condition."""
 

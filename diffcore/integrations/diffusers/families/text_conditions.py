@@ -36,7 +36,7 @@ class StableDiffusionText(TextCondition):
 
     def encode(self, pipeline: Any, text: str, is_null: bool) -> Arguments:
         encoded = pipeline.encode_prompt(
-            "" if is_null else text, pipeline._execution_device, 1, **_negative(text, is_null)
+            device=pipeline._execution_device, num_images_per_prompt=1, **_prompts(text, is_null)
         )
         return {"encoder_hidden_states": encoded[is_null]}
 
@@ -52,7 +52,7 @@ class StableDiffusionXLText(StableDiffusionText):
             )
 
     def encode(self, pipeline: Any, text: str, is_null: bool) -> Arguments:
-        encoded = pipeline.encode_prompt("" if is_null else text, **_negative(text, is_null))
+        encoded = pipeline.encode_prompt(**_prompts(text, is_null))
         return {
             "encoder_hidden_states": encoded[0 + is_null],
             "added_cond_kwargs.text_embeds": encoded[2 + is_null],
@@ -73,11 +73,7 @@ class StableDiffusion3Text(TextCondition):
 
     def encode(self, pipeline: Any, text: str, is_null: bool) -> Arguments:
         encoded = pipeline.encode_prompt(
-            "" if is_null else text,
-            None,
-            None,
-            **_negative(text, is_null),
-            **_call_defaults(pipeline),
+            prompt_2=None, prompt_3=None, **_prompts(text, is_null), **_call_defaults(pipeline)
         )
         return {
             "encoder_hidden_states": encoded[0 + is_null],
@@ -107,12 +103,8 @@ class MaskedText(TextCondition):
     """The states of one encoder, and their mask."""
 
     def encode(self, pipeline: Any, text: str, is_null: bool) -> Arguments:
-        states, mask, *negative = pipeline.encode_prompt(
-            "" if is_null else text,
-            do_classifier_free_guidance=is_null,
-            negative_prompt=text,
-            **_call_defaults(pipeline),
-        )
+        prompts = _prompts(text, is_null) | {"negative_prompt": text}
+        states, mask, *negative = pipeline.encode_prompt(**prompts, **_call_defaults(pipeline))
         states, mask = negative if is_null else (states, mask)
         return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
 
@@ -132,9 +124,13 @@ class PixArtText(MaskedText):
         }
 
 
-def _negative(text: str, is_null: bool) -> dict[str, Any]:
-    """The negative prompt; None for the empty one, for which the pipeline chooses text or zeros."""
+def _prompts(text: str, is_null: bool) -> dict[str, Any]:
+    """The prompt, or for the null label the negative prompt beside an empty prompt.
+
+    An empty negative prompt is None, for which the pipeline chooses text or zeros.
+    """
     return {
+        "prompt": "" if is_null else text,
         "do_classifier_free_guidance": is_null,
         "negative_prompt": text or None if is_null else None,
     }

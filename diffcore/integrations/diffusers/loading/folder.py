@@ -19,7 +19,11 @@ from diffcore.core.network import class_name, network_config
 from diffcore.core.process import Process
 from diffcore.guidance import CFG
 from diffcore.integrations.diffusers.families import GENERIC, family_of, family_of_class
-from diffcore.integrations.diffusers.loading.part_files import check_files, check_size
+from diffcore.integrations.diffusers.loading.part_files import (
+    check_files,
+    check_size,
+    weight_variant,
+)
 from diffcore.integrations.diffusers.loading.vae import downsampling_factor
 from diffcore.integrations.diffusers.scheduler.scheduler_config import DISTILLED
 from diffcore.io import plain_data
@@ -235,8 +239,8 @@ def sampling_defaults(folder: str | Path) -> dict[str, Any]:
     family = family_of_class(str(index[network_name(folder, index)][1])) or GENERIC
     cls: Any = getattr(diffusers, str(index.get("_class_name")), None)
     parameters = inspect.signature(cls.__call__).parameters if callable(cls) else {}
-    names = (family.guidance_argument, *(("true_cfg_scale",) if family is GENERIC else ()))
-    given = [parameters[name].default for name in reversed(names) if name in parameters]
+    names = [*["true_cfg_scale"] * (family is GENERIC), family.guidance_argument]
+    given = [parameters[name].default for name in names if name in parameters]
     scale = float(next((value for value in given if isinstance(value, int | float)), 1.0))
     defaults = {"guidance": to_spec(CFG(scale))} | {
         name: config[name] for name in ("sampler", "grid") if name in config
@@ -308,7 +312,7 @@ def read_part(folder: str | Path, name: str, index: dict[str, Any], weights: boo
     is_text_model = issubclass(cls, transformers.PreTrainedModel)
     options: dict[str, Any] = {"dtype": torch.float32} if is_text_model else {}
     if issubclass(cls, nn.Module):
-        options |= {"use_safetensors": True, "variant": _weight_variant(folder / name)}
+        options |= {"use_safetensors": True, "variant": weight_variant(folder / name)}
     if issubclass(cls, transformers.PreTrainedTokenizerBase):
         # Without any of its files transformers would silently build an empty tokenizer.
         files = list(cls.vocab_files_names.values())
@@ -323,20 +327,6 @@ def read_part(folder: str | Path, name: str, index: dict[str, Any], weights: boo
             f"{folder / name} cannot be read ({' '.join(str(error).split())}): its config.json and "
             f"safetensors are needed; pickled weights are not opened, convert them first"
         ) from None
-
-
-def _weight_variant(folder: Path) -> str | None:
-    """The variant of a part's weights, such as "fp16"; None if they have no variant."""
-    stems = [path.name.removesuffix(".safetensors") for path in folder.glob("*.safetensors")]
-    variants = sorted({stem.rpartition(".")[2] for stem in stems if "." in stem})
-    if not variants or any("." not in stem for stem in stems):
-        return None
-    if len(variants) > 1:
-        raise ValueError(
-            f"{folder} holds the weights of the variants {', '.join(variants)}, expected one: move "
-            "the files of the others away"
-        )
-    return variants[0]
 
 
 def check_part(folder: Path, cls: type) -> None:

@@ -1,4 +1,4 @@
-"""The index of a pipeline's folder, which reads each part only when it is needed."""
+"""The index of a pipeline's folder, by which single parts are read."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -101,10 +101,10 @@ class PipelineIndex:
         return read_part(self.folder, name, self.content)
 
     def read_text_pipeline(self) -> Any:
-        """The pipeline with all parts that encode prompts, of the class that the index names.
+        """Read the pipeline with its network, VAE and text encoders, without its other parts.
 
         Returns:
-            A pipeline of diffusers.
+            A pipeline of the class that the index names.
         """
         pipeline = read_folder(self.folder).pipeline
         assert pipeline is not None
@@ -155,7 +155,7 @@ class PipelineIndex:
 
     @property
     def image_size(self) -> int:
-        """Height and width in pixels of the images that the network was trained on.
+        """Height and width in pixels of the images of the network's default size.
 
         Raises:
             ValueError: the config determines none, or they differ.

@@ -73,10 +73,10 @@ def from_diffusers(
     """
     parts = _parts(source, scheduler)
     known = parts.process_fields | fields
-    read = read_process_fields(parts, known, mu) | parts.process_fields
-    shape = (read | fields)["shape"]
+    described = read_process_fields(parts, known, mu)
+    shape = (described | known)["shape"]
     network, condition = _conditioned(parts, prompts, negative, known, shape)
-    read = read | condition | parts.process_fields
+    read = described | condition | parts.process_fields
     for name in fields.keys() & read.keys() - {"shape"}:
         if fields[name] != read[name]:
             log.warning("%s is %s, in place of %s of the configs", name, fields[name], read[name])

@@ -3,6 +3,7 @@
 diffusers and transformers follow what these files name: other files, code on a hub, and sizes.
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from diffcore.io.network_size import build_without_memory
 from diffcore.io.plain_data import read_json
 from diffcore.io.safetensors import count_numbers
 
-__all__ = ["check_files", "check_size"]
+__all__ = ["check_files", "check_size", "weight_variant"]
 
 SLACK = 10_000_000
 """Entries of buffers that a network computes and its files need not hold."""
@@ -109,3 +110,28 @@ def check_size(folder: Path, build: Callable[[], nn.Module]) -> None:
             )
         except ValueError as error:
             raise ValueError(f"{folder / 'config.json'}: {error}") from None
+
+
+def weight_variant(folder: Path) -> str | None:
+    """The variant of a part's weights, which is in the names of their files.
+
+    Args:
+        folder: folder of the part.
+
+    Returns:
+        The variant, such as "fp16"; None if there are weights without a variant.
+
+    Raises:
+        ValueError: there are several variants alone.
+    """
+    # A shard is named NAME.VARIANT-00001-of-00002.
+    stems = [re.sub(r"-\d+-of-\d+$", "", path.stem) for path in folder.glob("*.safetensors")]
+    variants = sorted({stem.rpartition(".")[2] for stem in stems if "." in stem})
+    if not variants or any("." not in stem for stem in stems):
+        return None
+    if len(variants) > 1:
+        raise ValueError(
+            f"{folder} holds the weights of the variants {', '.join(variants)}, expected one: move "
+            "the files of the others away"
+        )
+    return variants[0]

@@ -6,9 +6,7 @@
     edm, time input ln(σ/α)/4          EDMEuler                  ConsistencyModelPipeline
     vp or edm, with class labels       as above                  ConsistencyModelPipeline
 
-A DiTTransformer2DModel with a VAE becomes a DiTPipeline. ConsistencyModelPipeline is the only
-diffusers pipeline of a UNet2DModel that passes class labels, and the only one that calls
-`scale_model_input` of its scheduler; it accepts any scheduler with this method.
+`families/export_targets.py` describes the pipelines.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Files of a pipeline's folder: variants of the weights, single files, schedulers that are refused."""
+"""Files of a pipeline's folder: variants of the weights, single files, refused schedulers."""
 
 import diffusers
 import pytest
@@ -35,7 +35,7 @@ def test_a_single_file_is_refused_with_the_conversion(tmp_path):
     path = tmp_path / "sd.safetensors"
     path.touch()
     for read in (from_diffusers, PipelineIndex, read_sampling_settings):
-        with pytest.raises(ValueError, match=r"is a file, .* from_single_file\(.*\)\.save_pre"):
+        with pytest.raises(ValueError, match=r"is a file, .*from_single_file\(.*\)\.save_pre"):
             read(path)
 
 
