@@ -112,7 +112,7 @@ def check_size(folder: Path, build: Callable[[], nn.Module]) -> None:
             raise ValueError(f"{folder / 'config.json'}: {error}") from None
 
 
-def weight_variant(folder: Path) -> str | None:
+def weight_variant(folder: str | Path) -> str | None:
     """The variant of a part's weights, which is in the names of their files.
 
     Args:
@@ -125,7 +125,7 @@ def weight_variant(folder: Path) -> str | None:
         ValueError: there are several variants alone.
     """
     # A shard is named NAME.VARIANT-00001-of-00002.
-    stems = [re.sub(r"-\d+-of-\d+$", "", path.stem) for path in folder.glob("*.safetensors")]
+    stems = [re.sub(r"-\d+-of-\d+$", "", path.stem) for path in Path(folder).glob("*.safetensors")]
     variants = sorted({stem.rpartition(".")[2] for stem in stems if "." in stem})
     if not variants or any("." not in stem for stem in stems):
         return None
