@@ -160,7 +160,7 @@ CASES = {
     # runs
     "no run": (("sample", "nowhere"), ("nowhere", "does not exist")),
     "no run named": (("sample",), ("run's folder comes first", "diffcore sample RUN")),
-    "a file for a run": (("sample", "file"), ("file", "not a run's folder")),
+    "a file for a run": (("sample", "file"), ("file", "file is a file, expected the folder")),
     "no run to describe": (("info", "nowhere"), ("nowhere", "does not exist")),
     "no process record": (
         ("sample", "without-process", "--labels=1"),
