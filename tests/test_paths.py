@@ -17,6 +17,7 @@ from diffcore.io.files import verify_folder, write_folder
 from diffcore.io.plain_data import read_json
 from diffcore.io.safetensors import read_weights, write_weights
 from diffcore.run import Run
+from diffcore.sampling.files import FolderWriter
 from diffcore.sampling.images import load_image, save_image, to_image
 from diffcore.training import checkpoint
 from diffcore.training.data.cache import Cache
@@ -61,12 +62,13 @@ def test_parameters_that_are_paths_may_be_strings():
     functions = {name for name, value in paths_alone().items() if not is_dataclass(value)}
     assert functions == set()
     records = {name.rpartition(".")[2] for name in paths_alone()}
-    assert records == {"Run", "PipelineIndex", "Trainer"}
+    assert records == {"FolderWriter", "PipelineIndex", "Run", "Trainer"}
 
 
 def test_records_convert_a_string_to_a_path(trained):
     pipeline = str(trained / "pipeline")
     assert make_trainer(str(trained)).folder == Run(str(trained)).folder == trained
+    assert FolderWriter(str(trained), Process(), "", {}).folder == trained
     assert PipelineIndex(pipeline).folder == Path(pipeline)
 
 

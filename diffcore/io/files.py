@@ -58,7 +58,7 @@ class WriteError(OSError):
         return str(self.strerror)
 
 
-def check_links(folder: Path) -> None:
+def check_links(folder: str | Path) -> None:
     """Check that no symbolic link in a folder leads out of it.
 
     The links of a snapshot in the cache of the Hugging Face hub lead to the blobs beside it, which
@@ -70,6 +70,7 @@ def check_links(folder: Path) -> None:
     Raises:
         ValueError: a link leads out of the folder; the message names it.
     """
+    folder = Path(folder)
     roots = [folder.resolve()]
     if roots[0].parent.name == "snapshots":
         roots.append(roots[0].parents[1] / "blobs")

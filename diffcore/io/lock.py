@@ -16,7 +16,7 @@ NAME = ".lock"
 
 
 @contextmanager
-def lock_folder(folder: Path, message: Callable[[str], None]) -> Iterator[None]:
+def lock_folder(folder: str | Path, message: Callable[[str], None]) -> Iterator[None]:
     """Context in which no other process can lock a folder.
 
     The operating system releases the lock when its process ends, however that happens. A folder
@@ -33,6 +33,7 @@ def lock_folder(folder: Path, message: Callable[[str], None]) -> Iterator[None]:
     Raises:
         ValueError: Another process holds the lock; the message contains its number and host.
     """
+    folder = Path(folder)
     is_new = not folder.is_dir()
     folder.mkdir(parents=True, exist_ok=True)
     file = _acquire(folder, message)

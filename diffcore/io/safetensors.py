@@ -57,7 +57,7 @@ def check_header(path: str | Path) -> None:
         )
 
 
-def count_numbers(path: Path) -> int:
+def count_numbers(path: str | Path) -> int:
     """The number of entries of all tensors in a safetensors file, from its header.
 
     Args:
@@ -69,6 +69,7 @@ def count_numbers(path: Path) -> int:
     Raises:
         CorruptFileError: the file is missing, or its header is too long or no JSON of shapes.
     """
+    path = Path(path)
     check_header(path)
     try:
         with path.open("rb") as file:

@@ -101,7 +101,7 @@ class FolderWriter(SampleWriter):
     Samples that are not finite get no file.
 
     Args:
-        folder: folder to write; it may hold images of the same settings.
+        folder: folder to write; it may hold images of the same settings. A string becomes a Path.
         process: process with the shape and the range of the images.
         condition: "label" or "prompt", the beginning of the names; "": names without a label.
         settings: plain data on which the samples depend, apart from label and seed.
@@ -111,6 +111,9 @@ class FolderWriter(SampleWriter):
     process: Process
     condition: str
     settings: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", Path(self.folder))
 
     def path(self, key: SampleKey) -> Path:
         """The file of a sample."""
@@ -166,7 +169,7 @@ class FolderWriter(SampleWriter):
             )
 
 
-def write_arrays(path: Path, keys: Sequence[SampleKey], x: Tensor) -> None:
+def write_arrays(path: str | Path, keys: Sequence[SampleKey], x: Tensor) -> None:
     """Write samples as arrays: `x`, `seed` and `label`, or `x` alone in a .npy file.
 
     Args:
@@ -174,6 +177,7 @@ def write_arrays(path: Path, keys: Sequence[SampleKey], x: Tensor) -> None:
         keys: label and seed of each sample.
         x: (N, *shape) samples on the host.
     """
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     seeds = torch.tensor([key.seed for key in keys])
     labels = torch.tensor([key.label for key in keys])

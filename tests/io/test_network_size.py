@@ -88,7 +88,7 @@ def describe(run, network):
         ({"class_path": "torch.nn.Linear", "init_args": LINEAR | {"in_features": 10**7}},
          "of 100,000,000,000,000 numbers or more"),
         ({"class_path": "torch.nn.Linear", "init_args": LINEAR},
-         "ema.safetensors was trained with other options of the network"),
+         "ema.safetensors does not fit the network of"),
         ({"class_path": "diffusers.UNet2DModel", "init_args": {"layers_per_block": 10**6}},
          "of more than 20,000 modules"),
         ("torch.load", "config.yaml: network: importing 'torch.load' is not allowed"),

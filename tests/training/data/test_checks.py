@@ -1,6 +1,7 @@
 """Items, labels and classes that do not fit are refused with the index of the item."""
 
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -119,7 +120,8 @@ def test_an_error_of_the_data_set_is_raised_with_the_index_of_the_item(error, te
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
-def test_an_error_in_a_worker_is_one_line_and_keeps_the_traceback_as_a_note():
+def test_an_error_in_a_worker_is_one_line_and_keeps_the_traceback_as_a_note(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[3])  # the worker imports this module
     with pytest.raises(ValueError, match="item 2 of the data cannot be read: KeyError") as caught:
         read_all(BrokenDataset(KeyError("x")), workers=1)
     assert "\n" not in str(caught.value)

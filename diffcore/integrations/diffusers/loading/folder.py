@@ -329,7 +329,7 @@ def read_part(folder: str | Path, name: str, index: dict[str, Any], weights: boo
         ) from None
 
 
-def check_part(folder: Path, cls: type) -> None:
+def check_part(folder: str | Path, cls: type) -> None:
     """Check the files of a part before it is loaded: what they name, and the sizes they declare.
 
     Args:
@@ -340,6 +340,7 @@ def check_part(folder: Path, cls: type) -> None:
         ValueError: they name code or files elsewhere, or the config describes a model that is
             larger than its weights.
     """
+    folder = Path(folder)
     check_files(folder)
     if issubclass(cls, nn.Module) and (folder / "config.json").is_file():
         check_size(folder, lambda: _build_part(cls, folder))

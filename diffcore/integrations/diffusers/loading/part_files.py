@@ -25,7 +25,7 @@ KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementatio
 """Entries of a config that may name code on a hub, as "owner/name"."""
 
 
-def check_files(folder: Path) -> None:
+def check_files(folder: str | Path) -> None:
     """Check that the files of a part name neither code nor files outside its folder.
 
     Args:
@@ -35,6 +35,7 @@ def check_files(folder: Path) -> None:
         ValueError: a file names code, pickles, or a file elsewhere, or declares sizes that it does
             not hold.
     """
+    folder = Path(folder)
     for path in sorted(folder.glob("*.index.json")):
         _check_index(path)
     for path in (folder / "config.json", folder / "tokenizer_config.json"):
@@ -86,7 +87,7 @@ def _check_config(path: Path, value: Any) -> None:
         _check_config(path, item)
 
 
-def check_size(folder: Path, build: Callable[[], nn.Module]) -> None:
+def check_size(folder: str | Path, build: Callable[[], nn.Module]) -> None:
     """Check that the config of a model describes no more than its weights' files hold.
 
     Args:
@@ -97,6 +98,7 @@ def check_size(folder: Path, build: Callable[[], nn.Module]) -> None:
         ValueError: a header is corrupt, or the config describes a model of more than twice the
             size.
     """
+    folder = Path(folder)
     try:
         held = sum(count_numbers(path) for path in folder.glob("*.safetensors"))
     except CorruptFileError as error:
