@@ -233,7 +233,7 @@ def test_another_process_does_not_pass_for_it(tmp_path, damage):
         check_samples(tmp_path, own)
 
 
-def test_steps_that_do_not_divide_the_table_are_not_asked_for(tmp_path):
+def test_steps_that_do_not_divide_the_table_are_not_compared(tmp_path):
     """DDIM of diffusers goes to t - T // n, which is not where its own trailing grid is; 30 steps
     of 1000 are wrong there.
     """

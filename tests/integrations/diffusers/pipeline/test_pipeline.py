@@ -2,10 +2,7 @@
 those of diffusers.
 """
 
-import json
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -177,7 +174,7 @@ def test_latents_are_decoded(tmp_path):
         assert torch.equal(shown, (Latents(source.vae).decode(z) / 2 + 0.5).clamp(0, 1))
 
 
-def test_each_step_is_told_of_and_may_change_x(plain):
+def test_a_callback_sees_each_step_and_may_change_x(plain):
     calls, time_input = [], Denoiser(plain.unet, PLAIN).process.time
 
     def halve(pipe, step, timestep, values):
@@ -230,7 +227,7 @@ def test_an_adaptive_sampler_is_for_a_call(plain):
         DiffcorePipeline.of(Denoiser(unet(), PLAIN), AdaptiveRungeKutta())
 
 
-def test_a_network_of_half_precision_is_asked_in_it_and_x_is_not(folder, pipe):
+def test_a_network_of_half_precision_is_evaluated_in_it_and_x_is_not(folder, pipe):
     half = quiet(DiffcorePipeline.from_pretrained(folder, dtype=torch.bfloat16))
     arguments = {"class_labels": [1, 2], "seeds": [0, 1], "output_type": "latent"}
     made, exact = half(**arguments).images, pipe(**arguments).images
@@ -298,7 +295,7 @@ def test_what_cannot_be_sampled_is_refused_before_the_first_step(pipe, options, 
         pipe(**options)
 
 
-def test_what_is_no_picture_is_given_as_latents():
+def test_samples_that_are_no_images_are_returned_as_latents():
     made = DiffcorePipeline.of(
         Denoiser(unet(in_channels=2, out_channels=2), Process(Cosine(), shape=(2, 8, 8)))
     )
@@ -327,131 +324,3 @@ def test_parts_that_contradict_each_other_are_refused(plain):
 
 
 # Folders
-
-
-class Bomb:
-    def __reduce__(self):
-        return exec, ("raise SystemExit('the pickle was opened')",)
-
-
-@pytest.fixture
-def copy(plain, tmp_path):
-    plain.save_pretrained(tmp_path)
-    return tmp_path
-
-
-def edit(path, **changes):
-    data = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({name: value for name, value in data.items() if value != "gone"}))
-
-
-def index(**changes):
-    return lambda folder: edit(folder / "model_index.json", **changes)
-
-
-def change_scheduler(**changes):
-    return lambda folder: edit(folder / "scheduler" / "scheduler_config.json", **changes)
-
-
-def pickled(folder):
-    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    torch.save(Bomb(), folder / "unet" / "diffusion_pytorch_model.bin")
-
-
-def remote(folder):
-    for place in (folder, folder / "unet"):
-        (place / "mine.py").write_text("raise SystemExit('the code was run')")
-    edit(folder / "model_index.json", unet=["mine", "Net"])
-
-
-def remote_pipeline(folder):
-    (folder / "mine.py").write_text("raise SystemExit('the code was run')")
-    edit(folder / "model_index.json", _class_name=["mine", "Pipe"])
-
-
-BROKEN = [
-    (lambda f: (f / "model_index.json").unlink(), "model_index.json is missing"),
-    (lambda f: (f / "model_index.json").write_text("{"), "is not JSON"),
-    (
-        index(_class_name="DDPMPipeline"),
-        r"holds a DDPMPipeline, expected .* by diffcore.integrations.diffusers.from_diffusers",
-    ),
-    (
-        index(shape="gone", dropout="gone"),
-        "lacks shape, dropout, and a guess would sample another model",
-    ),
-    (index(scheduler=["diffusers", "DDIMScheduler"]), "as scheduler, expected a DiffcoreScheduler"),
-    (index(unet=[None, None]), "pass either unet or transformer"),
-    (index(guidance={"class_path": "CGF"}), "did you mean"),
-    (index(guidance={"class_path": "os.system", "init_args": {"command": "false"}}), "guidance"),
-    (index(classes=-1), "classes is -1"),
-    (index(unet=["diffusers", "loaders"]), "is no model of diffusers"),
-    (
-        remote,
-        "names mine.Net as unet, which is no model of diffusers: code that lies beside weights is "
-        "not executed",
-    ),
-    (remote_pipeline, "expected a DiffcorePipeline"),
-    (pickled, "pickled weights are not opened, convert them first"),
-    (lambda f: (f / "unet" / "config.json").unlink(), "each part needs its config and safetensors"),
-    (lambda f: (f / "scheduler" / "scheduler_config.json").unlink(), "each part needs its config"),
-    (change_scheduler(prediction_type="velocity"), "prediction_type"),
-    (
-        change_scheduler(
-            prediction_type="epsilon",
-            schedule={
-                "class_path": "ZeroTerminalSNR",
-                "init_args": {"inner": {"class_path": "Discrete"}},
-            },
-        ),
-        "pure noise",
-    ),
-]
-
-
-@pytest.mark.parametrize(("damage", "message"), BROKEN, ids=[message[:30] for _, message in BROKEN])
-def test_a_folder_that_is_not_whole_or_not_data_is_refused(copy, damage, message):
-    damage(copy)
-    with pytest.raises(ValueError, match=message):
-        DiffcorePipeline.from_pretrained(copy)
-
-
-@pytest.mark.parametrize(
-    "option",
-    [{"trust_remote_code": True}, {"custom_pipeline": "x"}, {"use_safetensors": False}],
-    ids=str,
-)
-def test_options_that_run_code_or_open_pickles_are_refused(folder, option):
-    with pytest.raises(
-        ValueError,
-        match=r"code that lies beside weights is not executed|pickled weights are not opened",
-    ):
-        DiffcorePipeline.from_pretrained(folder, **option)
-
-
-class Net(diffusers.UNet2DModel):
-    """A network of the user's own."""
-
-
-def test_a_network_of_ones_own_is_imported_and_given(monkeypatch, tmp_path):
-    monkeypatch.setitem(
-        sys.modules, "own.nets", SimpleNamespace(Net=Net, ModelMixin=diffusers.ModelMixin)
-    )
-    monkeypatch.setattr(Net, "__module__", "own.nets")
-    network = Net.from_config(unet().config)
-    DiffcorePipeline.of(Denoiser(network, PLAIN)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="import it, load it yourself and pass unet="):
-        DiffcorePipeline.from_pretrained(tmp_path)
-    given = Net.from_pretrained(tmp_path / "unet")
-    assert DiffcorePipeline.from_pretrained(tmp_path, unet=given).unet is given
-
-
-def test_a_pipeline_of_a_hub_is_loaded_from_where_it_is_downloaded_to(folder, monkeypatch):
-    downloads = []
-    monkeypatch.setattr(
-        DiffcorePipeline,
-        "download",
-        classmethod(lambda cls, name, **options: downloads.append((name, options)) or str(folder)),
-    )
-    assert DiffcorePipeline.from_pretrained("someone/digits").process == PROCESS
-    assert downloads == [("someone/digits", {"use_safetensors": True})]

@@ -134,7 +134,7 @@ def test_an_adapter_that_diffusers_would_not_load_is_refused_before_it_is_traine
         PretrainedNetwork(str(tmp_path / "other"), LoRA(2))
 
 
-def test_what_is_no_pipeline_or_is_told_text_by_label_is_refused(folder, tmp_path):
+def test_a_folder_without_pipeline_or_of_text_by_label_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="is missing: expected the folder of a diffusers pipeline"):
         PretrainedNetwork(str(tmp_path))
     with pytest.raises(
