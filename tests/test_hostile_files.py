@@ -19,6 +19,9 @@ MAXIMUM_KIBIBYTES = 1 << 20
 """Memory that all hostile files together may add to the process: 1 GiB."""
 
 
+pytestmark = pytest.mark.xdist_group("hostile files")  # one walk serves all tests
+
+
 @pytest.fixture(scope="module")
 def reports(trained, tmp_path_factory):
     """What happened in each case, for each of its readers."""
