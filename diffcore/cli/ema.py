@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffcore.io.files import check_links
 from diffcore.io.parser import ComponentParser
 from diffcore.io.safetensors import write_weights
 from diffcore.run import Run
@@ -44,10 +45,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_class_arguments(EMARequest)
     settings = parser.parse_args(list(argv)).as_dict()
     run = Run(settings.pop("run"))
+    check_links(run.folder)
     request = EMARequest(**settings)
     paths = find_snapshots(run.snapshots, request.step or None)
     average, error = reconstruct(paths, request.length, request.step or None)
     out = Path(request.out or run.folder / f"ema-{request.length:g}.safetensors")
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_weights(out, average, length=str(request.length))
     print(
         f"{len(paths)} snapshots -> {out}: the profile of length {request.length:g} to a relative "

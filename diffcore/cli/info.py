@@ -56,7 +56,7 @@ def describe_run(run: Run) -> dict[str, object]:
     network = run.architecture()
     parameters = sum(parameter.numel() for parameter in network.parameters())
     checkpoints = [path.name for path in checkpoint.folders(run.checkpoints)]
-    classes = "classes" if settings.get("process", {}).get("classes") else "distinct captions"
+    classes = "classes" if (settings.get("process") or {}).get("classes") else "distinct captions"
     last_report = [{}, *Metrics(run.metrics).reports()][-1]
     return {
         "run": run.folder,

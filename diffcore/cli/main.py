@@ -40,10 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: command-line words; default: those of this program.
 
     Returns:
-        The exit status: 0, or 1 after an error, or 130 after an interruption. Unknown options exit
-        with status 2.
+        The exit status: 0, or 1 after an error, or 130 after an interruption.
 
     Raises:
+        SystemExit: options are unknown (status 2), or a signal ended a training that is saved (128
+            plus the number of the signal).
         Exception: a bug, of diffcore or of the user's own modules, which keeps its traceback.
     """
     spell_what_streams_lack()

@@ -88,6 +88,7 @@ def write_report(run: Run, out: Path) -> None:
     ]
     title = f"Run {run.folder.resolve().name}"
     html = page(title, f"{facts['network']}; {steps}.", sections)
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_file(out, html.encode())
 
 

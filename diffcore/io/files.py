@@ -71,17 +71,22 @@ def check_links(folder: str | Path) -> None:
         ValueError: a link leads out of the folder; the message names it.
     """
     folder = Path(folder)
-    roots = [folder.resolve()]
+    roots = [_resolved(folder)]
     if roots[0].parent.name == "snapshots":
         roots.append(roots[0].parents[1] / "blobs")
     for parent, folders, files in os.walk(roots[0]):
         for name in (*folders, *files):
             path = Path(parent, name)
-            if path.is_symlink() and not any(path.resolve().is_relative_to(r) for r in roots):
+            if path.is_symlink() and not any(_resolved(path).is_relative_to(r) for r in roots):
                 raise ValueError(
                     f"{folder / path.relative_to(roots[0])} is a link to {path.readlink()}, which "
                     f"is outside {folder}: replace the link by what it leads to, if you trust it"
                 )
+
+
+def _resolved(path: Path) -> Path:
+    """What a path leads to; Path.resolve would raise a RuntimeError for a link to itself."""
+    return Path(os.path.realpath(path))
 
 
 def hash_file(path: str | Path) -> str:
@@ -273,7 +278,7 @@ def _write_error(path: Path, error: Exception) -> WriteError:
     return WriteError(
         f"{path} cannot be written ({reason}{place}): an older one of this name is kept whole; "
         "make room on the disk or allow the access, then repeat the command (of a run: with "
-        "--resume true)",
+        "--resume auto)",
         getattr(error, "errno", None),
     )
 

@@ -31,7 +31,8 @@ def lock_folder(folder: str | Path, message: Callable[[str], None]) -> Iterator[
         Nothing.
 
     Raises:
-        ValueError: Another process holds the lock; the message contains its number and host.
+        ValueError: Another process holds the lock, and the message contains its number and host;
+            or the file of the lock is a link, which would be overwritten elsewhere.
     """
     folder = Path(folder)
     is_new = not folder.is_dir()
@@ -51,6 +52,8 @@ def lock_folder(folder: str | Path, message: Callable[[str], None]) -> Iterator[
 def _acquire(folder: Path, message: Callable[[str], None]) -> IO[str]:
     """The locked file, which contains the holder of the lock."""
     path = folder / NAME
+    if path.is_symlink():
+        raise ValueError(f"{path} is a link to {path.readlink()}, expected a file: remove it")
     while True:
         file = path.open("a+", encoding="utf-8")
         try:
@@ -97,5 +100,5 @@ def _read_holder(file: IO[str]) -> str:
     try:
         holder = json.loads(file.read(1 << 16))
         return f"process {holder['pid']} on {holder['host']} (since {holder['started']})"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return "another process"

@@ -72,7 +72,7 @@ def _register(_module: nn.Module, _name: str, value: Any) -> None:
 
 
 def machine_memory() -> int:
-    """The memory of this machine in bytes; 256 GiB if the system does not tell."""
+    """The memory of this machine in bytes; 256 GiB if the system does not provide it."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):

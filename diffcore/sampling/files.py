@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,9 +138,11 @@ class FolderWriter(SampleWriter):
                 "and seed: leave the repetition out, or write .npz"
             )
         record = self.folder / RECORD
+        # Before the record: another rank writes the record first, and then samples.
+        existing = [path.name for path in map(self.path, keys) if path.exists()]
         if record.is_file():
             self._check_record(record)
-        elif existing := [path.name for path in map(self.path, keys) if path.exists()]:
+        elif existing:
             raise ValueError(
                 f"{self.folder} holds {existing[0]}, and no {RECORD} with the settings it was "
                 "drawn with: name another folder"
@@ -176,6 +179,9 @@ def write_arrays(path: str | Path, keys: Sequence[SampleKey], x: Tensor) -> None
         path: file to write, of a suffix in `ARRAY_SUFFIXES`; its folder is created.
         keys: label and seed of each sample.
         x: (N, *shape) samples on the host.
+
+    Raises:
+        WriteError: The file cannot be written; an older one of this name is kept.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -184,13 +190,12 @@ def write_arrays(path: str | Path, keys: Sequence[SampleKey], x: Tensor) -> None
     if path.suffix == ".safetensors":
         write_weights(path, {"x": x, "seed": seeds, "label": labels})
         return
-    temporary = path.with_name(f".{path.name}")
-    with temporary.open("wb") as file:
-        if path.suffix == ".npy":
-            np.save(file, x.numpy())
-        else:
-            np.savez(file, x=x.numpy(), seed=seeds.numpy(), label=labels.numpy())
-    temporary.rename(path)
+    content = BytesIO()  # numpy truncates a file on a full disk without an error
+    if path.suffix == ".npy":
+        np.save(content, x.numpy())
+    else:
+        np.savez(content, x=x.numpy(), seed=seeds.numpy(), label=labels.numpy())
+    write_file(path, content.getvalue())
 
 
 def hash_networks(networks: Sequence[nn.Module]) -> str:
@@ -205,8 +210,8 @@ def hash_networks(networks: Sequence[nn.Module]) -> str:
     digest = hashlib.sha256()
     for network in networks:
         for name, value in sorted(network.state_dict().items()):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor):  # a module may add other state
+                digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
                 plain = value.detach().cpu().contiguous().flatten().view(torch.uint8)
                 digest.update(plain.numpy().tobytes())
     return digest.hexdigest()

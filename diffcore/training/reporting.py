@@ -150,7 +150,14 @@ class Metrics:
         return [number for number, report in enumerate(reports[:-1], 1) if report is None]
 
     def write(self, values: Mapping[str, float | list[float]]) -> None:
-        """Append a report; a value that is not finite becomes null, because JSON has no NaN."""
+        """Append a report; a value that is not finite becomes null, because JSON has no NaN.
+
+        Args:
+            values: numbers and lists of numbers by their name.
+
+        Raises:
+            WriteError: The file cannot be written.
+        """
         plain = {name: _plain(value) for name, value in values.items()}
         try:
             with self.path.open("a", encoding="utf-8") as file:
@@ -329,6 +336,6 @@ def _plain(value: float | list[float]) -> Any:
 def _parsed(line: str) -> dict[str, Any] | None:
     try:
         report = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return report if isinstance(report, dict) and "step" in report else None

@@ -8,6 +8,7 @@ the network. The loss is that of the objective without what makes training noisi
 perturbation, coupling, resampling and learned uncertainty.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -231,9 +232,11 @@ def stops_early(losses: list[float], patience: int) -> bool:
     """Whether the last `patience` losses are all no lower than an earlier one.
 
     Args:
-        losses: losses of the averaged weights, in the order of their measurement.
+        losses: losses of the averaged weights, in the order of their measurement; NaN is higher
+            than every number.
         patience: number of measurements; 0: never.
     """
     if not patience or len(losses) <= patience:
         return False
-    return min(losses[-patience:]) >= min(losses[:-patience])
+    ranked = [math.inf if math.isnan(loss) else loss for loss in losses]
+    return min(ranked[-patience:]) >= min(ranked[:-patience])

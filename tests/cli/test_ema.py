@@ -29,11 +29,11 @@ def test_a_reconstruction_equals_the_average_that_the_run_tracked(
     others.mkdir(parents=True)
     for path in snapshots.glob("length-0.*"):
         if not path.name.startswith("length-0.1300"):
-            (others / path.name).symlink_to(path)
-    ended = diffcore("ema", others.parent, "--length=0.13", f"--out={tmp_path / 'found'}")
+            (others / path.name).hardlink_to(path)
+    ended = diffcore("ema", others.parent, "--length=0.13", f"--out={tmp_path / 'new/found'}")
     assert ended.status == 0, ended.err
     assert "30 snapshots -> " in ended.out
-    found = read_weights(tmp_path / "found")
+    found = read_weights(tmp_path / "new/found")
     expected = read_weights(snapshots / "length-0.1300-step-00000060.safetensors")
     assert found.keys() == expected.keys()
     difference = sum((found[name] - expected[name]).double().pow(2).sum() for name in expected)
@@ -56,3 +56,12 @@ def test_a_run_without_snapshots_is_one_line_with_the_remedy(diffcore, trained):
     assert ended.status == 1
     assert "train with --snapshots.lengths '[0.05,0.1]'" in ended.err
     assert len(ended.err.splitlines()) == 1
+
+
+def test_a_snapshot_that_is_a_link_out_of_the_run_is_refused(diffcore, tmp_path):
+    link = tmp_path / "run/snapshots/length-0.1000-step-00000001.safetensors"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(tmp_path / "elsewhere")
+    ended = diffcore("ema", tmp_path / "run", "--length=0.1")
+    assert ended.status == 1
+    assert "replace the link by what it leads to" in ended.err

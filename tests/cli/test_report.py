@@ -74,8 +74,8 @@ def test_the_page_holds_everything_of_the_run(diffcore, run):
 
 
 def test_the_page_fetches_nothing(diffcore, run, tmp_path):
-    diffcore("report", run, f"--out={tmp_path / 'page.html'}")
-    html = (tmp_path / "page.html").read_text("utf-8")
+    diffcore("report", run, f"--out={tmp_path / 'new/page.html'}")
+    html = (tmp_path / "new/page.html").read_text("utf-8")
     addresses = Checker(html).addresses
     assert addresses
     assert all(a.startswith(("#", "data:image/png;base64,")) for a in addresses)

@@ -13,6 +13,7 @@ from diffcore.io.files import (
     HASHES,
     CorruptFileError,
     WriteError,
+    check_links,
     hash_file,
     remove_leftovers,
     verify_folder,
@@ -169,3 +170,11 @@ def test_on_a_full_disk_the_old_file_is_kept_and_the_error_names_it(tmp_path):
         write_file(tmp_path / "file", bytes(2000))
     assert names(tmp_path) == {"file"}
     assert (tmp_path / "file").read_bytes() == b"old"
+
+
+def test_a_link_to_itself_leads_out_of_no_folder(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    check_links(tmp_path)
+    (tmp_path / "out").symlink_to(tmp_path.parent)
+    with pytest.raises(ValueError, match=f"{tmp_path}/out is a link to {tmp_path.parent}"):
+        check_links(tmp_path)

@@ -66,3 +66,27 @@ def test_a_file_system_without_locks_is_announced(tmp_path, monkeypatch):
     assert messages == [
         f"{tmp_path} cannot be locked (No locks available): start no second run in this folder"
     ]
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_link_in_place_of_the_lock_is_refused_and_what_it_leads_to_is_kept(tmp_path, inside):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    precious = (folder if inside else tmp_path) / "weights"
+    precious.write_text("precious")
+    link = folder / ".lock"
+    link.symlink_to(precious)
+    message = rf"{link} is a link to {precious}, expected a file: remove it"
+    with pytest.raises(ValueError, match=message), lock_folder(folder, pytest.fail):
+        pass
+    assert precious.read_text() == "precious"
+    link.unlink()
+    with lock_folder(folder, pytest.fail):
+        pass
+
+
+def test_a_lock_without_a_holder_in_it_is_taken_over(tmp_path):
+    for content in ("", "[" * 50_000, "null"):
+        (tmp_path / ".lock").write_text(content)
+        with lock_folder(tmp_path, lambda line: None):
+            pass

@@ -131,3 +131,9 @@ def test_on_a_full_disk_the_error_names_the_metrics_and_what_is_kept(tmp_path):
     metrics.rewind(1)
     metrics.write({"step": 2})
     assert metrics.reports() == [{"step": 1}, {"step": 2}]
+
+
+def test_a_line_that_is_nested_too_deeply_is_no_report(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("[" * 100_000 + '\n{"step": 1}\n')
+    assert Metrics(path).reports() == [{"step": 1}]

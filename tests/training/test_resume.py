@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from diffcore.guidance import CFG
+from diffcore.io.files import WriteError
 from diffcore.io.safetensors import read_weights
 from diffcore.objectives.objective import Objective
 from diffcore.objectives.weighting import MinSNR
@@ -249,6 +250,16 @@ def test_a_start_that_failed_does_not_block_the_next_one(tmp_path, capsys):
     assert "holds a run without a checkpoint: starting at step 0" in capsys.readouterr().err
     train(tmp_path / "straight", steps=2)
     assert hashes(tmp_path / "run") == hashes(tmp_path / "straight")
+
+
+def test_a_start_that_cannot_write_continues_with_the_option_that_the_error_names(tmp_path):
+    obstacle = tmp_path / "run/process.json/file"
+    obstacle.parent.mkdir(parents=True)
+    obstacle.touch()
+    with pytest.raises(WriteError, match=r"process.json cannot be written .* --resume auto\)"):
+        train(tmp_path / "run", steps=2)
+    shutil.rmtree(obstacle.parent)
+    train(tmp_path / "run", steps=2, resume="auto")
 
 
 def test_a_line_of_the_metrics_that_is_no_report_is_named_and_left_out(tmp_path, capsys):

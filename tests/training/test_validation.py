@@ -147,6 +147,8 @@ def test_a_run_ends_early_once_the_loss_stops_falling(tmp_path, capsys):
         ([1, 2, 1], 2, True),
         ([1, 2, 0.5, 0.7], 2, False),
         ([1, 2, 3, 4], 0, False),
+        ([float("nan"), 1, 2, 3], 2, True),
+        ([float("nan"), 2, 1, 0.5], 2, False),
     ],
 )
 def test_the_patience_counts_measurements_without_a_lower_loss(losses, patience, stops):
