@@ -101,11 +101,16 @@ def _split(knots: Knots, low: float, high: float, steps: int, repeats: int) -> l
     bottom, top = (-2 * math.log(u) for u in (low, high))
     end = schedule.at(bottom)
     is_within = knots[0].logsnr <= top < bottom <= knots[-1].logsnr
-    if not is_within or end.is_beyond_training:
+    if not is_within:
         raise ValueError(
             f"the interval of σ/α from {low} to {high} is not within the run, which goes from "
             f"{knots[0].ratio:g} to {knots[-1].ratio:g}: remove the interval, or choose knots "
             "whose noise decreases from above it to below it"
+        )
+    if end.is_beyond_training:
+        raise ValueError(
+            f"the interval of σ/α from {low} to {high} ends beyond the cleanest level of training, "
+            f"{schedule.cleanest.ratio:g}: choose u_min above it"
         )
     ratios = [
         (high ** (1 / RHO) + i / steps * (low ** (1 / RHO) - high ** (1 / RHO))) ** RHO

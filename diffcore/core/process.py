@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -192,13 +193,19 @@ class Process:
         if noisiest == -math.inf:
             self._check_pure_noise(name)
         self._check_overflow(level, name)
-        low, high = self.schedule.logsnr(1.0), self.schedule.cleanest.logsnr_range[1]
-        if cleanest > high + LEVEL_TOLERANCE or noisiest < low - LEVEL_TOLERANCE:
+        low, high = self._trained_logsnrs
+        is_cleaner = cleanest > high + LEVEL_TOLERANCE
+        if is_cleaner or noisiest < low - LEVEL_TOLERANCE:
             raise ValueError(
-                f"{name} is at λ = {noisiest if noisiest < low else cleanest:g}, but the network "
+                f"{name} is at λ = {cleanest if is_cleaner else noisiest:g}, but the network "
                 f"was trained on {self.schedule}, from λ = {low:g} to {high:g}: evaluate it within "
                 "these levels (the last knot may be cleaner)"
             )
+
+    @cached_property
+    def _trained_logsnrs(self) -> tuple[float, float]:
+        """λ of the noisiest and of the cleanest level of the schedule."""
+        return self.schedule.logsnr(1.0), self.schedule.cleanest.logsnr_range[1]
 
     def _check_overflow(self, level: Level, name: str) -> None:
         """Raise ValueError if a finite level is beyond the range of float32 for this process."""
