@@ -72,6 +72,7 @@ SYMBOLS = [
             ("DiffusionPipeline._execution_device", "families/text_conditions.py"),
             ("DiffusionPipeline._execution_device", "pipeline/pipeline.py"),
             ("DiffusionPipeline._optional_components", "pipeline/pipeline.py"),
+            ("PNDMScheduler._timesteps", "scheduler/scheduler_grid.py"),
             ("SchedulerMixin._compatibles", "scheduler/scheduler.py"),
         )
     ),

@@ -155,7 +155,7 @@ class Trainer:
             raise ValueError(f"steps is {self.steps}, expected at most {MAXIMUM_STEPS}")
         if self.resume not in (True, False, "auto"):
             raise ValueError(f"resume is {self.resume!r}, expected true, false or auto")
-        if self.initial_weights and not self.resume:
+        if self.initial_weights and not (self.resume and self.run.config.exists()):
             self._check_initial_weights()
         if not self.clip > 0:
             raise ValueError(f"clip is {self.clip}, expected a positive norm (.inf does not clip)")

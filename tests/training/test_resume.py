@@ -204,8 +204,10 @@ def test_a_run_starts_with_the_averaged_weights_of_another_one(tmp_path):
 
 
 def test_initial_weights_that_are_missing_or_do_not_fit_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere, which has no ema.safetensors: name the folder"):
-        make_trainer(tmp_path / "run", initial_weights=str(tmp_path / "nowhere"))
+    message = r"nowhere, which has no ema.safetensors: name the folder"
+    for resume in (False, "auto", True):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(tmp_path / "run", initial_weights=str(tmp_path / "nowhere"), resume=resume)
     train(tmp_path / "first", steps=1)
     options = {"initial_weights": str(tmp_path / "first"), "network": partial(LabelRecorder, 11)}
     with pytest.raises(ValueError, match=r"whose weights do not fit the network: .*labels.weight"):
