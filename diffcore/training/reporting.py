@@ -338,4 +338,5 @@ def _parsed(line: str) -> dict[str, Any] | None:
         report = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return report if isinstance(report, dict) and "step" in report else None
+    is_report = isinstance(report, dict) and isinstance(report.get("step", ""), int | None)
+    return report if is_report else None

@@ -133,7 +133,8 @@ def test_on_a_full_disk_the_error_names_the_metrics_and_what_is_kept(tmp_path):
     assert metrics.reports() == [{"step": 1}, {"step": 2}]
 
 
-def test_a_line_that_is_nested_too_deeply_is_no_report(tmp_path):
+def test_a_line_that_is_nested_too_deeply_or_whose_step_is_no_number_is_no_report(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text("[" * 100_000 + '\n{"step": 1}\n')
+    path.write_text("[" * 100_000 + '\n{"step": "2"}\n{"step": 1}\n[]\n')
     assert Metrics(path).reports() == [{"step": 1}]
+    assert Metrics(path).rewind(1) == [1, 2]

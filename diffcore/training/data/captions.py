@@ -88,6 +88,11 @@ def _read_metadata(file: Path) -> Iterator[tuple[str, str]]:
                 f"row {number} of {file} has no file_name or no {COLUMN}: each image's row needs "
                 "both"
             )
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(
+                f"row {number} of {file} has half of a surrogate pair, {text!a}, which is no "
+                "character: write the text as UTF-8"
+            )
         yield _absolute(file.parent / name), text.strip()
 
 

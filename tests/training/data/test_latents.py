@@ -171,6 +171,12 @@ ERRORS = {
         lambda images: (images / "metadata.jsonl").write_text('{"file_name": "0.png"}\n'),
         "row 1 .* has no file_name or",
     ),
+    "half of a character": (
+        lambda images: (images / "metadata.jsonl").write_text(
+            '{"file_name": "0.png", "text": "a \\ud83d"}\n'
+        ),
+        "row 1 of .*metadata.jsonl has half of a surrogate pair, .*: write the text as UTF-8",
+    ),
     "two rows": (
         lambda images: write_rows(images / "metadata.jsonl", [*range(5), 3]),
         "3.png has two captions, in row 4 of .*jsonl and row 6 of .*jsonl: keep one row for each",
