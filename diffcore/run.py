@@ -135,13 +135,18 @@ class Run:
             The settings by name.
 
         Raises:
-            ValueError: the file is missing, is not YAML, or does not define a network.
+            ValueError: the file is missing or empty, is not YAML, or does not define a network.
         """
         if not self.folder.is_dir():
             raise ValueError(f"{self.folder} is not a run's folder: it does not exist")
         check_links(self.folder)
         if not self.config.is_file():
             raise ValueError(f"{self.config} is missing: without it the network cannot be built")
+        if not self.config.stat().st_size:
+            raise ValueError(
+                f"{self.config} is empty, as for a Trainer built in Python: sample the run "
+                "in Python by Run(folder).denoiser(network=...), with a network of its architecture"
+            )
         settings = read_yaml(self.config)
         if "network" not in settings:
             raise ValueError(f"{self.config} has no entry `network`: add the class of the network")
@@ -191,8 +196,8 @@ class Run:
 
         Args:
             device: device of the network.
-            network: network of the run's architecture, needed if the folder has no config.yaml, as
-                for a `Trainer` built in Python; by default it is built from config.yaml.
+            network: network of the run's architecture, needed if config.yaml is missing or empty,
+                as for a `Trainer` built in Python; by default it is built from config.yaml.
             weights: file of other weights, such as one that `diffcore ema` reconstructed; "": the
                 run's average.
 

@@ -48,6 +48,14 @@ def test_the_error_names_a_file_that_is_missing_or_corrupt(run, name, content):
         run.denoiser()
 
 
+def test_a_run_with_an_empty_config_names_the_argument_by_which_it_is_sampled(run):
+    network = run.network()
+    run.config.write_text("")
+    with pytest.raises(ValueError, match=r"config.yaml is empty.*denoiser\(network=\.\.\.\)"):
+        run.denoiser()
+    assert not run.denoiser(network=network).training
+
+
 def test_a_folder_that_does_not_exist_is_refused(tmp_path):
     with pytest.raises(ValueError, match="nowhere is not a run's folder: it does not exist"):
         Run(tmp_path / "nowhere").denoiser()
