@@ -314,12 +314,15 @@ def _device(name: str) -> torch.device:
         local = int(os.environ.get("LOCAL_RANK") or 0)
         return torch.device(found.type, local % torch.accelerator.device_count())
     try:
-        return torch.zeros(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        device = torch.zeros(0, device=name).device
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).partition("\n")[0][:120]
         raise ValueError(
             f"device is {name!r}, which torch does not have here ({reason}): use auto or cpu"
         ) from None
+    if device.type == "meta":
+        raise ValueError("device is 'meta', which holds no numbers: use auto or cpu")
+    return device
 
 
 def _knot_table(knots: tuple[Level, ...], show_all: bool) -> str:

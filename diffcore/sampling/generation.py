@@ -132,6 +132,8 @@ def sample(
             f"micro_batch is {micro_batch}, expected a number of samples, or 0 for one call of the "
             "network"
         )
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype}, expected a floating-point type such as torch.float32")
     image = None if image is None else _images(process, knots[0], len(seeds), image)
     device, all_seeds = denoiser.device, torch.tensor([int(seed) for seed in seeds])
     chunks, evaluations = [], 0
@@ -279,6 +281,10 @@ def _labels(process: Process, count: int, condition: Condition, read: bool) -> T
     if condition is None:
         return null_condition(process, count)
     labels = torch.as_tensor(condition)
+    if labels.is_floating_point() or labels.is_complex():
+        raise ValueError(
+            f"condition holds {labels.dtype}, expected integers, the index of each sample's class"
+        )
     if not process.classes and not read:
         raise ValueError("condition was given, but this network has no classes: leave it out")
     if labels.shape != (count,):

@@ -54,6 +54,8 @@ def load_image(path: str | Path, process: Process) -> Tensor:
             process.
     """
     check_image(process)
+    if Path(path).exists() and not Path(path).is_file():  # a device or a pipe would never end
+        raise ValueError(f"{path} is not a readable image: it is not a regular file")
     try:
         picture = read_image(Path(path).read_bytes())
     except (OSError, ValueError) as error:

@@ -205,6 +205,9 @@ CASES = {
     "negative guidance": ((*SAMPLE, "--labels=1", "--guidance.scale=-1"), "scale is -1.0"),
     "eta beyond 1": ((*SAMPLE, "--labels=1", "--sampler=DDIM", "--sampler.eta=2"), "eta is 2.0"),
     "unknown device": ((*SAMPLE, "--labels=1", "--device=gpu"), ("gpu", "cpu, cuda")),
+    "a device without numbers": ((*SAMPLE, "--labels=1", "--device=meta"), "use auto or cpu"),
+    "a device without a backend": ((*SAMPLE, "--labels=1", "--device=privateuseone"), "use auto"),
+    "a device as an image": ((*SAMPLE, "--labels=1", "--image=/dev/zero"), "not a regular file"),
     "a device that is not here": ((*SAMPLE, "--labels=1", "--device=xpu"), "xpu"),
     "negative threads": ((*SAMPLE, "--labels=1", "--threads=-1"), ("threads", "-1")),
     "more threads than torch survives": (

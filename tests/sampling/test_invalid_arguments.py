@@ -131,3 +131,14 @@ def test_a_run_to_pure_noise_in_ve_is_rejected():
             steps=2,
             seeds=SEEDS,
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64])
+def test_a_dtype_that_holds_no_fractions_is_refused(dtype):
+    with pytest.raises(ValueError, match=f"dtype is {dtype}, expected a floating-point type"):
+        sample(small_denoiser(), steps=2, seeds=SEEDS, dtype=dtype)
+
+
+def test_a_label_with_a_fraction_is_refused_by_sampling():
+    with pytest.raises(ValueError, match=r"condition holds torch\.float32, expected integers"):
+        sample(small_denoiser(classes=3), steps=2, seeds=[0], condition=[1.5])

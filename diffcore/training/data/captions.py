@@ -82,6 +82,11 @@ def _absolute(path: Path) -> str:
 
 def _read_metadata(file: Path) -> Iterator[tuple[str, str]]:
     for number, row in enumerate(_rows(file), 1):
+        if None in row:  # csv puts the fields beyond the last column there
+            raise ValueError(
+                f"row {number} of {file} has more fields than the header: put double quotes "
+                "around a caption that contains a comma"
+            )
         name, text = row.get("file_name"), row.get(COLUMN)
         if not isinstance(name, str) or not isinstance(text, str):
             raise ValueError(
@@ -97,8 +102,8 @@ def _read_metadata(file: Path) -> Iterator[tuple[str, str]]:
 
 
 def _rows(file: Path) -> list[dict[str, object]]:
+    text = _read(file)
     try:
-        text = _read(file)
         # Only "\n" ends a line of JSON, and a CSV field may contain any line break.
         lines = [line for line in text.split("\n") if line.strip()]
         rows = (
@@ -106,7 +111,7 @@ def _rows(file: Path) -> list[dict[str, object]]:
             if file.suffix == ".csv"
             else [json.loads(line) for line in lines]
         )
-    except (csv.Error, json.JSONDecodeError) as error:
+    except (csv.Error, ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from None
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError(

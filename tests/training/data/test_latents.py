@@ -196,6 +196,18 @@ ERRORS = {
         lambda images: (images / "metadata.jsonl").write_text("{\n"),
         "metadata.jsonl cannot be read",
     ),
+    "nested too deeply": (
+        lambda images: (images / "metadata.jsonl").write_text("[" * 200_000),
+        "metadata.jsonl cannot be read",
+    ),
+    "a number of too many digits": (
+        lambda images: (images / "metadata.jsonl").write_text('{"n": ' + "9" * 5000 + "}\n"),
+        "metadata.jsonl cannot be read",
+    ),
+    "a comma without quotes": (
+        lambda images: (images / "metadata.csv").write_text("file_name,text\n0.png,a cat, red\n"),
+        "row 1 .*metadata.csv has more fields than the header: put double quotes",
+    ),
     "not an object": (
         lambda images: (images / "metadata.jsonl").write_text("[1]\n"),
         "has lines that are not JSON objects",
