@@ -5,7 +5,10 @@ from io import BytesIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-__all__ = ["read_image"]
+__all__ = ["FORMATS", "read_image"]
+
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+"""Formats that are decoded. Pillow passes others, such as EPS, to an external program."""
 
 
 def read_image(content: bytes) -> Image.Image:
@@ -15,7 +18,7 @@ def read_image(content: bytes) -> Image.Image:
     Only the first frame of an animation is read.
 
     Args:
-        content: bytes of the file, in any format that Pillow reads.
+        content: bytes of the file, in a format of `FORMATS`, whatever its name.
 
     Returns:
         The image, in the mode of the file.
@@ -25,7 +28,7 @@ def read_image(content: bytes) -> Image.Image:
             channel; the message is the reason, to be preceded by the name of the file.
     """
     try:
-        with Image.open(BytesIO(content)) as opened:
+        with Image.open(BytesIO(content), formats=FORMATS) as opened:
             opened.load()
             image = ImageOps.exif_transpose(opened)
     except UnidentifiedImageError:

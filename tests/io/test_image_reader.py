@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffcore.io.image_reader import read_image
+from diffcore.io.image_reader import FORMATS, read_image
 
 DISPLAYED = {
     1: lambda stored: stored,
@@ -81,3 +81,20 @@ def test_a_file_that_is_no_image_a_torn_one_and_a_huge_one_are_refused_with_the_
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ValueError, match=r"384 pixels.*exceeds limit"):
         read_image(content)
+
+
+def test_a_format_that_pillow_passes_to_another_program_is_not_decoded():
+    """Ghostscript would execute the program in a PostScript file, whatever the file is called."""
+    content = BytesIO()
+    Image.new("RGB", (8, 8)).save(content, "EPS")
+    with pytest.raises(ValueError, match="it is no image of a known format"):
+        read_image(content.getvalue())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_known_format_is_decoded(name):
+    content = BytesIO()
+    Image.new("L", (8, 6), 90).save(content, name)
+    image = read_image(content.getvalue()).convert("L")
+    assert image.size == (8, 6)
+    assert abs(image.getpixel((3, 3)) - 90) <= 3
