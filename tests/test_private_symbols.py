@@ -55,6 +55,12 @@ SYMBOLS = [
         "diffcore/training/distributed.py",
         "accelerate<2",
     ),
+    (
+        "torch.utils._pytree.tree_map",
+        "diffcore/integrations/diffusers/guidance/pipeline_denoiser.py",
+        "torch<3",
+    ),
+    ("torch.nn.Module._compiled_call_impl", "guidance/perturbation.py", "torch<3"),
     *(
         (f"diffusers.{path}", f"diffcore/integrations/diffusers/{user}", "diffusers<0.43")
         for path, user in (
