@@ -208,6 +208,7 @@ class Interpolated(ScheduleWrapper):
     def _density(self, logsnr: Tensor) -> Tensor:
         inner = self.inner.density(self.inner.logsnr(self._time(logsnr)))
         beyond = logsnr < self.inner.logsnr(1.0) + self.noise
+        beyond |= logsnr > self.inner.logsnr(0.0) + self.clean
         return (inner / (1 - (self.noise - self.clean) * inner)).masked_fill(beyond, 0.0)
 
 

@@ -5,7 +5,7 @@ import math
 
 import torch
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from diffcore.io.specs import from_spec, to_spec
@@ -89,6 +89,7 @@ def test_the_compositions_contain_every_schedule_of_the_package():
 
 @settings(max_examples=80, deadline=None)
 @given(SCHEDULES)
+@example(Mixture(Interpolated(LogLinear(-1.0, 1.0), 0.0, 0.0), share=0.25))
 def test_a_composition_decreases_has_an_inverse_and_keeps_its_ends(schedule):
     logsnr = schedule.logsnr(INSIDE)
     first, last = schedule.logsnr(0.0), schedule.logsnr(1.0)
