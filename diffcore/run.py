@@ -3,8 +3,6 @@
 config.yaml  process.json  ema.safetensors  pipeline/  checkpoints/  samples/  metrics.jsonl
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,7 @@ from diffcore.core.process import Process
 from diffcore.io.files import check_links
 from diffcore.io.network_size import BoundedFactory
 from diffcore.io.parser import ComponentParser, SpecError
-from diffcore.io.plain_data import read_yaml
+from diffcore.io.plain_data import hash_data, read_yaml
 from diffcore.io.safetensors import read_weights_and_metadata
 
 __all__ = ["NetworkFactory", "OptimizerFactory", "Run", "hash_options", "without_locations"]
@@ -66,8 +64,7 @@ def hash_options(spec: Any) -> str:
         The hash, 64 hexadecimal digits.
     """
     options = without_locations(spec).get("init_args") if isinstance(spec, dict) else None
-    content = json.dumps(options or {}, sort_keys=True, default=str)
-    return hashlib.sha256(content.encode()).hexdigest()
+    return hash_data(options or {})
 
 
 @dataclass(frozen=True)
@@ -162,7 +159,7 @@ class Run:
             ValueError: the configuration is missing, does not define a network, or defines one that
                 is too large for this machine.
         """
-        return self._factory()()
+        return self._factory(self.settings())()
 
     def architecture(self) -> nn.Module:
         """The network of config.yaml without weights; one of torch or diffusers takes no memory.
@@ -174,15 +171,14 @@ class Run:
         Raises:
             ValueError: as `network`.
         """
-        factory = self._factory()
-        return factory.without_memory() if isinstance(factory, BoundedFactory) else factory()
+        return _without_memory(self._factory(self.settings()))
 
-    def _factory(self) -> NetworkFactory:
+    def _factory(self, settings: dict[str, Any]) -> NetworkFactory:
         parser = ComponentParser(exit_on_error=False)
         parser.add_argument("--network", type=NetworkFactory)
         try:
-            settings = parser.parse_object({"network": self.settings()["network"]})
-            return parser.instantiate(settings).network
+            parsed = parser.parse_object({"network": settings["network"]})
+            return parser.instantiate(parsed).network
         except SpecError as error:
             raise ValueError(f"{self.config}: {error}") from None
 
@@ -208,10 +204,14 @@ class Run:
             ValueError: a file of the run is missing or corrupt, the weights do not fit the
                 network, or config.yaml has other options of the network than in training.
         """
-        check_links(self.folder)
-        is_given = network is not None
-        origin = self.config if network is None else "the argument `network`"
-        network = self.architecture() if network is None else network
+        if network is None:
+            settings, origin = self.settings(), str(self.config)
+            factory = self._factory(settings)
+            network, expected = _without_memory(factory), hash_options(settings["network"])
+        else:
+            check_links(self.folder)
+            given = network
+            origin, expected, factory = "the argument `network`", None, lambda: given
         process = Process.load(self.process)
         path = Path(weights) if weights else self.weights
         tensors, metadata = read_weights_and_metadata(path)
@@ -224,13 +224,17 @@ class Run:
                 f"{path} does not fit the network of {origin}: {len(wrong)} tensors "
                 f"are missing, unknown or of another shape, such as {wrong[0]}"
             )
-        trained = None if is_given else metadata.get("network")
-        if trained is not None and trained != hash_options(self.settings()["network"]):
+        if expected is not None and metadata.get("network", expected) != expected:
             raise ValueError(
                 f"{path} was trained with other options of the network than {self.config} has: "
                 f"restore them; diffcore train --config {self.config} --resume true names them"
             )
         if any(value.is_meta for value in network.state_dict().values()):
-            network = self.network()
+            network = factory()
         network.load_state_dict(tensors)
         return Denoiser(network, process).to(device).eval()
+
+
+def _without_memory(factory: NetworkFactory) -> nn.Module:
+    """The network of a factory, on the meta device if its class is one of torch or diffusers."""
+    return factory.without_memory() if isinstance(factory, BoundedFactory) else factory()

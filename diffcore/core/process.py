@@ -3,14 +3,12 @@
 It is stored as JSON beside the weights.
 """
 
-import hashlib
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,7 +16,7 @@ from torch import Tensor
 from diffcore.core.prediction import PredictionType
 from diffcore.io.files import write_file
 from diffcore.io.network_size import check_memory
-from diffcore.io.plain_data import read_json
+from diffcore.io.plain_data import hash_data, read_json
 from diffcore.io.specs import from_spec, to_spec
 from diffcore.schedules import Cosine, Level, Real, Schedule
 from diffcore.schedules.base import LEVEL_TOLERANCE
@@ -266,7 +264,7 @@ class Process:
     def save(self, path: str | Path) -> None:
         """Write the record to `path` as JSON, with the SHA-256 of its fields."""
         record = to_spec(self)
-        content = record | {"sha256": _hash(record)}
+        content = record | {"sha256": hash_data(record)}
         write_file(path, (json.dumps(content, indent=2) + "\n").encode())
 
     @classmethod
@@ -292,7 +290,7 @@ class Process:
             missing = [f.name for f in fields(cls) if f.name not in data]
             if missing:
                 raise ValueError(f"it lacks {', '.join(missing)}: add these fields as in training")
-            if written not in (None, _hash(data)):
+            if written not in (None, hash_data(data)):
                 raise ValueError(
                     "it is not what was written (its SHA-256 differs): resume the run to write it "
                     "again, or delete the entry sha256 if you changed it on purpose"
@@ -300,10 +298,6 @@ class Process:
             return process
         except ValueError as error:
             raise ValueError(f"{path} is not a process record: {error}") from None
-
-
-def _hash(record: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _exp(value: Real) -> Real:

@@ -1,14 +1,38 @@
 """Image files as a viewer shows them: upright, with 8 bits per channel."""
 
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-__all__ = ["FORMATS", "read_image"]
+__all__ = ["FORMATS", "read_content", "read_image"]
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 """Formats that are decoded. Pillow passes others, such as EPS, to an external program."""
+
+
+def read_content(path: str | Path) -> bytes:
+    """Content of a regular file.
+
+    Args:
+        path: file to read.
+
+    Returns:
+        Its bytes.
+
+    Raises:
+        ValueError: The file cannot be read; the message is the reason, to be preceded by its name.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError("it is a broken link" if path.is_symlink() else "it does not exist")
+    if not path.is_file():  # reading a pipe would wait for ever
+        raise ValueError("it is not a regular file")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(error.strerror) from None
 
 
 def read_image(content: bytes) -> Image.Image:

@@ -1,5 +1,6 @@
 """JSON and YAML files, which are read as plain data of bounded size; an error names the file."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import yaml
 
-__all__ = ["read_json", "read_text", "read_yaml"]
+__all__ = ["hash_data", "read_json", "read_text", "read_yaml"]
 
 MAXIMUM_BYTES = 1 << 24
 """Largest file of JSON; the data in memory take up to twenty times as much."""
@@ -16,6 +17,19 @@ MAXIMUM_YAML_BYTES = 1 << 20
 MAXIMUM_DEPTH = 64
 MAXIMUM_ENTRIES = 100_000
 """Largest number of entries of a YAML file in which every alias is written out."""
+
+
+def hash_data(data: Any) -> str:
+    """SHA-256 of plain data, whatever the order of its keys.
+
+    Args:
+        data: data of JSON or YAML.
+
+    Returns:
+        The hash, 64 hexadecimal digits.
+    """
+    content = json.dumps(data, sort_keys=True, default=str)  # YAML has dates
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def read_text(path: str | Path, maximum: int = MAXIMUM_BYTES) -> str:

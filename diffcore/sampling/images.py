@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffcore.core.process import Process
 from diffcore.io.files import write_file
-from diffcore.io.image_reader import read_image
+from diffcore.io.image_reader import read_content, read_image
 
 __all__ = [
     "check_image",
@@ -54,11 +54,9 @@ def load_image(path: str | Path, process: Process) -> Tensor:
             process.
     """
     check_image(process)
-    if Path(path).exists() and not Path(path).is_file():  # a device or a pipe would never end
-        raise ValueError(f"{path} is not a readable image: it is not a regular file")
     try:
-        picture = read_image(Path(path).read_bytes())
-    except (OSError, ValueError) as error:
+        picture = read_image(read_content(path))
+    except ValueError as error:
         raise ValueError(f"{path} is not a readable image: {error}") from None
     array = np.atleast_3d(np.asarray(picture))
     channels, height, width = process.shape

@@ -30,7 +30,7 @@ from diffcore.io.files import (
     write_and_sync,
 )
 from diffcore.io.network_size import check_memory
-from diffcore.io.plain_data import read_json
+from diffcore.io.plain_data import hash_data, read_json
 from diffcore.io.safetensors import check_header
 
 __all__ = [
@@ -82,7 +82,7 @@ def write(folder: str | Path, checkpoint: Checkpoint) -> None:
             write_and_sync(temporary / file, data)
             files[file] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         manifest = {"state": checkpoint.state, "files": files}
-        content = {**manifest, "sha256": _digest(manifest)}
+        content = {**manifest, "sha256": hash_data(manifest)}
         write_and_sync(temporary / MANIFEST, json.dumps(content, indent=1).encode())
 
     try:
@@ -175,7 +175,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
         digest = manifest.pop("sha256")
     except (OSError, ValueError, KeyError) as error:
         raise CorruptFileError(f"{path} cannot be read ({type(error).__name__})") from None
-    if digest != _digest(manifest):
+    if digest != hash_data(manifest):
         raise CorruptFileError(f"{path} is not what was written (its SHA-256 differs)")
     files, state = manifest.get("files"), manifest.get("state")
     is_known = isinstance(files, dict) and all(map(_is_entry, files.items()))
@@ -213,7 +213,3 @@ def _tensors(path: Path, expected: Mapping[str, Any]) -> dict[str, Tensor]:
         return load(data)
     except SafetensorError as error:
         raise CorruptFileError(f"{path} holds no tensors ({error})") from None
-
-
-def _digest(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

@@ -166,7 +166,7 @@ class Trainer:
         self.objective.check(self.process)
         check_data(self.source, self.process)
         check_held_out(self.validation.source, self.source)
-        self.validation.process(self.process)
+        self.validation.check(self.process)
         if self.sample_every:
             self._check_previews()
 

@@ -83,16 +83,19 @@ class Validation:
 
         Args:
             process: process of the run.
-
-        Raises:
-            ValueError: The held-out data does not fit it.
         """
-        if self.source is None:
+        if self.source is None or not self.source.texts:
             return process
-        if self.source.texts:
-            process = process_with_captions(replace(process, classes=0), self.source)
-        check_data(self.source, process)
-        return process
+        return process_with_captions(replace(process, classes=0), self.source)
+
+    def check(self, process: Process) -> None:
+        """Raise ValueError if the held-out data does not fit the process of a run.
+
+        Args:
+            process: process of the run.
+        """
+        if self.source is not None:
+            check_data(self.source, self.process(process))
 
     def is_due(self, step: int, last: int) -> bool:
         """Whether the loss is measured after `step` steps of a run of `last` steps."""

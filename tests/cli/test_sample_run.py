@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from diffcore.guidance import APG
+from diffcore.io.network_size import BoundedFactory
 from diffcore.io.safetensors import read_weights
 from diffcore.run import Run
 from diffcore.sampling.generation import DEFAULT_GRID, DEFAULT_SAMPLER
@@ -65,7 +66,7 @@ def test_the_printed_evaluations_are_those_of_the_network(
 ):
     rows = []
     network = Run(trained).network()
-    monkeypatch.setattr(Run, "network", lambda _: network)
+    monkeypatch.setattr(BoundedFactory, "__call__", lambda _: network)
     network.register_forward_hook(lambda module, arguments, output: rows.append(len(arguments[0])))
     ended = diffcore(
         "sample", trained, *QUICK, "--labels=1", "--batch-size=1", "--out=x.png", *options

@@ -8,9 +8,13 @@ import torch
 
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import predict
+from diffcore.core.process import Process
 from diffcore.sampling.generation import insert_levels
 from diffcore.sampling.loop import integrate
-from diffcore.schedules import Trailing
+from diffcore.schedules import Cosine, Trailing
+
+PROCESS = Process(Cosine(), shape=(3, 8, 8), classes=4, dropout=0.1, sigma_data=0.7)
+PLAIN = Process(Cosine(), shape=(3, 8, 8))
 
 
 def seeded(make, seed=0):

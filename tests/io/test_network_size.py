@@ -97,7 +97,9 @@ def describe(run, network):
 )  # fmt: skip
 def test_a_run_whose_network_is_another_takes_no_memory(copied_run, monkeypatch, network, message):
     describe(copied_run, network)
-    monkeypatch.setattr(Run, "network", lambda run: pytest.fail("the network was built"))
+    monkeypatch.setattr(
+        BoundedFactory, "__call__", lambda factory: pytest.fail("the network was built")
+    )
     with pytest.raises(ValueError, match=message):
         copied_run.denoiser()
 

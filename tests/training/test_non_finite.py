@@ -21,6 +21,9 @@ from tests.helpers.training_runs import (
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+OVERFLOWING = {"data": ListDataset((HUGE, 0)), "process": UNBOUNDED, "batch_size": 2}
+"""Options of a run of which no step is finite."""
+
 
 def test_a_sample_that_overflows_stops_the_run_and_names_level_and_sample(tmp_path, capsys):
     data = ListDataset(*[(GREY, 0)] * 3, (HUGE, 1))
@@ -85,9 +88,7 @@ def test_one_element_that_is_not_finite_drops_the_whole_gradient(tmp_path, eleme
 def test_patience_counts_across_reports(tmp_path):
     trainer = make_trainer(
         tmp_path,
-        data=ListDataset((HUGE, 0)),
-        process=UNBOUNDED,
-        batch_size=2,
+        **OVERFLOWING,
         steps=50,
         patience=5,
         log_every=3,
@@ -151,9 +152,7 @@ def test_steps_after_the_last_report_are_checked_at_the_end(tmp_path):
     with pytest.raises(ValueError, match="in a row were not finite"):
         train(
             tmp_path,
-            data=ListDataset((HUGE, 0)),
-            process=UNBOUNDED,
-            batch_size=2,
+            **OVERFLOWING,
             steps=4,
             patience=2,
             log_every=20,

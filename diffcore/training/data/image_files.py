@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from diffcore.io.image_reader import read_image
+from diffcore.io.image_reader import read_content, read_image
 
 __all__ = ["Fit", "ImageFiles", "Unreadable", "find_files", "printable"]
 
@@ -73,7 +73,7 @@ class ImageFiles:
         """
         path = self.paths[index]
         try:
-            image = self._decode(_read_bytes(path))
+            image = self._decode(read_content(path))
         except ValueError as error:
             raise ValueError(f"{printable(path)} cannot be read: {error}") from None
         pixels = np.array(self._fitted(image, path))
@@ -85,7 +85,7 @@ class ImageFiles:
         reasons: dict[Path, str] = {}
         for path in self.found:
             try:
-                content = _read_bytes(path)
+                content = read_content(path)
                 image = self._decode(content)
             except ValueError as error:
                 reasons[path] = str(error)
@@ -183,18 +183,6 @@ def _find_images(folder: Path) -> list[Path]:
             f"images would be trained on: set folder to {printable(folder / training)}"
         )
     return images
-
-
-def _read_bytes(path: Path) -> bytes:
-    """Content of a regular file; raises ValueError with the reason if it cannot be read."""
-    if not path.exists():
-        raise ValueError("it is a broken link" if path.is_symlink() else "it does not exist")
-    if not path.is_file():  # reading a pipe would wait for ever
-        raise ValueError("it is not a regular file")
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ValueError(error.strerror) from None
 
 
 def _check_choices(**choices: tuple[str, tuple[str, ...]]) -> None:

@@ -23,34 +23,14 @@ from diffcore.samplers import DDIM, DDPM, AdaptiveRungeKutta, DPMSolverPP, Heun
 from diffcore.sampling import images
 from diffcore.sampling.generation import DEFAULT_GRID, sample
 from diffcore.schedules import Cosine, Discrete, Karras, Trailing, UniformLogSNR
-from tests.helpers.tiny_pipelines import dit, quiet, unet, vae
+from tests.helpers.tiny_pipelines import PLAIN, PROCESS, dit, quiet, unet, vae
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-PROCESS = Process(Cosine(), shape=(3, 8, 8), classes=4, dropout=0.1, sigma_data=0.7)
-PLAIN = Process(Cosine(), shape=(3, 8, 8))
-
-
-@pytest.fixture(scope="module")
-def denoiser():
-    return Denoiser(unet(num_class_embeds=5), PROCESS)
-
-
-@pytest.fixture(scope="module")
-def folder(denoiser, tmp_path_factory):
-    """With a sampler, grid, number of steps and guidance of its own; not to be changed, copy it."""
-    place = tmp_path_factory.mktemp("pipeline")
-    quiet(DiffcorePipeline.of(denoiser, Heun(), Trailing(), 3, CFG(2.0))).save_pretrained(place)
-    return place
 
 
 @pytest.fixture(scope="module")
 def pipe(folder):
     return quiet(DiffcorePipeline.from_pretrained(folder))
-
-
-@pytest.fixture(scope="module")
-def plain():
-    return quiet(DiffcorePipeline.of(Denoiser(unet(), PLAIN), num_inference_steps=3))
 
 
 def test_a_loaded_pipeline_is_what_was_saved(pipe, denoiser):

@@ -9,36 +9,11 @@ import pytest
 import torch
 
 from diffcore.core.denoiser import Denoiser
-from diffcore.core.process import Process
-from diffcore.guidance import CFG
-from diffcore.integrations.diffusers import (
-    DiffcorePipeline,
-)
-from diffcore.samplers import Heun
-from diffcore.schedules import Cosine, Trailing
+from diffcore.integrations.diffusers import DiffcorePipeline
 from tests.helpers.damaged_folders import UnpicklingBomb
-from tests.helpers.tiny_pipelines import quiet, unet
+from tests.helpers.tiny_pipelines import PLAIN, PROCESS, unet
 
-PROCESS = Process(Cosine(), shape=(3, 8, 8), classes=4, dropout=0.1, sigma_data=0.7)
-PLAIN = Process(Cosine(), shape=(3, 8, 8))
-
-
-@pytest.fixture(scope="module")
-def denoiser():
-    return Denoiser(unet(num_class_embeds=5), PROCESS)
-
-
-@pytest.fixture(scope="module")
-def folder(denoiser, tmp_path_factory):
-    """With a sampler, grid, number of steps and guidance of its own; not to be changed, copy it."""
-    place = tmp_path_factory.mktemp("pipeline")
-    quiet(DiffcorePipeline.of(denoiser, Heun(), Trailing(), 3, CFG(2.0))).save_pretrained(place)
-    return place
-
-
-@pytest.fixture(scope="module")
-def plain():
-    return quiet(DiffcorePipeline.of(Denoiser(unet(), PLAIN), num_inference_steps=3))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -17,16 +17,11 @@ from diffcore.schedules import (
     Linspace,
     Shifted,
     Trailing,
-    ZeroTerminalSNR,
 )
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array:DeprecationWarning"
 )  # theirs, in set_timesteps
-
-SD = Discrete("scaled_linear", None, 0.00085, 0.012)
-ZERO = ZeroTerminalSNR(Discrete())
-FLOW = (Flow(), "flow_prediction", TimeConditioning("blend"))
 
 
 BETA_SIGMAS = (("use_beta_sigmas", True),)
@@ -61,7 +56,7 @@ CONFIGS = [
     (
         "FlowMatchEulerDiscrete",
         {"use_dynamic_shifting": True, "max_shift": 1.3},
-        {"schedule": Flow(), "time": FLOW[2]},
+        {"schedule": Flow(), "time": TimeConditioning("blend")},
     ),
     ("EDMEuler", {}, {"grid": Karras(), "prediction_type": "edm", "sigma_data": 0.5}),
 ]
