@@ -266,3 +266,14 @@ def test_bounds_whose_times_round_to_one_number_are_refused():
         Truncated(Cosine(), -70, -60)
     narrow = Truncated(Cosine(), 60, 70)  # of the same mass, but there t keeps its digits
     torch.testing.assert_close(narrow.time(narrow.logsnr(t)), t, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("clean", "noise"), [(0.0, 0.0), (2.0, 0.5), (-1.5, -2.0)])
+def test_an_interpolated_schedule_has_no_density_beyond_its_ends(clean, noise):
+    """λ from -3 to 3, shifted by `clean` at t = 0 and by `noise` at t = 1."""
+    schedule = Interpolated(LogLinear(-3.0, 3.0), clean, noise)
+    high, low = 3 + clean, -3 + noise
+    logsnr = torch.tensor([high + 1e-6, high - 1e-6, low + 1e-6, low - 1e-6], dtype=torch.float64)
+    density = schedule.density(logsnr)
+    assert density[[0, 3]].tolist() == [0, 0]
+    assert density[[1, 2]].tolist() == pytest.approx([1 / (high - low)] * 2)
