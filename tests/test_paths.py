@@ -19,11 +19,11 @@ from diffcore.io.safetensors import read_weights, write_weights
 from diffcore.run import Run
 from diffcore.sampling.files import FolderWriter
 from diffcore.sampling.images import load_image, save_image, to_image
-from diffcore.training import checkpoint
+from diffcore.training.averages.power_ema import find_snapshots, reconstruct, write_snapshot
+from diffcore.training.checkpoints import checkpoint
 from diffcore.training.data.cache import Cache
 from diffcore.training.data.captions import read_captions
-from diffcore.training.power_ema import find_snapshots, reconstruct, write_snapshot
-from diffcore.training.reporting import Metrics
+from diffcore.training.reports.reporting import Metrics
 from tests.helpers.training_runs import make_trainer
 from tests.test_public_names import modules
 

@@ -47,12 +47,12 @@ SYMBOLS = [
     ),
     (
         "accelerate.state.AcceleratorState._reset_state",
-        "diffcore/training/distributed.py",
+        "diffcore/training/ranks/distributed.py",
         "accelerate<2",
     ),
     (
         "accelerate.state.AcceleratorState._shared_state",
-        "diffcore/training/distributed.py",
+        "diffcore/training/ranks/distributed.py",
         "accelerate<2",
     ),
     (

@@ -84,7 +84,7 @@ def _run(command: str, words: Sequence[str], modules: Sequence[str]) -> None:
     from diffcore.io.trust import trust
 
     with trust(*modules, remedy="add --trust {}"):
-        import_module(f"diffcore.cli.{command}").main(words)
+        import_module(f"diffcore.cli.commands.{command}").main(words)
 
 
 def _describe(error: Exception) -> str:

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from diffcore.core.random import Stream, derive_seed
 from diffcore.io.signals import Interruption
-from diffcore.training import checkpoint, outputs
+from diffcore.training.averages.power_ema import write_snapshot
+from diffcore.training.checkpoints import checkpoint, outputs
+from diffcore.training.checkpoints.resume import checkpoint_of
 from diffcore.training.data.order import Batch, load_batches
-from diffcore.training.distributed import DelayedMaximum
-from diffcore.training.power_ema import write_snapshot
-from diffcore.training.reporting import Reporter
-from diffcore.training.resume import checkpoint_of
+from diffcore.training.ranks.distributed import DelayedMaximum
+from diffcore.training.reports.reporting import Reporter
+from diffcore.training.reports.validation import validate
 from diffcore.training.state import TrainState
-from diffcore.training.validation import validate
 
 __all__ = ["advance", "run", "save", "training_batches"]
 

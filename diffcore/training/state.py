@@ -15,15 +15,15 @@ from diffcore.core.network import frozen_hash
 from diffcore.core.process import Process
 from diffcore.core.random import Stream, derive_seed
 from diffcore.objectives.objective import SampleKey
+from diffcore.training.averages.ema import EMA
+from diffcore.training.averages.power_ema import PowerFunction
 from diffcore.training.data.checks import prepare_data
 from diffcore.training.data.order import DataOrder
 from diffcore.training.data.source import DataSource
-from diffcore.training.distributed import make_accelerator, run_on_first_rank, wrap
-from diffcore.training.ema import EMA
-from diffcore.training.level_sampler import LevelSampler
-from diffcore.training.power_ema import PowerFunction
-from diffcore.training.reporting import LossWindow
-from diffcore.training.validation import stops_early
+from diffcore.training.optimization.level_sampler import LevelSampler
+from diffcore.training.ranks.distributed import make_accelerator, run_on_first_rank, wrap
+from diffcore.training.reports.reporting import LossWindow
+from diffcore.training.reports.validation import stops_early
 
 if TYPE_CHECKING:
     from diffcore.training.trainer import Trainer

@@ -19,18 +19,18 @@ from diffcore.sampling import generation
 from diffcore.sampling.generation import DEFAULT_GRID, DEFAULT_SAMPLER
 from diffcore.schedules import Grid
 from diffcore.training import loop
+from diffcore.training.averages.ema import Decay
+from diffcore.training.averages.power_ema import Snapshots
+from diffcore.training.checkpoints.resume import start_or_resume
 from diffcore.training.data.adapters import as_data_source
 from diffcore.training.data.checks import check_data, check_held_out, process_with_captions
 from diffcore.training.data.source import DataSource
-from diffcore.training.distributed import explain_lost_ranks, run_on_first_rank
-from diffcore.training.ema import Decay
-from diffcore.training.lr import LearningRate
-from diffcore.training.power_ema import Snapshots
-from diffcore.training.previews import is_drawable
-from diffcore.training.reporting import Reporter
-from diffcore.training.resume import start_or_resume
+from diffcore.training.optimization.lr import LearningRate
+from diffcore.training.ranks.distributed import explain_lost_ranks, run_on_first_rank
+from diffcore.training.reports.previews import is_drawable
+from diffcore.training.reports.reporting import Reporter
+from diffcore.training.reports.validation import Validation
 from diffcore.training.state import TrainState, build_accelerator, build_state
-from diffcore.training.validation import Validation
 
 __all__ = ["Trainer"]
 

@@ -14,8 +14,8 @@ from diffcore.core.denoiser import Denoiser
 from diffcore.core.process import Process
 from diffcore.objectives.objective import Objective
 from diffcore.run import Run
-from diffcore.training.ema import Decay
-from diffcore.training.lr import LearningRate
+from diffcore.training.averages.ema import Decay
+from diffcore.training.optimization.lr import LearningRate
 from diffcore.training.trainer import Trainer
 
 __all__ = [

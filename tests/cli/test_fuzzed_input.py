@@ -139,9 +139,9 @@ def test_a_mutated_command_line_ends_in_success_or_in_one_line(
     diffcore, trained, monkeypatch, number
 ):
     monkeypatch.setattr("diffcore.training.trainer.Trainer.train", lambda _: None)
-    monkeypatch.setattr("diffcore.cli.sample._draw", lambda *_: (0.0, []))
-    monkeypatch.setattr("diffcore.cli.export.write_folder", lambda *_: None, raising=False)
-    monkeypatch.setattr("diffcore.cli.plot.save_figure", lambda *_: None)
+    monkeypatch.setattr("diffcore.cli.commands.sample._draw", lambda *_: (0.0, []))
+    monkeypatch.setattr("diffcore.cli.commands.export.write_folder", lambda *_: None, raising=False)
+    monkeypatch.setattr("diffcore.cli.commands.plot.save_figure", lambda *_: None)
     words, settings = mutate(number)
     if settings is not None:
         Path("fuzzed.yaml").write_text(yaml.safe_dump(settings, allow_unicode=True))

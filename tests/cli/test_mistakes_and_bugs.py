@@ -127,7 +127,7 @@ def test_a_syntax_error_in_a_module_of_the_user_names_the_file_and_the_line(diff
 
 def test_a_bug_of_diffcore_keeps_its_traceback(diffcore, trained, monkeypatch):
     for bug in (lambda *_: int("x"), lambda *_: None + 1, lambda *_: {}["x"], lambda *_: 1 / 0):
-        monkeypatch.setattr("diffcore.cli.sample.load_image_model", bug)
+        monkeypatch.setattr("diffcore.cli.commands.sample.load_image_model", bug)
         with pytest.raises((ValueError, TypeError, KeyError, ZeroDivisionError)):
             diffcore("sample", trained, "--out=x.png")
 
@@ -190,7 +190,7 @@ def test_running_out_of_memory_is_one_line_with_a_remedy(diffcore, trained, monk
     def exhaust(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. " * 50)
 
-    monkeypatch.setattr("diffcore.cli.sample.load_image_model", exhaust)
+    monkeypatch.setattr("diffcore.cli.commands.sample.load_image_model", exhaust)
     ended = diffcore("sample", trained, "--out=x.png")
     assert ended.status == 1
     assert "use a smaller --batch-size" in ended.err

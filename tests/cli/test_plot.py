@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffcore.cli import plot
+from diffcore.cli.commands import plot
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])

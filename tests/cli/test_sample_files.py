@@ -72,7 +72,7 @@ def test_files_are_written_chunk_by_chunk(diffcore, trained, monkeypatch):
             raise KeyboardInterrupt
         return sample(*arguments, **options)
 
-    monkeypatch.setattr("diffcore.cli.sample.sample", stop_at_the_third)
+    monkeypatch.setattr("diffcore.cli.commands.sample.sample", stop_at_the_third)
     assert diffcore("sample", trained, *QUICK, "--out=new").status == 130
     assert seen == [0, 4, 8]
     assert len(files("new")) == 8
@@ -147,7 +147,7 @@ def test_sampling_in_python_warns_of_samples_with_nan(trained, tmp_path):
 
 
 def test_progress_is_a_line_now_and_then_without_a_terminal(diffcore, trained, monkeypatch):
-    monkeypatch.setattr("diffcore.cli.sample.LINE_INTERVAL", 0.0)
+    monkeypatch.setattr("diffcore.cli.commands.sample.LINE_INTERVAL", 0.0)
     lines = draw(diffcore, trained, "--out=new").err.splitlines()
     assert [line.partition(", ")[0] for line in lines] == [
         f"diffcore: {count} of 10 samples" for count in (4, 8, 10)

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from diffcore.core.process import Process
-from diffcore.training import checkpoint, loop
+from diffcore.training import loop
+from diffcore.training.averages.ema import Decay
+from diffcore.training.checkpoints import checkpoint
+from diffcore.training.checkpoints.resume import start_or_resume
 from diffcore.training.data import Digits
-from diffcore.training.ema import Decay
-from diffcore.training.lr import LearningRate
-from diffcore.training.reporting import Reporter
-from diffcore.training.resume import start_or_resume
+from diffcore.training.optimization.lr import LearningRate
+from diffcore.training.reports.reporting import Reporter
 from diffcore.training.state import TrainState, build_state
 from diffcore.training.trainer import Trainer
 

@@ -12,7 +12,14 @@ import pytest
 import torch
 
 from diffcore.io.files import CorruptFileError, WriteError
-from diffcore.training.checkpoint import Checkpoint, newest, prune, read, set_aside, write
+from diffcore.training.checkpoints.checkpoint import (
+    Checkpoint,
+    newest,
+    prune,
+    read,
+    set_aside,
+    write,
+)
 from tests.helpers.file_faults import full_disk
 
 FILES = ("model.safetensors", "training.safetensors", "manifest.json")
@@ -166,7 +173,9 @@ def test_without_a_whole_checkpoint_the_newest_is_none(folder, tmp_path):
 
 
 def test_a_crash_during_a_write_leaves_no_checkpoint(folder, monkeypatch):
-    monkeypatch.setattr("diffcore.training.checkpoint.json.dumps", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(
+        "diffcore.training.checkpoints.checkpoint.json.dumps", lambda *_, **__: 1 / 0
+    )
     with pytest.raises(ZeroDivisionError):
         write(folder / "step-00000008", make_checkpoint(8))
     monkeypatch.undo()
@@ -182,7 +191,9 @@ def test_a_crash_during_a_write_leaves_no_checkpoint(folder, monkeypatch):
 
 
 def test_a_crash_during_a_replacement_leaves_the_checkpoint_of_that_name_whole(folder, monkeypatch):
-    monkeypatch.setattr("diffcore.training.checkpoint.json.dumps", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(
+        "diffcore.training.checkpoints.checkpoint.json.dumps", lambda *_, **__: 1 / 0
+    )
     with pytest.raises(ZeroDivisionError):
         write(folder / "step-00000006", make_checkpoint(8))
     monkeypatch.undo()

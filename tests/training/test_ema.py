@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffcore.training.ema import EMA, Decay
+from diffcore.training.averages.ema import EMA, Decay
 
 
 class Settable(nn.Module):

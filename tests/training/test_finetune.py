@@ -16,7 +16,7 @@ from diffcore.integrations.diffusers.scheduler.scheduler_config import (
 )
 from diffcore.io.safetensors import read_weights
 from diffcore.schedules import Discrete, Flow, Shifted, ZeroTerminalSNR
-from diffcore.training import checkpoint
+from diffcore.training.checkpoints import checkpoint
 from tests.conftest import ROOT, forget_accelerate
 from tests.helpers import text_networks
 from tests.helpers.captioned_images import OLD

@@ -16,7 +16,7 @@ from diffcore.integrations.diffusers import DiffcorePipeline, Latents
 from diffcore.io.safetensors import read_weights
 from diffcore.run import Run
 from diffcore.training.data.latents import LatentDataset
-from diffcore.training.lr import LearningRate
+from diffcore.training.optimization.lr import LearningRate
 from diffcore.training.trainer import Trainer
 from tests.helpers.captioned_images import DISTINCT_CAPTIONS, write_image
 from tests.helpers.finetune_runs import (

@@ -18,8 +18,8 @@ from diffcore.objectives.objective import Objective, SampleKey
 from diffcore.objectives.uncertainty import Uncertainty
 from diffcore.schedules import Cosine, Discrete
 from diffcore.training.data import Digits
-from diffcore.training.level_sampler import LevelSampler
-from diffcore.training.lr import LearningRate
+from diffcore.training.optimization.level_sampler import LevelSampler
+from diffcore.training.optimization.lr import LearningRate
 from diffcore.training.trainer import Trainer
 from tests.helpers.training_runs import crash_after, hashes, read_checkpoint
 

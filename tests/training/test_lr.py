@@ -5,7 +5,7 @@ from typing import get_args
 
 import pytest
 
-from diffcore.training.lr import LearningRate, Shape
+from diffcore.training.optimization.lr import LearningRate, Shape
 
 STEPS = 110
 SHAPES = get_args(Shape)

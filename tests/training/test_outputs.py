@@ -16,8 +16,9 @@ from diffcore.io.safetensors import read_weights
 from diffcore.run import Run
 from diffcore.samplers import AdaptiveRungeKutta
 from diffcore.sampling.generation import DEFAULT_GRID, DEFAULT_SAMPLER, sample
-from diffcore.training import checkpoint, loop
-from diffcore.training.reporting import Reporter
+from diffcore.training import loop
+from diffcore.training.checkpoints import checkpoint
+from diffcore.training.reports.reporting import Reporter
 from tests.helpers.file_faults import fault, full_disk
 from tests.helpers.tiny_pipelines import unet
 from tests.helpers.training_runs import hashes, make_trainer, train
@@ -145,7 +146,7 @@ def test_a_kill_between_the_last_checkpoint_and_its_outputs_is_mended_on_resume(
     make_unet_trainer(tmp_path / "killed", steps=2, save_every=2).train()
     killed = make_unet_trainer(tmp_path / "killed", steps=3, save_every=2, resume=True)
     with monkeypatch.context() as patch:
-        patch.setattr("diffcore.training.outputs.write", lambda *_: 1 / 0)
+        patch.setattr("diffcore.training.checkpoints.outputs.write", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             killed.train()
     capsys.readouterr()

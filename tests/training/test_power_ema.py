@@ -6,8 +6,8 @@ import torch
 from scipy import integrate
 from torch import nn
 
-from diffcore.training.ema import EMA
-from diffcore.training.power_ema import (
+from diffcore.training.averages.ema import EMA
+from diffcore.training.averages.power_ema import (
     MAX_LENGTH,
     PowerFunction,
     Profile,

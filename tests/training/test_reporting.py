@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffcore.io.files import WriteError
-from diffcore.training.reporting import LossWindow, Metrics, NonFinite, find_non_finite
+from diffcore.training.reports.reporting import LossWindow, Metrics, NonFinite, find_non_finite
 from tests.helpers.file_faults import full_disk
 
 STEPS, BATCH = 3, 8

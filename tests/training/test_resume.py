@@ -14,10 +14,10 @@ from diffcore.io.files import WriteError
 from diffcore.io.safetensors import read_weights
 from diffcore.objectives.objective import Objective
 from diffcore.objectives.weighting import MinSNR
-from diffcore.training import checkpoint
+from diffcore.training.averages.ema import Decay
+from diffcore.training.checkpoints import checkpoint
 from diffcore.training.data import ImageFolder
-from diffcore.training.ema import Decay
-from diffcore.training.lr import LearningRate
+from diffcore.training.optimization.lr import LearningRate
 from tests.helpers.image_folders import write
 from tests.helpers.training_runs import (
     GREY,

@@ -12,8 +12,8 @@ from diffcore.objectives.coupling import OptimalTransport
 from diffcore.objectives.objective import Objective
 from diffcore.schedules import Cosine
 from diffcore.training.data import Digits, ImageFolder
-from diffcore.training.lr import LearningRate
-from diffcore.training.validation import Validation, measure_loss, stops_early
+from diffcore.training.optimization.lr import LearningRate
+from diffcore.training.reports.validation import Validation, measure_loss, stops_early
 from tests.helpers.image_folders import write
 from tests.helpers.training_runs import (
     PROCESS,

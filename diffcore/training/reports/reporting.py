@@ -20,15 +20,15 @@ from diffcore.io.files import WriteError, write_file
 from diffcore.io.plain_data import read_text
 from diffcore.sampling import images
 from diffcore.sampling.generation import sample
-from diffcore.training.checkpoint import name as checkpoint_name
-from diffcore.training.previews import preview
+from diffcore.training.checkpoints.checkpoint import name as checkpoint_name
+from diffcore.training.reports.previews import preview
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from diffcore.training.reports.validation import Measurement
     from diffcore.training.state import TrainState
     from diffcore.training.trainer import Trainer
-    from diffcore.training.validation import Measurement
 
 __all__ = ["LossWindow", "Metrics", "NonFinite", "Reporter", "find_non_finite"]
 

@@ -13,8 +13,8 @@ from diffcore.core.network import ExportableNetwork
 from diffcore.core.process import Process
 from diffcore.io.parser import ComponentParser
 from diffcore.run import Run
-from diffcore.training import checkpoint
-from diffcore.training.reporting import Metrics
+from diffcore.training.checkpoints import checkpoint
+from diffcore.training.reports.reporting import Metrics
 
 __all__ = ["describe_machine", "describe_run", "main"]
 

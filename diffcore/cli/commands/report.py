@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from diffcore.cli.info import describe_machine, describe_run
-from diffcore.cli.plot import LOGSNR, effective_weight, read_training_levels
+from diffcore.cli.commands.info import describe_machine, describe_run
+from diffcore.cli.commands.plot import LOGSNR, effective_weight, read_training_levels
 from diffcore.io.files import write_file
 from diffcore.io.parser import ComponentParser
 from diffcore.report.charts import Curve, line_chart
@@ -20,7 +20,7 @@ from diffcore.report.page import (
     text_block,
 )
 from diffcore.run import Run
-from diffcore.training.reporting import Metrics
+from diffcore.training.reports.reporting import Metrics
 
 __all__ = ["main", "write_report"]
 

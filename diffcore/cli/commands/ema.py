@@ -8,7 +8,7 @@ from diffcore.io.files import check_links
 from diffcore.io.parser import ComponentParser
 from diffcore.io.safetensors import write_weights
 from diffcore.run import Run
-from diffcore.training.power_ema import find_snapshots, reconstruct
+from diffcore.training.averages.power_ema import find_snapshots, reconstruct
 
 __all__ = ["EMARequest", "main"]
 

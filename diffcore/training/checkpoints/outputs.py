@@ -28,7 +28,7 @@ from diffcore.io.plain_data import read_json
 from diffcore.io.safetensors import write_weights
 from diffcore.io.specs import to_spec
 from diffcore.run import hash_options
-from diffcore.training import checkpoint
+from diffcore.training.checkpoints import checkpoint
 
 if TYPE_CHECKING:
     from diffcore.training.state import TrainState

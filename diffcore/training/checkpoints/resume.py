@@ -19,11 +19,11 @@ from diffcore.io.files import check_links, remove_leftovers, write_file
 from diffcore.io.safetensors import read_weights
 from diffcore.io.specs import to_spec
 from diffcore.run import Run, without_locations
-from diffcore.training import checkpoint, outputs
-from diffcore.training.checkpoint import Checkpoint
-from diffcore.training.distributed import GatheredState, capture_state, restore_state
-from diffcore.training.ema import EMA
-from diffcore.training.reporting import Metrics
+from diffcore.training.averages.ema import EMA
+from diffcore.training.checkpoints import checkpoint, outputs
+from diffcore.training.checkpoints.checkpoint import Checkpoint
+from diffcore.training.ranks.distributed import GatheredState, capture_state, restore_state
+from diffcore.training.reports.reporting import Metrics
 from diffcore.training.state import TrainState
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from torch import Tensor
 from diffcore.core.process import Process
 from diffcore.objectives.level_sampling import ResamplerState
 from diffcore.objectives.objective import Objective, SampleKey
-from diffcore.training.reporting import LossWindow
+from diffcore.training.reports.reporting import LossWindow
 
 __all__ = ["LevelSampler"]
 

@@ -1,0 +1,1 @@
+"""Checkpoints of a run, how it resumes from them, and what it writes beside them."""

@@ -1,0 +1,1 @@
+"""The learning rate, and the noise levels of the training steps."""

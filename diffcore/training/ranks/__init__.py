@@ -1,0 +1,1 @@
+"""Ranks, precision and sharding of a training run."""

@@ -1,0 +1,1 @@
+"""What a run reports: metrics, previews, losses on held-out data."""
