@@ -1,9 +1,9 @@
-"""What is read from a network beside its output: its config, its dtype, its optional capabilities.
+"""What is read from a network beside its output: its config, its dtype, its blocks.
 
-The optional capabilities are export to another library, and a hash of frozen weights.
+Optional capabilities of a network are export to another library, and a hash of frozen weights.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -17,6 +17,7 @@ __all__ = [
     "ExportableNetwork",
     "class_name",
     "evaluation_dtype",
+    "find_blocks",
     "frozen_hash",
     "network_config",
     "unwrap",
@@ -102,6 +103,47 @@ def unwrap(network: nn.Module) -> nn.Module:
 def class_name(network: nn.Module) -> str:
     """The name of a network's class, for messages; not that of its wrapper (`unwrap`)."""
     return type(unwrap(network)).__name__
+
+
+def find_blocks(network: nn.Module) -> dict[str, nn.Module]:
+    """The blocks of a network: the units that are compiled, checkpointed or sharded one by one.
+
+    They are the children with parameters of the outermost `nn.ModuleList` and `nn.ModuleDict`; in
+    a network without one, of the outermost `nn.Sequential`. A list of lists is one list. What lies
+    between the lists, such as an embedding of the time, belongs to no block.
+
+    Args:
+        network: any module, which may be wrapped (`unwrap`).
+
+    Returns:
+        The blocks by their name in the unwrapped network, in its order; empty if the network has
+        no such container.
+
+    Example:
+        >>> network = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(2, 2), nn.SiLU()])})
+        >>> list(find_blocks(network))
+        ['layers.0']
+    """
+    network = unwrap(network)
+    for containers in ((nn.ModuleList, nn.ModuleDict), (nn.Sequential,)):
+        found = dict(_children_of_containers(network, containers, "", type(network) in containers))
+        if found:
+            return found
+    return {}
+
+
+def _children_of_containers(
+    module: nn.Module, containers: tuple[type, ...], prefix: str, is_inside: bool
+) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules of the blocks below a module; `is_inside` a container each child is one."""
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        if type(child) in containers:  # a subclass with a forward of its own is a block
+            yield from _children_of_containers(child, containers, f"{path}.", True)
+        elif not is_inside:
+            yield from _children_of_containers(child, containers, f"{path}.", False)
+        elif next(child.parameters(), None) is not None:
+            yield path, child
 
 
 def network_config(network: nn.Module) -> Mapping[str, Any]:
