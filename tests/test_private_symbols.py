@@ -47,12 +47,12 @@ SYMBOLS = [
     ),
     (
         "accelerate.state.AcceleratorState._reset_state",
-        "diffcore/training/ranks/distributed.py",
+        "diffcore/training/ranks/accelerator.py",
         "accelerate<2",
     ),
     (
         "accelerate.state.AcceleratorState._shared_state",
-        "diffcore/training/ranks/distributed.py",
+        "diffcore/training/ranks/accelerator.py",
         "accelerate<2",
     ),
     (

@@ -13,7 +13,7 @@ from diffcore.training.averages.power_ema import write_snapshot
 from diffcore.training.checkpoints import checkpoint, outputs
 from diffcore.training.checkpoints.resume import checkpoint_of
 from diffcore.training.data.order import Batch, load_batches
-from diffcore.training.ranks.distributed import DelayedMaximum
+from diffcore.training.ranks.coordination import DelayedMaximum
 from diffcore.training.reports.reporting import Reporter
 from diffcore.training.reports.validation import validate
 from diffcore.training.state import TrainState

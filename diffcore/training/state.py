@@ -21,7 +21,8 @@ from diffcore.training.data.checks import prepare_data
 from diffcore.training.data.order import DataOrder
 from diffcore.training.data.source import DataSource
 from diffcore.training.optimization.level_sampler import LevelSampler
-from diffcore.training.ranks.distributed import make_accelerator, run_on_first_rank, wrap
+from diffcore.training.ranks.accelerator import make_accelerator, wrap
+from diffcore.training.ranks.coordination import run_on_first_rank
 from diffcore.training.reports.reporting import LossWindow
 from diffcore.training.reports.validation import stops_early
 

@@ -26,7 +26,7 @@ from diffcore.training.data.adapters import as_data_source
 from diffcore.training.data.checks import check_data, check_held_out, process_with_captions
 from diffcore.training.data.source import DataSource
 from diffcore.training.optimization.lr import LearningRate
-from diffcore.training.ranks.distributed import explain_lost_ranks, run_on_first_rank
+from diffcore.training.ranks.coordination import explain_lost_ranks, run_on_first_rank
 from diffcore.training.reports.previews import is_drawable
 from diffcore.training.reports.reporting import Reporter
 from diffcore.training.reports.validation import Validation

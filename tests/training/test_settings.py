@@ -164,7 +164,7 @@ def test_two_runs_in_a_process_may_differ_in_precision(tmp_path):
 
 def test_a_tracker_that_is_not_installed_is_refused_beside_another(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "diffcore.training.ranks.distributed.get_available_trackers", lambda: ["tensorboard"]
+        "diffcore.training.ranks.accelerator.get_available_trackers", lambda: ["tensorboard"]
     )
     with pytest.raises(ValueError, match="trackers names wandb, which is unknown or not installed"):
         train(tmp_path / "run", trackers=["tensorboard", "wandb"])

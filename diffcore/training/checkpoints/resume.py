@@ -22,7 +22,7 @@ from diffcore.run import Run, without_locations
 from diffcore.training.averages.ema import EMA
 from diffcore.training.checkpoints import checkpoint, outputs
 from diffcore.training.checkpoints.checkpoint import Checkpoint
-from diffcore.training.ranks.distributed import GatheredState, capture_state, restore_state
+from diffcore.training.ranks.gathered_state import GatheredState, capture_state, restore_state
 from diffcore.training.reports.reporting import Metrics
 from diffcore.training.state import TrainState
 

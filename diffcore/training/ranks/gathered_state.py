@@ -1,0 +1,93 @@
+"""The whole state of a network and its optimizer, gathered on the first rank and restored on all.
+
+torch.distributed.checkpoint gathers and scatters sharded tensors.
+"""
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+
+__all__ = ["GatheredState", "capture_state", "restore_state"]
+
+FULL_ON_HOST = StateDictOptions(full_state_dict=True, cpu_offload=True)
+NamedTensors = dict[str, Tensor]
+
+
+class GatheredState(NamedTuple):
+    """The whole state of networks and optimizer on the host.
+
+    Args:
+        network: tensors by parameter name.
+        optimizer: tensors by "parameter.key".
+        groups: options of the optimizer's parameter groups.
+    """
+
+    network: NamedTensors
+    optimizer: NamedTensors
+    groups: list[dict[str, Any]]
+
+
+def capture_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> GatheredState:
+    """Gather the whole state of a network and its optimizer. Every rank must call it.
+
+    Args:
+        network: network, possibly sharded.
+        optimizer: optimizer of its parameters.
+
+    Returns:
+        The state on the host of the first rank; the other ranks receive nothing.
+    """
+    model, state = get_state_dict(network, optimizer, options=FULL_ON_HOST)
+    # Ranks other than the first receive nothing.
+    by_parameter = cast("dict[str, NamedTensors]", state.get("state", {}))
+    flat = {
+        f"{name}.{key}": torch.as_tensor(value)
+        for name, values in by_parameter.items()
+        for key, value in values.items()
+    }
+    groups = cast("list[dict[str, Any]]", state.get("param_groups", []))
+    return GatheredState(_without_shared_memory(cast("NamedTensors", model)), flat, groups)
+
+
+def _without_shared_memory(tensors: NamedTensors) -> NamedTensors:
+    """Tensors of which each has its own memory: safetensors does not store a shared one."""
+    seen: set[int] = set()
+    copies = {}
+    for name, value in tensors.items():
+        address = value.untyped_storage().data_ptr()
+        copies[name] = value.clone() if address in seen else value
+        seen.add(address)
+    return copies
+
+
+def restore_state(
+    network: nn.Module, optimizer: torch.optim.Optimizer, state: GatheredState
+) -> None:
+    """Restore the state of a network and its optimizer. Every rank must call it.
+
+    Args:
+        network: network, possibly sharded.
+        optimizer: optimizer of its parameters.
+        state: whole state, as `capture_state` returned it on the first rank; every rank passes it.
+    """
+    if not state.optimizer:  # SGD without momentum has no tensors, which torch does not expect
+        set_model_state_dict(network, cast("Any", state.network), options=FULL_ON_HOST)
+        return
+    by_parameter: dict[str, Any] = {}
+    for name, value in state.optimizer.items():
+        parameter, key = name.rsplit(".", 1)
+        by_parameter.setdefault(parameter, {})[key] = value
+    set_state_dict(
+        network,
+        optimizer,
+        model_state_dict=cast("Any", state.network),
+        optim_state_dict=cast("Any", {"state": by_parameter, "param_groups": state.groups}),
+        options=FULL_ON_HOST,
+    )
