@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "train a network from a recipe or a YAML file of settings",
     "sample": "draw samples from a run or a diffusers pipeline, as images or arrays",
     "export": "save the network of a run as a diffusers pipeline",
+    "lora": "merge an adapter into a pipeline, extract one, or convert its file",
     "ema": "reconstruct an average of the weights of any length after training",
     "plot": "draw noise schedules, loss weights, and effective weights of training settings",
     "report": "write the report of a run as one page of HTML",

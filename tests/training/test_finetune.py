@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from diffcore.core.process import Process
+from diffcore.integrations.diffusers.adapters.files import ADAPTER
 from diffcore.integrations.diffusers.loading.folder import network_of
-from diffcore.integrations.diffusers.pipeline.pretrained_network import ADAPTER
 from diffcore.integrations.diffusers.scheduler.scheduler_config import (
     describe_process,
     read_scheduler_config,

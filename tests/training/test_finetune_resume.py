@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffcore.integrations.diffusers import Latents
+from diffcore.integrations.diffusers.adapters.files import ADAPTER
 from diffcore.integrations.diffusers.loading.index import PipelineIndex
-from diffcore.integrations.diffusers.pipeline.pretrained_network import ADAPTER
 from tests.helpers.captioned_images import write_image
 from tests.helpers.damaged_folders import edit_json
 from tests.helpers.finetune_runs import (

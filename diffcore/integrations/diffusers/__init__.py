@@ -7,6 +7,7 @@ from diffcore.io.extras import import_extra
 for _package in ("diffusers", "transformers"):
     import_extra(_package, "diffcore.integrations.diffusers")
 
+from diffcore.integrations.diffusers.adapters.lora import LoRA
 from diffcore.integrations.diffusers.guidance.attach import attach, detach
 from diffcore.integrations.diffusers.guidance.guider import DiffcoreGuider
 from diffcore.integrations.diffusers.loading.network import from_diffusers
@@ -14,7 +15,7 @@ from diffcore.integrations.diffusers.loading.prompts import PromptNetwork, Promp
 from diffcore.integrations.diffusers.loading.text_encoding import encode_prompts
 from diffcore.integrations.diffusers.loading.vae import Latents
 from diffcore.integrations.diffusers.pipeline.pipeline import DiffcorePipeline
-from diffcore.integrations.diffusers.pipeline.pretrained_network import LoRA, PretrainedNetwork
+from diffcore.integrations.diffusers.pipeline.pretrained_network import PretrainedNetwork
 from diffcore.integrations.diffusers.scheduler.scheduler import DiffcoreScheduler
 
 __all__ = [

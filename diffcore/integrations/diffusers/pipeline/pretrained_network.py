@@ -4,10 +4,8 @@ The result is saved in the format of diffusers: a pipeline folder, or a LoRA fil
 `pipe.load_lora_weights`.
 """
 
-import json
-import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,85 +17,21 @@ from torch import Tensor, nn
 from diffcore.core.denoiser import extract_tensor
 from diffcore.core.network import ExportableNetwork
 from diffcore.core.process import Process
+from diffcore.integrations.diffusers.adapters.files import ADAPTER
+from diffcore.integrations.diffusers.adapters.lora import LoRA
 from diffcore.integrations.diffusers.families import family_of
 from diffcore.integrations.diffusers.loading.folder import PipelineParts, read_folder, read_json
 from diffcore.integrations.diffusers.loading.index import PipelineIndex
 from diffcore.integrations.diffusers.pipeline.export import export_scheduler
+from diffcore.integrations.diffusers.pipeline.folder import write_pipeline
 from diffcore.integrations.diffusers.scheduler.scheduler import DiffcoreScheduler
 from diffcore.integrations.diffusers.scheduler.scheduler_config import describe_process
 from diffcore.integrations.diffusers.scheduler.settings import SchedulerSettings
-from diffcore.io.extras import has_extra, missing
 from diffcore.io.files import hash_file, verify_folder, write_file, write_folder
 from diffcore.samplers import DDIM
 from diffcore.schedules import Trailing
 
-__all__ = ["ADAPTER", "LoRA", "PretrainedNetwork", "build_scheduler"]
-
-ADAPTER = "pytorch_lora_weights.safetensors"
-"""Name of the file of an adapter, which diffusers reads."""
-ATTENTION_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
-NOT_COPIED = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl", "*.msgpack", "*.onnx*", "*.py")
-"""Patterns of pickles and code, which are not copied from the pipeline to a run."""
-
-
-@dataclass(frozen=True)
-class LoRA:
-    """A low-rank adapter of peft: W + (alpha / rank) B A, with trained A and B and B = 0 at first.
-
-    Hu et al. 2021 (2106.09685).
-
-    Args:
-        rank: rank of B A; 0 trains all weights of the network instead.
-        alpha: alpha of the factor (alpha / rank); 0 for alpha = rank.
-        targets: ends of the names of the adapted layers, each of whole words between dots.
-    """
-
-    rank: int = 0
-    alpha: int = 0
-    targets: list[str] = field(default_factory=lambda: list(ATTENTION_LAYERS))
-
-    def __post_init__(self) -> None:
-        if self.rank < 0:
-            raise ValueError(f"rank is {self.rank}, expected 1 or more, or 0 to train all weights")
-        if self.alpha < 0 or not self.targets:
-            raise ValueError(
-                f"alpha is {self.alpha} and targets are {self.targets}, expected alpha of at least "
-                "0 (0: the rank) and at least one suffix"
-            )
-
-    def add_to(self, network: Any) -> None:
-        """Add the adapter to the layers of a network; peft freezes its other weights.
-
-        Args:
-            network: ModelMixin of diffusers.
-
-        Raises:
-            ValueError: No layer has one of the suffixes, or peft is not installed.
-        """
-        if not has_extra("peft"):
-            raise missing("peft", "LoRA (leave lora out to train all weights)")
-        from peft import LoraConfig
-
-        names = [name for name, _ in network.named_modules()]
-        unmatched = [
-            target
-            for target in self.targets
-            if not any(f".{name}".endswith(f".{target}") for name in names)
-        ]
-        if unmatched:
-            raise ValueError(
-                f"no layer of {type(network).__name__} ends in {', '.join(unmatched)}: correct the "
-                "targets of LoRA, such as to_q"
-            )
-        alpha = self.alpha or self.rank
-        network.add_adapter(
-            LoraConfig(
-                r=self.rank,
-                lora_alpha=alpha,
-                init_lora_weights="gaussian",
-                target_modules=list(self.targets),
-            )
-        )
+__all__ = ["PretrainedNetwork", "build_scheduler"]
 
 
 class PretrainedNetwork(ExportableNetwork):
@@ -190,10 +124,7 @@ class PretrainedNetwork(ExportableNetwork):
         facts = {"base pipeline": str(self.index.folder)}
         if self.lora.rank:
             trained = sum(value.numel() for value in self.parameters() if value.requires_grad)
-            facts["adapter"] = (
-                f"LoRA of rank {self.lora.rank}, alpha {self.lora.alpha or self.lora.rank}, "
-                f"{trained:,} trained parameters"
-            )
+            facts["adapter"] = f"{self.lora.describe()}, {trained:,} trained parameters"
         return facts
 
     def exported_parts(self, folder: str | Path) -> PipelineParts:
@@ -226,7 +157,8 @@ class PretrainedNetwork(ExportableNetwork):
             self._save_adapter(folder)
             write_folder(folder / "scheduler", scheduler.save_pretrained)
         else:
-            write_folder(folder / "pipeline", lambda path: self._save_pipeline(path, scheduler))
+            parts = {self.index.network_name: self.network, "scheduler": scheduler}
+            write_folder(folder / "pipeline", lambda path: write_pipeline(path, self.index, parts))
 
     def _save_adapter(self, run: Path) -> None:
         from peft.utils import get_peft_model_state_dict
@@ -239,20 +171,6 @@ class PretrainedNetwork(ExportableNetwork):
         with TemporaryDirectory() as folder:
             self.index.pipeline_class.save_lora_weights(folder, **layers, **metadata)
             write_file(run / ADAPTER, Path(folder, ADAPTER).read_bytes())
-
-    def _save_pipeline(self, folder: Path, scheduler: Any) -> None:
-        """Write a pipeline's folder with this network and scheduler, and copy the other parts."""
-        self.network.save_pretrained(folder / self.index.network_name)
-        scheduler.save_pretrained(folder / "scheduler")
-        for name in self.index.parts - {self.index.network_name, "scheduler"}:
-            shutil.copytree(
-                self.index.folder / name, folder / name, ignore=shutil.ignore_patterns(*NOT_COPIED)
-            )
-        cls = type(scheduler)
-        library = "diffusers" if cls.__module__.startswith("diffusers.") else cls.__module__
-        index = self.index.content | {"scheduler": [library, cls.__name__]}
-        content = json.dumps(index, indent=2) + "\n"
-        (folder / "model_index.json").write_text(content, encoding="utf-8")
 
 
 def build_scheduler(config: Mapping[str, Any], process: Process) -> Any:

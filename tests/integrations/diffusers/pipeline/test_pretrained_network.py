@@ -2,6 +2,7 @@
 is saved with it.
 """
 
+import re
 import shutil
 
 import diffusers
@@ -10,6 +11,7 @@ import torch
 
 from diffcore.core.process import Process, TimeConditioning
 from diffcore.integrations.diffusers import DiffcoreScheduler, LoRA, PretrainedNetwork
+from diffcore.integrations.diffusers.adapters.files import ADAPTER
 from diffcore.integrations.diffusers.loading.index import PipelineIndex
 from diffcore.integrations.diffusers.pipeline.pretrained_network import build_scheduler
 from diffcore.integrations.diffusers.scheduler.scheduler_config import (
@@ -116,7 +118,7 @@ def test_an_adapter_that_cannot_be_is_refused(folder, options, message):
 
 def test_without_peft_an_adapter_is_refused_with_the_remedy(folder, monkeypatch):
     monkeypatch.setattr(
-        "diffcore.integrations.diffusers.pipeline.pretrained_network.has_extra", lambda name: False
+        "diffcore.integrations.diffusers.adapters.lora.has_extra", lambda name: False
     )
     with pytest.raises(ValueError, match=r"LoRA .* not installed: pip install 'diffcore\[lora\]'"):
         PretrainedNetwork(str(folder), LoRA(2))
@@ -202,3 +204,42 @@ def test_a_schedule_that_is_no_table_is_saved_as_one(tmp_path):
     t = torch.arange(1, 1001, dtype=torch.float64) / 1000
     torch.testing.assert_close(found.schedule.logsnr(t), Cosine().logsnr(t), rtol=0, atol=1e-9)
     assert found[1:3] == ("v_prediction", INDEX)
+
+
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "lokr"])
+def test_diffusers_loads_every_kind_of_adapter_that_it_knows(folder, tmp_path, kind):
+    torch.manual_seed(0)
+    ranks = {"mid_block.*to_q": 3}
+    made = PretrainedNetwork(str(folder), LoRA(rank=2, alpha=3, kind=kind, ranks=ranks))
+    before = answer(made)
+    state = {name: 0.3 * torch.randn_like(value) for name, value in made.state_dict().items()}
+    made.load_state_dict(state)
+    made.export(tmp_path, Process(Discrete(), shape=(4, 8, 8), prediction="epsilon"))
+    network = PipelineIndex(folder).read("unet")
+    network.load_lora_adapter(tmp_path, prefix="unet", weight_name=ADAPTER)
+    assert not torch.allclose(answer(made), before, rtol=1e-2)
+    torch.testing.assert_close(network(X, TIME, STATES).sample, answer(made), rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_of_hadamard_products_trains(folder):
+    made = PretrainedNetwork(str(folder), LoRA(rank=2, kind="loha", dropout=0.1))
+    assert all(".hada_w" in name for name in made.state_dict())
+    answer_with_gradient = made.train()(X, TIME, encoder_hidden_states=STATES)
+    answer_with_gradient.square().mean().backward()
+    assert any(value.grad is not None and value.grad.any() for value in made.parameters())
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"rank": 2, "kind": "lora2"}, "kind is 'lora2', expected one of"),
+        ({"rank": 2, "dropout": 1.0}, "dropout is 1.0"),
+        ({"rank": 2, "ranks": {"(": 3}}, "no regular expression"),
+        ({"rank": 2, "ranks": {"to_q": 0}}, "ranks has 0 for to_q"),
+        ({"rank": 0, "ranks": {"to_q": 4}}, "rank is 0"),
+        ({"rank": 2, "ranks": {"to_x": 4}}, "'to_x', which matches no layer"),
+    ],
+)
+def test_options_of_an_adapter_that_do_not_fit_are_refused(folder, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        PretrainedNetwork(str(folder), LoRA(**options))

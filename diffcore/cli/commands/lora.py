@@ -1,0 +1,156 @@
+"""`diffcore lora`: merge an adapter into a pipeline, extract one, or convert its file."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diffcore.integrations.diffusers.adapters.extraction import extract_adapters
+from diffcore.integrations.diffusers.adapters.files import (
+    adapter_file,
+    read_adapters,
+    write_adapters,
+)
+from diffcore.integrations.diffusers.adapters.layer_names import Format
+from diffcore.integrations.diffusers.adapters.lora import ATTENTION_LAYERS
+from diffcore.integrations.diffusers.loading.index import PipelineIndex
+from diffcore.integrations.diffusers.pipeline.folder import merge_into_pipeline
+from diffcore.io.parser import ComponentParser
+
+__all__ = ["ConvertRequest", "ExtractRequest", "MergeRequest", "main"]
+
+
+@dataclass(frozen=True)
+class MergeRequest:
+    """Adapters to be added to the weights of a pipeline.
+
+    Args:
+        adapters: safetensors files in the format of diffusers, kohya or ComfyUI, or folders of runs
+            that trained an adapter; a strength may follow, as in `runs/style=0.8` (default: 1).
+        pipeline: folder of the pipeline.
+        out: folder of the new pipeline, which must not exist.
+    """
+
+    adapters: list[str]
+    pipeline: str
+    out: str
+
+
+@dataclass(frozen=True)
+class ExtractRequest:
+    """The change between two pipelines, to be written as an adapter of low rank.
+
+    Args:
+        tuned: folder of the fine-tuned pipeline.
+        base: folder of the pipeline that the fine-tuning started from.
+        out: safetensors file to write.
+        rank: rank of the change of each layer.
+        targets: ends of the names of the layers, each of whole words between dots; `all` means
+            every linear and convolutional layer.
+        format: format of the file.
+    """
+
+    tuned: str
+    base: str
+    out: str
+    rank: int = 16
+    targets: list[str] = field(default_factory=lambda: list(ATTENTION_LAYERS))
+    format: Format = "diffusers"
+
+
+@dataclass(frozen=True)
+class ConvertRequest:
+    """The file of an adapter, to be written in another format.
+
+    Args:
+        adapter: safetensors file in the format of diffusers, kohya or ComfyUI, or the folder of a
+            run that trained an adapter.
+        pipeline: folder of the pipeline that the adapter belongs to.
+        out: safetensors file to write.
+        format: format of the file: diffusers, kohya or comfyui.
+    """
+
+    adapter: str
+    pipeline: str
+    out: str
+    format: Format
+
+
+def main(argv: Sequence[str]) -> None:
+    """Merge, extract or convert an adapter as the words describe.
+
+    Args:
+        argv: command-line words after `lora`.
+    """
+    action, words = (argv[0], argv[1:]) if argv else ("", argv)
+    if action not in ACTIONS:
+        raise ValueError(f"name what to do with an adapter: {', '.join(ACTIONS)}")
+    request, run = ACTIONS[action]
+    parser = ComponentParser(
+        prog=f"diffcore lora {action}",
+        usage=f"diffcore lora {action} {POSITIONAL[action].upper()} --option value ...",
+        description=request.__doc__.splitlines()[0],
+    )
+    position = POSITIONAL[action]
+    kind = {"nargs": "+"} if position == "adapters" else {}
+    parser.add_argument(position, type=str, metavar=position.upper(), **kind)
+    parser.add_class_arguments(request, skip={position})
+    run(request(**parser.parse_args(list(words)).as_dict()))
+
+
+def _merge(request: MergeRequest) -> None:
+    index = PipelineIndex(Path(request.pipeline))
+    changes, scheduler = [], None
+    for text in request.adapters:
+        path, strength = _split_strength(text)
+        changes.append((read_adapters(path, index), strength))
+        folder = Path(path) / "scheduler"
+        scheduler = folder if folder.is_dir() else scheduler
+    merge_into_pipeline(Path(request.out), index, changes, scheduler)
+    parts = sorted({part for adapters, _ in changes for part in adapters})
+    layers = len({(part, layer) for found, _ in changes for part in found for layer in found[part]})
+    print(
+        f"{len(changes)} adapter{'s' if len(changes) > 1 else ''} merged into {layers} layers of "
+        f"{', '.join(parts)}{', with the scheduler of its run' if scheduler else ''} -> "
+        f"{request.out}"
+    )
+
+
+def _split_strength(text: str) -> tuple[str, float]:
+    """Path and strength of PATH or PATH=STRENGTH."""
+    path, equals, strength = text.rpartition("=")
+    if not equals:
+        return text, 1.0
+    try:
+        return path, float(strength)
+    except ValueError:
+        return text, 1.0
+
+
+def _extract(request: ExtractRequest) -> None:
+    base = PipelineIndex(Path(request.base))
+    adapters, share = extract_adapters(
+        PipelineIndex(Path(request.tuned)), base, request.rank, request.targets
+    )
+    write_adapters(request.out, adapters, base, request.format)
+    layers = sum(map(len, adapters.values()))
+    print(
+        f"{layers} layers of rank {request.rank} -> {request.out}: {share:.1%} of the squared norm "
+        "of their change"
+    )
+
+
+def _convert(request: ConvertRequest) -> None:
+    index = PipelineIndex(Path(request.pipeline))
+    adapters = read_adapters(request.adapter, index)
+    write_adapters(request.out, adapters, index, request.format)
+    layers = sum(map(len, adapters.values()))
+    print(f"{layers} layers of {adapter_file(request.adapter)} -> {request.out} ({request.format})")
+
+
+ACTIONS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
+    "merge": (MergeRequest, _merge),
+    "extract": (ExtractRequest, _extract),
+    "convert": (ConvertRequest, _convert),
+}
+POSITIONAL = {"merge": "adapters", "extract": "tuned", "convert": "adapter"}

@@ -1,0 +1,267 @@
+"""Files of low-rank adapters: read in any format, and written in one.
+
+An entry that changes several layers at once (`attn.qkv`) is split into its layers on reading; the
+layers are joined to a block-diagonal entry on writing, so that they come back unchanged.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from diffcore.integrations.diffusers.adapters.layer_names import (
+    Format,
+    Place,
+    known_places,
+    written_places,
+)
+from diffcore.integrations.diffusers.adapters.low_rank import Adapter, LowRank
+from diffcore.integrations.diffusers.loading.index import PipelineIndex
+from diffcore.io.files import write_file
+from diffcore.io.safetensors import check_header
+
+__all__ = ["ADAPTER", "Adapters", "adapter_file", "read_adapters", "write_adapters"]
+
+ADAPTER = "pytorch_lora_weights.safetensors"
+"""Name of the file of an adapter in a folder, which diffusers reads."""
+Adapters = dict[str, Adapter]
+"""Adapter of each part of a pipeline, such as unet and text_encoder."""
+METADATA = "lora_adapter_metadata"
+"""Entry of a file of diffusers with α and the ranks."""
+ENDINGS = {
+    ".lora_A.weight": "down",
+    ".lora_B.weight": "up",
+    ".lora_down.weight": "down",
+    ".lora_up.weight": "up",
+    ".lora.down.weight": "down",
+    ".lora.up.weight": "up",
+    ".lora_linear_layer.down.weight": "down",
+    ".lora_linear_layer.up.weight": "up",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",
+    ".dora_scale": "magnitude",
+    ".alpha": "alpha",
+}
+
+
+def adapter_file(path: str | Path) -> Path:
+    """The file of an adapter.
+
+    Args:
+        path: the file, or a folder that holds it, such as that of a run.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    path = Path(path)
+    file = path / ADAPTER if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(
+            f"{path} holds no adapter: expected a safetensors file, or a folder with {ADAPTER}"
+        )
+    return file
+
+
+def read_adapters(path: str | Path, index: PipelineIndex) -> Adapters:
+    """Read the adapters of a pipeline from a file of diffusers, kohya or ComfyUI.
+
+    Args:
+        path: safetensors file, or a folder that holds one.
+        index: pipeline whose layers the file changes.
+
+    Returns:
+        The low-rank changes by part and layer.
+
+    Raises:
+        ValueError: the file is no adapter of low rank, or changes layers that the pipeline lacks.
+        CorruptFileError: the file cannot be read.
+    """
+    file = adapter_file(path)
+    entries, alphas = _read_entries(file)
+    places, found = known_places(index), dict[str, dict[str, LowRank]]()
+    if unknown := sorted(name for name in entries if name not in places):
+        raise ValueError(
+            f"{file} changes {len(unknown)} of {len(entries)} layers that the pipeline in "
+            f"{index.folder} lacks, such as {unknown[0]}: it belongs to another pipeline"
+        )
+    for name, entry in entries.items():
+        part, layers = places[name]
+        change = _change(file, name, entry, alphas)
+        sizes = _sizes(index, places[name]) if len(layers) > 1 else [len(change.up)]
+        if sum(sizes) != len(change.up):
+            raise ValueError(
+                f"{file} has {len(change.up)} rows in {name}, expected {sum(sizes)} of the "
+                f"pipeline in {index.folder}: it belongs to another pipeline"
+            )
+        found.setdefault(part, {}).update(_split(change, layers, sizes))
+    return {part: changes for part, changes in found.items() if changes}
+
+
+def write_adapters(
+    path: str | Path, adapters: Mapping[str, Adapter], index: PipelineIndex, form: Format
+) -> None:
+    """Write adapters of a pipeline as one safetensors file.
+
+    Args:
+        path: file to write or replace.
+        adapters: low-rank changes by part and layer.
+        index: pipeline that they belong to.
+        form: format of the file.
+
+    Raises:
+        ValueError: the format has no name for a layer.
+    """
+    places = written_places(index, form)
+    left = {(part, layer) for part, changes in adapters.items() for layer in changes}
+    tensors: dict[str, Tensor] = {}
+    for name, (part, layers) in places.items():
+        changes = [adapters.get(part, {}).get(layer) for layer in layers]
+        if any(changes):
+            sizes = _sizes(index, (part, layers)) if len(layers) > 1 else []
+            tensors |= dict(_tensors(name, _join(name, changes, sizes), form))
+            left -= {(part, layer) for layer in layers}
+    if left:
+        part, layer = min(left)
+        raise ValueError(
+            f"the format {form} has no name for {len(left)} layers, such as {layer} of {part}: use "
+            "the format diffusers"
+        )
+    metadata = {METADATA: _metadata(adapters)} if form == "diffusers" else {}
+    write_file(Path(path), save(tensors, {"format": "pt", **metadata}))
+
+
+def _read_entries(file: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The tensors of each entry by their role, and the metadata of diffusers."""
+    check_header(file)
+    entries: dict[str, dict[str, Tensor]] = {}
+    try:
+        with safe_open(file, "pt") as content:
+            metadata = json.loads((content.metadata() or {}).get(METADATA, "{}"))
+            keys = content.keys()
+            for key in keys:
+                ending = next((end for end in ENDINGS if key.endswith(end)), None)
+                if ending is None:
+                    raise ValueError(
+                        f"{file} holds {key}, which is no tensor of a low-rank adapter (LoRA, "
+                        "DoRA): merge an adapter of another kind where it was trained"
+                    )
+                entry = entries.setdefault(key.removesuffix(ending), {})
+                entry[ENDINGS[ending]] = content.get_tensor(key)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
+    if not entries:
+        raise ValueError(f"{file} holds no tensors of an adapter")
+    return entries, metadata if isinstance(metadata, dict) else {}
+
+
+def _change(
+    file: Path, name: str, entry: Mapping[str, Tensor], metadata: Mapping[str, Any]
+) -> LowRank:
+    """The change of an entry. Its α is in the entry, else in the metadata, else it is r."""
+    down, up = entry.get("down"), entry.get("up")
+    if down is None or up is None or min(down.ndim, up.ndim) < 2 or len(down) != up.shape[1]:
+        raise ValueError(f"{file} has no matching pair of matrices for {name}")
+    alpha = entry.get("alpha")
+    value = _alpha(metadata, name, len(down)) if alpha is None else float(alpha)
+    magnitude = entry.get("magnitude")
+    return LowRank(down, up, value, None if magnitude is None else magnitude.flatten())
+
+
+def _alpha(metadata: Mapping[str, Any], name: str, rank: int) -> float:
+    part, _, layer = name.partition(".")
+    alpha = metadata.get(f"{part}.lora_alpha", rank)
+    for pattern, value in (metadata.get(f"{part}.alpha_pattern") or {}).items():
+        if layer == pattern or layer.endswith(f".{pattern}"):
+            alpha = value
+    # rsLoRA divides alpha by the root of the rank.
+    return float(alpha) * (rank**0.5 if metadata.get(f"{part}.use_rslora") else 1.0)
+
+
+def _sizes(index: PipelineIndex, place: Place) -> list[int]:
+    """Number of rows of each layer of a place."""
+    part, layers = place
+    model: Any = index.read_architecture(part)
+    return [len(model.get_submodule(layer).weight) for layer in layers]
+
+
+def _split(change: LowRank, layers: Sequence[str], sizes: Sequence[int]) -> dict[str, LowRank]:
+    """The changes of the layers of one entry, without columns that are zero in a layer."""
+    if len(layers) == 1:
+        return {layers[0]: change}
+    split: dict[str, LowRank] = {}
+    magnitudes = [None] * len(layers)
+    if change.magnitude is not None:
+        magnitudes = list(change.magnitude.split(list(sizes)))
+    for layer, up, magnitude in zip(layers, change.up.split(list(sizes)), magnitudes, strict=True):
+        used = up.flatten(1).any(0)
+        rank = int(used.sum())
+        if rank or magnitude is not None:
+            used = used if rank else torch.ones_like(used)
+            rank = int(used.sum())
+            down = change.down[used].contiguous()
+            alpha = change.alpha * rank / change.rank
+            split[layer] = LowRank(down, up[:, used].contiguous(), alpha, magnitude)
+    return split
+
+
+def _join(name: str, changes: Sequence[LowRank | None], sizes: Sequence[int]) -> LowRank:
+    """One change of several layers, whose up matrix is block-diagonal."""
+    if len(changes) == 1 and changes[0] is not None:
+        return changes[0]
+    present = [change for change in changes if change is not None]
+    magnitudes = [change.magnitude for change in present if change.magnitude is not None]
+    if magnitudes and len(magnitudes) < len(changes):
+        raise ValueError(
+            f"{name} joins several layers, and only some of them have a magnitude (DoRA), which "
+            "this format cannot express: use the format diffusers"
+        )
+    factor = present[0].alpha / present[0].rank
+    blocks = []
+    for change, rows in zip(changes, sizes, strict=True):
+        if change is None:
+            blocks.append(present[0].up.new_zeros(rows, 0))
+        else:
+            blocks.append(change.up.flatten(1) * (change.alpha / change.rank / factor))
+    down = torch.cat([change.down for change in present])
+    magnitude = torch.cat(magnitudes) if magnitudes else None
+    return LowRank(down, torch.block_diag(*blocks), factor * len(down), magnitude)
+
+
+def _tensors(name: str, change: LowRank, form: Format) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of an entry by their names in a format."""
+    is_diffusers = form == "diffusers"
+    yield f"{name}.{'lora_A' if is_diffusers else 'lora_down'}.weight", change.down.contiguous()
+    yield f"{name}.{'lora_B' if is_diffusers else 'lora_up'}.weight", change.up.contiguous()
+    if not is_diffusers:
+        yield f"{name}.alpha", torch.tensor(change.alpha)
+    if change.magnitude is not None:
+        ending = "lora_magnitude_vector" if is_diffusers else "dora_scale"
+        rows = change.magnitude if is_diffusers else change.magnitude[:, None]
+        yield f"{name}.{ending}", rows.contiguous()
+
+
+def _metadata(adapters: Mapping[str, Adapter]) -> str:
+    """The config of peft of each part, from which diffusers builds the adapter."""
+    from peft import LoraConfig
+
+    content: dict[str, Any] = {}
+    for part, changes in adapters.items():
+        first = next(iter(changes.values()))
+        config: Any = LoraConfig(
+            r=first.rank,
+            lora_alpha=first.alpha,  # type: ignore[arg-type]  # peft divides it by r
+            target_modules=sorted(changes),
+            rank_pattern={n: c.rank for n, c in changes.items() if c.rank != first.rank},
+            alpha_pattern={n: c.alpha for n, c in changes.items() if c.alpha != first.alpha},
+            use_dora=first.magnitude is not None,
+        )
+        content |= {f"{part}.{key}": value for key, value in config.to_dict().items()}
+    return json.dumps(content, default=sorted, sort_keys=True)

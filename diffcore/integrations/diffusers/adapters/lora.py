@@ -1,0 +1,146 @@
+"""`LoRA`: the adapter of peft that is trained in place of the weights of a network."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from diffcore.io.extras import has_extra, missing
+
+__all__ = ["ATTENTION_LAYERS", "Kind", "LoRA"]
+
+Kind = Literal["lora", "rslora", "dora", "loha", "lokr"]
+ATTENTION_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """A low-rank adapter of peft, whose change of the weights is 0 at first.
+
+    | kind | changed weight | source |
+    |---|---|---|
+    | lora | W + (α / r) B A | Hu et al. 2021 (2106.09685) |
+    | rslora | W + (α / √r) B A | Kalajdzievski 2023 (2312.03732) |
+    | dora | m (W + (α / r) B A) / ‖W + (α / r) B A‖ by rows | Liu et al. 2024 (2402.09353) |
+    | loha | W + (α / r) (B₁ A₁) ∘ (B₂ A₂) | Hyeon-Woo et al. 2021 (2108.06098) |
+    | lokr | W + (α / r) C ⊗ (B A) | Yeh et al. 2023 (2309.14859) |
+
+    diffusers loads the adapters of lora, rslora, dora and lokr; `diffcore lora` reads lora, rslora
+    and dora.
+
+    Args:
+        rank: r; 0 trains all weights of the network instead.
+        alpha: α; 0 for alpha = rank.
+        targets: ends of the names of the adapted layers, each of whole words between dots.
+        kind: form of the change.
+        dropout: share of the layer's inputs (lora, rslora, dora) or of the rank's rows (loha, lokr)
+            that is dropped in training.
+        ranks: rank of the layers whose names match a regular expression, in place of `rank`; the
+            expression matches the end of the name from a dot on, or the whole name, such as
+            `mid_block.*: 32`.
+
+    Raises:
+        ValueError: a number is out of range, or an expression is none.
+
+    Example:
+        >>> LoRA(rank=16, kind="dora").kind
+        'dora'
+    """
+
+    rank: int = 0
+    alpha: int = 0
+    targets: list[str] = field(default_factory=lambda: list(ATTENTION_LAYERS))
+    kind: Kind = "lora"
+    dropout: float = 0.0
+    ranks: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise ValueError(f"rank is {self.rank}, expected 1 or more, or 0 to train all weights")
+        if self.alpha < 0 or not self.targets:
+            raise ValueError(
+                f"alpha is {self.alpha} and targets are {self.targets}, expected alpha of at least "
+                "0 (0: the rank) and at least one suffix"
+            )
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"kind is {self.kind!r}, expected one of {', '.join(get_args(Kind))}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}, expected a share within [0, 1)")
+        for pattern, rank in self.ranks.items():
+            self._check_rank(pattern, rank)
+
+    def _check_rank(self, pattern: str, rank: int) -> None:
+        if not self.rank or rank < 1:
+            raise ValueError(
+                f"ranks has {rank} for {pattern}, expected at least 1, and a positive rank for the "
+                f"other layers (rank is {self.rank})"
+            )
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"ranks has {pattern!r}, which is no regular expression: {error}"
+            ) from None
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether the change is a product B A, which the formats of LoRA files express."""
+        return self.kind in ("lora", "rslora", "dora")
+
+    def add_to(self, network: Any) -> None:
+        """Add the adapter to the layers of a network; peft freezes its other weights.
+
+        Args:
+            network: ModelMixin of diffusers.
+
+        Raises:
+            ValueError: No layer has one of the suffixes, an expression matches no adapted layer, or
+                peft is not installed.
+        """
+        if not has_extra("peft"):
+            raise missing("peft", "LoRA (leave lora out to train all weights)")
+        names = [name for name, _ in network.named_modules()]
+        unmatched = [
+            target
+            for target in self.targets
+            if not any(f".{name}".endswith(f".{target}") for name in names)
+        ]
+        if unmatched:
+            raise ValueError(
+                f"no layer of {type(network).__name__} ends in {', '.join(unmatched)}: correct the "
+                "targets of LoRA, such as to_q"
+            )
+        for pattern in self.ranks:
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+                raise ValueError(
+                    f"ranks has {pattern!r}, which matches no layer of {type(network).__name__}: "
+                    "correct it, such as mid_block.*"
+                )
+        network.add_adapter(self._config())
+
+    def _config(self) -> Any:
+        """The config of peft."""
+        from peft import LoHaConfig, LoKrConfig, LoraConfig
+
+        alpha = self.alpha or self.rank
+        shared: dict[str, Any] = {
+            "r": self.rank,
+            "target_modules": list(self.targets),
+            "rank_pattern": dict(self.ranks),
+        }
+        if self.is_low_rank:
+            return LoraConfig(
+                lora_alpha=alpha,
+                lora_dropout=self.dropout,
+                use_rslora=self.kind == "rslora",
+                use_dora=self.kind == "dora",
+                init_lora_weights="gaussian",
+                **shared,
+            )
+        kind = LoHaConfig if self.kind == "loha" else LoKrConfig
+        return kind(alpha=alpha, rank_dropout=self.dropout, **shared)
+
+    def describe(self) -> str:
+        """Kind, rank and α as text."""
+        spelled = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA", "loha": "LoHa"}
+        name = spelled.get(self.kind, "LoKr")
+        return f"{name} of rank {self.rank}, alpha {self.alpha or self.rank}"
