@@ -50,9 +50,9 @@ def test_adapters_are_merged_with_their_strengths(folder, tmp_path, capsys):
 
 def test_the_merged_pipeline_has_the_scheduler_of_the_run(folder, tmp_path):
     run = tmp_path / "run"
-    diffusers.EulerDiscreteScheduler(prediction_type="v_prediction", steps_offset=1).save_pretrained(
-        run / "scheduler"
-    )
+    diffusers.EulerDiscreteScheduler(
+        prediction_type="v_prediction", steps_offset=1
+    ).save_pretrained(run / "scheduler")
     adapters = read_adapters(folder / "style.safetensors", PipelineIndex(folder / "pipeline"))
     name = run / "pytorch_lora_weights.safetensors"
     write_adapters(name, adapters, PipelineIndex(folder / "pipeline"), "diffusers")

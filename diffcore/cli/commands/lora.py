@@ -89,11 +89,11 @@ def main(argv: Sequence[str]) -> None:
     parser = ComponentParser(
         prog=f"diffcore lora {action}",
         usage=f"diffcore lora {action} {POSITIONAL[action].upper()} --option value ...",
-        description=request.__doc__.splitlines()[0],
+        description=str(request.__doc__).partition("\n")[0],
     )
     position = POSITIONAL[action]
-    kind = {"nargs": "+"} if position == "adapters" else {}
-    parser.add_argument(position, type=str, metavar=position.upper(), **kind)
+    count = "+" if position == "adapters" else None
+    parser.add_argument(position, type=str, metavar=position.upper(), nargs=count)
     parser.add_class_arguments(request, skip={position})
     run(request(**parser.parse_args(list(words)).as_dict()))
 

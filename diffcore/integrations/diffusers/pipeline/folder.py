@@ -83,4 +83,5 @@ def _read_scheduler(folder: Path) -> Any:
     )
     if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
         raise ValueError(f"{folder} holds a {name}, expected a scheduler of diffusers")
-    return cls.from_config(config)
+    build: Any = cls.from_config
+    return build(config)
