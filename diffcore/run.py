@@ -27,11 +27,14 @@ NetworkFactory = Callable[[], nn.Module]
 """Builds a network with newly initialised weights."""
 
 LOCATIONS = {
-    "ImageFolder": {"folder"},
-    "LatentDataset": {"folder", "pipeline", "cache"},
+    "ImageFolder": {"folder", "verify"},
+    "LatentDataset": {"folder", "pipeline", "cache", "verify"},
     "PretrainedNetwork": {"pipeline"},
 }
-"""Class -> its arguments that name folders whose content is hashed, and which may move."""
+"""Class -> its arguments that name folders whose content is hashed, and which may move.
+
+`verify` is an argument of how the content is hashed.
+"""
 
 
 def without_locations(spec: Any) -> Any:

@@ -1,18 +1,23 @@
 """A lock on a folder: one process at a time writes in it."""
 
 import json
+import math
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import IO
 
-__all__ = ["lock_folder"]
+__all__ = ["lock_folder", "wait_for_lock"]
 
 NAME = ".lock"
+POLL_SECONDS = 0.1
+MESSAGE_SECONDS = 10.0
+"""Time after which a process reports that it waits."""
 
 
 @contextmanager
@@ -47,6 +52,50 @@ def lock_folder(folder: str | Path, message: Callable[[str], None]) -> Iterator[
         if is_new:
             with suppress(OSError):  # it is not empty
                 folder.rmdir()
+
+
+@contextmanager
+def wait_for_lock(path: str | Path, work: str) -> Iterator[None]:
+    """Context of work that one process does while others wait for its result.
+
+    It saves work, and does not guarantee that only one process is inside: where a file cannot be
+    locked, nobody waits.
+
+    Args:
+        path: file to lock; it is created, and removed at the end.
+        work: noun phrase for the message to a process that waits for long.
+
+    Yields:
+        Nothing.
+    """
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError:
+        yield
+        return
+    with os.fdopen(descriptor, "r+", encoding="utf-8") as file:
+        _wait(file, work)
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                os.unlink(path)
+
+
+def _wait(file: IO[str], work: str) -> None:
+    """Wait until a file can be locked."""
+    deadline = time.monotonic() + MESSAGE_SECONDS
+    while True:
+        try:
+            return _lock(file)
+        except BlockingIOError:
+            time.sleep(POLL_SECONDS)
+        except OSError:
+            return None
+        if time.monotonic() > deadline:
+            print(f"diffcore: waiting for {work} by another process", file=sys.stderr)
+            deadline = math.inf
 
 
 def _acquire(folder: Path, message: Callable[[str], None]) -> IO[str]:

@@ -18,4 +18,4 @@ def write(
 
 def paths(images: ImageFiles) -> list[str]:
     """Path of each image below the data folder."""
-    return [str(path.relative_to(images.folder)) for path in images.paths]
+    return list(images.names)

@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from diffcore.training.data.image_files import find_files, printable
+from diffcore.training.data.listing import find_files, printable
 
 __all__ = ["read_captions"]
 
@@ -23,12 +23,12 @@ COLUMN = "text"
 METADATA = ("metadata.jsonl", "metadata.csv")
 
 
-def read_captions(folder: str | Path, images: Sequence[str | Path]) -> list[str]:
+def read_captions(folder: str | Path, images: Sequence[str]) -> list[str]:
     """Read the captions of images.
 
     Args:
         folder: folder that is searched for metadata files.
-        images: paths of the images.
+        images: paths of the images below the folder.
 
     Returns:
         One caption for each image, in order; [] if no image has a caption.
@@ -36,26 +36,25 @@ def read_captions(folder: str | Path, images: Sequence[str | Path]) -> list[str]
     Raises:
         ValueError: Only some images have a caption, one has several, or a file cannot be read.
     """
-    folder, paths = Path(folder), [Path(path) for path in images]
-    files = [path for path in find_files(folder) if path.name in METADATA]
-    captions = _read_metadata_files(files) if files else _read_text_files(paths)
-    keys = [_absolute(path) for path in paths]
+    folder = Path(folder)
+    files = [folder / name for name in find_files(folder) if os.path.basename(name) in METADATA]
+    keys = [_absolute(f"{folder}/{name}") for name in images]
+    captions = _read_metadata_files(files) if files else _read_text_files(keys)
     without = [
-        printable(os.path.relpath(path, folder))
-        for path, key in zip(paths, keys, strict=True)
-        if key not in captions
+        printable(name) for name, key in zip(images, keys, strict=True) if key not in captions
     ]
     if captions and without:
         remedy = f"line in {files[0].name}" if files else ".txt file"
         raise ValueError(
-            f"{len(without)} of the {len(paths)} images of {folder} have no caption, such as "
+            f"{len(without)} of the {len(images)} images of {folder} have no caption, such as "
             f"{without[0]}: give each a {remedy}, or set captions: false"
         )
     return [captions[key] for key in keys] if captions else []
 
 
-def _read_text_files(images: Iterable[Path]) -> dict[str, str]:
-    texts = {_absolute(path): path.with_suffix(".txt") for path in images}
+def _read_text_files(images: Iterable[str]) -> dict[str, str]:
+    """Absolute path of each image with a text file -> its caption."""
+    texts = {path: Path(f"{os.path.splitext(path)[0]}.txt") for path in images}
     return {path: _read(text).strip() for path, text in texts.items() if text.is_file()}
 
 
@@ -75,7 +74,7 @@ def _read_metadata_files(files: Iterable[Path]) -> dict[str, str]:
     return captions
 
 
-def _absolute(path: Path) -> str:
+def _absolute(path: str | Path) -> str:
     """Absolute path of a file by the names of links, not of what they lead to."""
     return os.path.abspath(path)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffcore.core.process import Process
-from diffcore.training.data.image_files import printable
+from diffcore.training.data.listing import printable
 from diffcore.training.data.source import DataSource
 
 __all__ = [
@@ -125,8 +125,7 @@ def check_data(data: DataSource, process: Process) -> None:
     """
     _check_classes(data, process)
     if data.labels is not None:
-        for index, label in enumerate(data.labels):
-            _check_label(int(label), index, process)
+        _check_labels(torch.as_tensor(data.labels), process)
     if data.is_ready:
         read_item(lambda: data[0], 0, process)
 
@@ -227,6 +226,14 @@ def _check_classes(data: DataSource, process: Process) -> None:
 def _listed(names: Sequence[str]) -> str:
     """The first names of classes as text."""
     return ", ".join([*map(printable, names[:5]), *["..."] * (len(names) > 5)]) or "none"
+
+
+def _check_labels(labels: Tensor, process: Process) -> None:
+    """Raise ValueError for the first label (N,) that is not a class of the process."""
+    if process.classes:
+        is_wrong = (labels < 0) | (labels >= process.classes)
+        for index in is_wrong.nonzero().flatten().tolist()[:1]:
+            _check_label(int(labels[index]), index, process)
 
 
 def _check_label(label: int, index: int, process: Process) -> None:

@@ -1,12 +1,15 @@
 """Images of a folder as a data set, labelled by their sub-folders."""
 
+from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from diffcore.training.data.cache import hash_content
-from diffcore.training.data.image_files import Fit, ImageFiles, Unreadable, printable
+from diffcore.training.data.image_files import Fit, ImageFiles, Unreadable
+from diffcore.training.data.listing import printable
 from diffcore.training.data.order import is_mirrored
 from diffcore.training.data.source import DataSource
 
@@ -19,7 +22,9 @@ class ImageFolder(DataSource):
     The label of an image is the index of the first folder below `folder` on its path, among these
     folders sorted by name. Images that are not in sub-folders have no label. The order is that of
     the paths, sorted by name. Files and folders whose names begin with a dot are left out, and
-    links are followed. Images are turned upright by their EXIF orientation.
+    links are followed. Images are turned upright by their EXIF orientation. Every image is decoded
+    once, when the folder is scanned for the first time; `diffcore.training.data.scan` records the
+    result.
 
     Args:
         folder: folder that is searched for images.
@@ -30,6 +35,8 @@ class ImageFolder(DataSource):
             black) or exact (refuse an image of another size).
         flip: true mirrors half of the images, keyed by the position in the run.
         unreadable: refuse images that cannot be read, or skip them.
+        verify: true reads every file at the start, and compares its hash with the recorded scan;
+            false compares size and time.
 
     Raises:
         ValueError: There are no images, or unreadable ones; some images are in sub-folders and
@@ -38,7 +45,7 @@ class ImageFolder(DataSource):
     """
 
     class_names: tuple[str, ...]
-    labels: list[int]
+    labels: Tensor
 
     def __init__(
         self,
@@ -48,16 +55,17 @@ class ImageFolder(DataSource):
         fit: Fit = "crop",
         flip: bool = False,
         unreadable: Unreadable = "refuse",
+        verify: bool = False,
     ) -> None:
         self.flip = flip
-        self.images = ImageFiles(Path(folder), size, channels, fit, unreadable)
+        self.images = ImageFiles(Path(folder), size, channels, fit, unreadable, verify)
         self.class_names, self.labels = label_images(self.images)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.images[index], self.labels[index]
+        return self.images[index], int(self.labels[index])
 
     def item(self, index: int, seed: int, position: int) -> tuple[Tensor, int]:
         """The item at a position of the run.
@@ -77,33 +85,32 @@ class ImageFolder(DataSource):
     def content_hash(self) -> str:
         """Hash of the options, and of the names and contents of the images."""
         images = self.images
-        names = [str(path.relative_to(images.folder)) for path in images.paths]
         options = (images.size, images.channels, images.fit, self.flip)
-        return hash_content(*map(str, options), *self.class_names, *names, *images.hashes)
+        contents = sha256(images.hashes.numpy().tobytes()).hexdigest()
+        return hash_content(*map(str, options), *self.class_names, images.names.sha256, contents)
 
 
-def label_images(images: ImageFiles) -> tuple[tuple[str, ...], list[int]]:
+def label_images(images: ImageFiles) -> tuple[tuple[str, ...], Tensor]:
     """Label images by the first folder below the data folder on their paths.
 
     Args:
         images: images of the data folder.
 
     Returns:
-        The names of the classes, and the label of each image; () and -1 without sub-folders.
+        The names of the classes, and the label (N,) of each image; () and -1 without sub-folders.
 
     Raises:
         ValueError: Some images are in sub-folders, and others are not.
     """
-    parts = {path: path.relative_to(images.folder).parts for path in images.found}
-    loose = [path.name for path, names in parts.items() if len(names) == 1]
-    if len(loose) == len(parts):
-        return (), [-1] * len(images)
+    loose = [name for name in images.found if "/" not in name]
+    if len(loose) == len(images.found):
+        return (), torch.full((len(images),), -1)
     if loose:
         raise ValueError(
-            f"{printable(images.folder)} has {len(loose)} of {len(parts)} images beside its "
+            f"{printable(images.folder)} has {len(loose)} of {len(images.found)} images beside its "
             f"sub-folders, such as {printable(loose[0])}: move each image into the sub-folder of "
             "its class, or all images out of sub-folders"
         )
-    classes = sorted({names[0] for names in parts.values()})
+    classes = sorted({name.partition("/")[0] for name in images.found})
     label = {name: index for index, name in enumerate(classes)}
-    return tuple(classes), [label[parts[path][0]] for path in images.paths]
+    return tuple(classes), torch.tensor([label[name.partition("/")[0]] for name in images.names])

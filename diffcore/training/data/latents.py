@@ -68,13 +68,15 @@ class LatentDataset(DataSource):
         captions: false ignores captions, so that the sub-folders are the labels.
         unreadable: refuse images that cannot be read, or skip them.
         cache: folder for latents and text embeddings, on a disk that all ranks share.
+        verify: true reads every file at the start, and compares its hash with the recorded scan;
+            false compares size and time.
 
     Raises:
         ValueError: There are no images, some cannot be read, only some have a caption, one has
             several, or the pipeline has no VAE.
     """
 
-    labels: list[int]
+    labels: Tensor
 
     def __init__(
         self,
@@ -86,22 +88,24 @@ class LatentDataset(DataSource):
         captions: bool = True,
         unreadable: Unreadable = "refuse",
         cache: str = "cache",
+        verify: bool = False,
     ) -> None:
         from diffcore.integrations.diffusers.loading.index import PipelineIndex
 
         self.pipeline, self.flip = PipelineIndex(Path(pipeline)), flip
         size = size or self.pipeline.image_size
-        self.images = ImageFiles(Path(folder), size, "RGB", fit, unreadable)
-        texts = read_captions(Path(folder), self.images.paths) if captions else []
+        self.images = ImageFiles(Path(folder), size, "RGB", fit, unreadable, verify)
+        texts = read_captions(Path(folder), self.images.names) if captions else []
         self.texts = tuple(sorted(set(texts)))
         if texts:
             indices = {text: index for index, text in enumerate(self.texts)}
-            self.labels = [indices[text] for text in texts]
+            self.labels = torch.tensor([indices[text] for text in texts])
         else:
             self.class_names, self.labels = label_images(self.images)
         pixels = str(size)
         self.latent_keys = [
-            hash_content(content, fit, pixels, DECODING) for content in self.images.hashes
+            hash_content(bytes(content).hex(), fit, pixels, DECODING)
+            for content in self.images.hashes.numpy()
         ]
         self.text_keys = (
             [hash_content(text, pixels) for text in (*self.texts, NULL)] if texts else []
@@ -114,7 +118,7 @@ class LatentDataset(DataSource):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """The mean of the latents, and the label."""
-        return self.latents.read(self.latent_keys[index])["mean"], self.labels[index]
+        return self.latents.read(self.latent_keys[index])["mean"], int(self.labels[index])
 
     is_latent = True
 
@@ -134,7 +138,8 @@ class LatentDataset(DataSource):
             key = _mirrored(key)
         entry = self.latents.read(key)
         mean, std = entry["mean"], entry["std"]
-        return mean + std * normal(seed, Stream.LATENT, position, mean.shape)[0], self.labels[index]
+        z = mean + std * normal(seed, Stream.LATENT, position, mean.shape)[0]
+        return z, int(self.labels[index])
 
     @property
     def content_hash(self) -> str:
@@ -143,7 +148,9 @@ class LatentDataset(DataSource):
             self.latents.folder.name,
             self.embeddings.folder.name if self.text_keys else "",
         )
-        return hash_content(*encoders, *self.latent_keys, *map(str, self.labels), *self.text_keys)
+        return hash_content(
+            *encoders, *self.latent_keys, *map(str, self.labels.tolist()), *self.text_keys
+        )
 
     def prompts(self) -> "Prompts":
         """Read the text embeddings.

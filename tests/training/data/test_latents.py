@@ -121,7 +121,7 @@ def test_captions_in_metadata_equal_those_in_text_files(captioned, name):
         text.unlink()
     write_metadata(captioned / "images" / name, CAPTIONS)
     data = latent_dataset(captioned)
-    assert (data.texts, data.labels) == (expected.texts, expected.labels)
+    assert (data.texts, data.labels.tolist()) == (expected.texts, expected.labels.tolist())
 
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
@@ -144,7 +144,7 @@ def test_without_captions_the_sub_folders_are_classes(captioned):
     for label, name in enumerate("ab"):
         write_image(captioned / f"images/{name}/1.png", label)
     data = prepared_dataset(captioned)
-    assert (data.texts, data.labels) == ((), [0, 1])
+    assert (data.texts, data.labels.tolist()) == ((), [0, 1])
     identity = torch.nn.Identity()
     assert data.label_wrapper(CPU)(identity) is identity
 
