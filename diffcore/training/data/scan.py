@@ -143,7 +143,8 @@ def _inspect_and_record(
             _fill(scan, rows[index], facts)
     finally:
         recordable = _without_recent_times(scan, start)
-        if recorded is None or not _is_equal(recordable, recorded):
+        is_new = recorded is None or not _is_equal(recordable, recorded)
+        if is_new and len(scan.readable):  # a refused folder is left as it was
             _write(path, recordable)
     if len(rows) >= PARALLEL:
         _message(f"{len(rows):,} images of {printable(folder)} were scanned; see {printable(path)}")

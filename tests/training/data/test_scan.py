@@ -150,16 +150,21 @@ def test_a_folder_that_is_moved_with_its_links_keeps_its_record(tmp_path, inspec
 
 
 def test_an_unreadable_image_is_recorded_and_tried_again(tmp_path, inspected):
-    image = tmp_path / "1.png"
-    image.write_text("no image")
-    os.utime(image, OLD)
-    assert scan_folder(tmp_path).reasons == {0: "it is no image of a known format"}
-    (_, metadata), record = read_weights_and_metadata(record_path(tmp_path)), record_path(tmp_path)
-    assert metadata == {"version": scan_module.VERSION}
+    (tmp_path / "1.png").write_text("no image")
+    os.utime(tmp_path / "1.png", OLD)
+    reasons = {0: "it is no image of a known format"}
+    assert scan_folder(tmp_path).reasons == reasons
+    record = record_path(tmp_path)
+    assert not record.exists()  # there is nothing to save
+    write_old(tmp_path / "2.png")
+    assert scan_folder(tmp_path).reasons == reasons
     before = record.stat().st_mtime_ns
-    assert scan_folder(tmp_path).reasons == {0: "it is no image of a known format"}
+    inspected.clear()
+    assert scan_folder(tmp_path).reasons == reasons
+    assert inspected == ["1.png"]
     assert record.stat().st_mtime_ns == before  # nothing new to record
-    assert inspected == ["1.png", "1.png"]
+    write_old(tmp_path / "1.png")
+    assert scan_folder(tmp_path).reasons == {}
 
 
 def damage(path: Path, kind: str) -> None:
