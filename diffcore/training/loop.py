@@ -206,7 +206,7 @@ def _losses(state: TrainState, batch: Batch) -> Tensor:
     objective, process = settings.objective, settings.process
     key = state.sample_key(state.step, batch.batch_index)
     draw = objective.draw(process, key, device, state.level_sampler.learned)
-    label = batch.label.to(device) if process.classes else None
+    label = batch.label.to(device, non_blocking=True) if process.classes else None
     x0 = batch.x0.to(device, non_blocking=True)
     return objective(state.denoiser, x0, label, draw, state.uncertainty)
 

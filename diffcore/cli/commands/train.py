@@ -7,7 +7,8 @@ from typing import Any
 import yaml
 
 from diffcore.cli.arguments import extract_option, wants_help
-from diffcore.cli.finetuning import complete_settings, find_pipeline, make_pipelines_absolute
+from diffcore.cli.completion import complete_settings
+from diffcore.cli.finetuning import make_pipelines_absolute
 from diffcore.cli.recipes import find_settings, read_settings, recipe_names
 from diffcore.io.parser import ComponentParser
 from diffcore.run import Run
@@ -69,10 +70,8 @@ def _move_files_first(argv: Sequence[str]) -> list[str]:
     if paths and _is_config_of_moved_run(paths[-1], contents[-1]):
         words.insert(0, f"--folder={paths[-1].parent}")
     if contents and not wants_help(words):
-        options, _ = extract_option(words, "pipeline", "the folder of a diffusers pipeline")
-        folder = find_pipeline(contents[0], options[-1] if options else "", files[0])
-        if folder:
-            configs[0] = yaml.safe_dump(complete_settings(contents[0], folder))
+        completed = complete_settings(contents, words, files[0])
+        configs[0] = yaml.safe_dump(completed, sort_keys=False)
     return [f"--config={config}" for config in configs] + words
 
 

@@ -56,7 +56,7 @@ class ImageFiles:
         if size < 1:
             raise ValueError(f"size is {size}, expected a positive number of pixels")
         self.folder, self.size, self.channels, self.fit = Path(folder), size, channels, fit
-        scan = scan_folder(self.folder, verify)
+        self.scan = scan = scan_folder(self.folder, verify)
         self.found = scan.files.names
         """Path of each image below the folder, with those that are skipped."""
         _check_found(self.folder, self.found)

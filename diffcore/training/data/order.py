@@ -107,8 +107,9 @@ def load_batches(
         workers: number of processes that read data; 0 reads in this process.
 
     Returns:
-        An iterator over the micro-batches of the steps of `order`. It raises a ValueError with the
-        index of an item that cannot be read or does not fit the process.
+        An iterator over the micro-batches of the steps of `order`, which workers read ahead, two
+        each, into pinned memory where there is a GPU. It raises a ValueError with the index of an
+        item that cannot be read or does not fit the process, or if a worker ended.
     """
     loader = DataLoader(
         _PositionedItems(data, order.seed, order.batch, process),
@@ -119,12 +120,25 @@ def load_batches(
         worker_init_fn=_follow_training_process,
         pin_memory=torch.cuda.is_available(),
     )
-    return map(_as_batch, loader)
+    return map(_as_batch, _explain_lost_workers(loader))
 
 
 def is_mirrored(seed: int, position: int) -> bool:
     """True if the image at a position of the run is mirrored; True for half of the positions."""
     return bool(uniform(seed, Stream.AUGMENT, position) < 0.5)
+
+
+def _explain_lost_workers(loader: "DataLoader[Any]") -> Iterator[Any]:
+    """The micro-batches of a loader; the end of a worker is an error that names the remedy."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):  # torch has no class for this error
+            raise
+        raise ValueError(
+            f"a worker that loads data ended ({error}): if memory ran out, use fewer --workers or "
+            "a larger /dev/shm (docker: --shm-size); if a library crashed, --workers 0 shows where"
+        ) from error
 
 
 def _follow_training_process(worker: int) -> None:

@@ -1,9 +1,13 @@
 """The data order: the same global batches for every number of ranks, micro-batches and workers."""
 
+import os
+import signal
+
 import pytest
 import torch
 
 from diffcore.core.process import Process
+from diffcore.io.mistakes import is_mistake
 from diffcore.training.data import DataOrder, Digits, as_data_source, load_batches
 from tests.helpers.training_runs import ListDataset
 
@@ -105,3 +109,20 @@ def test_workers_do_not_change_the_batches():
     for first, second in zip(batches(0), batches(2), strict=True):
         for name in ("x0", "label", "index", "batch_index"):
             assert torch.equal(getattr(first, name), getattr(second, name)), name
+
+
+class CrashingDataset(ListDataset):
+    """A data set whose third item ends the worker that reads it, as a crash of a library does."""
+
+    def __getitem__(self, index):
+        if index == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+def test_a_worker_that_is_killed_is_an_error_with_the_remedy():
+    data = as_data_source(CrashingDataset(*(torch.zeros(2) for _ in range(4))))
+    order = DataOrder(4, 0, 4, 1, 0, 1).steps(0, 1)
+    with pytest.raises(ValueError, match=r"a worker .* ended .*--workers 0 shows where") as caught:
+        list(load_batches(data, order, Process(shape=(2,)), 1))
+    assert is_mistake(caught.value, [])
