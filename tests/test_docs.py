@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,65 @@ def test_the_command_that_trains_on_images_runs(tmp_path, monkeypatch, capfd):
     rest = "--steps 1 --batch_size 3 --trackers [] --workers 0 --sample-every 0"
     assert main([*words, *shlex.split(f"{tiny} {rest}")]) == 0, capfd.readouterr().err
     assert (tmp_path / "runs/images/pipeline").is_dir()
+
+
+OWN = ROOT / "docs/own-network-and-data.md"
+
+
+@pytest.fixture
+def own_classes(tmp_path, monkeypatch):
+    """The current folder with the module and the settings of the page on own classes."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(blocks(OWN, "python")[0])
+    (tmp_path / "mine.yaml").write_text(blocks(OWN, "yaml")[0])
+    yield tmp_path
+    sys.modules.pop("mine", None)
+
+
+def test_the_commands_with_an_own_network_and_own_data_run(own_classes, capfd):
+    (block,) = blocks(OWN, "sh")
+    for words in map(shlex.split, block.splitlines()):
+        assert main(words[1:]) == 0, capfd.readouterr().err
+    assert (own_classes / "mine.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("message", "old", "new", "words"),
+    [
+        ("importing 'mine.MyNetwork' is not allowed", "", "", ()),
+        ("no module is named 'mine'", "", "", ("--trust", "mine", "gone")),
+        ("item 0 of the data is torch.float32 of shape (3, 8, 8)", "(1, self", "(3, self", None),
+        ("item 0 of the data lies in [0, 255]", "0.5 if label else -0.5", "LOW", None),
+        ("item 0 of the data has label 2, expected 0 .. 1", "index % 2", "index % 2 + 2", None),
+        (
+            "the network cannot be evaluated for x of shape (2, 1, 8, 8)",
+            "= 1, width",
+            "= 2, width",
+            None,
+        ),
+    ],
+)
+def test_the_common_errors_are_those_of_the_page(own_classes, capfd, message, old, new, words):
+    assert message in OWN.read_text()
+    module = own_classes / "mine.py"
+    text = module.read_text().replace(old, new) if old else module.read_text()
+    if new == "LOW":
+        text = text.replace("torch.full((1, self.size, self.size), LOW)", RAMP)
+    module.write_text(text)
+    if words and "gone" in words:
+        module.unlink()
+    options = ["--trust", "mine"] if words is None else list(words[:2])
+    printed = ""
+    try:
+        assert main(["train", "mine.yaml", *options]) == 1
+    except SystemExit:  # of the parser, for an untrusted module
+        pass
+    except ValueError as error:  # it passed through the module, and keeps its traceback
+        printed = str(error)
+    assert message in printed + capfd.readouterr().err
+
+
+RAMP = "torch.arange(64.0).view(1, 8, 8) * 255 / 63"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
