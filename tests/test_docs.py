@@ -52,7 +52,7 @@ def test_the_command_that_trains_on_images_runs(tmp_path, monkeypatch, capfd):
         write(tmp_path / "images" / name / "1.jpg", mode="RGB", size=(40, 30))
     (block,) = blocks(ROOT / "docs/training-data.md", "sh")
     words = shlex.split(block)[1:]
-    tiny = "--data.size 16 --network.layers_per_block 1 --network.block_out_channels [32,32,32]"
+    tiny = "--data.size 16 --network.layers_per_block 1 --network.attention_head_dim 16"
     rest = "--steps 1 --batch_size 3 --trackers [] --workers 0 --sample-every 0"
     assert main([*words, *shlex.split(f"{tiny} {rest}")]) == 0, capfd.readouterr().err
     assert (tmp_path / "runs/images/pipeline").is_dir()
