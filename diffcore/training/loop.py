@@ -36,7 +36,8 @@ def run(state: TrainState, reporter: Reporter) -> int:
             the process.
     """
     settings = state.settings
-    with reporter.progress(state), Interruption() as interruption:
+    explained = settings.compute.explain_errors()
+    with reporter.progress(state), explained, Interruption() as interruption:
         signal = _train(state, reporter, interruption)
     path = settings.run.checkpoints / checkpoint.name(state.step)
     if signal:
@@ -76,9 +77,11 @@ def _report_and_save(state: TrainState, reporter: Reporter, is_interrupted: bool
     if state.must_be_checked:
         reporter.check_finite(state)
     if settings.sample_every and step % settings.sample_every == 0:
-        reporter.draw_preview(state)
+        with settings.compute.uncompiled():
+            reporter.draw_preview(state)
     if settings.validation.is_due(step, last):
-        held_out = validate(state)
+        with settings.compute.uncompiled():
+            held_out = validate(state)
         state.held_out_losses.append(held_out.averaged.loss)
         reporter.report_validation(state, held_out)
     if settings.snapshots.is_due(step, last):

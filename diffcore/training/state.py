@@ -223,6 +223,7 @@ def _build_modules(
     modules = [settings.network()]
     _check_dtype(modules[0])
     _check_network(modules[0], label_wrapper, settings.process)
+    settings.compute.apply(modules[0])
     if settings.objective.uncertainty:
         modules.append(settings.objective.uncertainty.module())
     parameters = [value for value in nn.ModuleList(modules).parameters() if value.requires_grad]

@@ -25,6 +25,7 @@ from diffcore.training.checkpoints.resume import start_or_resume
 from diffcore.training.data.adapters import as_data_source
 from diffcore.training.data.checks import check_data, check_held_out, process_with_captions
 from diffcore.training.data.source import DataSource
+from diffcore.training.optimization.compute import Compute
 from diffcore.training.optimization.lr import LearningRate
 from diffcore.training.ranks.coordination import explain_lost_ranks, run_on_first_rank
 from diffcore.training.reports.previews import is_drawable
@@ -79,6 +80,7 @@ class Trainer:
         accumulation: number of micro-batches into which a rank splits its part of the batch.
         clip: largest norm of the gradient; a larger gradient is scaled down. `.inf` does not clip.
         precision: data type of the network's evaluation by autocast: no (float32), bf16 or fp16.
+        compute: compilation, activation checkpointing and memory format of the network.
         seed: 64-bit seed of everything random in the run.
         workers: number of processes that load data on each rank; 0 loads in the training process.
         patience: number of steps in a row that are not finite after which the run stops; each of
@@ -130,6 +132,7 @@ class Trainer:
     accumulation: int = 1
     clip: float = 1.0
     precision: Literal["no", "bf16", "fp16"] = "no"
+    compute: Compute = field(default_factory=Compute)
     seed: int = 0
     workers: int = 0
     patience: int = 10

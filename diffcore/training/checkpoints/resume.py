@@ -8,7 +8,7 @@ checkpoint holds these settings, so that a changed config.yaml is detected.
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ __all__ = ["checkpoint_of", "determining_settings", "start_or_resume"]
 
 CHANGEABLE = {
     "accumulation",
+    "compute",
     "folder",
     "grid",
     "guidance",
@@ -52,7 +53,8 @@ CHANGEABLE = {
 }
 """Settings that may change on resume.
 
-They do not enter the weights, except `steps`, which enters only the learning rate.
+They do not enter the weights, except `steps`, which enters only the learning rate, and `compute`,
+which enters only the rounding.
 """
 FACTORIES = ("network", "data", "optimizer")
 """Settings that are plain data in config.yaml only."""
@@ -259,12 +261,18 @@ def _check_checkpoint(
             f"under an adapter changed since; restore them, or {anew}"
         )
     rounding = _rounding(state).items()
-    if other := {name: (saved[name], now) for name, now in rounding if saved[name] != now}:
+    if other := {
+        name: (saved.get(name), now) for name, now in rounding if saved.get(name, now) != now
+    }:
         message(
             f"(then, now) differ in {other}: the run continues equal to rounding, not bit for bit"
         )
 
 
-def _rounding(state: TrainState) -> dict[str, int]:
+def _rounding(state: TrainState) -> dict[str, Any]:
     """What the last bits of a run depend on."""
-    return {"processes": state.accelerator.num_processes, "threads": torch.get_num_threads()}
+    return {
+        "processes": state.accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "compute": asdict(state.settings.compute),
+    }
