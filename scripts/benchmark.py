@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     benchmarks = parser.add_subparsers(required=True, metavar="NAME")
     for measure, text, pairs in (
         (overhead, "training and sampling of the digits network, beside bare PyTorch", 40),
+        (training, "training steps of the digits network, beside bare PyTorch and diffusers", 60),
         (steps, "50 steps with a network without cost, beside diffusers", 100),
         (pipeline, "a StableDiffusionPipeline with diffcore's scheduler, beside diffusers", 40),
         (guidance, "Interval beside CFG over the same knots, on the digits network", 40),
@@ -59,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         if pairs:
             help_text = f"measured pairs, at least 30 (default {pairs})"
             options["--pairs"] = (int, pairs, help_text)
-        if measure is overhead:
+        if measure in (overhead, training):
             options["--steps"] = (int, 1, "training steps of one measurement (default 1)")
         if measure in (overhead, guidance):
             options["--samples"] = (int, 64, "samples of one measurement (default 64)")
@@ -79,6 +80,20 @@ def overhead(arguments: argparse.Namespace) -> dict[str, object]:
 
     comparisons = measure_overhead(arguments.pairs, arguments.steps, arguments.samples)
     return _print_comparisons(arguments, comparisons, ("ours, ms", "bare, ms", "at most"))
+
+
+def training(arguments: argparse.Namespace) -> dict[str, object]:
+    """Compare training with bare PyTorch and diffusers' example, and return facts for JSON."""
+    from benchmarks.training_speed import measure_memory, measure_training
+
+    comparisons = measure_training(arguments.pairs, arguments.steps)
+    names = ("ours, ms", "other, ms", "at most")
+    facts = _print_comparisons(arguments, comparisons, names)
+    memory = measure_memory()
+    print()
+    rows = [[side, f"{size:.0f}"] for side, size in memory.items()]
+    print(markdown_table(["training in a process of its own", "peak memory, MiB"], rows))
+    return facts | {"memory": memory}
 
 
 def steps(arguments: argparse.Namespace) -> dict[str, object]:

@@ -7,11 +7,14 @@ from typing import Any
 __all__ = ["EXTRAS", "MissingExtraError", "has_extra", "import_extra", "missing"]
 
 EXTRAS = {
+    "bitsandbytes": "optimizers",
     "diffusers": "diffusers",
     "matplotlib": "plot",
     "peft": "lora",
+    "schedulefree": "optimizers",
     "sklearn": "train",
     "tensorboard": "train",
+    "torchao": "optimizers",
     "transformers": "diffusers",
 }
 """Import name of each optional dependency -> the extra of diffcore that installs it."""

@@ -1,8 +1,9 @@
 """What settings in a file or on a command line may name: a closed list of classes.
 
-These are the components of diffcore, networks of diffusers and torch.nn, and optimizers and data
-sets of torch. A field that expects a function or a network that is already built accepts none of
-them: such values come from Python. Modules that the user trusts by name extend both rules.
+These are the components of diffcore, networks of diffusers and torch.nn, data sets of torch, and
+optimizers of torch, bitsandbytes, torchao and schedulefree. A field that expects a function or a
+network that is already built accepts none of them: such values come from Python. Modules that the
+user trusts by name extend both rules.
 
 The rules are enforced where jsonargparse imports what a value names, before anything is built, so
 that they hold for every field of every class.
@@ -26,6 +27,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
+from diffcore.io.extras import has_extra, missing
 from diffcore.io.network_size import BoundedFactory
 
 __all__ = ["trust", "trusted_modules"]
@@ -36,13 +38,18 @@ _actions, _common, _stubs_resolver, _typehints, _util = (
 )
 
 LIBRARIES: dict[str, tuple[type, ...]] = {
+    "bitsandbytes.optim": (Optimizer,),
     "diffcore": (object,),
     "diffusers.models": (nn.Module,),
+    "schedulefree": (Optimizer,),
     "torch.nn.modules": (nn.Module,),
     "torch.optim": (Optimizer,),
     "torch.utils.data.dataset": (Dataset,),
+    "torchao.optim": (Optimizer,),
 }
 """Module in which a class is defined -> bases of which it must be a subclass."""
+OPTIMIZERS = ("bitsandbytes", "schedulefree", "torchao")
+"""Optional packages of optimizers in `LIBRARIES`."""
 SHORT_PATHS = ("diffusers", "torch.nn", "torch.optim", "torch.utils.data")
 """Modules that show classes of `LIBRARIES` under a shorter path."""
 
@@ -135,6 +142,8 @@ def _import_trusted(path: str, check_path: bool = True) -> Any:
         if "." not in path:
             raise ValueError(f"Expected a dot import path string: {path}")
         raise _denied(path)
+    if (package := path.partition(".")[0]) in OPTIMIZERS and not has_extra(package):
+        raise missing(package, f"The optimizer {path}")
     value = _util.import_object(path, check_path=False)
     if not _is_allowed(value):
         raise _denied(path)

@@ -13,6 +13,7 @@ from diffcore.training.averages.power_ema import write_snapshot
 from diffcore.training.checkpoints import checkpoint, outputs
 from diffcore.training.checkpoints.resume import checkpoint_of
 from diffcore.training.data.order import Batch, load_batches
+from diffcore.training.optimization.optimizers import set_learning_rate
 from diffcore.training.ranks.coordination import DelayedMaximum
 from diffcore.training.reports.reporting import Reporter
 from diffcore.training.reports.validation import validate
@@ -133,8 +134,9 @@ def advance(state: TrainState, batches: Iterator[Batch]) -> None:
     """
     losses, norm = _optimize(state, islice(batches, state.settings.accumulation))
     state.step += 1
-    for average in (state.average, *state.further_averages.values()):
-        average.update(state.step)
+    with state.evaluation_weights():
+        for average in (state.average, *state.further_averages.values()):
+            average.update(state.step)
     state.window.add(losses, norm)
     state.level_sampler.add(state.step, losses)
 
@@ -161,8 +163,7 @@ def _write_snapshots(state: TrainState) -> None:
 def _optimize(state: TrainState, batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:
     """One optimizer step: losses (samples,) of this rank, gradient norm () before clipping."""
     settings, accelerator = state.settings, state.accelerator
-    for group in state.optimizer.param_groups:
-        group["lr"] = settings.lr(state.step, settings.steps)
+    set_learning_rate(state.optimizer.optimizer, settings.lr(state.step, settings.steps))
     losses, norm = [], torch.zeros(())
     buffers = _copy_buffers(state)
     for part, batch in enumerate(batches):

@@ -1,7 +1,7 @@
 """The state of a training run: everything that its steps change, built once and then complete."""
 
-import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from diffcore.training.data.checks import prepare_data
 from diffcore.training.data.order import DataOrder
 from diffcore.training.data.source import DataSource
 from diffcore.training.optimization.level_sampler import LevelSampler
+from diffcore.training.optimization.optimizers import build_optimizer, evaluation_weights
 from diffcore.training.ranks.accelerator import make_accelerator, wrap
 from diffcore.training.ranks.coordination import run_on_first_rank
 from diffcore.training.reports.reporting import LossWindow
@@ -108,6 +109,10 @@ class TrainState:
     def plain_denoiser(self) -> Denoiser:
         """The network itself as a denoiser; it has the averaged weights in `average.applied()`."""
         return Denoiser(self.label_wrapper(self.network), self.settings.process)
+
+    def evaluation_weights(self) -> AbstractContextManager[None]:
+        """Context in which the network has the weights with which the optimizer evaluates it."""
+        return evaluation_weights(self.optimizer.optimizer)
 
     def sample_key(self, step: int, batch_index: Tensor) -> SampleKey:
         """Key of the random numbers of samples.
@@ -226,15 +231,9 @@ def _build_modules(
     settings.compute.apply(modules[0])
     if settings.objective.uncertainty:
         modules.append(settings.objective.uncertainty.module())
-    parameters = [value for value in nn.ModuleList(modules).parameters() if value.requires_grad]
-    try:
-        optimizer = settings.optimizer(parameters, settings.lr.peak)
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"the optimizer cannot be built with its options and lr.peak {settings.lr.peak}: "
-            f"{error}"
-        ) from error
-    _check_optimizer(optimizer)
+    optimizer = build_optimizer(
+        settings.optimizer, modules, settings.lr, settings.decay_only_matrices
+    )
     return modules, optimizer
 
 
@@ -247,15 +246,6 @@ def _check_dtype(network: nn.Module) -> None:
                 "lost: train float32 weights (network.float()), and set precision: bf16 to "
                 "evaluate the network in bfloat16"
             )
-
-
-def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure and closure.default is inspect.Parameter.empty:
-        raise ValueError(
-            f"optimizer is {type(optimizer).__name__}, whose step evaluates the loss several times "
-            "(a closure): choose one that does not, such as torch.optim.AdamW"
-        )
 
 
 @torch.no_grad()

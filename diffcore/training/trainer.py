@@ -73,6 +73,8 @@ class Trainer:
         steps: number of optimizer steps of the whole run.
         objective: training loss: its weight, distribution of noise levels, coupling.
         lr: learning rate as a function of the step.
+        decay_only_matrices: true applies the weight decay of the optimizer only to matrices and
+            convolutions, and not to norms, biases and embeddings (`group_parameters`).
         ema: decay of the averaged weights.
         validation: held-out data and how often its loss is measured.
         snapshots: further averages, from which `diffcore ema` reconstructs one of any length.
@@ -125,6 +127,7 @@ class Trainer:
     steps: int
     objective: Objective = field(default_factory=Objective)
     lr: LearningRate = field(default_factory=LearningRate)
+    decay_only_matrices: bool = False
     ema: Decay = field(default_factory=Decay)
     validation: Validation = field(default_factory=Validation)
     snapshots: Snapshots = field(default_factory=Snapshots)

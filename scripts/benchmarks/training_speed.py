@@ -1,5 +1,7 @@
-"""The cost of diffcore beside bare PyTorch: training steps, random draws, and guided sampling."""
+"""The cost of diffcore beside bare PyTorch and diffusers: training, random draws, and sampling."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import count
@@ -37,7 +39,10 @@ __all__ = [
     "compare_training",
     "digits_state",
     "measure_intervals",
+    "measure_memory",
     "measure_overhead",
+    "measure_training",
+    "print_peak_memory",
     "step_function",
 ]
 
@@ -66,6 +71,85 @@ def measure_overhead(pairs: int = 40, steps: int = 1, samples: int = 64) -> list
             compare_draws(state, pairs),
             compare_sampling(state, pairs, samples),
         ]
+
+
+def measure_training(pairs: int = 60, steps: int = 1) -> list[Comparison]:
+    """Compare training steps with a bare PyTorch loop and with the example of diffusers.
+
+    Args:
+        pairs: measured pairs of each comparison, at least 30.
+        steps: training steps of one measurement.
+
+    Returns:
+        Seconds of one step. A throughput of 0.98 is a ratio of 1 / 0.98.
+
+    Raises:
+        ValueError: a number is too small.
+    """
+    from benchmarks.diffusers_loop import DiffusersLoop
+
+    check_pairs(pairs)
+    if steps < 1:
+        raise ValueError(f"steps is {steps}, expected at least 1")
+    with TemporaryDirectory() as folder:
+        state = digits_state(Path(folder))
+        bare = BareLoop(state.accelerator.device)
+        example = DiffusersLoop()
+        ours = repeat(step_function(state), steps)
+        found = []
+        for name, bound, step in (
+            ("bare PyTorch", round(1 / 0.98, 3), bare.step),
+            ("diffusers' train_unconditional", 1.0, example.step),
+        ):
+            seconds = time_pairs(ours, repeat(step, steps), pairs)
+            each = (tuple(value / steps for value in side) for side in seconds)
+            found.append(Comparison(f"training step beside {name}", bound, *each))
+            state.window.restore(None)
+            bare.history.clear()
+        return found
+
+
+def measure_memory(steps: int = 10) -> dict[str, float]:
+    """The peak memory of training, each side in a process of its own.
+
+    Args:
+        steps: training steps of each side.
+
+    Returns:
+        Largest resident memory in MiB by the name of the side.
+    """
+    folder = str(Path(__file__).parents[1])
+    script = "import sys; sys.path.insert(0, {!r}); from benchmarks import training_speed; "
+    found = {}
+    for side in ("diffcore", "bare PyTorch", "diffusers"):
+        code = script.format(folder) + f"training_speed.print_peak_memory({side!r}, {steps})"
+        command = [sys.executable, "-W", "ignore", "-c", code]
+        ended = subprocess.run(command, check=True, capture_output=True, text=True)
+        found[side] = float(ended.stdout.split()[-1])
+    return found
+
+
+def print_peak_memory(side: str, steps: int) -> None:
+    """Train in this process, and print its largest resident memory in MiB.
+
+    Args:
+        side: diffcore, bare PyTorch or diffusers.
+        steps: training steps.
+    """
+    import resource
+
+    from benchmarks.diffusers_loop import DiffusersLoop  # imported by each side
+
+    torch.set_num_threads(1)
+    with TemporaryDirectory() as folder:
+        if side == "diffcore":
+            step = step_function(digits_state(Path(folder)))
+        elif side == "diffusers":
+            step = DiffusersLoop().step
+        else:
+            step = BareLoop(torch.device("cpu")).step
+        repeat(step, steps)()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 def compare_training(state: TrainState, pairs: int, steps: int) -> Comparison:

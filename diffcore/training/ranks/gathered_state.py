@@ -9,9 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_state_dict,
     set_model_state_dict,
     set_state_dict,
+)
+
+from diffcore.training.optimization.quantised_state import (
+    capture_quantised_state,
+    is_quantised,
+    restore_quantised_state,
 )
 
 __all__ = ["GatheredState", "capture_state", "restore_state"]
@@ -44,6 +51,8 @@ def capture_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> Gathe
     Returns:
         The state on the host of the first rank; the other ranks receive nothing.
     """
+    if is_quantised(optimizer):
+        return _capture_quantised(network, optimizer)
     model, state = get_state_dict(network, optimizer, options=FULL_ON_HOST)
     # Ranks other than the first receive nothing.
     by_parameter = cast("dict[str, NamedTensors]", state.get("state", {}))
@@ -53,7 +62,36 @@ def capture_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> Gathe
         for key, value in values.items()
     }
     groups = cast("list[dict[str, Any]]", state.get("param_groups", []))
-    return GatheredState(_without_shared_memory(cast("NamedTensors", model)), flat, groups)
+    return GatheredState(_without_shared_memory(cast("NamedTensors", model)), flat, _plain(groups))
+
+
+def _capture_quantised(network: nn.Module, optimizer: torch.optim.Optimizer) -> GatheredState:
+    model = get_model_state_dict(network, options=FULL_ON_HOST)
+    state = capture_quantised_state(network, optimizer)
+    names = {value: name for name, value in network.named_parameters()}
+    groups = [
+        group | {"params": [names[value] for value in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    whole = _without_shared_memory(cast("NamedTensors", model))
+    return GatheredState(whole, state, _plain(groups))
+
+
+def _plain(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Options of groups as plain data; some optimizers keep the learning rate in a tensor."""
+    return [
+        {key: value.item() if isinstance(value, Tensor) else value for key, value in group.items()}
+        for group in groups
+    ]
+
+
+def _restore_groups(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
+    for group, saved in zip(optimizer.param_groups, groups, strict=True):
+        for key, value in saved.items():
+            if isinstance(group[key], Tensor):
+                group[key].fill_(value)
+            elif key != "params":
+                group[key] = type(group[key])(value) if group[key] is not None else value
 
 
 def _without_shared_memory(tensors: NamedTensors) -> NamedTensors:
@@ -78,6 +116,11 @@ def restore_state(
         state: whole state, as `capture_state` returned it on the first rank; every rank passes it.
     """
     if not state.optimizer:  # SGD without momentum has no tensors, which torch does not expect
+        set_model_state_dict(network, cast("Any", state.network), options=FULL_ON_HOST)
+        return
+    if is_quantised(optimizer):
+        restore_quantised_state(network, optimizer, state.optimizer)
+        _restore_groups(optimizer, state.groups)
         set_model_state_dict(network, cast("Any", state.network), options=FULL_ON_HOST)
         return
     by_parameter: dict[str, Any] = {}

@@ -224,7 +224,8 @@ def validate(state: "TrainState") -> Measurement:
         (accelerator.process_index, accelerator.num_processes),
         accelerator.gather,
     )
-    current = measure()
+    with state.evaluation_weights():
+        current = measure()
     with state.average.applied():
         averaged = measure()
     edges = [bin_ / validation.bins for bin_ in range(validation.bins + 1)]
