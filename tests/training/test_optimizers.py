@@ -6,7 +6,6 @@ from functools import partial
 
 import pytest
 import torch
-from schedulefree import AdamWScheduleFree
 from torch import nn
 
 from diffcore.io.extras import MissingExtraError
@@ -34,6 +33,7 @@ from tests.helpers.training_runs import (
 )
 from tests.training.test_compute import dit, unet
 
+AdamWScheduleFree = pytest.importorskip("schedulefree").AdamWScheduleFree
 FREE = {"optimizer": partial(AdamWScheduleFree, weight_decay=0.01)}
 
 
