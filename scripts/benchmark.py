@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NoReturn
 
 import torch
@@ -48,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         (steps, "50 steps with a network without cost, beside diffusers", 100),
         (pipeline, "a StableDiffusionPipeline with diffcore's scheduler, beside diffusers", 40),
         (guidance, "Interval beside CFG over the same knots, on the digits network", 40),
+        (folder, "second start of training on a folder of images, beside a small one", None),
         (accuracy, "distance to the exact flow by evaluations, beside diffusers", None),
     ):
         benchmark = benchmarks.add_parser(measure.__name__, help=text, description=text)
@@ -64,6 +66,9 @@ def _parser() -> argparse.ArgumentParser:
             options["--steps"] = (int, 1, "training steps of one measurement (default 1)")
         if measure in (overhead, guidance):
             options["--samples"] = (int, 64, "samples of one measurement (default 64)")
+        if measure is folder:
+            options["--images"] = (int, 100_000, "images of the large folder (default 100000)")
+            options["--repeats"] = (int, 5, "trainings on each folder (default 5)")
         if measure is accuracy:
             starts = "starts of each oracle, twice as many of the digits (default 128)"
             options["--starts"] = (int, 128, starts)
@@ -141,6 +146,18 @@ def accuracy(arguments: argparse.Namespace) -> dict[str, object]:
         report.draw(measurements, default, arguments.picture)
     rows_json = [vars(measurement) for measurement in measurements]
     return {"starts": arguments.starts, "default": default, "rows": rows_json}
+
+
+def folder(arguments: argparse.Namespace) -> dict[str, object]:
+    """Compare the start of training on a large and a small folder, and return facts for JSON."""
+    from benchmarks.folder_start import measure_starts
+
+    with TemporaryDirectory() as temporary:
+        starts = measure_starts(Path(temporary), (100, arguments.images), arguments.repeats)
+    rows = [[f"{value:.5g}" for value in start] for start in starts]
+    print(f"`{_command()}`: {_describe_machine(arguments.threads)}\n")
+    print(markdown_table(["images", "seconds", "seconds of processors", "memory, MB"], rows))
+    return {"starts": [start._asdict() for start in starts]}
 
 
 def _print_comparisons(
