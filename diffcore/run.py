@@ -128,6 +128,11 @@ class Run:
         """The losses on held-out data, one JSON object per line."""
         return self.folder / "validation.jsonl"
 
+    @property
+    def evaluation(self) -> Path:
+        """The results of the last evaluation of the averaged weights, if there was one."""
+        return self.folder / "evaluation.json"
+
     def settings(self) -> dict[str, Any]:
         """The contents of config.yaml as plain data.
 

@@ -1,22 +1,39 @@
 """`python scripts/evaluate.py RUN`: evaluate a run of the recipe `digits`."""
 
 import argparse
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from diffcore.core.process import Process
-from diffcore.evaluation.digits import score_digits
+from diffcore.evaluation.digits import DigitScore, score_digits
+from diffcore.guidance import CFG
+from diffcore.io.files import hash_file, write_file
+from diffcore.io.specs import to_spec
 from diffcore.run import Run
+from diffcore.samplers import DDIM
+from diffcore.schedules import Trailing
+
+METHOD: dict[str, Any] = {
+    "sampler": DDIM(),
+    "grid": Trailing(),
+    "steps": 25,
+    "guidance": CFG(1.5),
+}
+"""How every run is sampled, whatever its own settings, so that results can be compared."""
 
 
 def main() -> int:
-    """Print the score of a run, and compare it with bounds.
+    """Print the score of a run, write it to evaluation.json, and compare it with bounds.
 
     Returns:
         The exit status: 1 if the run cannot be evaluated or misses a bound, else 0.
     """
     parser = argparse.ArgumentParser(
-        description="Evaluate a run of the recipe digits. Exit status 1 if a bound is missed.",
+        description="Evaluate a run of the recipe digits, and write the result to evaluation.json "
+        "in its folder. Exit status 1 if a bound is missed.",
         allow_abbrev=False,
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
@@ -37,9 +54,12 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     try:
-        _check_process(Process.load(Run(arguments.run).process))
-        score = score_digits(Run(arguments.run).denoiser(), per_label=arguments.per_label)
-    except ValueError as error:
+        run = Run(arguments.run)
+        _check_process(Process.load(run.process))
+        weights = hash_file(run.weights) if run.weights.is_file() else ""
+        score = score_digits(run.denoiser(), **METHOD, per_label=arguments.per_label)
+        _write_result(run, score, weights)
+    except (OSError, ValueError) as error:
         print(f"evaluate: error: {error}", file=sys.stderr)
         return 1
     print(score)
@@ -54,6 +74,17 @@ def main() -> int:
         )
         return 1
     return 0
+
+
+def _write_result(run: Run, score: DigitScore, weights: str) -> None:
+    """Write evaluation.json: the score, and everything that repeats it."""
+    result = {
+        **asdict(score),
+        "seeds": f"0-{score.count - 1}",
+        **{name: to_spec(value) for name, value in METHOD.items()},
+        "weights": weights,
+    }
+    write_file(run.evaluation, json.dumps(result, indent=1).encode())
 
 
 def _check_process(process: Process) -> None:

@@ -25,6 +25,7 @@ def main() -> None:
         variance: "variance of the loss with independent levels over that with stratified levels",
         zero_terminal_snr: "mean brightness of samples with and without zero terminal SNR",
         fields: "pictures of guided fields and samples of a mixture in two dimensions",
+        kill_drill: "whether a run that is killed again and again ends with the same bytes",
     }.items():
         name = run.__name__.replace("_", "-")
         study = studies.add_parser(name, help=text, description=text)
@@ -52,11 +53,25 @@ def main() -> None:
                 default=count,
                 help=f"images of each measurement (default {count})",
             )
+        if run is kill_drill:
+            _add_drill_options(study)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.run(arguments)
+
+
+def _add_drill_options(study: argparse.ArgumentParser) -> None:
+    for name, default, text in (
+        ("kills", 20, "number of SIGKILLs"),
+        ("terms", 10, "number of SIGTERMs"),
+        ("steps", 200, "optimizer steps of the run"),
+        ("ranks", 1, "processes that train together"),
+        ("seed", 0, "seed of the moments"),
+    ):
+        study.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
+    study.add_argument("--folder", type=Path, help="folder of the runs (default: a temporary one)")
 
 
 def training(arguments: argparse.Namespace) -> None:
@@ -134,6 +149,22 @@ def fields(arguments: argparse.Namespace) -> None:
 
     draw_fields(PICTURES)
     draw_samples(PICTURES)
+
+
+def kill_drill(arguments: argparse.Namespace) -> None:
+    """Kill a run of the recipe digits at random moments, and compare it with an undisturbed one."""
+    from tempfile import TemporaryDirectory
+
+    from experiments import kill_drill as study
+
+    with TemporaryDirectory() as temporary:
+        options = study.digits_options(arguments.steps)
+        folder = arguments.folder or Path(temporary)
+        drill = study.Drill(folder, options, arguments.ranks, arguments.threads)
+        counts = (arguments.kills, arguments.terms, arguments.steps)
+        faults = study.plan_faults(*counts, arguments.ranks, arguments.seed)
+        result = study.run_drill(drill, faults, lambda line: print(line, flush=True))
+        print(f"\n{study.format_report(*result)}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from diffcore.io.files import hash_file
 from diffcore.report.charts import Curve, line_chart
 from diffcore.report.page import Section, page, text_block
 
@@ -120,3 +121,23 @@ def test_text_is_escaped_and_sections_without_a_body_are_left_out():
     assert "&lt;x&gt;" in html
     assert "a &amp; b" in html
     assert "two" not in html
+
+
+def test_the_results_of_an_evaluation_are_shown_with_the_weights_that_they_belong_to(
+    diffcore, run
+):
+    results = {
+        "accuracy": 0.98765,
+        "guidance": {"class_path": "CFG", "init_args": {"scale": 1.5}},
+        "weights": hash_file(run / "ema.safetensors"),
+    }
+    for weights, sentence in ((results["weights"], "those of the run;"), ("0", "NOT those of the")):
+        (run / "evaluation.json").write_text(json.dumps(results | {"weights": weights}))
+        assert diffcore("report", run).status == 0
+        html = (run / "report.html").read_text("utf-8")
+        for fact in ("Evaluation", "0.9877", "CFG(scale=1.5)", f"<td>{sentence}"):
+            assert fact in html, fact
+    (run / "evaluation.json").write_text("[1]")
+    ended = diffcore("report", run)
+    assert ended.status == 1
+    assert "evaluation.json holds a list" in ended.err

@@ -8,8 +8,9 @@ import torch
 
 from diffcore.cli.commands.info import describe_machine, describe_run
 from diffcore.cli.commands.plot import LOGSNR, effective_weight, read_training_levels
-from diffcore.io.files import write_file
+from diffcore.io.files import hash_file, write_file
 from diffcore.io.parser import ComponentParser
+from diffcore.io.plain_data import read_json
 from diffcore.report.charts import Curve, line_chart
 from diffcore.report.page import (
     Section,
@@ -78,6 +79,7 @@ def write_report(run: Run, out: Path) -> None:
             picture_slider(_previews(run)),
             "Drawn from the same seeds by the averaged weights.",
         ),
+        Section("Evaluation", facts_table(_evaluation(run)), "The content of evaluation.json."),
         Section("Noise levels", chart_grid(_level_charts(run))),
         Section("Settings", text_block(run.config.read_text("utf-8"))),
         Section(
@@ -161,6 +163,30 @@ def _level_charts(run: Run) -> dict[str, str]:
             logsnr,
         ),
     }
+
+
+def _evaluation(run: Run) -> dict[str, str]:
+    """The results in evaluation.json by their names, and whether they belong to the weights."""
+    if not run.evaluation.is_file():
+        return {}
+    results = read_json(run.evaluation)
+    facts = {str(name).replace("_", " "): _in_words(value) for name, value in results.items()}
+    if "weights" in facts and run.weights.is_file():
+        is_current = hash_file(run.weights) == results["weights"]
+        of = "those of the run" if is_current else "NOT those of the run now: evaluate it again"
+        facts["weights"] = f"{of}; SHA-256 {facts['weights']}"
+    return facts
+
+
+def _in_words(value: Any) -> str:
+    """A number with four digits, a component as `Class(option=value)`, or the value itself."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict) and "class_path" in value:
+        options = (value.get("init_args") or {}).items()
+        named = ", ".join(f"{name}={_in_words(option)}" for name, option in options)
+        return f"{value['class_path']}({named})"
+    return str(value)
 
 
 def _previews(run: Run) -> dict[str, Path]:
