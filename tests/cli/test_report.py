@@ -123,9 +123,7 @@ def test_text_is_escaped_and_sections_without_a_body_are_left_out():
     assert "two" not in html
 
 
-def test_the_results_of_an_evaluation_are_shown_with_the_weights_that_they_belong_to(
-    diffcore, run
-):
+def test_the_results_of_an_evaluation_are_shown_with_the_weights_that_they_belong_to(diffcore, run):
     results = {
         "accuracy": 0.98765,
         "guidance": {"class_path": "CFG", "init_args": {"scale": 1.5}},

@@ -136,6 +136,12 @@ def test_an_accumulation_in_the_environment_is_refused(tmp_path, monkeypatch):
             "the launcher sets the compiler inductor, which training does not use: launch without "
             "--dynamo_backend, or unset ACCELERATE_DYNAMO_BACKEND",
         ),
+        (
+            "ACCELERATE_USE_DEEPSPEED",
+            "true",
+            "the launcher selects DeepSpeed, which training does not use: launch without "
+            "--use_deepspeed, or unset ACCELERATE_USE_DEEPSPEED",
+        ),
     ],
 )
 def test_an_option_of_the_launcher_that_contradicts_the_settings_is_refused(

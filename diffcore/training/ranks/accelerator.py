@@ -73,6 +73,12 @@ def _check_environment(precision: str) -> None:
             f"the launcher sets the compiler {compiler}, which training does not use: launch "
             "without --dynamo_backend, or unset ACCELERATE_DYNAMO_BACKEND"
         )
+    # On a CPU accelerate ignores it without a word and trains by data parallelism.
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise ValueError(
+            "the launcher selects DeepSpeed, which training does not use: launch without "
+            "--use_deepspeed, or unset ACCELERATE_USE_DEEPSPEED"
+        )
 
 
 def _check_trackers(trackers: Sequence[str]) -> None:
