@@ -7,6 +7,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from time import perf_counter, process_time
 
 import torch
 from torch import Tensor
@@ -81,7 +82,8 @@ def measure_training(pairs: int = 60, steps: int = 1) -> list[Comparison]:
         steps: training steps of one measurement.
 
     Returns:
-        Seconds of one step. A throughput of 0.98 is a ratio of 1 / 0.98.
+        Seconds of one step, in which a throughput of 0.98 is a ratio of 1 / 0.98. Without an
+        accelerator they are processor seconds, which other programs of the machine hardly change.
 
     Raises:
         ValueError: a number is too small.
@@ -91,6 +93,7 @@ def measure_training(pairs: int = 60, steps: int = 1) -> list[Comparison]:
     check_pairs(pairs)
     if steps < 1:
         raise ValueError(f"steps is {steps}, expected at least 1")
+    clock = perf_counter if torch.accelerator.is_available() else process_time
     with TemporaryDirectory() as folder:
         state = digits_state(Path(folder))
         bare = BareLoop(state.accelerator.device)
@@ -101,7 +104,7 @@ def measure_training(pairs: int = 60, steps: int = 1) -> list[Comparison]:
             ("bare PyTorch", round(1 / 0.98, 3), bare.step),
             ("diffusers' train_unconditional", 1.0, example.step),
         ):
-            seconds = time_pairs(ours, repeat(step, steps), pairs)
+            seconds = time_pairs(ours, repeat(step, steps), pairs, clock=clock)
             each = (tuple(value / steps for value in side) for side in seconds)
             found.append(Comparison(f"training step beside {name}", bound, *each))
             state.window.restore(None)

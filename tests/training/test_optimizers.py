@@ -227,7 +227,7 @@ def test_a_decay_of_the_learning_rate_is_refused_for_a_schedule_free_optimizer(t
 # 8-bit states
 
 
-@pytest.mark.slow  # torchao compiles the step
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("package", ["bitsandbytes", "torchao"])
 def test_an_8_bit_optimizer_resumes_bit_for_bit(tmp_path, package):
@@ -235,10 +235,11 @@ def test_an_8_bit_optimizer_resumes_bit_for_bit(tmp_path, package):
     options = {"optimizer": optimizer, "decay_only_matrices": True, "steps": 4, "keep": 1}
     if package == "bitsandbytes":
         options["optimizer"] = partial(optimizer, min_8bit_size=1024)
-    train(tmp_path / "whole", **options)
-    part = make_trainer(tmp_path / "part", **options, save_every=2)
-    crash_after(part, 2)
-    state = replace(part, resume=True, save_every=4).train()
+    with torch.compiler.set_stance("force_eager"):  # torchao compiles its step
+        train(tmp_path / "whole", **options)
+        part = make_trainer(tmp_path / "part", **options, save_every=2)
+        crash_after(part, 2)
+        state = replace(part, resume=True, save_every=4).train()
     found, expected = (read_checkpoint(tmp_path / name, 4) for name in ("part", "whole"))
     for file, tensors in expected.items():
         assert found[file].keys() == tensors.keys()
