@@ -6,6 +6,7 @@ from signal import Signals
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from diffcore.core.random import Stream, derive_seed
 from diffcore.io.signals import Interruption
@@ -15,6 +16,7 @@ from diffcore.training.checkpoints.resume import checkpoint_of
 from diffcore.training.data.order import Batch, load_batches
 from diffcore.training.optimization.optimizers import set_learning_rate
 from diffcore.training.ranks.coordination import DelayedMaximum
+from diffcore.training.ranks.sharding import gather_tensors, local, set_gradient_reduction
 from diffcore.training.reports.reporting import Reporter
 from diffcore.training.reports.validation import validate
 from diffcore.training.state import TrainState
@@ -98,7 +100,7 @@ def _fix_gradient_buckets(state: TrainState) -> None:
     It chooses them anew after its first backward pass, and they determine the order of the sums
     over ranks. The first step of a resumed run would otherwise be rounded in another order.
     """
-    if state.accelerator.num_processes == 1:
+    if state.accelerator.num_processes == 1 or state.is_sharded:
         return
     buffers = _copy_buffers(state)
     index = torch.arange(state.order.micro)
@@ -145,19 +147,22 @@ def save(state: TrainState, reporter: Reporter) -> None:
     """Write a checkpoint, the averaged weights and the pipeline. Every rank must call it."""
     settings, run_folder = state.settings, state.settings.run
     content = checkpoint_of(state)
+    averaged = state.gathered_average()
     if state.accelerator.is_main_process:
         path = run_folder.checkpoints / checkpoint.name(state.step)
         checkpoint.write(path, content)
         checkpoint.prune(run_folder.checkpoints, settings.keep)
-        outputs.write(state, reporter.message)
+        outputs.write(state, averaged, reporter.message)
     state.accelerator.wait_for_everyone()
 
 
 def _write_snapshots(state: TrainState) -> None:
-    """Write the averages from which one of any length can be reconstructed."""
-    if state.accelerator.is_main_process:
-        for length, average in state.further_averages.items():
-            write_snapshot(state.settings.run.snapshots, length, state.step, average.shadow)
+    """Write the averages from which any length is reconstructed. Every rank must call it."""
+    is_first, folder = state.accelerator.is_main_process, state.settings.run.snapshots
+    for length, average in state.further_averages.items():
+        whole = gather_tensors(average.shadow, is_first)
+        if is_first:
+            write_snapshot(folder, length, state.step, whole)
 
 
 def _optimize(state: TrainState, batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:
@@ -169,15 +174,23 @@ def _optimize(state: TrainState, batches: Iterator[Batch]) -> tuple[Tensor, Tens
     for part, batch in enumerate(batches):
         torch.manual_seed(_network_seed(state, part))
         with accelerator.accumulate(*state.modules):
+            set_gradient_reduction(state.modules, accelerator.sync_gradients)
             loss = _losses(state, batch)
             accelerator.backward(loss.mean())
             if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(state.modules.parameters(), settings.clip)
+                norm = _clip_gradient(state)
                 _zero_non_finite_gradient(state)
             state.optimizer.step()
             state.optimizer.zero_grad()
         losses.append(loss.detach())
     return torch.cat(losses), _keep_finite_buffers(buffers, norm)
+
+
+def _clip_gradient(state: TrainState) -> Tensor:
+    """Scale the gradient down to the largest norm; its norm () before, over all ranks."""
+    parameters, clip = state.modules.parameters(), state.settings.clip
+    norm: Tensor = state.accelerator.clip_grad_norm_(parameters, clip)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def _copy_buffers(state: TrainState) -> list[tuple[Tensor, Tensor]]:
@@ -223,7 +236,7 @@ def _zero_non_finite_gradient(state: TrainState) -> None:
     """
     for parameter in state.modules.parameters():
         if parameter.grad is not None:
-            parameter.grad.nan_to_num_(0.0, 0.0, 0.0)
+            local(parameter.grad).nan_to_num_(0.0, 0.0, 0.0)
 
 
 def _network_seed(state: TrainState, part: int) -> int:

@@ -1,7 +1,7 @@
 """The state of a training run: everything that its steps change, built once and then complete."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.network import frozen_hash
@@ -22,8 +23,10 @@ from diffcore.training.data.order import DataOrder
 from diffcore.training.data.source import DataSource
 from diffcore.training.optimization.level_sampler import LevelSampler
 from diffcore.training.optimization.optimizers import build_optimizer, evaluation_weights
+from diffcore.training.optimization.quantised_state import is_quantised
 from diffcore.training.ranks.accelerator import make_accelerator, wrap
 from diffcore.training.ranks.coordination import run_on_first_rank
+from diffcore.training.ranks.sharding import gather_tensors, shard
 from diffcore.training.reports.reporting import LossWindow
 from diffcore.training.reports.validation import stops_early
 
@@ -106,9 +109,33 @@ class TrainState:
         return nn.ModuleDict({"network": self.network, "uncertainty": uncertainty})
 
     @property
-    def plain_denoiser(self) -> Denoiser:
-        """The network itself as a denoiser; it has the averaged weights in `average.applied()`."""
-        return Denoiser(self.label_wrapper(self.network), self.settings.process)
+    def is_sharded(self) -> bool:
+        """Whether this rank holds only a part of the weights."""
+        return any(isinstance(module, FSDPModule) for module in self.modules)
+
+    def gathered_average(self) -> dict[str, Tensor]:
+        """The whole averaged weights on the first rank. Every rank must call it."""
+        return gather_tensors(self.average.shadow, self.accelerator.is_main_process)
+
+    @contextmanager
+    def averaged_network(self, averaged: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+        """Context with the whole network with the averaged weights.
+
+        Args:
+            averaged: result of `gathered_average`.
+
+        Yields:
+            The network of the run, which has its own weights again on exit; a copy of a sharded
+            one, which needs no other rank.
+        """
+        if not self.is_sharded:
+            with self.average.applied():
+                yield self.network
+            return
+        with torch.random.fork_rng():
+            network = self.settings.network()
+        network.load_state_dict(averaged)
+        yield network.to(self.accelerator.device)
 
     def evaluation_weights(self) -> AbstractContextManager[None]:
         """Context in which the network has the weights with which the optimizer evaluates it."""
@@ -169,7 +196,9 @@ def build_state(settings: "Trainer", accelerator: Accelerator | None = None) -> 
     if held_out := settings.validation.source:
         _prepare_data(accelerator, held_out, settings.validation.process(settings.process))
     label_wrapper = settings.source.label_wrapper(accelerator.device)
-    modules, optimizer = wrap(accelerator, *_build_modules(settings, label_wrapper))
+    built = _build_modules(settings, label_wrapper)
+    hashes = _content_hashes(settings, built[0])
+    modules, optimizer = _prepare(settings, accelerator, built)
     network = accelerator.unwrap_model(modules[0])
     split = (settings.accumulation, accelerator.gather)
     return TrainState(
@@ -193,7 +222,7 @@ def build_state(settings: "Trainer", accelerator: Accelerator | None = None) -> 
             settings.objective, settings.process, settings.seed, settings.batch_size, *split
         ),
         LossWindow(*split),
-        _content_hashes(settings, network),
+        hashes,
     )
 
 
@@ -221,9 +250,8 @@ def _check_batch(settings: "Trainer", ranks: int) -> None:
         )
 
 
-def _build_modules(
-    settings: "Trainer", label_wrapper: LabelWrapper
-) -> tuple[list[nn.Module], torch.optim.Optimizer]:
+def _build_modules(settings: "Trainer", label_wrapper: LabelWrapper) -> list[nn.Module]:
+    """The network with its initial weights, and the uncertainty if there is one."""
     torch.manual_seed(derive_seed(settings.seed, Stream.MODEL, 0))
     modules = [settings.network()]
     _check_dtype(modules[0])
@@ -231,10 +259,30 @@ def _build_modules(
     settings.compute.apply(modules[0])
     if settings.objective.uncertainty:
         modules.append(settings.objective.uncertainty.module())
-    optimizer = build_optimizer(
-        settings.optimizer, modules, settings.lr, settings.decay_only_matrices
+    return modules
+
+
+def _prepare(
+    settings: "Trainer", accelerator: Accelerator, modules: list[nn.Module]
+) -> tuple[list[nn.Module], Any]:
+    """Modules and optimizer as the ranks train them. An optimizer of shards holds shards."""
+    sharding = settings.sharding
+    build = partial(
+        build_optimizer,
+        settings.optimizer,
+        lr=settings.lr,
+        decay_only_matrices=settings.decay_only_matrices,
     )
-    return modules, optimizer
+    if sharding.strategy == "none" or accelerator.num_processes == 1:
+        return wrap(accelerator, modules, build(modules))
+    modules = shard(accelerator, modules, sharding)
+    optimizer = build(modules)
+    if is_quantised(optimizer):
+        raise ValueError(
+            f"sharding.strategy is {sharding.strategy}, but the quantised state of "
+            f"{type(optimizer).__name__} cannot be sharded: use torch.optim.AdamW, or strategy none"
+        )
+    return modules, accelerator.prepare_optimizer(optimizer)
 
 
 def _check_dtype(network: nn.Module) -> None:

@@ -28,6 +28,7 @@ from diffcore.training.data.source import DataSource
 from diffcore.training.optimization.compute import Compute
 from diffcore.training.optimization.lr import LearningRate
 from diffcore.training.ranks.coordination import explain_lost_ranks, run_on_first_rank
+from diffcore.training.ranks.sharding import Sharding
 from diffcore.training.reports.previews import is_drawable
 from diffcore.training.reports.reporting import Reporter
 from diffcore.training.reports.validation import Validation
@@ -80,6 +81,7 @@ class Trainer:
         snapshots: further averages, from which `diffcore ema` reconstructs one of any length.
         batch_size: number of samples of an optimizer step, over all ranks and micro-batches.
         accumulation: number of micro-batches into which a rank splits its part of the batch.
+        sharding: which ranks share the weights and what belongs to them.
         clip: largest norm of the gradient; a larger gradient is scaled down. `.inf` does not clip.
         precision: data type of the network's evaluation by autocast: no (float32), bf16 or fp16.
         compute: compilation, activation checkpointing and memory format of the network.
@@ -133,6 +135,7 @@ class Trainer:
     snapshots: Snapshots = field(default_factory=Snapshots)
     batch_size: int = 128
     accumulation: int = 1
+    sharding: Sharding = field(default_factory=Sharding)
     clip: float = 1.0
     precision: Literal["no", "bf16", "fp16"] = "no"
     compute: Compute = field(default_factory=Compute)

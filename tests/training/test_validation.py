@@ -110,7 +110,8 @@ def test_a_run_writes_its_held_out_losses_and_trains_as_without_them(tmp_path):
     assert lines[-1]["loss"] == state.held_out_losses[-1]
     with state.average.applied():
         seed = state.settings.seed
-        direct = measure(validation, network=state.plain_denoiser, seed=seed, batch=16)
+        averaged = Denoiser(state.label_wrapper(state.network), state.settings.process)
+        direct = measure(validation, network=averaged, seed=seed, batch=16)
     assert direct.loss == lines[-1]["loss"]
     assert lines[-1]["loss_current"] != lines[-1]["loss"]
     before, after = (read_checkpoint(tmp_path / name) for name in ("plain", "run"))

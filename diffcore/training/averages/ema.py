@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from diffcore.training.ranks.sharding import copy_whole, local
+
 __all__ = ["EMA", "Decay"]
 
 
@@ -72,13 +74,14 @@ class EMA:
             copy.copy_(value)
         shadow, values = zip(*self.floating, strict=True)
         average = get_ema_multi_avg_fn(self.decay(step))
-        average(shadow, [value.float() for value in values], 0)
+        own = [local(value).float() for value in values]
+        average([local(value) for value in shadow], own, 0)
 
     @torch.no_grad()
     def load(self, shadow: Mapping[str, Tensor]) -> None:
         """Replace the average by that of a checkpoint."""
         for name, value in shadow.items():
-            self.shadow[name].copy_(value)
+            copy_whole(self.shadow[name], value)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

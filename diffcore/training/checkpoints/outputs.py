@@ -10,10 +10,11 @@ that differ from it are written again from the newest checkpoint.
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from torch import Tensor
 
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.network import ExportableNetwork, class_name, unwrap
@@ -39,13 +40,16 @@ RECORD = "outputs.json"
 METHOD = ("sampler", "grid", "sample_steps", "guidance")
 
 
-def write(state: "TrainState", message: Callable[[str], None]) -> None:
+def write(
+    state: "TrainState", averaged: Mapping[str, Tensor], message: Callable[[str], None]
+) -> None:
     """Write the averaged weights and the pipeline of a run, which belong to its newest checkpoint.
 
     A pipeline that cannot be written does not stop the run.
 
     Args:
         state: state of the run, whose checkpoint is written already.
+        averaged: whole averaged weights of the state.
         message: prints a line to the user.
 
     Raises:
@@ -55,20 +59,23 @@ def write(state: "TrainState", message: Callable[[str], None]) -> None:
     record = run.checkpoints / RECORD
     network = (yaml.safe_load(state.settings.config) or {}).get("network")
     options = {"network": hash_options(network)} if network else {}
-    write_weights(run.weights, state.average.shadow, step=state.step, **options)
+    write_weights(run.weights, averaged, step=state.step, **options)
     try:
-        _write_pipeline(state, message)
+        _write_pipeline(state, averaged, message)
         write_file(record, json.dumps(_describe(state), indent=1).encode())
     except OSError as error:  # a later save or resume writes it
         record.unlink(missing_ok=True)
         message(f"{error}; the checkpoint of step {state.step} is whole")
 
 
-def update(state: "TrainState", message: Callable[[str], None]) -> None:
+def update(
+    state: "TrainState", averaged: Mapping[str, Tensor], message: Callable[[str], None]
+) -> None:
     """Write the averaged weights and the pipeline again if they are not those of the state.
 
     Args:
         state: state of the run at its newest checkpoint.
+        averaged: whole averaged weights of the state.
         message: prints a line to the user.
     """
     run = state.settings.run
@@ -81,7 +88,7 @@ def update(state: "TrainState", message: Callable[[str], None]) -> None:
         is_current = False
     if not is_current:
         message(f"writing the averaged weights and the pipeline of step {state.step} again")
-        write(state, message)
+        write(state, averaged, message)
 
 
 def _describe(state: "TrainState") -> dict[str, Any]:
@@ -114,22 +121,25 @@ def exported_names(state: "TrainState") -> tuple[str, ...]:
     return (state.settings.run.pipeline.name,)
 
 
-def _write_pipeline(state: "TrainState", message: Callable[[str], None]) -> None:
+def _write_pipeline(
+    state: "TrainState", averaged: Mapping[str, Tensor], message: Callable[[str], None]
+) -> None:
     """Replace the pipeline of a run; if there can be none, print the reason after the last step."""
     settings = state.settings
     try:
-        if isinstance(network := unwrap(state.network), ExportableNetwork):
-            with state.average.applied():
-                network.export(settings.run.folder, settings.process)
-        else:
-            _save_pipeline(state)
+        if not isinstance(unwrap(state.network), ExportableNetwork):
+            _save_pipeline(state, averaged)
+            return
+        with state.averaged_network(averaged) as network:
+            exported: Any = unwrap(network)
+            exported.export(settings.run.folder, settings.process)
     except ValueError as error:
         older = "an older" if settings.run.pipeline.exists() else "no"
         if state.step == settings.steps:
             message(f"{older} {settings.run.pipeline}: {error}")
 
 
-def _save_pipeline(state: "TrainState") -> None:
+def _save_pipeline(state: "TrainState", averaged: Mapping[str, Tensor]) -> None:
     settings = state.settings
     if "diffusers" not in sys.modules:  # then the network is no network of diffusers
         raise ValueError(
@@ -143,8 +153,8 @@ def _save_pipeline(state: "TrainState") -> None:
         )
     from diffcore.integrations.diffusers.pipeline.pipeline import DiffcorePipeline
 
-    with state.average.applied():
-        denoiser = Denoiser(state.network, settings.process)
+    with state.averaged_network(averaged) as network:
+        denoiser = Denoiser(network, settings.process)
         method = (settings.sampler, settings.grid, settings.sample_steps, settings.guidance)
         pipe = DiffcorePipeline.of(denoiser, *method, vae=settings.source.vae)
         write_folder(settings.run.pipeline, pipe.save_pretrained)

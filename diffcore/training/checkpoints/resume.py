@@ -9,11 +9,13 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
+from torch import Tensor
 
 from diffcore.io.files import check_links, remove_leftovers, write_file
 from diffcore.io.safetensors import read_weights
@@ -23,6 +25,7 @@ from diffcore.training.averages.ema import EMA
 from diffcore.training.checkpoints import checkpoint, outputs
 from diffcore.training.checkpoints.checkpoint import Checkpoint
 from diffcore.training.ranks.gathered_state import GatheredState, capture_state, restore_state
+from diffcore.training.ranks.sharding import gather_tensors
 from diffcore.training.reports.reporting import Metrics
 from diffcore.training.state import TrainState
 
@@ -46,6 +49,7 @@ CHANGEABLE = {
     "sample_steps",
     "sampler",
     "save_every",
+    "sharding",
     "steps",
     "trackers",
     "validation",
@@ -77,9 +81,10 @@ def start_or_resume(state: TrainState, message: Callable[[str], None]) -> None:
         _resume(state, message)
     if not state.step and state.settings.initial_weights:
         _load_initial_weights(state)
+    averaged = state.gathered_average()
     state.accelerator.wait_for_everyone()
     if state.accelerator.is_main_process:
-        _prepare_folder(state, message)
+        _prepare_folder(state, averaged, message)
     state.accelerator.wait_for_everyone()
 
 
@@ -126,7 +131,9 @@ def _resume(state: TrainState, message: Callable[[str], None]) -> None:
     message(f"resumed at step {state.step}")
 
 
-def _prepare_folder(state: TrainState, message: Callable[[str], None]) -> None:
+def _prepare_folder(
+    state: TrainState, averaged: dict[str, Tensor], message: Callable[[str], None]
+) -> None:
     """Make the files of the run agree with its state, which a checkpoint or a start has defined."""
     settings, run = state.settings, state.settings.run
     run.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -142,7 +149,7 @@ def _prepare_folder(state: TrainState, message: Callable[[str], None]) -> None:
         for line in Metrics(path).rewind(state.step):
             message(f"{path}: line {line} is no report, and is left out")
     if state.step:
-        outputs.update(state, message)
+        outputs.update(state, averaged, message)
 
 
 def _load_initial_weights(state: TrainState) -> None:
@@ -166,11 +173,12 @@ def checkpoint_of(state: TrainState) -> Checkpoint:
         The content of a checkpoint; it is whole only on the first rank.
     """
     window, levels = state.window.gathered(), state.level_sampler.tensors()
+    gather = partial(gather_tensors, is_main_process=state.accelerator.is_main_process)
     captured = capture_state(state.trained, state.optimizer.optimizer)
     return Checkpoint(
         {
             "model.safetensors": captured.network,
-            **{name: average.shadow for name, average in _averages(state).items()},
+            **{name: gather(average.shadow) for name, average in _averages(state).items()},
             "training.safetensors": {**captured.optimizer, **levels, "window": window},
         },
         {

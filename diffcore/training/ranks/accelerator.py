@@ -116,7 +116,8 @@ def _check_launcher(accelerator: Accelerator, accumulation: int) -> None:
     if strategy != "NO" and not strategy.startswith("MULTI"):
         raise ValueError(
             f"accelerate is configured for {strategy}, which is not supported: use data "
-            "parallelism (MULTI_GPU)"
+            "parallelism (MULTI_GPU), and --sharding.strategy full to share the weights of the "
+            "ranks"
         )
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from diffcore.core.denoiser import Denoiser
 from diffcore.io.files import WriteError, write_file
 from diffcore.io.plain_data import read_text
 from diffcore.sampling import images
@@ -303,8 +304,8 @@ class Reporter:
             )
 
     def draw_preview(self, state: "TrainState") -> None:
-        """Write a grid of samples of the averaged network, on the first rank."""
-        settings = self.settings
+        """Write a grid of samples of the averaged network. Every rank must call it."""
+        settings, averaged = self.settings, state.gathered_average()
         if not self.accelerator.is_main_process:
             return
         draw = partial(
@@ -314,8 +315,9 @@ class Reporter:
             steps=settings.sample_steps,
             guidance=settings.guidance,
         )
-        with state.average.applied():
-            image = preview(state.plain_denoiser, settings.source, draw)
+        with state.averaged_network(averaged) as network:
+            denoiser = Denoiser(state.label_wrapper(network), settings.process)
+            image = preview(denoiser, settings.source, draw)
         images.save_image(image, settings.run.samples / f"{checkpoint_name(state.step)}.png")
 
 

@@ -1,0 +1,64 @@
+"""Runs of one rank of several: `python -m torch.distributed.run ... rank_runs.py FOLDER CASES`.
+
+CASES is a JSON list of objects: the name of the run's folder and settings of the trainer.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from diffcore.training.averages.power_ema import Snapshots
+from diffcore.training.data import Digits
+from diffcore.training.data.source import DataSource
+from diffcore.training.ranks.sharding import Sharding
+from diffcore.training.reports.validation import Validation
+from tests.helpers.training_runs import make_trainer
+
+
+class SeenDigits(DataSource):
+    """The digits; each process appends the positions and indices that it reads to a file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.digits, self.folder = Digits(), folder
+
+    def __len__(self) -> int:
+        return len(self.digits)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.digits[index]
+
+    def item(self, index: int, seed: int, position: int) -> Any:
+        with (self.folder / f"seen-{os.getpid()}.txt").open("a") as file:
+            file.write(f"{position} {index}\n")
+        return self[index]
+
+
+def run(folder: Path, name: str, **settings: Any) -> None:
+    """Train a case in folder/name."""
+    folder = folder / name
+    folder.mkdir(parents=True, exist_ok=True)
+    sharding = Sharding(**settings.pop("sharding", {}))
+    options = {
+        "data": SeenDigits(folder),
+        "steps": 20,
+        "sharding": sharding,
+        "snapshots": Snapshots((0.1,), every=10),
+        "validation": Validation(Digits("test"), every=10, items=16, bins=2),
+        "sample_every": 10,
+        "sample_steps": 2,
+    }
+    make_trainer(folder, **(options | settings)).train()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    Accelerator.end_training = lambda self: None  # leaves the process group to the next run
+    for case in json.loads(sys.argv[2]):
+        run(Path(sys.argv[1]), **case)

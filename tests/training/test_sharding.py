@@ -1,0 +1,157 @@
+"""Sharded runs: they are those of data parallelism and of one rank to rounding, and resume on any
+number of ranks and any sharding.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffcore.run import Run
+from diffcore.training.ranks.sharding import Sharding
+from tests.helpers import rank_runs
+from tests.helpers.training_runs import LabelRecorder, make_trainer
+
+FULL, HYBRID = {"strategy": "full"}, {"strategy": "hybrid", "group": 2}
+
+
+def launch(folder, ranks, *cases):
+    """Train cases one after the other on some ranks."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    script = [str(Path(rank_runs.__file__)), str(folder), json.dumps(cases)]
+    done = subprocess.run(
+        [*command, f"--nproc-per-node={ranks}", *script],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def reports(folder, name="metrics.jsonl"):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def seen(folder):
+    """The (position, index) that all processes of a run have read, without repetitions."""
+    lines = [line for path in folder.glob("seen-*.txt") for line in path.read_text().splitlines()]
+    return {tuple(map(int, line.split())) for line in lines}
+
+
+def assert_equal_runs(run, expected, ema=1e-6):
+    """The same losses to 1e-5, the same learning rates and samples, the same averages."""
+    one, other = reports(run), reports(expected)
+    assert [line["step"] for line in one] == list(range(1, 21))
+    assert [line["lr"] for line in one] == [line["lr"] for line in other]
+    for name in ("loss", "grad_norm"):
+        values = [[line[name] for line in lines] for lines in (one, other)]
+        assert values[0] == pytest.approx(values[1], rel=1e-5, abs=1e-5)
+    assert seen(run) == seen(expected)
+    files = [
+        "ema.safetensors",
+        *(f"snapshots/{p.name}" for p in (expected / "snapshots").iterdir()),
+    ]
+    for file in files:
+        found, true = load_file(run / file), load_file(expected / file)
+        assert found.keys() == true.keys()
+        for name in set(true) - {"training_calls"}:
+            torch.testing.assert_close(found[name], true[name], rtol=0, atol=ema)
+    held_out = [
+        json.loads((path / "validation.jsonl").read_text().splitlines()[-1])
+        for path in (run, expected)
+    ]
+    assert held_out[0]["loss"] == pytest.approx(held_out[1]["loss"], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """The run of one rank without accumulation."""
+    folder = tmp_path_factory.mktemp("single")
+    rank_runs.run(folder, "run")
+    return folder / "run"
+
+
+@pytest.mark.xdist_group("ranks")
+def test_two_and_four_ranks_that_share_weights_train_as_one(tmp_path, single):
+    launch(tmp_path, 2, {"name": "full", "sharding": FULL, "accumulation": 2})
+    launch(tmp_path, 4, {"name": "hybrid", "sharding": HYBRID, "workers": 1})
+    for name in ("full", "hybrid"):
+        assert_equal_runs(tmp_path / name, single)
+        assert sorted(path.name for path in (tmp_path / name / "samples").iterdir()) == [
+            "step-00000010.png",
+            "step-00000020.png",
+        ]
+    weights = Run(tmp_path / "full").denoiser(network=LabelRecorder()).network.state_dict()
+    assert weights["image.weight"].shape == (32, 64)
+
+
+@pytest.mark.xdist_group("ranks")
+def test_a_checkpoint_resumes_on_other_ranks_and_sharding(tmp_path, single):
+    half = {"name": "run", "steps": 20, "save_every": 10, "keep": 9}
+    launch(tmp_path, 2, half | {"sharding": FULL})
+    for path in (tmp_path / "run/checkpoints").glob("step-00000020"):
+        path.rename(path.with_name("kept"))
+    launch(tmp_path, 1, half | {"resume": True})
+    assert_equal_runs(tmp_path / "run", single)
+
+
+@pytest.mark.slow
+def test_every_number_of_ranks_accumulation_workers_and_sharding(tmp_path, single):
+    for ranks in (1, 2, 4):
+        shardings = [{}, FULL, *([HYBRID] if ranks == 4 else [])]
+        cases = [
+            {
+                "name": f"{ranks}-{accumulation}-{workers}-{sharding.get('strategy', 'none')}",
+                "accumulation": accumulation,
+                "workers": workers,
+                "sharding": sharding,
+                "sample_every": 0,
+            }
+            for accumulation, workers, sharding in product((1, 2, 4), (0, 2), shardings)
+        ]
+        launch(tmp_path, ranks, *cases)
+        for case in cases:
+            assert_equal_runs(tmp_path / case["name"], single)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "first, then",
+    [((2, FULL), (4, HYBRID)), ((4, FULL), (2, {})), ((1, {}), (4, FULL)), ((2, {}), (1, {}))],
+)
+def test_checkpoints_pass_between_ranks_and_shardings(tmp_path, single, first, then):
+    case = {"name": "run", "save_every": 10, "keep": 9}
+    launch(tmp_path, first[0], case | {"sharding": first[1]})
+    (tmp_path / "run/checkpoints/step-00000020").rename(tmp_path / "run/checkpoints/kept")
+    launch(tmp_path, then[0], case | {"sharding": then[1], "resume": True})
+    assert_equal_runs(tmp_path / "run", single)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"strategy": "some"}, "sharding.strategy is 'some'"),
+        ({"strategy": "full", "group": 2}, "sharding.group is 2 with strategy full"),
+        ({"strategy": "hybrid", "group": -1}, "sharding.group is -1"),
+    ],
+)
+def test_settings_without_a_meaning_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Sharding(**options)
+
+
+def test_ranks_that_form_no_groups_are_refused():
+    with pytest.raises(ValueError, match="a divisor of the 4 ranks"):
+        Sharding("hybrid", group=3).mesh(4, "cpu")
+
+
+def test_one_rank_has_nothing_to_share(tmp_path):
+    state = make_trainer(tmp_path, sharding=Sharding("full"), steps=1).train()
+    assert not state.is_sharded
