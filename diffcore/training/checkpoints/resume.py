@@ -175,6 +175,7 @@ def checkpoint_of(state: TrainState) -> Checkpoint:
     window, levels = state.window.gathered(), state.level_sampler.tensors()
     gather = partial(gather_tensors, is_main_process=state.accelerator.is_main_process)
     captured = capture_state(state.trained, state.optimizer.optimizer)
+    scaler = state.accelerator.scaler  # of fp16
     return Checkpoint(
         {
             "model.safetensors": captured.network,
@@ -186,6 +187,7 @@ def checkpoint_of(state: TrainState) -> Checkpoint:
             "skipped": state.non_finite_steps,
             "held_out": state.held_out_losses,
             "groups": captured.groups,
+            "gradient_scaler": scaler.state_dict() if scaler else {},
             **_rounding(state),
             "settings": determining_settings(state.settings),
             **state.content_hashes,
@@ -231,6 +233,8 @@ def _load(state: TrainState, saved: Checkpoint) -> None:
     restore_state(state.trained, state.optimizer.optimizer, gathered)
     for name, average in _averages(state).items():
         average.load(saved.tensors[name])
+    if state.accelerator.scaler and (scaler := saved.state["gradient_scaler"]):
+        state.accelerator.scaler.load_state_dict(scaler)
     state.step, state.non_finite_steps = saved.state["step"], saved.state["skipped"]
     state.checked = state.step
     state.held_out_losses = list(saved.state["held_out"])

@@ -1,0 +1,51 @@
+"""The gradient scaler of fp16 is part of a checkpoint, and its scale does not enter the numbers."""
+
+import math
+
+import pytest
+import torch
+
+from diffcore.io.plain_data import read_json
+from diffcore.training import trainer
+from tests.helpers.training_runs import crash_after, hashes, make_trainer, read_checkpoint, train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def scaled(monkeypatch):
+    """Runs scale their gradients as in fp16, with a scale that doubles every two steps."""
+    build = trainer.build_accelerator
+
+    def build_with_scaler(settings):
+        accelerator = build(settings)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+        return accelerator
+
+    monkeypatch.setattr(trainer, "build_accelerator", build_with_scaler)
+
+
+def scale(folder, step):
+    manifest = read_json(folder / f"checkpoints/step-{step:08d}/manifest.json")
+    return manifest["state"]["gradient_scaler"]["scale"]
+
+
+def test_a_resumed_run_goes_on_with_its_scale(tmp_path, scaled):
+    options = {"save_every": 1, "keep": 9}
+    train(tmp_path / "straight", **options)
+    crash_after(make_trainer(tmp_path / "resumed", **options), 3)
+    train(tmp_path / "resumed", resume=True, **options)
+    assert hashes(tmp_path / "resumed") == hashes(tmp_path / "straight")
+    assert [scale(tmp_path / "resumed", step) / 2**10 for step in range(1, 7)] == [1, 2, 2, 4, 4, 8]
+
+
+def test_the_scale_does_not_enter_the_weights(tmp_path, scaled, monkeypatch):
+    # accelerate takes the scale out before clipping with fp16 alone, which needs a GPU.
+    train(tmp_path / "scaled", clip=math.inf)
+    monkeypatch.undo()
+    train(tmp_path / "plain", clip=math.inf)
+    found, expected = (
+        read_checkpoint(tmp_path / name)["model.safetensors"] for name in ("scaled", "plain")
+    )
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-7)
