@@ -29,15 +29,16 @@ MAXIMUM_HEADER = 1 << 24
 """Largest header in bytes: names and shapes of about a hundred thousand tensors."""
 
 
-def check_header(path: str | Path) -> None:
+def check_header(path: str | Path, is_read_whole: bool = True) -> None:
     """Check the sizes that a safetensors file declares, before its header is read.
 
     Args:
         path: file to check.
+        is_read_whole: False for a file of which single rows are read.
 
     Raises:
         CorruptFileError: the file is missing, its header is longer than the file or than any
-            network needs, or the file is larger than the memory of this machine.
+            network needs, or a file that is read whole is larger than the memory of this machine.
     """
     path = Path(path)
     try:
@@ -50,7 +51,7 @@ def check_header(path: str | Path) -> None:
             f"{path} cannot be read (its header has {length:,} bytes, expected at most "
             f"{max(0, min(size - 8, MAXIMUM_HEADER)):,}): {REMEDY}"
         )
-    if size > machine_memory():
+    if is_read_whole and size > machine_memory():
         raise CorruptFileError(
             f"{path} cannot be read (it has {size:,} bytes, and this machine's memory "
             f"{machine_memory():,}): {REMEDY}"

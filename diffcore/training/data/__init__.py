@@ -3,17 +3,20 @@ read.
 """
 
 from diffcore.training.data.adapters import as_data_source
+from diffcore.training.data.arrays import Arrays, Tensors
 from diffcore.training.data.digits import Digits
 from diffcore.training.data.image_folder import ImageFolder
 from diffcore.training.data.order import Batch, DataOrder, load_batches
 from diffcore.training.data.source import DataSource
 
 __all__ = [
+    "Arrays",
     "Batch",
     "DataOrder",
     "DataSource",
     "Digits",
     "ImageFolder",
+    "Tensors",
     "as_data_source",
     "load_batches",
 ]
