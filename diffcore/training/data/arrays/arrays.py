@@ -18,7 +18,7 @@ from diffcore.training.data.arrays.shards import (
     hash_shards,
 )
 from diffcore.training.data.cache import hash_content
-from diffcore.training.data.image_files import printable
+from diffcore.training.data.listing import printable
 from diffcore.training.data.source import DataSource
 
 __all__ = ["Arrays"]

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffcore.training.data.image_files import printable
+from diffcore.training.data.listing import printable
 
 __all__ = ["Channels", "ShardedRows", "as_x0", "check_row", "find_shards", "hash_shards"]
 
