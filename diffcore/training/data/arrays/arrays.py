@@ -105,7 +105,7 @@ class _ArrayFile:
         values = np.empty(self.shape[1:], self.dtype)
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.offset + row * values.nbytes)
-            count = file.readinto(memoryview(values).cast("B"))
+            count = file.readinto(values.view(np.uint8).data)
         if count != values.nbytes:
             raise ValueError(f"{printable(self.path)} became shorter since the start of the run")
         return torch.from_numpy(values.astype(self.dtype.newbyteorder("="), copy=False))
