@@ -5,7 +5,10 @@ import shlex
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from diffcore.cli.main import main
 from tests.helpers.image_folders import write
@@ -50,12 +53,27 @@ def test_the_command_that_trains_on_images_runs(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     for name in ("ant", "bee", "cat"):
         write(tmp_path / "images" / name / "1.jpg", mode="RGB", size=(40, 30))
-    (block,) = blocks(ROOT / "docs/training-data.md", "sh")
+    block, *_ = blocks(ROOT / "docs/training-data.md", "sh")
     words = shlex.split(block)[1:]
     tiny = "--data.size 16 --network.layers_per_block 1 --network.attention_head_dim 16"
     rest = "--steps 1 --batch_size 3 --trackers [] --workers 0 --sample-every 0"
     assert main([*words, *shlex.split(f"{tiny} {rest}")]) == 0, capfd.readouterr().err
     assert (tmp_path / "runs/images/pipeline").is_dir()
+
+
+def test_the_commands_that_train_on_arrays_run(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    images, labels = torch.rand(20, 1, 8, 8), torch.arange(20) % 10
+    np.save("train.npy", images.numpy())
+    np.save("labels.npy", labels.numpy())
+    (tmp_path / "shards").mkdir()
+    save_file({"x0": images, "label": labels}, "shards/train-0.safetensors")
+    (block,) = (
+        text for text in blocks(ROOT / "docs/training-data.md", "sh") if "--data Arrays" in text
+    )
+    for line in block.strip().splitlines():
+        words = [*shlex.split(line)[1:], *shlex.split(TINY), "--folder", f"runs/{len(line)}"]
+        assert main(words) == 0, capfd.readouterr().err
 
 
 OWN = ROOT / "docs/own-network-and-data.md"
