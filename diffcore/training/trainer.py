@@ -81,7 +81,7 @@ class Trainer:
         snapshots: further averages, from which `diffcore ema` reconstructs one of any length.
         batch_size: number of samples of an optimizer step, over all ranks and micro-batches.
         accumulation: number of micro-batches into which a rank splits its part of the batch.
-        sharding: which ranks share the weights and what belongs to them.
+        sharding: how the ranks share weights, gradients, optimizer state and averages.
         clip: largest norm of the gradient; a larger gradient is scaled down. `.inf` does not clip.
         precision: data type of the network's evaluation by autocast: no (float32), bf16 or fp16.
         compute: compilation, activation checkpointing and memory format of the network.
