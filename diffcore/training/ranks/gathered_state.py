@@ -115,22 +115,24 @@ def restore_state(
         optimizer: optimizer of its parameters.
         state: whole state, as `capture_state` returned it on the first rank; every rank passes it.
     """
+    # The ranks exchange the tensors one by one, and safetensors reads them in no fixed order.
+    weights = cast("Any", dict(sorted(state.network.items())))
     if not state.optimizer:  # SGD without momentum has no tensors, which torch does not expect
-        set_model_state_dict(network, cast("Any", state.network), options=FULL_ON_HOST)
+        set_model_state_dict(network, weights, options=FULL_ON_HOST)
         return
     if is_quantised(optimizer):
         restore_quantised_state(network, optimizer, state.optimizer)
         _restore_groups(optimizer, state.groups)
-        set_model_state_dict(network, cast("Any", state.network), options=FULL_ON_HOST)
+        set_model_state_dict(network, weights, options=FULL_ON_HOST)
         return
     by_parameter: dict[str, Any] = {}
-    for name, value in state.optimizer.items():
+    for name, value in sorted(state.optimizer.items()):
         parameter, key = name.rsplit(".", 1)
         by_parameter.setdefault(parameter, {})[key] = value
     set_state_dict(
         network,
         optimizer,
-        model_state_dict=cast("Any", state.network),
+        model_state_dict=weights,
         optim_state_dict=cast("Any", {"state": by_parameter, "param_groups": state.groups}),
         options=FULL_ON_HOST,
     )
