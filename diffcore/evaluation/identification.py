@@ -29,6 +29,7 @@ __all__ = [
     "describe",
     "identify_process",
     "process_hypotheses",
+    "score_difference",
 ]
 
 LOGSNR = (-4.0, 4.0)
@@ -58,12 +59,15 @@ class Score(NamedTuple):
         score: mean over λ of the log ratio of its error to that of the best linear denoiser; below
             0 if the network is better.
         ratios: the ratio at each λ, from noise to clean.
+        image_ratios: the ratio of each image's error to that of the best linear denoiser, one
+            tuple of images for each λ.
     """
 
     name: str
     process: Process
     score: float
     ratios: tuple[float, ...]
+    image_ratios: tuple[tuple[float, ...], ...] = ()
 
 
 def process_hypotheses(base: Process) -> dict[str, Process]:
@@ -106,6 +110,8 @@ def identify_process(
     hypotheses: Mapping[str, Process],
     levels: int = 9,
     seed: int = 0,
+    condition: Tensor | None = None,
+    batch_size: int = 64,
 ) -> list[Score]:
     """Rank processes by how well a network denoises under each.
 
@@ -116,6 +122,8 @@ def identify_process(
         hypotheses: processes by their name, such as those of `process_hypotheses`.
         levels: number of λ, evenly spaced over [-4, 4].
         seed: seed of the noise.
+        condition: labels (N,) of the data; None for the null label.
+        batch_size: number of images in each evaluation of the network.
 
     Returns:
         One score for each hypothesis, the best first. A hypothesis under which the network fails
@@ -137,26 +145,67 @@ def identify_process(
         for name, process in hypotheses.items():
             try:
                 denoiser = Denoiser(network, replace(process, sigma_data=s))
-                ratios = tuple(_ratio(denoiser, x0, noise, each, s) for each in logsnrs)
+                errors = [
+                    _image_ratios(denoiser, x0, noise, each, s, condition, batch_size)
+                    for each in logsnrs
+                ]
             except (ValueError, TypeError, RuntimeError, IndexError) as error:
                 failures.append(f"{name}: {error}")
                 continue
-            scores.append(Score(name, process, _mean_log(ratios), ratios))
+            ratios = tuple(sum(each) / len(each) for each in errors)
+            scores.append(Score(name, process, _mean_log(ratios), ratios, tuple(errors)))
     if not scores:
         raise ValueError(f"the network fails under every hypothesis, such as {failures[0]}")
     return sorted(scores, key=lambda each: each.score)
 
 
-def _ratio(denoiser: Denoiser, x0: Tensor, noise: Tensor, logsnr: float, s: float) -> float:
-    """The error of a denoiser at a level over that of the best linear one."""
+def _image_ratios(
+    denoiser: Denoiser,
+    x0: Tensor,
+    noise: Tensor,
+    logsnr: float,
+    s: float,
+    condition: Tensor | None,
+    batch_size: int,
+) -> tuple[float, ...]:
+    """The error of a denoiser on each image at a level over that of the best linear one."""
     level = denoiser.process.schedule.at(logsnr)
-    x = level.alpha * x0 + level.sigma * noise
-    error = float((denoiser(x, level).x0 - x0).double().square().mean())
     assert isinstance(level.alpha, float)
     assert isinstance(level.sigma, float)
+    errors: list[float] = []
+    for start in range(0, len(x0), batch_size):
+        rows = slice(start, start + batch_size)
+        labels = None if condition is None else condition[rows]
+        x = level.alpha * x0[rows] + level.sigma * noise[rows]
+        error = (denoiser(x, level, labels).x0 - x0[rows]).double().square().flatten(1).mean(1)
+        errors += error.tolist()
     variance, unexplained = s**2, level.sigma**2
     best = variance * unexplained / (level.alpha**2 * variance + unexplained)
-    return error / best if math.isfinite(error) else math.inf
+    return tuple(error / best if math.isfinite(error) else math.inf for error in errors)
+
+
+def score_difference(score: Score, best: Score) -> tuple[float, float]:
+    """Difference of two scores and its standard error over the images.
+
+        d = mean over λ of ln(r_1 / r_2),   r the mean ratio over the images
+        standard error: that of the mean over the images of  mean over λ of (r_1i/r_1 - r_2i/r_2)
+
+    Both scores are measured on the same images and noise, so that what is common cancels.
+
+    Args:
+        score: score of a hypothesis.
+        best: score of another hypothesis by the same call of `identify_process`.
+
+    Returns:
+        score - best, and its standard error; inf and 0 if the error of the first is not finite.
+    """
+    difference = score.score - best.score
+    if not math.isfinite(difference):
+        return math.inf, 0.0
+    first, second = (torch.tensor(each.image_ratios, dtype=torch.float64) for each in (score, best))
+    relative = first / first.mean(1, keepdim=True) - second / second.mean(1, keepdim=True)
+    images = relative.mean(0)
+    return difference, float(images.std() / len(images) ** 0.5) if len(images) > 1 else math.inf
 
 
 def _mean_log(ratios: Sequence[float]) -> float:

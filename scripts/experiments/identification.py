@@ -11,14 +11,12 @@ from tempfile import TemporaryDirectory
 
 import torch
 from benchmarks.table import markdown_table
+from torch import nn
 
+from diffcore.core.denoiser import Denoiser
 from diffcore.core.process import Process
-from diffcore.evaluation.identification import (
-    Score,
-    best_scores,
-    identify_process,
-    process_hypotheses,
-)
+from diffcore.doctor.process import check_process
+from diffcore.evaluation.identification import Score, best_scores, process_hypotheses
 from diffcore.objectives.objective import Objective
 from diffcore.objectives.weighting import MSE
 from diffcore.training.data import Digits
@@ -44,6 +42,26 @@ TRAINED = (
 """Names of the processes on which networks are trained."""
 
 
+def train_network(name: str, steps: int) -> nn.Module:
+    """Train a small network on a process.
+
+    Args:
+        name: name of the process.
+        steps: optimizer steps.
+
+    Returns:
+        The network with its averaged weights.
+    """
+    process = process_hypotheses(BASE)[name]
+    weight = MSE("v_prediction" if process.prediction == "edm" else process.prediction)
+    with TemporaryDirectory() as folder:
+        network = partial(small_unet, 8, 1, (24, 56))
+        trainer = create_trainer(
+            network, _Pictures(), process, Objective(weight), Path(folder), 0, steps
+        )
+        return train_averaged(trainer).network
+
+
 def rank_processes(name: str, steps: int, count: int = 200) -> list[Score]:
     """Train a network on a process, and rank all processes by its denoising error.
 
@@ -53,18 +71,10 @@ def rank_processes(name: str, steps: int, count: int = 200) -> list[Score]:
         count: number of held-out scans.
 
     Returns:
-        The scores, the best first.
+        The scores that `diffcore doctor` ranks, the best first.
     """
-    hypotheses = process_hypotheses(BASE)
-    process = hypotheses[name]
-    weight = MSE("v_prediction" if process.prediction == "edm" else process.prediction)
-    with TemporaryDirectory() as folder:
-        network = partial(small_unet, 8, 1, (24, 56))
-        trainer = create_trainer(
-            network, _Pictures(), process, Objective(weight), Path(folder), 0, steps
-        )
-        denoiser = train_averaged(trainer)
-    return identify_process(denoiser.network, Digits("test").x0[:count], hypotheses)
+    denoiser = Denoiser(train_network(name, steps), process_hypotheses(BASE)[name])
+    return check_process(denoiser, Digits("test").x0[:count]).scores
 
 
 def measure_table(steps: int, names: Sequence[str] = TRAINED, count: int = 200) -> str:

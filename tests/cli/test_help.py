@@ -151,9 +151,17 @@ def test_every_option_that_a_message_names_exists(diffcore):
     helps["plot"] += "".join(
         diffcore("plot", what, "--help").out for what in ("schedules", "weights")
     )
+    helps["doctor"] += diffcore("doctor", ".", "--help").out
     known = set(re.findall(r"--([\w.]+)", "".join(helps.values())))
     known |= {"help", "trust", "version"}  # of all commands
-    known |= {"multi_gpu", "mixed_precision", "dynamo_backend"}  # of accelerate launch
+    known |= {
+        "multi_gpu",
+        "mixed_precision",
+        "dynamo_backend",
+        "use_deepspeed",
+    }  # of accelerate launch
+    known |= {"data.folder", "data.size"}  # of the class of the data
+    known |= {"shm_size"}  # of docker
     root = Path(__file__).parents[2]
     listed = subprocess.run(
         ["git", "ls-files", "diffcore", "schedules", "samplers", "guidance"],

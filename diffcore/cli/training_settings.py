@@ -1,0 +1,113 @@
+"""Training settings of a command line: recipes or YAML files, which options override."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import Namespace
+
+from diffcore.cli.arguments import extract_option, wants_help
+from diffcore.cli.completion import complete_settings
+from diffcore.cli.finetuning import make_pipelines_absolute
+from diffcore.cli.recipes import find_settings, read_settings, recipe_names
+from diffcore.io.parser import ComponentParser
+from diffcore.run import Run
+from diffcore.training.trainer import Trainer
+
+__all__ = ["build_trainer", "parse_settings", "training_parser"]
+
+
+def training_parser(prog: str, description: str) -> ComponentParser:
+    """Create the parser of a command that reads the settings of a training.
+
+    Args:
+        prog: name of the command.
+        description: what the command does, for its help.
+
+    Returns:
+        The parser, to which the command may add its own options.
+    """
+    parser = ComponentParser(
+        prog=prog,
+        usage=f"{prog} [RECIPE | FILE.yaml] [--option value ...]",
+        description=description,
+        epilog="`--trust MODULE` lets the settings name classes of one of your modules, which may "
+        "lie in the current folder.",
+    )
+    parser.add_argument(
+        "--config", action="config", help="YAML file of settings; options override it"
+    )
+    parser.add_argument(
+        "--pipeline",
+        default=None,
+        help="folder of a diffusers pipeline that the training starts from: its network, its data "
+        "encoder and its process complete the settings of the recipe or file",
+    )
+    parser.add_class_arguments(Trainer, skip={"config"})
+    return parser
+
+
+def parse_settings(parser: ComponentParser, argv: Sequence[str]) -> Namespace:
+    """Parse the settings of a training, and complete those that a pipeline determines.
+
+    Args:
+        parser: parser that `training_parser` created.
+        argv: command-line words; the first may be a recipe or a YAML file.
+
+    Returns:
+        The settings as plain data.
+
+    Raises:
+        ValueError: no settings are named, a file is not found, or a pipeline is missing.
+    """
+    if not argv:
+        names = ", ".join(recipe_names())
+        raise ValueError(f"name a recipe ({names}) or a YAML file, or see --help")
+    settings = parser.parse_args(_move_files_first(argv))
+    make_pipelines_absolute(settings)
+    return settings
+
+
+def build_trainer(parser: ComponentParser, settings: Namespace) -> Trainer:
+    """Build the trainer of parsed settings.
+
+    Args:
+        parser: parser that `training_parser` created.
+        settings: settings that `parse_settings` returned, without options of the command's own.
+
+    Returns:
+        The trainer, which has not started.
+
+    Raises:
+        ValueError: a setting is out of range, or the data does not fit the process.
+    """
+    config = parser.dump(settings.clone().update(False, "resume"))
+    arguments = parser.instantiate(settings).as_dict() | {"config": config}
+    del arguments["pipeline"]
+    return Trainer(**arguments)
+
+
+def _move_files_first(argv: Sequence[str]) -> list[str]:
+    """The command line with all files in front, so that options override them from anywhere."""
+    files, words = extract_option(argv, "config", "a YAML file")
+    if words and not words[0].startswith("-"):
+        files.insert(0, words.pop(0))
+    paths = [find_settings(file) for file in files]
+    contents = [read_settings(path) for path in paths]
+    # Not their paths: jsonargparse would read the files in the encoding of the locale.
+    configs = [yaml.safe_dump(content, sort_keys=False) for content in contents]
+    if paths and _is_config_of_moved_run(paths[-1], contents[-1]):
+        words.insert(0, f"--folder={paths[-1].parent}")
+    if contents and not wants_help(words):
+        completed = complete_settings(contents, words, files[0])
+        configs[0] = yaml.safe_dump(completed, sort_keys=False)
+    return [f"--config={config}" for config in configs] + words
+
+
+def _is_config_of_moved_run(path: Path, settings: dict[str, Any]) -> bool:
+    """Whether a file is the config.yaml of a run that lies in another folder than at its start."""
+    run = Run(path.parent)
+    if path.name != run.config.name or not run.checkpoints.is_dir():
+        return False
+    return Path(str(settings.get("folder"))).resolve() != path.parent.resolve()

@@ -1,0 +1,1 @@
+"""What can be known before a training run: faults of its data, settings, network and process."""
