@@ -3,28 +3,45 @@
 config.yaml  process.json  ema.safetensors  pipeline/  checkpoints/  samples/  metrics.jsonl
 """
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.process import Process
-from diffcore.io.files import check_links
+from diffcore.io.files import CorruptFileError, check_links
+from diffcore.io.manifest import NAME, read_manifest, read_tensors
 from diffcore.io.network_size import BoundedFactory
 from diffcore.io.parser import ComponentParser, SpecError
 from diffcore.io.plain_data import hash_data, read_yaml
 from diffcore.io.safetensors import read_weights_and_metadata
 
-__all__ = ["NetworkFactory", "OptimizerFactory", "Run", "hash_options", "without_locations"]
+__all__ = [
+    "AVERAGED",
+    "RAW",
+    "NetworkFactory",
+    "NetworkWeights",
+    "OptimizerFactory",
+    "Run",
+    "hash_options",
+    "read_checkpoint_weights",
+    "without_locations",
+]
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]
 """Builds an optimizer from the parameters and the learning rate."""
 NetworkFactory = Callable[[], nn.Module]
 """Builds a network with newly initialised weights."""
+
+AVERAGED, RAW = "averaged", "raw"
+"""Names of the exponential moving average of the weights, and of the trained weights themselves."""
+FILES = {AVERAGED: "ema.safetensors", RAW: "model.safetensors"}
+"""Their files in a checkpoint."""
 
 LOCATIONS = {
     "ImageFolder": {"folder", "verify"},
@@ -68,6 +85,46 @@ def hash_options(spec: Any) -> str:
     """
     options = without_locations(spec).get("init_args") if isinstance(spec, dict) else None
     return hash_data(options or {})
+
+
+class NetworkWeights(NamedTuple):
+    """Weights of a network, and where they come from.
+
+    Args:
+        tensors: tensors by name.
+        origin: path of their file.
+        options: hash of the options of their network (`hash_options`); None if unknown.
+    """
+
+    tensors: dict[str, Tensor]
+    origin: Path
+    options: str | None = None
+
+
+def read_checkpoint_weights(folder: str | Path, weights: str = AVERAGED) -> NetworkWeights:
+    """Read the averaged or the raw weights of a checkpoint, and verify every byte.
+
+    Args:
+        folder: folder of the checkpoint.
+        weights: averaged or raw.
+
+    Returns:
+        The weights, without those of an uncertainty that was trained beside the network.
+
+    Raises:
+        CorruptFileError: a file is missing, truncated or changed.
+    """
+    folder, file = Path(folder), FILES[weights]
+    manifest = read_manifest(folder)
+    if file not in manifest["files"]:
+        raise CorruptFileError(f"{folder} holds no {file}")
+    tensors = read_tensors(folder / file, manifest["files"][file])
+    settings = manifest["state"].get("settings") or {}
+    if weights == RAW and (settings.get("objective") or {}).get("uncertainty"):
+        own = {name for name in tensors if name.startswith("network.")}
+        tensors = {name.removeprefix("network."): tensors[name] for name in own}
+    options = hash_options(settings["network"]) if "network" in settings else None
+    return NetworkWeights(tensors, folder / file, options)
 
 
 @dataclass(frozen=True)
@@ -190,19 +247,65 @@ class Run:
         except SpecError as error:
             raise ValueError(f"{self.config}: {error}") from None
 
+    def weight_names(self) -> list[str]:
+        """What `read_weights` accepts besides files: averaged, raw, and the checkpoints."""
+        steps = [path.name for path in self._checkpoints()]
+        averaged = [AVERAGED] if self.weights.is_file() else []
+        return averaged + ([RAW] if steps else []) + steps
+
+    def read_weights(self, weights: str = AVERAGED) -> NetworkWeights:
+        """Read weights of the run.
+
+        Args:
+            weights: averaged: those that the run wrote last. raw: the trained weights in the newest
+                checkpoint. step-00000400 or step-00000400/raw: the averaged or the raw weights in
+                that checkpoint. Otherwise a safetensors file, such as one that `diffcore ema`
+                wrote. "": averaged.
+
+        Returns:
+            The weights.
+
+        Raises:
+            ValueError: there are none of this name, or their file is missing or corrupt.
+        """
+        if weights in ("", AVERAGED):
+            return self._read_file(self.weights)
+        step, _, part = weights.partition("/")
+        checkpoints = {path.name: path for path in self._checkpoints()}
+        if weights == RAW and checkpoints:
+            return read_checkpoint_weights(max(checkpoints.values()), RAW)
+        if step in checkpoints and part in ("", *FILES):
+            return read_checkpoint_weights(checkpoints[step], part or AVERAGED)
+        if weights != RAW and Path(weights).is_file():
+            return self._read_file(Path(weights))
+        names = ", ".join(self.weight_names()) or "none"
+        raise ValueError(
+            f"weights is {weights!r}, which {self.folder} does not hold: expected a safetensors "
+            f"file, or one of {names} (a checkpoint's raw weights are named step-00000400/raw)"
+        )
+
+    def _checkpoints(self) -> list[Path]:
+        """The folders of the checkpoints, oldest first."""
+        paths = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
+        return sorted(path for path in paths if re.fullmatch(NAME, path.name))
+
+    def _read_file(self, path: Path) -> NetworkWeights:
+        tensors, metadata = read_weights_and_metadata(path)
+        return NetworkWeights(tensors, path, metadata.get("network"))
+
     def denoiser(
         self,
         device: torch.device | str = "cpu",
         network: nn.Module | None = None,
         weights: str | Path = "",
     ) -> Denoiser:
-        """The denoiser with the averaged weights, in evaluation mode.
+        """The denoiser with weights of the run, in evaluation mode.
 
         Args:
             device: device of the network.
             network: network of the run's architecture, needed if config.yaml is missing or empty,
                 as for a `Trainer` built in Python; by default it is built from config.yaml.
-            weights: file of other weights, such as one that `diffcore ema` reconstructed; "": the
+            weights: averaged, raw, the name of a checkpoint, or a file, see `read_weights`; "": the
                 run's average.
 
         Returns:
@@ -221,25 +324,26 @@ class Run:
             given = network
             origin, expected, factory = "the argument `network`", None, lambda: given
         process = Process.load(self.process)
-        path = Path(weights) if weights else self.weights
-        tensors, metadata = read_weights_and_metadata(path)
+        found = self.read_weights(str(weights))
         own = {name: tuple(value.shape) for name, value in network.state_dict().items()}
         wrong = sorted(
-            n for n in {*own, *tensors} if n not in tensors or own.get(n) != tuple(tensors[n].shape)
+            name
+            for name in {*own, *found.tensors}
+            if name not in found.tensors or own.get(name) != tuple(found.tensors[name].shape)
         )
         if wrong:
             raise ValueError(
-                f"{path} does not fit the network of {origin}: {len(wrong)} tensors "
+                f"{found.origin} does not fit the network of {origin}: {len(wrong)} tensors "
                 f"are missing, unknown or of another shape, such as {wrong[0]}"
             )
-        if expected is not None and metadata.get("network", expected) != expected:
+        if None not in (expected, found.options) and found.options != expected:
             raise ValueError(
-                f"{path} was trained with other options of the network than {self.config} has: "
-                f"restore them; diffcore train --config {self.config} --resume true names them"
+                f"{found.origin} was trained with other options of the network than {self.config} "
+                f"has: restore them; diffcore train --config {self.config} --resume true names them"
             )
         if any(value.is_meta for value in network.state_dict().values()):
             network = factory()
-        network.load_state_dict(tensors)
+        network.load_state_dict(found.tensors)
         return Denoiser(network, process).to(device).eval()
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.network import ExportableNetwork
 from diffcore.core.process import Process
-from diffcore.run import Run
+from diffcore.run import AVERAGED, Run
 from diffcore.sampling import images
 
 if TYPE_CHECKING:
@@ -122,29 +122,41 @@ def read_sampling_settings(folder: Path) -> dict[str, Any]:
     return sampling_defaults(folder)
 
 
-def load_image_model(folder: Path, options: PipelineOptions, device: torch.device) -> ImageModel:
+def load_image_model(
+    folder: Path, options: PipelineOptions, device: torch.device, weights: str = AVERAGED
+) -> ImageModel:
     """Load the model in a folder. Latents, prompts and image sizes of a run need its pipeline.
 
     Args:
         folder: folder of a run or of a pipeline.
         options: prompts and image size; only pipelines have them.
         device: device of the network.
+        weights: weights of a run, see `Run.read_weights`.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
-        ValueError: the folder is neither a run's nor a pipeline's, or it cannot follow the options.
+        ValueError: the folder is neither a run's nor a pipeline's, it cannot follow the options, or
+            it does not hold the weights.
     """
     if is_pipeline(folder):
+        if weights != AVERAGED:
+            raise ValueError(
+                f"weights is {weights!r}, but {folder} is a pipeline, which has one set of "
+                "weights: name the folder of the run, or leave weights out"
+            )
         return _load_pipeline(_read_pipeline(folder), options, device)
     run, given = Run(folder), [f"--{name}" for name, value in vars(options).items() if value]
     is_plain = not given and not (run.pipeline / "vae").is_dir()
     if not folder.is_dir() or (is_plain and images.is_image(Process.load(run.process))):
-        return ImageModel(run.denoiser(device))  # raises if there is no such folder
+        return ImageModel(
+            run.denoiser(device, weights=weights)
+        )  # raises if there is no such folder
     if is_pipeline(run.pipeline):
-        return _load_pipeline(_read_pipeline(run.pipeline), options, device)
-    denoiser = run.denoiser(device)
+        network = None if weights == AVERAGED else _pipeline_network(run, weights)
+        return _load_pipeline(_read_pipeline(run.pipeline, network), options, device)
+    denoiser = run.denoiser(device, weights=weights)
     if isinstance(denoiser.network, ExportableNetwork):
         return _load_pipeline(denoiser.network.exported_parts(folder), options, device)
     if given:
@@ -155,12 +167,20 @@ def load_image_model(folder: Path, options: PipelineOptions, device: torch.devic
     return ImageModel(denoiser)
 
 
-def _read_pipeline(folder: Path) -> "PipelineParts":
+def _pipeline_network(run: Run, weights: str) -> nn.Module:
+    """The network of a run with other weights, in place of that of its pipeline."""
+    from diffcore.integrations.diffusers.pipeline.pretrained_network import PretrainedNetwork
+
+    network = run.denoiser(weights=weights).network
+    return network.network if isinstance(network, PretrainedNetwork) else network
+
+
+def _read_pipeline(folder: Path, network: nn.Module | None = None) -> "PipelineParts":
     _silence_transformers()
     # Imported here because it takes seconds, and models without latents do not need it.
     from diffcore.integrations.diffusers.loading.folder import read_folder
 
-    return read_folder(folder)
+    return read_folder(folder, network)
 
 
 def _load_pipeline(

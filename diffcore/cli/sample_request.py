@@ -12,6 +12,7 @@ from jsonargparse.typing import register_type
 
 from diffcore.cli.image_model import PipelineOptions
 from diffcore.guidance import CFG, Guidance
+from diffcore.run import AVERAGED
 from diffcore.samplers import Sampler
 from diffcore.sampling.files import SampleKey
 from diffcore.sampling.generation import DEFAULT_GRID, DEFAULT_SAMPLER
@@ -84,6 +85,8 @@ class SampleRequest:
             unconditional.
         prompt: text prompt, for text-conditioned pipelines; may be repeated, and takes the place of
             a label.
+        weights: weights of a run: averaged, raw (the trained weights in the newest checkpoint), a
+            checkpoint such as step-00000400 or step-00000400/raw, or a safetensors file.
         negative: negative prompt that guidance moves away from; empty: the pipeline's unconditional
             prompt.
         height: height of a pipeline's images in pixels; 0: the network's default.
@@ -114,6 +117,7 @@ class SampleRequest:
 
     labels: IntegerList = field(default_factory=IntegerList)
     prompt: tuple[str, ...] = ()
+    weights: str = AVERAGED
     negative: str = ""
     height: int = 0
     width: int = 0

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from diffcore.core.random import Stream, derive_seed
 from diffcore.io.signals import Interruption
+from diffcore.io.trust import trusted_modules
 from diffcore.training.averages.power_ema import write_snapshot
 from diffcore.training.checkpoints import checkpoint, outputs
 from diffcore.training.checkpoints.resume import checkpoint_of
@@ -44,9 +45,10 @@ def run(state: TrainState, reporter: Reporter) -> int:
         signal = _train(state, reporter, interruption)
     path = settings.run.checkpoints / checkpoint.name(state.step)
     if signal:
+        trusted = "".join(f" --trust {module}" for module in trusted_modules())
         reporter.message(
             f"stopped by {Signals(signal).name}: step {state.step} of {settings.steps} is saved in "
-            f"{path}; continue with --config {settings.run.config} --resume true"
+            f"{path}; continue with --config {settings.run.config} --resume true{trusted}"
         )
     elif state.ends_early:
         patience = settings.validation.patience

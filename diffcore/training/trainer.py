@@ -21,6 +21,7 @@ from diffcore.schedules import Grid
 from diffcore.training import loop
 from diffcore.training.averages.ema import Decay
 from diffcore.training.averages.power_ema import Snapshots
+from diffcore.training.checkpoints.initial_weights import check_source
 from diffcore.training.checkpoints.resume import start_or_resume
 from diffcore.training.data.adapters import as_data_source
 from diffcore.training.data.checks import check_data, check_held_out, process_with_captions
@@ -101,8 +102,12 @@ class Trainer:
         grid: knots of preview images and, by default, of `diffcore sample`.
         sample_steps: number of steps of preview images and, by default, of `diffcore sample`.
         guidance: guidance rule of preview images and, by default, of `diffcore sample`.
-        initial_weights: folder of another run, whose averaged weights the network starts with; ""
-            starts with new weights.
+        init: weights that the network starts with: the folder of another run or of one of its
+            checkpoints, the folder of a diffusers pipeline, or a safetensors file; "" starts with
+            new weights.
+        init_weights: weights of that run or checkpoint: averaged or raw.
+        init_partial: whether tensors that `init` lacks, or has in another shape, stay at their
+            initial values; false refuses such weights.
         resume: true continues the run in the folder; false starts a new run, and refuses a folder
             that holds one; auto continues the run if the folder holds one, else starts it.
         config: YAML of these settings, which is written to config.yaml.
@@ -152,7 +157,9 @@ class Trainer:
     grid: Grid = field(default_factory=lambda: DEFAULT_GRID)
     sample_steps: int = 25
     guidance: Guidance = field(default_factory=CFG)
-    initial_weights: str = ""
+    init: str = ""
+    init_weights: Literal["averaged", "raw"] = "averaged"
+    init_partial: bool = False
     resume: bool | Literal["auto"] = False
     config: str = ""
 
@@ -164,8 +171,8 @@ class Trainer:
             raise ValueError(f"steps is {self.steps}, expected at most {MAXIMUM_STEPS}")
         if self.resume not in (True, False, "auto"):
             raise ValueError(f"resume is {self.resume!r}, expected true, false or auto")
-        if self.initial_weights and not (self.resume and self.run.config.exists()):
-            self._check_initial_weights()
+        if self.init and not (self.resume and self.run.config.exists()):
+            check_source(self.init, self.init_weights)
         if not self.clip > 0:
             raise ValueError(f"clip is {self.clip}, expected a positive norm (.inf does not clip)")
         if not 0 <= self.seed < 2**63:
@@ -219,14 +226,6 @@ class Trainer:
         if signal:
             end_by_signal(signal)
         return state
-
-    def _check_initial_weights(self) -> None:
-        weights = Run(Path(self.initial_weights)).weights
-        if not weights.is_file():
-            raise ValueError(
-                f"initial_weights is {self.initial_weights}, which has no {weights.name}: name the "
-                "folder of a run"
-            )
 
     def _check_previews(self) -> None:
         if not is_drawable(self.source, self.process):

@@ -147,7 +147,7 @@ CASES = {
             "--resume=true",
             "--network.init_args.block_out_channels=[4,8]",
         ),
-        ("another network.init_args.block_out_channels", "--initial-weights"),
+        ("another network.init_args.block_out_channels", "--init"),
     ),
     "unknown tracker": ((*NEW, "--trackers=[tensorbord]"), ("tensorbord", "tensorboard")),
     # images

@@ -104,6 +104,39 @@ def test_a_folder_that_holds_no_run_is_one_line(diffcore, tmp_path):
     assert len(ended.err.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("file", "name", "value"),
+    [
+        ("metrics.jsonl", "loss", "low"),
+        ("metrics.jsonl", "step", None),
+        ("validation.jsonl", "loss_by_level", [0.5, "low"]),
+        ("validation.jsonl", "logsnr", 1.0),
+    ],
+)
+def test_an_entry_that_is_missing_or_no_number_is_named_with_file_and_line(
+    diffcore, run, file, name, value
+):
+    lines = (run / file).read_text().splitlines()
+    report = json.loads(lines[1])
+    without = {key: each for key, each in report.items() if key != name}
+    changes = [report | {name: value}] + ([without] if name != "step" else [])
+    for changed in changes:
+        (run / file).write_text("\n".join([lines[0], json.dumps(changed), *lines[2:]]))
+        ended = diffcore("report", run)
+        assert ended.status == 1
+        assert f"{run / file}: line 2 has no {name}, or one that is no number" in ended.err
+        assert len(ended.err.splitlines()) == 1
+
+
+def test_held_out_losses_of_another_number_of_intervals_are_left_out(diffcore, run):
+    path = run / "validation.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[0] |= {"loss_by_level": [1.0], "logsnr": [None, None]}
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    ended = diffcore("report", run)
+    assert ended.status == 0, ended.err
+
+
 def test_a_chart_has_the_colour_of_the_page_and_the_same_bytes_each_time():
     curves = {"a": Curve([1, 2, 3], [1.0, None, 3.0]), "b & c": Curve([1, 2], [2.0, 1.0], "--")}
     svg = line_chart('a "<title>"', curves, "step", "log")

@@ -61,7 +61,7 @@ def test_a_config_that_was_edited_is_refused_with_the_edited_settings(train, run
     assert ended.status == 1
     assert "started with another clip (1.0, now 2.0), seed (0, now 3): set the first" in ended.err
     assert hashes(run.folder) == before
-    remedy = ("--initial-weights=run", "--folder=new", "--steps=1")
+    remedy = ("--init=run", "--folder=new", "--steps=1")
     ended = train("--config=run/config.yaml", *remedy)
     assert ended.status == 0, ended.err
     ended = train("--config=run/config.yaml", "--resume=true", "--seed=0", "--clip=1.0")

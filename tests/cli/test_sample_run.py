@@ -276,3 +276,44 @@ def test_a_run_that_does_not_come_first_is_refused(diffcore, trained):
     ended = diffcore("sample", "--labels=1", "--out=x.png", trained)
     assert ended.status != 0
     assert "run's folder comes first" in ended.err
+
+
+def test_other_weights_of_the_run_are_drawn_by_name_and_recorded(diffcore, trained, tmp_path):
+    arrays, file = {}, tmp_path / "copy.safetensors"
+    file.write_bytes((trained / "ema.safetensors").read_bytes())
+    names = ("averaged", "raw", "step-00000004/raw", "step-00000002", "step-00000002/raw", file)
+    for name in names:
+        out = tmp_path / "x.npy"
+        ended = diffcore("sample", trained, "--steps=2", f"--weights={name}", f"--out={out}")
+        assert ended.status == 0, ended.err
+        arrays[name] = out.read_bytes()
+    assert arrays["raw"] == arrays["step-00000004/raw"]
+    assert arrays["averaged"] == arrays[file]
+    assert len({arrays[name] for name in names}) == 4
+    out = tmp_path / "folder"
+    diffcore("sample", trained, "--steps=2", "--weights=raw", f"--out={out}")
+    assert '"selected": "raw"' in (out / RECORD).read_text()
+
+
+def test_weights_that_do_not_exist_are_one_line_with_those_that_do(diffcore, trained):
+    ended = diffcore("sample", trained, "--weights=step-00000003")
+    assert ended.status == 1
+    assert "one of averaged, raw, step-00000002, step-00000004" in ended.err
+    assert len(ended.err.splitlines()) == 1
+    ended = diffcore("sample", trained / "pipeline", "--weights=raw")
+    assert ended.status == 1
+    assert "is a pipeline, which has one set of weights" in ended.err
+    assert "step-00000002" in diffcore("info", trained).out.split("weights", 1)[1]
+
+
+def test_exported_weights_are_recorded_and_are_those_of_the_checkpoint(diffcore, trained, tmp_path):
+    out = tmp_path / "exported"
+    ended = diffcore("export", trained, f"--out={out}", "--weights=step-00000002/raw")
+    assert ended.status == 0, ended.err
+    assert '"weights": "step-00000002/raw"' in (out / "weights.json").read_text()
+    for name, folder in (("a", out), ("b", trained)):
+        words = [f"--out={tmp_path / name}.npy", "--steps=2", "--guidance=CFG"]
+        words += ["--weights=step-00000002/raw"] if folder == trained else []
+        ended = diffcore("sample", folder, *words)
+        assert ended.status == 0, ended.err
+    assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()

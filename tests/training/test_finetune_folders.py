@@ -50,7 +50,7 @@ def test_a_pipeline_that_was_moved_is_named_in_the_config(workspace, tmp_path, c
 
 
 def test_a_new_run_starts_with_the_adapter_of_another_one(workspace):
-    options = ("--initial-weights=runs/lora", "--steps=1", "--lr.peak=1e-30", "--seed=3")
+    options = ("--init=runs/lora", "--steps=1", "--lr.peak=1e-30", "--seed=3")
     assert run_command(*finetune_command("runs/from-lora", *LORA, *options)) == 0
     expected = read_weights(workspace / "runs/lora/ema.safetensors")
     result = read_weights(workspace / "runs/from-lora/ema.safetensors")
@@ -77,5 +77,5 @@ def test_the_pipeline_of_another_run_is_refused_with_a_remedy_that_works(
     assert run_command(*command) == 1
     assert message in capsys.readouterr().err
     assert not Path("runs/no").exists()
-    new = ("--steps=1", f"--folder={tmp_path / 'new'}", f"--initial-weights={trained}")
+    new = ("--steps=1", f"--folder={tmp_path / 'new'}", f"--init={trained}")
     assert run_command("train", "digits", *tiny, *new) == 0

@@ -173,9 +173,9 @@ def test_a_changed_setting_is_refused_with_both_values_and_a_remedy_that_works(t
     with pytest.raises(ValueError, match=rf"was started with another {message}") as error:
         train(tmp_path / "run", steps=3, resume=True, **{name: value})
     assert hashes(tmp_path / "run") == whole
-    remedy = f"start a new run from its weights with --initial-weights {tmp_path / 'run'} and an"
+    remedy = f"start a new run from its weights with --init {tmp_path / 'run'} and an"
     assert remedy in str(error.value)
-    new = {"initial_weights": str(tmp_path / "run"), name: value}
+    new = {"init": str(tmp_path / "run"), name: value}
     train(tmp_path / "new", steps=1, **new)
 
 
@@ -187,7 +187,7 @@ def test_settings_that_do_not_enter_the_weights_may_change(tmp_path):
 def test_a_run_starts_with_the_averaged_weights_of_another_one(tmp_path):
     train(tmp_path / "first", steps=3)
     weights = read_weights(tmp_path / "first/ema.safetensors")
-    options = {"initial_weights": str(tmp_path / "first"), "lr": LearningRate(1e-30)}
+    options = {"init": str(tmp_path / "first"), "lr": LearningRate(1e-30)}
     options |= {"optimizer": torch.optim.SGD, "steps": 2, "batch_size": 8, "save_every": 1}
     train(tmp_path / "straight", **options)
     model = read_checkpoint(tmp_path / "straight", 2)["model.safetensors"]
@@ -204,12 +204,12 @@ def test_a_run_starts_with_the_averaged_weights_of_another_one(tmp_path):
 
 
 def test_initial_weights_that_are_missing_or_do_not_fit_are_refused(tmp_path):
-    message = r"nowhere, which has no ema.safetensors: name the folder"
+    message = r"nowhere, which has no weights of a run, and .*: name the folder"
     for resume in (False, "auto", True):
         with pytest.raises(ValueError, match=message):
-            make_trainer(tmp_path / "run", initial_weights=str(tmp_path / "nowhere"), resume=resume)
+            make_trainer(tmp_path / "run", init=str(tmp_path / "nowhere"), resume=resume)
     train(tmp_path / "first", steps=1)
-    options = {"initial_weights": str(tmp_path / "first"), "network": partial(LabelRecorder, 11)}
+    options = {"init": str(tmp_path / "first"), "network": partial(LabelRecorder, 11)}
     with pytest.raises(ValueError, match=r"whose weights do not fit the network: .*labels.weight"):
         train(tmp_path / "run", **options)
     assert not (tmp_path / "run/config.yaml").exists()
@@ -240,7 +240,7 @@ def test_an_average_without_checkpoints_is_not_overwritten(tmp_path):
         ):
             train(tmp_path / "run", steps=2, resume=resume)
     assert hashes(tmp_path / "run") == whole
-    train(tmp_path / "new", steps=2, initial_weights=str(tmp_path / "run"))
+    train(tmp_path / "new", steps=2, init=str(tmp_path / "run"))
 
 
 def test_a_start_that_failed_does_not_block_the_next_one(tmp_path, capsys):

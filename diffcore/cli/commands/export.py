@@ -1,5 +1,6 @@
 """`diffcore export`: save the network of a run as a diffusers pipeline."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from diffcore.cli.run_defaults import parse_with_run_defaults
 from diffcore.guidance import CFG, Guidance
 from diffcore.io.files import write_folder
 from diffcore.io.parser import ComponentParser
+from diffcore.run import AVERAGED
 from diffcore.samplers import DDIM, DDPM, Sampler
 from diffcore.sampling.generation import DEFAULT_GRID, DEFAULT_SAMPLER
 from diffcore.schedules import Grid
@@ -40,6 +42,9 @@ class ExportRequest:
         grid: rule that places the noise levels (knots) by default.
         steps: number of sampler steps that the pipeline takes by default.
         guidance: guidance rule that the pipeline uses by default.
+        weights: weights of a run: averaged, raw (the trained weights in the newest checkpoint), a
+            checkpoint such as step-00000400 or step-00000400/raw, or a safetensors file. The file
+            weights.json in `out` holds their name.
     """
 
     out: Path
@@ -48,6 +53,7 @@ class ExportRequest:
     grid: Grid = field(default_factory=lambda: DEFAULT_GRID)
     steps: int = 25
     guidance: Guidance = field(default_factory=CFG)
+    weights: str = AVERAGED
 
     def __post_init__(self) -> None:
         if self.out.exists() and not is_pipeline(self.out):
@@ -88,12 +94,18 @@ def _pipeline_or_run(folder: Path) -> Path:
 
 
 def _export(folder: Path, request: ExportRequest) -> None:
-    pipeline = _load_pipeline(_pipeline_or_run(folder), request)
+    origin = _pipeline_or_run(folder) if request.weights == AVERAGED else folder
+    pipeline = _load_pipeline(origin, request)
     request.out.parent.mkdir(parents=True, exist_ok=True)
     if request.format == "diffusers":
         _export_diffusers(folder, pipeline, request)
         return
-    write_folder(request.out, pipeline.save_pretrained)
+
+    def write(path: Path) -> None:
+        pipeline.save_pretrained(path)
+        _record_weights(path, folder, request)
+
+    write_folder(request.out, write)
     print(
         f"{folder} -> {request.out}: a DiffcorePipeline: load it by "
         f"diffcore.DiffcorePipeline.from_pretrained({str(request.out)!r})"
@@ -110,6 +122,7 @@ def _export_diffusers(folder: Path, pipeline: "DiffcorePipeline", request: Expor
     def write(path: Path) -> None:
         exported.save_pretrained(path)
         differences.append(check_samples(path, pipeline))
+        _record_weights(path, folder, request)
 
     write_folder(request.out, write)
     steps = find_exact_steps(exported.scheduler, request.steps)
@@ -123,11 +136,17 @@ def _export_diffusers(folder: Path, pipeline: "DiffcorePipeline", request: Expor
         print(line)
 
 
+def _record_weights(path: Path, run: Path, request: ExportRequest) -> None:
+    """Write which weights of a run a pipeline holds."""
+    content = {"run": str(run), "weights": request.weights}
+    (path / "weights.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
 def _load_pipeline(folder: Path, request: ExportRequest) -> "DiffcorePipeline":
     from diffcore.integrations.diffusers import DiffcorePipeline
 
     _check_is_diffcore_pipeline(folder)
-    model = load_image_model(folder, PipelineOptions(), torch.device("cpu"))
+    model = load_image_model(folder, PipelineOptions(), torch.device("cpu"), request.weights)
     if model.is_text_conditioned:
         raise ValueError(
             f"{folder} is an adapter of a text-conditioned pipeline, which diffusers loads into "

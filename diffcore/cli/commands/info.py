@@ -55,7 +55,6 @@ def describe_run(run: Run) -> dict[str, object]:
     schedule = process.schedule
     network = run.architecture()
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    checkpoints = [path.name for path in checkpoint.folders(run.checkpoints)]
     classes = "classes" if (settings.get("process") or {}).get("classes") else "distinct captions"
     last_report = [{}, *Metrics(run.metrics).reports()][-1]
     return {
@@ -70,7 +69,9 @@ def describe_run(run: Run) -> dict[str, object]:
         "condition": f"{process.classes} {classes}, dropped in {process.dropout:.0%} of samples"
         if process.classes
         else "none",
-        "checkpoints": ", ".join(checkpoints) or "none",
+        "checkpoints": ", ".join(path.name for path in checkpoint.folders(run.checkpoints))
+        or "none",
+        "weights": ", ".join(run.weight_names()) or "none",
         "last report": ", ".join(
             f"{name} {_shortened(value)}" for name, value in last_report.items()
         )

@@ -27,6 +27,8 @@ __all__ = ["main", "write_report"]
 
 LEVELS_SHOWN = 4
 """Number of intervals of noise levels in one chart over the steps."""
+TRAINING = {"loss": "loss", "grad_norm": "norm of the gradient", "lr": "learning rate"}
+"""Entry of a report -> heading of its chart."""
 Reports = list[dict[str, Any]]
 
 
@@ -64,7 +66,10 @@ def write_report(run: Run, out: Path) -> None:
         ValueError: the folder holds no run, or one without config.yaml.
     """
     facts = describe_run(run)
-    reports, held_out = Metrics(run.metrics).reports(), Metrics(run.validation).reports()
+    reports = Metrics(run.metrics).complete_reports([*TRAINING, "skipped"])
+    held_out = Metrics(run.validation).complete_reports(
+        ["loss", "loss_current"], ["logsnr", "loss_by_level"]
+    )
     steps = f"{reports[-1]['step']} steps" if reports else "no report yet"
     sections = [
         Section("Run", facts_table(facts)),
@@ -95,13 +100,12 @@ def write_report(run: Run, out: Path) -> None:
 
 
 def _training_charts(reports: Reports) -> dict[str, str]:
-    titles = {"loss": "loss", "grad_norm": "norm of the gradient", "lr": "learning rate"}
     charts = {
         title: line_chart(title, {title: _over_steps(reports, name)}, "step", _scale(name))
-        for name, title in titles.items()
+        for name, title in TRAINING.items()
         if reports
     }
-    if sum(report["skipped"] for report in reports):
+    if sum(report["skipped"] or 0 for report in reports):
         title = "steps that were not finite, since the report before"
         charts[title] = line_chart(title, {title: _over_steps(reports, "skipped")}, "step")
     return charts
@@ -114,6 +118,8 @@ def _held_out_charts(held_out: Reports) -> dict[str, str]:
     curves = {title: _over_steps(held_out, name) for title, name in names.items()}
     charts = {"held-out loss": line_chart("held-out loss", curves, "step", "log")}
     last = held_out[-1]
+    # The number of intervals may change when a run is resumed.
+    held_out = [r for r in held_out if len(r["loss_by_level"]) == len(last["loss_by_level"])]
     bounds, bins = last["logsnr"], range(len(last["loss_by_level"]))
     shown = sorted({round(i * (len(bins) - 1) / (LEVELS_SHOWN - 1)) for i in range(LEVELS_SHOWN)})
     by_level = {

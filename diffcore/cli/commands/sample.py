@@ -86,7 +86,7 @@ def _sample(folder: Path, request: SampleRequest) -> None:
         torch.set_num_threads(request.threads)
     rank, ranks = (int(os.environ.get(name) or number) for name, number in LAUNCHER.items())
     device, options = _device(request.device), request.pipeline_options
-    model = load_image_model(folder, options, device)
+    model = load_image_model(folder, options, device, request.weights)
     _check_labels(request.labels, model)
     _check_out(request.out, model.image_process, ranks)
     guidance = load_weaker_networks(
@@ -187,6 +187,7 @@ class _Plan:
         image = "" if request.image is None else hash_file(request.image)
         return {
             "run": str(folder),
+            "selected": request.weights,
             "weights": hash_networks(networks),
             "sampler": str(request.sampler),
             "grid": str(request.started_grid),

@@ -14,12 +14,11 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from diffcore.io.files import (
@@ -29,13 +28,10 @@ from diffcore.io.files import (
     replace_folder,
     write_and_sync,
 )
-from diffcore.io.network_size import check_memory
-from diffcore.io.plain_data import hash_data, read_json
-from diffcore.io.safetensors import check_header
+from diffcore.io.manifest import MANIFEST, NAME, read_manifest, read_tensors
+from diffcore.io.plain_data import hash_data
 
 __all__ = [
-    "MANIFEST",
-    "NAME",
     "Checkpoint",
     "folders",
     "name",
@@ -45,10 +41,6 @@ __all__ = [
     "set_aside",
     "write",
 ]
-
-MANIFEST = "manifest.json"
-NAME = r"step-\d{8}"
-"""Regular expression of the names of checkpoints; other names belong to the user."""
 
 
 class Checkpoint(NamedTuple):
@@ -119,9 +111,12 @@ def read(folder: str | Path) -> Checkpoint:
         CorruptFileError: A file is missing, truncated or changed; the message contains its path.
     """
     folder = Path(folder)
-    manifest = _manifest(folder)
+    manifest = read_manifest(folder)
     return Checkpoint(
-        {file: _tensors(folder / file, expected) for file, expected in manifest["files"].items()},
+        {
+            file: read_tensors(folder / file, expected)
+            for file, expected in manifest["files"].items()
+        },
         manifest["state"],
     )
 
@@ -166,50 +161,3 @@ def prune(folder: str | Path, keep: int) -> None:
     for path in folders(folder)[: -keep or None]:
         shutil.rmtree(path)
     remove_leftovers(folder, NAME)
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    try:
-        manifest = read_json(path)
-        digest = manifest.pop("sha256")
-    except (OSError, ValueError, KeyError) as error:
-        raise CorruptFileError(f"{path} cannot be read ({type(error).__name__})") from None
-    if digest != hash_data(manifest):
-        raise CorruptFileError(f"{path} is not what was written (its SHA-256 differs)")
-    files, state = manifest.get("files"), manifest.get("state")
-    is_known = isinstance(files, dict) and all(map(_is_entry, files.items()))
-    if not (is_known and isinstance(state, dict) and isinstance(state.get("step"), int)):
-        raise CorruptFileError(f"{path} describes no checkpoint")
-    return manifest
-
-
-def _is_entry(entry: tuple[str, Any]) -> bool:
-    """Whether an entry of a manifest has a file of its folder, its size and its hash."""
-    file, expected = entry
-    known = isinstance(expected, dict) and {"bytes", "sha256"} <= expected.keys()
-    return known and Path(file).name == file and file.endswith(".safetensors")
-
-
-def _tensors(path: Path, expected: Mapping[str, Any]) -> dict[str, Tensor]:
-    try:
-        size = path.stat().st_size
-        check_memory(size, str(path))
-        data = path.read_bytes() if size == expected["bytes"] else b""
-    except FileNotFoundError:
-        raise CorruptFileError(f"{path} is missing") from None
-    except OSError as error:
-        raise CorruptFileError(f"{path} cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise CorruptFileError(str(error)) from None
-    if size != expected["bytes"]:
-        raise CorruptFileError(
-            f"{path} is truncated or padded: {size} bytes of {expected['bytes']}"
-        )
-    if hashlib.sha256(data).hexdigest() != expected["sha256"]:
-        raise CorruptFileError(f"{path} is not what was written (its SHA-256 differs)")
-    check_header(path)
-    try:
-        return load(data)
-    except SafetensorError as error:
-        raise CorruptFileError(f"{path} holds no tensors ({error})") from None

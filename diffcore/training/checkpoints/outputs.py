@@ -25,6 +25,7 @@ from diffcore.io.files import (
     write_file,
     write_folder,
 )
+from diffcore.io.manifest import MANIFEST
 from diffcore.io.plain_data import read_json
 from diffcore.io.safetensors import write_weights
 from diffcore.io.specs import to_spec
@@ -96,7 +97,7 @@ def _describe(state: "TrainState") -> dict[str, Any]:
     settings, run = state.settings, state.settings.run
     paths = [run.weights, *(run.folder / name for name in exported_names(state))]
     files = [path / HASHES if path.is_dir() else path for path in paths]
-    manifest = run.checkpoints / checkpoint.name(state.step) / checkpoint.MANIFEST
+    manifest = run.checkpoints / checkpoint.name(state.step) / MANIFEST
     return {
         "checkpoint": hash_file(manifest),
         "method": {name: to_spec(getattr(settings, name)) for name in METHOD},

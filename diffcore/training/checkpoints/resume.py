@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,12 +17,13 @@ import yaml
 from torch import Tensor
 
 from diffcore.io.files import check_links, remove_leftovers, write_file
-from diffcore.io.safetensors import read_weights
+from diffcore.io.manifest import NAME
 from diffcore.io.specs import to_spec
-from diffcore.run import Run, without_locations
+from diffcore.run import without_locations
 from diffcore.training.averages.ema import EMA
 from diffcore.training.checkpoints import checkpoint, outputs
 from diffcore.training.checkpoints.checkpoint import Checkpoint
+from diffcore.training.checkpoints.initial_weights import load_initial_weights
 from diffcore.training.ranks.gathered_state import GatheredState, capture_state, restore_state
 from diffcore.training.ranks.sharding import gather_tensors
 from diffcore.training.reports.reporting import Metrics
@@ -79,8 +79,8 @@ def start_or_resume(state: TrainState, message: Callable[[str], None]) -> None:
     check_links(state.settings.run.folder)
     if _is_resumed(state.settings, message):
         _resume(state, message)
-    if not state.step and state.settings.initial_weights:
-        _load_initial_weights(state)
+    if not state.step and state.settings.init:
+        load_initial_weights(state, message)
     averaged = state.gathered_average()
     state.accelerator.wait_for_everyone()
     if state.accelerator.is_main_process:
@@ -113,9 +113,7 @@ def _resume(state: TrainState, message: Callable[[str], None]) -> None:
     run = state.settings.run
     newest = checkpoint.newest(run.checkpoints, message)
     if newest is None:
-        weights = (
-            f", from its weights: --initial-weights {run.folder}" if run.weights.exists() else ""
-        )
+        weights = f", from its weights: --init {run.folder}" if run.weights.exists() else ""
         raise ValueError(
             f"{run.checkpoints} has no whole checkpoint left: start a new run in another "
             f"folder{weights}"
@@ -140,7 +138,7 @@ def _prepare_folder(
     written = (run.config, run.process, run.weights, run.metrics, run.validation)
     files = [path.name for path in written]
     remove_leftovers(run.folder, *map(re.escape, (*files, *outputs.exported_names(state))))
-    remove_leftovers(run.checkpoints, checkpoint.NAME, re.escape(outputs.RECORD))
+    remove_leftovers(run.checkpoints, NAME, re.escape(outputs.RECORD))
     checkpoint.set_aside(run.checkpoints, state.step)
     settings.process.save(run.process)
     if settings.config or not run.config.exists():
@@ -150,20 +148,6 @@ def _prepare_folder(
             message(f"{path}: line {line} is no report, and is left out")
     if state.step:
         outputs.update(state, averaged, message)
-
-
-def _load_initial_weights(state: TrainState) -> None:
-    """Give the network and its average the averaged weights of another run."""
-    source = Run(Path(state.settings.initial_weights))
-    weights = read_weights(source.weights)
-    try:
-        state.network.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(
-            f"initial_weights is {source.folder}, whose weights do not fit the network: "
-            f"{' '.join(str(error).split())}"
-        ) from None
-    state.average.load(weights)
 
 
 def checkpoint_of(state: TrainState) -> Checkpoint:
@@ -209,6 +193,7 @@ def determining_settings(settings: "Trainer") -> dict[str, Any]:
     left_out = {*CHANGEABLE, *FACTORIES, "config"}
     names = [field.name for field in fields(settings) if field.name not in left_out]
     values = {name: to_spec(getattr(settings, name)) for name in names}
+    values["snapshots"] = {"lengths": values["snapshots"]["lengths"]}  # `every` may change
     values |= {name: without_locations(config[name]) for name in FACTORIES if name in config}
     plain: dict[str, Any] = json.loads(json.dumps(values, default=lambda value: repr(type(value))))
     return plain
@@ -235,6 +220,8 @@ def _load(state: TrainState, saved: Checkpoint) -> None:
         average.load(saved.tensors[name])
     if state.accelerator.scaler and (scaler := saved.state["gradient_scaler"]):
         state.accelerator.scaler.load_state_dict(scaler)
+    if "init" in saved.state:
+        state.content_hashes["init"] = saved.state["init"]
     state.step, state.non_finite_steps = saved.state["step"], saved.state["skipped"]
     state.checked = state.step
     state.held_out_losses = list(saved.state["held_out"])
@@ -252,9 +239,7 @@ def _check_checkpoint(
 ) -> None:
     """Refuse other settings, other data or a checkpoint beyond the end; announce other rounding."""
     settings, run = state.settings, state.settings.run
-    anew = (
-        f"start a new run from its weights with --initial-weights {run.folder} and another --folder"
-    )
+    anew = f"start a new run from its weights with --init {run.folder} and another --folder"
     if changes := list(_changes(saved["settings"], determining_settings(settings))):
         raise ValueError(
             f"the run in {run.folder} was started with another {', '.join(changes)}: set the first "

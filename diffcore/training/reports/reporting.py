@@ -6,7 +6,7 @@ Losses stay on the device and are read once for each report.
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -132,6 +132,36 @@ class Metrics:
             One dictionary for each line.
         """
         return [report for report in map(_parsed, self._lines()) if report is not None]
+
+    def complete_reports(self, numbers: Sequence[str], lists: Sequence[str] = ()) -> list[Any]:
+        """The reports in the file, each with all entries that its reader needs.
+
+        Args:
+            numbers: entries that are numbers or null.
+            lists: entries that are lists of them.
+
+        Returns:
+            One dictionary for each line that is a report.
+
+        Raises:
+            ValueError: An entry is missing or of another type; the message has file and line.
+        """
+        reports = [(number, _parsed(line)) for number, line in enumerate(self._lines(), 1)]
+        for number, report in reports:
+            if report is None:
+                continue
+            wrong = [name for name in ("step", *numbers) if not _is_number(report.get(name, ""))]
+            wrong += [
+                name
+                for name in lists
+                if not isinstance(report.get(name), list) or not all(map(_is_number, report[name]))
+            ]
+            if wrong or report["step"] is None:
+                raise ValueError(
+                    f"{self.path}: line {number} has no {wrong[0] if wrong else 'step'}, or one "
+                    "that is no number: restore or remove the line"
+                )
+        return [report for _, report in reports if report is not None]
 
     def rewind(self, step: int) -> list[int]:
         """Remove the reports after `step`.
@@ -333,6 +363,11 @@ def _plain(value: float | list[float]) -> Any:
     if isinstance(value, list):
         return [_plain(each) for each in value]
     return value if math.isfinite(value) else None
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number or null."""
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

@@ -54,7 +54,7 @@ class PipelineIndex:
         if self.content.get("_class_name") == "DiffcorePipeline":
             raise ValueError(
                 f"{self.folder} is a DiffcorePipeline, as a run writes it: start from the weights "
-                "of this run with its own settings and --initial-weights, the folder of the run"
+                "of this run with its own settings and --init, the folder of the run"
             )
 
     @property
