@@ -292,7 +292,7 @@ def test_other_weights_of_the_run_are_drawn_by_name_and_recorded(diffcore, train
     assert len({arrays[name] for name in names}) == 4
     out = tmp_path / "folder"
     diffcore("sample", trained, "--steps=2", "--weights=raw", f"--out={out}")
-    assert '"selected": "raw"' in (out / RECORD).read_text()
+    assert '"selected": "raw"' in (out / "sampling.json").read_text()
 
 
 def test_weights_that_do_not_exist_are_one_line_with_those_that_do(diffcore, trained):

@@ -197,7 +197,7 @@ def _fitting(
             f"init is {path}, whose weights do not fit the network: {counts} of {len(own)}: "
             f"{remedy}"
         )
-    if left := [*missing, *other]:
+    if left := [*missing, *other.values()]:
         message(
             f"init: {len(left)} of {len(own)} tensors stay at their initial values: {_first(left)}"
         )
