@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffcore.core.process import Process
 from diffcore.io.files import write_file
-from diffcore.io.image_reader import read_content, read_image
+from diffcore.io.images.reader import read_content, read_image
 
 __all__ = [
     "check_image",

@@ -114,7 +114,11 @@ class TrainState:
         return any(isinstance(module, FSDPModule) for module in self.modules)
 
     def gathered_average(self) -> dict[str, Tensor]:
-        """The whole averaged weights on the first rank. Every rank must call it."""
+        """The whole averaged weights. Every rank must call it.
+
+        Returns:
+            The tensors by name, whole on the first rank only.
+        """
         return gather_tensors(self.average.shadow, self.accelerator.is_main_process)
 
     @contextmanager

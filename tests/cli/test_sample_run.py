@@ -284,14 +284,16 @@ def test_other_weights_of_the_run_are_drawn_by_name_and_recorded(diffcore, train
     names = ("averaged", "raw", "step-00000004/raw", "step-00000002", "step-00000002/raw", file)
     for name in names:
         out = tmp_path / "x.npy"
-        ended = diffcore("sample", trained, "--steps=2", f"--weights={name}", f"--out={out}")
+        ended = diffcore(
+            "sample", trained, "--labels=3", "--steps=2", f"--weights={name}", f"--out={out}"
+        )
         assert ended.status == 0, ended.err
         arrays[name] = out.read_bytes()
     assert arrays["raw"] == arrays["step-00000004/raw"]
     assert arrays["averaged"] == arrays[file]
     assert len({arrays[name] for name in names}) == 4
     out = tmp_path / "folder"
-    diffcore("sample", trained, "--steps=2", "--weights=raw", f"--out={out}")
+    diffcore("sample", trained, "--labels=3", "--steps=2", "--weights=raw", f"--out={out}")
     assert '"selected": "raw"' in (out / "sampling.json").read_text()
 
 
@@ -312,7 +314,7 @@ def test_exported_weights_are_recorded_and_are_those_of_the_checkpoint(diffcore,
     assert ended.status == 0, ended.err
     assert '"weights": "step-00000002/raw"' in (out / "weights.json").read_text()
     for name, folder in (("a", out), ("b", trained)):
-        words = [f"--out={tmp_path / name}.npy", "--steps=2", "--guidance=CFG"]
+        words = [f"--out={tmp_path / name}.npy", "--steps=2", "--labels=3"]
         words += ["--weights=step-00000002/raw"] if folder == trained else []
         ended = diffcore("sample", folder, *words)
         assert ended.status == 0, ended.err

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffcore.io.image_reader import FORMATS, read_image
+from diffcore.io.images.reader import FORMATS, read_image
 
 DISPLAYED = {
     1: lambda stored: stored,

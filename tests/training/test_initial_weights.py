@@ -121,7 +121,9 @@ def test_another_process_of_the_weights_is_announced_in_one_line(tmp_path, first
     process = replace(PROCESS, prediction="epsilon", schedule=Flow())
     for path in (first, first / "checkpoints/step-00000002"):
         train(tmp_path / path.name, init=str(path), process=process, **STILL)
-        lines = [line for line in capsys.readouterr().err.splitlines() if "another" in line]
+        lines = [
+            line for line in capsys.readouterr().err.splitlines() if "trained with another" in line
+        ]
         assert len(lines) == 1
         assert "prediction v_prediction (now epsilon), schedule Cosine(" in lines[0]
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from diffcore.io.image_reader import read_content, read_image
+from diffcore.io.images.reader import read_content, read_image
 from diffcore.training.data.listing import PackedTexts, printable
 from diffcore.training.data.scan import SUFFIXES, FolderScan, scan_folder
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffcore.io.files import CorruptFileError, hash_file, remove_leftovers
-from diffcore.io.image_inspection import PARALLEL, ImageFacts, inspect_images
+from diffcore.io.images.inspection import PARALLEL, ImageFacts, inspect_images
 from diffcore.io.lock import wait_for_lock
 from diffcore.io.safetensors import read_weights_and_metadata, write_weights
 from diffcore.training.data.listing import FileList, PackedTexts, list_files, printable

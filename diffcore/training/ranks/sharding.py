@@ -129,7 +129,15 @@ def set_gradient_reduction(modules: Iterable[nn.Module], is_last: bool) -> None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this rank holds; the tensor itself if it is not sharded."""
+    """The part of a tensor that this rank holds.
+
+    Args:
+        tensor: any tensor, sharded or not.
+
+    Returns:
+        The part; it shares its memory with the tensor, and is the tensor itself if it is not
+        sharded.
+    """
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffcore.io import image_inspection
+from diffcore.io.images import inspection as image_inspection
 from diffcore.io.safetensors import read_weights_and_metadata, write_weights
 from diffcore.training.data import scan as scan_module
 from diffcore.training.data.listing import PackedTexts, find_files, list_files
@@ -338,7 +338,7 @@ def test_of_several_ranks_one_inspects_the_images(tmp_path):
 def test_the_interpreters_of_a_scan_do_not_import_torch(tmp_path):
     write_old(tmp_path / "1.png")
     script = (
-        "import sys; from diffcore.io.image_inspection import serve; serve(sys.stdin, sys.stdout);"
+        "import sys; from diffcore.io.images.inspection import serve; serve(sys.stdin, sys.stdout);"
         "assert 'torch' not in sys.modules"
     )
     found = subprocess.run(

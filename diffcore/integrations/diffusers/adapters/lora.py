@@ -140,7 +140,11 @@ class LoRA:
         return kind(alpha=alpha, rank_dropout=self.dropout, **shared)
 
     def describe(self) -> str:
-        """Kind, rank and α as text."""
+        """Kind, rank and α as text.
+
+        Returns:
+            The text, such as "LoRA of rank 16, alpha 16".
+        """
         spelled = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA", "loha": "LoHa"}
         name = spelled.get(self.kind, "LoKr")
         return f"{name} of rank {self.rank}, alpha {self.alpha or self.rank}"

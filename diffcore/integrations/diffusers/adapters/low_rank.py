@@ -36,7 +36,14 @@ class LowRank(NamedTuple):
         return len(self.down)
 
     def delta(self, strength: float = 1.0) -> Tensor:
-        """The change s (α / r) B A in float32, flattened to (out, in k k)."""
+        """The change s (α / r) B A.
+
+        Args:
+            strength: factor s.
+
+        Returns:
+            (out, in k k) change in float32.
+        """
         product = self.up.float().flatten(1) @ self.down.float().flatten(1)
         return strength * self.alpha / self.rank * product
 

@@ -19,7 +19,7 @@ from typing import IO, NamedTuple
 from PIL import Image, ImageChops
 from tqdm import tqdm
 
-from diffcore.io.image_reader import read_content, read_image
+from diffcore.io.images.reader import read_content, read_image
 
 __all__ = ["ImageFacts", "inspect_image", "inspect_images", "serve"]
 
@@ -31,7 +31,7 @@ MAXIMUM_WORKERS = 32
 GREY_MODES = ("1", "L", "LA", "La")
 SERVER = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
-    "from diffcore.io.image_inspection import serve; serve(sys.stdin, sys.stdout)"
+    "from diffcore.io.images.inspection import serve; serve(sys.stdin, sys.stdout)"
 )
 
 
