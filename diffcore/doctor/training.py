@@ -77,7 +77,7 @@ def check_training(settings: "Trainer") -> tuple[list[Finding], TrainState, Timi
     Raises:
         ValueError: the network cannot be built, or does not fit the process.
     """
-    state = build_state(replace(settings, trackers=[], resume=False, initial_weights=""))
+    state = build_state(replace(settings, trackers=[], resume=False, init=""))
     timing = measure_steps(state)
     overfit = overfit_batch(state)
     findings = check_overfit(overfit, settings)
