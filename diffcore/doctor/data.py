@@ -160,11 +160,12 @@ def _sigma_data(x0: Tensor, process: Process) -> Finding:
     text = f"the standard deviation of x_0 is {measured:.3g}, and process.sigma_data is {set_to:g}"
     if 0.8 <= ratio <= 1.25:
         return Finding("sigma_data", "ok", f"{text}.", values)
-    is_used = process.prediction == "edm" or not 0.5 <= ratio <= 2
+    is_unbounded = process.high == torch.inf
+    remedy = ", or the scaling factor of the VAE is wrong" if is_unbounded else ""
     return Finding(
         "sigma_data",
-        "wrong" if is_used and not 0.5 <= ratio <= 2 else "warning",
-        f"{text}: set process.sigma_data: {measured:.2g}.",
+        "warning" if 0.5 <= ratio <= 2 else "wrong",
+        f"{text}: set process.sigma_data: {measured:.2g}{remedy}.",
         values,
     )
 

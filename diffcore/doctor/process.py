@@ -120,7 +120,7 @@ def check_process(
     """
     claim, hypotheses = claimed_hypotheses(denoiser.process)
     scores = identify_process(denoiser.network, x0, hypotheses, levels=levels, condition=condition)
-    return Identification(scores, claim, _verdict(claim, scores), _notes(denoiser.process, scores))
+    return Identification(scores, claim, _verdict(claim, scores), _notes(scores))
 
 
 def _verdict(claim: str, scores: Sequence[Score]) -> Finding:
@@ -177,9 +177,11 @@ def _factor(difference: float) -> str:
     return f"{math.exp(min(difference, 700.0)):.3g}"
 
 
-def _notes(claim: Process, scores: Sequence[Score]) -> list[str]:
+def _notes(scores: Sequence[Score]) -> list[str]:
     """What denoising errors cannot tell about the network."""
-    notes = []
+    notes: list[str] = []
+    if scores[0].score > 0:  # the network denoises under no hypothesis
+        return notes
     if scores[0].process.time.variable in ("blend", "logsnr", "sigma"):
         notes.append(
             "The network is conditioned on the noise level itself, so that the schedule and the "

@@ -95,6 +95,7 @@ def test_an_untrained_network_is_a_warning():
     found = check_process(Denoiser(Zero(), HYPOTHESES[LINEAR]), POINTS)
     assert found.finding.mark == "warning"
     assert "under every hypothesis" in found.finding.text
+    assert not found.notes
 
 
 def test_the_table_marks_the_config_and_the_figure_is_written(tmp_path):

@@ -78,7 +78,6 @@ def _findings(parser: ComponentParser, settings: Namespace, quick: bool) -> Iter
     if settings.get("data.init_args.unreadable"):
         settings["data.init_args.unreadable"] = "skip"  # they are findings, not the end
     settings["resume"] = False
-    settings["initial_weights"] = ""
     try:
         with redirect_stdout(sys.stderr):
             trainer = build_trainer(parser, settings)
