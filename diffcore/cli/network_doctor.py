@@ -24,7 +24,7 @@ from diffcore.training.data.checks import split_item
 from diffcore.training.data.image_folder import ImageFolder
 from diffcore.training.data.source import DataSource
 
-__all__ = ["examine_folder"]
+__all__ = ["examine_folder", "items_of"]
 
 
 def examine_folder(argv: Sequence[str]) -> list[Finding]:
@@ -44,7 +44,7 @@ def examine_folder(argv: Sequence[str]) -> list[Finding]:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     model = load_image_model(folder, PipelineOptions(), device or torch.device("cpu"))
     source = _data(folder, arguments.data, model)
-    x0, condition = _items(source, model, max(arguments.count, 2))
+    x0, condition = items_of(source, model, max(arguments.count, 2))
     found = check_process(model.denoiser, x0, condition)
     print(f"The config describes {found.claim}.")
     print(f"Denoising error on {len(x0)} images, relative to the best linear denoiser:")
@@ -103,8 +103,18 @@ def _data(folder: Path, images: str, model: ImageModel) -> DataSource:
     return as_data_source(parser.instantiate(settings).data)
 
 
-def _items(source: DataSource, model: ImageModel, count: int) -> tuple[Tensor, Tensor | None]:
-    """x_0 of images that are evenly spread over the data, and their labels if they are needed."""
+def items_of(source: DataSource, model: ImageModel, count: int) -> tuple[Tensor, Tensor | None]:
+    """x_0 of images that are evenly spread over the data, and their labels if they are needed.
+
+    Args:
+        source: images of a folder in [-1, 1], or the data of the run, which is x_0 itself.
+        model: the network, with the encoder of its latents.
+        count: largest number of images.
+
+    Returns:
+        x_0 (N, *shape), and labels (N,); None for the null label, which is used wherever the
+        network was trained with it.
+    """
     process, total = model.denoiser.process, len(source)
     count = min(count, total)
     items = [split_item(source[i * total // count], i) for i in range(count)]

@@ -7,12 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from diffcore.cli.image_model import ImageModel
+from diffcore.cli.network_doctor import items_of
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.oracle import GaussianMixture
 from diffcore.core.process import Process
 from diffcore.doctor.process import check_process, claimed_hypotheses, draw_errors, format_scores
 from diffcore.evaluation.identification import process_hypotheses, score_difference
 from diffcore.schedules import Discrete, Flow, Shifted, ZeroTerminalSNR
+from diffcore.training.data.image_folder import ImageFolder
 from tests.helpers.image_folders import write
 from tests.helpers.oracles import ExactNetwork
 
@@ -138,6 +141,20 @@ def test_a_flipped_prediction_type_in_a_pipelines_config_is_found(diffcore, tmp_
         "the config describes v_prediction, linear (DDPM), conditioned on index, but" in ended.out
     )
     assert "the network denoises best as epsilon, linear" in ended.out
+
+
+@pytest.mark.parametrize("low, high, value", [(-1.0, 1.0, -0.6), (0.0, 1.0, 0.2), (0.0, 2.0, 0.4)])
+def test_images_are_scaled_to_the_range_of_the_process(tmp_path, low, high, value):
+    process = Process(shape=(1, 8, 8), low=low, high=high, classes=2, dropout=0.0)
+    model = ImageModel(Denoiser(torch.nn.Identity(), process))
+    write(tmp_path / "a" / "1.png", 51)
+    write(tmp_path / "b" / "1.png", 51)
+    source = ImageFolder(tmp_path, 8, "L")
+    x0, labels = items_of(source, model, 5)
+    assert x0.unique().tolist() == pytest.approx([value], abs=1e-6)
+    assert labels.tolist() == [0, 1]  # without dropout the null label was never trained
+    model = ImageModel(Denoiser(torch.nn.Identity(), replace(process, dropout=0.1)))
+    assert items_of(source, model, 5)[1] is None
 
 
 def test_a_run_is_examined_on_its_own_data_or_on_a_folder(diffcore, trained, tmp_path):

@@ -1,6 +1,7 @@
 """A network is recognised by its denoising error: that of each exact network is the lowest."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -104,3 +105,26 @@ def test_a_network_without_a_finite_output_has_the_worst_score():
     (score,) = identify_process(Nan(), POINTS, {"nan": Process(shape=(D,))})
     assert score.score == math.inf
     assert "inf times the error of the best linear denoiser" in describe([score])[0]
+
+
+def test_batches_and_labels_of_images_keep_their_rows():
+    class Recorder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.labels = []
+
+        def forward(self, x, time, class_labels=None):
+            self.labels += [] if class_labels is None else class_labels.tolist()
+            return torch.zeros_like(x)
+
+    name = "epsilon, linear (DDPM), conditioned on index"
+    labels = torch.arange(len(POINTS)) % 3
+    process = {name: replace(HYPOTHESES[name], classes=3, dropout=0.1)}
+    scores = {}
+    for size in (256, 100):
+        network = Recorder()
+        (scores[size],) = identify_process(
+            network, POINTS, process, levels=2, condition=labels, batch_size=size
+        )
+        assert network.labels == labels.tolist() * 2
+    assert scores[256].ratios == pytest.approx(scores[100].ratios, rel=1e-6)
