@@ -97,7 +97,7 @@ class NetworkWeights(NamedTuple):
     """
 
     tensors: dict[str, Tensor]
-    origin: Path
+    origin: str | Path
     options: str | None = None
 
 

@@ -35,8 +35,8 @@ class ShardedRows:
         ValueError: No file has a row.
     """
 
-    def __init__(self, paths: Sequence[Path], counts: Sequence[int]) -> None:
-        self.paths, self.ends = list(paths), list(accumulate(counts))
+    def __init__(self, paths: Sequence[str | Path], counts: Sequence[int]) -> None:
+        self.paths, self.ends = list(map(Path, paths)), list(accumulate(counts))
         if not self.ends[-1]:
             raise ValueError(f"{printable(self.paths[0])} is empty: expected at least one item")
 
@@ -57,7 +57,7 @@ class ShardedRows:
         return self.paths[shard], row - (self.ends[shard - 1] if shard else 0)
 
 
-def find_shards(path: str, suffix: str, without: Sequence[Path] = ()) -> list[Path]:
+def find_shards(path: str, suffix: str, without: Sequence[str | Path] = ()) -> list[Path]:
     """Find the files that a path names, sorted by name.
 
     Args:
@@ -76,7 +76,7 @@ def find_shards(path: str, suffix: str, without: Sequence[Path] = ()) -> list[Pa
         paths = [file for file in Path(path).glob(f"*{suffix}") if not file.name.startswith(".")]
     else:
         paths = [Path(path)] if Path(path).exists() else list(map(Path, glob.glob(path)))
-    excluded = {file.resolve() for file in without}
+    excluded = {Path(file).resolve() for file in without}
     paths = sorted(file for file in paths if file.resolve() not in excluded)
     if not paths:
         raise ValueError(
@@ -89,7 +89,7 @@ def find_shards(path: str, suffix: str, without: Sequence[Path] = ()) -> list[Pa
     return paths
 
 
-def hash_shards(paths: Sequence[Path]) -> str:
+def hash_shards(paths: Sequence[str | Path]) -> str:
     """Hash of the names and sizes of files, and of blocks that are spread evenly over each.
 
     At most 64 MB (and two blocks of 64 kB for each file) are read, so that the hash of a large file
@@ -103,7 +103,7 @@ def hash_shards(paths: Sequence[Path]) -> str:
         64 hexadecimal digits of SHA-256.
     """
     whole, share = hashlib.sha256(), max(2, BLOCKS // len(paths))
-    for path in paths:
+    for path in map(Path, paths):
         size = path.stat().st_size
         whole.update(f"{len(path.name)} {path.name} {size}".encode(errors="surrogateescape"))
         with path.open("rb", buffering=0) as file:
@@ -114,7 +114,9 @@ def hash_shards(paths: Sequence[Path]) -> str:
     return whole.hexdigest()
 
 
-def check_row(path: Path, shape: Sequence[int], dtype: torch.dtype, channels: Channels) -> None:
+def check_row(
+    path: str | Path, shape: Sequence[int], dtype: torch.dtype, channels: Channels
+) -> None:
     """Check that the rows of an array are x_0.
 
     Args:
