@@ -102,7 +102,7 @@ def test_a_checkpoint_resumes_on_other_ranks_and_sharding(tmp_path, single):
     assert_equal_runs(tmp_path / "run", single)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_every_number_of_ranks_accumulation_workers_and_sharding(tmp_path, single):
     for ranks in (1, 2, 4):
         shardings = [{}, FULL, *([HYBRID] if ranks == 4 else [])]

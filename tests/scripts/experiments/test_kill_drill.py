@@ -80,8 +80,10 @@ def test_a_status_or_message_that_is_not_documented_counts(kind, statuses, expla
     assert format_report([hit], Comparison(5, ["a"])).endswith("5 files compared; different: a")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    "ranks",
+    [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.thorough)],
+)
 def test_a_run_that_loses_its_ranks_ends_with_the_bytes_of_an_undisturbed_one(tmp_path, ranks):
     kinds = ("step", "checkpoint", "SIGTERM", "step")
     faults = [Fault(kind, 8 * index + 1, index % ranks, 0.5) for index, kind in enumerate(kinds)]
