@@ -181,6 +181,11 @@ class Run:
         return self.folder / "metrics.jsonl"
 
     @property
+    def non_finite(self) -> Path:
+        """The samples of the steps that were not finite, one JSON object per step."""
+        return self.folder / "non-finite.jsonl"
+
+    @property
     def validation(self) -> Path:
         """The losses on held-out data, one JSON object per line."""
         return self.folder / "validation.jsonl"

@@ -1,5 +1,6 @@
 """Steps that are not finite: reported with their sample, skipped, and stopped after `patience`."""
 
+import json
 import math
 
 import pytest
@@ -64,6 +65,22 @@ def test_a_rare_overflow_is_reported_and_does_not_stop_the_run(tmp_path, capsys)
     assert all((report["loss"] is None) == bool(report["skipped"]) for report in reports)
     assert all(value.isfinite().all() for value in state.network.state_dict().values())
     assert capsys.readouterr().err.count("sample 31") == 2
+
+
+def test_the_samples_of_a_step_that_was_not_finite_are_written(tmp_path):
+    data = ListDataset(*[(GREY, 0)] * 31, (HUGE, 1))
+    state = train(tmp_path, data=data, process=UNBOUNDED, batch_size=4, steps=16, patience=2)
+    lines = [json.loads(line) for line in (tmp_path / "non-finite.jsonl").read_text().splitlines()]
+    assert len(lines) == 2
+    for line in lines:
+        positions = range(4 * line["step"], 4 * line["step"] + 4)
+        assert line["sample"] == [state.order.index(position) for position in positions]
+        losses = dict(zip(line["sample"], line["loss"], strict=True))
+        assert [sample for sample, loss in losses.items() if loss is None] == [31]
+        key = state.sample_key(line["step"], torch.arange(4))
+        times = state.settings.objective.times(key)
+        expected = PROCESS.schedule.logsnr(PROCESS.schedule.training_times(times))
+        assert line["logsnr"] == pytest.approx(expected.tolist(), rel=1e-6)
 
 
 @pytest.mark.parametrize("element", [math.nan, math.inf])

@@ -135,7 +135,7 @@ def _prepare_folder(
     """Make the files of the run agree with its state, which a checkpoint or a start has defined."""
     settings, run = state.settings, state.settings.run
     run.checkpoints.mkdir(parents=True, exist_ok=True)
-    written = (run.config, run.process, run.weights, run.metrics, run.validation)
+    written = (run.config, run.process, run.weights, run.metrics, run.validation, run.non_finite)
     files = [path.name for path in written]
     remove_leftovers(run.folder, *map(re.escape, (*files, *outputs.exported_names(state))))
     remove_leftovers(run.checkpoints, NAME, re.escape(outputs.RECORD))
@@ -143,7 +143,7 @@ def _prepare_folder(
     settings.process.save(run.process)
     if settings.config or not run.config.exists():
         write_file(run.config, settings.config.encode())
-    for path in (run.metrics, run.validation):
+    for path in (run.metrics, run.validation, run.non_finite):
         for line in Metrics(path).rewind(state.step):
             message(f"{path}: line {line} is no report, and is left out")
     if state.step:

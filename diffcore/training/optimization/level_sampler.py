@@ -75,21 +75,21 @@ class LevelSampler:
         self.learned = self.objective.resampler.update(self.learned, times, losses)
         self.window.restore(None)
 
-    def describe(self, key: SampleKey, step: int) -> str:
-        """λ of one sample as text; unknown if the resampler was updated since it was drawn.
+    def logsnr(self, key: SampleKey, step: int) -> Tensor:
+        """λ of samples that were drawn at an earlier step.
 
         Args:
-            key: key of the sample.
+            key: key of the samples.
             step: number of steps taken.
 
         Returns:
-            λ with three decimals, or the reason why it is unknown.
+            (B,) λ; NaN if the resampler was updated since they were drawn.
         """
         resampler = self.objective.resampler
         if resampler and key.step < step - step % resampler.update_interval:
-            return "unknown (the level sampler has been updated since)"
+            return torch.full(key.position.shape, torch.nan)
         times = self.process.schedule.training_times(self.objective.times(key, self.learned))
-        return f"{float(self.process.schedule.logsnr(times)):.3f}"
+        return self.process.schedule.logsnr(times).reshape(key.position.shape)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that a checkpoint stores, by name. Every rank must call it.

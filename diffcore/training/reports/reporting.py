@@ -215,6 +215,7 @@ class Reporter:
         self.settings, self.accelerator = settings, accelerator
         self.metrics = Metrics(settings.run.metrics)
         self.validation = Metrics(settings.run.validation)
+        self.non_finite = Metrics(settings.run.non_finite)
         self.bar: Any = None
 
     def start_trackers(self, step: int) -> None:
@@ -320,6 +321,9 @@ class Reporter:
             state.non_finite_steps = 0
             return
         where = _describe(state, bad[0])
+        if self.accelerator.is_main_process:
+            for found in bad:
+                self.non_finite.write(_samples(state, found.step, table[found.step - first]))
         self.message(
             f"{len(bad)} of the last {len(table)} steps were not finite and were skipped: {where}"
         )
@@ -330,7 +334,8 @@ class Reporter:
         if longest >= self.settings.patience:
             raise ValueError(
                 f"{longest} steps in a row were not finite (patience is {self.settings.patience}): "
-                f"{where}; check the data, lower lr.peak, or use precision no"
+                f"{where}; {self.settings.run.non_finite} has all samples; check the data, lower "
+                "lr.peak, or use precision no"
             )
 
     def draw_preview(self, state: "TrainState") -> None:
@@ -354,9 +359,23 @@ class Reporter:
 def _describe(state: "TrainState", found: NonFinite) -> str:
     """Step, sample, level and loss of a step that was not finite."""
     key = state.sample_key(found.step, torch.tensor([found.batch_index]))
-    level = state.level_sampler.describe(key, state.step)
+    logsnr = float(state.level_sampler.logsnr(key, state.step))
+    level = "unknown (the level sampler has been updated since)"
+    level = level if math.isnan(logsnr) else f"{logsnr:.3f}"
     index = state.order.index(int(key.position))
     return f"step {found.step}, sample {index} of the data at λ = {level}, loss {found.loss}"
+
+
+def _samples(state: "TrainState", step: int, row: Tensor) -> dict[str, float | list[float]]:
+    """The report of a step that was not finite: the index, λ and loss of each of its samples."""
+    key = state.sample_key(step, torch.arange(len(row) - 1))
+    return {
+        "step": step,
+        "grad_norm": float(row[0]),
+        "sample": [state.order.index(position) for position in key.position.tolist()],
+        "logsnr": state.level_sampler.logsnr(key, state.step).tolist(),
+        "loss": row[1:].tolist(),
+    }
 
 
 def _plain(value: float | list[float]) -> Any:
