@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, DiTTransformer2DModel, UNet2DModel
+from diffusers import DiTTransformer2DModel, UNet2DModel
 from torch import nn
 
 from diffcore.core.denoiser import extract_tensor
+from diffcore.integrations.diffusers import DiffcorePipeline
 from diffcore.training.averages.ema import EMA, Decay
 from diffcore.training.data import Digits
 from diffcore.training.optimization.compute import Compute
@@ -199,8 +200,8 @@ def dropping() -> nn.Module:
 @pytest.mark.slow
 def test_the_pipeline_of_a_compiled_run_is_one_of_diffusers(tmp_path, dynamo):
     train(tmp_path, network=unet, compute=Compute("network", "aot_eager"), steps=2)
-    pipe = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
-    assert list(pipe.unet.state_dict()) == list(unet().state_dict())
+    pipe = DiffcorePipeline.from_pretrained(tmp_path / "pipeline")
+    assert list(pipe.network.state_dict()) == list(unet().state_dict())
 
 
 @pytest.mark.parametrize(
