@@ -92,6 +92,7 @@ def test_two_and_four_ranks_that_share_weights_train_as_one(tmp_path, single):
     assert weights["image.weight"].shape == (32, 64)
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("ranks")
 def test_a_checkpoint_resumes_on_other_ranks_and_sharding(tmp_path, single):
     half = {"name": "run", "steps": 20, "save_every": 10, "keep": 9}
