@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from diffcore.integrations.diffusers.adapters.files import Adapters
+from diffcore.integrations.diffusers.adapters.layer_names import is_named
 from diffcore.integrations.diffusers.adapters.low_rank import extract_low_rank
 from diffcore.integrations.diffusers.loading.index import PipelineIndex
 
@@ -69,7 +70,7 @@ def _weights(index: PipelineIndex, part: str, targets: Sequence[str]) -> dict[st
         name: module.weight.detach()
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, nn.Conv2d))
-        and ("all" in targets or any(f".{name}".endswith(f".{target}") for target in targets))
+        and ("all" in targets or any(is_named(name, target) for target in targets))
     }
     if not found:
         raise ValueError(f"no layer of {part} ends in {', '.join(targets)}: correct the targets")

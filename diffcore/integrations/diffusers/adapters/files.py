@@ -16,7 +16,6 @@ from torch import Tensor
 
 from diffcore.integrations.diffusers.adapters.layer_names import (
     Format,
-    Place,
     known_places,
     written_places,
 )
@@ -93,15 +92,14 @@ def read_adapters(path: str | Path, index: PipelineIndex) -> Adapters:
             f"{index.folder} lacks, such as {unknown[0]}: it belongs to another pipeline"
         )
     for name, entry in entries.items():
-        part, layers = places[name]
+        part, layers, rows = places[name]
         change = _change(file, name, entry, alphas)
-        sizes = _sizes(index, places[name]) if len(layers) > 1 else [len(change.up)]
-        if sum(sizes) != len(change.up):
+        if sum(rows) != len(change.up):
             raise ValueError(
-                f"{file} has {len(change.up)} rows in {name}, expected {sum(sizes)} of the "
+                f"{file} has {len(change.up)} rows in {name}, expected {sum(rows)} of the "
                 f"pipeline in {index.folder}: it belongs to another pipeline"
             )
-        found.setdefault(part, {}).update(_split(change, layers, sizes))
+        found.setdefault(part, {}).update(_split(change, layers, rows))
     return {part: changes for part, changes in found.items() if changes}
 
 
@@ -122,11 +120,10 @@ def write_adapters(
     places = written_places(index, form)
     left = {(part, layer) for part, changes in adapters.items() for layer in changes}
     tensors: dict[str, Tensor] = {}
-    for name, (part, layers) in places.items():
+    for name, (part, layers, rows) in places.items():
         changes = [adapters.get(part, {}).get(layer) for layer in layers]
         if any(changes):
-            sizes = _sizes(index, (part, layers)) if len(layers) > 1 else []
-            tensors |= dict(_tensors(name, _join(name, changes, sizes), form))
+            tensors |= dict(_tensors(name, _join(name, changes, rows), form))
             left -= {(part, layer) for layer in layers}
     if left:
         part, layer = min(left)
@@ -183,13 +180,6 @@ def _alpha(metadata: Mapping[str, Any], name: str, rank: int) -> float:
             alpha = value
     # rsLoRA divides alpha by the root of the rank.
     return float(alpha) * (rank**0.5 if metadata.get(f"{part}.use_rslora") else 1.0)
-
-
-def _sizes(index: PipelineIndex, place: Place) -> list[int]:
-    """Number of rows of each layer of a place."""
-    part, layers = place
-    model: Any = index.read_architecture(part)
-    return [len(model.get_submodule(layer).weight) for layer in layers]
 
 
 def _split(change: LowRank, layers: Sequence[str], sizes: Sequence[int]) -> dict[str, LowRank]:

@@ -11,18 +11,32 @@ for Stable Diffusion XL, 3 and Flux.
 """
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 
 from torch import nn
 
 from diffcore.integrations.diffusers.adapters.original_names import original_layers
 from diffcore.integrations.diffusers.loading.index import PipelineIndex
 
-__all__ = ["Format", "Place", "known_places", "written_places"]
+__all__ = ["Format", "Place", "is_named", "known_places", "written_places"]
 
 Format = Literal["diffusers", "kohya", "comfyui"]
-Place = tuple[str, tuple[str, ...]]
-"""A part of a pipeline, and the layers in it that one entry of a file changes, in order of rows."""
+Models = dict[str, nn.Module]
+"""The network of a pipeline, then its text encoders, without weights, by their parts."""
+
+
+class Place(NamedTuple):
+    """What one entry of a file changes.
+
+    Args:
+        part: part of a pipeline, such as unet.
+        layers: layers of this part, in the order of their rows in the entry.
+        rows: number of rows of each layer.
+    """
+
+    part: str
+    layers: tuple[str, ...]
+    rows: tuple[int, ...]
 
 
 def written_places(index: PipelineIndex, form: Format) -> dict[str, Place]:
@@ -38,7 +52,7 @@ def written_places(index: PipelineIndex, form: Format) -> dict[str, Place]:
     Raises:
         ValueError: the format has no names for the network.
     """
-    return dict(_places(index, form))
+    return dict(_places(_models(index), form))
 
 
 def known_places(index: PipelineIndex) -> dict[str, Place]:
@@ -50,53 +64,75 @@ def known_places(index: PipelineIndex) -> dict[str, Place]:
     Returns:
         Name -> part and layers.
     """
-    found: dict[str, Place] = {}
-    network = index.network_name
-    for prefix in (f"{network}.", "lora_unet_", "lora_transformer_", "base_model.model."):
-        for layer in _layers(index.read_architecture(network)):
+    models, found = _models(index), dict[str, Place]()
+    for prefix in ("lora_unet_", "lora_transformer_", "base_model.model."):
+        for layer in _layers(models[index.network_name]):
             name = layer.replace(".", "_") if prefix.endswith("_") else layer
-            found[prefix + name] = (network, (layer,))
-    for part in _text_encoders(index):
-        for layer in _layers(index.read_architecture(part)):
-            found[f"{part}.{layer}"] = (part, (layer,))
-    for form in ("diffusers", "kohya", "comfyui"):
+            found[prefix + name] = _place(models, index.network_name, layer)
+    for part, model in models.items():
+        found |= {f"{part}.{layer}": _place(models, part, layer) for layer in _layers(model)}
+    for form in get_args(Format):
         try:
-            found |= dict(_places(index, form))
+            found |= dict(_places(models, form))
         except ValueError:  # a network whose original names are unknown
             continue
     return found
 
 
-def _places(index: PipelineIndex, form: Format) -> Iterator[tuple[str, Place]]:
-    network = index.read_architecture(index.network_name)
-    yield from _network_places(index, network, form)
-    for part in _text_encoders(index):
-        encoder = index.read_architecture(part)
+def is_named(layer: str, target: str) -> bool:
+    """Whether the name of a layer ends in a target, which consists of whole words between dots.
+
+    Args:
+        layer: name of the layer, such as mid_block.attn.to_out.0.
+        target: end of a name, such as to_out.0.
+
+    Returns:
+        True if it does.
+    """
+    return f".{layer}".endswith(f".{target}")
+
+
+def _models(index: PipelineIndex) -> Models:
+    encoders = sorted(name for name in index.parts if name.startswith("text_encoder"))
+    return {name: index.read_architecture(name) for name in (index.network_name, *encoders)}
+
+
+def _place(models: Models, part: str, *layers: str) -> Place:
+    weights: list[Any] = [models[part].get_submodule(layer).weight for layer in layers]
+    return Place(part, layers, tuple(map(len, weights)))
+
+
+def _places(models: Models, form: Format) -> Iterator[tuple[str, Place]]:
+    network, *encoders = models
+    for name, layers in _network_names(network, models[network], form):
+        yield name, _place(models, network, *layers)
+    for part in encoders:
+        encoder = models[part]
         prefix = {
             "diffusers": f"{part}.",
-            "kohya": _kohya_prefix(index, part, encoder),
+            "kohya": _kohya_prefix(part, encoder, len(encoders)),
             "comfyui": f"text_encoders.{_comfyui_name(part, encoder)}.transformer.",
         }[form]
         for layer in _layers(encoder):
             name = _in_files(encoder, layer)
             name = name.replace(".", "_") if form == "kohya" else name
-            yield prefix + name, (part, (layer,))
+            yield prefix + name, _place(models, part, layer)
 
 
-def _network_places(
-    index: PipelineIndex, network: nn.Module, form: Format
-) -> Iterator[tuple[str, Place]]:
-    part = index.network_name
+def _network_names(
+    part: str, network: nn.Module, form: Format
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The names of a network's layers in a format, and the layers of each."""
     is_latent_diffusion = type(network).__name__ == "UNet2DConditionModel" and not _is_xl(network)
     if form == "diffusers":
-        yield from ((f"{part}.{layer}", (part, (layer,))) for layer in _layers(network))
+        yield from ((f"{part}.{layer}", (layer,)) for layer in _layers(network))
     elif form == "kohya" and is_latent_diffusion:
         for layer in _layers(network):
-            yield f"lora_unet_{layer.replace('.', '_')}", (part, (layer,))
+            yield f"lora_unet_{layer.replace('.', '_')}", (layer,)
     else:
         for name, layers in original_layers(network).items():
             kohya = f"lora_unet_{name.replace('.', '_')}"
-            yield kohya if form == "kohya" else f"diffusion_model.{name}", (part, layers)
+            yield kohya if form == "kohya" else f"diffusion_model.{name}", layers
 
 
 def _is_xl(network: Any) -> bool:
@@ -109,10 +145,6 @@ def _layers(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, kinds)]
 
 
-def _text_encoders(index: PipelineIndex) -> list[str]:
-    return sorted(name for name in index.parts if name.startswith("text_encoder"))
-
-
 def _in_files(encoder: nn.Module, layer: str) -> str:
     """The name of a text encoder's layer in files: transformers 5 dropped CLIP's `text_model.`."""
     is_short = type(encoder).__name__ == "CLIPTextModel" and not hasattr(encoder, "text_model")
@@ -123,10 +155,10 @@ def _is_t5(encoder: nn.Module) -> bool:
     return type(encoder).__name__.startswith("T5")
 
 
-def _kohya_prefix(index: PipelineIndex, part: str, encoder: nn.Module) -> str:
+def _kohya_prefix(part: str, encoder: nn.Module, encoders: int) -> str:
     if _is_t5(encoder):
         return "lora_te3_"
-    if len(_text_encoders(index)) == 1:
+    if encoders == 1:
         return "lora_te_"
     return "lora_te2_" if part == "text_encoder_2" else "lora_te1_"
 

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from diffcore.integrations.diffusers.adapters.layer_names import is_named
 from diffcore.io.extras import has_extra, missing
 
 __all__ = ["ATTENTION_LAYERS", "Kind", "LoRA"]
@@ -100,9 +101,7 @@ class LoRA:
             raise missing("peft", "LoRA (leave lora out to train all weights)")
         names = [name for name, _ in network.named_modules()]
         unmatched = [
-            target
-            for target in self.targets
-            if not any(f".{name}".endswith(f".{target}") for name in names)
+            target for target in self.targets if not any(is_named(name, target) for name in names)
         ]
         if unmatched:
             raise ValueError(
