@@ -3,23 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from diffcore.training.data.arrays.shards import (
-    Channels,
-    ShardedRows,
-    as_x0,
-    check_row,
-    find_shards,
-    hash_shards,
-)
-from diffcore.training.data.cache import hash_content
+from diffcore.training.data.arrays.shards import Channels, RowSource, find_shards
 from diffcore.training.data.listing import printable
-from diffcore.training.data.source import DataSource
 
 __all__ = ["Arrays"]
 
@@ -27,7 +18,7 @@ LABEL_NAMES = ("label", "labels", "y")
 """Names of the labels in an .npz file of several arrays."""
 
 
-class Arrays(DataSource):
+class Arrays(RowSource):
     """Arrays of .npy files: points in R^n, signals, volumes, video, latents or decoded images.
 
     Item i is row i of an array of shape (items, *shape of x_0). Each row is read from the file when
@@ -56,38 +47,16 @@ class Arrays(DataSource):
         (tensor([ 0.5000, -1.0000]), -1)
     """
 
-    labels: Tensor | None
-
     def __init__(self, path: str, labels: str = "", channels: Channels = "first") -> None:
-        if channels not in get_args(Channels):
-            raise ValueError(f"channels is {channels!r}, expected first or last")
         label_files = _find_labels(labels) if labels else []
         files = [_read_header(file) for file in find_shards(path, ".npy", without=label_files)]
-        for file in files:
-            if file.shape[1:] != files[0].shape[1:]:
-                raise ValueError(
-                    f"{printable(file.path)} has rows of shape {file.shape[1:]}, and "
-                    f"{printable(files[0].path)} of shape {files[0].shape[1:]}: expected one shape"
-                )
-            check_row(file.path, file.shape, _torch_dtype(file), channels)
-        self.channels = channels
         self.files = {file.path: file for file in files}
-        self.rows = ShardedRows([*self.files], [file.shape[0] for file in files])
-        self.labels = _read_labels(label_files, len(self.rows)) if labels else None
+        dtypes = [_torch_dtype(file) for file in files]
+        super().__init__([*self.files], [file.shape for file in files], dtypes, channels)
+        self.labels = _read_labels(label_files, len(self)) if labels else None
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        path, row = self.rows.locate(index)
-        label = -1 if self.labels is None else int(self.labels[index])
-        return as_x0(self.files[path].read(row), self.channels), label
-
-    @property
-    def content_hash(self) -> str:
-        """Hash of the options, the labels, and a part of each file, see `hash_shards`."""
-        labels = "" if self.labels is None else str(self.labels.tolist())
-        return hash_content(self.channels, labels, hash_shards(self.rows.paths))
+    def _read_row(self, path: Path, row: int) -> Tensor:
+        return self.files[path].read(row)
 
 
 @dataclass(frozen=True)

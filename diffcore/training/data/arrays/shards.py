@@ -1,4 +1,4 @@
-"""Rows of several files as one sequence, and how numbers of a file become x_0."""
+"""Rows of several files as one data set, and how numbers of a file become x_0."""
 
 import glob
 import hashlib
@@ -6,14 +6,24 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from diffcore.training.data.cache import hash_content
 from diffcore.training.data.listing import printable
+from diffcore.training.data.source import DataSource
 
-__all__ = ["Channels", "ShardedRows", "as_x0", "check_row", "find_shards", "hash_shards"]
+__all__ = [
+    "Channels",
+    "RowSource",
+    "ShardedRows",
+    "as_x0",
+    "check_row",
+    "find_shards",
+    "hash_shards",
+]
 
 Channels = Literal["first", "last"]
 
@@ -22,6 +32,70 @@ BLOCKS = 1024
 """Number of blocks of `BLOCK` bytes that are hashed over all files: 64 MB."""
 DIVISORS = {torch.uint8: 127.5, torch.uint16: 32767.5, torch.int8: 128.0, torch.int16: 32768.0}
 """Largest value of an unsigned type, halved, or of a signed one, plus 1."""
+
+
+class RowSource(DataSource):
+    """A data set whose item i is row i of arrays in several files; a subclass reads the rows.
+
+    Args:
+        paths: files in order.
+        shapes: shape of the array in each file, (items, *shape of x_0).
+        dtypes: type of its numbers.
+        channels: position of the axis of channels in an item.
+
+    Raises:
+        ValueError: The arrays are none of items, or have rows of different shapes.
+    """
+
+    labels: Tensor | None = None
+
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        shapes: Sequence[tuple[int, ...]],
+        dtypes: Sequence[torch.dtype],
+        channels: Channels,
+    ) -> None:
+        if channels not in get_args(Channels):
+            raise ValueError(f"channels is {channels!r}, expected first or last")
+        for path, shape, dtype in zip(paths, shapes, dtypes, strict=True):
+            if shape[1:] != shapes[0][1:]:
+                raise ValueError(
+                    f"{printable(path)} has rows of shape {shape[1:]}, and {printable(paths[0])} "
+                    f"of shape {shapes[0][1:]}: expected one shape"
+                )
+            check_row(path, shape, dtype, channels)
+        self.channels = channels
+        self.rows = ShardedRows(paths, [shape[0] for shape in shapes])
+
+    def _read_row(self, path: Path, row: int) -> Tensor:
+        """Read a row of a file.
+
+        Args:
+            path: one of the files.
+            row: number of the row in this file.
+
+        Returns:
+            Its numbers as they are stored.
+        """
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        label = -1 if self.labels is None else int(self.labels[index])
+        return as_x0(self._read_row(*self.rows.locate(index)), self.channels), label
+
+    @property
+    def content_hash(self) -> str:
+        """Hash of the options, the labels, and a part of each file, see `hash_shards`."""
+        labels = "" if self.labels is None else str(self.labels.tolist())
+        return hash_content(*self._options(), labels, hash_shards(self.rows.paths))
+
+    def _options(self) -> tuple[str, ...]:
+        """The options that determine the items."""
+        return (self.channels,)
 
 
 class ShardedRows:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,24 +11,15 @@ from torch import Tensor
 
 from diffcore.io.files import CorruptFileError
 from diffcore.io.safetensors import check_header
-from diffcore.training.data.arrays.shards import (
-    Channels,
-    ShardedRows,
-    as_x0,
-    check_row,
-    find_shards,
-    hash_shards,
-)
-from diffcore.training.data.cache import hash_content
+from diffcore.training.data.arrays.shards import Channels, RowSource, find_shards
 from diffcore.training.data.listing import printable
-from diffcore.training.data.source import DataSource
 
 __all__ = ["Tensors"]
 
 LABELS_KEY = "label"
 
 
-class Tensors(DataSource):
+class Tensors(RowSource):
     """Tensors of safetensors files: points, signals, volumes, video, latents or decoded images.
 
     Item i is row i of a tensor of shape (items, *shape of x_0). Rows are read when they are needed.
@@ -48,8 +39,6 @@ class Tensors(DataSource):
             have rows of different shapes; or there is not one label for each item.
     """
 
-    labels: Tensor | None
-
     def __init__(
         self,
         path: str,
@@ -57,34 +46,18 @@ class Tensors(DataSource):
         labels_key: str = LABELS_KEY,
         channels: Channels = "first",
     ) -> None:
-        if channels not in get_args(Channels):
-            raise ValueError(f"channels is {channels!r}, expected first or last")
-        self.key, self.channels = key, channels
-        paths = find_shards(path, ".safetensors")
+        self.key, paths = key, find_shards(path, ".safetensors")
         shapes = [_shape(file, key) for file in paths]
-        for file, shape in zip(paths, shapes, strict=True):
-            if shape[1:] != shapes[0][1:]:
-                raise ValueError(
-                    f"{printable(file)} has rows of shape {shape[1:]}, and {printable(paths[0])} "
-                    f"of shape {shapes[0][1:]}: expected one shape"
-                )
-            check_row(file, shape, _slice(file, key)[:0].dtype, channels)
-        self.rows = ShardedRows(paths, [shape[0] for shape in shapes])
+        dtypes = [_slice(file, key)[:0].dtype for file in paths]
+        super().__init__(paths, shapes, dtypes, channels)
         self.labels = _read_labels(paths, [shape[0] for shape in shapes], labels_key)
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    def _read_row(self, path: Path, row: int) -> Tensor:
+        values: Tensor = _slice(path, self.key)[row : row + 1][0]
+        return values
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        path, row = self.rows.locate(index)
-        label = -1 if self.labels is None else int(self.labels[index])
-        return as_x0(_slice(path, self.key)[row : row + 1][0], self.channels), label
-
-    @property
-    def content_hash(self) -> str:
-        """Hash of the options, the labels, and a part of each file, see `hash_shards`."""
-        labels = "" if self.labels is None else str(self.labels.tolist())
-        return hash_content(self.key, self.channels, labels, hash_shards(self.rows.paths))
+    def _options(self) -> tuple[str, ...]:
+        return (self.key, self.channels)
 
 
 def _open(path: Path) -> Any:
