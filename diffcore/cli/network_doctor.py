@@ -1,6 +1,5 @@
 """`diffcore doctor FOLDER`: the process that the network of a run or pipeline was trained on."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,9 +13,8 @@ from diffcore.cli.image_model import (
     is_pipeline,
     load_image_model,
 )
-from diffcore.doctor.findings import Finding, format_finding
+from diffcore.doctor.findings import Finding, format_finding, write_findings
 from diffcore.doctor.process import check_process, draw_errors, format_scores
-from diffcore.io.files import write_file
 from diffcore.io.parser import ComponentParser
 from diffcore.run import Run
 from diffcore.training.data.adapters import as_data_source
@@ -54,10 +52,8 @@ def examine_folder(argv: Sequence[str]) -> list[Finding]:
     print(format_finding(found.finding))
     if arguments.out:
         out = Path(arguments.out)
-        out.mkdir(parents=True, exist_ok=True)
+        write_findings(out, [found.finding])
         draw_errors(found, out / "denoising-error.png")
-        content = json.dumps(vars(found.finding), indent=1, ensure_ascii=False, default=str)
-        write_file(out / "findings.json", f"[{content}]\n".encode())
     return [found.finding]
 
 

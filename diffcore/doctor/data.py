@@ -2,8 +2,9 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,8 +14,9 @@ from diffcore.doctor.findings import Finding
 from diffcore.training.data.checks import read_item
 from diffcore.training.data.source import DataSource
 
-__all__ = ["DataSample", "check_items", "check_labels", "read_sample"]
+__all__ = ["DataSample", "check_items", "check_labels", "find_repeats", "read_sample"]
 
+T = TypeVar("T")
 MAXIMUM_NUMBERS = 2**27
 """Largest number of entries of x_0 that are kept in memory, half a gigabyte of float32."""
 LISTED = 3
@@ -172,14 +174,9 @@ def _sigma_data(x0: Tensor, process: Process) -> Finding:
 
 def _duplicates(sample: DataSample) -> Finding:
     """Items of equal content, by their hash."""
-    name, pairs = "duplicates", []
-    first: dict[bytes, int] = {}
-    for index, x0 in zip(sample.indices, sample.x0, strict=True):
-        digest = hashlib.sha256(x0.contiguous().numpy().tobytes()).digest()
-        if digest in first:
-            pairs.append((first[digest], index))
-        else:
-            first[digest] = index
+    name = "duplicates"
+    digests = (hashlib.sha256(x0.contiguous().numpy().tobytes()).digest() for x0 in sample.x0)
+    pairs = find_repeats(digests, sample.indices)
     count = len(sample.indices)
     if not pairs:
         return Finding(name, "ok", f"the {count} items that were read differ.", {"pairs": []})
@@ -192,6 +189,21 @@ def _duplicates(sample: DataSample) -> Finding:
         "them, because the network learns repeated items by heart.",
         {"pairs": pairs},
     )
+
+
+def find_repeats(digests: Iterable[bytes], names: Iterable[T]) -> list[tuple[T, T]]:
+    """Pair each item that repeats another one with the first of its content.
+
+    Args:
+        digests: hash of the content of each item.
+        names: name or index of each item.
+
+    Returns:
+        (first, repetition) for each repetition, in order.
+    """
+    first: dict[bytes, T] = {}
+    pairs = [(first.setdefault(digest, n), n) for digest, n in zip(digests, names, strict=True)]
+    return [(original, name) for original, name in pairs if original != name]
 
 
 def check_labels(labels: Sequence[int], process: Process, names: Sequence[str]) -> list[Finding]:

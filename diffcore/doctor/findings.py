@@ -1,10 +1,14 @@
 """Findings: one plain sentence each, with a mark and the numbers behind it."""
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["Finding", "Mark", "format_finding", "has_wrong", "summarize"]
+from diffcore.io.files import write_file
+
+__all__ = ["Finding", "Mark", "format_finding", "has_wrong", "summarize", "write_findings"]
 
 Mark = Literal["ok", "warning", "wrong"]
 
@@ -52,3 +56,19 @@ def summarize(findings: Iterable[Finding]) -> str:
     warnings = marks.count("warning")
     plural = "" if warnings == 1 else "s"
     return f"{marks.count('ok')} ok, {warnings} warning{plural}, {marks.count('wrong')} wrong"
+
+
+def write_findings(folder: str | Path, findings: Iterable[Finding]) -> None:
+    """Write findings.json into a folder, which is created.
+
+    Args:
+        folder: folder to write to.
+        findings: the findings.
+    """
+    folder = Path(folder)
+    content = [
+        {"name": f.name, "mark": f.mark, "text": f.text, "values": dict(f.values)} for f in findings
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, indent=1, ensure_ascii=False, default=str)
+    write_file(folder / "findings.json", f"{text}\n".encode())

@@ -4,10 +4,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from diffcore.doctor.data import find_repeats
 from diffcore.doctor.findings import Finding
 from diffcore.training.data.image_files import ImageFiles
 from diffcore.training.data.listing import printable
-from diffcore.training.data.scan import FolderScan, scan_folder
+from diffcore.training.data.scan import FolderScan
 
 __all__ = ["check_captions", "check_files"]
 
@@ -25,7 +26,7 @@ def check_files(images: ImageFiles, skips_unreadable: bool = False) -> list[Find
     Returns:
         One finding for each check.
     """
-    scan = scan_folder(images.folder)
+    scan = images.scan
     return [
         _unreadable(scan, skips_unreadable),
         _modes(scan, images),
@@ -102,13 +103,8 @@ def _sizes(scan: FolderScan, images: ImageFiles) -> Finding:
 
 def _equal_files(images: ImageFiles) -> Finding:
     """Files of equal bytes."""
-    first: dict[bytes, str] = {}
-    pairs = []
-    for name, digest in zip(images.names, images.hashes.numpy(), strict=True):
-        key = digest.tobytes()
-        if key in first:
-            pairs.append((first[key], name))
-        first.setdefault(key, name)
+    digests = (digest.tobytes() for digest in images.hashes.numpy())
+    pairs = find_repeats(digests, images.names)
     values, count = {"pairs": pairs}, len(images)
     if not pairs:
         return Finding("equal files", "ok", f"all {count} files differ.", values)

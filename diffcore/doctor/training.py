@@ -15,7 +15,8 @@ from diffcore.core.denoiser import Denoiser, extract_tensor, null_condition
 from diffcore.doctor.findings import Finding
 from diffcore.sampling.generation import evaluation_mode
 from diffcore.training.data.order import Batch
-from diffcore.training.loop import advance, training_batches
+from diffcore.training.loop import advance, clip_gradient, training_batches
+from diffcore.training.optimization.optimizers import set_learning_rate
 from diffcore.training.state import TrainState, build_state
 
 if TYPE_CHECKING:
@@ -139,19 +140,13 @@ def overfit_batch(state: TrainState, steps: int = OVERFIT_STEPS) -> Overfit:
         losses.append(float(loss.detach()))
         if step == steps or not math.isfinite(losses[-1]):
             break
-        for group in state.optimizer.param_groups:
-            group["lr"] = settings.lr.peak * min(1.0, (step + 1) / 5)
+        set_learning_rate(state.optimizer.optimizer, settings.lr.peak * min(1.0, (step + 1) / 5))
         accelerator.backward(loss * settings.accumulation)
-        norms.append(float(_clip(state)))
+        norms.append(float(clip_gradient(state)))
         silent -= {name for name, p in named if p.grad is not None and bool(p.grad.any())}
         state.optimizer.step()
         state.optimizer.zero_grad()
     return Overfit(losses, norms, [name for name, _ in named if name in silent], batch)
-
-
-def _clip(state: TrainState) -> Tensor:
-    norm = state.accelerator.clip_grad_norm_(state.modules.parameters(), state.settings.clip)
-    return torch.zeros(()) if norm is None else norm
 
 
 def _first_samples(state: TrainState) -> Batch:

@@ -1,6 +1,5 @@
 """`diffcore doctor`: find faults of a training before it starts, or of a pipeline's config."""
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
@@ -12,8 +11,13 @@ from diffcore.cli.arguments import extract_option, wants_help
 from diffcore.cli.recipes import recipe_names
 from diffcore.cli.training_settings import build_trainer, parse_settings, training_parser
 from diffcore.doctor.examination import examine_training
-from diffcore.doctor.findings import Finding, format_finding, has_wrong, summarize
-from diffcore.io.files import write_file
+from diffcore.doctor.findings import (
+    Finding,
+    format_finding,
+    has_wrong,
+    summarize,
+    write_findings,
+)
 from diffcore.io.parser import ComponentParser
 
 __all__ = ["main"]
@@ -104,18 +108,3 @@ def _write(folder: Path, findings: Sequence[Finding], settings: str) -> None:
     figure = folder / "effective-weight.png"
     draw_weights([], [levels], "v_prediction", process.sigma_data, figure)
     print(f"findings and effective weight -> {folder}")
-
-
-def write_findings(folder: Path, findings: Sequence[Finding]) -> None:
-    """Write findings.json into a folder, which is created.
-
-    Args:
-        folder: folder to write to.
-        findings: the findings.
-    """
-    content = [
-        {"name": f.name, "mark": f.mark, "text": f.text, "values": dict(f.values)} for f in findings
-    ]
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, indent=1, ensure_ascii=False)
-    write_file(folder / "findings.json", f"{text}\n".encode())
