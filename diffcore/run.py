@@ -3,7 +3,6 @@
 config.yaml  process.json  ema.safetensors  pipeline/  checkpoints/  samples/  metrics.jsonl
 """
 
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.process import Process
 from diffcore.io.files import CorruptFileError, check_links
-from diffcore.io.manifest import NAME, read_manifest, read_tensors
+from diffcore.io.manifest import checkpoint_folders, read_manifest, read_tensors
 from diffcore.io.network_size import BoundedFactory
 from diffcore.io.parser import ComponentParser, SpecError
 from diffcore.io.plain_data import hash_data, read_yaml
@@ -23,6 +22,7 @@ from diffcore.io.safetensors import read_weights_and_metadata
 
 __all__ = [
     "AVERAGED",
+    "FILES",
     "RAW",
     "NetworkFactory",
     "NetworkWeights",
@@ -254,7 +254,7 @@ class Run:
 
     def weight_names(self) -> list[str]:
         """What `read_weights` accepts besides files: averaged, raw, and the checkpoints."""
-        steps = [path.name for path in self._checkpoints()]
+        steps = [path.name for path in checkpoint_folders(self.checkpoints)]
         averaged = [AVERAGED] if self.weights.is_file() else []
         return averaged + ([RAW] if steps else []) + steps
 
@@ -276,7 +276,7 @@ class Run:
         if weights in ("", AVERAGED):
             return self._read_file(self.weights)
         step, _, part = weights.partition("/")
-        checkpoints = {path.name: path for path in self._checkpoints()}
+        checkpoints = {path.name: path for path in checkpoint_folders(self.checkpoints)}
         if weights == RAW and checkpoints:
             return read_checkpoint_weights(max(checkpoints.values()), RAW)
         if step in checkpoints and part in ("", *FILES):
@@ -288,11 +288,6 @@ class Run:
             f"weights is {weights!r}, which {self.folder} does not hold: expected a safetensors "
             f"file, or one of {names} (a checkpoint's raw weights are named step-00000400/raw)"
         )
-
-    def _checkpoints(self) -> list[Path]:
-        """The folders of the checkpoints, oldest first."""
-        paths = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
-        return sorted(path for path in paths if re.fullmatch(NAME, path.name))
 
     def _read_file(self, path: Path) -> NetworkWeights:
         tensors, metadata = read_weights_and_metadata(path)

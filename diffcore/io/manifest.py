@@ -1,6 +1,7 @@
 """The manifest of a checkpoint, and the files whose size and SHA-256 it holds."""
 
 import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,28 @@ from diffcore.io.network_size import check_memory
 from diffcore.io.plain_data import hash_data, read_json
 from diffcore.io.safetensors import check_header
 
-__all__ = ["MANIFEST", "NAME", "read_manifest", "read_tensors"]
+__all__ = ["MANIFEST", "NAME", "checkpoint_folders", "read_manifest", "read_tensors"]
 
 MANIFEST = "manifest.json"
 NAME = r"step-\d{8}"
 """Regular expression of the names of checkpoints; other names belong to the user."""
+
+
+def checkpoint_folders(folder: str | Path) -> list[Path]:
+    """List the checkpoints in a folder: the names `step-` and eight digits, oldest first.
+
+    Args:
+        folder: folder of the checkpoints; it need not exist.
+
+    Returns:
+        The paths of the checkpoints, whole or not.
+
+    Raises:
+        OSError: The folder cannot be read.
+    """
+    folder = Path(folder)
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in paths if re.fullmatch(NAME, path.name))
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -17,6 +18,7 @@ from diffcore.io.network_size import machine_memory
 __all__ = [
     "check_header",
     "count_numbers",
+    "hash_tensors",
     "read_weights",
     "read_weights_and_metadata",
     "write_weights",
@@ -133,6 +135,25 @@ def read_weights_and_metadata(path: str | Path) -> tuple[dict[str, Tensor], dict
     if metadata.pop("sha256", None) != _hash(tensors, metadata):
         raise CorruptFileError(f"{path} is not what was written (its SHA-256 differs): {REMEDY}")
     return tensors, metadata
+
+
+def hash_tensors(*groups: Mapping[str, Any]) -> str:
+    """SHA-256 of names, types, shapes and values of tensors.
+
+    Args:
+        *groups: tensors by name, on any device; other values are left out.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for tensors in groups:
+        for name, value in sorted(tensors.items()):
+            if isinstance(value, Tensor):
+                digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+                plain = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+                digest.update(plain.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from diffcore.io.parser import ComponentParser, SpecError
 
-__all__ = ["from_spec", "to_spec"]
+__all__ = ["describe_spec", "from_spec", "to_spec"]
 
 T = TypeVar("T")
 
@@ -37,6 +37,29 @@ def to_spec(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return "-.inf" if value < 0 else ".inf" if value > 0 else ".nan"
     return value
+
+
+def describe_spec(spec: Any, leaf: Callable[[Any], str] = str) -> str:
+    """Plain data as text: a component as `Class(option=value)`, other tables as `name value`.
+
+    Args:
+        spec: plain data, as `to_spec` returns it.
+        leaf: text of a value that is no table.
+
+    Returns:
+        The text, without line breaks of its own.
+
+    Example:
+        >>> describe_spec({"class_path": "CFG", "init_args": {"scale": 2.0}})
+        'CFG(scale=2.0)'
+    """
+    if not isinstance(spec, dict):
+        return leaf(spec)
+    if "class_path" not in spec:
+        return ", ".join(f"{name} {describe_spec(value, leaf)}" for name, value in spec.items())
+    options = (spec.get("init_args") or {}).items()
+    named = ", ".join(f"{name}={describe_spec(value, leaf)}" for name, value in options)
+    return f"{spec['class_path']}({named})"
 
 
 def from_spec(cls: type[T], settings: Mapping[str, Any]) -> T:

@@ -1,6 +1,5 @@
 """Files of samples: a folder with one image for each sample, a grid of images, or arrays."""
 
-import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from diffcore.core.process import Process
 from diffcore.io.files import write_file
 from diffcore.io.plain_data import read_json
-from diffcore.io.safetensors import write_weights
+from diffcore.io.safetensors import hash_tensors, write_weights
 from diffcore.sampling import images
 
 __all__ = [
@@ -207,11 +206,4 @@ def hash_networks(networks: Sequence[nn.Module]) -> str:
     Returns:
         64 hexadecimal digits.
     """
-    digest = hashlib.sha256()
-    for network in networks:
-        for name, value in sorted(network.state_dict().items()):
-            if isinstance(value, Tensor):  # a module may add other state
-                digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-                plain = value.detach().cpu().contiguous().flatten().view(torch.uint8)
-                digest.update(plain.numpy().tobytes())
-    return digest.hexdigest()
+    return hash_tensors(*(network.state_dict() for network in networks))  # may hold other state

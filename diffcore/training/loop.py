@@ -13,7 +13,7 @@ from diffcore.io.signals import Interruption
 from diffcore.io.trust import trusted_modules
 from diffcore.training.averages.power_ema import write_snapshot
 from diffcore.training.checkpoints import checkpoint, outputs
-from diffcore.training.checkpoints.resume import checkpoint_of
+from diffcore.training.checkpoints.resume import AVERAGE, checkpoint_of
 from diffcore.training.data.order import Batch, load_batches
 from diffcore.training.optimization.optimizers import set_learning_rate
 from diffcore.training.ranks.coordination import DelayedMaximum
@@ -22,7 +22,7 @@ from diffcore.training.reports.reporting import Reporter
 from diffcore.training.reports.validation import validate
 from diffcore.training.state import TrainState
 
-__all__ = ["advance", "run", "save", "training_batches"]
+__all__ = ["advance", "clip_gradient", "run", "save", "training_batches"]
 
 
 def run(state: TrainState, reporter: Reporter) -> int:
@@ -149,12 +149,11 @@ def save(state: TrainState, reporter: Reporter) -> None:
     """Write a checkpoint, the averaged weights and the pipeline. Every rank must call it."""
     settings, run_folder = state.settings, state.settings.run
     content = checkpoint_of(state)
-    averaged = state.gathered_average()
     if state.accelerator.is_main_process:
         path = run_folder.checkpoints / checkpoint.name(state.step)
         checkpoint.write(path, content)
         checkpoint.prune(run_folder.checkpoints, settings.keep)
-        outputs.write(state, averaged, reporter.message)
+        outputs.write(state, content.tensors[AVERAGE], reporter.message)
     state.accelerator.wait_for_everyone()
 
 
@@ -180,7 +179,7 @@ def _optimize(state: TrainState, batches: Iterator[Batch]) -> tuple[Tensor, Tens
             loss = _losses(state, batch)
             accelerator.backward(loss.mean())
             if accelerator.sync_gradients:
-                norm = _clip_gradient(state)
+                norm = clip_gradient(state)
                 _zero_non_finite_gradient(state)
             state.optimizer.step()
             state.optimizer.zero_grad()
@@ -188,8 +187,15 @@ def _optimize(state: TrainState, batches: Iterator[Batch]) -> tuple[Tensor, Tens
     return torch.cat(losses), _keep_finite_buffers(buffers, norm)
 
 
-def _clip_gradient(state: TrainState) -> Tensor:
-    """Scale the gradient down to the largest norm; its norm () before, over all ranks."""
+def clip_gradient(state: TrainState) -> Tensor:
+    """Scale the gradient of a step down to the largest norm of the settings.
+
+    Args:
+        state: state of the run; its gradients are changed in place.
+
+    Returns:
+        () norm before, over all ranks.
+    """
     parameters, clip = state.modules.parameters(), state.settings.clip
     norm: Tensor = state.accelerator.clip_grad_norm_(parameters, clip)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -270,20 +270,20 @@ def _prepare(
     settings: "Trainer", accelerator: Accelerator, modules: list[nn.Module]
 ) -> tuple[list[nn.Module], Any]:
     """Modules and optimizer as the ranks train them. An optimizer of shards holds shards."""
-    sharding = settings.sharding
+    mesh = settings.sharding.mesh(accelerator.num_processes, accelerator.device.type)
     build = partial(
         build_optimizer,
         settings.optimizer,
         lr=settings.lr,
         decay_only_matrices=settings.decay_only_matrices,
     )
-    if sharding.strategy == "none" or accelerator.num_processes == 1:
+    if mesh is None:
         return wrap(accelerator, modules, build(modules))
-    modules = shard(accelerator, modules, sharding)
+    modules = shard(accelerator, modules, mesh, settings.sharding.reshard)
     optimizer = build(modules)
     if is_quantised(optimizer):
         raise ValueError(
-            f"sharding.strategy is {sharding.strategy}, but the quantised state of "
+            f"sharding.strategy is {settings.sharding.strategy}, but the quantised state of "
             f"{type(optimizer).__name__} cannot be sharded: use torch.optim.AdamW, or strategy none"
         )
     return modules, accelerator.prepare_optimizer(optimizer)

@@ -11,9 +11,9 @@ import torch
 from diffcore import __version__
 from diffcore.core.network import ExportableNetwork
 from diffcore.core.process import Process
+from diffcore.io.manifest import checkpoint_folders
 from diffcore.io.parser import ComponentParser
 from diffcore.run import Run
-from diffcore.training.checkpoints import checkpoint
 from diffcore.training.reports.reporting import Metrics
 
 __all__ = ["describe_machine", "describe_run", "main"]
@@ -69,7 +69,7 @@ def describe_run(run: Run) -> dict[str, object]:
         "condition": f"{process.classes} {classes}, dropped in {process.dropout:.0%} of samples"
         if process.classes
         else "none",
-        "checkpoints": ", ".join(path.name for path in checkpoint.folders(run.checkpoints))
+        "checkpoints": ", ".join(path.name for path in checkpoint_folders(run.checkpoints))
         or "none",
         "weights": ", ".join(run.weight_names()) or "none",
         "last report": ", ".join(

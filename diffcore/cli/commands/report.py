@@ -11,6 +11,7 @@ from diffcore.cli.commands.plot import LOGSNR, effective_weight, read_training_l
 from diffcore.io.files import hash_file, write_file
 from diffcore.io.parser import ComponentParser
 from diffcore.io.plain_data import read_json
+from diffcore.io.specs import describe_spec
 from diffcore.report.charts import Curve, line_chart
 from diffcore.report.page import (
     Section,
@@ -176,7 +177,10 @@ def _evaluation(run: Run) -> dict[str, str]:
     if not run.evaluation.is_file():
         return {}
     results = read_json(run.evaluation)
-    facts = {str(name).replace("_", " "): _in_words(value) for name, value in results.items()}
+    facts = {
+        str(name).replace("_", " "): describe_spec(value, _rounded)
+        for name, value in results.items()
+    }
     if "weights" in facts and run.weights.is_file():
         is_current = hash_file(run.weights) == results["weights"]
         of = "those of the run" if is_current else "NOT those of the run now: evaluate it again"
@@ -184,15 +188,9 @@ def _evaluation(run: Run) -> dict[str, str]:
     return facts
 
 
-def _in_words(value: Any) -> str:
-    """A number with four digits, a component as `Class(option=value)`, or the value itself."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, dict) and "class_path" in value:
-        options = (value.get("init_args") or {}).items()
-        named = ", ".join(f"{name}={_in_words(option)}" for name, option in options)
-        return f"{value['class_path']}({named})"
-    return str(value)
+def _rounded(value: Any) -> str:
+    """A number with four digits, or the value itself."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _previews(run: Run) -> dict[str, Path]:

@@ -12,7 +12,6 @@ itself, so that every flipped bit is detected. Folders with other names are left
 
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -28,12 +27,11 @@ from diffcore.io.files import (
     replace_folder,
     write_and_sync,
 )
-from diffcore.io.manifest import MANIFEST, NAME, read_manifest, read_tensors
+from diffcore.io.manifest import MANIFEST, NAME, checkpoint_folders, read_manifest, read_tensors
 from diffcore.io.plain_data import hash_data
 
 __all__ = [
     "Checkpoint",
-    "folders",
     "name",
     "newest",
     "prune",
@@ -80,25 +78,8 @@ def write(folder: str | Path, checkpoint: Checkpoint) -> None:
     try:
         replace_folder(folder, write_files)
     except WriteError as error:
-        kept = ", ".join(path.name for path in folders(Path(folder).parent)) or "none"
+        kept = ", ".join(path.name for path in checkpoint_folders(Path(folder).parent)) or "none"
         raise WriteError(f"{error} (whole checkpoints: {kept})") from None
-
-
-def folders(folder: str | Path) -> list[Path]:
-    """List the checkpoints in a folder: the names `step-` and eight digits, oldest first.
-
-    Args:
-        folder: folder of the checkpoints; it need not exist.
-
-    Returns:
-        The paths of the checkpoints, whole or not.
-
-    Raises:
-        OSError: The folder cannot be read.
-    """
-    folder = Path(folder)
-    paths = folder.iterdir() if folder.is_dir() else ()
-    return sorted(path for path in paths if re.fullmatch(NAME, path.name))
 
 
 def read(folder: str | Path) -> Checkpoint:
@@ -131,7 +112,7 @@ def newest(folder: str | Path, message: Callable[[str], None]) -> Checkpoint | N
     Returns:
         The checkpoint, or None if there is no whole one.
     """
-    for path in reversed(folders(folder)):
+    for path in reversed(checkpoint_folders(folder)):
         try:
             found = read(path)
             if name(found.state["step"]) == path.name:
@@ -144,7 +125,7 @@ def newest(folder: str | Path, message: Callable[[str], None]) -> Checkpoint | N
 
 def set_aside(folder: str | Path, step: int) -> None:
     """Rename the corrupt checkpoints after `step`, so that `prune` does not count them."""
-    for path in folders(folder):
+    for path in checkpoint_folders(folder):
         if path.name > name(step):
             aside = path.with_name(f"broken-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
@@ -158,6 +139,6 @@ def name(step: int) -> str:
 
 def prune(folder: str | Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints, and the remains of interrupted writes."""
-    for path in folders(folder)[: -keep or None]:
+    for path in checkpoint_folders(folder)[: -keep or None]:
         shutil.rmtree(path)
     remove_leftovers(folder, NAME)

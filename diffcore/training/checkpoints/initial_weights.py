@@ -5,12 +5,10 @@ so. The checkpoints of the new run hold the hash of the tensors, which a resumed
 again.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -19,8 +17,8 @@ from diffcore.core.network import class_name, unwrap
 from diffcore.core.process import Process
 from diffcore.io.files import CorruptFileError, check_links, verify_folder
 from diffcore.io.manifest import MANIFEST, read_manifest
-from diffcore.io.safetensors import check_header, read_weights
-from diffcore.io.specs import to_spec
+from diffcore.io.safetensors import check_header, hash_tensors, read_weights
+from diffcore.io.specs import describe_spec, to_spec
 from diffcore.run import AVERAGED, Run, read_checkpoint_weights
 
 if TYPE_CHECKING:
@@ -95,10 +93,10 @@ def load_initial_weights(state: "TrainState", message: Callable[[str], None]) ->
     options = StateDictOptions(full_state_dict=True, strict=False)
     set_model_state_dict(network, cast("Any", fitting), options=options)
     state.average.load(network.state_dict())
-    state.content_hashes["init"] = _hash(source.tensors)
+    state.content_hashes["init"] = hash_tensors(source.tensors)
     own = {name: to_spec(getattr(settings.process, name)) for name in COMPARED}
     if other := [
-        f"{name} {_text(source.process[name])} (now {_text(value)})"
+        f"{name} {describe_spec(source.process[name])} (now {describe_spec(value)})"
         for name, value in own.items()
         if source.process.get(name, value) != value
     ]:
@@ -208,22 +206,3 @@ def _fitting(
 
 def _first(names: list[str]) -> str:
     return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
-
-
-def _hash(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, types, shapes and values."""
-    digest = hashlib.sha256()
-    for name, value in sorted(tensors.items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _text(spec: Any) -> str:
-    """A spec as a constructor call."""
-    if not isinstance(spec, dict):
-        return str(spec)
-    if "class_path" not in spec:
-        return ", ".join(f"{name} {_text(value)}" for name, value in spec.items())
-    arguments = (f"{name}={_text(value)}" for name, value in (spec.get("init_args") or {}).items())
-    return f"{spec['class_path']}({', '.join(arguments)})"

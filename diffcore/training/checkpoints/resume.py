@@ -17,9 +17,9 @@ import yaml
 from torch import Tensor
 
 from diffcore.io.files import check_links, remove_leftovers, write_file
-from diffcore.io.manifest import NAME
+from diffcore.io.manifest import NAME, checkpoint_folders
 from diffcore.io.specs import to_spec
-from diffcore.run import without_locations
+from diffcore.run import AVERAGED, FILES, RAW, without_locations
 from diffcore.training.averages.ema import EMA
 from diffcore.training.checkpoints import checkpoint, outputs
 from diffcore.training.checkpoints.checkpoint import Checkpoint
@@ -32,8 +32,10 @@ from diffcore.training.state import TrainState
 if TYPE_CHECKING:
     from diffcore.training.trainer import Trainer
 
-__all__ = ["checkpoint_of", "determining_settings", "start_or_resume"]
+__all__ = ["AVERAGE", "checkpoint_of", "determining_settings", "start_or_resume"]
 
+AVERAGE = FILES[AVERAGED]
+"""File of a checkpoint with the averaged weights."""
 CHANGEABLE = {
     "accumulation",
     "compute",
@@ -81,7 +83,7 @@ def start_or_resume(state: TrainState, message: Callable[[str], None]) -> None:
         _resume(state, message)
     if not state.step and state.settings.init:
         load_initial_weights(state, message)
-    averaged = state.gathered_average()
+    averaged = state.gathered_average() if state.step else {}
     state.accelerator.wait_for_everyone()
     if state.accelerator.is_main_process:
         _prepare_folder(state, averaged, message)
@@ -91,7 +93,7 @@ def start_or_resume(state: TrainState, message: Callable[[str], None]) -> None:
 def _is_resumed(settings: "Trainer", message: Callable[[str], None]) -> bool:
     """Whether the folder holds a run that is to be continued; other runs are not touched."""
     run = settings.run
-    outcome = [*checkpoint.folders(run.checkpoints), run.weights, run.pipeline]
+    outcome = [*checkpoint_folders(run.checkpoints), run.weights, run.pipeline]
     left = [path for path in outcome if path.exists()]
     if left and not settings.resume:
         raise ValueError(
@@ -162,7 +164,7 @@ def checkpoint_of(state: TrainState) -> Checkpoint:
     scaler = state.accelerator.scaler  # of fp16
     return Checkpoint(
         {
-            "model.safetensors": captured.network,
+            FILES[RAW]: captured.network,
             **{name: gather(average.shadow) for name, average in _averages(state).items()},
             "training.safetensors": {**captured.optimizer, **levels, "window": window},
         },
@@ -213,7 +215,7 @@ def _load(state: TrainState, saved: Checkpoint) -> None:
     optimizer = saved.tensors["training.safetensors"]
     state.window.restore(optimizer.pop("window"))
     state.level_sampler.restore(optimizer)
-    network = saved.tensors["model.safetensors"]
+    network = saved.tensors[FILES[RAW]]
     gathered = GatheredState(network, optimizer, saved.state["groups"])
     restore_state(state.trained, state.optimizer.optimizer, gathered)
     for name, average in _averages(state).items():
@@ -231,7 +233,7 @@ def _averages(state: TrainState) -> dict[str, EMA]:
     """All averages by the name of their file in a checkpoint."""
     further = state.further_averages.items()
     names = {f"ema-{length:.4f}.safetensors": average for length, average in further}
-    return {"ema.safetensors": state.average, **names}
+    return {AVERAGE: state.average, **names}
 
 
 def _check_checkpoint(

@@ -95,24 +95,25 @@ class Sharding:
 
 
 def shard(
-    accelerator: Accelerator, modules: Sequence[nn.Module], sharding: Sharding
+    accelerator: Accelerator, modules: Sequence[nn.Module], mesh: DeviceMesh, reshard: bool
 ) -> list[nn.Module]:
     """Modules on the device of this rank, sharded by block.
 
     Args:
         accelerator: accelerator of this rank.
         modules: modules that the optimizer will train; changed in place.
-        sharding: strategy, which must have a mesh for the ranks of the accelerator.
+        mesh: arrangement of the ranks, see `Sharding.mesh`.
+        reshard: true frees the gathered parameters of a block between its forward and backward
+            pass.
 
     Returns:
         The modules, evaluated in the precision of the accelerator.
     """
-    mesh = sharding.mesh(accelerator.num_processes, accelerator.device.type)
     # For an evaluation accelerate moves the module and casts its inputs, and wraps nothing.
     placed = [accelerator.prepare_model(module, evaluation_mode=True) for module in modules]
     for module in placed:
         for block in (*find_blocks(module).values(), module):
-            fully_shard(block, mesh=mesh, reshard_after_forward=sharding.reshard)
+            fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
     return placed
 
 
