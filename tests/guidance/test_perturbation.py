@@ -17,6 +17,7 @@ from diffcore.guidance import APG, CFG, PerturbedAttention, SkippedLayers, Sum
 from diffcore.sampling.generation import sample
 from diffcore.sampling.loop import guided_prediction
 from tests.helpers.oracles import mixture, process, unet
+from tests.helpers.tiny_pipelines import GREY_DIT
 
 RECORD = process(shape=(1, 8, 8), dropout=0.0)
 X, LABELS = (
@@ -32,17 +33,7 @@ class Transformer(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.dit = DiTTransformer2DModel(
-            num_attention_heads=2,
-            attention_head_dim=8,
-            in_channels=1,
-            out_channels=1,
-            num_layers=3,
-            sample_size=8,
-            patch_size=2,
-            num_embeds_ada_norm=3,
-            norm_num_groups=1,
-        )
+        self.dit = DiTTransformer2DModel(**GREY_DIT | {"num_embeds_ada_norm": 3})
         for parameter in self.dit.parameters():  # it begins as the identity, with gates of 0
             nn.init.normal_(parameter, std=0.2)
 

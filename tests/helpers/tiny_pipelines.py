@@ -34,33 +34,36 @@ def align_parameters(module):
         parameter.data = parameter.data.clone()
 
 
+UNET = {
+    "sample_size": 8,
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": (8, 16),
+    "norm_num_groups": 4,
+    "layers_per_block": 1,
+    "attention_head_dim": 8,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+}
+DIT = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 2,
+    "sample_size": 8,
+    "patch_size": 2,
+    "num_embeds_ada_norm": 1000,
+}
+GREY_DIT = DIT | {"in_channels": 1, "out_channels": 1, "num_layers": 3, "norm_num_groups": 1}
+
+
 def unet(**config):
-    small = {
-        "sample_size": 8,
-        "in_channels": 3,
-        "out_channels": 3,
-        "block_out_channels": (8, 16),
-        "norm_num_groups": 4,
-        "layers_per_block": 1,
-        "attention_head_dim": 8,
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    }
-    return seeded(lambda: diffusers.UNet2DModel(**small | config))
+    return seeded(lambda: diffusers.UNet2DModel(**UNET | config))
 
 
 def dit(**config):
-    small = {
-        "num_attention_heads": 2,
-        "attention_head_dim": 8,
-        "in_channels": 4,
-        "out_channels": 8,
-        "num_layers": 2,
-        "sample_size": 8,
-        "patch_size": 2,
-        "num_embeds_ada_norm": 1000,
-    }
-    return seeded(lambda: diffusers.DiTTransformer2DModel(**small | config))
+    return seeded(lambda: diffusers.DiTTransformer2DModel(**DIT | config))
 
 
 def vae(**config):

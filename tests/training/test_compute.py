@@ -13,6 +13,7 @@ from diffcore.training.averages.ema import EMA, Decay
 from diffcore.training.data import Digits
 from diffcore.training.optimization.compute import Compute
 from diffcore.training.reports.validation import Validation
+from tests.helpers.tiny_pipelines import GREY_DIT, UNET
 from tests.helpers.training_runs import (
     crash_after,
     make_trainer,
@@ -30,35 +31,13 @@ IDS = ["network", "blocks"]
 
 def unet(dropout: float = 0.0) -> nn.Module:
     torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=[8, 16],
-        down_block_types=["DownBlock2D", "AttnDownBlock2D"],
-        up_block_types=["AttnUpBlock2D", "UpBlock2D"],
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention_head_dim=8,
-        num_class_embeds=11,
-        dropout=dropout,
-    )
+    grey = {"in_channels": 1, "out_channels": 1, "num_class_embeds": 11}
+    return UNet2DModel(**UNET | grey, dropout=dropout)
 
 
 def dit(dropout: float = 0.0) -> nn.Module:
     torch.manual_seed(0)
-    return DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=1,
-        out_channels=1,
-        num_layers=3,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=10,
-        norm_num_groups=1,
-        dropout=dropout,
-    )
+    return DiTTransformer2DModel(**GREY_DIT | {"num_embeds_ada_norm": 10}, dropout=dropout)
 
 
 class Residual(nn.Module):
