@@ -183,6 +183,17 @@ def test_captions_that_are_empty_shared_or_cut_are_found():
     }  # fmt: skip
 
 
+def test_the_shares_of_an_average_with_warm_up_are_those_of_its_recursion():
+    decay, steps = Decay(0.98), 60
+    shares = [1.0]  # of the initial weights, then of the weights after each step
+    for step in range(1, steps + 1):
+        shares = [decay(step) * share for share in shares] + [1 - decay(step)]
+    initial, first_half, half_life = average_weights(decay, steps)
+    assert initial == pytest.approx(shares[0])
+    assert first_half == pytest.approx(sum(shares[: steps // 2 + 1]))
+    assert sum(shares[-half_life:]) >= 0.5 > sum(shares[-half_life + 1 :])
+
+
 def test_the_shares_of_an_average_are_those_of_the_recursion():
     decay, steps = Decay(0.9, warmup=False), 40
     initial, first_half, half_life = average_weights(decay, steps)

@@ -11,8 +11,9 @@ import torch
 
 from diffcore.core.process import Process, TimeConditioning
 from diffcore.integrations.diffusers import DiffcoreScheduler, LoRA, PretrainedNetwork
-from diffcore.integrations.diffusers.adapters.files import ADAPTER
+from diffcore.integrations.diffusers.adapters.files import ADAPTER, read_adapters
 from diffcore.integrations.diffusers.loading.index import PipelineIndex
+from diffcore.integrations.diffusers.pipeline.folder import merge_into_pipeline
 from diffcore.integrations.diffusers.pipeline.pretrained_network import build_scheduler
 from diffcore.integrations.diffusers.scheduler.scheduler_config import (
     describe_process,
@@ -219,6 +220,19 @@ def test_diffusers_loads_every_kind_of_adapter_that_it_knows(folder, tmp_path, k
     network.load_lora_adapter(tmp_path, prefix="unet", weight_name=ADAPTER)
     assert not torch.allclose(answer(made), before, rtol=1e-2)
     torch.testing.assert_close(network(X, TIME, STATES).sample, answer(made), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
+def test_the_merged_pipeline_answers_as_the_adapter(folder, tmp_path, kind):
+    torch.manual_seed(0)
+    made = PretrainedNetwork(str(folder), LoRA(rank=3, alpha=2, kind=kind))
+    state = {name: 0.3 * torch.randn_like(value) for name, value in made.state_dict().items()}
+    made.load_state_dict(state)
+    made.export(tmp_path, Process(Discrete(), shape=(4, 8, 8), prediction="epsilon"))
+    index = PipelineIndex(folder)
+    merge_into_pipeline(tmp_path / "merged", index, [(read_adapters(tmp_path, index), 1.0)])
+    merged = PipelineIndex(tmp_path / "merged").read("unet")
+    torch.testing.assert_close(merged(X, TIME, STATES).sample, answer(made), rtol=1e-5, atol=1e-5)
 
 
 def test_an_adapter_of_hadamard_products_trains(folder):
