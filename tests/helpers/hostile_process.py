@@ -11,7 +11,6 @@ import os
 import resource
 import shutil
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -160,7 +159,7 @@ def copy_folder(original: Path, folder: Path) -> None:
 def open_hostile(recorder: Recorder, entry: Callable[[Path], int], folder: Path) -> dict[str, Any]:
     """Open one hostile folder and report what happened."""
     recorder.events, error, status = [], "", -1
-    err, start = io.StringIO(), time.perf_counter()
+    err = io.StringIO()
     recorder.is_active = True
     with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
         try:
@@ -172,7 +171,6 @@ def open_hostile(recorder: Recorder, entry: Callable[[Path], int], folder: Path)
     return {
         "entry": entry.__name__,
         "status": status,
-        "seconds": time.perf_counter() - start,
         "events": recorder.events,
         "traceback": error[:300],
         "lines": lines,

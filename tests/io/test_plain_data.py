@@ -1,7 +1,6 @@
 """Files of plain data: their size is bounded, and an error is one line with the file's name."""
 
 import json
-import time
 
 import pytest
 import yaml
@@ -66,11 +65,10 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize(("name", "content", "message"), HOSTILE, ids=range(len(HOSTILE)))
-def test_what_is_no_table_is_refused_in_one_line_and_soon(tmp_path, name, content, message):
-    path, start = write(tmp_path, name, content), time.perf_counter()
+def test_what_is_no_table_is_refused_in_one_line(tmp_path, name, content, message):
+    path = write(tmp_path, name, content)
     with pytest.raises(ValueError, match=f"{name} {message}|{name} .*{message}") as caught:
         READERS[name](path)
-    assert time.perf_counter() - start < 5
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400 + len(str(path))
 
