@@ -44,9 +44,13 @@ FILES = {AVERAGED: "ema.safetensors", RAW: "model.safetensors"}
 """Their files in a checkpoint."""
 
 LOCATIONS = {
+    "Arrays": {"path", "labels"},
+    "HuggingFaceData": {"path"},
     "ImageFolder": {"folder", "verify"},
     "LatentDataset": {"folder", "pipeline", "cache", "verify"},
     "PretrainedNetwork": {"pipeline"},
+    "TarShards": {"path"},
+    "Tensors": {"path"},
 }
 """Class -> its arguments that name folders whose content is hashed, and which may move.
 

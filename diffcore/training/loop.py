@@ -126,7 +126,8 @@ def training_batches(state: TrainState, stop: int) -> Iterator[Batch]:
     """
     settings = state.settings
     order = state.order.steps(state.step, stop)
-    return load_batches(settings.source, order, settings.process, settings.workers)
+    loading = (settings.workers, settings.prefetch, settings.pin_memory)
+    return load_batches(settings.source, order, settings.process, *loading)
 
 
 def advance(state: TrainState, batches: Iterator[Batch]) -> None:

@@ -214,8 +214,7 @@ def build_state(settings: "Trainer", accelerator: Accelerator | None = None) -> 
         Denoiser(label_wrapper(modules[0]), settings.process).train(),
         EMA(network, settings.ema),
         {length: EMA(network, PowerFunction(length)) for length in settings.snapshots.lengths},
-        DataOrder(
-            len(settings.source),
+        settings.source.order(
             settings.seed,
             settings.batch_size,
             settings.accumulation,

@@ -42,6 +42,7 @@ MINIMUM = {
     "batch_size": 1,
     "accumulation": 1,
     "workers": 0,
+    "prefetch": 1,
     "patience": 1,
     "log_every": 1,
     "sample_every": 0,
@@ -88,6 +89,10 @@ class Trainer:
         compute: compilation, activation checkpointing and memory format of the network.
         seed: 64-bit seed of everything random in the run.
         workers: number of processes that load data on each rank; 0 loads in the training process.
+        prefetch: number of micro-batches that each worker reads ahead; a larger number evens out
+            items that are slow to read, and takes more memory.
+        pin_memory: whether batches are read into page-locked memory, from which they are copied to
+            a GPU while it computes; without a GPU there is none.
         patience: number of steps in a row that are not finite after which the run stops; each of
             them counts as a step with zero gradient, and leaves the buffers of the network as they
             were. Losses are read from the device at least every `patience` steps.
@@ -146,6 +151,8 @@ class Trainer:
     compute: Compute = field(default_factory=Compute)
     seed: int = 0
     workers: int = 0
+    prefetch: int = 2
+    pin_memory: bool = True
     patience: int = 10
     rank_timeout: int = 1800
     log_every: int = 20

@@ -30,7 +30,13 @@ def test_accumulation_equals_one_batch(tmp_path, accumulation):
 
 
 @pytest.mark.parametrize(
-    "options", [{"workers": 2}, {"log_every": 1, "save_every": 2}, {"keep": 1}], ids=repr
+    "options",
+    [
+        {"workers": 2, "prefetch": 3, "pin_memory": False},
+        {"log_every": 1, "save_every": 2},
+        {"keep": 1},
+    ],
+    ids=repr,
 )
 def test_settings_that_do_not_enter_the_weights_change_no_bit(tmp_path, options):
     train(tmp_path / "first")

@@ -6,8 +6,11 @@ import shutil
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
+import yaml
+from safetensors.torch import save_file
 
 from diffcore.guidance import CFG
 from diffcore.io.files import WriteError
@@ -16,7 +19,7 @@ from diffcore.objectives.objective import Objective
 from diffcore.objectives.weighting import MinSNR
 from diffcore.training.averages.ema import Decay
 from diffcore.training.checkpoints import checkpoint
-from diffcore.training.data import ImageFolder
+from diffcore.training.data import Arrays, ImageFolder, Tensors
 from diffcore.training.optimization.lr import LearningRate
 from tests.helpers.image_folders import write
 from tests.helpers.training_runs import (
@@ -92,6 +95,42 @@ def test_a_run_is_not_resumed_on_a_folder_of_images_that_changed(tmp_path, chang
     message = "the data are not those with which the run|another process.classes"
     with pytest.raises(ValueError, match=message):
         train(tmp_path / "run", **options(), resume=True)
+
+
+def write_arrays(folder):
+    """Arrays of twenty items with labels, in a folder."""
+    folder.mkdir()
+    np.save(folder / "x.npy", np.linspace(-1, 1, 20 * 64, dtype=np.float32).reshape(20, 1, 8, 8))
+    np.save(folder / "y.npy", np.arange(20) % 10)
+    options = {"path": str(folder / "x.npy"), "labels": str(folder / "y.npy")}
+    return Arrays(**options), options
+
+
+def write_tensors(folder):
+    """Tensors of twenty items with labels, in a folder."""
+    folder.mkdir()
+    tensors = {
+        "x0": torch.linspace(-1, 1, 20 * 64).view(20, 1, 8, 8),
+        "label": torch.arange(20) % 10,
+    }
+    save_file(tensors, folder / "x.safetensors")
+    return Tensors(str(folder)), {"path": str(folder)}
+
+
+@pytest.mark.parametrize("write_data", [write_arrays, write_tensors])
+def test_a_run_whose_files_of_numbers_were_moved_is_resumed_as_the_same_run(tmp_path, write_data):
+    def options(folder):
+        data, arguments = write_data(tmp_path / folder)
+        spec = {"class_path": type(data).__name__, "init_args": arguments}
+        return {"data": data, "config": yaml.safe_dump({"data": spec}), "save_every": 2}
+
+    first = options("before")
+    train(tmp_path / "straight", **first)
+    crash_after(make_trainer(tmp_path / "resumed", **first), 2)
+    shutil.rmtree(tmp_path / "before")
+    train(tmp_path / "resumed", **options("after"), resume=True)
+    whole, resumed = hashes(tmp_path / "straight"), hashes(tmp_path / "resumed")
+    assert {name for name in whole if whole[name] != resumed[name]} == {"config.yaml"}
 
 
 def test_a_corrupt_checkpoint_does_not_displace_those_written_after_it(tmp_path):

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ({"save_every": 0}, "save_every is 0, expected at least 1"),
         ({"keep": 0}, "keep is 0, expected at least 1"),
         ({"sample_steps": 0}, "sample_steps is 0, expected at least 1"),
+        ({"prefetch": 0}, "prefetch is 0, expected at least 1"),
         ({"workers": -1}, "workers is -1, expected at least 0"),
         ({"sample_every": -1}, "sample_every is -1, expected at least 0"),
         ({"clip": 0.0}, "clip is 0.0, expected a positive norm"),

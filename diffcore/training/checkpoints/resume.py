@@ -45,6 +45,8 @@ CHANGEABLE = {
     "keep",
     "log_every",
     "patience",
+    "pin_memory",
+    "prefetch",
     "rank_timeout",
     "resume",
     "sample_every",

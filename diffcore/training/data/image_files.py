@@ -3,18 +3,15 @@
 from pathlib import Path
 from typing import Literal, get_args
 
-import numpy as np
-import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
-from diffcore.io.images.reader import read_content, read_image
+from diffcore.io.images.pixels import Fit, as_pixels
+from diffcore.io.images.reader import read_content
 from diffcore.training.data.listing import PackedTexts, printable
 from diffcore.training.data.scan import SUFFIXES, FolderScan, scan_folder
 
 __all__ = ["Fit", "ImageFiles", "Unreadable"]
 
-Fit = Literal["crop", "pad", "exact"]
 Unreadable = Literal["refuse", "skip"]
 
 TRAINING = {"train", "training"}
@@ -81,35 +78,19 @@ class ImageFiles:
         """
         path = self.folder / self.names[index]
         try:
-            # A pixel keeps its stored colour, however transparent it is.
-            image = read_image(read_content(path)).convert(self.channels)
+            return as_pixels(read_content(path), self.size, self.channels, self.fit)
         except ValueError as error:
             raise ValueError(f"{printable(path)} cannot be read: {error}") from None
-        pixels = np.array(self._fitted(image, path))
-        x0 = torch.from_numpy(pixels).view(self.size, self.size, -1).permute(2, 0, 1)
-        return x0.float() / 127.5 - 1
 
     def _check_sizes(self, scan: FolderScan) -> None:
         """Raise ValueError if an image that can be read has another size."""
         is_other = (scan.width != self.size) | (scan.height != self.size)
         for row in (is_other & (scan.width > 0)).nonzero().flatten().tolist()[:1]:
             path = self.folder / scan.files.names[row]
-            raise self._wrong_size(path, int(scan.width[row]), int(scan.height[row]))
-
-    def _wrong_size(self, path: Path, width: int, height: int) -> ValueError:
-        return ValueError(
-            f"{printable(path)} has {width} x {height} pixels, expected exactly {self.size} x "
-            f"{self.size}: resize it, or use fit crop or pad"
-        )
-
-    def _fitted(self, image: Image.Image, path: Path) -> Image.Image:
-        size = (self.size, self.size)
-        if image.size == size:
-            return image
-        if self.fit == "exact":
-            raise self._wrong_size(path, *image.size)
-        fit = ImageOps.pad if self.fit == "pad" else ImageOps.fit
-        return fit(image, size, Image.Resampling.LANCZOS)
+            raise ValueError(
+                f"{printable(path)} has {scan.width[row]} x {scan.height[row]} pixels, expected "
+                f"exactly {self.size} x {self.size}: resize it, or use fit crop or pad"
+            )
 
 
 def _select(names: PackedTexts, rows: Tensor) -> PackedTexts:

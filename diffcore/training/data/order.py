@@ -96,7 +96,12 @@ class DataOrder(Sampler[list[tuple[int, int]]]):
 
 
 def load_batches(
-    data: DataSource, order: DataOrder, process: Process, workers: int
+    data: DataSource,
+    order: DataOrder,
+    process: Process,
+    workers: int,
+    prefetch: int = 2,
+    pin_memory: bool = True,
 ) -> Iterator[Batch]:
     """The micro-batches of a data order.
 
@@ -105,11 +110,12 @@ def load_batches(
         order: order and span of steps.
         process: process that every item must fit.
         workers: number of processes that read data; 0 reads in this process.
+        prefetch: number of micro-batches that each worker reads ahead.
+        pin_memory: whether they are read into page-locked memory where there is a GPU.
 
     Returns:
-        An iterator over the micro-batches of the steps of `order`, which workers read ahead, two
-        each, into pinned memory where there is a GPU. It raises a ValueError with the index of an
-        item that cannot be read or does not fit the process, or if a worker ended.
+        An iterator over the micro-batches of the steps of `order`. It raises a ValueError with the
+        index of an item that cannot be read or does not fit the process, or if a worker ended.
     """
     loader = DataLoader(
         _PositionedItems(data, order.seed, order.batch, process),
@@ -118,7 +124,8 @@ def load_batches(
         collate_fn=_collate,
         multiprocessing_context="forkserver" if workers else None,
         worker_init_fn=_follow_training_process,
-        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=prefetch if workers else None,
+        pin_memory=pin_memory and torch.cuda.is_available(),
     )
     return map(_as_batch, _explain_lost_workers(loader))
 

@@ -6,11 +6,14 @@ overrides the members that it needs.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+
+if TYPE_CHECKING:
+    from diffcore.training.data.order import DataOrder
 
 __all__ = ["DataSource"]
 
@@ -50,6 +53,24 @@ class DataSource(Dataset[Any]):
             x_0 or (x_0, label); by default `self[index]`.
         """
         return self[index]
+
+    def order(self, seed: int, batch: int, accumulation: int, rank: int, world: int) -> "DataOrder":
+        """The order in which a run reads the items.
+
+        Args:
+            seed: seed of the run.
+            batch: size of the global batch.
+            accumulation: number of micro-batches of a rank in a step.
+            rank: index of the rank that reads.
+            world: number of ranks.
+
+        Returns:
+            By default a keyed permutation of all items in every epoch. A data set whose items are
+            grouped, or cannot be read in any order, returns an order of its own.
+        """
+        from diffcore.training.data.order import DataOrder
+
+        return DataOrder(len(self), seed, batch, accumulation, rank, world)
 
     @property
     def vae(self) -> Any:

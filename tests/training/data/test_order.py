@@ -8,8 +8,12 @@ import torch
 
 from diffcore.core.process import Process
 from diffcore.io.mistakes import is_mistake
+from diffcore.io.specs import to_spec
 from diffcore.training.data import DataOrder, Digits, as_data_source, load_batches
-from tests.helpers.training_runs import ListDataset
+from diffcore.training.data import order as order_module
+from diffcore.training.loop import training_batches
+from diffcore.training.state import build_state
+from tests.helpers.training_runs import ListDataset, make_trainer
 
 SIZE, BATCH, SEED = 37, 8, 2**40 + 3
 DIGITS = Process(shape=(1, 8, 8), classes=10)
@@ -109,6 +113,23 @@ def test_workers_do_not_change_the_batches():
     for first, second in zip(batches(0), batches(2), strict=True):
         for name in ("x0", "label", "index", "batch_index"):
             assert torch.equal(getattr(first, name), getattr(second, name)), name
+
+
+def test_workers_read_ahead_as_the_settings_of_a_run_demand(tmp_path, monkeypatch):
+    given = []
+    loader = order_module.DataLoader
+    monkeypatch.setattr(
+        order_module, "DataLoader", lambda *data, **options: given.append(options) or loader(*data)
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    names = ("workers", "prefetch", "pin_memory")
+    for values in [(0, 5, True), (3, 5, True), (3, 2, False)]:
+        trainer = make_trainer(tmp_path, **dict(zip(names, values, strict=True)))
+        assert tuple(to_spec(trainer)[name] for name in names) == values  # of config.yaml
+        training_batches(build_state(trainer), 1)
+    names = ("num_workers", "prefetch_factor", "pin_memory")
+    found = [tuple(options[name] for name in names) for options in given]
+    assert found == [(0, None, True), (3, 5, True), (3, 2, False)]
 
 
 class CrashingDataset(ListDataset):
