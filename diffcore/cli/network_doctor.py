@@ -111,18 +111,34 @@ def items_of(source: DataSource, model: ImageModel, count: int) -> tuple[Tensor,
         x_0 (N, *shape), and labels (N,); None for the null label, which is used wherever the
         network was trained with it.
     """
-    process, total = model.denoiser.process, len(source)
-    count = min(count, total)
-    items = [split_item(source[i * total // count], i) for i in range(count)]
-    x0 = torch.stack([x for x, _ in items])
+    process = model.denoiser.process
+    rows = _rows_of_shape(source, process.shape)
+    count = min(count, len(rows))
+    chosen = [rows[i * len(rows) // count] for i in range(count)]
+    items = [split_item(source[row], row) for row in chosen]
+    x0 = torch.stack([item.x0 for item in items])
     if isinstance(source, ImageFolder):
         x0 = _encoded(x0, model)
     device = model.denoiser.device
-    labels = [label for _, label in items]
+    labels = [item.label for item in items]
     has_labels = process.classes and all(0 <= label < process.classes for label in labels)
     # Without condition dropout the null label was never trained.
     uses_labels = has_labels and not process.dropout
     return x0.to(device), torch.tensor(labels, device=device) if uses_labels else None
+
+
+def _rows_of_shape(source: DataSource, shape: tuple[int, ...]) -> Sequence[int]:
+    """Indices of the items of a shape; all of them if the data has no buckets."""
+    groups = source.groups
+    if groups is None:
+        return range(len(source))
+    rows = [row for row in range(len(source)) if groups.shape(row) == shape]
+    if not rows:
+        raise ValueError(
+            f"no bucket of the data holds items of the process's shape {shape}: examine the "
+            "network on other data"
+        )
+    return rows
 
 
 def _encoded(images: Tensor, model: ImageModel) -> Tensor:

@@ -50,6 +50,9 @@ class Stream(IntEnum):
     OFFSET = 21
     LATENT = 22
     VALIDATION = 23
+    BUCKET = 30
+    CROP = 31
+    CAPTION = 32
 
 
 def philox(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffcore.core.process import Process
 from diffcore.doctor.findings import Finding
-from diffcore.training.data.checks import read_item
+from diffcore.training.data.checks import process_of_item, read_item
 from diffcore.training.data.source import DataSource
 
 __all__ = ["DataSample", "check_items", "check_labels", "find_repeats", "read_sample"]
@@ -32,14 +32,14 @@ class DataSample:
     Args:
         total: number of items of the data set.
         indices: indices of the items that could be read.
-        x0: their x_0 (N, *shape).
+        x0: x_0 of each.
         labels: their labels; -1 without one.
         failures: messages of the items that could not be read.
     """
 
     total: int
     indices: list[int]
-    x0: Tensor
+    x0: list[Tensor]
     labels: list[int]
     failures: list[str]
 
@@ -62,15 +62,18 @@ def read_sample(data: DataSource, process: Process, seed: int, count: int) -> Da
     indices, items, labels, failures = [], [], [], []
     for index in (i * total // count for i in range(count)):
         try:
-            x0, label = read_item(lambda i=index: data.item(i, seed, i), index, process)  # type: ignore[misc]
+            x0, label, _ = read_item(
+                lambda i=index: data.item(i, seed, i),  # type: ignore[misc]
+                index,
+                process_of_item(process, data, index),
+            )
         except ValueError as error:
             failures.append(str(error))
             continue
         indices.append(index)
         items.append(x0)
         labels.append(label)
-    x0 = torch.stack(items) if items else torch.empty(0, *process.shape)
-    return DataSample(total, indices, x0, labels, failures)
+    return DataSample(total, indices, items, labels, failures)
 
 
 def check_items(sample: DataSample, process: Process) -> list[Finding]:
@@ -84,11 +87,13 @@ def check_items(sample: DataSample, process: Process) -> list[Finding]:
         One finding for each check; only that of the reading if no item could be read.
     """
     findings = [_reading(sample)]
-    if len(sample.x0):
-        statistics = _statistics(sample.x0)
+    if sample.x0:
+        # (C, numbers of all items), which may be of several sizes
+        channels = torch.cat([x0.double().reshape(len(x0), -1) for x0 in sample.x0], 1)
+        statistics = _statistics(channels)
         findings += [
             _data_range(statistics, process),
-            _sigma_data(sample.x0, process),
+            _sigma_data(channels, process),
             _duplicates(sample),
         ]
     return findings
@@ -110,9 +115,8 @@ def _reading(sample: DataSample) -> Finding:
     )
 
 
-def _statistics(x0: Tensor) -> dict[str, list[float]]:
-    """Minimum, maximum, mean and standard deviation of each channel."""
-    channels = x0.double().movedim(1, 0).flatten(1)
+def _statistics(channels: Tensor) -> dict[str, list[float]]:
+    """Minimum, maximum, mean and standard deviation of each row of (C, numbers)."""
     return {
         "min": channels.amin(1).tolist(),
         "max": channels.amax(1).tolist(),
@@ -155,8 +159,8 @@ def _numbers(values: Sequence[float]) -> str:
     return "/".join(shown)
 
 
-def _sigma_data(x0: Tensor, process: Process) -> Finding:
-    measured, set_to = float(x0.double().std()), process.sigma_data
+def _sigma_data(numbers: Tensor, process: Process) -> Finding:
+    measured, set_to = float(numbers.std()), process.sigma_data
     ratio = measured / set_to
     values = {"measured": measured, "set": set_to}
     text = f"the standard deviation of x_0 is {measured:.3g}, and process.sigma_data is {set_to:g}"

@@ -128,15 +128,13 @@ def overfit_batch(state: TrainState, steps: int = OVERFIT_STEPS) -> Overfit:
     batch = _first_samples(state)
     key = state.sample_key(0, batch.batch_index)
     draw = settings.objective.draw(
-        settings.process, key, accelerator.device, state.level_sampler.learned
+        state.process_of(batch), key, accelerator.device, state.level_sampler.learned
     )
-    x0 = batch.x0.to(accelerator.device)
-    label = batch.label.to(accelerator.device) if settings.process.classes else None
     named = [(name, p) for name, p in state.trained.named_parameters() if p.requires_grad]
     silent = {name for name, _ in named}
     losses, norms = [], []
     for step in range(steps + 1):
-        loss = settings.objective(state.denoiser, x0, label, draw, state.uncertainty).mean()
+        loss = state.losses(batch, draw).mean()
         losses.append(float(loss.detach()))
         if step == steps or not math.isfinite(losses[-1]):
             break
@@ -153,9 +151,7 @@ def _first_samples(state: TrainState) -> Batch:
     """At most OVERFIT_BATCH samples of the first micro-batch, in whole groups of the coupling."""
     batch = next(iter(training_batches(state, state.step + 1)))
     group = state.settings.objective.coupling.group
-    count = min(max(OVERFIT_BATCH // group, 1) * group, len(batch.x0))
-    fields = (batch.x0, batch.label, batch.index, batch.batch_index)
-    return Batch(*(value[:count] for value in fields))
+    return batch.first(max(OVERFIT_BATCH // group, 1) * group)
 
 
 def check_overfit(overfit: Overfit, settings: "Trainer") -> list[Finding]:

@@ -8,6 +8,7 @@ Its expectation is E w(λ) |x̂_0 - x_0|² with λ of density p: the effective w
 density and divides by it, which changes the variance and not the expectation.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args
 
@@ -23,7 +24,7 @@ from diffcore.objectives.level_sampling import Resampler, ResamplerState
 from diffcore.objectives.losses import Loss, SquaredError
 from diffcore.objectives.uncertainty import Uncertainty
 from diffcore.objectives.weighting import MSE, Weight
-from diffcore.schedules import Level, Schedule
+from diffcore.schedules import Level, Schedule, Shifted
 
 __all__ = ["Draw", "Objective", "SampleKey", "TimeSampling"]
 
@@ -91,6 +92,9 @@ class Objective:
         offset: strength s of offset noise: ε + s z, with one normal z per channel, replaces ε in x
             and in the target (Guttenberg 2023, s = 0.1); 0 is off.
         uncertainty: fitted expected loss of each level, by which its loss is divided; None is off.
+        reference_size: side √(height · width) of x_0 for which the schedule is meant. A batch of
+            side d is trained at λ + 2 ln(reference_size / d) (`Shifted.by_resolution`), with the
+            time conditioning of that λ; 0 shifts nothing.
 
     Raises:
         ValueError: a field is out of range, or resampler and uncertainty are combined.
@@ -105,14 +109,15 @@ class Objective:
     perturbation: float = 0.0
     offset: float = 0.0
     uncertainty: Uncertainty | None = None
+    reference_size: float = 0.0
 
     def __post_init__(self) -> None:
         if self.levels not in get_args(TimeSampling):
             raise ValueError(f"levels is {self.levels!r}, expected stratified or independent")
-        for name in ("perturbation", "offset"):
+        for name in ("perturbation", "offset", "reference_size"):
             if not 0 <= getattr(self, name) < torch.inf:
                 raise ValueError(
-                    f"{name} is {getattr(self, name)}, expected a finite strength of at least 0"
+                    f"{name} is {getattr(self, name)}, expected a finite number of at least 0"
                 )
         if self.resampler and self.uncertainty:
             raise ValueError(
@@ -128,6 +133,8 @@ class Objective:
         schedule, level = process.schedule, process.schedule.level(_extremes(process.schedule))
         if schedule.steps is not None:
             self._check_table(schedule, schedule.steps)
+        if self.reference_size:
+            _check_shift(process)
         assert isinstance(level.logsnr, Tensor)
         assert isinstance(level.sigma, Tensor)
         weight = self.weight.target_weight(process.prediction, level.logsnr, process.sigma_data)
@@ -187,9 +194,11 @@ class Objective:
         Returns:
             The draw; noise has shape (B, *process.shape).
         """
-        schedule = process.schedule
+        schedule = self.schedule(process)
         times = schedule.training_times(self.times(key, state))
         level = schedule.level(times.view(-1, *[1] * len(process.shape)))
+        if schedule is not process.schedule:  # the time conditioning is that of the process's t
+            level = process.schedule.at(level.logsnr)
         importance = 1 / self.oversampling(process, times, state)
         if self.corrected:
             importance = importance / schedule.density(schedule.logsnr(times))
@@ -206,6 +215,20 @@ class Objective:
             )
         dropout_mask = uniform(key.seed, Stream.DROPOUT, key.position)[:, 0] < process.dropout
         return Draw(level, noise, dropout_mask.to(device), importance, extra)
+
+    def schedule(self, process: Process) -> Schedule:
+        """The schedule of the training levels for samples of the shape of a process.
+
+        Args:
+            process: process of the network, with the shape (C, H, W) of the batch.
+
+        Returns:
+            The schedule of the process, shifted by resolution if `reference_size` is set.
+        """
+        if not self.reference_size:
+            return process.schedule
+        size = math.sqrt(math.prod(process.shape[1:]))
+        return Shifted.by_resolution(process.schedule, size, self.reference_size)
 
     def oversampling(self, process: Process, times: Tensor, state: ResamplerState | None) -> Tensor:
         """The density q(t) of the draws relative to uniform ones, of shape (B,).
@@ -226,8 +249,14 @@ class Objective:
         condition: Tensor | None,
         draw: Draw,
         log_variance: nn.Module | None = None,
+        sample_weight: Tensor | None = None,
     ) -> Tensor:
         """The loss of each sample at α x_0 + σ ε, of shape (B,).
+
+            L = mean of m (w_F ρ(F̂ - F)),   with u(λ): mean of m (w_F ρ(F̂ - F) e^-u + u)
+
+        The mean is over all elements of x_0, also where m is 0: the gradient of such an element is
+        exactly zero, and images with a small mask contribute in proportion to its area.
 
         Args:
             denoiser: network with its process.
@@ -235,6 +264,8 @@ class Objective:
             condition: int64 class labels (B,); None for no condition.
             draw: random numbers of the samples, from `draw`.
             log_variance: module u(λ) of `uncertainty`; None gives the loss without it.
+            sample_weight: m ≥ 0, which broadcasts against x_0: (B, 1, H, W), a mask of each image,
+                or (B, 1, 1, 1), a weight of each sample; None for 1.
         """
         # Levels and errors of half-precision data are computed in float32.
         x0 = at_least_float32(x0)
@@ -249,11 +280,31 @@ class Objective:
         weight = self.weight.target_weight(
             process.prediction, draw.level.logsnr, process.sigma_data
         ).to(x0)
+        if sample_weight is not None:
+            error = error * sample_weight.to(error)
         losses = (weight * error).flatten(1).mean(1) * draw.importance.to(x0)
         if log_variance is None:
             return losses
         u = log_variance(draw.level.logsnr.flatten(1).mean(1).to(x0))
-        return losses / u.exp() + u
+        share = 1 if sample_weight is None else sample_weight.to(u).flatten(1).mean(1)
+        return losses / u.exp() + share * u
+
+
+def _check_shift(process: Process) -> None:
+    """Raise ValueError if levels shifted by resolution have no time conditioning."""
+    schedule = process.schedule
+    if len(process.shape) != 3:
+        raise ValueError(
+            f"reference_size shifts the levels of images, but the shape of x_0 is {process.shape}: "
+            "set reference_size: 0"
+        )
+    is_bounded = schedule.logsnr(1.0) > -math.inf or schedule.logsnr(0.0) < math.inf
+    if schedule.steps is not None or (is_bounded and process.time.variable in ("index", "t")):
+        raise ValueError(
+            f"reference_size shifts λ beyond the levels of {schedule}, for which time conditioning "
+            f"by {process.time.variable} has no number: use a schedule of all λ (Cosine, Flow), "
+            "condition on blend, logsnr or sigma, or set reference_size: 0"
+        )
 
 
 def _extremes(schedule: Schedule) -> Tensor:

@@ -228,13 +228,11 @@ def _keep_finite_buffers(buffers: list[tuple[Tensor, Tensor]], norm: Tensor) -> 
 
 def _losses(state: TrainState, batch: Batch) -> Tensor:
     """The weighted losses (B,) of a micro-batch."""
-    settings, device = state.settings, state.accelerator.device
-    objective, process = settings.objective, settings.process
     key = state.sample_key(state.step, batch.batch_index)
-    draw = objective.draw(process, key, device, state.level_sampler.learned)
-    label = batch.label.to(device, non_blocking=True) if process.classes else None
-    x0 = batch.x0.to(device, non_blocking=True)
-    return objective(state.denoiser, x0, label, draw, state.uncertainty)
+    draw = state.settings.objective.draw(
+        state.process_of(batch), key, state.accelerator.device, state.level_sampler.learned
+    )
+    return state.losses(batch, draw)
 
 
 def _zero_non_finite_gradient(state: TrainState) -> None:

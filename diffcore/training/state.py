@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,12 @@ from diffcore.core.denoiser import Denoiser
 from diffcore.core.network import frozen_hash
 from diffcore.core.process import Process
 from diffcore.core.random import Stream, derive_seed
-from diffcore.objectives.objective import SampleKey
+from diffcore.objectives.objective import Draw, SampleKey
 from diffcore.training.averages.ema import EMA
 from diffcore.training.averages.power_ema import PowerFunction
 from diffcore.training.data.checks import prepare_data
-from diffcore.training.data.order import DataOrder
-from diffcore.training.data.source import DataSource
+from diffcore.training.data.order import Batch, DataOrder
+from diffcore.training.data.source import WEIGHT, DataSource
 from diffcore.training.optimization.level_sampler import LevelSampler
 from diffcore.training.optimization.optimizers import build_optimizer, evaluation_weights
 from diffcore.training.optimization.quantised_state import is_quantised
@@ -144,6 +144,33 @@ class TrainState:
     def evaluation_weights(self) -> AbstractContextManager[None]:
         """Context in which the network has the weights with which the optimizer evaluates it."""
         return evaluation_weights(self.optimizer.optimizer)
+
+    def process_of(self, batch: Batch) -> Process:
+        """The process of the run with the shape of the samples of a batch, that of their bucket."""
+        process, shape = self.settings.process, tuple(batch.x0.shape[1:])
+        return process if shape == process.shape else replace(process, shape=shape)
+
+    def losses(self, batch: Batch, draw: Draw) -> Tensor:
+        """The weighted losses (B,) of a micro-batch.
+
+        Args:
+            batch: samples, on any device.
+            draw: their random numbers.
+
+        Returns:
+            The losses, on the device of this rank.
+        """
+        device = self.accelerator.device
+        label = batch.label.to(device, non_blocking=True) if self.settings.process.classes else None
+        weight = batch.extras.get(WEIGHT)
+        return self.settings.objective(
+            self.denoiser,
+            batch.x0.to(device, non_blocking=True),
+            label,
+            draw,
+            self.uncertainty,
+            None if weight is None else weight.to(device, non_blocking=True),
+        )
 
     def sample_key(self, step: int, batch_index: Tensor) -> SampleKey:
         """Key of the random numbers of samples.

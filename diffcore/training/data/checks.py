@@ -3,38 +3,68 @@
 import math
 import reprlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from operator import index as as_integer
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffcore.core.process import Process
 from diffcore.training.data.listing import printable
-from diffcore.training.data.source import DataSource
+from diffcore.training.data.source import WEIGHT, DataSource
 
 __all__ = [
+    "Item",
     "check_data",
     "check_held_out",
     "prepare_data",
+    "process_of_item",
     "process_with_captions",
     "read_item",
     "split_item",
 ]
 
 
-def read_item(read: Callable[[], Any], index: int, process: Process) -> tuple[Tensor, int]:
+class Item(NamedTuple):
+    """An item of a data set.
+
+    Args:
+        x0: clean data, of the shape of the process.
+        label: index of its class or caption; -1 without one.
+        extras: further tensors by name, see `DataSource`.
+    """
+
+    x0: Tensor
+    label: int
+    extras: Mapping[str, Tensor]
+
+
+def process_of_item(process: Process, data: DataSource, index: int) -> Process:
+    """The process that an item must fit: that of the run, with the shape of the item's bucket.
+
+    Args:
+        process: process of the run.
+        data: data source.
+        index: index of the item.
+
+    Returns:
+        `process` itself if the data has no groups.
+    """
+    return process if data.groups is None else replace(process, shape=data.groups.shape(index))
+
+
+def read_item(read: Callable[[], Any], index: int, process: Process) -> Item:
     """Read an item and check that it fits the process.
 
     Args:
-        read: returns the item, x_0 or (x_0, label).
+        read: returns the item, x_0, (x_0, label) or (x_0, label, extras).
         index: index of the item in the data set, for messages.
         process: process that the item must fit.
 
     Returns:
-        x_0 of the shape of the process, and the label; -1 without a label.
+        The item, with x_0 of the shape of the process.
 
     Raises:
         ValueError: `read` raises an error, or the item does not fit the process. The message
@@ -46,36 +76,39 @@ def read_item(read: Callable[[], Any], index: int, process: Process) -> tuple[Te
         is_plain = isinstance(error, ValueError)
         reason = str(error) if is_plain else f"{type(error).__name__}: {error}"
         raise ValueError(f"item {index} of the data cannot be read: {reason}") from error
-    x0, label = split_item(item, index)
-    _check_x0(x0, index, process)
-    _check_label(label, index, process)
-    return x0, label
+    found = split_item(item, index)
+    _check_x0(found.x0, index, process)
+    _check_label(found.label, index, process)
+    if WEIGHT in found.extras:
+        _check_weight(found.extras[WEIGHT], index, process)
+    return found
 
 
-def split_item(item: Any, index: int) -> tuple[Tensor, int]:
-    """Split an item into x_0 and its label.
+def split_item(item: Any, index: int) -> Item:
+    """Split an item into x_0, its label and its extras.
 
     Args:
-        item: x_0, (x_0,) or (x_0, label).
+        item: x_0, (x_0,), (x_0, label) or (x_0, label, extras).
         index: index of the item in the data set, for messages.
 
     Returns:
-        x_0 and the label; -1 without a label.
+        The item; without a label it is -1.
 
     Raises:
         ValueError: The item has more parts, or the label is no integer.
     """
     if not isinstance(item, (tuple, list)):
-        return item, -1
+        return Item(item, -1, {})
     if len(item) == 1:
-        return item[0], -1
-    if len(item) != 2:
+        return Item(item[0], -1, {})
+    if len(item) not in (2, 3) or (len(item) == 3 and not isinstance(item[2], Mapping)):
         raise ValueError(
-            f"item {index} of the data has {len(item)} parts, expected x_0 or (x_0, label)"
+            f"item {index} of the data has {len(item)} parts, expected x_0, (x_0, label), or "
+            "(x_0, label, dictionary of tensors)"
         )
-    x0, label = item
+    x0, label = item[:2]
     try:
-        return x0, as_integer(label)
+        return Item(x0, as_integer(label), item[2] if len(item) == 3 else {})
     except (TypeError, RuntimeError):  # RuntimeError: a tensor of several elements
         raise ValueError(
             f"item {index} of the data has the label {reprlib.repr(label)}, expected an integer, "
@@ -127,7 +160,7 @@ def check_data(data: DataSource, process: Process) -> None:
     if data.labels is not None:
         _check_labels(torch.as_tensor(data.labels), process)
     if data.is_ready:
-        read_item(lambda: data[0], 0, process)
+        read_item(lambda: data[0], 0, process_of_item(process, data, 0))
 
 
 def check_held_out(held_out: DataSource | None, data: DataSource) -> None:
@@ -188,6 +221,22 @@ def _check_x0(x0: Any, index: int, process: Process) -> None:
             f"item {index} of the data lies in [{low:g}, {high:g}], expected within the process's "
             f"range [{process.low:g}, {process.high:g}]: scale the data, or set process.low and "
             "process.high"
+        )
+
+
+def _check_weight(weight: Tensor, index: int, process: Process) -> None:
+    """Raise ValueError if a weight does not broadcast against x_0, is negative or not finite."""
+    expected = (1, *process.shape[1:])
+    if tuple(weight.shape) not in (expected, (1,) * len(expected)):
+        raise ValueError(
+            f"item {index} of the data has a weight of shape {tuple(weight.shape)}, expected "
+            f"{expected}, one number for each pixel of x_0, or {(1,) * len(expected)}"
+        )
+    low, high = (float(bound) for bound in weight.aminmax())
+    if not 0 <= low <= high < math.inf:
+        raise ValueError(
+            f"item {index} of the data has weights in [{low:g}, {high:g}], expected finite numbers "
+            "of at least 0"
         )
 
 

@@ -12,18 +12,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from diffcore.training.data.buckets.groups import Groups
+
 if TYPE_CHECKING:
     from diffcore.training.data.order import DataOrder
 
-__all__ = ["DataSource"]
+__all__ = ["WEIGHT", "DataSource"]
+
+WEIGHT = "weight"
+"""Name of the extra that is the weight of the loss of a sample or of its pixels."""
 
 
 class DataSource(Dataset[Any]):
-    """A map-style data set for training. Its items are x_0 or (x_0, label).
+    """A map-style data set for training. Its items are x_0, (x_0, label) or (x_0, label, extras).
 
-    x_0 is a float tensor of the shape and range of the process; the label is an integer in
-    0 .. classes - 1, or -1 for none. A subclass implements `__len__` and `__getitem__`; every other
-    member has a default.
+    x_0 is a float tensor of the shape and range of the process, or of the shape of its bucket in
+    `groups`; the label is an integer in 0 .. classes - 1, or -1 for none. Extras are tensors by
+    name, the same names in every item. The extra "weight" multiplies the loss: of shape (1, 1, 1)
+    for the whole sample, or (1, H, W) for its pixels, a mask. A subclass implements `__len__` and
+    `__getitem__`; every other member has a default.
     """
 
     texts: tuple[str, ...] = ()
@@ -34,6 +41,9 @@ class DataSource(Dataset[Any]):
 
     labels: Sequence[int] | Tensor | None = None
     """Label of each item, if known without reading the items. They are checked before the run."""
+
+    groups: Groups | None = None
+    """Buckets of items that share batches, and rates at which parts are read; None for neither."""
 
     is_latent: bool = False
     """True if x_0 are latents; a data set of latents also overrides `decode`."""
@@ -50,7 +60,7 @@ class DataSource(Dataset[Any]):
             position: number of samples of the run before this one; the key of everything random.
 
         Returns:
-            x_0 or (x_0, label); by default `self[index]`.
+            x_0, (x_0, label) or (x_0, label, extras); by default `self[index]`.
         """
         return self[index]
 
@@ -65,12 +75,12 @@ class DataSource(Dataset[Any]):
             world: number of ranks.
 
         Returns:
-            By default a keyed permutation of all items in every epoch. A data set whose items are
-            grouped, or cannot be read in any order, returns an order of its own.
+            By default a keyed permutation of all items in every epoch, or that of their `groups`. A
+            data set whose items cannot be read in any order returns an order of its own.
         """
         from diffcore.training.data.order import DataOrder
 
-        return DataOrder(len(self), seed, batch, accumulation, rank, world)
+        return DataOrder(len(self), seed, batch, accumulation, rank, world, self.groups)
 
     @property
     def vae(self) -> Any:

@@ -1,6 +1,7 @@
 """The adaptive distribution of the training levels: it updates the objective's resampler."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -75,12 +76,13 @@ class LevelSampler:
         self.learned = self.objective.resampler.update(self.learned, times, losses)
         self.window.restore(None)
 
-    def logsnr(self, key: SampleKey, step: int) -> Tensor:
+    def logsnr(self, key: SampleKey, step: int, shape: tuple[int, ...] | None = None) -> Tensor:
         """λ of samples that were drawn at an earlier step.
 
         Args:
             key: key of the samples.
             step: number of steps taken.
+            shape: shape of x_0 in the batch of the samples; None for that of the process.
 
         Returns:
             (B,) λ; NaN if the resampler was updated since they were drawn.
@@ -88,8 +90,9 @@ class LevelSampler:
         resampler = self.objective.resampler
         if resampler and key.step < step - step % resampler.update_interval:
             return torch.full(key.position.shape, torch.nan)
-        times = self.process.schedule.training_times(self.objective.times(key, self.learned))
-        return self.process.schedule.logsnr(times).reshape(key.position.shape)
+        schedule = self.objective.schedule(replace(self.process, shape=shape or self.process.shape))
+        times = schedule.training_times(self.objective.times(key, self.learned))
+        return schedule.logsnr(times).reshape(key.position.shape)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that a checkpoint stores, by name. Every rank must call it.

@@ -359,7 +359,8 @@ class Reporter:
 def _describe(state: "TrainState", found: NonFinite) -> str:
     """Step, sample, level and loss of a step that was not finite."""
     key = state.sample_key(found.step, torch.tensor([found.batch_index]))
-    logsnr = float(state.level_sampler.logsnr(key, state.step))
+    shape = state.order.shape(found.step)
+    logsnr = float(state.level_sampler.logsnr(key, state.step, shape))
     level = "unknown (the level sampler has been updated since)"
     level = level if math.isnan(logsnr) else f"{logsnr:.3f}"
     index = state.order.index(int(key.position))
@@ -373,7 +374,7 @@ def _samples(state: "TrainState", step: int, row: Tensor) -> dict[str, float | l
         "step": step,
         "grad_norm": float(row[0]),
         "sample": [state.order.index(position) for position in key.position.tolist()],
-        "logsnr": state.level_sampler.logsnr(key, state.step).tolist(),
+        "logsnr": state.level_sampler.logsnr(key, state.step, state.order.shape(step)).tolist(),
         "loss": row[1:].tolist(),
     }
 

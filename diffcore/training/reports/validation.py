@@ -25,8 +25,13 @@ from diffcore.objectives.coupling import IndependentCoupling
 from diffcore.objectives.objective import Objective, SampleKey
 from diffcore.sampling.generation import evaluation_mode
 from diffcore.training.data.adapters import as_data_source
-from diffcore.training.data.checks import check_data, process_with_captions, read_item
-from diffcore.training.data.source import DataSource
+from diffcore.training.data.checks import (
+    check_data,
+    process_of_item,
+    process_with_captions,
+    read_item,
+)
+from diffcore.training.data.source import WEIGHT, DataSource
 
 if TYPE_CHECKING:
     from diffcore.training.state import TrainState
@@ -171,13 +176,15 @@ def measure_loss(
     # Sorted data must not put each class at levels of its own.
     rows = permutation(key_seed, 0, total) % size * len(source) // size
     own = torch.arange(rank, -(-total // world) * world, world) % total  # as many on each rank
+    # Items of several buckets are not stacked, and a sharded network needs equally many calls.
+    micro = batch_size if source.groups is None else 1
     with torch.no_grad(), evaluation_mode(denoiser):
         losses = torch.cat(
             [
                 _batch_losses(
                     denoiser, source, plain, SampleKey(key_seed, 0, index, total), rows[index]
                 )
-                for index in own.split(batch_size)
+                for index in own.split(micro)
             ]
         )
     table = gather(losses[None]).T.flatten()[:total].double().cpu()
@@ -191,12 +198,16 @@ def _batch_losses(
     denoiser: Denoiser, source: DataSource, objective: Objective, key: SampleKey, rows: Tensor
 ) -> Tensor:
     """The losses (B,) of items at the levels that a key indexes, on the device of the network."""
-    process, device = denoiser.process, denoiser.device
+    device = denoiser.device
+    process = process_of_item(denoiser.process, source, int(rows[0]))
     items = [read_item(partial(source.__getitem__, row), row, process) for row in rows.tolist()]
-    label = torch.tensor([label for _, label in items])
+    label = torch.tensor([item.label for item in items])
     draw = objective.draw(process, key, device)
     condition = label.to(device) if process.classes else None
-    return objective(denoiser, torch.stack([x0 for x0, _ in items]).to(device), condition, draw)
+    weights = [item.extras[WEIGHT] for item in items if WEIGHT in item.extras]
+    weight = torch.stack(weights).to(device) if weights else None
+    x0 = torch.stack([item.x0 for item in items]).to(device)
+    return objective(denoiser, x0, condition, draw, None, weight)
 
 
 def validate(state: "TrainState") -> Measurement:

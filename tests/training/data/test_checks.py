@@ -31,12 +31,12 @@ def read_all(data, process=PROCESS, workers=0):
     "label", [3, np.int64(3), np.array(3), torch.tensor(3), torch.tensor(3, dtype=torch.uint8)]
 )
 def test_a_label_is_any_integer(label):
-    assert split_item((X0, label), 0) == (X0, 3)
+    assert split_item((X0, label), 0) == (X0, 3, {})
     assert type(split_item([X0, label], 0)[1]) is int
 
 
 def test_an_item_of_x0_alone_has_the_label_minus_one():
-    assert split_item(X0, 0) == split_item((X0,), 0) == split_item([X0], 0) == (X0, -1)
+    assert split_item(X0, 0) == split_item((X0,), 0) == split_item([X0], 0) == (X0, -1, {})
     (batch,) = read_all(TensorDataset(torch.zeros(3, 2)), Process(shape=(2,)))
     assert (batch.x0.shape, batch.label.tolist()) == ((3, 2), [-1] * 3)
 
@@ -59,7 +59,7 @@ def test_a_label_that_is_no_integer_is_refused_with_its_index(label, text):
 
 
 def test_an_item_of_three_parts_is_refused():
-    with pytest.raises(ValueError, match=r"item 0 of the data has 3 parts, expected x_0 or \("):
+    with pytest.raises(ValueError, match=r"item 0 of the data has 3 parts, expected x_0, \("):
         read_all(ListDataset((X0, 1, "a caption")))
 
 

@@ -1,25 +1,25 @@
-"""The order in which a run reads its data, a function of (seed, step) for all ranks and workers."""
+"""Micro-batches, read in the order of a run by this process or by workers."""
 
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from traceback import format_exception
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from diffcore.core.process import Process
-from diffcore.core.random import Stream, permutation, uniform
-from diffcore.training.data.checks import read_item
+from diffcore.core.random import Stream, uniform
+from diffcore.training.data.checks import process_of_item, read_item
+from diffcore.training.data.order.sequence import DataOrder
 from diffcore.training.data.source import DataSource
 
-__all__ = ["Batch", "DataOrder", "is_mirrored", "load_batches"]
+__all__ = ["Batch", "is_mirrored", "load_batches"]
 
 
 @dataclass(frozen=True)
@@ -31,68 +31,20 @@ class Batch:
         label: (B,) labels; -1 where the data has none.
         index: (B,) index of each sample in the data set.
         batch_index: (B,) index of each sample in the global batch.
+        extras: what the items hold beside x_0 and label, by name, each (B, ...).
     """
 
     x0: Tensor
     label: Tensor
     index: Tensor
     batch_index: Tensor
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
-
-class DataOrder(Sampler[list[tuple[int, int]]]):
-    """The (index, position) pairs of each micro-batch of a rank.
-
-    The index is that of the item in the data set; the position counts the samples of the run. Every
-    epoch is a keyed permutation. Part p of rank r of step s holds the indices
-    (p·world + r)·micro + j of the global batch, so that the global batch is the same for every
-    split.
-
-    Args:
-        size: number of items of the data set.
-        seed: seed of the run.
-        batch: size of the global batch.
-        accumulation: number of micro-batches of a rank in a step.
-        rank: index of this rank.
-        world: number of ranks.
-    """
-
-    def __init__(
-        self, size: int, seed: int, batch: int, accumulation: int, rank: int, world: int
-    ) -> None:
-        self.size, self.seed, self.batch = size, seed, batch
-        self.micro = batch // (accumulation * world)
-        self.parts = [(part * world + rank) * self.micro for part in range(accumulation)]
-        self.span = range(0)
-        self._permutation = lru_cache(maxsize=2)(
-            lambda epoch: permutation(seed, epoch, size).numpy()  # a list takes five times as much
-        )
-
-    def steps(self, start: int, stop: int) -> "DataOrder":
-        """Restrict this order to some optimizer steps, in place.
-
-        Args:
-            start: first step.
-            stop: step after the last one.
-
-        Returns:
-            This order.
-        """
-        self.span = range(start, stop)
-        return self
-
-    def index(self, position: int) -> int:
-        """Index of the item at a position of the run, a number below `size`."""
-        epoch, offset = divmod(position, self.size)
-        return int(self._permutation(epoch)[offset])
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for step in self.span:
-            for first in self.parts:
-                positions = range(step * self.batch + first, step * self.batch + first + self.micro)
-                yield [(self.index(position), position) for position in positions]
-
-    def __len__(self) -> int:
-        return len(self.span) * len(self.parts)
+    def first(self, count: int) -> "Batch":
+        """The first `count` samples, or all of them if there are fewer."""
+        x0, label = self.x0[:count], self.label[:count]
+        extras = {name: value[:count] for name, value in self.extras.items()}
+        return Batch(x0, label, self.index[:count], self.batch_index[:count], extras)
 
 
 def load_batches(
@@ -174,24 +126,26 @@ def _end_with_training_process() -> None:
 class _PositionedItems(Dataset[Any]):
     """A data source indexed by (index, position); what is random depends only on the position.
 
-    An item is (x_0, label, index, index in the batch), or the error that it cannot be used: a
-    worker that raised it would send the text of a traceback instead.
+    An item is (x_0, label, index, index in the batch, extras), or the error that it cannot be used:
+    a worker that raised it would send the text of a traceback instead.
     """
 
     def __init__(self, data: DataSource, seed: int, batch: int, process: Process) -> None:
         self.data, self.seed, self.batch, self.process = data, seed, batch, process
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int, int] | ValueError:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, ...] | ValueError:
         index, position = key
         try:
-            x0, label = read_item(
-                lambda: self.data.item(index, self.seed, position), index, self.process
+            x0, label, extras = read_item(
+                lambda: self.data.item(index, self.seed, position),
+                index,
+                process_of_item(self.process, self.data, index),
             )
         except ValueError as error:
             if get_worker_info():  # a worker sends the error without its cause
                 error.add_note("".join(format_exception(error)))
             return error
-        return x0, label, index, position % self.batch
+        return x0, label, index, position % self.batch, extras
 
 
 def _collate(items: list[Any]) -> Any:
