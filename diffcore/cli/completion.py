@@ -1,6 +1,7 @@
 """Completion of settings: what the first file leaves to a pipeline or to a folder of images."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -33,7 +34,9 @@ def complete_settings(
     options, _ = extract_option(words, "pipeline", "the folder of a diffusers pipeline")
     folder = finetuning.find_pipeline(settings, options[-1] if options else "", file)
     if folder:
-        return finetuning.complete_settings(settings, folder)
+        recipe = "" if Path(file).is_file() else file
+        overrides = _given(contents[1:], words)
+        return finetuning.complete_settings(settings, folder, overrides, recipe)
     if image_settings.are_incomplete(settings):
         return image_settings.complete_settings(settings, _given(contents, words))
     return settings

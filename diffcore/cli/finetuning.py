@@ -1,18 +1,36 @@
 """Settings of a training that starts from a diffusers pipeline, which completes them."""
 
+from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
 from diffcore import schedules
+from diffcore.cli.family_recipe import check_recipe, report_choice
 from diffcore.io.specs import to_spec
 
-__all__ = ["complete_settings", "find_pipeline", "make_pipelines_absolute"]
+if TYPE_CHECKING:
+    from diffcore.integrations.diffusers.loading.index import PipelineIndex
+
+__all__ = ["complete_settings", "find_pipeline", "make_pipelines_absolute", "trains_pipeline"]
 
 READERS = {"network": "PretrainedNetwork", "data": "LatentDataset"}
 """Setting -> class of the component that reads a pipeline's folder."""
+
+
+def trains_pipeline(settings: Mapping[str, Any]) -> bool:
+    """Whether settings train the network of a pipeline.
+
+    Args:
+        settings: content of a settings file.
+
+    Returns:
+        True if their network is a `PretrainedNetwork`.
+    """
+    return _class_name(settings.get("network")) == READERS["network"]
 
 
 def find_pipeline(settings: dict[str, Any], option: str, file: str) -> str:
@@ -46,7 +64,12 @@ def find_pipeline(settings: dict[str, Any], option: str, file: str) -> str:
     return folder
 
 
-def complete_settings(settings: dict[str, Any], folder: str) -> dict[str, Any]:
+def complete_settings(
+    settings: dict[str, Any],
+    folder: str,
+    given: Mapping[str, Any] = MappingProxyType({}),
+    recipe: str = "",
+) -> dict[str, Any]:
     """Fill in the settings that a training's file leaves to a pipeline: process and folder.
 
     A schedule that wraps another one (ZeroTerminalSNR, Shifted) and names none wraps the
@@ -55,22 +78,34 @@ def complete_settings(settings: dict[str, Any], folder: str) -> dict[str, Any]:
     Args:
         settings: content of the settings file; it takes precedence over the pipeline.
         folder: folder of the pipeline.
+        given: settings of further files and of the command line by dotted name, which override
+            both; the size of the images (`data.size`) determines the shape of the latents.
+        recipe: name of the recipe that the settings are, or "".
 
     Returns:
         The completed settings.
 
     Raises:
-        ValueError: the folder holds no pipeline, a setting is not a table, or the settings change
-            the prediction type of a flow.
+        ValueError: the folder holds no pipeline, the recipe is made for another family, a setting
+            is not a table, or the settings change the prediction type of a flow.
     """
     from diffcore.integrations.diffusers.loading.index import PipelineIndex
 
     index = PipelineIndex(Path(folder))
-    if _class_name(settings.get("network")) == READERS["network"]:
+    if trains_pipeline(settings):
         index.check_pretrained()
-    fields = index.process_fields
+    check_recipe(recipe, index)
+    own = _table(settings.get("process"), "process")
+    fields = index.process_fields_of(*_size(settings, own, given)) | _label_fields(index)
     found = {name: to_spec(value) for name, value in fields.items()}
-    process = found | _table(settings.get("process"), "process")
+    process = found | own
+    if (count := given.get("process.classes", process.get("classes"))) != fields.get(
+        "classes", count
+    ):
+        raise ValueError(
+            f"process.classes is {count}, but the network in {folder} embeds {fields['classes']} "
+            "classes and the null label: give the images one sub-folder for each of them"
+        )
     if found["prediction"] == "flow_prediction" != process["prediction"]:
         raise ValueError(
             f"process.prediction is {process['prediction']}, but the network in {folder} predicts "
@@ -83,7 +118,33 @@ def complete_settings(settings: dict[str, Any], folder: str) -> dict[str, Any]:
         for name, cls in READERS.items()
         if _class_name(settings.get(name)) == cls
     }
-    return settings | readers | {"pipeline": folder, "process": process}
+    completed = settings | readers | {"pipeline": folder, "process": process}
+    if recipe:
+        report_choice(recipe, index, completed, given)
+    return completed
+
+
+def _size(
+    settings: Mapping[str, Any], process: Mapping[str, Any], given: Mapping[str, Any]
+) -> tuple[int, Any]:
+    """Size of the images in pixels, and shape of x_0, as far as the settings define them."""
+    data = settings.get("data")
+    arguments = data.get("init_args") if isinstance(data, dict) else None
+    size = given.get("data.size", (arguments or {}).get("size"))
+    shape = given.get("process.shape", process.get("shape"))
+    # The parser of the command refuses values of another type.
+    return size if isinstance(size, int) else 0, shape if isinstance(shape, list) else None
+
+
+def _label_fields(index: "PipelineIndex") -> dict[str, Any]:
+    """The fields of the condition that a class-conditional network's config determines."""
+    from diffcore.integrations.diffusers.families import ClassCondition
+
+    condition = index.family.condition
+    if not isinstance(condition, ClassCondition) or condition.null_label is None:
+        return {}
+    count = condition.class_count(index.config(index.network_name), {})
+    return {} if count is None else {"classes": count, "dropout": index.family.dropout}
 
 
 def make_pipelines_absolute(settings: Namespace) -> None:

@@ -9,7 +9,8 @@ from jsonargparse import Namespace
 
 from diffcore.cli.arguments import extract_option, wants_help
 from diffcore.cli.completion import complete_settings
-from diffcore.cli.finetuning import make_pipelines_absolute
+from diffcore.cli.family_recipe import CHOICE, choose_recipe, expand_options
+from diffcore.cli.finetuning import make_pipelines_absolute, trains_pipeline
 from diffcore.cli.recipes import find_settings, read_settings, recipe_names
 from diffcore.io.parser import ComponentParser
 from diffcore.run import Run
@@ -32,8 +33,10 @@ def training_parser(prog: str, description: str) -> ComponentParser:
         prog=prog,
         usage=f"{prog} [RECIPE | FILE.yaml] [--option value ...]",
         description=description,
-        epilog="`--trust MODULE` lets the settings name classes of one of your modules, which may "
-        "lie in the current folder.",
+        epilog="Trainings of a pipeline also take `--data IMAGES` for --data.folder, `--lora RANK` "
+        "for --network.lora.rank with the learning rate and the steps of an adapter, and "
+        "`--resolution PIXELS` for --data.size. `--trust MODULE` lets the settings name classes of "
+        "one of your modules, which may lie in the current folder.",
     )
     parser.add_argument(
         "--config", action="config", help="YAML file of settings; options override it"
@@ -93,8 +96,14 @@ def _move_files_first(argv: Sequence[str]) -> list[str]:
     files, words = extract_option(argv, "config", "a YAML file")
     if words and not words[0].startswith("-"):
         files.insert(0, words.pop(0))
+    if files[:1] == [CHOICE] and wants_help(words):
+        files = []
+    elif files[:1] == [CHOICE]:
+        files[0] = choose_recipe(words)
     paths = [find_settings(file) for file in files]
     contents = [read_settings(path) for path in paths]
+    if contents and trains_pipeline(contents[0]):
+        words = expand_options(words)
     # Not their paths: jsonargparse would read the files in the encoding of the locale.
     configs = [yaml.safe_dump(content, sort_keys=False) for content in contents]
     if paths and _is_config_of_moved_run(paths[-1], contents[-1]):

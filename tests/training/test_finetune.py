@@ -112,7 +112,7 @@ def test_a_pipeline_trains_on_its_own_process_if_the_file_defines_none(workspace
     assert sum(changed) > len(changed) / 2
 
 
-def test_the_recipe_of_a_beta_table_refuses_a_flow_and_names_the_recipe_that_keeps_it(
+def test_the_recipe_of_a_beta_table_refuses_a_flow_and_names_the_choice_that_keeps_it(
     workspace, capsys
 ):
     pipe = text_networks.sd3(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
@@ -121,8 +121,8 @@ def test_the_recipe_of_a_beta_table_refuses_a_flow_and_names_the_recipe_that_kee
     short = ("--steps=1", "--batch-size=2", "--trackers=[]", f"--folder={run}")
     assert run_command("train", "finetune-text-to-image", *options, *short) == 1
     message = capsys.readouterr().err
-    assert "process.prediction is v_prediction, but the network in flow predicts" in message
-    assert "use the recipe finetune-flow" in message
+    assert "the recipe finetune-text-to-image trains Stable Diffusion 1 and 2" in message
+    assert "and flow holds Stable Diffusion 3: use finetune" in message
     assert not run.exists()
     assert run_command("train", "finetune-flow", *options, *short) == 0
     process = Process.load(run / "process.json")

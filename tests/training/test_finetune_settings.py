@@ -2,12 +2,14 @@
 
 import shutil
 
+import diffusers
 import pytest
 
 from diffcore.cli.finetuning import complete_settings
 from diffcore.core.process import Process
 from diffcore.io.specs import from_spec
 from diffcore.schedules import Cosine, Discrete, Shifted, ZeroTerminalSNR
+from tests.helpers import text_networks
 from tests.helpers.damaged_folders import edit_json
 from tests.helpers.finetune_runs import OPTIONS, finetune_command, run_command
 
@@ -48,6 +50,13 @@ def test_the_settings_of_a_file_take_precedence_over_the_pipeline(workspace):
     completed = complete_settings({"data": data, "network": "mine.Net"}, "pipeline")
     assert completed["data"]["init_args"] == {"pipeline": "other"}
     assert completed["network"] == "mine.Net"
+
+
+def test_settings_that_change_the_prediction_type_of_a_flow_are_refused(workspace):
+    flow = diffusers.FlowMatchEulerDiscreteScheduler()
+    text_networks.sd3(flow).save_pretrained("kept-flow")
+    with pytest.raises(ValueError, match="use the recipe finetune-flow"):
+        complete_settings({"process": {"prediction": "v_prediction"}}, "kept-flow")
 
 
 @pytest.mark.parametrize(

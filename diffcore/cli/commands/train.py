@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from diffcore.cli.family_recipe import CHOICE
 from diffcore.cli.recipes import recipe_names
 from diffcore.cli.training_settings import build_trainer, parse_settings, training_parser
 
@@ -16,7 +17,7 @@ def main(argv: Sequence[str]) -> None:
     """
     parser = training_parser(
         "diffcore train",
-        f"Train a network. Recipes: {', '.join(recipe_names())}. Options override the settings of "
-        "the recipe or file.",
+        f"Train a network. Recipes: {', '.join(recipe_names())}; and {CHOICE}, the recipe of the "
+        "family of --pipeline. Options override the settings of the recipe or file.",
     )
     build_trainer(parser, parse_settings(parser, argv)).train()

@@ -37,6 +37,8 @@ class TextCondition(ABC):
 
     optional_encoders: ClassVar[tuple[str, ...]] = ()
     """Text encoders of the pipeline that may be missing."""
+    summary: ClassVar[str] = "text"
+    """What the network is conditioned on, for messages."""
     unsupported_config: ClassVar[Mapping[str, str]] = {}
     """Keys that the network's config must not set -> why a network that does is refused."""
 
@@ -110,6 +112,7 @@ class ClassCondition:
 
     class_count: Callable[[Config, Config], int | None]
     null_label: int | None = None
+    summary: ClassVar[str] = "class labels: the sub-folders of the images, in their order"
 
 
 @dataclass(frozen=True)
@@ -183,6 +186,8 @@ class ModelFamily:
             the shape of x, or with a variance in channels C to 2C. Default: the network itself.
         export_target: how a trained network is exported to a pipeline that needs no diffcore;
             None: it is not.
+        recipes: names of the recipes of `diffcore train` that are made for the family; the first
+            one is that of `diffcore train finetune`.
 
     Example:
         >>> family = ModelFamily("Toy", "ToyTransformer", ("ToyPipeline",), patch_size=2)
@@ -204,6 +209,7 @@ class ModelFamily:
     sample_shape: Callable[[Config], tuple[int, ...] | None] = config_shape
     wrap: Callable[[nn.Module], nn.Module] = _unwrapped
     export_target: ExportTarget | None = None
+    recipes: tuple[str, ...] = ()
 
     @property
     def has_text(self) -> bool:

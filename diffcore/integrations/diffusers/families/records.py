@@ -59,6 +59,7 @@ FAMILIES = [
         guidance_batching="condition first",
         condition=ClassCondition(dit_class_count, null_label=DIT_NULL_LABEL),
         export_target=ExportTarget(dit_pipeline, dit_call),
+        recipes=("finetune-classes",),
     ),
     ModelFamily(
         "Stable Diffusion 1 and 2",
@@ -74,6 +75,7 @@ FAMILIES = [
             "StableDiffusionControlNetInpaintPipeline",
         ),
         condition=StableDiffusionText(),
+        recipes=("finetune-sd", "finetune-text-to-image"),
     ),
     ModelFamily(
         "Stable Diffusion XL",
@@ -92,6 +94,7 @@ FAMILIES = [
             "StableDiffusionXLControlNetUnionInpaintPipeline",
         ),
         condition=StableDiffusionXLText(),
+        recipes=("finetune-sdxl", "finetune-text-to-image"),
     ),
     ModelFamily(
         "Stable Diffusion 3",
@@ -105,6 +108,7 @@ FAMILIES = [
         ),
         condition=StableDiffusion3Text(),
         prediction="flow_prediction",
+        recipes=("finetune-sd3", "finetune-flow"),
     ),
     ModelFamily(
         "Flux",
@@ -124,12 +128,14 @@ FAMILIES = [
         patch_size=2,
         sample_shape=packed_shape,
         wrap=PackedTransformer,
+        recipes=("finetune-flux", "finetune-flow"),
     ),
     ModelFamily(
         "PixArt",
         network="PixArtTransformer2DModel",
         pipelines=("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
         condition=PixArtText(),
+        recipes=("finetune-sd", "finetune-text-to-image"),
     ),
     ModelFamily(
         "Sana",
@@ -138,6 +144,7 @@ FAMILIES = [
         condition=MaskedText(),
         prediction="flow_prediction",
         time_factor="timestep_scale",
+        recipes=("finetune-flow",),
     ),
 ]
 """Every known family. Records of one network class differ in `config`."""

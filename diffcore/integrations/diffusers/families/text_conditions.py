@@ -27,6 +27,8 @@ Arguments = dict[str, Tensor]
 class StableDiffusionText(TextCondition):
     """The states of CLIP."""
 
+    summary = "text: the states of CLIP"
+
     unsupported_config = {  # noqa: RUF012  # constant
         "encoder_hid_dim_type": "its text states are projected together with another condition",
         "num_class_embeds": "it is conditioned on a class label beside the text",
@@ -43,6 +45,8 @@ class StableDiffusionText(TextCondition):
 
 class StableDiffusionXLText(StableDiffusionText):
     """The states of two encoders, a pooled one, and the size in pixels as `time_ids`."""
+
+    summary = "text: the states of two CLIP encoders, a pooled one, and sizes and crop as time_ids"
 
     def check_pipeline(self, pipeline: Any) -> None:
         if pipeline.config.get("requires_aesthetics_score"):
@@ -69,6 +73,8 @@ class StableDiffusionXLText(StableDiffusionText):
 class StableDiffusion3Text(TextCondition):
     """The states of three encoders, of which T5 may be missing, and two pooled ones."""
 
+    summary = "text: the states of two CLIP encoders and of T5, and two pooled ones"
+
     optional_encoders = ("text_encoder_3",)
 
     def encode(self, pipeline: Any, text: str, is_null: bool) -> Arguments:
@@ -87,6 +93,8 @@ class FluxText(TextCondition):
     A negative prompt is encoded as any other.
     """
 
+    summary = "text: the states of T5, CLIP's pooled one, and the guidance scale if it takes one"
+
     def encode(self, pipeline: Any, text: str, is_null: bool) -> Arguments:
         states, pooled, _ = pipeline.encode_prompt(text, **_call_defaults(pipeline))
         return {"encoder_hidden_states": states, "pooled_projections": pooled}
@@ -102,6 +110,8 @@ class FluxText(TextCondition):
 class MaskedText(TextCondition):
     """The states of one encoder, and their mask."""
 
+    summary = "text: the states of one encoder, and their mask"
+
     def encode(self, pipeline: Any, text: str, is_null: bool) -> Arguments:
         prompts = _prompts(text, is_null) | {"negative_prompt": text}
         states, mask, *negative = pipeline.encode_prompt(**prompts, **_call_defaults(pipeline))
@@ -111,6 +121,8 @@ class MaskedText(TextCondition):
 
 class PixArtText(MaskedText):
     """The states of T5 and their mask, and in networks of 1024 pixels the size."""
+
+    summary = "text: the states of T5 and their mask, and the size if it takes one"
 
     def shared_arguments(
         self, network: nn.Module, size: tuple[int, int], guidance_scale: float

@@ -1,5 +1,6 @@
 """The index of a pipeline's folder, by which single parts are read."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -8,10 +9,11 @@ from typing import Any
 import diffusers
 from torch import nn
 
-from diffcore.integrations.diffusers.families import family_of
+from diffcore.integrations.diffusers.families import ModelFamily, family_of
 from diffcore.integrations.diffusers.loading.folder import (
     PipelineParts,
     is_present,
+    latent_shape,
     network_name,
     read_folder,
     read_json,
@@ -169,12 +171,38 @@ class PipelineIndex:
             )
         return shape[1] * downsampling_factor(self.config("vae"))
 
+    @cached_property
+    def family(self) -> ModelFamily:
+        """The record of the network's family."""
+        return family_of(self.read_architecture(self.network_name))
+
     @property
     def process_fields(self) -> dict[str, Any]:
         """The fields of a Process that the configs determine, without those of the condition."""
+        return self.process_fields_of()
+
+    def process_fields_of(
+        self, size: int = 0, shape: Sequence[int] | None = None
+    ) -> dict[str, Any]:
+        """The fields of a Process for images of a size, on which a flow's shift may depend.
+
+        Args:
+            size: height and width of the images in pixels; 0: the network's own.
+            shape: shape (C, H, W) of x_0, which takes precedence over the size.
+
+        Returns:
+            Name -> value, without the fields of the condition.
+
+        Raises:
+            ValueError: the configs contradict each other, or the network cannot have the size.
+        """
         vae = self.read_architecture("vae") if "vae" in self.parts else None
         network = self.read_architecture(self.network_name)
-        return read_process_fields(PipelineParts(network, self.scheduler, vae), {}, None)
+        parts = PipelineParts(network, self.scheduler, vae)
+        if size and shape is None:
+            shape = latent_shape(parts, size, size)
+        given = {} if shape is None else {"shape": tuple(shape)}
+        return read_process_fields(parts, given, None) | given
 
     def _check(self, name: str) -> None:
         if name not in self.parts:

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import diffusers
+from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
 from diffcore.core.denoiser import extract_tensor
@@ -25,7 +26,10 @@ from diffcore.integrations.diffusers.loading.index import PipelineIndex
 from diffcore.integrations.diffusers.pipeline.export import export_scheduler
 from diffcore.integrations.diffusers.pipeline.folder import write_pipeline
 from diffcore.integrations.diffusers.scheduler.scheduler import DiffcoreScheduler
-from diffcore.integrations.diffusers.scheduler.scheduler_config import describe_process
+from diffcore.integrations.diffusers.scheduler.scheduler_config import (
+    describe_process,
+    dynamic_shift,
+)
 from diffcore.integrations.diffusers.scheduler.settings import SchedulerSettings
 from diffcore.io.files import hash_file, verify_folder, write_file, write_folder
 from diffcore.samplers import DDIM
@@ -59,6 +63,7 @@ class PretrainedNetwork(ExportableNetwork):
         self.index.check_pretrained()
         self.network: Any = self.index.read(self.index.network_name)
         self.config = self.network.config
+        _leave_dropout_to_process(self.network)
         if lora.rank:
             if not hasattr(self.index.pipeline_class, "save_lora_weights"):
                 raise ValueError(
@@ -152,7 +157,7 @@ class PretrainedNetwork(ExportableNetwork):
             process: process that the network was trained on.
         """
         folder = Path(folder)
-        scheduler = build_scheduler(self.index.scheduler, process)
+        scheduler = build_scheduler(self.index.scheduler, process, self.network)
         if self.lora.rank:
             self._save_adapter(folder)
             write_folder(folder / "scheduler", scheduler.save_pretrained)
@@ -173,7 +178,9 @@ class PretrainedNetwork(ExportableNetwork):
             write_file(run / ADAPTER, Path(folder, ADAPTER).read_bytes())
 
 
-def build_scheduler(config: Mapping[str, Any], process: Process) -> Any:
+def build_scheduler(
+    config: Mapping[str, Any], process: Process, network: nn.Module | None = None
+) -> Any:
     """Build the scheduler of a fine-tuned network.
 
     It is the scheduler of the pipeline if this describes the process (a flow), else the one of
@@ -184,11 +191,13 @@ def build_scheduler(config: Mapping[str, Any], process: Process) -> Any:
     Args:
         config: config of the pipeline's scheduler.
         process: process that the network was trained on.
+        network: the network, whose number of tokens determines the shift of a flow with
+            `use_dynamic_shifting`, and whose time may be a multiple of the scheduler's.
 
     Returns:
         The scheduler.
     """
-    if process.prediction == "flow_prediction" and _describes(config, process):
+    if process.prediction == "flow_prediction" and _describes(config, process, network):
         return getattr(diffusers, config["_class_name"]).from_config(dict(config))
     description = (process.schedule, process.prediction, process.time, process.sigma_data)
     try:
@@ -203,11 +212,31 @@ def build_scheduler(config: Mapping[str, Any], process: Process) -> Any:
     return scheduler
 
 
-def _describes(config: Mapping[str, Any], process: Process) -> bool:
+def _describes(config: Mapping[str, Any], process: Process, network: nn.Module | None) -> bool:
+    """Whether a scheduler has the process, at the time shift of its shape if it is dynamic."""
+    mu, factor = None, 1.0
+    if network is not None:
+        family = family_of(network)
+        factor, tokens = family.time_scale(network), family.token_count(network, process.shape)
+        if config.get("use_dynamic_shifting") and tokens is not None:
+            mu = dynamic_shift(dict(config), tokens)
     try:
-        return describe_process(config)[:3] == (process.schedule, process.prediction, process.time)
+        found = describe_process(dict(config), mu)
     except ValueError:  # a dynamic shift needs μ
         return False
+    time = replace(found.time, scale=found.time.scale * factor)
+    return (found.schedule, found.prediction, time) == (
+        process.schedule,
+        process.prediction,
+        process.time,
+    )
+
+
+def _leave_dropout_to_process(network: nn.Module) -> None:
+    """Let label embeddings of diffusers drop no labels: the process drops them, by key."""
+    for module in network.modules():
+        if isinstance(module, LabelEmbedding):
+            module.dropout_prob = 0.0
 
 
 def _drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, _local: Any) -> None:
