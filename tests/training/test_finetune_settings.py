@@ -86,7 +86,7 @@ def test_settings_that_are_no_table_are_refused(workspace, settings):
             "the data has no captions and classes is 0",
         ),
         (
-            finetune_command("runs/no", "--data.size=8"),
+            finetune_command("runs/no", "--data.size=8", "--process.shape=[4,8,8]"),
             "expected a float tensor of the process's shape (4, 8, 8)",
         ),
         (
