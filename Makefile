@@ -6,7 +6,7 @@ RUN ?= runs/digits
 STEPS ?= 450
 # Test workers: one for each core that is visible, each with one thread.
 WORKERS ?= auto
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist loadgroup $(PYTEST_OPTIONS)
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_OPTIONS)
 
 .PHONY: help demo test test-slow test-thorough coverage lint typecheck format pictures docs clean
 

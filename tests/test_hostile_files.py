@@ -9,8 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.helpers.hostile_files import HOSTILE
 from tests.helpers.hostile_process import CASES
 
@@ -19,13 +17,8 @@ MAXIMUM_KIBIBYTES = 1 << 20
 """Memory that all hostile files together may add to the process: 1 GiB."""
 
 
-pytestmark = pytest.mark.xdist_group("hostile files")  # one walk serves all tests
-
-
-@pytest.fixture(scope="module")
-def reports(trained, tmp_path_factory):
+def walk(trained: Path, workplace: Path) -> list[dict]:
     """What happened in each case, for each of its readers."""
-    workplace = tmp_path_factory.mktemp("hostile")
     (workplace / "json.py").write_text(f"import {HOSTILE}\n")  # of the current folder
     ended = subprocess.run(
         [sys.executable, "-P", "-m", "tests.helpers.hostile_process", str(trained)],
@@ -35,30 +28,26 @@ def reports(trained, tmp_path_factory):
         text=True,
     )
     assert ended.returncode == 0, ended.stderr[-2000:]
-    found: dict = {}
-    for line in ended.stdout.splitlines():
-        report = json.loads(line)
-        found.setdefault(report["case"], []).append(report)
-    return found
+    return [json.loads(line) for line in ended.stdout.splitlines()]
 
 
-def test_there_are_many_hostile_files():
-    assert len(CASES) == len(set(CASES)) >= 100
+def check(report: dict) -> None:
+    assert report["events"] == [], report
+    assert report["attacked"] == [], report
+    assert report["traceback"] == "", report
+    assert report["status"] in (0, 1, 2), report
+    assert len(report["lines"]) == bool(report["status"]), report
+    assert all(len(line) < 700 for line in report["lines"]), report
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_hostile_file_is_refused_in_one_line_and_does_nothing(reports, case):
-    for report in reports[case]:
-        reader = report["entry"]
-        assert report["events"] == [], reader
-        assert report["attacked"] == [], reader
-        assert report["traceback"] == "", reader
-        assert report["status"] in (0, 1, 2), reader
-        assert len(report["lines"]) == bool(report["status"]), reader
-        assert all(len(line) < 700 for line in report["lines"]), reader
-    assert any(report["status"] for report in reports[case])
-
-
-def test_hostile_files_take_little_memory(reports):
-    grown = {case: sum(report["grown"] for report in found) for case, found in reports.items()}
-    assert sum(grown.values()) < MAXIMUM_KIBIBYTES, max(grown, key=grown.__getitem__)
+def test_hostile_files_are_refused_in_one_line_do_nothing_and_take_little_memory(trained, tmp_path):
+    reports = walk(trained, tmp_path)
+    for report in reports:
+        check(report)
+    refused = {report["case"] for report in reports if report["status"]}
+    assert refused == set(CASES)
+    assert len(CASES) == len(refused) >= 100
+    grown = {report["case"]: report["grown"] for report in reports}
+    assert sum(report["grown"] for report in reports) < MAXIMUM_KIBIBYTES, max(
+        grown, key=grown.__getitem__
+    )

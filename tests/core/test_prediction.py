@@ -10,7 +10,7 @@ import torch
 from diffcore.core.prediction import Prediction, edm_norm, log_gain, predict, target
 from diffcore.schedules import Cosine
 from tests.helpers.oracles import PREDICTION_TYPES, SCALINGS
-from tests.helpers.products import sampled
+from tests.helpers.products import sampled, thinned
 
 LOGSNRS = [
     -math.inf,
@@ -89,11 +89,8 @@ def determined(logsnrs):
         )
         if (prediction_type, logsnr) not in undetermined and (scaling, logsnr) != ("ve", -math.inf)
     ]
-    kept = [cases[i] for i in range(0, len(cases), 3)]
-    parameters = [
-        pytest.param(*case, marks=() if case in kept else pytest.mark.thorough) for case in cases
-    ]
-    return pytest.mark.parametrize(("prediction_type", "scaling", "logsnr"), parameters)
+    names = ("prediction_type", "scaling", "logsnr")
+    return pytest.mark.parametrize(names, thinned(cases, len(cases) // 3))
 
 
 def largest_errors(prediction_type, level, dtype):

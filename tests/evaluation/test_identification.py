@@ -16,6 +16,7 @@ from diffcore.evaluation.identification import (
     process_hypotheses,
 )
 from tests.helpers.oracles import ExactNetwork
+from tests.helpers.products import thinned
 
 D = 16
 SPECTRUM = torch.logspace(0, -3, D, dtype=torch.float64)
@@ -46,7 +47,7 @@ SIMILAR = [
 x_0 depends less on the level than that of ε and v."""
 
 
-@pytest.mark.parametrize("name", HYPOTHESES)
+@pytest.mark.parametrize("name", thinned([(name,) for name in HYPOTHESES], 13))
 def test_the_process_of_an_exact_network_is_found(name):
     scores = identify_process(exact_network(HYPOTHESES[name]), POINTS, HYPOTHESES)
     found = {score.name for score in best_scores(scores)}

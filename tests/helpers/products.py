@@ -37,6 +37,23 @@ def sampled(*axes: Sequence[Any], count: int, names: Iterable[str] = ()) -> list
     ]
 
 
+def thinned(cases: Sequence[Sequence[Any]], count: int) -> list[Any]:
+    """The cases, of which `count`, evenly spaced from the first, are not `thorough`.
+
+    Args:
+        cases: values of the parameters of each case.
+        count: number of cases that run by default.
+
+    Returns:
+        One `pytest.param` per case, in their order.
+    """
+    kept = {index * len(cases) // count for index in range(count)}
+    return [
+        pytest.param(*case, marks=() if index in kept else pytest.mark.thorough)
+        for index, case in enumerate(cases)
+    ]
+
+
 def _sample(indices: list[tuple[int, ...]], count: int) -> set[tuple[int, ...]]:
     """A fixed choice of `count` combinations in which every value of every axis occurs."""
     shuffled = list(indices)

@@ -1,5 +1,6 @@
 """Settings name classes of a closed list; modules are trusted by name, and for one call only."""
 
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -34,6 +35,7 @@ FACTORIES = {"network", "wrap", "build"}
 """Fields that hold a function from nothing or a network to a network: these accept a class."""
 
 
+@functools.cache
 def field_types() -> dict[object, set[str]]:
     """The type of every argument of every class of the package -> the arguments that have it."""
     found: dict[object, set[str]] = {}

@@ -136,7 +136,7 @@ def test_eight_threads_that_share_sampler_and_denoiser_equal_eight_serial_runs(s
                 denoiser,
                 sampler,
                 noise.start(),
-                Trailing().knots(Cosine(), 20 + i),
+                Trailing().knots(Cosine(), 5 + i),
                 noise,
                 CFG(2.0),
                 labels,

@@ -87,21 +87,19 @@ def assert_run_that_shares_weights_equals(run, expected):
     assert weights["image.weight"].shape == (32, 64)
 
 
-@pytest.mark.xdist_group("ranks")
+@pytest.mark.slow
 def test_two_ranks_that_share_weights_train_as_one(tmp_path, single):
     launch(tmp_path, 2, {"name": "full", "sharding": FULL, "accumulation": 2})
     assert_run_that_shares_weights_equals(tmp_path / "full", single)
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ranks")
 def test_four_ranks_that_share_weights_in_pairs_train_as_one(tmp_path, single):
     launch(tmp_path, 4, {"name": "hybrid", "sharding": HYBRID, "workers": 1})
     assert_run_that_shares_weights_equals(tmp_path / "hybrid", single)
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ranks")
 def test_a_checkpoint_resumes_on_other_ranks_and_sharding(tmp_path, single):
     half = {"name": "run", "steps": 20, "save_every": 10, "keep": 9}
     launch(tmp_path, 2, half | {"sharding": FULL})
