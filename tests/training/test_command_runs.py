@@ -147,6 +147,7 @@ def test_a_run_that_is_killed_and_resumed_writes_the_same_bytes(tmp_path):
     assert read_hashes(run) == expected
 
 
+@pytest.mark.slow
 def test_micro_batches_and_ranks_give_the_same_losses(tmp_path):
     options = ("config.yaml", "--network=nets.NetWithoutDropout", "--steps=5", "--log-every=1")
     runs = {

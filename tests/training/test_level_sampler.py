@@ -256,6 +256,7 @@ for name in ("second moment", "uncertainty"):
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_learn_the_same_bits_and_what_one_rank_learns_to_rounding(tmp_path):
     script = tmp_path / "rank.py"
     script.write_text(RANK_SCRIPT.format(root=os.getcwd(), folder=str(tmp_path)))

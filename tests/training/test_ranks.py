@@ -20,6 +20,8 @@ import torch
 from accelerate import Accelerator
 
 sys.path.insert(0, {root!r})
+import pytest
+
 from diffcore.training import loop
 from diffcore.training.data.source import DataSource
 from tests.helpers.training_runs import GREY, LabelRecorder, ListDataset, make_trainer
@@ -88,6 +90,7 @@ found["slow"] = outcome(make_trainer(folder / "slow", data=SlowData(*items), **o
 '''
 
 
+@pytest.mark.slow
 def test_ranks_stop_together_resume_bit_for_bit_and_end_when_one_is_lost(tmp_path):
     script = tmp_path / "rank.py"
     script.write_text(SCRIPT.format(root=os.getcwd(), folder=str(tmp_path)))
