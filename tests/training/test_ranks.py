@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.helpers.training_runs import hashes
 
 SCRIPT = '''
@@ -20,8 +22,6 @@ import torch
 from accelerate import Accelerator
 
 sys.path.insert(0, {root!r})
-import pytest
-
 from diffcore.training import loop
 from diffcore.training.data.source import DataSource
 from tests.helpers.training_runs import GREY, LabelRecorder, ListDataset, make_trainer
