@@ -18,7 +18,8 @@ from diffcore.guidance.classifier import (
     minority_classes,
     minority_score,
 )
-from diffcore.guidance.composition import ComposedConditions, Sum
+from diffcore.guidance.composition import ComposedConditions, ScaledConditions, Sum
+from diffcore.guidance.evaluation import evaluate_queries
 from diffcore.guidance.interval import Interval
 from diffcore.guidance.perturbation import AlteredNetwork, PerturbedAttention, SkippedLayers
 from diffcore.guidance.reference import (
@@ -26,7 +27,7 @@ from diffcore.guidance.reference import (
     Reference,
     Unconditional,
     WeakerNetwork,
-    evaluate_queries,
+    Without,
     find_networks,
     load_weaker_networks,
 )
@@ -60,11 +61,13 @@ __all__ = [
     "Rescale",
     "Scale",
     "ScaleLike",
+    "ScaledConditions",
     "SkippedLayers",
     "Step",
     "Sum",
     "Unconditional",
     "WeakerNetwork",
+    "Without",
     "evaluate_queries",
     "find_networks",
     "load_weaker_networks",

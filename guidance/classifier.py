@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
+from diffcore.core.conditions import BatchCondition
 from diffcore.core.denoiser import DenoiserProtocol
 from diffcore.core.prediction import Prediction
 from diffcore.core.process import Process
@@ -212,7 +213,7 @@ def minority_score(
     x0: Tensor,
     eps: Tensor,
     level: Level,
-    condition: Tensor | None = None,
+    condition: BatchCondition | None = None,
 ) -> Tensor:
     """‖x_0 - x̂_0(α x_0 + σ ε)‖² / n, the error with which a denoiser reconstructs each sample.
 

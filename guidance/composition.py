@@ -3,16 +3,25 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from diffcore.core.prediction import Prediction
 from diffcore.core.process import Process
 from diffcore.guidance.base import Guidance, GuidanceInput, Step, check_inner_rule
 from diffcore.guidance.cfg import extrapolate_linearly
-from diffcore.guidance.reference import Condition, Label, Reference, Unconditional, check_reference
+from diffcore.guidance.reference import (
+    Condition,
+    Label,
+    Reference,
+    Unconditional,
+    Without,
+    check_names,
+    check_reference,
+)
 from diffcore.guidance.scale import ScaleLike, check_scale, scale_at
 
-__all__ = ["ComposedConditions", "Sum"]
+__all__ = ["ComposedConditions", "ScaledConditions", "Sum"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,65 @@ class ComposedConditions(Guidance[None]):
             x0 = x0 + w_i * (other.x0 - reference.x0)
             eps = eps + w_i * (other.eps - reference.eps)
         return Prediction(x0, eps), memory
+
+
+@dataclass(frozen=True)
+class ScaledConditions(Guidance[None]):
+    """Each condition has a scale of its own, in an order of the conditions c_1, ..., c_n.
+
+        D = D(∅) + Σ_k w_k (D(c_1, ..., c_k) - D(c_1, ..., c_(k-1))),   on x_0 and on ε alike
+          = D_n + (1 - w_1)(D_0 - D_n) + Σ_(0<k<n) (w_k - w_(k+1))(D_k - D_n)
+
+    D_k is the prediction under c_1, ..., c_k, and conditions that are not named are kept. Source:
+    InstructPix2Pix, Brooks et al. 2023 (2211.09800, eq. 3), where c_1 is the image and c_2 the
+    text. A prediction whose factor is 0 is not evaluated: with equal scales the rule is CFG away
+    from `Without(names)`, and with scales of 1 it is the conditional model, at one evaluation.
+    Every named condition needs a dropout above 0, independent of that of the others.
+
+    Args:
+        names: conditions in order; `label` is the class label or the prompt.
+        scales: w_k ≥ 0 of each condition: numbers, scale schedules, or in Python any functions of
+            λ.
+    """
+
+    names: tuple[str, ...]
+    scales: tuple[ScaleLike, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", tuple(self.names))
+        object.__setattr__(self, "scales", tuple(self.scales))
+        if not self.names or len(self.names) != len(self.scales):
+            raise ValueError(
+                f"names are {self.names} and scales {self.scales}, expected one scale for each "
+                "condition"
+            )
+        Without(self.names)  # refuses a name that is repeated
+        for scale in self.scales:
+            check_scale(scale)
+
+    def required_references(self, step: Step, memory: None) -> tuple[Reference, ...]:
+        return tuple(reference for reference, _ in self._terms(step))
+
+    def combine(self, inputs: GuidanceInput, memory: None) -> tuple[Prediction, None]:
+        if not inputs.references:
+            return inputs.conditional, memory
+        conditional = inputs.conditional
+        x0, eps = conditional
+        for (_, factor), other in zip(self._terms(inputs.step), inputs.references, strict=True):
+            x0 = x0 + factor * (other.x0 - conditional.x0)
+            eps = eps + factor * (other.eps - conditional.eps)
+        return Prediction(x0, eps), memory
+
+    def check(self, process: Process, condition: Condition) -> None:
+        check_names(process, self.names, str(self))
+
+    def _terms(self, step: Step) -> list[tuple[Reference, float]]:
+        """The references D_k, k < n, and their factors other than 0."""
+        scales = [1.0, *(scale_at(scale, step.level) for scale in self.scales)]
+        factors = [before - after for before, after in pairwise(scales)]
+        return [
+            (Without(self.names[k:]), factor) for k, factor in enumerate(factors) if factor != 0
+        ]
 
 
 @dataclass(frozen=True)

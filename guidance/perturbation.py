@@ -18,6 +18,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from diffcore.core.conditions import BatchCondition
 from diffcore.core.denoiser import DenoiserProtocol, DenoiserWrapper
 from diffcore.core.network import unwrap
 from diffcore.core.prediction import Prediction
@@ -49,7 +50,9 @@ class AlteredNetwork(Reference):
         if not self.layers:
             raise ValueError("layers is empty, expected names of modules, such as mid_block.*")
 
-    def query(self, denoiser: DenoiserProtocol, condition: Tensor | None, x: Tensor) -> Query:
+    def query(
+        self, denoiser: DenoiserProtocol, condition: BatchCondition | None, x: Tensor
+    ) -> Query:
         return Query(_AlteredDenoiser(denoiser, self), condition)
 
     @contextmanager
@@ -207,7 +210,9 @@ class _AlteredDenoiser(DenoiserWrapper):
         super().__init__(denoiser)
         self.alteration = alteration
 
-    def __call__(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Prediction:
+    def __call__(
+        self, x: Tensor, level: Level, condition: BatchCondition | None = None
+    ) -> Prediction:
         if (network := self.network) is None:
             raise ValueError(
                 f"{self.alteration} needs a network with layers: use Unconditional, Label or "

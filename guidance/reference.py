@@ -1,6 +1,7 @@
 """References: the predictions that guidance extrapolates away from, and how each is computed.
 
-    the same network without the condition     Unconditional   Ho & Salimans 2022 (2207.12598)
+    the same network without any condition     Unconditional   Ho & Salimans 2022 (2207.12598)
+    the same network without some conditions   Without         Brooks et al. 2023 (2211.09800)
     the same network, another condition        Label           Liu et al. 2022 (2206.01714)
     another network, the same condition        WeakerNetwork   Karras et al. 2024 (2406.02507)
     the same network with altered layers       PerturbedAttention, SkippedLayers (perturbation.py)
@@ -10,14 +11,22 @@ under several conditions share one forward.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from diffcore.core.denoiser import DenoiserProtocol, DenoiserWrapper, null_condition
+from diffcore.core.conditions import (
+    BatchCondition,
+    Conditions,
+    as_conditions,
+    null_condition,
+    replace_label,
+    without,
+)
+from diffcore.core.denoiser import DenoiserProtocol, DenoiserWrapper
 from diffcore.core.prediction import Prediction, hypot
 from diffcore.core.process import Process
 from diffcore.schedules import Level
@@ -31,15 +40,15 @@ __all__ = [
     "Reference",
     "Unconditional",
     "WeakerNetwork",
+    "Without",
     "check_reference",
-    "evaluate_queries",
     "find_networks",
     "load_weaker_networks",
 ]
 
 Part = TypeVar("Part")
-Condition = Sequence[int] | Tensor | None
-"""One label for each sample, or None without a condition."""
+Condition = Sequence[int] | Tensor | Mapping[str, Any] | Conditions | None
+"""What samples are conditioned on: one label for each, or values by name, see `sample`; or None."""
 
 NETWORK_FIELD = {"holds_network": True}
 """Metadata of a dataclass field that holds a network's denoiser, or the folder of its run."""
@@ -50,11 +59,11 @@ class Query(NamedTuple):
 
     Args:
         denoiser: denoiser of the network.
-        condition: (B,) labels, or None without a condition.
+        condition: (B,) labels or `Conditions`, or None without a condition.
     """
 
     denoiser: DenoiserProtocol
-    condition: Tensor | None
+    condition: BatchCondition | None
 
 
 class Reference(ABC):
@@ -65,7 +74,7 @@ class Reference(ABC):
 
         Args:
             process: process of the network.
-            condition: (B,) labels of the run, or None without a condition.
+            condition: (B,) labels or `Conditions` of the run, or None without a condition.
             rule: the rule as text; it begins the message.
 
         Raises:
@@ -82,17 +91,45 @@ class Reference(ABC):
         return
 
     @abstractmethod
-    def query(self, denoiser: DenoiserProtocol, condition: Tensor | None, x: Tensor) -> Query:
+    def query(
+        self, denoiser: DenoiserProtocol, condition: BatchCondition | None, x: Tensor
+    ) -> Query:
         """Choose the network and the condition whose prediction is the reference.
 
         Args:
             denoiser: denoiser of the network that is guided.
-            condition: (B,) labels of the run, or None without a condition.
+            condition: (B,) labels or `Conditions` of the run, or None without a condition.
             x: (B, *shape) input of the network.
 
         Returns:
-            The network and the (B,) labels under which it is evaluated.
+            The network and the condition of B samples under which it is evaluated.
         """
+
+
+def check_names(process: Process, names: Sequence[str], rule: str) -> None:
+    """Check that conditions exist and that a network was trained without them too.
+
+    Args:
+        process: process of the network.
+        names: names of conditions.
+        rule: the rule as text; it begins the message.
+
+    Raises:
+        ValueError: a name is unknown, or its condition was never dropped in training.
+    """
+    for name in names:
+        if name not in process.dropouts:
+            known = ", ".join(process.dropouts) or "none"
+            raise ValueError(
+                f"{rule} refers to the condition {name!r}, but this network has {known}: use "
+                "these names"
+            )
+        if not process.dropouts[name]:
+            raise ValueError(
+                f"{rule} needs a prediction without the condition {name}, but this network was "
+                "trained without dropping it: train with its dropout above 0 (0.1 is usual), or "
+                "leave it out"
+            )
 
 
 def check_reference(reference: Any) -> None:
@@ -110,7 +147,10 @@ def check_reference(reference: Any) -> None:
 
 @dataclass(frozen=True)
 class Unconditional(Reference):
-    """The same network without the condition: under the null label, learnt by condition dropout."""
+    """The same network without conditions: under their absent values, learnt by condition dropout.
+
+    A class label becomes the null label. Named conditions that training never dropped are kept.
+    """
 
     def check(self, process: Process, condition: Condition, rule: str) -> None:
         if condition is None:
@@ -118,15 +158,49 @@ class Unconditional(Reference):
                 f"{rule} needs a condition to strengthen: pass one label for each sample "
                 "(--labels, --prompt), or use CFG(1.0)"
             )
-        if not process.dropout:
+        if not any(process.dropouts.values()):
             raise ValueError(
                 f"{rule} needs the unconditional prediction, but this network was trained without "
                 "condition dropout: use CFG(1.0), or train with dropout above 0 (0.1 is usual), "
                 "or choose another reference (Label, WeakerNetwork)"
             )
 
-    def query(self, denoiser: DenoiserProtocol, condition: Tensor | None, x: Tensor) -> Query:
-        return Query(denoiser, null_condition(denoiser.process, len(x), x.device))
+    def query(
+        self, denoiser: DenoiserProtocol, condition: BatchCondition | None, x: Tensor
+    ) -> Query:
+        process = denoiser.process
+        if not process.conditions:
+            return Query(denoiser, null_condition(process, len(x), x.device))
+        names = tuple(name for name, dropout in process.dropouts.items() if dropout)
+        return Without(names).query(denoiser, condition, x)
+
+
+@dataclass(frozen=True)
+class Without(Reference):
+    """The same network without some of its conditions, and under the others.
+
+    Args:
+        names: conditions that are absent; `label` is the class label or the prompt.
+    """
+
+    names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", tuple(self.names))
+        if not self.names or len(set(self.names)) < len(self.names):
+            raise ValueError(f"names are {self.names}, expected different names of conditions")
+
+    def check(self, process: Process, condition: Condition, rule: str) -> None:
+        check_names(process, self.names, rule)
+        if condition is None:
+            raise ValueError(f"{rule} needs conditions to strengthen: pass them, or use CFG(1.0)")
+
+    def query(
+        self, denoiser: DenoiserProtocol, condition: BatchCondition | None, x: Tensor
+    ) -> Query:
+        given = as_conditions(denoiser.process, condition, len(x), x.device)
+        assert given is not None  # `check` raises an error for a process without conditions
+        return Query(denoiser, without(denoiser.process, given, self.names))
 
 
 @dataclass(frozen=True)
@@ -150,8 +224,11 @@ class Label(Reference):
                 f"classes: use labels below {process.classes}"
             )
 
-    def query(self, denoiser: DenoiserProtocol, condition: Tensor | None, x: Tensor) -> Query:
-        return Query(denoiser, torch.full((len(x),), self.label, device=x.device))
+    def query(
+        self, denoiser: DenoiserProtocol, condition: BatchCondition | None, x: Tensor
+    ) -> Query:
+        label = torch.full((len(x),), self.label, device=x.device)
+        return Query(denoiser, replace_label(condition, label))
 
 
 @dataclass(frozen=True)
@@ -179,13 +256,15 @@ class LabelPerSample(Reference):
         if self.base is not None:
             self.base.check_level(level)
 
-    def query(self, denoiser: DenoiserProtocol, condition: Tensor | None, x: Tensor) -> Query:
+    def query(
+        self, denoiser: DenoiserProtocol, condition: BatchCondition | None, x: Tensor
+    ) -> Query:
         base = (
             Query(denoiser, condition)
             if self.base is None
             else self.base.query(denoiser, condition, x)
         )
-        return Query(base.denoiser, self.labels)
+        return Query(base.denoiser, replace_label(base.condition, self.labels))
 
 
 @dataclass(frozen=True, repr=False)
@@ -218,13 +297,22 @@ class WeakerNetwork(Reference):
                 f"{rule} compares networks of {process.classes} and {weaker.classes} classes, "
                 "whose labels differ: train the weaker one on the same classes"
             )
+        own = {name: record.shape for name, record in process.conditions.items()}
+        for name, record in weaker.conditions.items():
+            if own.get(name) != record.shape:
+                raise ValueError(
+                    f"{rule} compares networks of which the weaker one has the condition {name} of "
+                    f"shape {record.shape}: train it on conditions that this one has, {own}"
+                )
 
     def check_level(self, level: Level) -> None:
         assert not isinstance(self.network, str)  # `check` raises an error for a folder
         weaker = self.network.process
         weaker.check_level(weaker.schedule.at(level.logsnr), "for the weaker network, a knot")
 
-    def query(self, denoiser: DenoiserProtocol, condition: Tensor | None, x: Tensor) -> Query:
+    def query(
+        self, denoiser: DenoiserProtocol, condition: BatchCondition | None, x: Tensor
+    ) -> Query:
         assert not isinstance(self.network, str)  # `check` raises an error for a folder
         return Query(_LevelMatchedDenoiser(self.network), condition)
 
@@ -236,71 +324,15 @@ class WeakerNetwork(Reference):
 class _LevelMatchedDenoiser(DenoiserWrapper):
     """A denoiser that accepts x and levels of another process."""
 
-    def __call__(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Prediction:
+    def __call__(
+        self, x: Tensor, level: Level, condition: BatchCondition | None = None
+    ) -> Prediction:
         if self.process.schedule == level.schedule:
             return self.inner(x, level, condition)
         matched = self.process.schedule.at(level.logsnr)
         ratio = hypot(matched.alpha, matched.sigma) / hypot(level.alpha, level.sigma)
         ratio = ratio.to(x) if isinstance(ratio, Tensor) else ratio
         return self.inner(ratio * x, matched, condition)
-
-
-def evaluate_queries(
-    queries: Sequence[Query], x: Tensor, level: Level, micro_batch: int = 0
-) -> list[Prediction]:
-    """Evaluate the queries at one level. Queries to one denoiser share one forward.
-
-    Args:
-        queries: networks and conditions.
-        x: (B, *shape) input of each network.
-        level: level of x.
-        micro_batch: number of samples in each call of a network; 0 puts all into one call.
-
-    Returns:
-        The prediction of each query, in the order of the queries.
-    """
-    predictions: dict[int, Prediction] = {}
-    for i, query in enumerate(queries):
-        if i not in predictions:
-            same = [j for j in range(i, len(queries)) if queries[j].denoiser is query.denoiser]
-            results = _evaluate_together([queries[j] for j in same], x, level, micro_batch)
-            predictions.update(zip(same, results, strict=True))
-    return [predictions[i] for i in range(len(queries))]
-
-
-def _evaluate_together(
-    queries: Sequence[Query], x: Tensor, level: Level, micro_batch: int
-) -> list[Prediction]:
-    """The predictions of one network under several conditions, from one forward."""
-    count, denoiser = len(queries), queries[0].denoiser
-    condition = queries[0].condition if count == 1 else _concatenate_conditions(queries, x)
-    stacked = x if count == 1 else torch.cat([x] * count)
-    together = _evaluate(denoiser, stacked, level, condition, micro_batch)
-    chunks = (value.chunk(count) for value in together)
-    return [Prediction(*pair) for pair in zip(*chunks, strict=True)]
-
-
-def _concatenate_conditions(queries: Sequence[Query], x: Tensor) -> Tensor | None:
-    """The conditions of all queries in one tensor; a missing one becomes the null label."""
-    null = null_condition(queries[0].denoiser.process, len(x), x.device)
-    if null is None:
-        return None
-    return torch.cat([null if q.condition is None else q.condition.to(null) for q in queries])
-
-
-def _evaluate(
-    denoiser: DenoiserProtocol, x: Tensor, level: Level, condition: Tensor | None, micro_batch: int
-) -> Prediction:
-    """Evaluate in calls of exactly `micro_batch` samples, the last one padded; 0 is one call."""
-    if not micro_batch:
-        return denoiser(x, level, condition)
-    parts = []
-    for start in range(0, len(x), micro_batch):
-        # The last sample fills the last call: bits then do not depend on the number of samples.
-        samples = torch.arange(start, start + micro_batch, device=x.device).clamp(max=len(x) - 1)
-        labels = None if condition is None else condition[samples]
-        parts.append(denoiser(x[samples], level, labels))
-    return Prediction(*(torch.cat(values)[: len(x)] for values in zip(*parts, strict=True)))
 
 
 def load_weaker_networks(part: Part, load: Callable[[str], DenoiserProtocol]) -> Part:

@@ -9,12 +9,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from diffcore.core.conditions import BatchCondition, as_conditions, condition_arguments
 from diffcore.core.network import evaluation_dtype, network_config
 from diffcore.core.prediction import Prediction, predict, scale_input
 from diffcore.core.process import Process
 from diffcore.schedules import Level, Real
 
-__all__ = ["Denoiser", "DenoiserProtocol", "DenoiserWrapper", "extract_tensor", "null_condition"]
+__all__ = ["Denoiser", "DenoiserProtocol", "DenoiserWrapper", "extract_tensor"]
 
 
 class DenoiserProtocol(Protocol):
@@ -37,13 +38,16 @@ class DenoiserProtocol(Protocol):
         """The network, or None for a denoiser without one, such as a closed formula."""
         return None
 
-    def __call__(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Prediction:
+    def __call__(
+        self, x: Tensor, level: Level, condition: BatchCondition | None = None
+    ) -> Prediction:
         """E[x_0 | x] and E[ε | x], both of the shape and dtype of x.
 
         Args:
             x: noisy samples (B, *shape).
             level: noise level of all samples, or levels that broadcast against x.
-            condition: int64 class labels (B,); None for no condition.
+            condition: int64 class labels (B,), or `Conditions` of a process with named conditions;
+                None for no condition.
         """
         ...
 
@@ -75,8 +79,9 @@ class Denoiser(nn.Module):
         (x_0, ε) = predict(network(x, time, class_labels=condition), x, level)
 
     The network is any module whose forward takes x (B, *shape), the time conditioning (B,) of the
-    noise level, and, if the process has classes, the keyword `class_labels` (B,). It returns a
-    tensor of the shape of x, a tuple that begins with it, or an object with it as attribute
+    noise level, and, if the process has classes, the keyword `class_labels` (B,). A named condition
+    of the process is a further keyword (`condition_arguments`). It returns a tensor of the shape of
+    x, a tuple that begins with it, or an object with it as attribute
     `sample`, as the networks of diffusers do. The network is evaluated in the dtype of its
     parameters (`evaluation_dtype`), and the prediction has the dtype of x.
 
@@ -111,25 +116,29 @@ class Denoiser(nn.Module):
         """The device of the network's parameters, or the host if it has none."""
         return next((p.device for p in self.network.parameters()), torch.device("cpu"))
 
-    def forward(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Prediction:
+    def forward(
+        self, x: Tensor, level: Level, condition: BatchCondition | None = None
+    ) -> Prediction:
         """The prediction (x_0, ε), both of the shape and dtype of x.
 
         Args:
             x: noisy samples (B, *shape).
             level: noise level of all samples, or levels that broadcast against x.
-            condition: int64 class labels (B,); None for the null label.
+            condition: int64 class labels (B,), or `Conditions` of a process with named conditions;
+                None for the absent value of each.
         """
         output = self.output(x, level, condition)
         process = self.process
         return predict(process.prediction, output, x, level.to(x), process.sigma_data)
 
-    def output(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Tensor:
+    def output(self, x: Tensor, level: Level, condition: BatchCondition | None = None) -> Tensor:
         """The network's output F at x, of the shape and dtype of x.
 
         Args:
             x: noisy samples (B, *shape), not scaled.
             level: noise level of all samples, or levels that broadcast against x.
-            condition: int64 class labels (B,); None for the null label.
+            condition: int64 class labels (B,), or `Conditions` of a process with named conditions;
+                None for the absent value of each.
 
         Raises:
             ValueError: the output has another shape than x, or the network has no embedding of the
@@ -137,10 +146,9 @@ class Denoiser(nn.Module):
         """
         process = self.process
         scaled = scale_input(process.prediction, x, level.to(x), process.sigma_data)
-        if condition is None:
-            condition = null_condition(process, len(x), x.device)
-        arguments = {} if condition is None else {"class_labels": condition}
+        condition = as_conditions(process, condition, len(x), x.device)
         scaled = scaled.to(evaluation_dtype(self.network, x.dtype))
+        arguments = condition_arguments(process, condition, scaled.dtype)
         time = _time_tensor(process.time(level), x)
         try:
             output = extract_tensor(self.network(scaled, time, **arguments))
@@ -159,22 +167,6 @@ class Denoiser(nn.Module):
                 f"{process.shape}"
             )
         return output.to(x.dtype)
-
-
-def null_condition(
-    process: Process, batch_size: int, device: torch.device | None = None
-) -> Tensor | None:
-    """The null label of each sample, an int64 tensor of shape (batch_size,).
-
-    Args:
-        process: process of the network.
-        batch_size: number of samples.
-        device: device of the labels; the host by default.
-
-    Returns:
-        The labels, or None if the process has no classes.
-    """
-    return torch.full((batch_size,), process.classes, device=device) if process.classes else None
 
 
 def _time_tensor(time: Real, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from diffcore.core.conditions import BatchCondition, labels_of
 from diffcore.core.denoiser import DenoiserProtocol
 from diffcore.core.prediction import Prediction
 from diffcore.core.process import Process
@@ -42,7 +43,9 @@ class Oracle(DenoiserProtocol, ABC):
         self.process, self._classes = process, set(self.labels.tolist())
 
     @abstractmethod
-    def __call__(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Prediction:
+    def __call__(
+        self, x: Tensor, level: Level, condition: BatchCondition | None = None
+    ) -> Prediction:
         """E[x_0 | x] and E[ε | x] for x of shape (B, *shape)."""
 
     @abstractmethod
@@ -139,10 +142,12 @@ class GaussianMixture(Oracle):
                 f"covariances have eigenvalues {self.eigenvalues.tolist()}, expected positive ones"
             )
 
-    def __call__(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Prediction:
+    def __call__(
+        self, x: Tensor, level: Level, condition: BatchCondition | None = None
+    ) -> Prediction:
         alpha, sigma = (_column(value, x) for value in (level.alpha, level.sigma))
         z, variance = self._whiten(x, level)
-        r = self._log_joint(z, variance, condition).softmax(1)
+        r = self._log_joint(z, variance, labels_of(condition)).softmax(1)
         x0 = self.means + self._rotate(alpha * self.eigenvalues / variance * z)
         eps = self._rotate(sigma / variance * z)
         return Prediction(
@@ -151,7 +156,7 @@ class GaussianMixture(Oracle):
 
     def score(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Tensor:
         z, variance = self._whiten(x, level)
-        r = self._log_joint(z, variance, condition).softmax(1)
+        r = self._log_joint(z, variance, labels_of(condition)).softmax(1)
         return torch.einsum("bk,bkd->bd", r, self._rotate(-z / variance)).view_as(x).to(x.dtype)
 
     def log_density(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Tensor:
@@ -205,9 +210,11 @@ class EmpiricalDistribution(Oracle):
         self.points = points.flatten(1) - self.center
         self.half_norms = (self.points**2).sum(1) / 2
 
-    def __call__(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Prediction:
+    def __call__(
+        self, x: Tensor, level: Level, condition: BatchCondition | None = None
+    ) -> Prediction:
         alpha, sigma = _level_columns(x, level)
-        r = self._logits(x, level, condition).softmax(1)
+        r = self._logits(x, level, labels_of(condition)).softmax(1)
         x0 = r @ self.points
         eps = (x.double().flatten(1) - alpha * (self.center + x0)) / sigma
         return Prediction(*(value.view_as(x).to(x.dtype) for value in (self.center + x0, eps)))

@@ -13,6 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from diffcore.core.conditions import LABEL, RESERVED, ConditionRecord
 from diffcore.core.prediction import PredictionType
 from diffcore.io.files import write_file
 from diffcore.io.network_size import check_memory
@@ -128,6 +129,8 @@ class Process:
         sigma_data: standard deviation of the data, for edm and for the scale of the first sample.
         classes: number of class labels, 0 for none; the label `classes` itself is the null label.
         dropout: fraction of training samples whose label is replaced by the null label, in [0, 1].
+        conditions: further conditions by name, which is that of the argument of the network's
+            forward; each has its own shape, dropout and absent value.
 
     Raises:
         ValueError: a field is out of range, or fields contradict each other; the message states the
@@ -143,6 +146,7 @@ class Process:
     sigma_data: float = 0.5
     classes: int = 0
     dropout: float = 0.0
+    conditions: dict[str, ConditionRecord] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))
@@ -173,6 +177,28 @@ class Process:
             )
         if not 0 <= self.dropout <= 1:
             raise ValueError(f"dropout is {self.dropout}, expected a probability within [0, 1]")
+        self._check_conditions()
+
+    def _check_conditions(self) -> None:
+        for name in self.conditions:
+            if not name.isidentifier() or name in RESERVED:
+                raise ValueError(
+                    f"a condition is named {name!r}, expected the name of an argument of the "
+                    f"network's forward, and none of {', '.join(RESERVED)}"
+                )
+            shape = self.conditions[name].shape
+            check_memory(4 * math.prod(shape), f"one condition {name} of shape {shape}")
+        if self.classes and "class_labels" in self.conditions:
+            raise ValueError(
+                "the process has classes and a condition class_labels, which are one argument of "
+                "the network: give the condition another name"
+            )
+
+    @property
+    def dropouts(self) -> dict[str, float]:
+        """Name of each condition -> share of training samples without it; `label` is the class."""
+        named = {name: record.dropout for name, record in self.conditions.items()}
+        return ({LABEL: self.dropout} if self.classes else {}) | named
 
     def check_level(self, level: Level, name: str = "the first knot") -> None:
         """Raise ValueError if a network of this process cannot be evaluated at a level.
@@ -264,6 +290,8 @@ class Process:
     def save(self, path: str | Path) -> None:
         """Write the record to `path` as JSON, with the SHA-256 of its fields."""
         record = to_spec(self)
+        if not self.conditions:  # then the record is that of versions without named conditions
+            del record["conditions"]
         content = record | {"sha256": hash_data(record)}
         write_file(path, (json.dumps(content, indent=2) + "\n").encode())
 
@@ -287,7 +315,7 @@ class Process:
             data = read_json(path)
             written = data.pop("sha256", None)
             process = from_spec(cls, data)
-            missing = [f.name for f in fields(cls) if f.name not in data]
+            missing = [f.name for f in fields(cls) if f.name not in {*data, "conditions"}]
             if missing:
                 raise ValueError(f"it lacks {', '.join(missing)}: add these fields as in training")
             if written not in (None, hash_data(data)):

@@ -53,6 +53,7 @@ class Stream(IntEnum):
     BUCKET = 30
     CROP = 31
     CAPTION = 32
+    CONDITION = 40
 
 
 def philox(

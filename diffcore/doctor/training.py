@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from diffcore.core.denoiser import Denoiser, extract_tensor, null_condition
+from diffcore.core.conditions import (
+    batch_condition,
+    condition_arguments,
+    null_condition,
+    without,
+)
+from diffcore.core.denoiser import Denoiser, extract_tensor
 from diffcore.doctor.findings import Finding
 from diffcore.sampling.generation import evaluation_mode
 from diffcore.training.data.order import Batch
@@ -251,6 +257,8 @@ def _check_inputs(state: TrainState, batch: Batch) -> list[Finding]:
         findings = [_time_use(denoiser, x0)]
         if process.classes:
             findings.append(_condition_use(denoiser, x0))
+        names = process.conditions
+        findings += [_named_condition_use(denoiser, batch, name) for name in names]
     return findings
 
 
@@ -278,7 +286,7 @@ def _time_use(denoiser: Denoiser, x0: Tensor) -> Finding:
 
 def _raw_output(denoiser: Denoiser, x: Tensor, number: float) -> Tensor:
     condition = null_condition(denoiser.process, len(x), x.device)
-    arguments = {} if condition is None else {"class_labels": condition}
+    arguments = condition_arguments(denoiser.process, condition, x.dtype)
     time_input = torch.full((len(x),), number, device=x.device)
     return extract_tensor(denoiser.network(x, time_input, **arguments))
 
@@ -301,6 +309,23 @@ def _condition_use(denoiser: Denoiser, x0: Tensor) -> Finding:
             values,
         )
     return Finding("condition", "ok", f"{text}.", values)
+
+
+def _named_condition_use(denoiser: Denoiser, batch: Batch, name: str) -> Finding:
+    """Evaluate the network under the conditions of a batch, with and without one of them."""
+    process, device = denoiser.process, denoiser.device
+    given = batch_condition(process, batch.label, batch.extras, device)
+    assert given is not None
+    x, level = batch.x0.to(device), process.schedule.level(0.5)
+    outputs = [denoiser.output(x, level, c) for c in (given, without(process, given, (name,)))]
+    change = _relative_change(*outputs)
+    finding = "condition " + name
+    text = f"the output changes by {change:.2g} of its size with and without {name}"
+    if change < USED:
+        text += f": the network ignores it; use the argument `{name}` in its forward"
+        # A branch that begins with zero convolutions is ignored before the first step.
+        return Finding(finding, "warning", f"{text}.", {"change": change})
+    return Finding(finding, "ok", f"{text}.", {"change": change})
 
 
 def _relative_change(first: Tensor, second: Tensor) -> float:

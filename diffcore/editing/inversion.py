@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffcore.core.conditions import BatchCondition
 from diffcore.core.denoiser import DenoiserProtocol
 from diffcore.core.prediction import hypot
 from diffcore.guidance import CFG, Guidance, Step, find_networks
@@ -44,7 +45,7 @@ def invert(
     knots: tuple[Level, ...],
     iterations: int = 1,
     guidance: Guidance = CFG(1.0),
-    condition: Tensor | None = None,
+    condition: BatchCondition | None = None,
 ) -> Inversion:
     """Invert the steps t -> s, the last one first, by iterating x_t ← x_t + g (x_s - F(x_t)).
 
@@ -68,7 +69,7 @@ def invert(
         knots: levels of sampling, each less noisy than the one before.
         iterations: number of evaluations of each step, at least 1.
         guidance: guidance rule.
-        condition: (B,) labels, or None.
+        condition: (B,) labels or `Conditions`, or None.
 
     Returns:
         The noisy samples and the residual of each step.

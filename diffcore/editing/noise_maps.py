@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
+from diffcore.core.conditions import BatchCondition
 from diffcore.core.denoiser import DenoiserProtocol
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
@@ -85,7 +86,7 @@ def extract(
     noise: Noise,
     eta: float = 1.0,
     guidance: Guidance = CFG(1.0),
-    condition: Tensor | None = None,
+    condition: BatchCondition | None = None,
 ) -> NoiseMaps:
     """Extract z_i = (x_{i+1} - μ(x_i)) / std_i of noisy copies x_i = α_i x_0 + σ_i ε̃_i with
     independent ε̃_i.
@@ -102,7 +103,7 @@ def extract(
         noise: ε̃ of each knot.
         eta: η of DDIM, above 0.
         guidance: guidance rule.
-        condition: (B,) labels of the images, or None.
+        condition: (B,) labels or `Conditions` of the images, or None.
 
     Returns:
         The noise maps.
@@ -130,7 +131,7 @@ def replay(
     denoiser: DenoiserProtocol,
     maps: NoiseMaps,
     guidance: Guidance = CFG(1.0),
-    condition: Tensor | None = None,
+    condition: BatchCondition | None = None,
 ) -> Tensor:
     """Generate an image from noise maps.
 
@@ -141,7 +142,7 @@ def replay(
         denoiser: network with its process.
         maps: noise maps of the image.
         guidance: guidance rule.
-        condition: (B,) labels, or None.
+        condition: (B,) labels or `Conditions`, or None.
 
     Returns:
         (B, *shape) images.
@@ -201,7 +202,7 @@ def _check_arguments(
     denoiser: DenoiserProtocol,
     knots: tuple[Level, ...],
     guidance: Guidance,
-    condition: Tensor | None,
+    condition: BatchCondition | None,
 ) -> None:
     check_falling(knots)
     if knots[-1].sigma != 0:

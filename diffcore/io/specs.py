@@ -19,7 +19,8 @@ def to_spec(value: Any) -> Any:
     """Convert components to plain data that `from_spec` reads back to equal values.
 
     Args:
-        value: component, plain dataclass, sequence of them, or plain data, which stays as it is.
+        value: component, plain dataclass, sequence or table of them, or plain data, which stays as
+            it is.
 
     Returns:
         `{class_path, init_args}` for a component, the fields for a plain dataclass. Non-finite
@@ -32,6 +33,8 @@ def to_spec(value: Any) -> Any:
         return arguments
     if isinstance(value, (tuple, list)):
         return [to_spec(item) for item in value]
+    if isinstance(value, dict):
+        return {name: to_spec(item) for name, item in value.items()}
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

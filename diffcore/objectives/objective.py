@@ -9,16 +9,20 @@ density and divides by it, which changes the variance and not the expectation.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal, NamedTuple, get_args
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 
+from diffcore.core.conditions import LABEL, BatchCondition, drop, labels_of
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.prediction import at_least_float32, target
 from diffcore.core.process import Process
-from diffcore.core.random import Stream, normal, uniform
+from diffcore.core.random import Stream, derive_seed, normal, uniform
 from diffcore.objectives.coupling import Coupling, IndependentCoupling
 from diffcore.objectives.level_sampling import Resampler, ResamplerState
 from diffcore.objectives.losses import Loss, SquaredError
@@ -60,10 +64,11 @@ class Draw(NamedTuple):
     Args:
         level: noise levels on the host: one per sample, or a map of levels of the shape of x_0.
         noise: ε (B, *shape), which the network's target contains.
-        dropout_mask: True (B,) for samples whose condition is replaced by the null label.
+        dropout_mask: True (B,) for samples whose label is replaced by the null label.
         importance: factor (B,) of the loss, float64 on the host: 1 over the density of the draw if
             the objective is corrected for it.
         perturbation: further noise (B, *shape) in x that the target lacks (DDPM-IP); None for none.
+        condition_masks: name of a condition -> True (B,) for samples without it.
     """
 
     level: Level
@@ -71,6 +76,7 @@ class Draw(NamedTuple):
     dropout_mask: Tensor
     importance: Tensor
     perturbation: Tensor | None = None
+    condition_masks: Mapping[str, Tensor] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -125,11 +131,19 @@ class Objective:
             )
 
     def check(self, process: Process) -> None:
-        """Raise ValueError if a drawn level has no finite loss or an option does not fit a table.
+        """Raise ValueError if a drawn level has no finite loss, or an option does not fit.
+
+        Options must fit the levels of a table, and the conditions of the process.
 
         Args:
             process: process of the network.
         """
+        if process.conditions and self.coupling.group > 1:
+            raise ValueError(
+                f"{self.coupling} exchanges noise among samples of different conditions, from "
+                "which the noise would then not be independent: use IndependentCoupling with "
+                f"the conditions {', '.join(process.conditions)}"
+            )
         schedule, level = process.schedule, process.schedule.level(_extremes(process.schedule))
         if schedule.steps is not None:
             self._check_table(schedule, schedule.steps)
@@ -214,7 +228,11 @@ class Objective:
                 key.seed, Stream.PERTURBATION, key.position, process.shape, device
             )
         dropout_mask = uniform(key.seed, Stream.DROPOUT, key.position)[:, 0] < process.dropout
-        return Draw(level, noise, dropout_mask.to(device), importance, extra)
+        masks = {
+            name: _condition_mask(key, name, record.dropout).to(device)
+            for name, record in process.conditions.items()
+        }
+        return Draw(level, noise, dropout_mask.to(device), importance, extra, masks)
 
     def schedule(self, process: Process) -> Schedule:
         """The schedule of the training levels for samples of the shape of a process.
@@ -246,7 +264,7 @@ class Objective:
         self,
         denoiser: Denoiser,
         x0: Tensor,
-        condition: Tensor | None,
+        condition: BatchCondition | None,
         draw: Draw,
         log_variance: nn.Module | None = None,
         sample_weight: Tensor | None = None,
@@ -261,7 +279,8 @@ class Objective:
         Args:
             denoiser: network with its process.
             x0: clean samples (B, *shape).
-            condition: int64 class labels (B,); None for no condition.
+            condition: int64 class labels (B,), or `Conditions` of a process with named conditions;
+                None for no condition.
             draw: random numbers of the samples, from `draw`.
             log_variance: module u(λ) of `uncertainty`; None gives the loss without it.
             sample_weight: m ≥ 0, which broadcasts against x_0: (B, 1, H, W), a mask of each image,
@@ -270,9 +289,10 @@ class Objective:
         # Levels and errors of half-precision data are computed in float32.
         x0 = at_least_float32(x0)
         process, level = denoiser.process, draw.level.to(x0)
-        noise = self.coupling(x0, draw.noise, condition)
+        noise = self.coupling(x0, draw.noise, labels_of(condition))
         if condition is not None:
-            condition = condition.masked_fill(draw.dropout_mask, process.classes)
+            masks = {LABEL: draw.dropout_mask, **draw.condition_masks}
+            condition = drop(process, condition, masks)
         noisy = noise if draw.perturbation is None else noise + draw.perturbation
         output = denoiser.output(level.alpha * x0 + level.sigma * noisy, draw.level, condition)
         error = self.loss(output - target(process.prediction, x0, noise, level, process.sigma_data))
@@ -305,6 +325,12 @@ def _check_shift(process: Process) -> None:
             f"by {process.time.variable} has no number: use a schedule of all λ (Cosine, Flow), "
             "condition on blend, logsnr or sigma, or set reference_size: 0"
         )
+
+
+def _condition_mask(key: SampleKey, name: str, dropout: float) -> Tensor:
+    """True (B,) for samples without a condition, independent of the other conditions."""
+    own = derive_seed(key.seed, Stream.CONDITION, crc32(name.encode()))
+    return uniform(own, Stream.CONDITION, key.position)[:, 0] < dropout
 
 
 def _extremes(schedule: Schedule) -> Tensor:

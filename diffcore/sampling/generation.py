@@ -2,14 +2,16 @@
 
 import operator
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffcore.core.denoiser import DenoiserProtocol, null_condition
+from diffcore.core.condition_values import resolve
+from diffcore.core.conditions import LABEL, BatchCondition, Conditions, null_condition
+from diffcore.core.denoiser import DenoiserProtocol
 from diffcore.core.noise import Noise
 from diffcore.core.process import Process
 from diffcore.guidance import CFG, Guidance, find_networks
@@ -97,7 +99,9 @@ def sample(
         grid: rule that places the knots.
         steps: number of steps.
         seeds: N integers of 64 bits, one for each sample: a sequence, or an integer tensor (N,).
-        condition: N class labels (the null label is no condition); None: unconditional samples.
+        condition: N class labels (the null label is no condition), or a table of values by the name
+            of the condition, of which `label` is the class: {"label": [3, 3], "image": (N, C, H,
+            W)}; one value without N is that of all samples. None: unconditional samples.
         guidance: guidance rule; CFG(1) is the conditional model. Levels at which the rule changes
             its mode become knots.
         image: x_0 to start from (image-to-image), (N, *shape) or (*shape). The first x is α x_0 + σ
@@ -126,7 +130,7 @@ def sample(
     """
     process = denoiser.process
     knots = insert_levels(grid.knots(process.schedule, steps), guidance.levels(process))
-    labels = check_sampling(process, knots, seeds, condition, guidance, batch_size, sampler)
+    given = check_sampling(process, knots, seeds, condition, guidance, batch_size, sampler)
     if micro_batch < 0:
         raise ValueError(
             f"micro_batch is {micro_batch}, expected a number of samples, or 0 for one call of the "
@@ -147,7 +151,7 @@ def sample(
                 if image is None
                 else add_noise(image[chunk], first, noise)
             )
-            chosen = None if labels is None else labels[chunk].to(device)
+            chosen = None if given is None else given[chunk].to(device)
             x, count = integrate(
                 denoiser,
                 sampler,
@@ -238,20 +242,21 @@ def check_sampling(
     guidance: Guidance,
     batch_size: int,
     sampler: Sampler | None = None,
-) -> Tensor | None:
-    """Check all arguments of sampling, and return the labels.
+) -> BatchCondition | None:
+    """Check all arguments of sampling, and return the condition.
 
     Args:
         process: process of the network.
         knots: levels between which the sampler steps.
         seeds: one integer for each sample.
-        condition: one label for each sample, or None.
+        condition: one label for each sample, values by name, or None.
         guidance: guidance rule.
         batch_size: number of samples that are integrated together.
         sampler: numerical integrator; None: not checked.
 
     Returns:
-        The labels (N,), the null label without a condition; None without classes.
+        The labels (N,), the null label without a condition; `Conditions` if the process has named
+        ones; None without either.
 
     Raises:
         ValueError: An argument is out of range, or the arguments do not fit together.
@@ -265,8 +270,9 @@ def check_sampling(
             raise ValueError(f"seeds has {seed!r}{beyond} expected integers within [-2^63, 2^63)")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+    condition = None if isinstance(condition, Mapping) and not condition else condition
     check_guidance(process, knots, condition, guidance, sampler)
-    return _labels(process, len(seeds), condition, guidance.reads_condition)
+    return _condition(process, len(seeds), condition, guidance.reads_condition)
 
 
 def _is_seed(seed: object) -> bool:
@@ -277,10 +283,31 @@ def _is_seed(seed: object) -> bool:
         return False
 
 
-def _labels(process: Process, count: int, condition: Condition, read: bool) -> Tensor | None:
-    if condition is None:
-        return null_condition(process, count)
-    labels = torch.as_tensor(condition)
+def _condition(
+    process: Process, count: int, condition: Condition, read: bool
+) -> BatchCondition | None:
+    """The condition of `count` samples, in the form that the process has."""
+    if isinstance(condition, Conditions):
+        if len(condition) != count or set(condition.values) != set(process.conditions):
+            raise ValueError(
+                f"condition has {len(condition)} samples and the names "
+                f"{', '.join(condition.values)}, expected {count} and "
+                f"{', '.join(process.conditions) or 'none'}"
+            )
+        return condition
+    if isinstance(condition, Mapping):
+        named = {name: value for name, value in condition.items() if name != LABEL}
+        labels = condition.get(LABEL)
+    else:
+        named, labels = {}, condition
+    checked = None if labels is None else _labels(process, count, labels, read)
+    if named or process.conditions:
+        return resolve(process, count, named, checked)
+    return null_condition(process, count) if checked is None else checked
+
+
+def _labels(process: Process, count: int, given: Sequence[int] | Tensor, read: bool) -> Tensor:
+    labels = torch.as_tensor(given)
     if labels.is_floating_point() or labels.is_complex():
         raise ValueError(
             f"condition holds {labels.dtype}, expected integers, the index of each sample's class"

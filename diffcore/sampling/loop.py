@@ -10,7 +10,7 @@ continues without its memory.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffcore.core.conditions import LABEL, BatchCondition, Conditions, labels_of
 from diffcore.core.denoiser import DenoiserProtocol
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
@@ -61,7 +62,7 @@ def integrate(
     knots: tuple[Level, ...],
     noise: Noise,
     guidance: Guidance = CFG(1.0),
-    condition: Tensor | None = None,
+    condition: BatchCondition | None = None,
     micro_batch: int = 0,
     callback: Callback | None = None,
     *,
@@ -76,7 +77,7 @@ def integrate(
         knots: levels between which the sampler steps.
         noise: noise of stochastic samplers, keyed by the seeds of the samples.
         guidance: guidance rule; CFG(1) is the conditional model.
-        condition: (B,) labels, or None.
+        condition: (B,) labels or `Conditions`, or None.
         micro_batch: number of samples in each call of the network; 0: B and its references in one
             call.
         callback: receives each prediction, and can stop the loop.
@@ -116,7 +117,7 @@ def watch(
     knots: tuple[Level, ...],
     noise: Noise,
     guidance: Guidance,
-    condition: Tensor | None = None,
+    condition: BatchCondition | None = None,
 ) -> Iterator[GuidanceInput]:
     """The input of the guidance rule at each evaluation, to fit LinearAG or a threshold of
     AdaptiveGuidance. Networks are in evaluation mode during each evaluation, as in `sample`.
@@ -128,7 +129,7 @@ def watch(
         knots: levels between which the sampler steps.
         noise: noise of stochastic samplers.
         guidance: guidance rule.
-        condition: (B,) labels, or None.
+        condition: (B,) labels or `Conditions`, or None.
 
     Returns:
         An iterator over the inputs; an input has no references where the sampler uses no guidance.
@@ -195,7 +196,7 @@ def guided_prediction(
     guidance: Guidance,
     x: Tensor,
     level: Level,
-    condition: Tensor | None,
+    condition: BatchCondition | None,
     memory: Any,
     step: Step | None = None,
     micro_batch: int = 0,
@@ -207,7 +208,7 @@ def guided_prediction(
         guidance: guidance rule.
         x: (B, *shape) samples at `level`.
         level: level of the evaluation.
-        condition: (B,) labels, or None.
+        condition: (B,) labels or `Conditions`, or None.
         memory: memory of the rule; None at the first evaluation.
         step: step of the evaluation; default: a step from `level` to itself.
         micro_batch: number of samples in each call of the network; 0 for one call.
@@ -225,7 +226,7 @@ def evaluate_references(
     denoiser: DenoiserProtocol,
     guidance: Guidance,
     x: Tensor,
-    condition: Tensor | None,
+    condition: BatchCondition | None,
     memory: Any,
     step: Step,
     micro_batch: int = 0,
@@ -236,7 +237,7 @@ def evaluate_references(
         denoiser: network with its process.
         guidance: guidance rule.
         x: (B, *shape) samples at the level of the step.
-        condition: (B,) labels, or None.
+        condition: (B,) labels or `Conditions`, or None.
         memory: memory of the rule.
         step: step of the evaluation.
         micro_batch: number of samples in each call of the network; 0 for one call.
@@ -245,13 +246,14 @@ def evaluate_references(
         The input of the rule.
     """
     references = guidance.required_references(step, memory)
-    label = condition if denoiser.process.classes else None  # labels may be for the rule alone
+    is_read = bool(denoiser.process.dropouts)  # labels may be for the rule alone
+    own = condition if is_read else None
     queries = [
-        Query(denoiser, label),
-        *(reference.query(denoiser, label, x) for reference in references),
+        Query(denoiser, own),
+        *(reference.query(denoiser, own, x) for reference in references),
     ]
     conditional, *others = evaluate_queries(queries, x, step.level, micro_batch)
-    return GuidanceInput(x, step, conditional, tuple(others), condition)
+    return GuidanceInput(x, step, conditional, tuple(others), labels_of(condition))
 
 
 def current_step(
@@ -328,7 +330,7 @@ def check_guidance(
     Args:
         process: process of the network.
         knots: levels between which the sampler steps.
-        condition: labels, or None.
+        condition: labels, values by name, or None.
         guidance: guidance rule.
         sampler: numerical integrator; None: not checked.
     """
@@ -341,7 +343,7 @@ def check_guidance(
         reference.check(process, condition, str(guidance))
     for reference, level in required:
         reference.check_level(level)
-    guidance.check(process, condition)
+    guidance.check(process, _given_labels(condition))
     if sampler is None:
         return
     if not guidance.is_consistent and not sampler.is_direct:
@@ -356,6 +358,13 @@ def check_guidance(
             f"{guidance} requires one evaluation per step: use a sampler such as DDIM(), not "
             f"{sampler}"
         )
+
+
+def _given_labels(condition: Condition) -> Condition:
+    """The class labels among the conditions that a caller passes."""
+    if isinstance(condition, Conditions):
+        return condition.label
+    return condition.get(LABEL) if isinstance(condition, Mapping) else condition
 
 
 @contextmanager

@@ -107,7 +107,9 @@ def _fix_gradient_buckets(state: TrainState) -> None:
     buffers = _copy_buffers(state)
     index = torch.arange(state.order.micro)
     x0 = torch.zeros(len(index), *state.settings.process.shape)
-    batch = Batch(x0, torch.zeros_like(index), index, index)
+    records = state.settings.process.conditions.items()
+    extras = {name: torch.zeros(len(index), *record.shape) for name, record in records}
+    batch = Batch(x0, torch.zeros_like(index), index, index, extras)
     state.accelerator.backward(_losses(state, batch).mean())
     state.modules.zero_grad()
     for value, before in buffers:

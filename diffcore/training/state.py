@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from diffcore.core.conditions import batch_condition, condition_arguments, null_condition
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.network import frozen_hash
 from diffcore.core.process import Process
@@ -161,12 +162,12 @@ class TrainState:
             The losses, on the device of this rank.
         """
         device = self.accelerator.device
-        label = batch.label.to(device, non_blocking=True) if self.settings.process.classes else None
+        condition = batch_condition(self.settings.process, batch.label, batch.extras, device)
         weight = batch.extras.get(WEIGHT)
         return self.settings.objective(
             self.denoiser,
             batch.x0.to(device, non_blocking=True),
-            label,
+            condition,
             draw,
             self.uncertainty,
             None if weight is None else weight.to(device, non_blocking=True),
@@ -336,7 +337,15 @@ def _check_network(network: nn.Module, label_wrapper: LabelWrapper, process: Pro
     except (RuntimeError, TypeError) as error:
         raise ValueError(
             f"the network cannot be evaluated for x of shape {tuple(x.shape)}, and takes (x, time"
-            f"{', class_labels=' if process.classes else ''}): set its channels and size to the "
-            f"process's shape {process.shape}, or its forward ({type(error).__name__}: {error})"
+            f"{', class_labels=' if process.classes else ''}{_named(process)}): set its "
+            f"channels and size to the process's shape {process.shape}, or its forward "
+            f"({type(error).__name__}: {error})"
         ) from error
     network.train()
+
+
+def _named(process: Process) -> str:
+    """The keyword arguments of the named conditions, for messages."""
+    null = null_condition(process, 1)
+    names = condition_arguments(process, null, torch.float32).keys() - {"class_labels"}
+    return "".join(f", {name}=" for name in sorted(names))

@@ -6,8 +6,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch.utils.data import Dataset
 
+from diffcore.core.conditions import batch_condition
 from diffcore.core.process import Process
 from diffcore.guidance import CFG, Guidance
 from diffcore.io.lock import lock_folder
@@ -67,7 +69,8 @@ class Trainer:
 
     Args:
         network: class and options of the network; its initial weights are a function of the seed.
-        data: class and options of the data set; its items are x_0 or (x_0, label).
+        data: class and options of the data set; its items are x_0, (x_0, label) or (x_0, label,
+            conditions).
         process: diffusion process that the network is trained on: schedule, prediction type, time
             conditioning, shape and range of the data, classes.
         optimizer: class and options of the optimizer, without the learning rate, which `lr`
@@ -241,11 +244,13 @@ class Trainer:
                 "are not images of 1 or 3 channels, nor latents that the data decodes: set "
                 "sample_every: 0"
             )
+        records = self.process.conditions.items()
+        zeros = {name: torch.zeros(1, *record.shape) for name, record in records}
         generation.check_sampling(
             self.process,
             self.grid.knots(self.process.schedule, self.sample_steps),
             [0],
-            [0] if self.process.classes else None,
+            batch_condition(self.process, torch.zeros(1, dtype=torch.int64), zeros),
             self.guidance,
             1,
             self.sampler,

@@ -9,7 +9,8 @@ import torch
 from diffusers import UNet2DModel
 from torch import nn
 
-from diffcore.core.denoiser import Denoiser, null_condition
+from diffcore.core.conditions import null_condition
+from diffcore.core.denoiser import Denoiser
 from diffcore.core.noise import Noise
 from diffcore.core.process import TimeConditioning, TimeVariable
 from diffcore.samplers import DDIM, AlphaBlending

@@ -92,6 +92,7 @@ def test_streams_keep_their_numbers():
         "OFFSET": 21,
         "LATENT": 22,
         "VALIDATION": 23,
+        "CONDITION": 40,
     }
 
 

@@ -24,7 +24,8 @@ from diffcore.guidance import (
     find_networks,
     load_weaker_networks,
 )
-from diffcore.guidance.reference import Query, evaluate_queries
+from diffcore.guidance.evaluation import evaluate_queries
+from diffcore.guidance.reference import Query
 from diffcore.samplers import AlphaBlending
 from diffcore.sampling.generation import sample
 from diffcore.sampling.loop import guided_prediction, integrate

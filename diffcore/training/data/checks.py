@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from diffcore.core.condition_values import check_value
 from diffcore.core.process import Process
 from diffcore.training.data.listing import printable
 from diffcore.training.data.source import WEIGHT, DataSource
@@ -64,7 +65,7 @@ def read_item(read: Callable[[], Any], index: int, process: Process) -> Item:
         process: process that the item must fit.
 
     Returns:
-        The item, with x_0 of the shape of the process.
+        The item, with x_0 of the shape of the process, and its conditions among the extras.
 
     Raises:
         ValueError: `read` raises an error, or the item does not fit the process. The message
@@ -81,7 +82,7 @@ def read_item(read: Callable[[], Any], index: int, process: Process) -> Item:
     _check_label(found.label, index, process)
     if WEIGHT in found.extras:
         _check_weight(found.extras[WEIGHT], index, process)
-    return found
+    return found._replace(extras={**found.extras, **_conditions(found.extras, index, process)})
 
 
 def split_item(item: Any, index: int) -> Item:
@@ -114,6 +115,20 @@ def split_item(item: Any, index: int) -> Item:
             f"item {index} of the data has the label {reprlib.repr(label)}, expected an integer, "
             "the index of its class: convert it, or return x_0 alone for data without labels"
         ) from None
+
+
+def _conditions(extras: Mapping[str, Any], index: int, process: Process) -> dict[str, Tensor]:
+    """The conditions of the process among the extras of an item, which must have each of them."""
+    where = f"item {index} of the data"
+    if missing := [name for name in process.conditions if name not in extras]:
+        raise ValueError(
+            f"{where} has no condition {missing[0]} (it has {', '.join(extras) or 'none'}): return "
+            f"(x_0, label, {{{missing[0]!r}: tensor}}), or leave it out of process.conditions"
+        )
+    return {
+        name: check_value(name, record, extras[name], where)
+        for name, record in process.conditions.items()
+    }
 
 
 def process_with_captions(process: Process, data: DataSource) -> Process:

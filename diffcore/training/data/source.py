@@ -29,7 +29,8 @@ class DataSource(Dataset[Any]):
     x_0 is a float tensor of the shape and range of the process, or of the shape of its bucket in
     `groups`; the label is an integer in 0 .. classes - 1, or -1 for none. Extras are tensors by
     name, the same names in every item. The extra "weight" multiplies the loss: of shape (1, 1, 1)
-    for the whole sample, or (1, H, W) for its pixels, a mask. A subclass implements `__len__` and
+    for the whole sample, or (1, H, W) for its pixels, a mask. The named conditions of the process
+    are extras too. A subclass implements `__len__` and
     `__getitem__`; every other member has a default.
     """
 

@@ -1,13 +1,18 @@
 """Previews during training: one row of four samples for each of the first classes or captions."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
+import torch
 from PIL import Image
 
+from diffcore.core.conditions import LABEL
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.process import Process
 from diffcore.sampling import images
 from diffcore.sampling.generation import Samples
+from diffcore.training.data.checks import read_item
 from diffcore.training.data.source import DataSource
 
 __all__ = ["is_drawable", "preview"]
@@ -29,19 +34,37 @@ def preview(denoiser: Denoiser, data: DataSource, draw: Callable[..., Samples]) 
         draw: called as `draw(denoiser, seeds=, condition=, batch_size=)`.
 
     Returns:
-        The grid, one row for each of the first classes or captions.
+        The grid, one row for each of the first classes or captions; of named conditions, a row has
+        those of one item of the data.
     """
     process = denoiser.process
     rows = range(min(process.classes, ROWS) or COLUMNS)
     labels = [row for row in rows for _ in range(COLUMNS)]
-    condition = labels if process.classes else None
+    condition = _conditions(data, process, labels)
     x = draw(denoiser, seeds=range(len(labels)), condition=condition, batch_size=len(labels)).x
     if data.is_latent:
         x = data.decode(x)
         process = Process(shape=tuple(x.shape[1:]))
     return images.draw_grid(
-        x, process, [_name(data, row) if condition else "" for row in rows], COLUMNS
+        x, process, [_name(data, row) if process.classes else "" for row in rows], COLUMNS
     )
+
+
+def _conditions(data: DataSource, process: Process, rows: list[int]) -> Any:
+    """The condition of each sample: its row as class, and the named ones of the item of that row.
+
+    The items are spread evenly over the data.
+    """
+    label = rows if process.classes else None
+    if not process.conditions:
+        return label
+    count = max(rows) + 1
+    indices = [row * len(data) // count for row in rows]
+    items = [read_item(partial(data.__getitem__, i), i, process) for i in indices]
+    named = {
+        name: torch.stack([item.extras[name] for item in items]) for name in process.conditions
+    }
+    return named | ({LABEL: label} if label else {})
 
 
 def _name(data: DataSource, label: int) -> str:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
+from diffcore.core.conditions import batch_condition
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.process import Process
 from diffcore.core.random import Stream, derive_seed, permutation
@@ -201,13 +202,11 @@ def _batch_losses(
     device = denoiser.device
     process = process_of_item(denoiser.process, source, int(rows[0]))
     items = [read_item(partial(source.__getitem__, row), row, process) for row in rows.tolist()]
-    label = torch.tensor([item.label for item in items])
+    x0, label, extras = default_collate(items)
     draw = objective.draw(process, key, device)
-    condition = label.to(device) if process.classes else None
-    weights = [item.extras[WEIGHT] for item in items if WEIGHT in item.extras]
-    weight = torch.stack(weights).to(device) if weights else None
-    x0 = torch.stack([item.x0 for item in items]).to(device)
-    return objective(denoiser, x0, condition, draw, None, weight)
+    condition = batch_condition(process, label, extras, device)
+    weight = extras[WEIGHT].to(device) if WEIGHT in extras else None
+    return objective(denoiser, x0.to(device), condition, draw, None, weight)
 
 
 def validate(state: "TrainState") -> Measurement:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from diffcore.core.conditions import BatchCondition, labels_of
 from diffcore.core.denoiser import extract_tensor
 from diffcore.core.network import network_config
 from diffcore.core.prediction import (
@@ -78,10 +79,12 @@ class PipelineDenoiser:
         x = at_least_float32(self.x[: self.batch_size, :channels])
         return unscale_input(self.process.prediction, x, level, self.process.sigma_data)
 
-    def __call__(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Prediction:
+    def __call__(
+        self, x: Tensor, level: Level, condition: BatchCondition | None = None
+    ) -> Prediction:
         """Predictions for any number of these samples, under label 0 or 1."""
         process = self.process
-        indices = self._indices(condition, len(x), x.device)
+        indices = self._indices(labels_of(condition), len(x), x.device)
         args, kwargs = self._arguments(indices)
         scaled = scale_input(process.prediction, x, level, process.sigma_data)
         full = torch.cat([scaled.to(self.x.dtype), self.x[indices, x.shape[1] :]], 1)

@@ -19,6 +19,7 @@ from diffusers import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from torch import Tensor, nn
 
+from diffcore.core.conditions import labels_of
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.network import evaluation_dtype, unwrap
 from diffcore.core.noise import Noise
@@ -165,9 +166,14 @@ class DiffcorePipeline(DiffusionPipeline):
 
         Raises:
             ValueError: The network is no ModelMixin of diffusers, and so cannot be saved in a
-                pipeline.
+                pipeline; or its process has named conditions.
         """
         network, process = unwrap(denoiser.network), denoiser.process
+        if process.conditions:
+            raise ValueError(
+                f"the network has the conditions {', '.join(process.conditions)}, which the calls "
+                "of a pipeline do not have: sample the run itself"
+            )
         if isinstance(network, MeanOutput):
             network = unwrap(network.network)
         if not isinstance(network, ModelMixin):
@@ -335,9 +341,9 @@ class DiffcorePipeline(DiffusionPipeline):
         )
         knots = insert_levels(self._knots(steps, grid), rule.levels(process))
         keys, labels = range(count) if seeds is None else seeds, expand_labels(class_labels, count)
-        labels = check_sampling(process, knots, keys, labels, rule, count, sampler)
+        given = check_sampling(process, knots, keys, labels, rule, count, sampler)
         noise = self._noise(process, count, seeds, generator)
-        return _Call(sampler, knots, rule, noise, labels)
+        return _Call(sampler, knots, rule, noise, labels_of(given))
 
     def _sample(self, call: _Call, callback: Callback | None) -> Tensor:
         """The samples (N, *shape) of a call, with a progress bar that counts sampler steps."""

@@ -33,6 +33,9 @@ class Arrays(RowSource):
             with such an array; "" for data without labels.
         channels: position of the axis of channels in an item: first for (C, H, W), last for
             (H, W, C), which is converted.
+        conditions: name of each condition of the process -> .npy file, folder or pattern with its
+            value for each item, of shape (items, *shape of the condition); its numbers are scaled
+            as those of the items. `channels` holds for conditions with as many axes as an item.
 
     Raises:
         ValueError: A file cannot be read, is truncated, or holds Python objects or numbers without
@@ -47,13 +50,26 @@ class Arrays(RowSource):
         (tensor([ 0.5000, -1.0000]), -1)
     """
 
-    def __init__(self, path: str, labels: str = "", channels: Channels = "first") -> None:
+    def __init__(
+        self,
+        path: str,
+        labels: str = "",
+        channels: Channels = "first",
+        conditions: dict[str, str] | None = None,
+    ) -> None:
         label_files = _find_labels(labels) if labels else []
-        files = [_read_header(file) for file in find_shards(path, ".npy", without=label_files)]
+        named = {name: find_shards(file, ".npy") for name, file in (conditions or {}).items()}
+        others = [*label_files, *(file for files in named.values() for file in files)]
+        files = [_read_header(file) for file in find_shards(path, ".npy", without=others)]
         self.files = {file.path: file for file in files}
         dtypes = [_torch_dtype(file) for file in files]
         super().__init__([*self.files], [file.shape for file in files], dtypes, channels)
         self.labels = _read_labels(label_files, len(self)) if labels else None
+        axes, rows = len(files[0].shape), {}
+        for name, file in (conditions or {}).items():
+            is_like_item = len(_read_header(named[name][0]).shape) == axes
+            rows[name] = Arrays(file, channels=channels if is_like_item else "first")
+        self._add_conditions(rows)
 
     def _read_row(self, path: Path, row: int) -> Tensor:
         return self.files[path].read(row)

@@ -3,10 +3,11 @@
 import glob
 import hashlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Literal, get_args
+from types import MappingProxyType
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -48,6 +49,8 @@ class RowSource(DataSource):
     """
 
     labels: Tensor | None = None
+    conditions: Mapping[str, "RowSource"] = MappingProxyType({})
+    """Rows of each condition, by its name; row i belongs to item i."""
 
     def __init__(
         self,
@@ -83,15 +86,37 @@ class RowSource(DataSource):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
         label = -1 if self.labels is None else int(self.labels[index])
-        return as_x0(self._read_row(*self.rows.locate(index)), self.channels), label
+        item = self._read(index), label
+        if not self.conditions:
+            return item
+        return *item, {name: rows._read(index) for name, rows in self.conditions.items()}
+
+    def _read(self, index: int) -> Tensor:
+        """Row `index` of all files as a float tensor."""
+        return as_x0(self._read_row(*self.rows.locate(index)), self.channels)
+
+    def _add_conditions(self, conditions: Mapping[str, "RowSource"]) -> None:
+        """Add the rows of conditions, one for each item.
+
+        Raises:
+            ValueError: A condition has another number of rows than there are items.
+        """
+        for name, rows in conditions.items():
+            if len(rows) != len(self):
+                raise ValueError(
+                    f"{printable(rows.rows.paths[0])} has {len(rows)} rows of the condition "
+                    f"{name}, but the data has {len(self)} items: expected one row for each"
+                )
+        self.conditions = dict(conditions)
 
     @property
     def content_hash(self) -> str:
         """Hash of the options, the labels, and a part of each file, see `hash_shards`."""
         labels = "" if self.labels is None else str(self.labels.tolist())
-        return hash_content(*self._options(), labels, hash_shards(self.rows.paths))
+        named = [f"{name} {rows.content_hash}" for name, rows in self.conditions.items()]
+        return hash_content(*self._options(), labels, hash_shards(self.rows.paths), *named)
 
     def _options(self) -> tuple[str, ...]:
         """The options that determine the items."""

@@ -33,6 +33,9 @@ class Tensors(RowSource):
             default need not exist.
         channels: position of the axis of channels in an item: first for (C, H, W), last for
             (H, W, C), which is converted.
+        conditions: name of each condition of the process -> name of the tensor of its values in
+            each file, of shape (items, *shape of the condition); its numbers are scaled as those of
+            the items. `channels` holds for conditions with as many axes as an item.
 
     Raises:
         ValueError: A file cannot be read, lacks a tensor, or its numbers have no known range; files
@@ -45,12 +48,18 @@ class Tensors(RowSource):
         key: str = "x0",
         labels_key: str = LABELS_KEY,
         channels: Channels = "first",
+        conditions: dict[str, str] | None = None,
     ) -> None:
         self.key, paths = key, find_shards(path, ".safetensors")
         shapes = [_shape(file, key) for file in paths]
         dtypes = [_slice(file, key)[:0].dtype for file in paths]
         super().__init__(paths, shapes, dtypes, channels)
         self.labels = _read_labels(paths, [shape[0] for shape in shapes], labels_key)
+        rows = {}
+        for name, tensor in (conditions or {}).items():
+            is_like_item = len(_shape(paths[0], tensor)) == len(shapes[0])
+            rows[name] = Tensors(path, tensor, "", channels if is_like_item else "first")
+        self._add_conditions(rows)
 
     def _read_row(self, path: Path, row: int) -> Tensor:
         values: Tensor = _slice(path, self.key)[row : row + 1][0]

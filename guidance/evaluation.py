@@ -1,0 +1,78 @@
+"""The evaluation of a network under several conditions, which share one forward."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from diffcore.core.conditions import BatchCondition, as_conditions, concatenate, null_condition
+from diffcore.core.denoiser import DenoiserProtocol
+from diffcore.core.prediction import Prediction
+from diffcore.guidance.reference import Query
+from diffcore.schedules import Level
+
+__all__ = ["evaluate_queries"]
+
+
+def evaluate_queries(
+    queries: Sequence[Query], x: Tensor, level: Level, micro_batch: int = 0
+) -> list[Prediction]:
+    """Evaluate the queries at one level. Queries to one denoiser share one forward.
+
+    Args:
+        queries: networks and conditions.
+        x: (B, *shape) input of each network.
+        level: level of x.
+        micro_batch: number of samples in each call of a network; 0 puts all into one call.
+
+    Returns:
+        The prediction of each query, in the order of the queries.
+    """
+    predictions: dict[int, Prediction] = {}
+    for i, query in enumerate(queries):
+        if i not in predictions:
+            same = [j for j in range(i, len(queries)) if queries[j].denoiser is query.denoiser]
+            results = _evaluate_together([queries[j] for j in same], x, level, micro_batch)
+            predictions.update(zip(same, results, strict=True))
+    return [predictions[i] for i in range(len(queries))]
+
+
+def _evaluate_together(
+    queries: Sequence[Query], x: Tensor, level: Level, micro_batch: int
+) -> list[Prediction]:
+    """The predictions of one network under several conditions, from one forward."""
+    count, denoiser = len(queries), queries[0].denoiser
+    condition = queries[0].condition if count == 1 else _concatenate_conditions(queries, x)
+    stacked = x if count == 1 else torch.cat([x] * count)
+    together = _evaluate(denoiser, stacked, level, condition, micro_batch)
+    chunks = (value.chunk(count) for value in together)
+    return [Prediction(*pair) for pair in zip(*chunks, strict=True)]
+
+
+def _concatenate_conditions(queries: Sequence[Query], x: Tensor) -> BatchCondition | None:
+    """The conditions of all queries in one batch; a missing one becomes the absent value."""
+    process = queries[0].denoiser.process
+    null = null_condition(process, len(x), x.device)
+    if null is None:
+        return None
+    given = [as_conditions(process, q.condition, len(x), x.device) for q in queries]
+    return concatenate([null if part is None else part.to(x.device) for part in given])
+
+
+def _evaluate(
+    denoiser: DenoiserProtocol,
+    x: Tensor,
+    level: Level,
+    condition: BatchCondition | None,
+    micro_batch: int,
+) -> Prediction:
+    """Evaluate in calls of exactly `micro_batch` samples, the last one padded; 0 is one call."""
+    if not micro_batch:
+        return denoiser(x, level, condition)
+    parts = []
+    for start in range(0, len(x), micro_batch):
+        # The last sample fills the last call: bits then do not depend on the number of samples.
+        samples = torch.arange(start, start + micro_batch, device=x.device).clamp(max=len(x) - 1)
+        labels = None if condition is None else condition[samples]
+        parts.append(denoiser(x[samples], level, labels))
+    return Prediction(*(torch.cat(values)[: len(x)] for values in zip(*parts, strict=True)))
