@@ -78,6 +78,7 @@ class AdaptiveGuidance(GuidanceWrapper[AdaptiveGuidanceMemory]):
         "AdaptiveGuidance": "it would stop twice; use one, with the smaller threshold",
         "ClassifierGuidance": "it has no reference that could be left out; use Interval",
         "ComposedConditions": "its references do not agree at one time; use Interval",
+        "ScaledConditions": "its references do not agree at one time; use Interval",
         "Sum": "its references do not agree at one time; use Sum of AdaptiveGuidance",
     }
 
@@ -170,6 +171,7 @@ class LinearAG(GuidanceWrapper[LinearAGMemory]):
         "alone",
         "ClassifierGuidance": "it has no reference to predict; use it alone",
         "ComposedConditions": "it has several references; use CFG or APG inside",
+        "ScaledConditions": "it has several references; use CFG or APG inside",
         "Sum": "it has several references; use CFG or APG inside",
         "GFCG": "its reference changes its class; use CFG or APG inside",
     }

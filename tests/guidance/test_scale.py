@@ -20,6 +20,7 @@ from diffcore.guidance import (
     ConstantScale,
     CosineScale,
     LinearScale,
+    ScaledConditions,
     Step,
 )
 from diffcore.guidance.classifier import GFCGMemory
@@ -58,6 +59,7 @@ MAKE_RULE = {
     "CFGZeroStar": partial(CFGZeroStar, zero_init=0),
     "CFGPlusPlus": CFGPlusPlus,
     "ComposedConditions": lambda scale: ComposedConditions((1,), (0.5,), scale),
+    "ScaledConditions": lambda scale: ScaledConditions(("label",), (scale,)),
     "ClassifierGuidance": lambda scale: ClassifierGuidance(lambda x, level: x, scale),
     "GFCG": lambda scale: GFCG(lambda x0, level: x0, scale),
 }

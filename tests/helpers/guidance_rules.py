@@ -28,6 +28,7 @@ from diffcore.guidance import (
     LinearAG,
     MinorityGuidance,
     Rescale,
+    ScaledConditions,
     Sum,
 )
 from diffcore.schedules import Level, UniformLogSNR
@@ -61,6 +62,7 @@ LEAVES = {
     "MinorityGuidance": MinorityGuidance(classifier, 1.0, label=1),
     "GFCG": GFCG(classifier, 3.0),
     "ComposedConditions": ComposedConditions((1,), (-0.5,), 2.0),
+    "ScaledConditions": ScaledConditions(("label",), (2.5,)),
     "Sum": Sum((CFG(2.0), APG(2.0, Label(1)), Interval(CFG(2.0), sigma=(0.5, 2.0)))),
 }
 COEFFICIENTS = ((), (), (0.1, 0.7, 0.2, 0.1), (), (0.0, 0.9), ())
@@ -79,12 +81,14 @@ REFUSED = {
     ("AdaptiveGuidance", "ClassifierGuidance"),
     ("AdaptiveGuidance", "MinorityGuidance"),
     ("AdaptiveGuidance", "ComposedConditions"),
+    ("AdaptiveGuidance", "ScaledConditions"),
     ("AdaptiveGuidance", "Sum"),
     ("AdaptiveGuidance", "AdaptiveGuidance"),
     ("LinearAG", "ClassifierGuidance"),
     ("LinearAG", "MinorityGuidance"),
     ("LinearAG", "GFCG"),
     ("LinearAG", "ComposedConditions"),
+    ("LinearAG", "ScaledConditions"),
     ("LinearAG", "Sum"),
     ("LinearAG", "Interval"),
     ("LinearAG", "AdaptiveGuidance"),
