@@ -1,11 +1,13 @@
 """The image files of a folder, and their pixels as x_0 of one size."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args
 
 from torch import Tensor
 
-from diffcore.io.images.pixels import Fit, as_pixels
+from diffcore.io.images.crop import Crop
+from diffcore.io.images.pixels import Fit, as_pixels, crop_pixels
 from diffcore.io.images.reader import read_content
 from diffcore.training.data.listing import PackedTexts, printable
 from diffcore.training.data.scan import SUFFIXES, FolderScan, scan_folder
@@ -66,6 +68,8 @@ class ImageFiles:
         """Path of each image that can be read, below the folder."""
         self.hashes = scan.sha256[rows]
         """(N, 32) SHA-256 of each file in `names`."""
+        self.width, self.height = scan.width[rows], scan.height[rows]
+        """(N,) columns and rows of each upright image in `names`."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -76,9 +80,24 @@ class ImageFiles:
         Raises:
             ValueError: The file can no longer be read; the message contains its path.
         """
+        return self._read(index, lambda content: as_pixels(content, *self._options))
+
+    def read(self, index: int, crop: Crop) -> Tensor:
+        """x_0 (C, H, W) in [-1, 1] of a crop of an image.
+
+        Raises:
+            ValueError: The file can no longer be read; the message contains its path.
+        """
+        return self._read(index, lambda content: crop_pixels(content, self.channels, crop))
+
+    @property
+    def _options(self) -> tuple[int, str, Fit]:
+        return self.size, self.channels, self.fit
+
+    def _read(self, index: int, decode: Callable[[bytes], Tensor]) -> Tensor:
         path = self.folder / self.names[index]
         try:
-            return as_pixels(read_content(path), self.size, self.channels, self.fit)
+            return decode(read_content(path))
         except ValueError as error:
             raise ValueError(f"{printable(path)} cannot be read: {error}") from None
 

@@ -2,18 +2,24 @@
 
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from diffcore.core.random import Stream, uniform
+from diffcore.io.images.crop import CENTRE, Crop
+from diffcore.training.data.buckets.items import ImageItems
+from diffcore.training.data.buckets.sizes import Buckets
 from diffcore.training.data.cache import hash_content
 from diffcore.training.data.image_files import Fit, ImageFiles, Unreadable
 from diffcore.training.data.listing import printable
 from diffcore.training.data.order import is_mirrored
 from diffcore.training.data.source import DataSource
 
-__all__ = ["ImageFolder", "label_images"]
+__all__ = ["CropPosition", "ImageFolder", "label_images"]
+
+CropPosition = Literal["center", "random"]
 
 
 class ImageFolder(DataSource):
@@ -34,6 +40,10 @@ class ImageFolder(DataSource):
         fit: crop (scale the shorter side, crop the centre), pad (scale the longer side, fill with
             black) or exact (refuse an image of another size).
         flip: true mirrors half of the images, keyed by the position in the run.
+        buckets: sizes of several aspect ratios, each image at the one closest to its own; every
+            batch is of one size, and `size` is that of previews. None: squares of `size`.
+        crop: center, or random (keyed by the position in the run): the part of an image that is
+            kept along the side that is cut, with `fit: crop`.
         unreadable: refuse images that cannot be read, or skip them.
         verify: true reads every file at the start, and compares its hash with the recorded scan;
             false compares size and time.
@@ -56,30 +66,41 @@ class ImageFolder(DataSource):
         flip: bool = False,
         unreadable: Unreadable = "refuse",
         verify: bool = False,
+        buckets: Buckets | None = None,
+        crop: CropPosition = "center",
     ) -> None:
-        self.flip = flip
+        self.flip, self.crop = flip, crop
         self.images = ImageFiles(Path(folder), size, channels, fit, unreadable, verify)
-        self.class_names, self.labels = label_images(self.images)
+        if crop not in get_args(CropPosition) or (crop == "random" and fit != "crop"):
+            raise ValueError(f"crop is {crop!r}, expected center, or random with fit: crop")
+        self.items = ImageItems(self.images, buckets)
+        self.groups = self.items.groups(len(channels))
+        self.class_names, labels = label_images(self.images)
+        self.labels = labels[self.items.image]
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.items)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.images[index], int(self.labels[index])
+        return self._read(index, self.items.crop(index))
+
+    def _read(self, index: int, crop: Crop) -> tuple[Tensor, int]:
+        return self.items.read(index, crop), int(self.labels[index])
 
     def item(self, index: int, seed: int, position: int) -> tuple[Tensor, int]:
         """The item at a position of the run.
 
         Args:
-            index: index of the image.
+            index: index of the item.
             seed: seed of the run.
             position: number of samples of the run before this one.
 
         Returns:
-            x_0 (C, size, size), mirrored for half of the positions if `flip` is set, and the label.
+            x_0 (C, H, W), cropped and mirrored by the position as set, and the label.
         """
-        x0, label = self[index]
-        return x0.flip(-1) if self.flip and is_mirrored(seed, position) else x0, label
+        offset = float(uniform(seed, Stream.CROP, position)) if self.crop == "random" else CENTRE
+        is_flipped = self.flip and is_mirrored(seed, position)
+        return self._read(index, self.items.crop(index, offset, is_flipped))
 
     @property
     def content_hash(self) -> str:
@@ -87,7 +108,11 @@ class ImageFolder(DataSource):
         images = self.images
         options = (images.size, images.channels, images.fit, self.flip)
         contents = sha256(images.hashes.numpy().tobytes()).hexdigest()
-        return hash_content(*map(str, options), *self.class_names, images.names.sha256, contents)
+        further: list[str] = [self.crop] if self.crop != "center" else []
+        further += [] if self.groups is None else [self.groups.content_hash]
+        return hash_content(
+            *map(str, options), *self.class_names, images.names.sha256, contents, *further
+        )
 
 
 def label_images(images: ImageFiles) -> tuple[tuple[str, ...], Tensor]:

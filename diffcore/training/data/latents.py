@@ -7,12 +7,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from diffcore.core.random import Stream, normal
+from diffcore.core.random import Stream, normal, uniform
+from diffcore.io.images.crop import Crop
+from diffcore.training.data.buckets.groups import Groups
+from diffcore.training.data.buckets.items import ImageItems
+from diffcore.training.data.buckets.sizes import Buckets
 from diffcore.training.data.cache import Cache, hash_content
 from diffcore.training.data.captions import read_captions
 from diffcore.training.data.image_files import Fit, ImageFiles, Unreadable
@@ -44,7 +48,24 @@ POLL_SECONDS = 2.0
 WAIT_SECONDS = 120.0
 """Time after which entries that a shared disk does not show are an error."""
 
+SIZES = "sizes"
+"""Name of the extra that holds `Crop.sizes`."""
+
 Entries = Iterator[dict[str, Tensor]]
+
+
+class _Visit(NamedTuple):
+    """One of the crops of an item that are encoded.
+
+    Args:
+        item: index of the item.
+        crop: number of the crop.
+        is_mirrored: whether the image is mirrored.
+    """
+
+    item: int
+    crop: int = 0
+    is_mirrored: bool = False
 
 
 class LatentDataset(DataSource):
@@ -70,6 +91,10 @@ class LatentDataset(DataSource):
         cache: folder for latents and text embeddings, on a disk that all ranks share.
         verify: true reads every file at the start, and compares its hash with the recorded scan;
             false compares size and time.
+        buckets: sizes of several aspect ratios, each image at the one closest to its own; every
+            batch is of one size. `size` is then that of previews. None: squares of `size`.
+        crops: number of crops of each image that are encoded, evenly spread along the side that is
+            cut; which one is read is keyed by the position in the run. 1: the centre.
 
     Raises:
         ValueError: There are no images, some cannot be read, only some have a caption, one has
@@ -89,24 +114,28 @@ class LatentDataset(DataSource):
         unreadable: Unreadable = "refuse",
         cache: str = "cache",
         verify: bool = False,
+        buckets: Buckets | None = None,
+        crops: int = 1,
     ) -> None:
         from diffcore.integrations.diffusers.loading.index import PipelineIndex
 
-        self.pipeline, self.flip = PipelineIndex(Path(pipeline)), flip
+        if crops < 1 or (crops > 1 and fit != "crop"):
+            raise ValueError(f"crops is {crops}, expected 1, or more with fit: crop")
+        self.pipeline, self.flip, self.crops = PipelineIndex(Path(pipeline)), flip, crops
         size = size or self.pipeline.image_size
         self.images = ImageFiles(Path(folder), size, "RGB", fit, unreadable, verify)
+        self.items = ImageItems(self.images, buckets)
+        self.groups = self._groups()
         texts = read_captions(Path(folder), self.images.names) if captions else []
         self.texts = tuple(sorted(set(texts)))
         if texts:
             indices = {text: index for index, text in enumerate(self.texts)}
-            self.labels = torch.tensor([indices[text] for text in texts])
+            labels = torch.tensor([indices[text] for text in texts])
         else:
-            self.class_names, self.labels = label_images(self.images)
+            self.class_names, labels = label_images(self.images)
+        self.labels = labels[self.items.image]
         pixels = str(size)
-        self.latent_keys = [
-            hash_content(bytes(content).hex(), fit, pixels, DECODING)
-            for content in self.images.hashes.numpy()
-        ]
+        self.latent_keys = [self._latent_key(index) for index in range(len(self.items))]
         self.text_keys = (
             [hash_content(text, pixels) for text in (*self.texts, NULL)] if texts else []
         )
@@ -116,30 +145,63 @@ class LatentDataset(DataSource):
     def __len__(self) -> int:
         return len(self.latent_keys)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """The mean of the latents, and the label."""
-        return self.latents.read(self.latent_keys[index])["mean"], int(self.labels[index])
+    def __getitem__(self, index: int) -> tuple[Tensor, int, dict[str, Tensor]]:
+        """The mean of the latents of the middle crop, the label and the extras."""
+        visit = _Visit(index, self.crops // 2)
+        mean = self.latents.read(self._visit_key(visit))["mean"]
+        return mean, int(self.labels[index]), self._extras(visit)
 
     is_latent = True
 
-    def item(self, index: int, seed: int, position: int) -> tuple[Tensor, int]:
-        """The latents drawn at a position of the run, and the label.
+    def item(self, index: int, seed: int, position: int) -> tuple[Tensor, int, dict[str, Tensor]]:
+        """The latents drawn at a position of the run, the label and the extras.
 
         Args:
-            index: index of the image.
+            index: index of the item.
             seed: seed of the run.
             position: number of samples of the run before this one.
 
         Returns:
-            z (*shape) and the label.
+            z (C, h, w), the label, and the extras: `sizes` (6,) of `Crop.sizes`, if images are
+            cropped.
         """
-        key = self.latent_keys[index]
-        if self.flip and is_mirrored(seed, position):
-            key = _mirrored(key)
-        entry = self.latents.read(key)
+        crop = 0
+        if self.crops > 1:
+            crop = int(float(uniform(seed, Stream.CROP, position)) * self.crops)
+        visit = _Visit(index, crop, self.flip and is_mirrored(seed, position))
+        entry = self.latents.read(self._visit_key(visit))
         mean, std = entry["mean"], entry["std"]
         z = mean + std * normal(seed, Stream.LATENT, position, mean.shape)[0]
-        return z, int(self.labels[index])
+        return z, int(self.labels[index]), self._extras(visit)
+
+    def _extras(self, visit: "_Visit") -> dict[str, Tensor]:
+        return {SIZES: self._crop(visit).sizes} if self.images.fit == "crop" else {}
+
+    def _crop(self, visit: "_Visit") -> Crop:
+        offset = (visit.crop + 0.5) / self.crops
+        return self.items.crop(visit.item, offset, visit.is_mirrored)
+
+    def _latent_key(self, index: int) -> str:
+        """Key of the latents of an item, whatever its crop."""
+        content = bytes(self.images.hashes[self.items.image[index]].numpy()).hex()
+        width, height = self.items.size(index)
+        pixels = str(width) if width == height else f"{width} x {height}"
+        return hash_content(content, self.images.fit, pixels, DECODING)
+
+    def _visit_key(self, visit: "_Visit") -> str:
+        """Key of the latents of one crop of an item."""
+        key = self.latent_keys[visit.item]
+        if self.crops > 1:
+            key = hash_content(key, f"crop {visit.crop} of {self.crops}")
+        return _mirrored(key) if visit.is_mirrored else key
+
+    def _groups(self) -> Groups | None:
+        if not self.items.has_buckets:
+            return None
+        from diffcore.integrations.diffusers.loading.vae import downsampling_factor
+
+        config = self.pipeline.config("vae")
+        return self.items.groups(int(config["latent_channels"]), downsampling_factor(config))
 
     @property
     def content_hash(self) -> str:
@@ -148,8 +210,10 @@ class LatentDataset(DataSource):
             self.latents.folder.name,
             self.embeddings.folder.name if self.text_keys else "",
         )
+        further = [f"{self.crops} crops"] if self.crops > 1 else []
+        further += [] if self.groups is None else [self.groups.content_hash]
         return hash_content(
-            *encoders, *self.latent_keys, *map(str, self.labels.tolist()), *self.text_keys
+            *encoders, *self.latent_keys, *map(str, self.labels.tolist()), *self.text_keys, *further
         )
 
     def prompts(self) -> "Prompts":
@@ -200,7 +264,7 @@ class LatentDataset(DataSource):
     @property
     def is_ready(self) -> bool:
         """True if every entry is cached."""
-        return not (self.latents.missing(self._images()) or self.embeddings.missing(self.text_keys))
+        return not (self.latents.missing(self._visits()) or self.embeddings.missing(self.text_keys))
 
     def prepare(self, device: torch.device, is_main_process: bool) -> None:
         """Compute the missing entries on one rank; the others then wait until they see them.
@@ -227,22 +291,26 @@ class LatentDataset(DataSource):
             self.latents.rescan()
             self.embeddings.rescan()
 
-    def _images(self) -> dict[str, tuple[int, bool]]:
-        """Key of the latents -> index of the image, and whether it is mirrored."""
-        keys = {key: (index, False) for index, key in enumerate(self.latent_keys)}
-        mirrored = {_mirrored(key): (index, True) for key, (index, _) in keys.items()}
-        return keys | mirrored if self.flip else keys
+    def _visits(self) -> dict[str, "_Visit"]:
+        """Key of the latents -> the crop of an item that is encoded."""
+        visits = (
+            _Visit(index, crop, is_mirrored)
+            for is_mirrored in ((False, True) if self.flip else (False,))
+            for index in range(len(self))
+            for crop in range(self.crops)
+        )
+        return {self._visit_key(visit): visit for visit in visits}
 
     @torch.no_grad()
     def _encode_images(self, device: torch.device) -> None:
-        images = self._images()
-        if missing := self.latents.missing(images):
+        visits = self._visits()
+        if missing := self.latents.missing(visits):
             vae = self._vae(device)
 
             def entries(keys: Sequence[str]) -> Entries:
-                for index, mirror in (images[key] for key in keys):
-                    image = self.images[index].to(device)[None]
-                    mean, std = vae.posterior(image.flip(-1) if mirror else image)
+                for visit in (visits[key] for key in keys):
+                    image = self.items.read(visit.item, self._crop(visit)).to(device)[None]
+                    mean, std = vae.posterior(image)
                     yield {"mean": mean[0], "std": std[0]}
 
             self.latents.compute(missing, entries, "latents")

@@ -10,7 +10,7 @@ from diffcore.core.process import Process
 from diffcore.io.mistakes import is_mistake
 from diffcore.io.specs import to_spec
 from diffcore.training.data import DataOrder, Digits, as_data_source, load_batches
-from diffcore.training.data import order as order_module
+from diffcore.training.data.order import batches as order_module
 from diffcore.training.loop import training_batches
 from diffcore.training.state import build_state
 from tests.helpers.training_runs import ListDataset, make_trainer
