@@ -19,6 +19,7 @@ def folder(tmp_path):
 
 def test_a_subset_of_images_mirrors_and_knows_labels_and_classes(tmp_path, folder):
     Image.linear_gradient("L").rotate(90).save(tmp_path / "cat/3.png")
+    folder = ImageFolder(str(tmp_path), 8, "L", flip=True)
     data = as_data_source(Subset(folder, [3, 1]))
     assert (len(data), data.class_names, list(data.labels)) == (2, ("ant", "bee", "cat"), [2, 1])
     drawn = [data.item(0, 5, position) for position in range(64)]
@@ -56,7 +57,7 @@ def test_a_subset_of_latents_has_captions_wrapper_and_decoder(captioned):
     assert data.is_ready
     assert (data.texts, data.is_latent) == (whole.texts, True)
     assert [data.texts[label] for label in data.labels] == ["a dog", "a red cat"]
-    z, label = data.item(1, 7, 3)
+    z, label, _ = data.item(1, 7, 3)
     assert torch.equal(z, whole.item(0, 7, 3)[0])
     assert label == whole.labels[0]
     assert torch.equal(data.decode(z[None]), whole.decode(z[None]))

@@ -32,8 +32,8 @@ def test_latents_have_the_shape_of_their_bucket_and_are_those_of_the_crop(wide):
     assert [data[index][0].shape[1:] for index in (0, 5, 6)] == [(8, 8), (6, 10), (10, 6)]
     vae = Latents(PipelineIndex(wide / "pipeline").read("vae"))
     for position in range(8):
-        z, label, extras = data.item(5, 7, position)
-        height, width, top, left, rows, columns = extras["sizes"].tolist()
+        _, label, extras = data.item(5, 7, position)
+        height, width, _, left, rows, columns = extras["sizes"].tolist()
         assert (height, width, rows, columns) == (20, 60, 12, 20)
         offsets = [
             Crop((60, 20), (20, 12), (j + 0.5) / 3, flip).sizes[3]
