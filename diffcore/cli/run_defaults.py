@@ -9,7 +9,13 @@ from diffcore.io.parser import ComponentParser
 
 __all__ = ["parse_with_run_defaults"]
 
-OPTIONS = {"sampler": "sampler", "grid": "grid", "sample_steps": "steps", "guidance": "guidance"}
+OPTIONS = {
+    "sampler": "sampler",
+    "grid": "grid",
+    "sample_steps": "steps",
+    "guidance": "guidance",
+    "picture": "picture",
+}
 """Setting of a run -> option of the command."""
 
 
@@ -21,7 +27,8 @@ def parse_with_run_defaults(
     """Parse the arguments of a command whose first argument is the folder of a run.
 
     Args:
-        parser: parser with the positional argument `run` and the options of `OPTIONS`.
+        parser: parser with the positional argument `run` and those options of `OPTIONS` that the
+            command has.
         argv: command-line words.
         read_settings: function that returns the settings of the run in a folder.
 
@@ -33,9 +40,13 @@ def parse_with_run_defaults(
             run's.
     """
     if argv and not argv[0].startswith("-"):
-        settings = read_settings(Path(argv[0]))
+        settings, known = read_settings(Path(argv[0])), parser.get_defaults()
         parser.set_defaults(
-            {option: settings[name] for name, option in OPTIONS.items() if name in settings}
+            {
+                option: settings[name]
+                for name, option in OPTIONS.items()
+                if name in settings and option in known
+            }
         )
     elif not wants_help(argv):
         raise ValueError(f"the run's folder comes first: {parser.usage}")

@@ -14,16 +14,18 @@ from diffcore.cli.image_model import PipelineOptions
 from diffcore.guidance import CFG, Guidance
 from diffcore.run import AVERAGED
 from diffcore.samplers import Sampler
-from diffcore.sampling.files import SampleKey
+from diffcore.sampling.files import ARRAY_SUFFIXES, SampleKey
 from diffcore.sampling.generation import DEFAULT_GRID, DEFAULT_SAMPLER
+from diffcore.sampling.pictures import Picture
 from diffcore.schedules import CoordinateGrid, Grid, Within
 
-__all__ = ["MAXIMUM_COUNT", "IntegerList", "SampleRequest"]
+__all__ = ["MAXIMUM_COUNT", "PICTURE_SUFFIXES", "IntegerList", "SampleRequest"]
 
 MAXIMUM_COUNT = 1_000_000
 """Largest number of samples of one command."""
 
 
+PICTURE_SUFFIXES = (".png", ".gif")
 MAXIMUM_THREADS = 1024
 """Far more threads than processors end torch with a segmentation fault."""
 
@@ -106,9 +108,13 @@ class SampleRequest:
             batch. A lower number saves memory.
         path: whether the noise of stochastic steps follows one Brownian path per seed, so that more
             steps give a nearby sample.
-        out: where to write: one image of all samples (.png), a folder for one image per sample, or
-            arrays (.safetensors, .npz, .npy). Only a folder is written while samples are drawn,
-            continued by a restart, and shared by the ranks of a launcher.
+        out: where to write: one picture of all samples (.png, or .gif for an animation of volumes
+            and video), arrays (.safetensors, .npz, .npy), or a folder for one file per sample.
+            Only a folder is written while samples are drawn, continued by a restart, and shared by
+            the ranks of a launcher.
+        arrays: file (.safetensors, .npz, .npy) for the samples as arrays, beside a picture.
+        picture: kind of picture: images, points (scatter), lines (signals), frames (volumes,
+            video), or auto, which the shape of the samples decides.
         threads: number of processor threads; 0: torch's default. The last bits of the samples
             depend on it.
         device: device of the network: auto, cpu, cuda, ...
@@ -133,6 +139,8 @@ class SampleRequest:
     micro_batch: int = 0
     path: bool = False
     out: Path = Path("samples.png")
+    arrays: Path | None = None
+    picture: Picture = "auto"
     threads: int = 0
     device: str = "auto"
     print_knots: bool = False
@@ -150,6 +158,7 @@ class SampleRequest:
                 f"per_label is {self.per_label}, expected at most {MAXIMUM_COUNT:,} samples in all"
             )
         self._check_start()
+        self._check_arrays()
         if self.labels and self.prompt:
             raise ValueError(
                 "labels and prompts were given, expected one of them: a prompt stands in place of "
@@ -175,6 +184,19 @@ class SampleRequest:
             raise ValueError(
                 f"start is {self.start}, but {self.grid} names its first knot itself: "
                 "leave start out"
+            )
+
+    def _check_arrays(self) -> None:
+        if self.arrays is None:
+            return
+        if self.arrays.suffix not in ARRAY_SUFFIXES:
+            raise ValueError(
+                f"arrays is {self.arrays}, expected a file of suffix {', '.join(ARRAY_SUFFIXES)}"
+            )
+        if self.out.suffix not in PICTURE_SUFFIXES:
+            raise ValueError(
+                f"arrays is {self.arrays}, beside {self.out}, which is no picture: leave arrays "
+                f"out, or set out to a file of suffix {', '.join(PICTURE_SUFFIXES)}"
             )
 
     @property

@@ -54,6 +54,8 @@ class Stream(IntEnum):
     CROP = 31
     CAPTION = 32
     CONDITION = 40
+    ITEM = 50
+    ITEM_NOISE = 51
 
 
 def philox(

@@ -1,4 +1,4 @@
-"""Files of samples: a folder with one image for each sample, a grid of images, or arrays."""
+"""Files of samples: a folder with one file for each sample, one picture, or arrays."""
 
 import json
 from abc import ABC, abstractmethod
@@ -96,13 +96,14 @@ class WholeWriter(SampleWriter):
 
 @dataclass(frozen=True)
 class FolderWriter(SampleWriter):
-    """Writes one PNG for each sample as soon as it is drawn, so that a restart continues.
+    """Writes one file for each sample as soon as it is drawn, so that a restart continues.
 
-    Samples that are not finite get no file.
+    Images are .png files, and other samples arrays of their shape in .npy files. Samples that are
+    not finite get no file.
 
     Args:
-        folder: folder to write; it may hold images of the same settings. A string becomes a Path.
-        process: process with the shape and the range of the images.
+        folder: folder to write; it may hold samples of the same settings. A string becomes a Path.
+        process: process with the shape and the range of the samples.
         condition: "label" or "prompt", the beginning of the names; "": names without a label.
         settings: plain data on which the samples depend, apart from label and seed.
     """
@@ -118,7 +119,8 @@ class FolderWriter(SampleWriter):
     def path(self, key: SampleKey) -> Path:
         """The file of a sample."""
         prefix = f"{self.condition}-{key.label}-" if self.condition else ""
-        return self.folder / f"{prefix}seed-{key.seed}.png"
+        suffix = ".png" if images.is_image(self.process) else ".npy"
+        return self.folder / f"{prefix}seed-{key.seed}{suffix}"
 
     def prepare(self, keys: Sequence[SampleKey]) -> None:
         """Check that each sample has a file of its own, and write the settings beside the files.
@@ -156,10 +158,13 @@ class FolderWriter(SampleWriter):
 
     def add(self, keys: Sequence[SampleKey], x: Tensor) -> None:
         finite = x.flatten(1).isfinite().all(1)
-        pixels = images.to_pixels(x[finite], self.process)
         kept = [key for key, is_finite in zip(keys, finite.tolist(), strict=True) if is_finite]
-        for key, image in zip(kept, pixels, strict=True):
-            images.save_image(images.to_image(image), self.path(key))
+        if not images.is_image(self.process):
+            for key, sample in zip(kept, x[finite], strict=True):
+                write_arrays(self.path(key), [key], sample)
+            return
+        for key, pixels in zip(kept, images.to_pixels(x[finite], self.process), strict=True):
+            images.save_image(images.to_image(pixels), self.path(key))
 
     def _check_record(self, record: Path) -> None:
         written, own = read_json(record), json.loads(json.dumps(self.settings))

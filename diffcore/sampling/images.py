@@ -17,6 +17,7 @@ from diffcore.io.images.reader import read_content, read_image
 __all__ = [
     "check_image",
     "draw_grid",
+    "enlarge",
     "is_image",
     "load_image",
     "save_image",
@@ -26,6 +27,8 @@ __all__ = [
 ]
 
 MARGIN = 4
+SMALLEST = 40
+"""Side in pixels to which smaller samples are enlarged, by a whole factor."""
 
 
 def to_unit_range(x: Tensor, process: Process) -> Tensor:
@@ -102,9 +105,8 @@ def draw_grid(x: Tensor, process: Process, rows: Sequence[str], per_row: int) ->
     Returns:
         The image.
     """
-    tiles = to_pixels(x, process)
-    factor = max(1, 40 // max(tiles.shape[1:3]))
-    height, width = (size * factor + MARGIN for size in tiles.shape[1:3])
+    tiles = to_pixels(enlarge(x, max(1, SMALLEST // max(x.shape[2:]))), process)
+    height, width = (size + MARGIN for size in tiles.shape[1:3])
     font = ImageFont.load_default(size=18)
     left = MARGIN + max([0, *(int(font.getlength(name)) + 2 * MARGIN for name in rows if name)])
     sheet = Image.new("RGB", (left + per_row * width, MARGIN + len(rows) * height), "white")
@@ -119,9 +121,21 @@ def draw_grid(x: Tensor, process: Process, rows: Sequence[str], per_row: int) ->
         )
     for place, tile in enumerate(tiles):
         row, column = divmod(place, per_row)
-        enlarged = to_image(tile.repeat(factor, 0).repeat(factor, 1))
-        sheet.paste(enlarged, (left + column * width, MARGIN + row * height))
+        sheet.paste(to_image(tile), (left + column * width, MARGIN + row * height))
     return sheet
+
+
+def enlarge(x: Tensor, factor: int) -> Tensor:
+    """Repeat each pixel.
+
+    Args:
+        x: (N, C, H, W) images.
+        factor: number of pixels along each axis for one.
+
+    Returns:
+        (N, C, factor H, factor W) images.
+    """
+    return x.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
 
 
 def save_image(picture: Image.Image, path: str | Path) -> None:

@@ -19,6 +19,7 @@ from diffcore.run import NetworkFactory, OptimizerFactory, Run
 from diffcore.samplers import Sampler
 from diffcore.sampling import generation
 from diffcore.sampling.generation import DEFAULT_GRID, DEFAULT_SAMPLER
+from diffcore.sampling.pictures import Picture
 from diffcore.schedules import Grid
 from diffcore.training import loop
 from diffcore.training.averages.ema import Decay
@@ -32,7 +33,7 @@ from diffcore.training.optimization.compute import Compute
 from diffcore.training.optimization.lr import LearningRate
 from diffcore.training.ranks.coordination import explain_lost_ranks, run_on_first_rank
 from diffcore.training.ranks.sharding import Sharding
-from diffcore.training.reports.previews import is_drawable
+from diffcore.training.reports.previews import check_drawable
 from diffcore.training.reports.reporting import Reporter
 from diffcore.training.reports.validation import Validation
 from diffcore.training.state import TrainState, build_accelerator, build_state
@@ -106,6 +107,8 @@ class Trainer:
         save_every: number of steps between two checkpoints.
         keep: number of checkpoints that are kept.
         trackers: names of trackers of accelerate, such as tensorboard or wandb; [] for none.
+        picture: kind of preview pictures and, by default, of `diffcore sample`: images, points,
+            lines (signals), frames (volumes, video), or auto, which the shape decides.
         sampler: sampler of preview images and, by default, of `diffcore sample`.
         grid: knots of preview images and, by default, of `diffcore sample`.
         sample_steps: number of steps of preview images and, by default, of `diffcore sample`.
@@ -163,6 +166,7 @@ class Trainer:
     save_every: int = 1000
     keep: int = 2
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    picture: Picture = "auto"
     sampler: Sampler = field(default_factory=lambda: DEFAULT_SAMPLER)
     grid: Grid = field(default_factory=lambda: DEFAULT_GRID)
     sample_steps: int = 25
@@ -238,12 +242,12 @@ class Trainer:
         return state
 
     def _check_previews(self) -> None:
-        if not is_drawable(self.source, self.process):
+        try:
+            check_drawable(self.source, self.process, self.picture)
+        except ValueError as error:
             raise ValueError(
-                f"sample_every is {self.sample_every}, but samples of shape {self.process.shape} "
-                "are not images of 1 or 3 channels, nor latents that the data decodes: set "
-                "sample_every: 0"
-            )
+                f"sample_every is {self.sample_every}, but {error}; or set sample_every: 0"
+            ) from None
         records = self.process.conditions.items()
         zeros = {name: torch.zeros(1, *record.shape) for name, record in records}
         generation.check_sampling(

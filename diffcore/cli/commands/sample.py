@@ -21,12 +21,12 @@ from diffcore.cli.image_model import (
     read_sampling_settings,
 )
 from diffcore.cli.run_defaults import parse_with_run_defaults
-from diffcore.cli.sample_request import IntegerList, SampleRequest
+from diffcore.cli.sample_request import PICTURE_SUFFIXES, IntegerList, SampleRequest
 from diffcore.core.process import Process
 from diffcore.guidance import Guidance, find_networks, load_weaker_networks
 from diffcore.io.files import hash_file
 from diffcore.io.parser import ComponentParser
-from diffcore.sampling import images
+from diffcore.sampling import images, pictures
 from diffcore.sampling.files import (
     ARRAY_SUFFIXES,
     FolderWriter,
@@ -88,7 +88,7 @@ def _sample(folder: Path, request: SampleRequest) -> None:
     device, options = _device(request.device), request.pipeline_options
     model = load_image_model(folder, options, device, request.weights)
     _check_labels(request.labels, model)
-    _check_out(request.out, model.image_process, ranks)
+    _check_out(request, model.image_process, ranks)
     guidance = load_weaker_networks(
         request.guidance, lambda weaker: load_image_model(Path(weaker), options, device).denoiser
     )
@@ -261,16 +261,25 @@ def _writer(
     out, process = request.out, plan.model.image_process
     if out.suffix in ARRAY_SUFFIXES:
         return WholeWriter(lambda keys, x: write_arrays(out, keys, x))
-    if out.suffix == ".png":
-        columns = request.per_label if request.unique_labels else min(len(keys), 10)
-        names = request.label_names or [""] * math.ceil(len(keys) / columns)
-        return WholeWriter(
-            lambda _, x: images.save_image(images.draw_grid(x, process, names, columns), out)
-        )
+    if out.suffix in PICTURE_SUFFIXES:
+        return WholeWriter(lambda keys, x: _write_picture(request, process, keys, x))
     condition = ("prompt" if request.prompt else "label") if request.unique_labels else ""
     writer = FolderWriter(out, process, condition, plan.settings(folder))
     writer.prepare(keys)
     return writer
+
+
+def _write_picture(
+    request: SampleRequest, process: Process, keys: Sequence[SampleKey], x: Tensor
+) -> None:
+    """Write the arrays, if there is a file for them, and the picture."""
+    if request.arrays is not None:
+        write_arrays(request.arrays, keys, x)
+    columns = {"images": 10, "lines": 4, "frames": 1, "points": len(keys)}
+    unlabelled = min(len(keys), columns[pictures.picture_of(process, request.picture)])
+    per_row = request.per_label if request.unique_labels else unlabelled
+    names = request.label_names or [""] * math.ceil(len(keys) / per_row)
+    pictures.save(x, process, names, per_row, request.out, request.picture)
 
 
 def _check_labels(labels: IntegerList, model: ImageModel) -> None:
@@ -286,14 +295,15 @@ def _check_labels(labels: IntegerList, model: ImageModel) -> None:
         )
 
 
-def _check_out(out: Path, process: Process, ranks: int) -> None:
+def _check_out(request: SampleRequest, process: Process, ranks: int) -> None:
     """Refuse before sampling what could not be written after it."""
-    if out.suffix not in (".png", *ARRAY_SUFFIXES, ""):
+    out = request.out
+    if out.suffix not in (*PICTURE_SUFFIXES, *ARRAY_SUFFIXES, ""):
         raise ValueError(
-            f"out is {out}, expected a .png, a .safetensors, a .npz, a .npy, or a folder"
+            f"out is {out}, expected a .png, a .gif, a .safetensors, a .npz, a .npy, or a folder"
         )
-    if out.suffix not in ARRAY_SUFFIXES:
-        images.check_image(process)
+    if out.suffix in PICTURE_SUFFIXES:
+        pictures.check_file(out, process, request.picture)
     if out.suffix and out.is_dir():
         raise ValueError(f"out is {out}, which is a folder")
     if not out.suffix and out.is_file():

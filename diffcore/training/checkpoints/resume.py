@@ -45,6 +45,7 @@ CHANGEABLE = {
     "keep",
     "log_every",
     "patience",
+    "picture",
     "pin_memory",
     "prefetch",
     "rank_timeout",

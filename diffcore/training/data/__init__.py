@@ -5,18 +5,23 @@ read.
 from diffcore.training.data.adapters import as_data_source
 from diffcore.training.data.arrays import Arrays, Tensors
 from diffcore.training.data.digits import Digits
+from diffcore.training.data.generated import Balls, MovingBalls, Sines, TwoMoons
 from diffcore.training.data.image_folder import ImageFolder
 from diffcore.training.data.order import Batch, DataOrder, load_batches
 from diffcore.training.data.source import DataSource
 
 __all__ = [
     "Arrays",
+    "Balls",
     "Batch",
     "DataOrder",
     "DataSource",
     "Digits",
     "ImageFolder",
+    "MovingBalls",
+    "Sines",
     "Tensors",
+    "TwoMoons",
     "as_data_source",
     "load_batches",
 ]

@@ -352,7 +352,7 @@ class Reporter:
         )
         with state.averaged_network(averaged) as network:
             denoiser = Denoiser(state.label_wrapper(network), settings.process)
-            image = preview(denoiser, settings.source, draw)
+            image = preview(denoiser, settings.source, draw, settings.picture)
         images.save_image(image, settings.run.samples / f"{checkpoint_name(state.step)}.png")
 
 

@@ -1,0 +1,6 @@
+"""Small networks for data that are not images: points, volumes and video."""
+
+from diffcore.networks.perceptron import Perceptron
+from diffcore.networks.unet3d import UNet3d
+
+__all__ = ["Perceptron", "UNet3d"]

@@ -1,0 +1,82 @@
+"""A perceptron for points in R^n."""
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from diffcore.networks.condition import Condition
+
+__all__ = ["Perceptron"]
+
+
+class Perceptron(nn.Module):
+    """A residual multilayer perceptron, for points in R^n and other data of few numbers.
+
+        h_0 = A x,   h_k = h_{k-1} + B_k silu(h_{k-1} + C_k c),   output = D silu(h_last)
+
+    A, B_k, C_k and D are affine maps, and c embeds the noise level and the class. D is 0 at
+    initialisation. `process.time` must be an index of about 0 .. 999, as by default.
+
+    Args:
+        shape: shape of one x_0, such as [2] for points in the plane; its entries are one vector.
+        width: even number of hidden features.
+        layers: number of residual layers, at least 1.
+        classes: number of classes, equal to `process.classes`; 0: no labels.
+
+    Raises:
+        ValueError: a size is out of range.
+
+    Example:
+        >>> import torch
+        >>> Perceptron([2], width=8)(torch.ones(3, 2), torch.zeros(3))
+        tensor([[0., 0.],
+                [0., 0.],
+                [0., 0.]], grad_fn=<ViewBackward0>)
+    """
+
+    def __init__(
+        self, shape: Sequence[int] = (2,), width: int = 128, layers: int = 4, classes: int = 0
+    ) -> None:
+        super().__init__()
+        if not shape or min(shape) < 1:
+            raise ValueError(f"shape is {list(shape)}, expected the positive sizes of one x_0")
+        if layers < 1:
+            raise ValueError(f"layers is {layers}, expected at least 1")
+        size = math.prod(shape)
+        self.condition = Condition(width, classes)
+        self.first = nn.Linear(size, width)
+        self.layers = nn.ModuleList(_Layer(width) for _ in range(layers))
+        self.last = nn.Sequential(nn.SiLU(), nn.Linear(width, size))
+        nn.init.zeros_(self.last[1].weight)
+        nn.init.zeros_(self.last[1].bias)
+
+    def forward(self, x: Tensor, time: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """The output at a noise level.
+
+        Args:
+            x: (B, *shape) noisy data.
+            time: (B,) index of the noise level.
+            class_labels: (B,) labels, if there are classes.
+
+        Returns:
+            (B, *shape) the quantity that `process.prediction` names.
+        """
+        hidden, condition = self.first(x.flatten(1)), self.condition(time, class_labels)
+        for layer in self.layers:
+            hidden = layer(hidden, condition)
+        output: Tensor = self.last(hidden)
+        return output.view(x.shape)
+
+
+class _Layer(nn.Module):
+    """h + B silu(h + C c)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.condition = nn.Linear(width, width)
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, hidden: Tensor, condition: Tensor) -> Tensor:
+        update: Tensor = self.linear(nn.functional.silu(hidden + self.condition(condition)))
+        return hidden + update
