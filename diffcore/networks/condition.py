@@ -52,7 +52,7 @@ class Condition(nn.Module):
         if classes < 0:
             raise ValueError(f"classes is {classes}, expected 0 for none or the number of labels")
         self.width = width
-        self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
         self.label = nn.Embedding(classes + 1, width) if classes else None
 
     def forward(self, time: Tensor, class_labels: Tensor | None = None) -> Tensor:
@@ -65,7 +65,8 @@ class Condition(nn.Module):
         Returns:
             (B, width) vectors.
         """
-        vector: Tensor = self.time(sinusoids(time, self.width).to(self.time[0].weight.dtype))
+        features = sinusoids(time, self.width).to(self.first.weight.dtype)
+        vector: Tensor = self.second(nn.functional.silu(self.first(features)))
         if self.label is None:
             return vector
         if class_labels is None:

@@ -47,9 +47,9 @@ class Perceptron(nn.Module):
         self.condition = Condition(width, classes)
         self.first = nn.Linear(size, width)
         self.layers = nn.ModuleList(_Layer(width) for _ in range(layers))
-        self.last = nn.Sequential(nn.SiLU(), nn.Linear(width, size))
-        nn.init.zeros_(self.last[1].weight)
-        nn.init.zeros_(self.last[1].bias)
+        self.last = nn.Linear(width, size)
+        for parameter in self.last.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, time: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """The output at a noise level.
@@ -65,7 +65,7 @@ class Perceptron(nn.Module):
         hidden, condition = self.first(x.flatten(1)), self.condition(time, class_labels)
         for layer in self.layers:
             hidden = layer(hidden, condition)
-        output: Tensor = self.last(hidden)
+        output: Tensor = self.last(nn.functional.silu(hidden))
         return output.view(x.shape)
 
 

@@ -47,7 +47,7 @@ class UNet3d(nn.Module):
             raise ValueError(
                 f"widths is {list(widths)}, expected positive multiples of groups = {groups}"
             )
-        size = 4 * widths[0] + 4 * widths[0] % 2
+        size = 4 * widths[0]
         self.condition = Condition(size, classes)
         self.first = nn.Conv3d(channels, widths[0], 3, padding=1)
         before = [widths[0], *widths[:-1]]
@@ -59,11 +59,10 @@ class UNet3d(nn.Module):
             _Block(2 * b, a, size, groups)
             for a, b in reversed(list(zip(before, widths, strict=True)))
         )
-        self.last = nn.Sequential(
-            nn.GroupNorm(groups, widths[0]), nn.SiLU(), nn.Conv3d(widths[0], channels, 3, padding=1)
-        )
-        nn.init.zeros_(self.last[2].weight)
-        nn.init.zeros_(self.last[2].bias)
+        self.norm = nn.GroupNorm(groups, widths[0])
+        self.last = nn.Conv3d(widths[0], channels, 3, padding=1)
+        for parameter in self.last.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, time: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """The output at a noise level.
@@ -90,7 +89,7 @@ class UNet3d(nn.Module):
             if hidden.shape[2:] != skip.shape[2:]:
                 hidden = functional.interpolate(hidden, scale_factor=2.0, mode="nearest")
             hidden = block(torch.cat((hidden, skip), 1), condition)
-        output: Tensor = self.last(hidden)
+        output: Tensor = self.last(functional.silu(self.norm(hidden)))
         return output
 
     def _check_sizes(self, x: Tensor) -> None:

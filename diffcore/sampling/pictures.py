@@ -187,7 +187,8 @@ def _draw_strips(
     scale = max(1, images.SMALLEST // max(height, width))
     enlarged = images.enlarge(frames.flatten(0, 1), scale).unflatten(0, frames.shape[:2])
     if not (-torch.inf < process.low < process.high < torch.inf):
-        process = replace(process, **_bounds(frames))
+        low, high = _bounds(frames)
+        process = replace(process, low=low, high=high)
     gap = torch.full_like(enlarged[..., :1], process.high)
     parts = [part for frame in enlarged.unbind(1) for part in (frame, gap[:, 0])][:-1]
     strips = torch.cat(parts, -1)
@@ -195,8 +196,8 @@ def _draw_strips(
     return images.draw_grid(strips, sized, rows, per_row)
 
 
-def _bounds(x: Tensor) -> dict[str, float]:
+def _bounds(x: Tensor) -> tuple[float, float]:
     """Smallest and largest finite value, for data without a range."""
     finite = x[x.isfinite()]
     low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
-    return {"low": low, "high": high if high > low else low + 1}
+    return low, high if high > low else low + 1

@@ -29,6 +29,7 @@ SIDE, MARGIN, FINE = 320, 34, 2
 """Side of a panel and width of its margin in pixels; drawn at twice the size, then averaged."""
 LINE_WIDTH, LINE_HEIGHT = 220, 110
 """Size of a panel of signals in pixels."""
+Box = tuple[float, float, float, float]
 FRAME, TEXT = (170, 170, 170), (60, 60, 60)
 
 
@@ -43,7 +44,7 @@ class _Panel(NamedTuple):
     """
 
     draw: ImageDraw.ImageDraw
-    box: tuple[float, float, float, float]
+    box: Box
     x: tuple[float, float]
     y: tuple[float, float]
 
@@ -146,7 +147,7 @@ def draw_lines(
 
 def _draw_histogram(
     draw: ImageDraw.ImageDraw,
-    box: tuple[float, float, float, float],
+    box: Box,
     values: Tensor,
     rows: int,
     per_row: int,
@@ -196,11 +197,10 @@ def _bounds(values: Tensor) -> tuple[float, float]:
     return low - pad, high + pad
 
 
-def _box(left: float, top: float, width: float, height: float) -> tuple[float, ...]:
+def _box(left: float, top: float, width: float, height: float) -> Box:
     """The frame of a panel in pixels of the drawing, inside its margins."""
-    return tuple(
-        FINE * value for value in (left + MARGIN, top + 6, left + width - 8, top + height - 18)
-    )
+    right, bottom = left + width - 8, top + height - 18
+    return FINE * (left + MARGIN), FINE * (top + 6), FINE * right, FINE * bottom
 
 
 def _sheet(width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:

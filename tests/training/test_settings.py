@@ -94,11 +94,16 @@ def test_previews_that_cannot_be_sampled_are_refused(tmp_path, process, guidance
     make_trainer(tmp_path, process=process, guidance=guidance, sample_every=0)
 
 
-def test_previews_of_samples_that_are_no_images_are_refused(tmp_path):
-    data, process = ListDataset(torch.zeros(2)), Process(shape=(2,))
-    with pytest.raises(ValueError, match=r"sample_every is 2, but samples of shape \(2,\) .* set"):
-        make_trainer(tmp_path, data=data, process=process, guidance=CFG(1.0), sample_every=2)
-    make_trainer(tmp_path, data=data, process=process, guidance=CFG(1.0), sample_every=0)
+def test_previews_that_cannot_be_drawn_are_refused(tmp_path):
+    shape = (1, 2, 2, 2, 2)
+    data, process = ListDataset(torch.zeros(shape)), Process(shape=shape)
+    options = {"data": data, "process": process, "guidance": CFG(1.0)}
+    message = r"sample_every is 2, but samples of shape \(1, 2, 2, 2, 2\) have no picture.*; or set"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, **options, sample_every=2)
+    make_trainer(tmp_path, **options, sample_every=0)
+    with pytest.raises(ValueError, match=r"picture is 'points', but .* expected images or frames"):
+        make_trainer(tmp_path, guidance=CFG(1.0), picture="points", sample_every=2)
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="an accelerator supports fp16")

@@ -46,5 +46,5 @@ class TwoMoons(GeneratedData):
         upper = torch.stack((angle.cos(), angle.sin()), 1)
         lower = torch.tensor((1.0, 0.5)) - upper
         points = torch.where(self.labels[:, None] == 0, upper, lower) - torch.tensor((0.5, 0.25))
-        noise_stream = normal(seed, Stream.ITEM_NOISE, torch.arange(count), (2,))
-        self.x0 = ((points + noise * noise_stream) / math.sqrt(2)).float()
+        offset = normal(seed, Stream.ITEM_NOISE, torch.arange(count), (2,))
+        self.x0 = ((points + noise * offset) / math.sqrt(2)).float()

@@ -1,0 +1,106 @@
+"""The networks for points, volumes and video."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from diffcore.core.denoiser import Denoiser
+from diffcore.core.network import find_blocks
+from diffcore.core.process import Process
+from diffcore.networks import Perceptron, UNet3d
+from diffcore.networks.condition import Condition, sinusoids
+
+NETWORKS = {
+    "Perceptron": (lambda classes: Perceptron([2], 8, 2, classes), (2,)),
+    "UNet3d": (lambda classes: UNet3d(1, [4, 8], 2, classes), (1, 2, 4, 6)),
+}
+TIME = torch.tensor([0.0, 500.0, 999.0])
+
+
+def randomised(network):
+    """A copy with random weights everywhere, because the last layer starts at 0."""
+    network = copy.deepcopy(network)
+    for index, parameter in enumerate(network.parameters()):
+        generator = torch.Generator().manual_seed(index)
+        parameter.data = 0.5 * torch.randn(parameter.shape, generator=generator)
+    return network
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_output_starts_at_zero_and_has_the_shape_of_x(name):
+    build, shape = NETWORKS[name]
+    x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    output = build(0)(x, TIME)
+    assert output.shape == x.shape
+    assert not output.any()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_output_depends_on_x_level_and_class_of_its_own_sample_alone(name):
+    build, shape = NETWORKS[name]
+    network = randomised(build(2))
+    x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1, 2])
+    output = network(x, TIME, labels)
+    alone = torch.cat([network(x[i, None], TIME[i, None], labels[i, None]) for i in range(3)])
+    torch.testing.assert_close(output, alone)
+    for other in (
+        network(x + 0.1, TIME, labels),
+        network(x, TIME + 10, labels),
+        network(x, TIME, (labels + 1) % 3),
+    ):
+        assert (output - other).flatten(1).abs().amax(1).min() > 1e-4
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_missing_label_is_the_null_label(name):
+    build, shape = NETWORKS[name]
+    network = randomised(build(2))
+    x = torch.ones(3, *shape)
+    assert torch.equal(network(x, TIME), network(x, TIME, torch.tensor([2, 2, 2])))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_denoiser_evaluates_it_with_and_without_classes_and_finds_its_blocks(name):
+    build, shape = NETWORKS[name]
+    process = Process(shape=shape)
+    level = process.schedule.level(0.5)
+    x = torch.ones(2, *shape)
+    assert Denoiser(build(0), process).output(x, level).shape == x.shape
+    conditional = Denoiser(build(2), replace(process, classes=2))
+    assert conditional.output(x, level, torch.tensor([0, 2])).shape == x.shape
+    assert len(find_blocks(build(0))) == {"Perceptron": 2, "UNet3d": 4}[name]
+
+
+def test_the_sinusoids_are_those_of_diffusers():
+    embeddings = pytest.importorskip("diffusers.models.embeddings")
+    own = sinusoids(TIME, 8)
+    theirs = embeddings.get_timestep_embedding(TIME, 8, True, 0)
+    torch.testing.assert_close(own, theirs, rtol=0, atol=1e-6)
+
+
+def test_a_volume_whose_sizes_cannot_be_halved_is_refused():
+    with pytest.raises(ValueError, match=r"\(1, 1, 4, 4, 5\), expected .* multiples of 2: set"):
+        UNet3d(1, [4, 4], 2)(torch.zeros(1, 1, 4, 4, 5), torch.zeros(1))
+    with pytest.raises(ValueError, match=r"\(1, 1, 4, 4\), expected \(B, C, D, H, W\)"):
+        UNet3d(1, [4, 4], 2)(torch.zeros(1, 1, 4, 4), torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Perceptron([]), r"shape is \[\], expected the positive sizes"),
+        (lambda: Perceptron([2, 0]), r"shape is \[2, 0\]"),
+        (lambda: Perceptron(layers=0), "layers is 0, expected at least 1"),
+        (lambda: Perceptron(width=7), "width is 7, expected an even number"),
+        (lambda: Condition(4, -1), "classes is -1, expected 0"),
+        (lambda: UNet3d(0), "channels is 0 and groups is 8, expected at least 1"),
+        (lambda: UNet3d(widths=[]), r"widths is \[\], expected positive multiples"),
+        (lambda: UNet3d(widths=[12]), r"widths is \[12\], expected .* groups = 8"),
+    ],
+)
+def test_sizes_out_of_range_are_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
