@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.process import Process
-from diffcore.io.files import CorruptFileError, check_links
-from diffcore.io.manifest import checkpoint_folders, read_manifest, read_tensors
+from diffcore.io.files import check_links
+from diffcore.io.manifest import checkpoint_folders, is_sharded, read_manifest, read_part
 from diffcore.io.network_size import BoundedFactory
 from diffcore.io.parser import ComponentParser, SpecError
 from diffcore.io.plain_data import hash_data, read_yaml
-from diffcore.io.safetensors import read_weights_and_metadata
+from diffcore.io.safetensors import read_step, read_weights_and_metadata
 
 __all__ = [
     "AVERAGED",
@@ -109,7 +109,7 @@ def read_checkpoint_weights(folder: str | Path, weights: str = AVERAGED) -> Netw
     """Read the averaged or the raw weights of a checkpoint, and verify every byte.
 
     Args:
-        folder: folder of the checkpoint.
+        folder: folder of the checkpoint, gathered or sharded.
         weights: averaged or raw.
 
     Returns:
@@ -120,15 +120,14 @@ def read_checkpoint_weights(folder: str | Path, weights: str = AVERAGED) -> Netw
     """
     folder, file = Path(folder), FILES[weights]
     manifest = read_manifest(folder)
-    if file not in manifest["files"]:
-        raise CorruptFileError(f"{folder} holds no {file}")
-    tensors = read_tensors(folder / file, manifest["files"][file])
+    tensors = read_part(folder, manifest, Path(file).stem)
     settings = manifest["state"].get("settings") or {}
     if weights == RAW and (settings.get("objective") or {}).get("uncertainty"):
         own = {name for name in tensors if name.startswith("network.")}
         tensors = {name.removeprefix("network."): tensors[name] for name in own}
     options = hash_options(settings["network"]) if "network" in settings else None
-    return NetworkWeights(tensors, folder / file, options)
+    origin = folder if is_sharded(manifest) else folder / file
+    return NetworkWeights(tensors, origin, options)
 
 
 @dataclass(frozen=True)
@@ -259,17 +258,36 @@ class Run:
     def weight_names(self) -> list[str]:
         """What `read_weights` accepts besides files: averaged, raw, and the checkpoints."""
         steps = [path.name for path in checkpoint_folders(self.checkpoints)]
-        averaged = [AVERAGED] if self.weights.is_file() else []
+        averaged = [AVERAGED] if steps or self.weights.is_file() else []
         return averaged + ([RAW] if steps else []) + steps
+
+    def resolve_weights(self, weights: str = AVERAGED) -> str:
+        """Replace the name of the averaged weights by that of a checkpoint, if it is newer.
+
+        Args:
+            weights: name of weights, see `read_weights`.
+
+        Returns:
+            The name of the newest checkpoint, if `weights` is averaged or "" and the run has not
+            written the averaged weights of this checkpoint to their own file; else `weights`, where
+            "" is averaged.
+        """
+        if weights not in ("", AVERAGED):
+            return weights
+        newest = max((path.name for path in checkpoint_folders(self.checkpoints)), default="")
+        if not newest or not self.weights.is_file():
+            return newest or AVERAGED
+        step = read_step(self.weights)
+        return AVERAGED if step is None or newest <= f"step-{step:08d}" else newest
 
     def read_weights(self, weights: str = AVERAGED) -> NetworkWeights:
         """Read weights of the run.
 
         Args:
-            weights: averaged: those that the run wrote last. raw: the trained weights in the newest
-                checkpoint. step-00000400 or step-00000400/raw: the averaged or the raw weights in
-                that checkpoint. Otherwise a safetensors file, such as one that `diffcore ema`
-                wrote. "": averaged.
+            weights: averaged: those that the run wrote last, see `resolve_weights`. raw: the
+                trained weights in the newest checkpoint. step-00000400 or step-00000400/raw: the
+                averaged or the raw weights in that checkpoint. Otherwise a safetensors file, such
+                as one that `diffcore ema` wrote. "": averaged.
 
         Returns:
             The weights.
@@ -277,7 +295,8 @@ class Run:
         Raises:
             ValueError: there are none of this name, or their file is missing or corrupt.
         """
-        if weights in ("", AVERAGED):
+        weights = self.resolve_weights(weights)
+        if weights == AVERAGED:
             return self._read_file(self.weights)
         step, _, part = weights.partition("/")
         checkpoints = {path.name: path for path in checkpoint_folders(self.checkpoints)}

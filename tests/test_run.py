@@ -42,6 +42,7 @@ def test_a_new_network_has_the_runs_architecture_and_new_weights(run):
 def test_the_error_names_a_file_that_is_missing_or_corrupt(run, name, content):
     if content is None:
         (run.folder / name).unlink()
+        shutil.rmtree(run.checkpoints)  # whose averaged weights would do
     else:
         (run.folder / name).write_text(content)
     with pytest.raises(ValueError, match=name):

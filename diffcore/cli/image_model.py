@@ -148,6 +148,7 @@ def load_image_model(
             )
         return _load_pipeline(_read_pipeline(folder), options, device)
     run, given = Run(folder), [f"--{name}" for name, value in vars(options).items() if value]
+    weights = run.resolve_weights(weights)
     is_plain = not given and not (run.pipeline / "vae").is_dir()
     if not folder.is_dir() or (is_plain and images.is_image(Process.load(run.process))):
         return ImageModel(

@@ -20,6 +20,7 @@ COMMANDS = {
     "export": "save the network of a run as a diffusers pipeline",
     "lora": "merge an adapter into a pipeline, extract one, or convert its file",
     "ema": "reconstruct an average of the weights of any length after training",
+    "consolidate": "write weights of a run or checkpoint as one safetensors file",
     "doctor": "find faults of a training before it starts, or of the config of a pipeline",
     "plot": "draw noise schedules, loss weights, and effective weights of training settings",
     "report": "write the report of a run as one page of HTML",

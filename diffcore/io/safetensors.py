@@ -19,6 +19,7 @@ __all__ = [
     "check_header",
     "count_numbers",
     "hash_tensors",
+    "read_step",
     "read_weights",
     "read_weights_and_metadata",
     "write_weights",
@@ -135,6 +136,24 @@ def read_weights_and_metadata(path: str | Path) -> tuple[dict[str, Tensor], dict
     if metadata.pop("sha256", None) != _hash(tensors, metadata):
         raise CorruptFileError(f"{path} is not what was written (its SHA-256 differs): {REMEDY}")
     return tensors, metadata
+
+
+def read_step(path: str | Path) -> int | None:
+    """The optimizer step that `write_weights` stored in a file, which is not verified.
+
+    Args:
+        path: file to read.
+
+    Returns:
+        The step; None if the file has none or cannot be read.
+    """
+    try:
+        check_header(path)
+        with safe_open(path, "pt") as file:
+            step = json.loads((file.metadata() or {})["diffcore"])["step"]
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 def hash_tensors(*groups: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from diffcore.io.signals import Interruption
 from diffcore.io.trust import trusted_modules
 from diffcore.training.averages.power_ema import write_snapshot
 from diffcore.training.checkpoints import checkpoint, outputs
-from diffcore.training.checkpoints.resume import AVERAGE, checkpoint_of
+from diffcore.training.checkpoints.writer import CheckpointWriter
 from diffcore.training.data.order import Batch, load_batches
 from diffcore.training.optimization.optimizers import set_learning_rate
 from diffcore.training.ranks.coordination import DelayedMaximum
@@ -41,8 +41,13 @@ def run(state: TrainState, reporter: Reporter) -> int:
     """
     settings = state.settings
     explained = settings.compute.explain_errors()
-    with reporter.progress(state), explained, Interruption() as interruption:
-        signal = _train(state, reporter, interruption)
+    with (
+        reporter.progress(state),
+        explained,
+        Interruption() as interruption,
+        CheckpointWriter(state) as writer,
+    ):
+        signal = _train(state, reporter, writer, interruption)
     path = settings.run.checkpoints / checkpoint.name(state.step)
     if signal:
         trusted = "".join(f" --trust {module}" for module in trusted_modules())
@@ -59,7 +64,9 @@ def run(state: TrainState, reporter: Reporter) -> int:
     return signal
 
 
-def _train(state: TrainState, reporter: Reporter, interruption: Interruption) -> int:
+def _train(
+    state: TrainState, reporter: Reporter, writer: CheckpointWriter, interruption: Interruption
+) -> int:
     """Take the steps of the run; the number of the signal that ended them, or 0."""
     settings, signal = state.settings, 0
     batches = training_batches(state, settings.steps)
@@ -69,12 +76,15 @@ def _train(state: TrainState, reporter: Reporter, interruption: Interruption) ->
         advance(state, batches)
         reporter.count(settings.batch_size)
         signal = signals.update(interruption.signal)
-        _report_and_save(state, reporter, bool(signal))
+        writer.check()
+        _report_and_save(state, reporter, writer, bool(signal))
     signals.finish()
-    return 0 if state.step == settings.steps or state.ends_early else signal
+    return 0 if state.is_finished else signal
 
 
-def _report_and_save(state: TrainState, reporter: Reporter, is_interrupted: bool) -> None:
+def _report_and_save(
+    state: TrainState, reporter: Reporter, writer: CheckpointWriter, is_interrupted: bool
+) -> None:
     """Everything that is due after a step. Every rank must call it."""
     settings, step, last = state.settings, state.step, state.settings.steps
     if step % settings.log_every == 0:
@@ -91,9 +101,9 @@ def _report_and_save(state: TrainState, reporter: Reporter, is_interrupted: bool
         reporter.report_validation(state, held_out)
     if settings.snapshots.is_due(step, last):
         _write_snapshots(state)
-    if step % settings.save_every == 0 or step == last or state.ends_early or is_interrupted:
+    if step % settings.save_every == 0 or state.is_finished or is_interrupted:
         reporter.check_finite(state)
-        save(state, reporter)
+        save(state, reporter, writer)
 
 
 def _fix_gradient_buckets(state: TrainState) -> None:
@@ -148,16 +158,25 @@ def advance(state: TrainState, batches: Iterator[Batch]) -> None:
     state.level_sampler.add(state.step, losses)
 
 
-def save(state: TrainState, reporter: Reporter) -> None:
-    """Write a checkpoint, the averaged weights and the pipeline. Every rank must call it."""
-    settings, run_folder = state.settings, state.settings.run
-    content = checkpoint_of(state)
-    if state.accelerator.is_main_process:
-        path = run_folder.checkpoints / checkpoint.name(state.step)
-        checkpoint.write(path, content)
-        checkpoint.prune(run_folder.checkpoints, settings.keep)
-        outputs.write(state, content.tensors[AVERAGE], reporter.message)
-    state.accelerator.wait_for_everyone()
+def save(state: TrainState, reporter: Reporter, writer: CheckpointWriter) -> None:
+    """Write a checkpoint, and the averaged weights and the pipeline if they are due.
+
+    Args:
+        state: state of the run. Every rank must call the function.
+        reporter: prints what cannot be written.
+        writer: writer of the run's checkpoints.
+
+    Raises:
+        WriteError: A file cannot be written; the older ones are kept.
+    """
+    writer.save(state)
+    if state.has_outputs:
+        writer.wait()  # the outputs name the checkpoint that they belong to
+        averaged = state.gathered_average()
+        if state.accelerator.is_main_process:
+            outputs.write(state, averaged, reporter.message)
+    if state.has_outputs or not state.settings.checkpoints.asynchronous:
+        state.accelerator.wait_for_everyone()
 
 
 def _write_snapshots(state: TrainState) -> None:

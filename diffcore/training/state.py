@@ -102,6 +102,16 @@ class TrainState:
         return stops_early(self.held_out_losses, self.settings.validation.patience)
 
     @property
+    def is_finished(self) -> bool:
+        """Whether the run has taken its last step, or ends early."""
+        return self.step == self.settings.steps or self.ends_early
+
+    @property
+    def has_outputs(self) -> bool:
+        """Whether averaged weights and a pipeline belong to a checkpoint of this step."""
+        return self.settings.checkpoints.has_outputs or self.is_finished
+
+    @property
     def trained(self) -> nn.Module:
         """Everything that the optimizer trains as one module, with the names of the checkpoint."""
         if self.uncertainty is None:

@@ -24,6 +24,7 @@ from diffcore.schedules import Grid
 from diffcore.training import loop
 from diffcore.training.averages.ema import Decay
 from diffcore.training.averages.power_ema import Snapshots
+from diffcore.training.checkpoints.checkpoint import Checkpoints
 from diffcore.training.checkpoints.initial_weights import check_source
 from diffcore.training.checkpoints.resume import start_or_resume
 from diffcore.training.data.adapters import as_data_source
@@ -106,6 +107,7 @@ class Trainer:
         sample_every: number of steps between two preview images; 0 for none.
         save_every: number of steps between two checkpoints.
         keep: number of checkpoints that are kept.
+        checkpoints: format of the checkpoints, and whether training waits for the disk.
         trackers: names of trackers of accelerate, such as tensorboard or wandb; [] for none.
         picture: kind of preview pictures and, by default, of `diffcore sample`: images, points,
             lines (signals), frames (volumes, video), or auto, which the shape decides.
@@ -165,6 +167,7 @@ class Trainer:
     sample_every: int = 0
     save_every: int = 1000
     keep: int = 2
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     picture: Picture = "auto"
     sampler: Sampler = field(default_factory=lambda: DEFAULT_SAMPLER)

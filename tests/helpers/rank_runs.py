@@ -15,6 +15,7 @@ from accelerate import Accelerator
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from diffcore.training.averages.power_ema import Snapshots
+from diffcore.training.checkpoints.checkpoint import Checkpoints
 from diffcore.training.data import Digits
 from diffcore.training.data.source import DataSource
 from diffcore.training.ranks.sharding import Sharding
@@ -45,7 +46,9 @@ def run(folder: Path, name: str, **settings: Any) -> None:
     folder = folder / name
     folder.mkdir(parents=True, exist_ok=True)
     sharding = Sharding(**settings.pop("sharding", {}))
+    checkpoints = Checkpoints(**settings.pop("checkpoints", {}))
     options = {
+        "checkpoints": checkpoints,
         "data": SeenDigits(folder),
         "steps": 20,
         "sharding": sharding,

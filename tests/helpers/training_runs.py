@@ -102,8 +102,8 @@ def crash_at_checkpoint(step: int) -> Iterator[None]:
     """Inside, a run ends as by a crash once the checkpoint of a step is written."""
     save = loop.save
 
-    def save_and_crash(state: TrainState, reporter: Reporter) -> None:
-        save(state, reporter)
+    def save_and_crash(state: TrainState, *arguments: Any) -> None:
+        save(state, *arguments)
         if state.step == step:
             raise KeyboardInterrupt
 

@@ -18,6 +18,7 @@ from diffcore.samplers import AdaptiveRungeKutta
 from diffcore.sampling.generation import DEFAULT_GRID, DEFAULT_SAMPLER, sample
 from diffcore.training import loop
 from diffcore.training.checkpoints import checkpoint
+from diffcore.training.checkpoints.writer import CheckpointWriter
 from diffcore.training.reports.reporting import Reporter
 from tests.helpers.file_faults import fault, full_disk
 from tests.helpers.tiny_pipelines import unet
@@ -100,7 +101,7 @@ def test_a_fault_of_any_file_operation_of_a_save_leaves_every_output_whole(run, 
     reporter, position = Reporter(trainer, state.accelerator), 0
     while True:
         with fault(position, killed) as faults, suppress(WriteError):
-            loop.save(state, reporter)
+            loop.save(state, reporter, CheckpointWriter(state))
         if not faults.happened:
             break
         assert read_steps(run) == 9

@@ -128,17 +128,61 @@ def test_every_number_of_ranks_accumulation_workers_and_sharding(tmp_path, singl
             assert_equal_runs(tmp_path / case["name"], single)
 
 
+SHARDED = {"checkpoints": {"format": "sharded"}}
+BESIDE = {"checkpoints": {"format": "sharded", "asynchronous": True}}
+"""Every rank writes its own part, and training does not wait for it."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "first, then",
-    [((2, FULL), (4, HYBRID)), ((4, FULL), (2, {})), ((1, {}), (4, FULL)), ((2, {}), (1, {}))],
+    "first, then, options",
+    [
+        ((2, FULL), (4, HYBRID), ({}, {})),
+        ((4, FULL), (2, {}), ({}, {})),
+        ((1, {}), (4, FULL), ({}, {})),
+        ((2, {}), (1, {}), ({}, {})),
+        ((2, FULL), (4, HYBRID), (SHARDED, BESIDE)),
+        ((4, HYBRID), (2, FULL), (BESIDE, SHARDED)),
+        ((2, FULL), (1, {}), (SHARDED, {})),
+        ((1, {}), (2, FULL), (SHARDED, SHARDED)),
+        ((4, FULL), (2, {}), (SHARDED, {})),
+    ],
 )
-def test_checkpoints_pass_between_ranks_and_shardings(tmp_path, single, first, then):
+def test_checkpoints_pass_between_ranks_and_shardings(tmp_path, single, first, then, options):
     case = {"name": "run", "save_every": 10, "keep": 9}
-    launch(tmp_path, first[0], case | {"sharding": first[1]})
+    launch(tmp_path, first[0], case | {"sharding": first[1]} | options[0])
     (tmp_path / "run/checkpoints/step-00000020").rename(tmp_path / "run/checkpoints/kept")
-    launch(tmp_path, then[0], case | {"sharding": then[1], "resume": True})
+    launch(tmp_path, then[0], case | {"sharding": then[1], "resume": True} | options[1])
     assert_equal_runs(tmp_path / "run", single)
+
+
+@pytest.mark.slow
+def test_every_rank_writes_its_own_part(tmp_path, single):
+    case = {"save_every": 10, "sharding": FULL}
+    launch(
+        tmp_path,
+        2,
+        case | {"name": "sync"} | SHARDED,
+        case | {"name": "beside"} | BESIDE,
+        case | {"name": "gathered"},
+    )
+    run = Run(tmp_path / "sync")
+    folder = run.checkpoints / "step-00000020"
+    sizes = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
+    for part in ("model", "ema", "ema-0.1000", "training"):
+        whole = tmp_path / "gathered/checkpoints/step-00000020" / f"{part}.safetensors"
+        for rank in (0, 1):
+            assert sizes.pop(f"{part}.rank-{rank:05d}.safetensors") < 0.6 * whole.stat().st_size
+    assert sizes == {}
+    beside = Run(tmp_path / "beside").checkpoints / "step-00000020"
+    for path in folder.iterdir():
+        if path.suffix == ".safetensors":  # the manifest differs by the settings of the run
+            assert path.read_bytes() == (beside / path.name).read_bytes()
+    for name, file in (("averaged", "ema"), ("raw", "model")):
+        found = run.read_weights(f"step-00000020/{name}").tensors
+        whole = load_file(tmp_path / f"gathered/checkpoints/step-00000020/{file}.safetensors")
+        assert found.keys() == whole.keys()
+        assert all(torch.equal(found[key], value) for key, value in whole.items())
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from diffcore.cli.run_defaults import parse_with_run_defaults
 from diffcore.guidance import CFG, Guidance
 from diffcore.io.files import write_folder
 from diffcore.io.parser import ComponentParser
-from diffcore.run import AVERAGED
+from diffcore.run import AVERAGED, Run
 from diffcore.samplers import DDIM, DDPM, Sampler
 from diffcore.sampling.generation import DEFAULT_GRID, DEFAULT_SAMPLER
 from diffcore.schedules import Grid
@@ -94,7 +94,8 @@ def _pipeline_or_run(folder: Path) -> Path:
 
 
 def _export(folder: Path, request: ExportRequest) -> None:
-    origin = _pipeline_or_run(folder) if request.weights == AVERAGED else folder
+    is_current = Run(folder).resolve_weights(request.weights) == AVERAGED
+    origin = _pipeline_or_run(folder) if is_current else folder
     pipeline = _load_pipeline(origin, request)
     request.out.parent.mkdir(parents=True, exist_ok=True)
     if request.format == "diffusers":

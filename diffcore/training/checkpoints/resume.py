@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,14 +18,15 @@ import yaml
 from torch import Tensor
 
 from diffcore.io.files import check_links, remove_leftovers, write_file
-from diffcore.io.manifest import NAME, checkpoint_folders
+from diffcore.io.manifest import NAME, checkpoint_folders, empty_tensors, load_shards
 from diffcore.io.specs import to_spec
 from diffcore.run import AVERAGED, FILES, RAW, without_locations
 from diffcore.training.averages.ema import EMA
 from diffcore.training.checkpoints import checkpoint, outputs
 from diffcore.training.checkpoints.checkpoint import Checkpoint
 from diffcore.training.checkpoints.initial_weights import load_initial_weights
-from diffcore.training.ranks.gathered_state import GatheredState, capture_state, restore_state
+from diffcore.training.checkpoints.sharded import flatten_parts
+from diffcore.training.ranks.captured_state import CapturedState, capture_state, restore_state
 from diffcore.training.ranks.sharding import gather_tensors
 from diffcore.training.reports.reporting import Metrics
 from diffcore.training.state import TrainState
@@ -32,12 +34,16 @@ from diffcore.training.state import TrainState
 if TYPE_CHECKING:
     from diffcore.training.trainer import Trainer
 
-__all__ = ["AVERAGE", "checkpoint_of", "determining_settings", "start_or_resume"]
+__all__ = ["checkpoint_of", "determining_settings", "start_or_resume"]
 
 AVERAGE = FILES[AVERAGED]
 """File of a checkpoint with the averaged weights."""
+TRAINING = "training.safetensors"
+"""File of a checkpoint with the state of the optimizer, and the losses since the last report."""
+WINDOW = "window"
 CHANGEABLE = {
     "accumulation",
+    "checkpoints",
     "compute",
     "folder",
     "grid",
@@ -86,7 +92,7 @@ def start_or_resume(state: TrainState, message: Callable[[str], None]) -> None:
         _resume(state, message)
     if not state.step and state.settings.init:
         load_initial_weights(state, message)
-    averaged = state.gathered_average() if state.step else {}
+    averaged = state.gathered_average() if state.step and state.has_outputs else {}
     state.accelerator.wait_for_everyone()
     if state.accelerator.is_main_process:
         _prepare_folder(state, averaged, message)
@@ -116,7 +122,7 @@ def _is_resumed(settings: "Trainer", message: Callable[[str], None]) -> bool:
 def _resume(state: TrainState, message: Callable[[str], None]) -> None:
     """Load the newest complete checkpoint."""
     run = state.settings.run
-    newest = checkpoint.newest(run.checkpoints, message)
+    newest = checkpoint.newest(run.checkpoints, message, state.accelerator)
     if newest is None:
         weights = f", from its weights: --init {run.folder}" if run.weights.exists() else ""
         raise ValueError(
@@ -151,25 +157,31 @@ def _prepare_folder(
     for path in (run.metrics, run.validation, run.non_finite):
         for line in Metrics(path).rewind(state.step):
             message(f"{path}: line {line} is no report, and is left out")
-    if state.step:
+    if state.step and state.has_outputs:
         outputs.update(state, averaged, message)
 
 
-def checkpoint_of(state: TrainState) -> Checkpoint:
-    """Gather everything that a resumed run needs. Every rank must call it.
+def checkpoint_of(state: TrainState, is_gathered: bool = True) -> Checkpoint:
+    """Collect everything that a resumed run needs. Every rank must call it.
+
+    Args:
+        state: state of the run.
+        is_gathered: true gathers whole tensors on the first rank; false returns the tensors of this
+            rank themselves, which training changes.
 
     Returns:
-        The content of a checkpoint; it is whole only on the first rank.
+        The content of a checkpoint; if it is gathered, it is whole only on the first rank.
     """
     window, levels = state.window.gathered(), state.level_sampler.tensors()
-    gather = partial(gather_tensors, is_main_process=state.accelerator.is_main_process)
-    captured = capture_state(state.trained, state.optimizer.optimizer)
+    is_first = state.accelerator.is_main_process
+    gather = partial(gather_tensors, is_main_process=is_first) if is_gathered else dict
+    captured = capture_state(state.trained, state.optimizer.optimizer, is_gathered)
     scaler = state.accelerator.scaler  # of fp16
     return Checkpoint(
         {
             FILES[RAW]: captured.network,
             **{name: gather(average.shadow) for name, average in _averages(state).items()},
-            "training.safetensors": {**captured.optimizer, **levels, "window": window},
+            TRAINING: {**captured.optimizer, **levels, WINDOW: window},
         },
         {
             "step": state.step,
@@ -215,14 +227,10 @@ def _changes(then: Any, now: Any, name: str = "") -> Iterator[str]:
 
 def _load(state: TrainState, saved: Checkpoint) -> None:
     """Restore everything that `checkpoint_of` stored."""
-    optimizer = saved.tensors["training.safetensors"]
-    state.window.restore(optimizer.pop("window"))
-    state.level_sampler.restore(optimizer)
-    network = saved.tensors[FILES[RAW]]
-    gathered = GatheredState(network, optimizer, saved.state["groups"])
-    restore_state(state.trained, state.optimizer.optimizer, gathered)
-    for name, average in _averages(state).items():
-        average.load(saved.tensors[name])
+    if saved.shards:
+        _load_shards(state, saved.shards, saved.state["groups"])
+    else:
+        _load_gathered(state, saved)
     if state.accelerator.scaler and (scaler := saved.state["gradient_scaler"]):
         state.accelerator.scaler.load_state_dict(scaler)
     if "init" in saved.state:
@@ -230,6 +238,40 @@ def _load(state: TrainState, saved: Checkpoint) -> None:
     state.step, state.non_finite_steps = saved.state["step"], saved.state["skipped"]
     state.checked = state.step
     state.held_out_losses = list(saved.state["held_out"])
+
+
+def _load_gathered(state: TrainState, saved: Checkpoint) -> None:
+    optimizer = saved.tensors[TRAINING]
+    state.window.restore(optimizer.pop(WINDOW))
+    state.level_sampler.restore(optimizer)
+    captured = CapturedState(saved.tensors[FILES[RAW]], optimizer, saved.state["groups"])
+    restore_state(state.trained, state.optimizer.optimizer, captured)
+    for name, average in _averages(state).items():
+        average.load(saved.tensors[name])
+
+
+def _load_shards(state: TrainState, folder: Path, groups: list[dict[str, Any]]) -> None:
+    """Read the shards of this rank into its tensors."""
+    captured = capture_state(state.trained, state.optimizer.optimizer, is_gathered=False)
+    own = flatten_parts(
+        {
+            FILES[RAW]: captured.network,
+            TRAINING: captured.optimizer,
+            **{name: average.shadow for name, average in _averages(state).items()},
+        }
+    )
+    # Of changing shape: the losses since the last report, and those of the level sampler.
+    stored = empty_tensors(folder, "")
+    further = {name: value for name, value in stored.items() if name not in own}
+    load_shards(folder, {**own, **further}, is_single=state.accelerator.num_processes == 1)
+    prefix = f"{Path(TRAINING).stem}/"
+    levels = {name.removeprefix(prefix): value for name, value in further.items()}
+    state.window.restore(levels.pop(WINDOW))
+    state.level_sampler.restore(levels)
+    if levels:
+        raise KeyError(next(iter(levels)))
+    restored = CapturedState(captured.network, captured.optimizer, groups)
+    restore_state(state.trained, state.optimizer.optimizer, restored, is_gathered=False)
 
 
 def _averages(state: TrainState) -> dict[str, EMA]:

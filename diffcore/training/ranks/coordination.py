@@ -3,13 +3,17 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-__all__ = ["DelayedMaximum", "explain_lost_ranks", "run_on_first_rank"]
+from diffcore.io.files import WriteError
+
+__all__ = ["DelayedMaximum", "explain_lost_ranks", "gather_results", "run_on_first_rank"]
+
+T = TypeVar("T")
 
 
 class DelayedMaximum:
@@ -86,6 +90,34 @@ def run_on_first_rank(accelerator: Accelerator, action: Callable[[], object]) ->
         raise error
     if reason[0]:
         raise ValueError(f"the first rank failed: {reason[0]}")
+
+
+def gather_results(action: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:
+    """Run an action that writes files on every rank, and gather what it returned.
+
+    Args:
+        action: called on every rank; its result is plain data.
+        group: the ranks; None for a single one.
+
+    Returns:
+        The results of all ranks, on each of them.
+
+    Raises:
+        WriteError: The action failed on some rank. Every rank raises it, once all have ended.
+    """
+    result, number, reason = None, None, ""
+    try:
+        result = action()
+    except OSError as error:
+        number, reason = error.errno, str(error)
+    found: list[Any] = [(result, number, reason)]
+    if group is not None:
+        found *= dist.get_world_size(group)
+        dist.all_gather_object(found, (result, number, reason), group=group)
+    for rank, (_, number, reason) in enumerate(found):
+        if reason:
+            raise WriteError(reason if group is None else f"rank {rank}: {reason}", number)
+    return [result for result, _, _ in found]
 
 
 @contextmanager

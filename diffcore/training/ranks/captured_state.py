@@ -1,5 +1,6 @@
-"""The whole state of a network and its optimizer, gathered on the first rank and restored on all.
+"""The state of a network and its optimizer by parameter name, captured and restored.
 
+It is either gathered on the first rank, or left in the shards that the ranks hold.
 torch.distributed.checkpoint gathers and scatters sharded tensors.
 """
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
+    get_optimizer_state_dict,
     get_state_dict,
     set_model_state_dict,
     set_state_dict,
@@ -20,15 +22,17 @@ from diffcore.training.optimization.quantised_state import (
     is_quantised,
     restore_quantised_state,
 )
+from diffcore.training.ranks.sharding import local
 
-__all__ = ["GatheredState", "capture_state", "restore_state"]
+__all__ = ["CapturedState", "capture_state", "restore_state"]
 
-FULL_ON_HOST = StateDictOptions(full_state_dict=True, cpu_offload=True)
+GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
+IN_PLACE = StateDictOptions()
 NamedTensors = dict[str, Tensor]
 
 
-class GatheredState(NamedTuple):
-    """The whole state of networks and optimizer on the host.
+class CapturedState(NamedTuple):
+    """The state of a network and its optimizer.
 
     Args:
         network: tensors by parameter name.
@@ -41,19 +45,25 @@ class GatheredState(NamedTuple):
     groups: list[dict[str, Any]]
 
 
-def capture_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> GatheredState:
-    """Gather the whole state of a network and its optimizer. Every rank must call it.
+def capture_state(
+    network: nn.Module, optimizer: torch.optim.Optimizer, is_gathered: bool = True
+) -> CapturedState:
+    """Capture the state of a network and its optimizer. Every rank must call it.
 
     Args:
         network: network, possibly sharded.
         optimizer: optimizer of its parameters.
+        is_gathered: true gathers whole tensors on the host of the first rank; the other ranks
+            receive nothing. False returns the tensors of this rank themselves, which training
+            changes.
 
     Returns:
-        The state on the host of the first rank; the other ranks receive nothing.
+        The state.
     """
+    options = GATHERED if is_gathered else IN_PLACE
     if is_quantised(optimizer):
-        return _capture_quantised(network, optimizer)
-    model, state = get_state_dict(network, optimizer, options=FULL_ON_HOST)
+        return _capture_quantised(network, optimizer, options)
+    model, state = get_state_dict(network, optimizer, options=options)
     # Ranks other than the first receive nothing.
     by_parameter = cast("dict[str, NamedTensors]", state.get("state", {}))
     flat = {
@@ -62,11 +72,14 @@ def capture_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> Gathe
         for key, value in values.items()
     }
     groups = cast("list[dict[str, Any]]", state.get("param_groups", []))
-    return GatheredState(_without_shared_memory(cast("NamedTensors", model)), flat, _plain(groups))
+    return CapturedState(_without_shared_memory(cast("NamedTensors", model)), flat, _plain(groups))
 
 
-def _capture_quantised(network: nn.Module, optimizer: torch.optim.Optimizer) -> GatheredState:
-    model = get_model_state_dict(network, options=FULL_ON_HOST)
+def _capture_quantised(
+    network: nn.Module, optimizer: torch.optim.Optimizer, options: StateDictOptions
+) -> CapturedState:
+    get_optimizer_state_dict(network, optimizer)  # takes a step without gradient if there is none
+    model = get_model_state_dict(network, options=options)
     state = capture_quantised_state(network, optimizer)
     names = {value: name for name, value in network.named_parameters()}
     groups = [
@@ -74,7 +87,7 @@ def _capture_quantised(network: nn.Module, optimizer: torch.optim.Optimizer) -> 
         for group in optimizer.param_groups
     ]
     whole = _without_shared_memory(cast("NamedTensors", model))
-    return GatheredState(whole, state, _plain(groups))
+    return CapturedState(whole, state, _plain(groups))
 
 
 def _plain(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -99,31 +112,37 @@ def _without_shared_memory(tensors: NamedTensors) -> NamedTensors:
     seen: set[int] = set()
     copies = {}
     for name, value in tensors.items():
-        address = value.untyped_storage().data_ptr()
+        address = local(value).untyped_storage().data_ptr()
         copies[name] = value.clone() if address in seen else value
         seen.add(address)
     return copies
 
 
 def restore_state(
-    network: nn.Module, optimizer: torch.optim.Optimizer, state: GatheredState
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: CapturedState,
+    is_gathered: bool = True,
 ) -> None:
     """Restore the state of a network and its optimizer. Every rank must call it.
 
     Args:
         network: network, possibly sharded.
         optimizer: optimizer of its parameters.
-        state: whole state, as `capture_state` returned it on the first rank; every rank passes it.
+        state: state as `capture_state` returned it, on the first rank if it is gathered; every rank
+            passes it.
+        is_gathered: whether the state is gathered.
     """
+    options = GATHERED if is_gathered else IN_PLACE
     # The ranks exchange the tensors one by one, and safetensors reads them in no fixed order.
     weights = cast("Any", dict(sorted(state.network.items())))
     if not state.optimizer:  # SGD without momentum has no tensors, which torch does not expect
-        set_model_state_dict(network, weights, options=FULL_ON_HOST)
+        set_model_state_dict(network, weights, options=options)
         return
     if is_quantised(optimizer):
         restore_quantised_state(network, optimizer, state.optimizer)
         _restore_groups(optimizer, state.groups)
-        set_model_state_dict(network, weights, options=FULL_ON_HOST)
+        set_model_state_dict(network, weights, options=options)
         return
     by_parameter: dict[str, Any] = {}
     for name, value in sorted(state.optimizer.items()):
@@ -134,5 +153,5 @@ def restore_state(
         optimizer,
         model_state_dict=weights,
         optim_state_dict=cast("Any", {"state": by_parameter, "param_groups": state.groups}),
-        options=FULL_ON_HOST,
+        options=options,
     )
