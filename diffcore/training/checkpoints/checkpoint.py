@@ -99,7 +99,7 @@ class Checkpoint(NamedTuple):
 
     tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
-    shards: Path | None = None
+    shards: str | Path | None = None
 
 
 def write(folder: str | Path, checkpoint: Checkpoint) -> None:

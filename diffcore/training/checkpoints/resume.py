@@ -250,7 +250,7 @@ def _load_gathered(state: TrainState, saved: Checkpoint) -> None:
         average.load(saved.tensors[name])
 
 
-def _load_shards(state: TrainState, folder: Path, groups: list[dict[str, Any]]) -> None:
+def _load_shards(state: TrainState, folder: str | Path, groups: list[dict[str, Any]]) -> None:
     """Read the shards of this rank into its tensors."""
     captured = capture_state(state.trained, state.optimizer.optimizer, is_gathered=False)
     own = flatten_parts(
