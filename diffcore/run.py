@@ -184,6 +184,16 @@ class Run:
         return self.folder / "metrics.jsonl"
 
     @property
+    def speed(self) -> Path:
+        """Images per second and memory, one JSON object per line; they depend on the machine."""
+        return self.folder / "speed.jsonl"
+
+    @property
+    def wandb(self) -> Path:
+        """Project and id of the run of Weights & Biases, if it is a tracker."""
+        return self.folder / "wandb.json"
+
+    @property
     def non_finite(self) -> Path:
         """The samples of the steps that were not finite, one JSON object per step."""
         return self.folder / "non-finite.jsonl"

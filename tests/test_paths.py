@@ -23,7 +23,7 @@ from diffcore.training.averages.power_ema import find_snapshots, reconstruct, wr
 from diffcore.training.checkpoints import checkpoint
 from diffcore.training.data.cache import Cache
 from diffcore.training.data.captions import read_captions
-from diffcore.training.reports.reporting import Metrics
+from diffcore.training.reports.metrics import Metrics
 from tests.helpers.training_runs import make_trainer
 from tests.test_public_names import modules
 

@@ -191,7 +191,7 @@ def _duration(settings: "Trainer", state: TrainState, timing: "Timing", checkpoi
 def _preview_seconds(settings: "Trainer", state: TrainState) -> float:
     """Time of one preview: its steps times an evaluation of its samples, twice with guidance."""
     process, denoiser = settings.process, state.denoiser
-    samples = 4 * min(process.classes or 4, 10)
+    samples = len(settings.previews.samples(settings.source, process, settings.picture).seeds)
     x = torch.zeros(samples, *process.shape, device=state.accelerator.device)
     level = process.schedule.level(0.5)
     with evaluation_mode(denoiser):

@@ -1,6 +1,7 @@
 """The training loop: optimizer steps, and when the run reports, draws previews and saves."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import islice
 from signal import Signals
 
@@ -18,6 +19,7 @@ from diffcore.training.data.order import Batch, load_batches
 from diffcore.training.optimization.optimizers import set_learning_rate
 from diffcore.training.ranks.coordination import DelayedMaximum
 from diffcore.training.ranks.sharding import gather_tensors, local, set_gradient_reduction
+from diffcore.training.reports.noise_scale import estimate_noise
 from diffcore.training.reports.reporting import Reporter
 from diffcore.training.reports.validation import validate
 from diffcore.training.state import TrainState
@@ -149,12 +151,12 @@ def advance(state: TrainState, batches: Iterator[Batch]) -> None:
         state: state of the run; changed in place.
         batches: micro-batches of this rank; `accumulation` of them are read.
     """
-    losses, norm = _optimize(state, islice(batches, state.settings.accumulation))
+    losses, *scalars = _optimize(state, islice(batches, state.settings.accumulation))
     state.step += 1
     with state.evaluation_weights():
         for average in (state.average, *state.further_averages.values()):
             average.update(state.step)
-    state.window.add(losses, norm)
+    state.window.add(losses, *scalars)
     state.level_sampler.add(state.step, losses)
 
 
@@ -188,25 +190,37 @@ def _write_snapshots(state: TrainState) -> None:
             write_snapshot(folder, length, state.step, whole)
 
 
-def _optimize(state: TrainState, batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:
-    """One optimizer step: losses (samples,) of this rank, gradient norm () before clipping."""
+def _optimize(state: TrainState, batches: Iterator[Batch]) -> tuple[Tensor, ...]:
+    """One optimizer step: losses (samples,) of this rank, gradient norm () before clipping, and
+    variance () and square () of the gradient noise, NaN if they cannot be estimated.
+    """
     settings, accelerator = state.settings, state.accelerator
     set_learning_rate(state.optimizer.optimizer, settings.lr(state.step, settings.steps))
-    losses, norm = [], torch.zeros(())
+    losses, norm, recorder = [], torch.zeros(()), state.micro_batch_norms
     buffers = _copy_buffers(state)
-    for part, batch in enumerate(batches):
-        torch.manual_seed(_network_seed(state, part))
-        with accelerator.accumulate(*state.modules):
-            set_gradient_reduction(state.modules, accelerator.sync_gradients)
-            loss = _losses(state, batch)
-            accelerator.backward(loss.mean())
-            if accelerator.sync_gradients:
-                norm = clip_gradient(state)
-                _zero_non_finite_gradient(state)
-            state.optimizer.step()
-            state.optimizer.zero_grad()
-        losses.append(loss.detach())
-    return torch.cat(losses), _keep_finite_buffers(buffers, norm)
+    with recorder.recording() if recorder else nullcontext():
+        for part, batch in enumerate(batches):
+            torch.manual_seed(_network_seed(state, part))
+            with accelerator.accumulate(*state.modules):
+                set_gradient_reduction(state.modules, accelerator.sync_gradients)
+                loss = _losses(state, batch)
+                accelerator.backward(loss.mean())
+                if accelerator.sync_gradients:
+                    norm = clip_gradient(state)
+                    _zero_non_finite_gradient(state)
+                state.optimizer.step()
+                state.optimizer.zero_grad()
+            losses.append(loss.detach())
+    noise = _gradient_noise(state, norm)
+    return torch.cat(losses), _keep_finite_buffers(buffers, norm), *noise
+
+
+def _gradient_noise(state: TrainState, norm: Tensor) -> tuple[Tensor, ...]:
+    """Variance () and square () of the gradient noise of a step, from this rank's micro-batches."""
+    if state.micro_batch_norms is None:
+        return (torch.full_like(norm, torch.nan),) * 2
+    micro_square = state.micro_batch_norms.mean_square(state.accelerator.scaler)
+    return estimate_noise(norm, micro_square, state.order.batch, state.order.micro)
 
 
 def clip_gradient(state: TrainState) -> Tensor:

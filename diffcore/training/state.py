@@ -28,8 +28,10 @@ from diffcore.training.optimization.quantised_state import is_quantised
 from diffcore.training.ranks.accelerator import make_accelerator, wrap
 from diffcore.training.ranks.coordination import run_on_first_rank
 from diffcore.training.ranks.sharding import gather_tensors, shard
-from diffcore.training.reports.reporting import LossWindow
+from diffcore.training.reports.noise_scale import MicroBatchNorms
+from diffcore.training.reports.reporting import SCALARS
 from diffcore.training.reports.validation import stops_early
+from diffcore.training.reports.window import LossWindow
 
 if TYPE_CHECKING:
     from diffcore.training.trainer import Trainer
@@ -55,8 +57,10 @@ class TrainState:
         further_averages: averages with power-function profiles, by their length.
         order: order in which the run reads its data.
         level_sampler: distribution of the training levels, which may adapt to the losses.
-        window: losses and gradient norms since the last report.
+        window: losses, gradient norms and gradient noise since the last report.
         content_hashes: hashes of the data and of frozen weights at the start, if known.
+        micro_batch_norms: gradient norms of the micro-batches of a step; None if there is only one,
+            or the weights are sharded, whose gradients exist only for the whole batch.
         step: number of optimizer steps taken.
         non_finite_steps: number of last checked steps in a row that were not finite.
         checked: number of steps of which is known whether they were finite.
@@ -75,6 +79,7 @@ class TrainState:
     level_sampler: LevelSampler
     window: LossWindow
     content_hashes: dict[str, str]
+    micro_batch_norms: MicroBatchNorms | None = None
     step: int = 0
     non_finite_steps: int = 0
     checked: int = 0
@@ -242,7 +247,8 @@ def build_state(settings: "Trainer", accelerator: Accelerator | None = None) -> 
     hashes = _content_hashes(settings, built[0])
     modules, optimizer = _prepare(settings, accelerator, built)
     network = accelerator.unwrap_model(modules[0])
-    split = (settings.accumulation, accelerator.gather)
+    group = settings.objective.coupling.group
+    split = (settings.accumulation, accelerator.gather, group)
     return TrainState(
         settings,
         accelerator,
@@ -258,13 +264,24 @@ def build_state(settings: "Trainer", accelerator: Accelerator | None = None) -> 
             settings.accumulation,
             accelerator.process_index,
             accelerator.num_processes,
-        ),
+        ).keep_together(group),
         LevelSampler(
             settings.objective, settings.process, settings.seed, settings.batch_size, *split
         ),
-        LossWindow(*split),
+        LossWindow(*split, SCALARS),
         hashes,
+        _micro_batch_norms(settings, accelerator, modules),
     )
+
+
+def _micro_batch_norms(
+    settings: "Trainer", accelerator: Accelerator, modules: list[nn.Module]
+) -> MicroBatchNorms | None:
+    ranks, parts = accelerator.num_processes, settings.accumulation
+    is_sharded = any(isinstance(module, FSDPModule) for module in modules)
+    if ranks * parts == 1 or is_sharded:
+        return None
+    return MicroBatchNorms(nn.ModuleList(modules).parameters(), parts)
 
 
 def _prepare_data(accelerator: Accelerator, data: DataSource, process: Process) -> None:

@@ -34,8 +34,9 @@ from diffcore.training.optimization.compute import Compute
 from diffcore.training.optimization.lr import LearningRate
 from diffcore.training.ranks.coordination import explain_lost_ranks, run_on_first_rank
 from diffcore.training.ranks.sharding import Sharding
-from diffcore.training.reports.previews import check_drawable
+from diffcore.training.reports.previews import Previews, check_drawable
 from diffcore.training.reports.reporting import Reporter
+from diffcore.training.reports.tracking import Tracking
 from diffcore.training.reports.validation import Validation
 from diffcore.training.state import TrainState, build_accelerator, build_state
 
@@ -105,10 +106,12 @@ class Trainer:
             error; more than a preview or a checkpoint takes.
         log_every: number of steps between two lines of metrics.jsonl.
         sample_every: number of steps between two preview images; 0 for none.
+        previews: labels or prompts of preview images, and the seeds of their samples.
         save_every: number of steps between two checkpoints.
         keep: number of checkpoints that are kept.
         checkpoints: format of the checkpoints, and whether training waits for the disk.
         trackers: names of trackers of accelerate, such as tensorboard or wandb; [] for none.
+        tracking: names under which trackers show the run.
         picture: kind of preview pictures and, by default, of `diffcore sample`: images, points,
             lines (signals), frames (volumes, video), or auto, which the shape decides.
         sampler: sampler of preview images and, by default, of `diffcore sample`.
@@ -165,10 +168,12 @@ class Trainer:
     rank_timeout: int = 1800
     log_every: int = 20
     sample_every: int = 0
+    previews: Previews = field(default_factory=Previews)
     save_every: int = 1000
     keep: int = 2
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    tracking: Tracking = field(default_factory=Tracking)
     picture: Picture = "auto"
     sampler: Sampler = field(default_factory=lambda: DEFAULT_SAMPLER)
     grid: Grid = field(default_factory=lambda: DEFAULT_GRID)
@@ -234,10 +239,12 @@ class Trainer:
         with explain_lost_ranks(accelerator, self.rank_timeout), ExitStack() as stack:
             lock = lock_folder(self.run.folder, reporter.message)
             run_on_first_rank(accelerator, lambda: stack.enter_context(lock))
+            # Text encoders are released before the network is built.
+            run_on_first_rank(accelerator, lambda: reporter.prompt_wrapper)
             state = build_state(self, accelerator)
             start_or_resume(state, reporter.message)
             reporter.describe_devices()
-            reporter.start_trackers(state.step)
+            reporter.trackers.start(state.step)
             signal = loop.run(state, reporter)
             accelerator.end_training()
         if signal:
@@ -251,13 +258,16 @@ class Trainer:
             raise ValueError(
                 f"sample_every is {self.sample_every}, but {error}; or set sample_every: 0"
             ) from None
+        shown = self.previews.samples(self.source, self.process, self.picture)
+        labels = torch.tensor(shown.condition or [0] * len(shown.seeds))
         records = self.process.conditions.items()
-        zeros = {name: torch.zeros(1, *record.shape) for name, record in records}
+        zeros = {name: torch.zeros(()).expand(len(labels), *each.shape) for name, each in records}
+        process = self.previews.process(self.process)
         generation.check_sampling(
-            self.process,
+            process,
             self.grid.knots(self.process.schedule, self.sample_steps),
-            [0],
-            batch_condition(self.process, torch.zeros(1, dtype=torch.int64), zeros),
+            shown.seeds,
+            batch_condition(process, labels, zeros),
             self.guidance,
             1,
             self.sampler,

@@ -139,8 +139,8 @@ def read_checkpoint(folder: Path, step: int = STEPS) -> dict[str, dict[str, Tens
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of a folder, by its path in it."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
+    """SHA-256 of every file of a folder, by its path in it, but speeds of the machine."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "speed.jsonl"]
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in files

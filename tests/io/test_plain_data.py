@@ -7,7 +7,7 @@ import yaml
 
 from diffcore.core.process import Process
 from diffcore.io.plain_data import MAXIMUM_BYTES, read_json, read_yaml
-from diffcore.training.reports.reporting import Metrics
+from diffcore.training.reports.metrics import Metrics
 
 READERS = {"x.json": read_json, "x.yaml": read_yaml}
 TABLE = {"a": [1, {"b": None}], "ü": ".inf"}

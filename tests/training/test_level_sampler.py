@@ -96,8 +96,8 @@ def test_the_resampler_learns_from_unweighted_losses_at_the_times_that_were_draw
 
 
 def test_losses_of_all_ranks_are_in_the_order_of_the_global_batch():
-    """Rank 0 trains samples 0, 1, then 4, 5, rank 1 the others; a row begins with the norm."""
-    ranks = [torch.tensor([[0.0, 0, 1, 4, 5]]), torch.tensor([[0.0, 2, 3, 6, 7]])]
+    """Rank 0 trains samples 0, 4, then 2, 6, rank 1 the others; a row begins with the norm."""
+    ranks = [torch.tensor([[0.0, 0, 4, 2, 6]]), torch.tensor([[0.0, 1, 5, 3, 7]])]
     updates = []
 
     class RecordingMoment(SecondMoment):
@@ -108,7 +108,7 @@ def test_losses_of_all_ranks_are_in_the_order_of_the_global_batch():
     sampler = make_level_sampler(
         RecordingMoment(bins=2, update_interval=1), parts=2, gather=lambda rows: torch.stack(ranks)
     )
-    sampler.add(1, torch.tensor([0.0, 1, 4, 5]))
+    sampler.add(1, torch.tensor([0.0, 4, 2, 6]))
     assert updates[0].tolist() == list(range(8))
 
 
@@ -116,7 +116,7 @@ def test_restoring_takes_only_its_tensors_from_a_checkpoint():
     sampler = make_level_sampler(MOMENT)
     sampler.add(1, torch.ones(8))
     stored = sampler.tensors()
-    assert stored.keys() == {"resampler.window", "resampler.losses"}
+    assert stored.keys() == {"resampler.window", "resampler.known", "resampler.losses"}
     tensors = {"other": torch.ones(1), **stored}
     make_level_sampler(MOMENT).restore(tensors)
     assert tensors.keys() == {"other"}

@@ -189,7 +189,7 @@ def test_a_schedule_free_run_with_reports_resumes_bit_for_bit(tmp_path):
 def test_the_held_out_loss_of_the_current_weights_is_that_of_the_weights_of_evaluation(tmp_path):
     held_out = Validation(Digits(split="test"), every=6, items=20)
     train(tmp_path, **FREE, ema=Decay(0.0), validation=held_out)
-    from diffcore.training.reports.reporting import Metrics
+    from diffcore.training.reports.metrics import Metrics
 
     [line] = Metrics(tmp_path / "validation.jsonl").reports()
     assert line["loss"] == line["loss_current"]

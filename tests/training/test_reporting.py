@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from diffcore.io.files import WriteError
-from diffcore.training.reports.reporting import LossWindow, Metrics, NonFinite, find_non_finite
+from diffcore.training.data import DataOrder
+from diffcore.training.reports.metrics import Metrics
+from diffcore.training.reports.window import LossWindow, NonFinite, find_non_finite
 from tests.helpers.file_faults import full_disk
 
 STEPS, BATCH = 3, 8
@@ -19,32 +21,30 @@ def table(steps=STEPS):
     return torch.cat((100.0 * step, 10.0 * step + torch.arange(BATCH)), 1)
 
 
-def windows(world, parts, past=None):
+def windows(world, parts, past=None, group=1):
     """One window for each rank, filled like in training; `gather` stacks the rows of all ranks."""
     ranks = []
 
     def gather(_):
         return stacked
 
-    micro = BATCH // world // parts
     for rank in range(world):
-        window = LossWindow(parts, gather)
+        window = LossWindow(parts, gather, group)
+        order = DataOrder(BATCH, 0, BATCH, parts, rank, world).keep_together(group)
         window.restore(past)
         ranks.append(window)
         for row in table():
-            places = [
-                (part * world + rank) * micro + j for part in range(parts) for j in range(micro)
-            ]
-            window.add(row[1:][places], row[0])
+            window.add(row[1:][[index for part in order.parts for index in part]], row[0])
     stacked = torch.stack([torch.stack(window.rows) for window in ranks])
     return ranks
 
 
 @pytest.mark.parametrize(
-    ("world", "parts"), [(1, 1), (1, 4), (4, 1), (2, 2), (2, 4), (1, 8), (8, 1)]
+    ("world", "parts", "group"),
+    [(1, 1, 1), (1, 4, 1), (4, 1, 2), (2, 2, 2), (2, 4, 1), (1, 8, 1), (8, 1, 1), (1, 2, 4)],
 )
-def test_columns_are_in_the_order_of_the_global_batch_for_every_split(world, parts):
-    for window in windows(world, parts):
+def test_columns_are_in_the_order_of_the_global_batch_for_every_split(world, parts, group):
+    for window in windows(world, parts, group=group):
         assert torch.equal(window.gathered(), table())
 
 
@@ -69,18 +69,18 @@ def test_a_step_that_is_not_finite_is_found_with_its_sample():
     broken[1, 1 + 5] = math.nan
     broken[2, 1 + 3] = math.inf
     broken[2, 1 + 6] = math.nan
-    found = find_non_finite(broken, first=40)
+    found = find_non_finite(broken[:, 0], broken[:, 1:], first=40)
     assert [(item.step, item.batch_index) for item in found] == [(41, 5), (42, 3)]
     assert math.isnan(found[0].loss)
     assert found[1].loss == math.inf
-    assert find_non_finite(table(), 40) == []
+    assert find_non_finite(table()[:, 0], table()[:, 1:], 40) == []
 
 
 def test_a_norm_that_is_not_finite_points_at_the_largest_loss():
     broken = table()
     broken[1, 0] = math.inf
     broken[1, 1 + 2] = 999.0
-    assert find_non_finite(broken, 0) == [NonFinite(1, 2, 999.0)]
+    assert find_non_finite(broken[:, 0], broken[:, 1:], 0) == [NonFinite(1, 2, 999.0)]
 
 
 @pytest.fixture

@@ -39,7 +39,8 @@ def test_a_run_writes_what_sampling_and_resuming_read(tmp_path):
     assert (run / "config.yaml").read_text() == "network: {}\n"
     reports = read_reports(run)
     assert [report["step"] for report in reports] == [1, 2, 3, 4, 5]
-    assert set(reports[0]) == {"step", "loss", "grad_norm", "lr", "skipped"}
+    entries = {"step", "loss", "grad_norm", "lr", "skipped", "logsnr", "loss_by_level"}
+    assert set(reports[0]) == entries
     saved = read_checkpoint(run, 5)
     for name, value in read_weights(run / "ema.safetensors").items():
         assert torch.equal(value, saved["ema.safetensors"][name]), name

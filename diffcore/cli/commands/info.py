@@ -14,7 +14,7 @@ from diffcore.core.process import Process
 from diffcore.io.manifest import checkpoint_folders
 from diffcore.io.parser import ComponentParser
 from diffcore.run import Run
-from diffcore.training.reports.reporting import Metrics
+from diffcore.training.reports.metrics import Metrics
 
 __all__ = ["describe_machine", "describe_run", "main"]
 

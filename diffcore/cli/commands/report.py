@@ -22,7 +22,7 @@ from diffcore.report.page import (
     text_block,
 )
 from diffcore.run import Run
-from diffcore.training.reports.reporting import Metrics
+from diffcore.training.reports.metrics import Metrics
 
 __all__ = ["main", "write_report"]
 

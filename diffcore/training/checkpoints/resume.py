@@ -28,7 +28,7 @@ from diffcore.training.checkpoints.initial_weights import load_initial_weights
 from diffcore.training.checkpoints.sharded import flatten_parts
 from diffcore.training.ranks.captured_state import CapturedState, capture_state, restore_state
 from diffcore.training.ranks.sharding import gather_tensors
-from diffcore.training.reports.reporting import Metrics
+from diffcore.training.reports.metrics import Metrics
 from diffcore.training.state import TrainState
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ CHANGEABLE = {
     "picture",
     "pin_memory",
     "prefetch",
+    "previews",
     "rank_timeout",
     "resume",
     "sample_every",
@@ -63,6 +64,7 @@ CHANGEABLE = {
     "sharding",
     "steps",
     "trackers",
+    "tracking",
     "validation",
     "workers",
 }
@@ -146,15 +148,15 @@ def _prepare_folder(
     """Make the files of the run agree with its state, which a checkpoint or a start has defined."""
     settings, run = state.settings, state.settings.run
     run.checkpoints.mkdir(parents=True, exist_ok=True)
-    written = (run.config, run.process, run.weights, run.metrics, run.validation, run.non_finite)
-    files = [path.name for path in written]
+    reports = (run.metrics, run.speed, run.validation, run.non_finite)
+    files = [path.name for path in (run.config, run.process, run.weights, run.wandb, *reports)]
     remove_leftovers(run.folder, *map(re.escape, (*files, *outputs.exported_names(state))))
     remove_leftovers(run.checkpoints, NAME, re.escape(outputs.RECORD))
     checkpoint.set_aside(run.checkpoints, state.step)
     settings.process.save(run.process)
     if settings.config or not run.config.exists():
         write_file(run.config, settings.config.encode())
-    for path in (run.metrics, run.validation, run.non_finite):
+    for path in reports:
         for line in Metrics(path).rewind(state.step):
             message(f"{path}: line {line} is no report, and is left out")
     if state.step and state.has_outputs:

@@ -134,11 +134,8 @@ class LatentDataset(DataSource):
         else:
             self.class_names, labels = label_images(self.images)
         self.labels = labels[self.items.image]
-        pixels = str(size)
         self.latent_keys = [self._latent_key(index) for index in range(len(self.items))]
-        self.text_keys = (
-            [hash_content(text, pixels) for text in (*self.texts, NULL)] if texts else []
-        )
+        self.text_keys = self._prompt_keys(self.texts) if texts else []
         self.latents = Cache(Path(cache) / "latents" / hash_content(*self.pipeline.paths("vae")))
         self.embeddings = Cache(Path(cache) / "embeddings" / self._text_encoder_hash())
 
@@ -222,12 +219,13 @@ class LatentDataset(DataSource):
         Returns:
             The bank that a label is an index into; its last row is the null condition.
         """
+        return self._read_prompts(self.text_keys, self.texts)
+
+    def _read_prompts(self, keys: Sequence[str], texts: Sequence[str]) -> "Prompts":
         from diffcore.integrations.diffusers.loading.prompts import Prompts
 
-        rows = [self.embeddings.read(key) for key in self.text_keys]
-        return Prompts(
-            {name: torch.stack([row[name] for row in rows]) for name in rows[0]}, self.texts
-        )
+        rows = [self.embeddings.read(key) for key in keys]
+        return Prompts({name: torch.stack([row[name] for row in rows]) for name in rows[0]}, texts)
 
     def label_wrapper(self, device: torch.device) -> Callable[[nn.Module], nn.Module]:
         """A function that wraps a text-conditional network so that it accepts labels.
@@ -238,17 +236,32 @@ class LatentDataset(DataSource):
         Returns:
             The function; the identity without captions.
         """
-        from diffcore.integrations.diffusers.loading.prompts import PromptNetwork
+        return _wrapper(self.prompts(), device) if self.texts else lambda network: network
 
+    def prompt_wrapper(
+        self, prompts: Sequence[str], negative: str, device: torch.device
+    ) -> Callable[[nn.Module], nn.Module]:
+        """A function that wraps a network so that its labels are prompts, which are encoded once.
+
+        Args:
+            prompts: K texts; prompt k is label k, and K the null label.
+            negative: text of the null condition; "": the empty prompt.
+            device: device of the text encoders and of the network.
+
+        Returns:
+            The function.
+
+        Raises:
+            ValueError: The data has no captions.
+        """
         if not self.texts:
-            return lambda network: network
-        bank = self.prompts()
-        is_small = sum(value.nbytes for value in bank.tensors.values()) < LARGE_BANK
-        return partial(
-            PromptNetwork,
-            prompts=bank.map(lambda value: value.to(device)) if is_small else bank,
-            move_prompts=False,
-        )
+            return super().prompt_wrapper(prompts, negative, device)
+        self._encode_texts(device, prompts, negative)
+        return _wrapper(self._read_prompts(self._prompt_keys(prompts, negative), prompts), device)
+
+    def _prompt_keys(self, texts: Sequence[str], negative: str = "") -> list[str]:
+        """The keys of the embeddings of texts, and of the null condition."""
+        return [hash_content(text, str(self.images.size)) for text in (*texts, NULL + negative)]
 
     @property
     def vae(self) -> nn.Module:
@@ -278,7 +291,8 @@ class LatentDataset(DataSource):
         """
         if is_main_process:
             self._encode_images(device)
-            self._encode_texts(device)
+            if self.texts:
+                self._encode_texts(device, self.texts)
         deadline = time.monotonic() + WAIT_SECONDS
         while not self.is_ready:
             if time.monotonic() > deadline:
@@ -315,18 +329,20 @@ class LatentDataset(DataSource):
 
             self.latents.compute(missing, entries, "latents")
 
-    def _encode_texts(self, device: torch.device) -> None:
+    def _encode_texts(self, device: torch.device, texts: Sequence[str], negative: str = "") -> None:
+        """Compute the missing embeddings of texts and of the null condition."""
         from diffcore.integrations.diffusers import encode_prompts
 
-        if missing := self.embeddings.missing(self.text_keys):
+        keys = self._prompt_keys(texts, negative)
+        if missing := self.embeddings.missing(keys):
             pipeline = self.pipeline.read_text_pipeline().to(device)
-            texts = dict(zip(self.text_keys, self.texts, strict=False))  # without the null key
+            by_key = dict(zip(keys, texts, strict=False))  # without the null key
             size = (self.images.size, self.images.size)
 
             def entries(keys: Sequence[str]) -> Entries:
-                captions = [texts[key] for key in keys if key in texts]
+                captions = [by_key[key] for key in keys if key in by_key]
                 # The bank ends with the null condition, and the null key is the last of all keys.
-                bank = encode_prompts(pipeline, captions, size=size)
+                bank = encode_prompts(pipeline, captions, negative, size)
                 for row in range(len(keys)):
                     yield {name: value[row] for name, value in bank.tensors.items()}
 
@@ -347,3 +363,15 @@ class LatentDataset(DataSource):
 
 def _mirrored(key: str) -> str:
     return hash_content(key, "mirrored")
+
+
+def _wrapper(bank: "Prompts", device: torch.device) -> Callable[[nn.Module], nn.Module]:
+    """Wraps a network so that its labels are those of a bank, which is copied if it is small."""
+    from diffcore.integrations.diffusers.loading.prompts import PromptNetwork
+
+    is_small = sum(value.nbytes for value in bank.tensors.values()) < LARGE_BANK
+    return partial(
+        PromptNetwork,
+        prompts=bank.map(lambda value: value.to(device)) if is_small else bank,
+        move_prompts=False,
+    )

@@ -123,6 +123,27 @@ class DataSource(Dataset[Any]):
         """
         return lambda network: network
 
+    def prompt_wrapper(
+        self, prompts: Sequence[str], negative: str, device: torch.device
+    ) -> Callable[[nn.Module], nn.Module]:
+        """A function that wraps a text-conditioned network so that its labels are prompts.
+
+        Args:
+            prompts: K texts; prompt k is label k, and K the null label.
+            negative: text of the null condition; "": the empty prompt.
+            device: device of the network.
+
+        Returns:
+            The function. A data set with captions overrides this member.
+
+        Raises:
+            ValueError: The data has no captions.
+        """
+        raise ValueError(
+            f"{type(self).__name__} has no captions and encodes no prompts: use labels in place of "
+            "prompts"
+        )
+
     def decode(self, x: Tensor) -> Tensor:
         """Images (N, C, H, W) in [-1, 1] of x_0 (N, *shape); by default x_0 itself."""
         return x

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,12 +10,24 @@ from torch import Tensor
 from diffcore.core.process import Process
 from diffcore.objectives.level_sampling import ResamplerState
 from diffcore.objectives.objective import Objective, SampleKey
-from diffcore.training.reports.reporting import LossWindow
+from diffcore.training.reports.window import LossWindow
 
-__all__ = ["LevelSampler"]
+__all__ = ["DrawnLevels", "LevelSampler"]
 
 PREFIX = "resampler."
 """Prefix of its tensors in a checkpoint."""
+
+
+class DrawnLevels(NamedTuple):
+    """The levels at which the samples of some steps were trained.
+
+    Args:
+        times: (steps, B) times t in the order of the global batch, float64.
+        oversampling: (steps, B) density of their draws relative to uniform ones.
+    """
+
+    times: Tensor
+    oversampling: Tensor
 
 
 class LevelSampler:
@@ -30,6 +43,7 @@ class LevelSampler:
         batch: size of the global batch.
         parts: number of micro-batches of a rank in a step.
         gather: gathers a tensor (1, ...) of each rank to (ranks, ...).
+        group: number of consecutive samples of the global batch that are in one micro-batch.
     """
 
     def __init__(
@@ -40,12 +54,14 @@ class LevelSampler:
         batch: int,
         parts: int,
         gather: Callable[[Tensor], Tensor],
+        group: int = 1,
     ) -> None:
         self.objective, self.process, self.seed, self.batch = objective, process, seed, batch
         self.learned: ResamplerState | None = (
             objective.resampler.initial_state() if objective.resampler else None
         )
-        self.window = LossWindow(parts, gather)
+        self.window = LossWindow(parts, gather, group)
+        self.known = torch.zeros(0, 2, batch, dtype=torch.float64)  # drawn before the last update
 
     def add(self, step: int, losses: Tensor) -> None:
         """Add the losses of a step on this rank. Every rank must call it.
@@ -62,19 +78,49 @@ class LevelSampler:
             self._learn(step)
 
     def _learn(self, step: int) -> None:
-        table = self.window.gathered()[:, 1:].double()
-        index = torch.arange(self.batch)
-        keys = [
-            SampleKey(self.seed, past, index, self.batch) for past in range(step - len(table), step)
-        ]
-        # Times are keyed, so they are computed again instead of being stored with the losses.
-        uniform = torch.cat([self.objective.times(key, self.learned) for key in keys])
-        times = self.process.schedule.training_times(uniform)
-        losses = table.flatten() * self.objective.oversampling(self.process, times, self.learned)
-        assert self.objective.resampler is not None
+        resampler = self.objective.resampler
+        assert resampler is not None
         assert self.learned is not None
-        self.learned = self.objective.resampler.update(self.learned, times, losses)
+        table = self.window.gathered()[:, 1:].double()
+        # Times are keyed, so they are computed again instead of being stored with the losses.
+        drawn = self._draw(range(step - len(table), step))
+        times = self.process.schedule.training_times(drawn.times.flatten())
+        losses = table.flatten() * drawn.oversampling.flatten()
+        self.known = torch.cat((self.known, torch.stack(drawn, 1)))
+        self.learned = resampler.update(self.learned, times, losses)
         self.window.restore(None)
+
+    def _draw(self, steps: range) -> DrawnLevels:
+        """The levels of steps since the last update."""
+        index = torch.arange(self.batch)
+        keys = [SampleKey(self.seed, step, index, self.batch) for step in steps]
+        times = torch.stack([self.objective.times(key, self.learned) for key in keys])
+        flat = self.process.schedule.training_times(times.flatten())
+        oversampling = self.objective.oversampling(self.process, flat, self.learned)
+        return DrawnLevels(times, oversampling.view_as(times))
+
+    def levels(self, step: int, count: int) -> DrawnLevels:
+        """The levels of the last steps, at most of those since `forget`.
+
+        Args:
+            step: number of steps taken.
+            count: number of last steps, at least 1.
+
+        Returns:
+            The levels.
+        """
+        resampler = self.objective.resampler
+        pending = step % resampler.update_interval if resampler else count
+        times, oversampling = self.known.unbind(1)
+        if pending:
+            drawn = self._draw(range(step - pending, step))
+            times = torch.cat((times, drawn.times))
+            oversampling = torch.cat((oversampling, drawn.oversampling))
+        return DrawnLevels(times[-count:], oversampling[-count:])
+
+    def forget(self) -> None:
+        """Forget the levels of the steps before the last update."""
+        self.known = self.known[:0]
 
     def logsnr(self, key: SampleKey, step: int, shape: tuple[int, ...] | None = None) -> Tensor:
         """λ of samples that were drawn at an earlier step.
@@ -98,11 +144,12 @@ class LevelSampler:
         """The tensors that a checkpoint stores, by name. Every rank must call it.
 
         Returns:
-            The losses since the last update and the state of the resampler; {} without a resampler.
+            The losses since the last update, the levels before it that are not reported yet, and
+            the state of the resampler; {} without a resampler.
         """
         if self.learned is None:
             return {}
-        stored = {"window": self.window.gathered(), **self.learned}
+        stored = {"window": self.window.gathered(), "known": self.known, **self.learned}
         return {PREFIX + name: value for name, value in stored.items()}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
@@ -118,4 +165,5 @@ class LevelSampler:
         }
         if stored:
             self.window.restore(stored.pop("window"))
+            self.known = stored.pop("known")
             self.learned = stored

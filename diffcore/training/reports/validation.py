@@ -41,6 +41,8 @@ __all__ = [
     "HeldOutLoss",
     "Measurement",
     "Validation",
+    "level_bounds",
+    "mean_by_level",
     "measure_loss",
     "stops_early",
     "validate",
@@ -56,7 +58,8 @@ class Validation:
         every: number of steps between two measurements; the last step has one too.
         items: largest number of items, spread evenly over the data.
         draws: number of noise levels at which each item is evaluated.
-        bins: number of intervals of noise levels, with equally many levels in each.
+        bins: number of intervals of noise levels, with equally many levels in each; those of the
+            training loss too.
         patience: number of measurements in a row without a lower loss of the averaged weights after
             which the run ends; 0 never ends it early.
 
@@ -190,9 +193,41 @@ def measure_loss(
         )
     table = gather(losses[None]).T.flatten()[:total].double().cpu()
     times = plain.times(SampleKey(key_seed, 0, torch.arange(total), total))
-    bins = (times * validation.bins).long().clamp(max=validation.bins - 1)
-    by_level = [float(table[bins == bin_].mean()) for bin_ in range(validation.bins)]
-    return HeldOutLoss(float(table.mean()), by_level)
+    return HeldOutLoss(float(table.mean()), mean_by_level(table, times, validation.bins))
+
+
+def mean_by_level(
+    losses: Tensor, times: Tensor, bins: int, oversampling: Tensor | None = None
+) -> list[float]:
+    """The mean loss in each interval of noise levels, Σ L_i / Σ 1/q_i.
+
+    Args:
+        losses: (N,) or (steps, B) losses, divided by q already.
+        times: times t of their levels, of the same shape, in (0, 1].
+        bins: number of intervals, of equal length in t.
+        oversampling: q, the density of the draws of t relative to uniform ones; None: 1.
+
+    Returns:
+        The means from clean to noise; NaN where an interval has no sample.
+    """
+    table = losses.double().flatten()
+    inverse = torch.ones_like(table) if oversampling is None else 1 / oversampling.flatten()
+    index = (times.flatten() * bins).long().clamp(max=bins - 1)
+    inside = [index == bin_ for bin_ in range(bins)]
+    return [float(table[mask].sum() / inverse[mask].sum()) for mask in inside]
+
+
+def level_bounds(process: Process, bins: int) -> list[float]:
+    """λ at the bounds of the intervals of noise levels, from clean to noise.
+
+    Args:
+        process: process of the run.
+        bins: number of intervals.
+
+    Returns:
+        bins + 1 values of λ, which fall.
+    """
+    return [float(process.schedule.logsnr(bin_ / bins)) for bin_ in range(bins + 1)]
 
 
 def _batch_losses(
@@ -238,8 +273,7 @@ def validate(state: "TrainState") -> Measurement:
         current = measure()
     with state.average.applied():
         averaged = measure()
-    edges = [bin_ / validation.bins for bin_ in range(validation.bins + 1)]
-    return Measurement(averaged, current, [float(process.schedule.logsnr(t)) for t in edges])
+    return Measurement(averaged, current, level_bounds(process, validation.bins))
 
 
 def stops_early(losses: list[float], patience: int) -> bool:

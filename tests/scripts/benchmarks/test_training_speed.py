@@ -56,7 +56,7 @@ def test_both_sides_do_the_same_work(tmp_path):
     labels = bare.labels[rows].masked_fill(draw.dropout_mask, state.settings.process.classes)
     found = bare.update(bare.x0[rows], labels, draw.level.t.flatten().float(), draw.noise)
     step_function(state)()
-    norm, losses = state.window.rows[0][0], state.window.rows[0][1:]
+    norm, losses = state.window.rows[0][0], state.window.rows[0][SCALARS:]
     torch.testing.assert_close(found, (losses, norm), rtol=2e-5, atol=1e-7)
     assert bare.optimizer.param_groups[0]["lr"] == pytest.approx(
         state.optimizer.param_groups[0]["lr"], rel=1e-12

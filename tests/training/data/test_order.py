@@ -54,6 +54,20 @@ def test_the_global_batch_is_the_same_for_every_split(world, accumulation):
     assert read_order(world, accumulation) == whole
 
 
+@pytest.mark.parametrize("group", [1, 2, 3])
+def test_a_micro_batch_is_spread_over_the_global_batch_in_whole_groups(group):
+    parts = [
+        DataOrder(SIZE, SEED, 24, 2, rank, 2).keep_together(group).parts[part]
+        for part in range(2)
+        for rank in range(2)
+    ]
+    assert sorted(index for indices in parts for index in indices) == list(range(24))
+    for number, indices in enumerate(parts):
+        groups = torch.tensor(indices).view(-1, group)
+        first = torch.arange(number, 24 // group, 4) * group
+        assert torch.equal(groups, first[:, None] + torch.arange(group))
+
+
 def test_starting_later_continues_the_same_order():
     whole = read_order()
     assert read_order(start=5) == {step: whole[step] for step in range(5, 12)}
@@ -87,7 +101,7 @@ def test_a_batch_holds_the_items_and_their_indices():
         zip(*[load_batches(data, order.steps(0, 3), DIGITS, 0)] * 2, strict=True)
     ):
         for part, batch in enumerate(parts):
-            in_batch = [4 * part + 2, 4 * part + 3]  # the second rank of two
+            in_batch = [2 * part + 1, 2 * part + 5]  # the second rank of two
             assert batch.batch_index.tolist() == in_batch
             assert batch.index.tolist() == [order.index(8 * step + index) for index in in_batch]
             assert torch.equal(batch.x0, data.x0[batch.index])

@@ -18,9 +18,10 @@ class DataOrder(Sampler[list[tuple[int, int]]]):
     """The (index, position) pairs of each micro-batch of a rank.
 
     The index is that of the item in the data set; the position counts the samples of the run. Every
-    epoch is a keyed permutation. Part p of rank r of step s holds the indices
-    (p·world + r)·micro + j of the global batch, so that the global batch is the same for every
-    split.
+    epoch is a keyed permutation. Part p of rank r is micro-batch m = p·world + r of
+    M = accumulation·world, and holds the samples i·M + m, i = 0, 1, .., of the global batch, which
+    is the same for every split. Times that are stratified over the global batch are thus stratified
+    over each micro-batch, so that its gradient is that of a smaller batch (`reports.noise_scale`).
 
     With groups, every global batch is of one bucket. Each bucket has its own endless order of
     epochs, from which its batches are taken one after the other: the remainder of an epoch is
@@ -51,12 +52,28 @@ class DataOrder(Sampler[list[tuple[int, int]]]):
     ) -> None:
         self.size, self.seed, self.batch = size, seed, batch
         self.micro = batch // (accumulation * world)
-        self.parts = [(part * world + rank) * self.micro for part in range(accumulation)]
+        self.split = (accumulation, rank, world)
+        self.keep_together(1)
         self.span = range(0)
         self.groups = groups
         self._index: Callable[[int], int] = (
             _permuted(size, seed) if groups is None else _GroupedIndex(groups, seed, batch)
         )
+
+    def keep_together(self, group: int) -> "DataOrder":
+        """Keep every `group` consecutive samples of the global batch in one micro-batch, in place.
+
+        Args:
+            group: number of samples that a coupling pairs (`Coupling.group`), a divisor of the
+                micro-batch. They take the place of one sample in the split.
+
+        Returns:
+            This order.
+        """
+        accumulation, rank, world = self.split
+        groups = torch.arange(self.batch).view(-1, accumulation, world, group)
+        self.parts: list[list[int]] = groups[:, :, rank].transpose(0, 1).flatten(1).tolist()
+        return self
 
     def steps(self, start: int, stop: int) -> "DataOrder":
         """Restrict this order to some optimizer steps, in place.
@@ -81,8 +98,8 @@ class DataOrder(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step in self.span:
-            for first in self.parts:
-                positions = range(step * self.batch + first, step * self.batch + first + self.micro)
+            for part in self.parts:
+                positions = [step * self.batch + index for index in part]
                 yield [(self.index(position), position) for position in positions]
 
     def __len__(self) -> int:
