@@ -225,7 +225,8 @@ class LatentDataset(DataSource):
         from diffcore.integrations.diffusers.loading.prompts import Prompts
 
         rows = [self.embeddings.read(key) for key in keys]
-        return Prompts({name: torch.stack([row[name] for row in rows]) for name in rows[0]}, texts)
+        tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        return Prompts(tensors, tuple(texts))
 
     def label_wrapper(self, device: torch.device) -> Callable[[nn.Module], nn.Module]:
         """A function that wraps a text-conditional network so that it accepts labels.

@@ -25,7 +25,7 @@ class NonFinite(NamedTuple):
 
 
 class LossWindow:
-    """Losses and numbers of the steps since the last report; the host reads them only in `gathered`.
+    """Losses and numbers of the steps since the last report; `gathered` alone reads them.
 
     Args:
         parts: number of micro-batches of a rank in a step.

@@ -11,6 +11,8 @@ from benchmarks.training_speed import (
     step_function,
 )
 
+from diffcore.training.reports.reporting import SCALARS
+
 
 @pytest.mark.parametrize("wrong", [{"pairs": 29}, {"steps": 0}, {"samples": 0}])
 def test_bad_arguments_are_refused_before_training_is_prepared(wrong):

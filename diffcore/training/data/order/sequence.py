@@ -6,6 +6,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch.utils.data import Sampler
 
 from diffcore.core.random import Stream, derive_seed, permutation
