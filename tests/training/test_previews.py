@@ -32,7 +32,7 @@ def pixels(path):
     [
         ({"labels": (1,), "prompts": ("a",)}, "expected one of them"),
         ({"negative": "ugly"}, "negative is 'ugly' without previews.prompts"),
-        ({"per_label": 0}, "per_label is 0, expected at least 1"),
+        ({"per_label": -1}, "per_label is -1, expected at least 0"),
         ({"seeds": (2**63,)}, r"seeds has 9223372036854775808, expected within \[-2\^63, 2\^63\)"),
         ({"prompts": "a cat"}, "prompts is 'a cat', expected a list"),
     ],
@@ -69,7 +69,7 @@ def test_without_classes_any_number_of_seeds_is_drawn():
     process = Process(shape=(1, 8, 8))
     assert len(Previews().samples(DATA, process).seeds) == 16
     shown = Previews(seeds=(5, 6, 7), per_label=2).samples(DATA, process)
-    assert (shown.seeds, shown.condition, shown.rows) == ((5, 6, 7), None, ["", ""])
+    assert shown[:3] == ((5, 6, 7), None, ["", ""])
     with pytest.raises(ValueError, match="labels has 0, expected no label without classes"):
         Previews(labels=(0,)).samples(DATA, process)
 
