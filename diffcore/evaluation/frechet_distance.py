@@ -1,6 +1,7 @@
 """The Fréchet distance between two sets of samples, each described by mean and covariance."""
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = ["frechet_distance"]
@@ -11,9 +12,10 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
         |m_a - m_b|² + tr(C_a + C_b - 2 (C_a C_b)^½)
 
-    tr (C_a C_b)^½ is the sum of the square roots of the eigenvalues of C_a C_b, which are real and
-    not negative. Lower is better. The distance of finite sets depends on the number of samples:
-    compare it only with distances at the same number. Dowson & Landau 1982.
+    With C = Rᵀ R, tr (C_a C_b)^½ is the sum of the singular values of R_a R_bᵀ. R is the triangular
+    factor of the centred samples, so that no covariance is formed and no digits are lost where it
+    is singular. Computed in float64. Lower is better. The distance of finite sets depends on the
+    number of samples: compare it only with distances at the same number. Dowson & Landau 1982.
 
     Args:
         a: (N, *shape) samples, flattened to features.
@@ -31,8 +33,12 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
             f"sets are {tuple(a.shape)} and {tuple(b.shape)}, expected two samples or more, of "
             "equal size"
         )
-    c_x, c_y = (np.atleast_2d(np.cov(value, rowvar=False)) for value in (x, y))
-    # Rounding can make eigenvalues slightly negative.
-    eigenvalues = np.linalg.eigvals(c_x @ c_y).real.clip(min=0)
+    r_x, r_y = _root(x), _root(y)
     shift = x.mean(0) - y.mean(0)
-    return float(shift @ shift + np.trace(c_x) + np.trace(c_y) - 2 * np.sqrt(eigenvalues).sum())
+    common = np.linalg.svd(r_x @ r_y.T, compute_uv=False).sum()
+    return float(shift @ shift + np.square(r_x).sum() + np.square(r_y).sum() - 2 * common)
+
+
+def _root(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """R with Rᵀ R the covariance of the rows of x."""
+    return np.linalg.qr(x - x.mean(0), mode="r") / np.sqrt(len(x) - 1)
