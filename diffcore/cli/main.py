@@ -17,6 +17,8 @@ __all__ = ["main"]
 COMMANDS = {
     "train": "train a network from a recipe or a YAML file of settings",
     "sample": "draw samples from a run or a diffusers pipeline, as images or arrays",
+    "evaluate": "compare samples of a run, a pipeline or a folder with real images",
+    "features": "train a classifier whose features evaluations compare",
     "export": "save the network of a run as a diffusers pipeline",
     "lora": "merge an adapter into a pipeline, extract one, or convert its file",
     "ema": "reconstruct an average of the weights of any length after training",

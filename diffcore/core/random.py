@@ -56,7 +56,7 @@ class Stream(IntEnum):
     CONDITION = 40
     ITEM = 50
     ITEM_NOISE = 51
-    EVALUATION = 40
+    EVALUATION = 60
 
 
 def philox(

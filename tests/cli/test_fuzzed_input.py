@@ -139,7 +139,7 @@ def test_a_mutated_command_line_ends_in_success_or_in_one_line(
     diffcore, trained, monkeypatch, number
 ):
     monkeypatch.setattr("diffcore.training.trainer.Trainer.train", lambda _: None)
-    monkeypatch.setattr("diffcore.cli.commands.sample._draw", lambda *_: (0.0, []))
+    monkeypatch.setattr("diffcore.cli.commands.sample.draw_samples", lambda *_: (0.0, []))
     monkeypatch.setattr("diffcore.cli.commands.export.write_folder", lambda *_: None, raising=False)
     monkeypatch.setattr("diffcore.cli.commands.plot.save_figure", lambda *_: None)
     words, settings = mutate(number)

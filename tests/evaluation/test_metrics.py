@@ -1,9 +1,9 @@
-"""Metrics against closed forms, and the score of the digits on real scans."""
+"""Metrics against closed forms, and the classifier of the digits on real scans."""
 
 import pytest
 import torch
 
-from diffcore.evaluation.digits import DigitScore, to_scan_units
+from diffcore.evaluation.digits import to_scan_units
 from diffcore.evaluation.frechet_distance import frechet_distance
 from diffcore.evaluation.label_accuracy import LabelClassifier
 from diffcore.training.data import Digits
@@ -41,9 +41,3 @@ def test_the_classifier_recognises_held_out_scans_under_their_own_labels_only():
 
 def test_scan_units_are_pixels_from_0_to_16():
     assert to_scan_units(torch.tensor([-2.0, -1.0, 0.0, 0.875, 3.0])).tolist() == [0, 0, 8, 15, 16]
-
-
-def test_a_score_prints_its_distance_as_a_multiple_of_that_of_real_scans():
-    text = str(DigitScore(500, 0.9, 0.99, 300.0, 100.0))
-    assert "90.0% of 500 samples (99.0% of the held-out real scans)" in text
-    assert text.endswith("300 (100 for real training scans: 3.00 x)")

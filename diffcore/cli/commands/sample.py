@@ -46,7 +46,7 @@ from diffcore.sampling.generation import (
 from diffcore.sampling.loop import count_evaluations
 from diffcore.schedules import Level
 
-__all__ = ["main"]
+__all__ = ["SamplePlan", "draw_samples", "find_device", "main", "read_rank"]
 
 LAUNCHER = {"RANK": 0, "WORLD_SIZE": 1}
 """Variables that torchrun and accelerate set -> their values without a launcher."""
@@ -81,24 +81,31 @@ def main(argv: Sequence[str]) -> None:
     _sample(folder, SampleRequest(**arguments))
 
 
+def read_rank() -> tuple[int, int]:
+    """The number of this rank and the number of ranks of the launcher.
+
+    Returns:
+        0 and 1 without a launcher.
+    """
+    rank, ranks = (int(os.environ.get(name) or number) for name, number in LAUNCHER.items())
+    return rank, ranks
+
+
 def _sample(folder: Path, request: SampleRequest) -> None:
     if request.threads:
         torch.set_num_threads(request.threads)
-    rank, ranks = (int(os.environ.get(name) or number) for name, number in LAUNCHER.items())
-    device, options = _device(request.device), request.pipeline_options
+    rank, ranks = read_rank()
+    device, options = find_device(request.device), request.pipeline_options
     model = load_image_model(folder, options, device, request.weights)
     _check_labels(request.labels, model)
     _check_out(request, model.image_process, ranks)
-    guidance = load_weaker_networks(
-        request.guidance, lambda weaker: load_image_model(Path(weaker), options, device).denoiser
-    )
-    plan = _Plan(model, guidance, request)
+    plan = SamplePlan.load(model, request, device)
     keys = request.sample_keys(model.denoiser.process.classes)
     plan.check(keys)
     writer = _writer(folder, request, plan, keys)
     share = keys[rank::ranks]
     wanted = writer.missing(share)
-    evaluations, bad = _draw(plan, wanted, writer)
+    evaluations, bad = draw_samples(plan, wanted, writer)
     writer.finish()
     name = f"rank {rank} of {ranks}: " if ranks > 1 else ""
     if rank == 0:
@@ -118,7 +125,7 @@ def _sample(folder: Path, request: SampleRequest) -> None:
         )
 
 
-class _Plan:
+class SamplePlan:
     """What all samples of a command have in common.
 
     Args:
@@ -135,6 +142,25 @@ class _Plan:
         self.image: Tensor | None = None
         if request.image is not None:
             self.image = model.encode(images.load_image(request.image, model.image_process))
+
+    @classmethod
+    def load(cls, model: ImageModel, request: SampleRequest, device: torch.device) -> "SamplePlan":
+        """A plan, with the weaker networks that guidance names.
+
+        Args:
+            model: network, and the decoder of its latents.
+            request: options of the command.
+            device: device of the networks.
+
+        Returns:
+            The plan.
+        """
+        options = request.pipeline_options
+        guidance = load_weaker_networks(
+            request.guidance,
+            lambda weaker: load_image_model(Path(weaker), options, device).denoiser,
+        )
+        return cls(model, guidance, request)
 
     @property
     def planned_evaluations(self) -> int | None:
@@ -202,10 +228,15 @@ class _Plan:
         }
 
 
-def _draw(
-    plan: _Plan, keys: Sequence[SampleKey], writer: SampleWriter
+def draw_samples(
+    plan: SamplePlan, keys: Sequence[SampleKey], writer: SampleWriter
 ) -> tuple[float, list[SampleKey]]:
     """Draw and write samples in chunks.
+
+    Args:
+        plan: what all samples have in common.
+        keys: labels and seeds of the samples.
+        writer: receives the samples.
 
     Returns:
         The mean number of evaluations for each sample, and the samples that are not finite.
@@ -255,7 +286,7 @@ def _planned(evaluations: int | None) -> str:
 
 
 def _writer(
-    folder: Path, request: SampleRequest, plan: _Plan, keys: Sequence[SampleKey]
+    folder: Path, request: SampleRequest, plan: SamplePlan, keys: Sequence[SampleKey]
 ) -> SampleWriter:
     """The writer that the suffix of `out` requires."""
     out, process = request.out, plan.model.image_process
@@ -314,7 +345,7 @@ def _check_out(request: SampleRequest, process: Process, ranks: int) -> None:
         )
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
     """The device of this name; "auto" is the accelerator of this rank, or the CPU."""
     if name == "auto":
         found = (

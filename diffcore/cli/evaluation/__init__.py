@@ -1,0 +1,1 @@
+"""What `diffcore evaluate` and `diffcore features` share."""

@@ -1,0 +1,108 @@
+"""Real images that a command line names: a folder, a run, a file of arrays, or a data set."""
+
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from torch.utils.data import Dataset
+
+from diffcore.core.process import Process
+from diffcore.evaluation.features.image_set import SourceImages
+from diffcore.io.parser import ComponentParser, SpecError
+from diffcore.run import Run
+from diffcore.sampling.images import is_image
+from diffcore.training.data.adapters import as_data_source
+from diffcore.training.data.arrays import Arrays, Tensors
+from diffcore.training.data.image_folder import ImageFolder
+from diffcore.training.data.scan import scan_folder
+from diffcore.training.data.source import DataSource
+
+__all__ = ["is_run", "read_images"]
+
+
+def is_run(folder: str | Path) -> bool:
+    """Whether a folder is that of a training run."""
+    return (Path(folder) / "config.yaml").is_file()
+
+
+def read_images(text: str, process: Process | None = None, size: int = 0) -> SourceImages:
+    """The images that a text names.
+
+    Args:
+        text: folder of images, folder of a run (its data), .npy or .safetensors file, the name of
+            a data set such as Digits, or its class and options in one line of YAML.
+        process: process of the images to compare with: their size, channels and range.
+        size: height and width of the images of a folder; 0: those of `process`, or of the first
+            image.
+
+    Returns:
+        The images.
+
+    Raises:
+        ValueError: the text names no images, or they do not fit `process`.
+    """
+    path = Path(text)
+    low, high = (-1.0, 1.0) if process is None else (process.low, process.high)
+    if path.is_dir() and is_run(path):
+        own = Process.load(Run(path).process)
+        low, high = (own.low, own.high) if is_image(own) else (-1.0, 1.0)
+        source = _component(Run(path).settings().get("data"), str(path))
+    elif path.is_dir():
+        low, high = -1.0, 1.0
+        source = _folder(path, process, size)
+    elif path.suffix == ".npy":
+        source = Arrays(text)
+    elif path.suffix == ".safetensors":
+        source = Tensors(text)
+    else:
+        source = _component(_parse(text), text)
+    images = SourceImages(source, low, high, text)
+    if process is not None and images.shape != process.shape:
+        raise ValueError(
+            f"{text} has images of shape {images.shape}, expected {process.shape}, the shape of "
+            "the images to compare with"
+        )
+    return images
+
+
+def _parse(text: str) -> object:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _component(spec: object, text: str) -> DataSource:
+    parser = ComponentParser(exit_on_error=False)
+    parser.add_argument("--data", type=Dataset)
+    try:
+        settings = parser.parse_object({"data": spec})
+    except SpecError as error:
+        raise ValueError(
+            f"{text} names no images: expected a folder, a run, a .npy or .safetensors file, or a "
+            f"data set such as Digits ({error})"
+        ) from None
+    return as_data_source(parser.instantiate(settings).data)
+
+
+def _folder(path: Path, process: Process | None, size: int) -> ImageFolder:
+    """The images of a folder at the size of the process, or at that of its first image."""
+    if process is not None:
+        channels, height, width = process.shape
+        if height != width:
+            raise ValueError(
+                f"images are {width} x {height}, expected squares to compare with a folder: name "
+                "a .npy file of images of this size"
+            )
+        return ImageFolder(str(path), height, _mode(channels == 1), unreadable="skip")
+    scan = scan_folder(path)
+    rows = scan.readable
+    if not len(rows):
+        return ImageFolder(str(path), 1)  # raises
+    side = size or int(scan.width[rows[0]].minimum(scan.height[rows[0]]))
+    is_grey = bool(scan.is_grey[rows].all())
+    return ImageFolder(str(path), side, _mode(is_grey), "crop" if size else "exact")
+
+
+def _mode(is_grey: bool) -> Literal["L", "RGB"]:
+    return "L" if is_grey else "RGB"
