@@ -13,7 +13,7 @@ from diffcore.cli.arguments import extract_option
 from diffcore.cli.commands.sample import find_device, read_rank
 from diffcore.cli.evaluation.data import is_run, read_images
 from diffcore.cli.evaluation.request import EvaluationRequest, failed_bounds
-from diffcore.cli.evaluation.samples import Drawn, draw_sets, start_ranks, wait_for_ranks
+from diffcore.cli.evaluation.samples import Drawn, draw_sets, end_ranks, start_ranks
 from diffcore.cli.image_model import is_pipeline, load_image_model, read_sampling_settings
 from diffcore.cli.run_defaults import parse_with_run_defaults
 from diffcore.cli.sample_request import SampleRequest
@@ -109,7 +109,7 @@ def _evaluate(folder: Path, request: EvaluationRequest, sampling: SampleRequest)
     if ranks > 1:
         for each in (*sets, *reals):
             cache.fill(each, rank, ranks)
-        wait_for_ranks(ranks)
+        end_ranks(ranks)
     if rank:
         return {}
     results, hashes = _measure(cache, sets, reals, process, out / "closest.png", request.seed)

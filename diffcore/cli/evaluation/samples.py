@@ -17,7 +17,7 @@ from diffcore.io.plain_data import hash_data
 from diffcore.io.specs import to_spec
 from diffcore.sampling.files import FolderWriter, SampleKey
 
-__all__ = ["Drawn", "draw_sets", "start_ranks", "wait_for_ranks"]
+__all__ = ["Drawn", "draw_sets", "end_ranks", "start_ranks", "wait_for_ranks"]
 
 
 class Drawn(NamedTuple):
@@ -126,6 +126,17 @@ def start_ranks(ranks: int) -> None:
     """
     if ranks > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
+
+
+def end_ranks(ranks: int) -> None:
+    """Wait for every rank, and close the connection that `start_ranks` opened.
+
+    Args:
+        ranks: number of ranks.
+    """
+    if ranks > 1:
+        wait_for_ranks(ranks)
+        torch.distributed.destroy_process_group()
 
 
 def wait_for_ranks(ranks: int) -> None:
