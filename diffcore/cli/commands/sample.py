@@ -184,7 +184,14 @@ class SamplePlan:
         )
 
     def draw(self, keys: Sequence[SampleKey]) -> Samples:
-        """Draw some samples; their x is decoded."""
+        """Draw some samples.
+
+        Args:
+            keys: labels and seeds of the samples.
+
+        Returns:
+            The samples, with decoded x.
+        """
         request = self.request
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NonFiniteWarning)  # the command counts them
@@ -204,7 +211,14 @@ class SamplePlan:
         return samples._replace(x=self.model.decode(samples.x))
 
     def settings(self, folder: Path) -> dict[str, Any]:
-        """Plain data on which a sample of given label and seed depends, apart from rounding."""
+        """The settings on which a sample of given label and seed depends, apart from rounding.
+
+        Args:
+            folder: folder of the model.
+
+        Returns:
+            Plain data by name.
+        """
         request, model = self.request, self.model
         networks: list[nn.Module] = [model.denoiser.network]
         networks += [x for x in find_networks(self.guidance) if isinstance(x, nn.Module)]
