@@ -1,5 +1,7 @@
 """Points, signals, volumes and video from the command line: the recipes, pictures and files."""
 
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pytest
 from PIL import Image
 
 from diffcore.cli.main import main
+from diffcore.cli.recipes import find_settings
 from diffcore.io.safetensors import read_weights
 from tests.conftest import forget_accelerate
 
@@ -121,3 +124,27 @@ def test_the_doctor_finds_nothing_wrong_with_a_recipe(diffcore, recipe):
     ended = diffcore("doctor", recipe, "--quick", "--folder=run")
     assert ended.status == 0, ended.out
     assert " 0 warnings, 0 wrong" in ended.out
+
+
+def test_latents_train_from_a_file_and_are_drawn_channel_by_channel(diffcore):
+    rng = np.random.default_rng(0)
+    np.save("latents.npy", rng.normal(size=(8, 4, 8, 8)).astype(np.float32))
+    small = ("--network.block_out_channels=[16,32]", "--network.attention_head_dim=8")
+    ended = diffcore("train", "latents", *QUICK, *small, "--folder=run", "--sample-every=2")
+    assert ended.status == 0, ended.err
+    with Image.open("run/samples/step-00000002.png") as preview:
+        assert preview.width < 4 * 48  # a row: four channels of one sample
+    assert diffcore("sample", "run", "--per-label=2", "--out=x.npy", "--steps=2").status == 0
+    assert np.load("x.npy").shape == (2, 4, 8, 8)
+
+
+@pytest.mark.parametrize("recipe", ["points", "signals", "volumes", "video"])
+def test_the_comment_of_a_recipe_trains_on_a_file_of_arrays(diffcore, recipe):
+    text = find_settings(recipe).read_text(encoding="utf-8")
+    command = re.search(r"#     diffcore (train .*(?:\n#         .*)*)", text)[1]
+    words = [word.replace("[n]", "[2]") for word in shlex.split(command.replace("#", ""))]
+    path = words[words.index("--data.path") + 1]
+    np.save(path, np.zeros((8, *SHAPES[recipe]), np.float32))
+    small = [option for option in SMALL[recipe] if "data" not in option]
+    ended = diffcore(*words, *QUICK, *small, "--folder=run", "--sample-every=0")
+    assert ended.status == 0, ended.err
