@@ -102,6 +102,16 @@ class TrainState:
         return possible >= self.settings.patience
 
     @property
+    def is_searching_scale(self) -> bool:
+        """Whether fp16 may still skip steps to find the scale of its gradients.
+
+        The scaler halves its scale after a step whose gradient overflows, with finite losses. A
+        scale below 1 has nothing left to find.
+        """
+        scaler = self.accelerator.scaler
+        return scaler is not None and bool(scaler.get_scale() >= 1)
+
+    @property
     def ends_early(self) -> bool:
         """Whether the held-out loss has not become lower for the patience of the validation."""
         return stops_early(self.held_out_losses, self.settings.validation.patience)

@@ -101,7 +101,8 @@ class Trainer:
             a GPU while it computes; without a GPU there is none.
         patience: number of steps in a row that are not finite after which the run stops; each of
             them counts as a step with zero gradient, and leaves the buffers of the network as they
-            were. Losses are read from the device at least every `patience` steps.
+            were. Losses are read from the device at least every `patience` steps. Steps with which
+            fp16 searches for the scale of its gradients are not counted.
         rank_timeout: number of seconds that a rank waits for another one before it ends with an
             error; more than a preview or a checkpoint takes.
         log_every: number of steps between two lines of metrics.jsonl.

@@ -7,7 +7,14 @@ import torch
 
 from diffcore.io.plain_data import read_json
 from diffcore.training import trainer
-from tests.helpers.training_runs import crash_after, hashes, make_trainer, read_checkpoint, train
+from tests.helpers.training_runs import (
+    crash_after,
+    hashes,
+    make_trainer,
+    read_checkpoint,
+    read_reports,
+    train,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,3 +56,45 @@ def test_the_scale_does_not_enter_the_weights(tmp_path, scaled, monkeypatch):
     )
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-7)
+
+
+@pytest.fixture
+def overflowing(monkeypatch):
+    """Gradients overflow as in fp16 while their scale, at first 4, is above a limit."""
+
+    def install(limit):
+        build = trainer.build_accelerator
+
+        def build_with_scaler(settings):
+            accelerator = build(settings)
+            scaler = accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+            clip = accelerator.clip_grad_norm_
+
+            def unscale_and_clip(parameters, norm):
+                parameters = list(parameters)
+                if scaler.get_scale() > limit:
+                    parameters[0].grad.fill_(math.inf)
+                (optimizer,) = accelerator._optimizers
+                scaler.unscale_(optimizer.optimizer)
+                return clip(parameters, norm)
+
+            accelerator.clip_grad_norm_ = unscale_and_clip
+            return accelerator
+
+        monkeypatch.setattr(trainer, "build_accelerator", build_with_scaler)
+
+    return install
+
+
+def test_the_search_for_a_scale_does_not_exhaust_the_patience(tmp_path, overflowing):
+    overflowing(1.0)
+    state = train(tmp_path, patience=2)
+    assert state.accelerator.scaler.get_scale() == 1.0
+    assert [line["skipped"] for line in read_reports(tmp_path)] == [1, 1, 0, 0, 0, 0]
+
+
+def test_gradients_that_overflow_at_every_scale_stop_the_run(tmp_path, overflowing):
+    overflowing(0.0)
+    with pytest.raises(ValueError, match="2 steps in a row were not finite"):
+        train(tmp_path, patience=2, steps=20)
+    assert len(read_reports(tmp_path)) == 4  # of which two halved the scale to 1

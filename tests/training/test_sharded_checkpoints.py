@@ -5,12 +5,19 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file, save
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from diffcore.io.files import CorruptFileError, WriteError
 from diffcore.io.manifest import empty_tensors, load_shards, read_manifest
@@ -20,6 +27,7 @@ from diffcore.training import loop
 from diffcore.training.averages.power_ema import Snapshots
 from diffcore.training.checkpoints import checkpoint, sharded
 from diffcore.training.checkpoints.checkpoint import Checkpoints
+from diffcore.training.checkpoints.sharded import flatten_parts, plan_shards, write_shards
 from diffcore.training.optimization.lr import LearningRate
 from tests.helpers.training_runs import LabelRecorder, hashes, read_checkpoint, train
 
@@ -263,6 +271,42 @@ def test_a_signal_waits_for_the_checkpoint(tmp_path, monkeypatch):
     assert not (tmp_path / "ema.safetensors").exists()
 
 
+@pytest.fixture
+def group(tmp_path):
+    """A process group of one rank."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield dist.new_group(backend="gloo")
+    dist.destroy_process_group()
+
+
+def test_sharded_parameters_are_written_and_read_whole(tmp_path, group):
+    network = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 2))
+    expected = {f"model/{name}": value.clone() for name, value in network.state_dict().items()}
+    fully_shard(network, mesh=init_device_mesh("cpu", (1,)))
+    tensors = flatten_parts({"model.safetensors": network.state_dict()})
+    assert all(isinstance(value, DTensor) for value in tensors.values())
+    folder = tmp_path / "step-00000001"
+    shards = plan_shards(tensors, group)
+    write_shards(folder, shards, {"step": 1}, group)
+    assert checkpoint.read(folder).state == {"step": 1}
+    whole = empty_tensors(folder, "model/")
+    load_shards(folder, whole)
+    assert all(torch.equal(whole[name], value) for name, value in expected.items())
+    with torch.no_grad():
+        for value in network.parameters():
+            value.zero_()
+    load_shards(folder, tensors, is_single=False)
+    for name, value in network.state_dict().items():
+        assert torch.equal(value.full_tensor(), expected[f"model/{name}"])
+
+
+def test_every_rank_learns_which_one_could_not_write(tmp_path, group):
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match=r"cannot be written \(rank 0: .*whole checkpoints: none"):
+        write_shards(tmp_path / "file/step-00000001", {}, {"step": 1}, group)
+
+
 def test_the_manifest_of_a_sharded_checkpoint_names_its_format(runs):
     assert read_manifest(runs[Checkpoints("sharded")] / NEWEST)["format"] == "sharded"
     assert "format" not in read_manifest(runs[Checkpoints()] / NEWEST)
@@ -271,3 +315,49 @@ def test_the_manifest_of_a_sharded_checkpoint_names_its_format(runs):
 def test_an_unknown_format_is_refused():
     with pytest.raises(ValueError, match=r"checkpoints\.format is 'pickled', expected gathered or"):
         Checkpoints("pickled")
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+
+from diffcore.training.checkpoints import checkpoint, sharded
+from diffcore.training.checkpoints.checkpoint import Checkpoints
+from diffcore.training.checkpoints.sharded import flatten_parts, plan_shards, write_shards
+from tests.helpers.training_runs import train
+
+def write_half_and_die(path, data):
+    if path.parent.name.startswith(".step-00000004") and path.name.startswith("training"):
+        path.write_bytes(data[: len(data) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+    write_and_sync(path, data)
+
+write_and_sync = checkpoint.write_and_sync
+checkpoint.write_and_sync = sharded.write_and_sync = write_half_and_die
+train(Path(sys.argv[1]), steps=50, save_every=2, checkpoints=Checkpoints(sys.argv[2], True))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["gathered", "sharded"])
+def test_a_kill_while_a_checkpoint_is_written_beside_the_training_keeps_the_older_one(
+    tmp_path, form
+):
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    run = tmp_path / "run"
+    words = [sys.executable, "-c", KILLED, str(run), form]
+    ended = subprocess.run(words, env=environment, cwd=root, capture_output=True)
+    assert ended.returncode == -signal.SIGKILL
+    names = {
+        path.name.partition(".step")[1] or path.name for path in (run / "checkpoints").iterdir()
+    }
+    assert names == {".step", "step-00000002"}
+    assert checkpoint.newest(run / "checkpoints", pytest.fail).state["step"] == 2
+    options = {"steps": 4, "save_every": 2, "checkpoints": Checkpoints(form, True)}
+    train(run, resume=True, **options)
+    train(tmp_path / "straight", **options)
+    ignored = {"config.yaml"}
+    found, expected = hashes(run), hashes(tmp_path / "straight")
+    assert found.keys() == expected.keys()
+    assert {name for name in found if found[name] != expected[name]} <= ignored

@@ -189,9 +189,11 @@ class Reporter:
         self.message(
             f"{len(bad)} of the last {len(table)} steps were not finite and were skipped: {where}"
         )
-        longest, steps = state.non_finite_steps, {found.step for found in bad}
+        longest, is_searching = state.non_finite_steps, state.is_searching_scale
+        has_faults = ~table[:, 1:].isfinite().all(1)
+        faults = {f.step for f in bad if not is_searching or has_faults[f.step - first]}
         for step in range(first, state.step):
-            state.non_finite_steps = state.non_finite_steps + 1 if step in steps else 0
+            state.non_finite_steps = state.non_finite_steps + 1 if step in faults else 0
             longest = max(longest, state.non_finite_steps)
         if longest >= self.settings.patience:
             raise ValueError(
