@@ -17,10 +17,8 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from safetensors.torch import save
 from torch import Tensor
 
@@ -42,6 +40,9 @@ from diffcore.io.manifest import (
     verify_shards,
 )
 from diffcore.io.plain_data import hash_data
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 __all__ = [
     "Checkpoint",
@@ -153,7 +154,7 @@ def replace_checkpoint(folder: str | Path, write_files: Callable[[Path], object]
         raise WriteError(f"{error} (whole checkpoints: {kept})") from None
 
 
-def read(folder: str | Path, accelerator: Accelerator | None = None) -> Checkpoint:
+def read(folder: str | Path, accelerator: "Accelerator | None" = None) -> Checkpoint:
     """Read the checkpoint in `folder` and verify every byte.
 
     Args:
@@ -183,7 +184,7 @@ def read(folder: str | Path, accelerator: Accelerator | None = None) -> Checkpoi
 
 
 def _verify_shards(
-    folder: Path, manifest: Mapping[str, Any], accelerator: Accelerator | None
+    folder: Path, manifest: Mapping[str, Any], accelerator: "Accelerator | None"
 ) -> None:
     rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     reasons = [""]
@@ -192,13 +193,16 @@ def _verify_shards(
         verify_shards(folder, manifest, sorted(manifest["files"])[rank::ranks])
     except CorruptFileError as error:
         reasons = [str(error)]
-    reasons = gather_object(reasons) if accelerator else reasons
+    if accelerator:
+        from accelerate.utils import gather_object
+
+        reasons = gather_object(reasons)
     for reason in filter(None, reasons):
         raise CorruptFileError(reason)
 
 
 def newest(
-    folder: str | Path, message: Callable[[str], None], accelerator: Accelerator | None = None
+    folder: str | Path, message: Callable[[str], None], accelerator: "Accelerator | None" = None
 ) -> Checkpoint | None:
     """Read the newest checkpoint that is whole.
 
