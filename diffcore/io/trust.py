@@ -27,6 +27,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
+from diffcore.io.deferred_packages import defer_packages
 from diffcore.io.extras import has_extra, missing
 from diffcore.io.network_size import BoundedFactory
 
@@ -144,6 +145,8 @@ def _import_trusted(path: str, check_path: bool = True) -> Any:
         raise _denied(path)
     if (package := path.partition(".")[0]) in OPTIMIZERS and not has_extra(package):
         raise missing(package, f"The optimizer {path}")
+    if package == "diffusers":
+        defer_packages()
     value = _util.import_object(path, check_path=False)
     if not _is_allowed(value):
         raise _denied(path)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from diffcore.cli.family_recipe import CHOICE
 from diffcore.cli.recipes import recipe_names
 from diffcore.cli.training_settings import build_trainer, parse_settings, training_parser
+from diffcore.training.data.scan import shared_scans
 
 __all__ = ["main"]
 
@@ -20,4 +21,6 @@ def main(argv: Sequence[str]) -> None:
         f"Train a network. Recipes: {', '.join(recipe_names())}; and {CHOICE}, the recipe of the "
         "family of --pipeline. Options override the settings of the recipe or file.",
     )
-    build_trainer(parser, parse_settings(parser, argv)).train()
+    with shared_scans():
+        trainer = build_trainer(parser, parse_settings(parser, argv))
+    trainer.train()

@@ -37,6 +37,27 @@ class PackedTexts(Sequence[str]):
         lengths = torch.tensor([len(text) for text in encoded], dtype=torch.int64)
         return cls(_as_tensor(b"".join(encoded)), lengths.cumsum(0))
 
+    @classmethod
+    def checked(cls, data: Tensor, ends: Tensor) -> "PackedTexts":
+        """The texts that a file holds.
+
+        Args:
+            data: encoded texts.
+            ends: index at which each text ends.
+
+        Returns:
+            The texts.
+
+        Raises:
+            ValueError: The tensors are not those of packed texts.
+        """
+        if (data.dtype, ends.dtype, data.ndim, ends.ndim) != (torch.uint8, torch.int64, 1, 1):
+            raise ValueError("its texts have another type")
+        lengths = ends.diff(prepend=torch.zeros(1, dtype=torch.int64))
+        if bool((lengths < 0).any()) or int(lengths.sum()) != len(data):
+            raise ValueError("its texts have other lengths")
+        return cls(data, ends)
+
     def __len__(self) -> int:
         return len(self.ends)
 

@@ -12,8 +12,9 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -30,7 +31,7 @@ from diffcore.io.lock import wait_for_lock
 from diffcore.io.safetensors import read_weights_and_metadata, write_weights
 from diffcore.training.data.listing import FileList, PackedTexts, list_files, printable
 
-__all__ = ["SUFFIXES", "FolderScan", "record_path", "scan_folder"]
+__all__ = ["SUFFIXES", "FolderScan", "record_path", "scan_folder", "shared_scans"]
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 NAME = ".diffcore-scan.safetensors"
@@ -46,6 +47,7 @@ COLUMNS: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
     "is_grey": (torch.bool, ()),
     "sha256": (torch.uint8, (DIGEST,)),
 }
+_shared: ContextVar[dict[tuple[str, bool], "FolderScan"] | None] = ContextVar("scans", default=None)
 LISTED = {"bytes": torch.int64, "mtime_ns": torch.int64, "link": torch.int64}
 
 
@@ -97,7 +99,29 @@ def scan_folder(folder: str | Path, verify: bool = False) -> FolderScan:
     Raises:
         ValueError: It is not a folder, or a link in it leads to a folder that contains the link.
     """
-    folder, start = Path(folder), time.time_ns()
+    known = _shared.get()
+    key = (os.path.realpath(folder), verify)
+    if known is None or key not in known:
+        scan = _scan_folder(Path(folder), verify)
+        return scan if known is None else known.setdefault(key, scan)
+    return known[key]
+
+
+@contextmanager
+def shared_scans() -> Iterator[None]:
+    """Inside, a folder is listed and scanned once, however many data sets read it.
+
+    It holds for the start of a run, during which a folder does not change.
+    """
+    token = _shared.set({})
+    try:
+        yield
+    finally:
+        _shared.reset(token)
+
+
+def _scan_folder(folder: Path, verify: bool) -> FolderScan:
+    start = time.time_ns()
     files = list_files(folder, SUFFIXES)
     recorded = _read_record(folder)
     scan, is_known = _combine(files, recorded)
@@ -116,19 +140,20 @@ def scan_folder(folder: str | Path, verify: bool = False) -> FolderScan:
     return scan
 
 
-def record_path(folder: str | Path) -> Path:
-    """The file in which the scan of a folder is recorded.
+def record_path(folder: str | Path, name: str = NAME) -> Path:
+    """The file in which something is recorded about the files of a folder.
 
     Args:
-        folder: folder of images.
+        folder: folder of the files.
+        name: name of the record; by default that of the scan of images.
 
     Returns:
         A hidden file of the folder; if it cannot be written, a file in the cache of the user.
     """
     if os.access(folder, os.W_OK):
-        return Path(folder) / NAME
+        return Path(folder) / name
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    key = sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:DIGEST]
+    key = sha256(os.fsencode(os.path.join(os.path.realpath(folder), name))).hexdigest()[:DIGEST]
     return caches / "diffcore" / "scans" / f"{key}.safetensors"
 
 
@@ -262,7 +287,7 @@ def _read_record(folder: Path) -> FolderScan | None:
 def _checked_scan(tensors: Mapping[str, Tensor]) -> FolderScan:
     """The scan of a record whose columns fit together; raises an error otherwise."""
     names, modes, reasons = (
-        _checked_texts(tensors[f"{name}.data"], tensors[f"{name}.ends"])
+        PackedTexts.checked(tensors[f"{name}.data"], tensors[f"{name}.ends"])
         for name in ("name", "mode_names", "reason")
     )
     for name, (dtype, shape) in (COLUMNS | {name: (t, ()) for name, t in LISTED.items()}).items():
@@ -284,15 +309,6 @@ def _scan(
 ) -> FolderScan:
     fields: dict[str, Any] = {name: columns[name] for name in COLUMNS}
     return FolderScan(files, **fields, modes=modes or [""], reasons=reasons or {})
-
-
-def _checked_texts(data: Tensor, ends: Tensor) -> PackedTexts:
-    lengths = ends.diff(prepend=torch.zeros(1, dtype=torch.int64))
-    if (data.dtype, ends.dtype, data.ndim, ends.ndim) != (torch.uint8, torch.int64, 1, 1):
-        raise ValueError("its texts have another type")
-    if bool((lengths < 0).any()) or int(lengths.sum()) != len(data):
-        raise ValueError("its texts have other lengths")
-    return PackedTexts(data, ends)
 
 
 def _message(text: str) -> None:
