@@ -46,10 +46,12 @@ FILES = {AVERAGED: "ema.safetensors", RAW: "model.safetensors"}
 LOCATIONS = {
     "Arrays": {"path", "labels"},
     "HuggingFaceData": {"path"},
+    "HuggingFaceStream": {"path"},
     "ImageFolder": {"folder", "verify"},
     "LatentDataset": {"folder", "pipeline", "cache", "verify"},
     "PretrainedNetwork": {"pipeline"},
     "TarShards": {"path"},
+    "TarStream": {"paths"},
     "Tensors": {"path"},
 }
 """Class -> its arguments that name folders whose content is hashed, and which may move.

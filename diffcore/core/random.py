@@ -53,6 +53,7 @@ class Stream(IntEnum):
     BUCKET = 30
     CROP = 31
     CAPTION = 32
+    SHARD = 33
     CONDITION = 40
     ITEM = 50
     ITEM_NOISE = 51

@@ -1,8 +1,8 @@
 """Packages of other libraries whose `__init__` runs when a name of it is used, not before.
 
 `diffusers.UNet2DModel` needs one module of `diffusers.models.unets` and one of
-`diffusers.models.transformers`. Their `__init__` modules import every network of diffusers, and with
-them peft, most of transformers and scipy.stats, which takes a third of the start of a training.
+`diffusers.models.transformers`. Their `__init__` modules import every network of diffusers, and
+with them peft, most of transformers and scipy.stats, a third of the start of a training.
 """
 
 import sys

@@ -8,6 +8,7 @@ __all__ = ["EXTRAS", "MissingExtraError", "has_extra", "import_extra", "missing"
 
 EXTRAS = {
     "bitsandbytes": "optimizers",
+    "datasets": "data",
     "diffusers": "diffusers",
     "matplotlib": "plot",
     "peft": "lora",

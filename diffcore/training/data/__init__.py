@@ -4,6 +4,12 @@ read.
 
 from diffcore.training.data.adapters import as_data_source
 from diffcore.training.data.arrays import Arrays, Tensors
+from diffcore.training.data.collections import (
+    HuggingFaceData,
+    HuggingFaceStream,
+    TarShards,
+    TarStream,
+)
 from diffcore.training.data.digits import Digits
 from diffcore.training.data.generated import Balls, MovingBalls, Sines, TwoMoons
 from diffcore.training.data.image_folder import ImageFolder
@@ -17,9 +23,13 @@ __all__ = [
     "DataOrder",
     "DataSource",
     "Digits",
+    "HuggingFaceData",
+    "HuggingFaceStream",
     "ImageFolder",
     "MovingBalls",
     "Sines",
+    "TarShards",
+    "TarStream",
     "Tensors",
     "TwoMoons",
     "as_data_source",

@@ -16,7 +16,7 @@ from diffcore.io.images import inspection as image_inspection
 from diffcore.io.safetensors import read_weights_and_metadata, write_weights
 from diffcore.training.data import scan as scan_module
 from diffcore.training.data.listing import PackedTexts, find_files, list_files
-from diffcore.training.data.scan import record_path, scan_folder
+from diffcore.training.data.scan import record_path, scan_folder, shared_scans
 from tests.helpers.image_folders import write
 
 OLD = (1_600_000_000, 1_600_000_000)
@@ -375,3 +375,20 @@ def test_files_are_listed_by_name_with_their_sizes(tmp_path):
         "a/10.png": 8,
         "b/1.png": 7,
     }
+
+
+def test_the_start_of_a_run_lists_a_folder_once(tmp_path, monkeypatch):
+    write(tmp_path / "cat/1.png")
+    listed = []
+    list_files = scan_module.list_files
+    monkeypatch.setattr(
+        scan_module, "list_files", lambda *given: listed.append(given) or list_files(*given)
+    )
+    with shared_scans():
+        first = scan_folder(tmp_path)
+        assert scan_folder(str(tmp_path) + "/../" + tmp_path.name) is first
+        assert len(listed) == 1
+        assert scan_folder(tmp_path, verify=True) is not first
+    write(tmp_path / "cat/2.png")
+    assert len(scan_folder(tmp_path)) == 2
+    assert len(listed) == 3

@@ -70,8 +70,12 @@ def index_tar(path: str | Path, fields: Fields) -> TarIndex:
     path = Path(path)
     record = record_path(path.parent, f".{path.name}.diffcore-index.safetensors")
     status = path.stat()
-    identity = {"version": VERSION, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
-    identity |= {"fields": list(astuple(fields))}
+    identity = {
+        "version": VERSION,
+        "bytes": status.st_size,
+        "mtime_ns": status.st_mtime_ns,
+        "fields": list(astuple(fields)),
+    }
     if (index := _read_record(record, identity)) is not None:
         return index
     with suppress(OSError):
@@ -157,13 +161,13 @@ def _read_record(record: Path, identity: dict[str, Any]) -> TarIndex | None:
 
 def _checked(tensors: dict[str, Tensor]) -> TarIndex:
     """The index of a record whose columns fit together; raises an error otherwise."""
-    texts = [
+    stems, captions = (
         PackedTexts.checked(tensors[f"{name}.data"], tensors[f"{name}.ends"])
         for name in ("stems", "captions")
-    ]
-    columns = [tensors[name] for name in ("offset", "bytes", "label")]
-    size = len(texts[0])
-    is_whole = all(column.dtype == torch.int64 and column.shape == (size,) for column in columns)
-    if not is_whole or len(texts[1]) not in (0, size) or bool((columns[1] < 0).any()):
+    )
+    offset, size, label = columns = [tensors[name] for name in ("offset", "bytes", "label")]
+    shape = (len(stems),)
+    is_whole = all(column.dtype == torch.int64 and column.shape == shape for column in columns)
+    if not is_whole or len(captions) not in (0, len(stems)) or bool((columns[1] < 0).any()):
         raise ValueError("its columns do not fit together")
-    return TarIndex(texts[0], *columns, texts[1])
+    return TarIndex(stems, offset, size, label, captions)

@@ -2,8 +2,8 @@
 
     0001.jpg  0001.cls  0001.txt  0002.jpg  0002.cls ...      consecutive members of one stem
 
-Nothing is extracted to a disk. A member that is a link or a device, that has an absolute name or one
-with `..`, a name that is not UTF-8, or an impossible size ends the reading with its name.
+Nothing is extracted to a disk. A member that is a link or a device, that has an absolute name or
+one with `..`, a name that is not UTF-8, or an impossible size ends the reading with its name.
 """
 
 import json
