@@ -58,7 +58,7 @@ def index_tar(path: str | Path, fields: Fields) -> TarIndex:
 
     Args:
         path: uncompressed tar file.
-        fields: which members are image, label and caption.
+        fields: members that are the image, the label and the caption.
 
     Returns:
         The index.

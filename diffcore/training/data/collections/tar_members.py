@@ -200,7 +200,7 @@ def group_samples(
 
     Args:
         members: members in the order of the file.
-        fields: which of them are image, label and caption.
+        fields: members that are the image, the label and the caption.
         read: reads the bytes of a payload.
 
     Yields:

@@ -4,18 +4,28 @@ import io
 import json
 import tarfile
 import threading
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from diffcore.core.process import Process
 from diffcore.io.images.pixels import as_pixels
 from diffcore.training.data import TarShards, TarStream, load_batches
 from diffcore.training.data.collections import tar_index, tar_stream
+from tests.helpers.training_runs import (
+    PROCESS,
+    LabelRecorder,
+    crash_after,
+    hashes,
+    make_trainer,
+    train,
+)
 
 GREY = Process(shape=(1, 2, 2), classes=100)
 
@@ -314,3 +324,33 @@ def test_a_remote_stream_reads_on_after_a_lost_connection(shards, monkeypatch):
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("kind", [TarShards, TarStream])
+def test_a_run_on_moved_tar_files_is_resumed_as_the_same_run(shards, tmp_path, kind):
+    def options(folder):
+        name, path = ("path", str(folder)) if kind is TarShards else ("paths", [str(folder)])
+        arguments = {name: path, "size": 8, "channels": "L"}
+        if kind is TarStream:
+            arguments |= {"window": 4, "lanes": 3, "turn": 2}
+        config = {"data": {"class_path": kind.__name__, "init_args": arguments}}
+        process = replace(PROCESS, classes=15)
+        return {
+            "network": partial(LabelRecorder, 15),
+            "data": kind(**arguments),
+            "process": process,
+            "config": yaml.safe_dump(config),
+            "save_every": 2,
+        }
+
+    data = tmp_path / "first"
+    data.mkdir()
+    for path in shards.glob("*.tar"):
+        path.rename(data / path.name)
+    train(tmp_path / "straight", **options(data))
+    crash_after(make_trainer(tmp_path / "resumed", **options(data)), 2)
+    data.rename(tmp_path / "second")
+    train(tmp_path / "resumed", **options(tmp_path / "second"), resume=True)
+    whole, resumed = hashes(tmp_path / "straight"), hashes(tmp_path / "resumed")
+    assert {name for name in whole if whole[name] != resumed[name]} == {"config.yaml"}
