@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from diffcore.cli.commands import report
 from diffcore.io.files import hash_file
 from diffcore.report.charts import Curve, line_chart
 from diffcore.report.page import Section, page, text_block
@@ -65,7 +66,7 @@ def test_the_page_holds_everything_of_the_run(diffcore, run):
     html = (run / "report.html").read_text("utf-8")
     found = Checker(html)
     assert not [tag for tag in found.open if tag != "html"]
-    assert found.tags.count("svg") == 3 + 3 + 3  # training, held-out, noise levels
+    assert found.tags.count("svg") == 4 + 2 + 3 + 3  # training, speed, held-out, levels
     assert found.tags.count("img") == 2
     text = " ".join(found.text)
     for fact in ("UNet2DModel", "v_prediction", "λ 1.5 to ∞", "norm of the gradient", "MinSNR"):
@@ -109,6 +110,9 @@ def test_a_folder_that_holds_no_run_is_one_line(diffcore, tmp_path):
     [
         ("metrics.jsonl", "loss", "low"),
         ("metrics.jsonl", "step", None),
+        ("metrics.jsonl", "noise_scale", "low"),
+        ("metrics.jsonl", "loss_by_level", 1.0),
+        ("speed.jsonl", "memory_resident", "much"),
         ("validation.jsonl", "loss_by_level", [0.5, "low"]),
         ("validation.jsonl", "logsnr", 1.0),
     ],
@@ -117,15 +121,51 @@ def test_an_entry_that_is_missing_or_no_number_is_named_with_file_and_line(
     diffcore, run, file, name, value
 ):
     lines = (run / file).read_text().splitlines()
-    report = json.loads(lines[1])
-    without = {key: each for key, each in report.items() if key != name}
-    changes = [report | {name: value}] + ([without] if name != "step" else [])
+    line = json.loads(lines[1])
+    without = {key: each for key, each in line.items() if key != name}
+    optional = ("step", "noise_scale", "loss_by_level", "memory_resident")
+    changes = [line | {name: value}]
+    changes += [without] if name not in optional or file == "validation.jsonl" else []
     for changed in changes:
         (run / file).write_text("\n".join([lines[0], json.dumps(changed), *lines[2:]]))
         ended = diffcore("report", run)
         assert ended.status == 1
         assert f"{run / file}: line 2 has no {name}, or one that is no number" in ended.err
         assert len(ended.err.splitlines()) == 1
+
+
+def test_the_noise_scale_is_the_quotient_of_its_averaged_parts():
+    """One report is NaN, and the first square is negative."""
+    parts = [(1.0, -1.0), (None, None), (5.0, 4.0), (6.0, 1.0)]
+    reports = [
+        {"step": step, "grad_variance": variance, "grad_square": square}
+        for step, (variance, square) in enumerate(parts)
+    ]
+    drawn = {}
+
+    def line_chart(title, curves, *_):
+        drawn.update(curves)
+        return title
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "line_chart", line_chart)
+        report._noise_chart(reports)
+        assert report._noise_chart(reports[:2]) == {}
+    (curve,) = drawn.values()
+    assert curve.x == [0, 2, 3]
+    assert curve.y == [None, 6 / 3, 12 / 4]
+
+
+def test_a_report_of_a_run_without_levels_and_speed_has_no_charts_of_them(diffcore, run):
+    (run / "speed.jsonl").unlink()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        del line["loss_by_level"], line["logsnr"]
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert diffcore("report", run).status == 0
+    html = (run / "report.html").read_text("utf-8")
+    assert "images per second" not in html
+    assert ">loss by noise level" not in html
 
 
 def test_held_out_losses_of_another_number_of_intervals_are_left_out(diffcore, run):

@@ -53,6 +53,8 @@ def assert_equal_runs(run, expected, ema=1e-6):
     for name in ("loss", "grad_norm"):
         values = [[line[name] for line in lines] for lines in (one, other)]
         assert values[0] == pytest.approx(values[1], rel=1e-5, abs=1e-5)
+    for line, true in zip(one, other, strict=True):
+        assert line["loss_by_level"] == pytest.approx(true["loss_by_level"], rel=1e-5, abs=1e-5)
     assert seen(run) == seen(expected)
     files = [
         "ema.safetensors",
@@ -206,3 +208,15 @@ def test_ranks_that_form_no_groups_are_refused():
 def test_one_rank_has_nothing_to_share(tmp_path):
     state = make_trainer(tmp_path, sharding=Sharding("full"), steps=1).train()
     assert not state.is_sharded
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ranks")
+def test_two_ranks_measure_the_gradient_noise_of_two_micro_batches(tmp_path):
+    """Ranks that share weights have no gradients of their own, and report none."""
+    launch(tmp_path, 2, {"name": "ranks"}, {"name": "full", "sharding": FULL})
+    rank_runs.run(tmp_path, "parts", accumulation=2)
+    for found, true in zip(*(reports(tmp_path / name) for name in ("ranks", "parts")), strict=True):
+        for name in ("grad_variance", "grad_square"):
+            assert found[name] == pytest.approx(true[name], rel=1e-3, abs=1e-5)
+    assert not any("noise_scale" in line for line in reports(tmp_path / "full"))

@@ -30,6 +30,15 @@ LEVELS_SHOWN = 4
 """Number of intervals of noise levels in one chart over the steps."""
 TRAINING = {"loss": "loss", "grad_norm": "norm of the gradient", "lr": "learning rate"}
 """Entry of a report -> heading of its chart."""
+NOISE = ["noise_scale", "grad_variance", "grad_square"]
+MEMORY = {
+    "memory_allocated": "allocated",
+    "memory_reserved": "reserved",
+    "memory_resident": "resident",
+}
+"""Entry of speed.jsonl -> name of its curve."""
+NOISE_REPORTS = 10
+"""Number of reports over which the two parts of the noise scale are averaged."""
 Reports = list[dict[str, Any]]
 
 
@@ -67,14 +76,27 @@ def write_report(run: Run, out: Path) -> None:
         ValueError: the folder holds no run, or one without config.yaml.
     """
     facts = describe_run(run)
-    reports = Metrics(run.metrics).complete_reports([*TRAINING, "skipped"])
+    reports = Metrics(run.metrics).complete_reports(
+        [*TRAINING, "skipped"], optional=NOISE, optional_lists=["logsnr", "loss_by_level"]
+    )
+    speeds = Metrics(run.speed).complete_reports(["images_per_second"], optional=list(MEMORY))
     held_out = Metrics(run.validation).complete_reports(
         ["loss", "loss_current"], ["logsnr", "loss_by_level"]
     )
     steps = f"{reports[-1]['step']} steps" if reports else "no report yet"
     sections = [
         Section("Run", facts_table(facts)),
-        Section("Training", chart_grid(_training_charts(reports))),
+        Section(
+            "Training",
+            chart_grid(_training_charts(reports)),
+            "Means over the steps since the report before.",
+        ),
+        Section(
+            "Speed and memory",
+            chart_grid(_speed_charts(speeds)),
+            "Speed includes previews, held-out losses and checkpoints. Memory is the largest so "
+            "far of any rank.",
+        ),
         Section(
             "Held-out data",
             chart_grid(_held_out_charts(held_out)),
@@ -106,9 +128,77 @@ def _training_charts(reports: Reports) -> dict[str, str]:
         for name, title in TRAINING.items()
         if reports
     }
+    charts |= _level_curves("loss by noise level", reports)
+    charts |= _noise_chart(reports)
     if sum(report["skipped"] or 0 for report in reports):
         title = "steps that were not finite, since the report before"
         charts[title] = line_chart(title, {title: _over_steps(reports, "skipped")}, "step")
+    return charts
+
+
+def _level_curves(title: str, reports: Reports) -> dict[str, str]:
+    """The loss of some intervals of noise levels over the steps."""
+    reports = [
+        report
+        for report in reports
+        if report.get("loss_by_level")
+        and len(report.get("logsnr", [])) == len(report["loss_by_level"]) + 1
+    ]
+    if not reports:
+        return {}
+    # The number of intervals may change when a run is resumed.
+    last = reports[-1]
+    reports = [r for r in reports if len(r["loss_by_level"]) == len(last["loss_by_level"])]
+    bins = range(len(last["loss_by_level"]))
+    shown = sorted({round(i * (len(bins) - 1) / (LEVELS_SHOWN - 1)) for i in range(LEVELS_SHOWN)})
+    curves = {
+        _interval(last["logsnr"], bin_): Curve(
+            [report["step"] for report in reports],
+            [report["loss_by_level"][bin_] for report in reports],
+        )
+        for bin_ in shown
+    }
+    return {title: line_chart(title, curves, "step", "log")}
+
+
+def _noise_chart(reports: Reports) -> dict[str, str]:
+    """The gradient noise scale, from means of its two parts over some reports."""
+    known = [
+        report
+        for report in reports
+        if all(report.get(name) is not None for name in ("grad_variance", "grad_square"))
+    ]
+    scales: list[float | None] = []
+    for end in range(1, len(known) + 1):
+        last = known[max(end - NOISE_REPORTS, 0) : end]
+        variance = sum(report["grad_variance"] for report in last)
+        square = sum(report["grad_square"] for report in last)
+        scales.append(variance / square if min(variance, square) > 0 else None)
+    if not any(scales):
+        return {}
+    title = f"gradient noise scale in samples, over {NOISE_REPORTS} reports"
+    curve = Curve([report["step"] for report in known], scales)
+    return {title: line_chart("gradient noise scale", {title: curve}, "step", "log")}
+
+
+def _speed_charts(speeds: Reports) -> dict[str, str]:
+    if not speeds:
+        return {}
+    title = "images per second"
+    charts = {
+        title: line_chart(title, {title: _over_steps(speeds, title.replace(" ", "_"))}, "step")
+    }
+    curves = {
+        name: Curve(
+            [report["step"] for report in speeds],
+            [None if report.get(key) is None else report[key] / 2**30 for report in speeds],
+        )
+        for key, name in MEMORY.items()
+        if any(report.get(key) is not None for report in speeds)
+    }
+    if curves:
+        title = f"{' and '.join(curves)} memory in GiB"
+        charts[title] = line_chart(title, curves, "step")
     return charts
 
 
@@ -118,19 +208,10 @@ def _held_out_charts(held_out: Reports) -> dict[str, str]:
     names = {"averaged weights": "loss", "current weights": "loss_current"}
     curves = {title: _over_steps(held_out, name) for title, name in names.items()}
     charts = {"held-out loss": line_chart("held-out loss", curves, "step", "log")}
+    charts |= _level_curves("held-out loss by noise level", held_out)
     last = held_out[-1]
-    # The number of intervals may change when a run is resumed.
-    held_out = [r for r in held_out if len(r["loss_by_level"]) == len(last["loss_by_level"])]
-    bounds, bins = last["logsnr"], range(len(last["loss_by_level"]))
-    shown = sorted({round(i * (len(bins) - 1) / (LEVELS_SHOWN - 1)) for i in range(LEVELS_SHOWN)})
-    by_level = {
-        _interval(bounds, bin_): Curve(
-            [report["step"] for report in held_out],
-            [report["loss_by_level"][bin_] for report in held_out],
-        )
-        for bin_ in (shown if len(bins) > 1 else bins)
-    }
-    charts["held-out loss by noise level"] = line_chart("by level", by_level, "step", "log")
+    bins = range(len(last["loss_by_level"]))
+    held_out = [r for r in held_out if len(r["loss_by_level"]) == len(bins)]
     ends = {"first": held_out[0], "last": last}
     profile = {
         f"step {report['step']}": Curve(

@@ -33,12 +33,20 @@ class Metrics:
         """
         return [report for report in map(_parsed, self._lines()) if report is not None]
 
-    def complete_reports(self, numbers: Sequence[str], lists: Sequence[str] = ()) -> list[Any]:
+    def complete_reports(
+        self,
+        numbers: Sequence[str],
+        lists: Sequence[str] = (),
+        optional: Sequence[str] = (),
+        optional_lists: Sequence[str] = (),
+    ) -> list[Any]:
         """The reports in the file, each with all entries that its reader needs.
 
         Args:
             numbers: entries that are numbers or null.
             lists: entries that are lists of them.
+            optional: entries that are numbers or null, or missing.
+            optional_lists: entries that are lists of them, or missing.
 
         Returns:
             One dictionary for each line that is a report.
@@ -50,12 +58,10 @@ class Metrics:
         for number, report in reports:
             if report is None:
                 continue
-            wrong = [name for name in ("step", *numbers) if not _is_number(report.get(name, ""))]
-            wrong += [
-                name
-                for name in lists
-                if not isinstance(report.get(name), list) or not all(map(_is_number, report[name]))
-            ]
+            single = ("step", *numbers, *(name for name in optional if name in report))
+            several = (*lists, *(name for name in optional_lists if name in report))
+            wrong = [name for name in single if not _is_number(report.get(name, ""))]
+            wrong += [name for name in several if not _is_list_of_numbers(report.get(name))]
             if wrong or report["step"] is None:
                 raise ValueError(
                     f"{self.path}: line {number} has no {wrong[0] if wrong else 'step'}, or one "
@@ -112,6 +118,10 @@ def _plain(value: float | list[float]) -> Any:
 def _is_number(value: Any) -> bool:
     """Whether a value is a number or null."""
     return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _is_list_of_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_number, value))
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
