@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from diffcore.core.random import permutation
+from diffcore.evaluation.clip_score import clip_score
 from diffcore.evaluation.energy_distance import energy_distance
 from diffcore.evaluation.features.feature_table import FeatureTable
 from diffcore.evaluation.frechet_distance import frechet_distance
@@ -46,6 +47,7 @@ def describe(
     training: FeatureTable | None = None,
     classifier: LabelClassifier | None = None,
     classes: int = 0,
+    texts: Tensor | None = None,
 ) -> dict[str, float]:
     """The metrics of images that need no reference.
 
@@ -54,11 +56,12 @@ def describe(
         training: features of the training data, in which the nearest neighbours are sought.
         classifier: classifier of features; it is not used if the logits predict the labels.
         classes: number of labels that the logits predict; 0: they predict none.
+        texts: (N, d) embeddings of the prompts of the images in the space of the features.
 
     Returns:
         The metrics by name: label_accuracy if there are labels and a classifier, inception_score
-        if there are logits, training_distance, the median distance to the nearest training image,
-        and the statistics of the images.
+        if there are logits, clip_score if there are embeddings of prompts, training_distance, the
+        median distance to the nearest training image, and the statistics of the images.
     """
     found: dict[str, float] = {}
     is_labelled = bool((images.labels >= 0).all())
@@ -68,6 +71,8 @@ def describe(
         found["label_accuracy"] = classifier.accuracy(images.features, images.labels)
     if images.logits.shape[1]:
         found["inception_score"] = inception_score(images.logits)
+    if texts is not None:
+        found["clip_score"] = clip_score(images.features, texts)
     if training is not None:
         distance: Tensor = nearest_neighbours(images.features, training.features)[0]
         found["training_distance"] = float(distance.median())

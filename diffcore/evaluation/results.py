@@ -2,10 +2,12 @@
 
 import statistics
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from diffcore.core.process import Process
 from diffcore.core.random import permutation
@@ -30,6 +32,7 @@ def measure(
     training: FeatureTable | None = None,
     classes: int = 0,
     seed: int = 0,
+    texts: Sequence[Tensor] = (),
 ) -> Results:
     """All metrics of samples, and the same metrics of real images.
 
@@ -39,6 +42,8 @@ def measure(
         training: features of the training data; None if it is the reference.
         classes: number of labels that the logits predict; 0: they predict none.
         seed: seed of random directions and subsets.
+        texts: for each repetition, embeddings (N, d) of the prompts of its samples; empty: the
+            features are not those of CLIP, or there are no prompts.
 
     Returns:
         For each metric, `samples`: the mean over the repetitions; with several of them `spread`,
@@ -48,8 +53,8 @@ def measure(
     real = reference if training is None else training
     classifier = None if classes else fit_label_classifier(real)
     rows = [
-        compare(each, reference, seed) | describe(each, real, classifier, classes)
-        for each in repeats
+        compare(each, reference, seed) | describe(each, real, classifier, classes, text)
+        for each, text in zip_longest(repeats, texts)
     ]
     results = {name: _summarize([row[name] for row in rows]) for name in rows[0]}
     columns = {"reference": describe(reference, training, classifier, classes)}

@@ -14,9 +14,13 @@ import torch
 
 from diffcore.cli.evaluation.request import failed_bounds, spread_labels
 from diffcore.cli.main import main
+from diffcore.core.process import Process
 from diffcore.core.random import Stream, normal
+from diffcore.evaluation.digits import to_scan_units
+from diffcore.evaluation.frechet_distance import frechet_distance
+from diffcore.evaluation.label_accuracy import LabelClassifier
 from diffcore.io.files import hash_file
-from diffcore.sampling.images import save_image, to_image
+from diffcore.sampling.images import load_image, save_image, to_image
 from diffcore.training.data import Digits
 
 HELD_OUT = "{class_path: Digits, init_args: {split: test}}"
@@ -53,6 +57,17 @@ def run(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "run")
 
 
+def check_by_hand(record, paths):
+    """Distance and accuracy of the files, in the range of the process, without the command."""
+    test, train = Digits("test"), Digits("train")
+    x0 = torch.stack([load_image(path, Process(shape=(1, 8, 8))) for path in paths])
+    labels = torch.tensor([int(path.stem.split("-")[1]) for path in paths])
+    distance = frechet_distance(to_scan_units(x0), to_scan_units(test.x0)) / 256
+    assert record["frechet_distance"]["values"][0] == pytest.approx(distance, rel=0.01)
+    accuracy = LabelClassifier(train.x0, train.labels).accuracy(x0, labels)
+    assert record["label_accuracy"]["values"][0] == pytest.approx(accuracy, abs=1 / 24)
+
+
 def evaluate(folder, *options):
     assert main(["evaluate", str(folder), *OPTIONS, *options]) == 0
     return (folder / "evaluation.json").read_text()
@@ -73,6 +88,7 @@ def test_the_result_is_equal_to_the_last_digit_after_an_interruption(run, one_th
     folder = next((run / "evaluation").glob("samples-*"))
     images = sorted(folder.glob("*.png"))
     assert len(images) == 48
+    check_by_hand(record, [path for path in images if int(path.stem.rpartition("-")[2]) < 24])
     for image in images[5:40]:
         image.unlink()
     shutil.rmtree(run / "evaluation" / "features")

@@ -8,7 +8,9 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torchmetrics.multimodal import CLIPScore
 
+from diffcore.evaluation.clip_score import clip_score
 from diffcore.evaluation.features import inception
 from diffcore.evaluation.features.classifier_training import train_classifier
 from diffcore.evaluation.features.extractor import resize
@@ -22,6 +24,7 @@ from diffcore.evaluation.features.pixels import PixelFeatures
 from diffcore.evaluation.features.selection import load_features
 from diffcore.io.files import hash_file
 from diffcore.io.safetensors import write_weights
+from tests.helpers.text_networks import clip_tokenizer
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
@@ -162,3 +165,66 @@ def test_a_classifier_learns_the_classes_of_its_images():
     assert trained.held_out == 6
     with pytest.raises(ValueError, match="sort the images of a folder into one sub-folder"):
         train_classifier(x, torch.full((60,), -1), 8)
+
+
+class Plain(nn.Module):
+    """CLIP as torchmetrics knows it: with tensors as results."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def get_image_features(self, pixels):
+        return self.model.get_image_features(pixels).pooler_output
+
+    def get_text_features(self, tokens, mask):
+        return self.model.get_text_features(tokens, mask).pooler_output
+
+
+def processor_of(tokenizer):
+    """A processor that normalises images as these tests do."""
+
+    def process(text=None, images=None, **_):
+        if text is None:
+            return {"pixel_values": torch.stack([normalised(image) for image in images])}
+        return tokenizer(text, padding=True, return_tensors="pt")
+
+    return process
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_clip_score_of_prompts_equals_that_of_torchmetrics(tmp_path):
+    tokenizer = clip_tokenizer()
+    vision = {**SIZES, "patch_size": 14, "intermediate_size": 16}
+    text = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "vocab_size": len(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    torch.manual_seed(0)
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+    model = transformers.CLIPModel(config)
+    folder = saved(model, tmp_path)
+    tokenizer.save_pretrained(folder)
+    extractor = load_features(folder)
+    x, prompts = images(count=12), ["a cat", "red dog", "b", "a dog at sea"] * 3
+    pictures, texts = extractor(x).features, extractor.embed_texts(prompts)
+    # torchmetrics clips the mean, and the paper each pair.
+    rows = (torch.cosine_similarity(pictures, texts) > 0).nonzero().flatten().tolist()
+    assert len(rows) > 1
+    outside = CLIPScore(model_name_or_path=lambda: (Plain(model), processor_of(tokenizer)))
+    outside.update(x[rows], [prompts[row] for row in rows])
+    score = clip_score(pictures[rows], texts[rows])
+    assert score == pytest.approx(float(outside.compute()), rel=1e-4)
+    assert clip_score(pictures, texts) == pytest.approx(score * len(rows) / 12)
+    with pytest.raises(ValueError, match="one text for each image"):
+        clip_score(texts[:2], texts)
+
+
+def test_models_of_images_alone_embed_no_texts():
+    assert PixelFeatures().embed_texts(["a cat"]) is None

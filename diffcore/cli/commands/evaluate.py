@@ -20,7 +20,7 @@ from diffcore.cli.sample_request import SampleRequest
 from diffcore.core.process import Process
 from diffcore.evaluation.features.extractor import FeatureExtractor
 from diffcore.evaluation.features.feature_table import FeatureCache
-from diffcore.evaluation.features.image_set import ImageSet, SourceImages
+from diffcore.evaluation.features.image_set import SourceImages
 from diffcore.evaluation.features.selection import load_features
 from diffcore.evaluation.results import Results, draw_closest_pairs, format_results, measure
 from diffcore.io.files import hash_file, write_file
@@ -100,22 +100,22 @@ def _evaluate(folder: Path, request: EvaluationRequest, sampling: SampleRequest)
     out = Path(request.out or _default_out(folder))
     if _is_model(folder):
         start_ranks(ranks)
-        process, reals, (sets, facts) = _draw(folder, out, request, sampling, extractor)
+        process, reals, drawn = _draw(folder, out, request, sampling, extractor)
     else:
         images, reals = _read_folder(folder, request, ranks)
-        process, facts, sets = Process(shape=images.shape), {"n": len(images)}, [images]
+        process, drawn = Process(shape=images.shape), Drawn([images], {"n": len(images)})
         _check_counts(request, extractor, process, len(reals.reference), len(images))
     cache = FeatureCache(extractor, out / "features")
     if ranks > 1:
-        for each in (*sets, *reals):
+        for each in (*drawn.sets, *reals):
             cache.fill(each, rank, ranks)
         end_ranks(ranks)
     if rank:
         return {}
-    results, hashes = _measure(cache, sets, reals, process, out / "closest.png", request.seed)
+    results, hashes = _measure(cache, drawn, reals, process, out / "closest.png", request.seed)
     method = _describe_method(request, extractor, reals, process)
     path = _record_path(folder, out, sampling)
-    _write(path, {**results, **facts, **method, **hashes, **_weights(folder, sampling)})
+    _write(path, {**results, **drawn.facts, **method, **hashes, **_weights(folder, sampling)})
     print("\n".join(format_results(results)))
     print(f"results -> {path}, closest pairs -> {out / 'closest.png'}")
     return results
@@ -218,7 +218,7 @@ def _check_counts(
 
 def _measure(
     cache: FeatureCache,
-    sets: Sequence[ImageSet],
+    drawn: Drawn,
     reals: _Reals,
     process: Process,
     picture: Path,
@@ -228,10 +228,13 @@ def _measure(
     reference = cache.table(reals.reference)
     is_own = reals.training is reals.reference
     training = reference if is_own else cache.table(reals.training)
-    tables = [cache.table(each) for each in sets]
-    classes = cache.extractor.classes
-    results = measure(tables, reference, None if is_own else training, classes, seed)
-    draw_closest_pairs((sets[0], tables[0]), (reals.training, training), process, picture)
+    tables = [cache.table(each) for each in drawn.sets]
+    extractor = cache.extractor
+    texts = [extractor.embed_texts(each) for each in drawn.prompts]
+    known = [text for text in texts if text is not None]
+    other = None if is_own else training
+    results = measure(tables, reference, other, extractor.classes, seed, known)
+    draw_closest_pairs((drawn.sets[0], tables[0]), (reals.training, training), process, picture)
     return results, {
         "samples_hash": hash_data([table.digest for table in tables]),
         "reference_hash": reference.digest,

@@ -26,10 +26,12 @@ class Drawn(NamedTuple):
     Args:
         sets: images of each repetition.
         facts: plain data that repeats them.
+        prompts: prompt of each sample of each repetition; empty without prompts.
     """
 
     sets: Sequence[ImageSet]
     facts: dict[str, Any]
+    prompts: Sequence[Sequence[str]] = ()
 
 
 def draw_sets(
@@ -83,6 +85,7 @@ def draw_sets(
     known = torch.tensor(chosen if condition == "label" else [-1] * total)
     parts = [slice(i * request.n, (i + 1) * request.n) for i in range(request.repeats)]
     paths = [writer.path(key) for key in keys]
+    texts = [sampling.prompt[label] for label in chosen] if sampling.prompt else []
     return Drawn(
         [FileImages(paths[part], known[part], "samples") for part in parts],
         {
@@ -99,6 +102,7 @@ def draw_sets(
             "prompts": list(sampling.prompt),
             "weights_of_networks": settings["weights"],
         },
+        [texts[part] for part in parts] if texts else (),
     )
 
 

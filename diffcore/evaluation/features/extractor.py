@@ -1,6 +1,7 @@
 """The contract of feature extractors, and the resizing that all of them share."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,17 @@ class FeatureExtractor(ABC):
     digest: str = ""
     resizing: str = "none"
     classes: int = 0
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor | None:
+        """Embeddings of texts in the space of the features.
+
+        Args:
+            texts: texts.
+
+        Returns:
+            (N, d) float32 embeddings on the host; None if the network embeds images only.
+        """
+        return None
 
     @abstractmethod
     def __call__(self, images: Tensor) -> Extracted:

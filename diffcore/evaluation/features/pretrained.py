@@ -1,5 +1,6 @@
 """Features of an image model of transformers, such as DINOv2 or CLIP, from a folder."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,8 @@ class PretrainedFeatures(FeatureExtractor):
     """
 
     def __init__(self, folder: str | Path, device: torch.device | str = "cpu") -> None:
-        folder = Path(folder)
+        self.folder = folder = Path(folder)
+        self.tokenizer: Any = None
         settings = read_json(folder / PREPROCESSING)
         self.size = _input_size(settings, folder)
         self.mean, self.std = (
@@ -82,6 +84,28 @@ class PretrainedFeatures(FeatureExtractor):
         self.device, self.name = torch.device(device), f"{folder.resolve().name}"
         self.digest = hash_tensors(self.network.state_dict())
         self.resizing = f"cubic, antialiased, to {self.size} x {self.size}"
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor | None:
+        """Embeddings of texts by the text encoder of a CLIP-like model; long texts are cut.
+
+        Args:
+            texts: texts.
+
+        Returns:
+            (N, d) embeddings; None if the model has no text encoder.
+        """
+        if not hasattr(self.network, "get_text_features"):
+            return None
+        if self.tokenizer is None:
+            library = import_extra("transformers", "The features of a pretrained model")
+            self.tokenizer = library.AutoTokenizer.from_pretrained(
+                str(self.folder), local_files_only=True
+            )
+        words = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+        inputs = {name: words[name].to(self.device) for name in ("input_ids", "attention_mask")}
+        found = self.network.get_text_features(**inputs)
+        return without_logits(getattr(found, "pooler_output", found)).features
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Extracted:
