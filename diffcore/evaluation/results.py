@@ -42,8 +42,8 @@ def measure(
         training: features of the training data; None if it is the reference.
         classes: number of labels that the logits predict; 0: they predict none.
         seed: seed of random directions and subsets.
-        texts: for each repetition, embeddings (N, d) of the prompts of its samples; empty: the
-            features are not those of CLIP, or there are no prompts.
+        texts: embeddings (N, d) of the prompts of the samples, one matrix for each repetition;
+            empty: the features are not those of CLIP, or there are no prompts.
 
     Returns:
         For each metric, `samples`: the mean over the repetitions; with several of them `spread`,
