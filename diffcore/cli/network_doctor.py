@@ -130,7 +130,7 @@ def items_of(source: DataSource, model: ImageModel, count: int) -> tuple[Tensor,
 def _rows_of_shape(source: DataSource, shape: tuple[int, ...]) -> Sequence[int]:
     """Indices of the items of a shape; all of them if the data has no buckets."""
     groups = source.groups
-    if groups is None:
+    if groups is None or not groups.shapes:
         return range(len(source))
     rows = [row for row in range(len(source)) if groups.shape(row) == shape]
     if not rows:

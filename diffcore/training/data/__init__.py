@@ -13,6 +13,7 @@ from diffcore.training.data.collections import (
 from diffcore.training.data.digits import Digits
 from diffcore.training.data.generated import Balls, MovingBalls, Sines, TwoMoons
 from diffcore.training.data.image_folder import ImageFolder
+from diffcore.training.data.mixture import Mixture
 from diffcore.training.data.order import Batch, DataOrder, load_batches
 from diffcore.training.data.source import DataSource
 
@@ -26,6 +27,7 @@ __all__ = [
     "HuggingFaceData",
     "HuggingFaceStream",
     "ImageFolder",
+    "Mixture",
     "MovingBalls",
     "Sines",
     "TarShards",

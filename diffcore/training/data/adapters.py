@@ -81,7 +81,7 @@ class _SubsetSource(DataSource):
         self.source = source = as_data_source(subset.dataset)
         self.indices = [int(index) for index in subset.indices]
         self.texts, self.class_names = source.texts, source.class_names
-        self.is_latent = source.is_latent
+        self.is_latent, self.has_masks = source.is_latent, source.has_masks
         self.groups = None if source.groups is None else source.groups.select(self.indices)
         labels = source.labels
         self.labels = None if labels is None else [int(labels[index]) for index in self.indices]
@@ -102,6 +102,13 @@ class _SubsetSource(DataSource):
     @property
     def content_hash(self) -> str:
         return hash_content(self.source.content_hash, *map(str, self.indices))
+
+    @property
+    def encoder_hash(self) -> str:
+        return self.source.encoder_hash
+
+    def prompts(self) -> Any:
+        return self.source.prompts()
 
     @property
     def is_ready(self) -> bool:

@@ -51,9 +51,11 @@ def process_of_item(process: Process, data: DataSource, index: int) -> Process:
         index: index of the item.
 
     Returns:
-        `process` itself if the data has no groups.
+        `process` itself if the data has no buckets.
     """
-    return process if data.groups is None else replace(process, shape=data.groups.shape(index))
+    groups = data.groups
+    has_buckets = groups is not None and groups.shapes
+    return replace(process, shape=groups.shape(index)) if groups and has_buckets else process
 
 
 def read_item(read: Callable[[], Any], index: int, process: Process) -> Item:

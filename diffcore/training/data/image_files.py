@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from diffcore.io.images.crop import Crop
@@ -12,7 +13,10 @@ from diffcore.io.images.reader import read_content
 from diffcore.training.data.listing import PackedTexts, printable
 from diffcore.training.data.scan import SUFFIXES, FolderScan, scan_folder
 
-__all__ = ["Fit", "ImageFiles", "Unreadable"]
+__all__ = ["MASK", "Fit", "ImageFiles", "Unreadable"]
+
+MASK = ".mask."
+"""What the name of a mask beside an image contains: such a file is not an image of the data."""
 
 Unreadable = Literal["refuse", "skip"]
 
@@ -62,7 +66,8 @@ class ImageFiles:
         _check_readable(self.folder, scan, unreadable)
         if fit == "exact":
             self._check_sizes(scan)
-        rows = scan.readable
+        is_image = [MASK not in name for name in self.found]
+        rows = scan.readable[torch.tensor(is_image)[scan.readable]]
         is_whole = len(rows) == len(scan)
         self.names = self.found if is_whole else _select(self.found, rows)
         """Path of each image that can be read, below the folder."""

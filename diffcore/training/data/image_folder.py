@@ -2,7 +2,7 @@
 
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,8 +14,9 @@ from diffcore.training.data.buckets.sizes import Buckets
 from diffcore.training.data.cache import hash_content
 from diffcore.training.data.image_files import Fit, ImageFiles, Unreadable
 from diffcore.training.data.listing import printable
+from diffcore.training.data.masks import MaskFiles
 from diffcore.training.data.order import is_mirrored
-from diffcore.training.data.source import DataSource
+from diffcore.training.data.source import WEIGHT, DataSource
 
 __all__ = ["CropPosition", "ImageFolder", "label_images"]
 
@@ -44,6 +45,9 @@ class ImageFolder(DataSource):
             batch is of one size, and `size` is that of previews. None: squares of `size`.
         crop: center, or random (keyed by the position in the run): the part of an image that is
             kept along the side that is cut, with `fit: crop`.
+        masks: beside (cats/1.mask.png is the mask of cats/1.png), or a folder of masks with the
+            paths of the images. White pixels have a weight of 1 in the loss, black ones of 0. "":
+            no masks.
         unreadable: refuse images that cannot be read, or skip them.
         verify: true reads every file at the start, and compares its hash with the recorded scan;
             false compares size and time.
@@ -68,26 +72,32 @@ class ImageFolder(DataSource):
         verify: bool = False,
         buckets: Buckets | None = None,
         crop: CropPosition = "center",
+        masks: str = "",
     ) -> None:
         self.flip, self.crop = flip, crop
         self.images = ImageFiles(Path(folder), size, channels, fit, unreadable, verify)
         if crop not in get_args(CropPosition) or (crop == "random" and fit != "crop"):
             raise ValueError(f"crop is {crop!r}, expected center, or random with fit: crop")
         self.items = ImageItems(self.images, buckets)
-        self.groups = self.items.groups(len(channels))
+        self.groups = self.items.groups(len(channels))  # "RGB", "L"
+        self.masks = MaskFiles(self.images, masks) if masks else None
+        self.has_masks = self.masks is not None
         self.class_names, labels = label_images(self.images)
         self.labels = labels[self.items.image]
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
         return self._read(index, self.items.crop(index))
 
-    def _read(self, index: int, crop: Crop) -> tuple[Tensor, int]:
-        return self.items.read(index, crop), int(self.labels[index])
+    def _read(self, index: int, crop: Crop) -> tuple[Any, ...]:
+        item = self.items.read(index, crop), int(self.labels[index])
+        if self.masks is None:
+            return item
+        return *item, {WEIGHT: self.masks.read(int(self.items.image[index]), crop)}
 
-    def item(self, index: int, seed: int, position: int) -> tuple[Tensor, int]:
+    def item(self, index: int, seed: int, position: int) -> tuple[Any, ...]:
         """The item at a position of the run.
 
         Args:
@@ -96,7 +106,8 @@ class ImageFolder(DataSource):
             position: number of samples of the run before this one.
 
         Returns:
-            x_0 (C, H, W), cropped and mirrored by the position as set, and the label.
+            x_0 (C, H, W), cropped and mirrored by the position as set, and the label; with masks
+            also the extra `weight` (1, H, W).
         """
         offset = float(uniform(seed, Stream.CROP, position)) if self.crop == "random" else CENTRE
         is_flipped = self.flip and is_mirrored(seed, position)
@@ -109,7 +120,7 @@ class ImageFolder(DataSource):
         options = (images.size, images.channels, images.fit, self.flip)
         contents = sha256(images.hashes.numpy().tobytes()).hexdigest()
         further: list[str] = [self.crop] if self.crop != "center" else []
-        further += [] if self.groups is None else [self.groups.content_hash]
+        further += [part.content_hash for part in (self.groups, self.masks) if part is not None]
         return hash_content(
             *map(str, options), *self.class_names, images.names.sha256, contents, *further
         )

@@ -5,7 +5,7 @@ z = mean + std ξ,   ξ ~ N(0, I), drawn anew at each visit of an image
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,17 +18,18 @@ from diffcore.training.data.buckets.groups import Groups
 from diffcore.training.data.buckets.items import ImageItems
 from diffcore.training.data.buckets.sizes import Buckets
 from diffcore.training.data.cache import Cache, hash_content
-from diffcore.training.data.captions import read_captions
+from diffcore.training.data.captions import CaptionVariants, read_captions
 from diffcore.training.data.image_files import Fit, ImageFiles, Unreadable
 from diffcore.training.data.image_folder import label_images
+from diffcore.training.data.masks import MaskFiles
 from diffcore.training.data.order import is_mirrored
-from diffcore.training.data.source import DataSource
+from diffcore.training.data.source import WEIGHT, DataSource
 
 if TYPE_CHECKING:
     from diffcore.integrations.diffusers.loading.prompts import Prompts
     from diffcore.integrations.diffusers.loading.vae import Latents
 
-__all__ = ["LatentDataset"]
+__all__ = ["LatentDataset", "wrap_with"]
 
 NULL = "\0"
 """Text whose key is that of the null condition.
@@ -79,7 +80,7 @@ class LatentDataset(DataSource):
 
     Args:
         folder: folder of the images, read like `ImageFolder` reads it; captions are in
-            metadata.jsonl, metadata.csv, or a .txt file beside each image.
+            metadata.jsonl, metadata.csv, metadata.parquet, or a .txt or .json file beside each.
         pipeline: folder of the diffusers pipeline whose VAE and text encoders encode.
         size: height and width of the images in pixels; 0 for the size that the network of the
             pipeline was made for.
@@ -95,10 +96,13 @@ class LatentDataset(DataSource):
             batch is of one size. `size` is then that of previews. None: squares of `size`.
         crops: number of crops of each image that are encoded, evenly spread along the side that is
             cut; which one is read is keyed by the position in the run. 1: the centre.
+        variants: templates, shuffled and dropped tags. An image with several captions or variants
+            is read with one of them, keyed by the position in the run; None: the captions alone.
+        masks: masks of the images, see `ImageFolder`, averaged over the area of each latent pixel.
 
     Raises:
-        ValueError: There are no images, some cannot be read, only some have a caption, one has
-            several, or the pipeline has no VAE.
+        ValueError: There are no images, some cannot be read, only some have a caption, or the
+            pipeline has no VAE.
     """
 
     labels: Tensor
@@ -116,6 +120,8 @@ class LatentDataset(DataSource):
         verify: bool = False,
         buckets: Buckets | None = None,
         crops: int = 1,
+        variants: CaptionVariants | None = None,
+        masks: str = "",
     ) -> None:
         from diffcore.integrations.diffusers.loading.index import PipelineIndex
 
@@ -126,14 +132,20 @@ class LatentDataset(DataSource):
         self.images = ImageFiles(Path(folder), size, "RGB", fit, unreadable, verify)
         self.items = ImageItems(self.images, buckets)
         self.groups = self._groups()
-        texts = read_captions(Path(folder), self.images.names) if captions else []
-        self.texts = tuple(sorted(set(texts)))
+        self.masks = MaskFiles(self.images, masks) if masks else None
+        self.has_masks = self.masks is not None
+        captions_of = read_captions(Path(folder), self.images.names) if captions else []
+        texts = [(variants or CaptionVariants()).texts(own, i) for i, own in enumerate(captions_of)]
+        self.texts = tuple(sorted({text for own in texts for text in own}))
         if texts:
             indices = {text: index for index, text in enumerate(self.texts)}
-            labels = torch.tensor([indices[text] for text in texts])
+            choices = [torch.tensor([indices[text] for text in own]) for own in texts]
+            self.choices = [choices[image] for image in self.items.image.tolist()]
+            self.labels = torch.stack([own[0] for own in self.choices])
         else:
             self.class_names, labels = label_images(self.images)
-        self.labels = labels[self.items.image]
+            self.labels = labels[self.items.image]
+            self.choices = list(self.labels[:, None])
         self.latent_keys = [self._latent_key(index) for index in range(len(self.items))]
         self.text_keys = self._prompt_keys(self.texts) if texts else []
         self.latents = Cache(Path(cache) / "latents" / hash_content(*self.pipeline.paths("vae")))
@@ -169,10 +181,29 @@ class LatentDataset(DataSource):
         entry = self.latents.read(self._visit_key(visit))
         mean, std = entry["mean"], entry["std"]
         z = mean + std * normal(seed, Stream.LATENT, position, mean.shape)[0]
-        return z, int(self.labels[index]), self._extras(visit)
+        return z, self._label(index, seed, position), self._extras(visit)
+
+    def _label(self, index: int, seed: int, position: int) -> int:
+        """The label of one of the texts of an item, each as often as the others."""
+        choices = self.choices[index]
+        if len(choices) == 1:
+            return int(choices[0])
+        return int(choices[int(float(uniform(seed, Stream.CAPTION, position)) * len(choices))])
 
     def _extras(self, visit: "_Visit") -> dict[str, Tensor]:
-        return {SIZES: self._crop(visit).sizes} if self.images.fit == "crop" else {}
+        crop = self._crop(visit)
+        extras = {SIZES: crop.sizes} if self.images.fit == "crop" else {}
+        if self.masks is not None:
+            image = int(self.items.image[visit.item])
+            extras[WEIGHT] = self.masks.read(image, crop, self._factor)
+        return extras
+
+    @cached_property
+    def _factor(self) -> int:
+        """Number of pixels on the side of a latent pixel."""
+        from diffcore.integrations.diffusers.loading.vae import downsampling_factor
+
+        return downsampling_factor(self.pipeline.config("vae"))
 
     def _crop(self, visit: "_Visit") -> Crop:
         offset = (visit.crop + 0.5) / self.crops
@@ -195,20 +226,25 @@ class LatentDataset(DataSource):
     def _groups(self) -> Groups | None:
         if not self.items.has_buckets:
             return None
-        from diffcore.integrations.diffusers.loading.vae import downsampling_factor
+        return self.items.groups(int(self.pipeline.config("vae")["latent_channels"]), self._factor)
 
-        config = self.pipeline.config("vae")
-        return self.items.groups(int(config["latent_channels"]), downsampling_factor(config))
+    @property
+    def _encoders(self) -> tuple[str, str]:
+        return self.latents.folder.name, self.embeddings.folder.name if self.text_keys else ""
+
+    @property
+    def encoder_hash(self) -> str:
+        """Hash of the VAE, and with captions of the text encoders."""
+        return hash_content(*self._encoders)
 
     @property
     def content_hash(self) -> str:
         """Hash of everything that the items and the text embeddings are computed from."""
-        encoders = (
-            self.latents.folder.name,
-            self.embeddings.folder.name if self.text_keys else "",
-        )
+        encoders = self._encoders
         further = [f"{self.crops} crops"] if self.crops > 1 else []
-        further += [] if self.groups is None else [self.groups.content_hash]
+        if any(len(choices) > 1 for choices in self.choices):
+            further += [str(choices.tolist()) for choices in self.choices]
+        further += [part.content_hash for part in (self.groups, self.masks) if part is not None]
         return hash_content(
             *encoders, *self.latent_keys, *map(str, self.labels.tolist()), *self.text_keys, *further
         )
@@ -237,7 +273,7 @@ class LatentDataset(DataSource):
         Returns:
             The function; the identity without captions.
         """
-        return _wrapper(self.prompts(), device) if self.texts else lambda network: network
+        return wrap_with(self.prompts(), device) if self.texts else lambda network: network
 
     def prompt_wrapper(
         self, prompts: Sequence[str], negative: str, device: torch.device
@@ -258,7 +294,7 @@ class LatentDataset(DataSource):
         if not self.texts:
             return super().prompt_wrapper(prompts, negative, device)
         self._encode_texts(device, prompts, negative)
-        return _wrapper(self._read_prompts(self._prompt_keys(prompts, negative), prompts), device)
+        return wrap_with(self._read_prompts(self._prompt_keys(prompts, negative), prompts), device)
 
     def _prompt_keys(self, texts: Sequence[str], negative: str = "") -> list[str]:
         """The keys of the embeddings of texts, and of the null condition."""
@@ -366,8 +402,16 @@ def _mirrored(key: str) -> str:
     return hash_content(key, "mirrored")
 
 
-def _wrapper(bank: "Prompts", device: torch.device) -> Callable[[nn.Module], nn.Module]:
-    """Wraps a network so that its labels are those of a bank, which is copied if it is small."""
+def wrap_with(bank: "Prompts", device: torch.device) -> Callable[[nn.Module], nn.Module]:
+    """A function that wraps a text-conditional network so that its labels are those of a bank.
+
+    Args:
+        bank: encoded captions.
+        device: device of the network; the bank is copied to it unless it is large.
+
+    Returns:
+        The function.
+    """
     from diffcore.integrations.diffusers.loading.prompts import PromptNetwork
 
     is_small = sum(value.nbytes for value in bank.tensors.values()) < LARGE_BANK

@@ -46,6 +46,9 @@ class DataSource(Dataset[Any]):
     groups: Groups | None = None
     """Buckets of items that share batches, and rates at which parts are read; None for neither."""
 
+    has_masks: bool = False
+    """True if the extra `weight` of each item has one number for each pixel of x_0."""
+
     is_latent: bool = False
     """True if x_0 are latents; a data set of latents also overrides `decode`."""
 
@@ -95,6 +98,15 @@ class DataSource(Dataset[Any]):
         A run is not resumed on data with another hash.
         """
         return ""
+
+    @property
+    def encoder_hash(self) -> str:
+        """Hash of the encoders of x_0 and of captions; "" without encoders."""
+        return ""
+
+    def prompts(self) -> Any:
+        """Bank of the encoded captions (`Prompts`), ready to be read; None without captions."""
+        return None
 
     @property
     def is_ready(self) -> bool:

@@ -181,7 +181,7 @@ def measure_loss(
     rows = permutation(key_seed, 0, total) % size * len(source) // size
     own = torch.arange(rank, -(-total // world) * world, world) % total  # as many on each rank
     # Items of several buckets are not stacked, and a sharded network needs equally many calls.
-    micro = batch_size if source.groups is None else 1
+    micro = 1 if source.groups and len(source.groups.shapes) > 1 else batch_size
     with torch.no_grad(), evaluation_mode(denoiser):
         losses = torch.cat(
             [

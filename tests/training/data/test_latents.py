@@ -177,17 +177,6 @@ ERRORS = {
         ),
         "row 1 of .*metadata.jsonl has half of a surrogate pair, .*: write the text as UTF-8",
     ),
-    "two rows": (
-        lambda images: write_rows(images / "metadata.jsonl", [*range(5), 3]),
-        "3.png has two captions, in row 4 of .*jsonl and row 6 of .*jsonl: keep one row for each",
-    ),
-    "a row in two files": (
-        lambda images: [
-            write_rows(images / "metadata.jsonl", range(5)),
-            write_rows(images / "metadata.csv", [3]),
-        ],
-        "3.png has two captions, in row 1 of .*metadata.csv and row 4 of .*metadata.jsonl",
-    ),
     "not UTF-8": (
         lambda images: (images / "3.txt").write_bytes(b"caf\xe9"),
         "3.txt is not UTF-8",

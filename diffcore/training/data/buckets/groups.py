@@ -19,7 +19,7 @@ class Groups:
     All items of a batch are of one bucket. A part is read `visits` times in an epoch.
 
     Args:
-        shapes: shape of x_0 in each bucket.
+        shapes: shape of x_0 in each bucket; () for one bucket of the shape of the process.
         bucket: (N,) int64 index of each item's bucket in `shapes`.
         part: (N,) int64 index of each item's part in `visits`; None for a single part.
         visits: mean number of times that an item of each part is read in an epoch, above 0.
@@ -42,7 +42,7 @@ class Groups:
         part = torch.zeros_like(self.bucket) if self.part is None else self.part
         object.__setattr__(self, "part", part)
         for name, index, count in (
-            ("bucket", self.bucket, len(self.shapes)),
+            ("bucket", self.bucket, len(self.shapes) or 1),
             ("part", part, len(self.visits)),
         ):
             if len(index) != len(self.bucket) or bool(((index < 0) | (index >= count)).any()):

@@ -95,7 +95,9 @@ class DataOrder(Sampler[list[tuple[int, int]]]):
 
     def shape(self, step: int) -> tuple[int, ...] | None:
         """Shape of x_0 in the batch of a step; None for data whose items have one shape."""
-        return None if self.groups is None else self.groups.shape(self.index(step * self.batch))
+        if self.groups is None or not self.groups.shapes:
+            return None
+        return self.groups.shape(self.index(step * self.batch))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step in self.span:

@@ -1,0 +1,6 @@
+"""Captions of images: the files they are read from, and their variants."""
+
+from diffcore.training.data.captions.files import read_captions
+from diffcore.training.data.captions.variants import CaptionVariants
+
+__all__ = ["CaptionVariants", "read_captions"]
