@@ -172,7 +172,14 @@ class TrainState:
         return evaluation_weights(self.optimizer.optimizer)
 
     def process_of(self, batch: Batch) -> Process:
-        """The process of the run with the shape of the samples of a batch, that of their bucket."""
+        """The process of the run for the samples of a batch.
+
+        Args:
+            batch: samples of one bucket.
+
+        Returns:
+            The process, with the shape of the samples.
+        """
         process, shape = self.settings.process, tuple(batch.x0.shape[1:])
         return process if shape == process.shape else replace(process, shape=shape)
 

@@ -88,7 +88,14 @@ class ImageFiles:
         return self._read(index, lambda content: as_pixels(content, *self._options))
 
     def read(self, index: int, crop: Crop) -> Tensor:
-        """x_0 (C, H, W) in [-1, 1] of a crop of an image.
+        """Read a crop of an image.
+
+        Args:
+            index: index of the image in `names`.
+            crop: crop of the image.
+
+        Returns:
+            x_0 (C, H, W) in [-1, 1].
 
         Raises:
             ValueError: The file can no longer be read; the message contains its path.

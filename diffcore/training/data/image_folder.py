@@ -45,8 +45,8 @@ class ImageFolder(DataSource):
             batch is of one size, and `size` is that of previews. None: squares of `size`.
         crop: center, or random (keyed by the position in the run): the part of an image that is
             kept along the side that is cut, with `fit: crop`.
-        masks: beside (cats/1.mask.png is the mask of cats/1.png), or a folder of masks with the
-            paths of the images. White pixels have a weight of 1 in the loss, black ones of 0. "":
+        masks: place of the masks: beside (cats/1.mask.png is the mask of cats/1.png), or a folder
+            of masks with the paths of the images. White pixels have a weight of 1 in the loss, black ones of 0. "":
             no masks.
         unreadable: refuse images that cannot be read, or skip them.
         verify: true reads every file at the start, and compares its hash with the recorded scan;

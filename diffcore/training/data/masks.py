@@ -29,8 +29,8 @@ class MaskFiles:
 
     Args:
         images: images of the data folder.
-        folder: beside, for masks beside the images, or a folder of masks with the paths of the
-            images.
+        folder: folder of masks with the paths of the images, or the word beside, for masks beside
+            the images.
 
     Raises:
         ValueError: An image has no mask, or images are padded.

@@ -177,7 +177,11 @@ class Mixture(DataSource):
         return self.sources[0].prompt_wrapper(prompts, negative, device)
 
     def prompts(self) -> Any:
-        """The joined bank of the captions, with the null condition of the first data set."""
+        """Join the banks of captions.
+
+        Returns:
+            The bank, with the null condition of the first data set; None without captions.
+        """
         if not self.texts:
             return None
         first, *others = (source.prompts() for source in self.sources)

@@ -105,7 +105,11 @@ class DataSource(Dataset[Any]):
         return ""
 
     def prompts(self) -> Any:
-        """Bank of the encoded captions (`Prompts`), ready to be read; None without captions."""
+        """Read the encoded captions.
+
+        Returns:
+            The bank (`Prompts`) that labels index; None without captions.
+        """
         return None
 
     @property

@@ -57,7 +57,14 @@ class Groups:
         return len(self.bucket)
 
     def shape(self, index: int) -> tuple[int, ...]:
-        """Shape of x_0 of an item."""
+        """Shape of x_0 of an item.
+
+        Args:
+            index: index of the item.
+
+        Returns:
+            (C, H, W), or another shape of the data.
+        """
         return self.shapes[int(self.bucket[index])]
 
     def members(self) -> dict[tuple[int, int], Tensor]:

@@ -43,7 +43,14 @@ class ImageItems:
         return len(self.image)
 
     def size(self, index: int) -> tuple[int, int]:
-        """(width, height) in pixels at which an item is read."""
+        """Size at which an item is read.
+
+        Args:
+            index: index of the item.
+
+        Returns:
+            (width, height) in pixels.
+        """
         return self.sizes[int(self.bucket[index])]
 
     def crop(self, index: int, offset: float = CENTRE, is_mirrored: bool = False) -> Crop:

@@ -41,7 +41,14 @@ class Batch:
     extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     def first(self, count: int) -> "Batch":
-        """The first `count` samples, or all of them if there are fewer."""
+        """The first samples.
+
+        Args:
+            count: largest number of samples.
+
+        Returns:
+            A batch of at most `count` samples.
+        """
         x0, label = self.x0[:count], self.label[:count]
         extras = {name: value[:count] for name, value in self.extras.items()}
         return Batch(x0, label, self.index[:count], self.batch_index[:count], extras)
@@ -83,7 +90,15 @@ def load_batches(
 
 
 def is_mirrored(seed: int, position: int) -> bool:
-    """True if the image at a position of the run is mirrored; True for half of the positions."""
+    """Whether the image at a position of the run is mirrored.
+
+    Args:
+        seed: seed of the run.
+        position: number of samples of the run before this one.
+
+    Returns:
+        True for half of the positions.
+    """
     return bool(uniform(seed, Stream.AUGMENT, position) < 0.5)
 
 

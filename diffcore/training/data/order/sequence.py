@@ -90,11 +90,25 @@ class DataOrder(Sampler[list[tuple[int, int]]]):
         return self
 
     def index(self, position: int) -> int:
-        """Index of the item at a position of the run, a number below `size`."""
+        """Index of the item at a position of the run.
+
+        Args:
+            position: number of samples of the run before this one.
+
+        Returns:
+            A number below `size`.
+        """
         return self._index(position)
 
     def shape(self, step: int) -> tuple[int, ...] | None:
-        """Shape of x_0 in the batch of a step; None for data whose items have one shape."""
+        """Shape of x_0 in the batch of a step.
+
+        Args:
+            step: optimizer step.
+
+        Returns:
+            The shape; None for data whose items have that of the process.
+        """
         if self.groups is None or not self.groups.shapes:
             return None
         return self.groups.shape(self.index(step * self.batch))
