@@ -46,8 +46,8 @@ class ImageFolder(DataSource):
         crop: center, or random (keyed by the position in the run): the part of an image that is
             kept along the side that is cut, with `fit: crop`.
         masks: place of the masks: beside (cats/1.mask.png is the mask of cats/1.png), or a folder
-            of masks with the paths of the images. White pixels have a weight of 1 in the loss, black ones of 0. "":
-            no masks.
+            of masks with the paths of the images. White pixels have a weight of 1 in the loss,
+            black ones of 0. "": no masks.
         unreadable: refuse images that cannot be read, or skip them.
         verify: true reads every file at the start, and compares its hash with the recorded scan;
             false compares size and time.

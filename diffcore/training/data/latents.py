@@ -5,9 +5,9 @@ z = mean + std ξ,   ξ ~ N(0, I), drawn anew at each visit of an image
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from diffcore.core.random import Stream, normal, uniform
 from diffcore.io.images.crop import Crop
 from diffcore.training.data.buckets.groups import Groups
-from diffcore.training.data.buckets.items import ImageItems
+from diffcore.training.data.buckets.items import ImageItems, Visit
 from diffcore.training.data.buckets.sizes import Buckets
 from diffcore.training.data.cache import Cache, hash_content
 from diffcore.training.data.captions import CaptionVariants, read_captions
@@ -29,16 +29,13 @@ if TYPE_CHECKING:
     from diffcore.integrations.diffusers.loading.prompts import Prompts
     from diffcore.integrations.diffusers.loading.vae import Latents
 
-__all__ = ["LatentDataset", "wrap_with"]
+__all__ = ["LatentDataset"]
 
 NULL = "\0"
 """Text whose key is that of the null condition.
 
 The null condition is the empty prompt. Some pipelines encode it otherwise than an empty caption.
 """
-
-LARGE_BANK = 2**30
-"""Number of bytes above which the text embeddings stay on the host."""
 
 DECODING = "upright"
 """Rule by which image files are decoded, a part of the key of their latents."""
@@ -53,20 +50,6 @@ SIZES = "sizes"
 """Name of the extra that holds `Crop.sizes`."""
 
 Entries = Iterator[dict[str, Tensor]]
-
-
-class _Visit(NamedTuple):
-    """One of the crops of an item that are encoded.
-
-    Args:
-        item: index of the item.
-        crop: number of the crop.
-        is_mirrored: whether the image is mirrored.
-    """
-
-    item: int
-    crop: int = 0
-    is_mirrored: bool = False
 
 
 class LatentDataset(DataSource):
@@ -156,7 +139,7 @@ class LatentDataset(DataSource):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, dict[str, Tensor]]:
         """The mean of the latents of the middle crop, the label and the extras."""
-        visit = _Visit(index, self.crops // 2)
+        visit = Visit(index, self.crops // 2)
         mean = self.latents.read(self._visit_key(visit))["mean"]
         return mean, int(self.labels[index]), self._extras(visit)
 
@@ -177,7 +160,7 @@ class LatentDataset(DataSource):
         crop = 0
         if self.crops > 1:
             crop = int(float(uniform(seed, Stream.CROP, position)) * self.crops)
-        visit = _Visit(index, crop, self.flip and is_mirrored(seed, position))
+        visit = Visit(index, crop, self.flip and is_mirrored(seed, position))
         entry = self.latents.read(self._visit_key(visit))
         mean, std = entry["mean"], entry["std"]
         z = mean + std * normal(seed, Stream.LATENT, position, mean.shape)[0]
@@ -190,7 +173,7 @@ class LatentDataset(DataSource):
             return int(choices[0])
         return int(choices[int(float(uniform(seed, Stream.CAPTION, position)) * len(choices))])
 
-    def _extras(self, visit: "_Visit") -> dict[str, Tensor]:
+    def _extras(self, visit: Visit) -> dict[str, Tensor]:
         crop = self._crop(visit)
         extras = {SIZES: crop.sizes} if self.images.fit == "crop" else {}
         if self.masks is not None:
@@ -205,7 +188,7 @@ class LatentDataset(DataSource):
 
         return downsampling_factor(self.pipeline.config("vae"))
 
-    def _crop(self, visit: "_Visit") -> Crop:
+    def _crop(self, visit: Visit) -> Crop:
         offset = (visit.crop + 0.5) / self.crops
         return self.items.crop(visit.item, offset, visit.is_mirrored)
 
@@ -216,7 +199,7 @@ class LatentDataset(DataSource):
         pixels = str(width) if width == height else f"{width} x {height}"
         return hash_content(content, self.images.fit, pixels, DECODING)
 
-    def _visit_key(self, visit: "_Visit") -> str:
+    def _visit_key(self, visit: Visit) -> str:
         """Key of the latents of one crop of an item."""
         key = self.latent_keys[visit.item]
         if self.crops > 1:
@@ -240,13 +223,16 @@ class LatentDataset(DataSource):
     @property
     def content_hash(self) -> str:
         """Hash of everything that the items and the text embeddings are computed from."""
-        encoders = self._encoders
         further = [f"{self.crops} crops"] if self.crops > 1 else []
         if any(len(choices) > 1 for choices in self.choices):
             further += [str(choices.tolist()) for choices in self.choices]
         further += [part.content_hash for part in (self.groups, self.masks) if part is not None]
         return hash_content(
-            *encoders, *self.latent_keys, *map(str, self.labels.tolist()), *self.text_keys, *further
+            *self._encoders,
+            *self.latent_keys,
+            *map(str, self.labels.tolist()),
+            *self.text_keys,
+            *further,
         )
 
     def prompts(self) -> "Prompts":
@@ -273,6 +259,8 @@ class LatentDataset(DataSource):
         Returns:
             The function; the identity without captions.
         """
+        from diffcore.integrations.diffusers.loading.prompts import wrap_with
+
         return wrap_with(self.prompts(), device) if self.texts else lambda network: network
 
     def prompt_wrapper(
@@ -293,6 +281,8 @@ class LatentDataset(DataSource):
         """
         if not self.texts:
             return super().prompt_wrapper(prompts, negative, device)
+        from diffcore.integrations.diffusers.loading.prompts import wrap_with
+
         self._encode_texts(device, prompts, negative)
         return wrap_with(self._read_prompts(self._prompt_keys(prompts, negative), prompts), device)
 
@@ -342,10 +332,10 @@ class LatentDataset(DataSource):
             self.latents.rescan()
             self.embeddings.rescan()
 
-    def _visits(self) -> dict[str, "_Visit"]:
+    def _visits(self) -> dict[str, Visit]:
         """Key of the latents -> the crop of an item that is encoded."""
         visits = (
-            _Visit(index, crop, is_mirrored)
+            Visit(index, crop, is_mirrored)
             for is_mirrored in ((False, True) if self.flip else (False,))
             for index in range(len(self))
             for crop in range(self.crops)
@@ -400,23 +390,3 @@ class LatentDataset(DataSource):
 
 def _mirrored(key: str) -> str:
     return hash_content(key, "mirrored")
-
-
-def wrap_with(bank: "Prompts", device: torch.device) -> Callable[[nn.Module], nn.Module]:
-    """A function that wraps a text-conditional network so that its labels are those of a bank.
-
-    Args:
-        bank: encoded captions.
-        device: device of the network; the bank is copied to it unless it is large.
-
-    Returns:
-        The function.
-    """
-    from diffcore.integrations.diffusers.loading.prompts import PromptNetwork
-
-    is_small = sum(value.nbytes for value in bank.tensors.values()) < LARGE_BANK
-    return partial(
-        PromptNetwork,
-        prompts=bank.map(lambda value: value.to(device)) if is_small else bank,
-        move_prompts=False,
-    )

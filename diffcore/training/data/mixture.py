@@ -167,7 +167,7 @@ class Mixture(DataSource):
         bank = self.prompts()
         if bank is None:
             return self.sources[0].label_wrapper(device)
-        from diffcore.training.data.latents import wrap_with
+        from diffcore.integrations.diffusers.loading.prompts import wrap_with
 
         return wrap_with(bank, device)
 

@@ -11,8 +11,9 @@ import torch
 from diffcore.core.process import Process
 from diffcore.core.random import Stream, normal
 from diffcore.integrations.diffusers import Latents, encode_prompts
+from diffcore.integrations.diffusers.loading import prompts
 from diffcore.integrations.diffusers.loading.index import PipelineIndex
-from diffcore.training.data import DataOrder, latents, load_batches
+from diffcore.training.data import DataOrder, load_batches
 from tests.helpers.captioned_images import (
     CAPTIONS,
     DISTINCT_CAPTIONS,
@@ -75,7 +76,7 @@ def test_a_small_bank_is_on_the_device_and_a_large_one_on_the_host(captioned, mo
         return prompts.tensors["encoder_hidden_states"].device
 
     assert bank_device() == meta
-    monkeypatch.setattr(latents, "LARGE_BANK", 100)
+    monkeypatch.setattr(prompts, "LARGE_BANK", 100)
     assert bank_device() == CPU
 
 

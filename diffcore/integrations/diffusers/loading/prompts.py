@@ -7,6 +7,7 @@ sampling and inversion of a text-conditioned network are those of a class-condit
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,7 +18,10 @@ from diffcore.core.network import network_config
 from diffcore.io.files import CorruptFileError
 from diffcore.io.safetensors import read_weights_and_metadata, write_weights
 
-__all__ = ["PromptNetwork", "Prompts"]
+__all__ = ["PromptNetwork", "Prompts", "wrap_with"]
+
+LARGE_BANK = 2**30
+"""Number of bytes above which the text embeddings stay on the host."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,3 +152,21 @@ class PromptNetwork(nn.Module):
         if self.move_prompts:
             self.prompts = self.prompts.map(fn)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+
+def wrap_with(bank: Prompts, device: torch.device) -> Callable[[nn.Module], nn.Module]:
+    """A function that wraps a text-conditional network so that its labels are those of a bank.
+
+    Args:
+        bank: encoded captions.
+        device: device of the network; the bank is copied to it unless it is large.
+
+    Returns:
+        The function.
+    """
+    is_small = sum(value.nbytes for value in bank.tensors.values()) < LARGE_BANK
+    return partial(
+        PromptNetwork,
+        prompts=bank.map(lambda value: value.to(device)) if is_small else bank,
+        move_prompts=False,
+    )

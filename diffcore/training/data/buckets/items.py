@@ -1,5 +1,7 @@
 """The items of a folder of images: which image is read for an item, and which part of it."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -8,7 +10,21 @@ from diffcore.training.data.buckets.groups import Groups
 from diffcore.training.data.buckets.sizes import Buckets
 from diffcore.training.data.image_files import ImageFiles
 
-__all__ = ["ImageItems"]
+__all__ = ["ImageItems", "Visit"]
+
+
+class Visit(NamedTuple):
+    """One of the crops of an item that are encoded.
+
+    Args:
+        item: index of the item.
+        crop: number of the crop.
+        is_mirrored: whether the image is mirrored.
+    """
+
+    item: int
+    crop: int = 0
+    is_mirrored: bool = False
 
 
 class ImageItems:
