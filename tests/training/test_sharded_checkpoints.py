@@ -76,7 +76,8 @@ def test_a_sharded_checkpoint_holds_the_tensors_of_a_gathered_one(runs):
         for name, value in part.items()
     }
     assert tensors.keys() == expected.keys()
-    assert all(torch.equal(tensors[name], value) for name, value in expected.items())
+    for name, value in expected.items():  # a window may hold NaN
+        torch.testing.assert_close(tensors[name], value, rtol=0, atol=0, equal_nan=True)
     files = {
         f"{part}.rank-00000.safetensors" for part in ("model", "ema", "ema-0.1000", "training")
     }
