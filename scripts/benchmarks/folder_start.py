@@ -15,7 +15,9 @@ __all__ = ["Start", "measure_starts"]
 
 COMMAND = [
     "--data.size=8",
-    "--steps=1",
+    "--steps=1000000",
+    "--log_every=1",
+    "--save_every=1000000",
     "--batch_size=4",
     "--workers=0",
     "--trackers=[]",
@@ -26,7 +28,7 @@ COMMAND = [
 
 
 class Start(NamedTuple):
-    """A training of one step on a folder whose scan is recorded, from command to end.
+    """A training on a folder whose scan is recorded, from command to report of the first step.
 
     Args:
         images: number of images.
@@ -42,7 +44,7 @@ class Start(NamedTuple):
 
 
 def measure_starts(folder: Path, counts: tuple[int, ...], repeats: int) -> list[Start]:
-    """Train one step on folders of small JPEG files, after a first training that scans them.
+    """Train on folders of small JPEG files to the first step, after a training that scans them.
 
     Args:
         folder: folder in which the folders of images are made.
@@ -78,8 +80,13 @@ def _train(folder: Path, count: int) -> tuple[float, float, float]:
     command = [sys.executable, "-m", "diffcore", "train", "images", *words, *COMMAND]
     begin = time.perf_counter()
     child = subprocess.Popen(command)
-    _, status, usage = os.wait4(child.pid, 0)
-    if status:
-        raise ValueError(f"a training of {count} images ended with status {status}")
+    report = run / "metrics.jsonl"
+    while not (report.exists() and report.stat().st_size):
+        if child.poll() is not None:
+            raise ValueError(f"a training of {count} images ended with status {child.returncode}")
+        time.sleep(0.01)
     seconds = time.perf_counter() - begin
+    child.kill()
+    _, _, usage = os.wait4(child.pid, 0)
+    child.returncode = 0
     return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
