@@ -1,0 +1,54 @@
+"""Runs on images in buckets: a run that is interrupted continues bit for bit."""
+
+import pytest
+import torch
+from torch import nn
+
+from diffcore.core.process import Process
+from diffcore.objectives.objective import Objective
+from diffcore.training.data import ImageFolder
+from diffcore.training.data.buckets.sizes import Buckets
+from tests.helpers.mixed_images import write_mixed_images
+from tests.helpers.training_runs import crash_after, make_trainer, read_checkpoint, read_reports
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Convolution(nn.Module):
+    """A network for images of any size."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x, time):
+        return self.layer(x)
+
+
+def trainer(folder, images, **options):
+    defaults = {
+        "network": Convolution,
+        "process": Process(shape=(3, 16, 16)),
+        "objective": Objective(reference_size=12),
+        "data": ImageFolder(str(images), 16, buckets=Buckets((16,), 4), crop="random", flip=True),
+        "batch_size": 4,
+        "save_every": 3,
+        "steps": 8,
+    }
+    return make_trainer(folder, **(defaults | options))
+
+
+def test_a_run_in_buckets_continues_bit_for_bit_after_a_crash(tmp_path):
+    write_mixed_images(tmp_path / "images", 24)
+    trainer(tmp_path / "straight", tmp_path / "images").train()
+    crash_after(trainer(tmp_path / "crashed", tmp_path / "images"), 3)
+    trainer(tmp_path / "crashed", tmp_path / "images", resume=True, accumulation=1).train()
+    straight, resumed = (read_checkpoint(tmp_path / name, 8) for name in ("straight", "crashed"))
+    for file, tensors in straight.items():
+        for name, value in tensors.items():
+            assert torch.equal(value, resumed[file][name]), name
+    losses = [
+        [line["loss"] for line in read_reports(tmp_path / name) if "loss" in line]
+        for name in ("straight", "crashed")
+    ]
+    assert losses[0][-5:] == losses[1][-5:]
