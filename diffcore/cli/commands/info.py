@@ -73,7 +73,9 @@ def describe_run(run: Run) -> dict[str, object]:
         or "none",
         "weights": ", ".join(run.weight_names()) or "none",
         "last report": ", ".join(
-            f"{name} {_shortened(value)}" for name, value in last_report.items()
+            f"{name} {_shortened(value)}"
+            for name, value in last_report.items()
+            if not isinstance(value, list)
         )
         or "none",
     }
