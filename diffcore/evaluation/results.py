@@ -60,9 +60,8 @@ def measure(
     columns = {"reference": describe(reference, training, classifier, classes)}
     if training is not None:
         part = _choose(training, len(repeats[0].features), seed)
-        columns["training_data"] = compare(part, reference, seed) | describe(
-            part, None, classifier, classes
-        )
+        # Not by the classifier that was fitted to it, which would recognise it.
+        columns["training_data"] = compare(part, reference, seed) | describe(part, classes=classes)
     for column, values in columns.items():
         for name, value in values.items():
             results.setdefault(name, {})[column] = value

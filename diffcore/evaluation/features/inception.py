@@ -1,6 +1,7 @@
 """Features of Inception-v3 with the weights of the original Fréchet inception distance."""
 
 import os
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -8,7 +9,6 @@ import torch
 from torch import Tensor
 
 from diffcore.evaluation.features.extractor import Extracted, FeatureExtractor, resize, to_rgb
-from diffcore.io.extras import import_extra
 from diffcore.io.files import hash_file
 
 __all__ = ["WEIGHTS", "InceptionFeatures", "default_weights"]
@@ -58,14 +58,12 @@ class InceptionFeatures(FeatureExtractor):
             raise ValueError(
                 f"{path} has SHA-256 {self.digest[:8]}…, expected {HASH}…: download {URL} again"
             )
-        if find_spec("torchvision") is None:
+        if find_spec("torch_fidelity") is None or find_spec("torchvision") is None:
             raise ValueError(
                 "the features of Inception need torch-fidelity and torchvision: pip install "
                 "torch-fidelity"
             )
-        module = import_extra(
-            "torch_fidelity.feature_extractor_inceptionv3", "Inception", extra="inception"
-        )
+        module = import_module("torch_fidelity.feature_extractor_inceptionv3")
         self.device = torch.device(device)
         self.network = module.FeatureExtractorInceptionV3(
             self.name,
