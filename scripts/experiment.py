@@ -24,6 +24,7 @@ def main() -> None:
         identification: "the process of trained networks, by their denoising error",
         variance: "variance of the loss with independent levels over that with stratified levels",
         zero_terminal_snr: "mean brightness of samples with and without zero terminal SNR",
+        conditions: "whether samples obey their conditions, on problems with a known answer",
         fields: "pictures of guided fields and samples of a mixture in two dimensions",
         kill_drill: "whether a run that is killed again and again ends with the same bytes",
     }.items():
@@ -55,6 +56,11 @@ def main() -> None:
             )
         if run is kill_drill:
             _add_drill_options(study)
+        if run is conditions:
+            study.add_argument(
+                "--steps", type=int, default=1000, help="training steps of batch 64 (default 1000)"
+            )
+            study.add_argument("--only", nargs="+", help="names of problems (default: all)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.out:
@@ -141,6 +147,18 @@ def zero_terminal_snr(arguments: argparse.Namespace) -> None:
     measurements = read_measurements(arguments.out)
     print(f"\n{study.format_table([study.measure_data(), *measurements])}")
     study.draw(measurements, PICTURES / "zero-terminal-snr.png")
+
+
+def conditions(arguments: argparse.Namespace) -> None:
+    """Train, sample and guide by named conditions."""
+    from experiments.conditions import PROBLEMS, format_table, run_study
+
+    names = arguments.only or list(PROBLEMS)
+    measurements = []
+    for row in run_study(names, arguments.steps):
+        print(row, flush=True)
+        measurements.append(row)
+    print(f"\n{format_table(measurements)}")
 
 
 def fields(arguments: argparse.Namespace) -> None:

@@ -87,6 +87,9 @@ class SampleRequest:
             unconditional.
         prompt: text prompt, for text-conditioned pipelines; may be repeated, and takes the place of
             a label.
+        condition: values of named conditions, `--condition.NAME VALUE`: an image, an .npy or
+            .safetensors file of one value or several, or numbers such as 0.5,-1. Of several values
+            (in the order of the labels, if there are any), each has per_label samples.
         weights: weights of a run: averaged, raw (the trained weights in the newest checkpoint), a
             checkpoint such as step-00000400 or step-00000400/raw, or a safetensors file.
         negative: negative prompt that guidance moves away from; empty: the pipeline's unconditional
@@ -123,6 +126,7 @@ class SampleRequest:
 
     labels: IntegerList = field(default_factory=IntegerList)
     prompt: tuple[str, ...] = ()
+    condition: dict[str, str] = field(default_factory=dict)
     weights: str = AVERAGED
     negative: str = ""
     height: int = 0
@@ -233,15 +237,36 @@ class SampleRequest:
         """The seed of each sample."""
         return list(self.seeds) or list(range(len(self.sample_labels or range(self.per_label))))
 
-    def sample_keys(self, null_label: int) -> list[SampleKey]:
-        """Label and seed of each sample.
+    def sample_keys(self, null_label: int, values: int = 1) -> list[SampleKey]:
+        """Label, seed and value of the named conditions of each sample.
 
         Args:
-            null_label: label of unconditional samples.
+            null_label: label of samples without one.
+            values: number of values of the named conditions.
 
         Returns:
             One key for each sample, in the order of the file.
+
+        Raises:
+            ValueError: there is not one value for each label, or not one seed for each sample.
         """
-        seeds = self.sample_seeds
-        labels = self.sample_labels or [null_label] * len(seeds)
-        return [SampleKey(label, seed) for label, seed in zip(labels, seeds, strict=True)]
+        if values == 1:
+            seeds = self.sample_seeds
+            labels = self.sample_labels or [null_label] * len(seeds)
+            return [SampleKey(label, seed) for label, seed in zip(labels, seeds, strict=True)]
+        labels = list(self.unique_labels) or [null_label] * values
+        if len(labels) != values:
+            raise ValueError(
+                f"the conditions have {values} values for {len(labels)} labels or prompts, "
+                "expected one value for each, or one for all"
+            )
+        pairs = [(row, label) for row, label in enumerate(labels) for _ in range(self.per_label)]
+        seeds = list(self.seeds) or list(range(len(pairs)))
+        if len(seeds) != len(pairs):
+            raise ValueError(
+                f"seeds are {len(seeds)}, expected {len(pairs)}: {values} values of the conditions "
+                f"x {self.per_label}"
+            )
+        return [
+            SampleKey(label, seed, row) for (row, label), seed in zip(pairs, seeds, strict=True)
+        ]

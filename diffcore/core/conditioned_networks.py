@@ -105,12 +105,12 @@ class ConcatenatedChannels(_ConditionedNetwork):
                 f"channels are concatenated: set in_channels to {outputs + extra}, or widen: true"
             )
 
-    def forward(self, x: Tensor, time: Tensor, **arguments: Any) -> Any:
+    def forward(self, x: Tensor, timestep: Tensor, **arguments: Any) -> Any:
         """The network's output for x and the conditions.
 
         Args:
             x: noisy samples (B, C, ...).
-            time: time input (B,).
+            timestep: time input (B,).
             **arguments: the conditions (B, C_i, ...) by name, and other arguments of the network.
 
         Returns:
@@ -129,7 +129,7 @@ class ConcatenatedChannels(_ConditionedNetwork):
                 )
             is_same = value.shape[2:] == x.shape[2:]
             parts.append(value if is_same else interpolate(value, x.shape[2:], mode="nearest"))
-        return self.network(torch.cat(parts, 1), time, **arguments)
+        return self.network(torch.cat(parts, 1), timestep, **arguments)
 
 
 class EmbeddedVectors(_ConditionedNetwork):
@@ -196,13 +196,13 @@ class EmbeddedVectors(_ConditionedNetwork):
         return int(self.config.get("time_embedding_dim") or 4 * blocks[0])
 
     def forward(
-        self, x: Tensor, time: Tensor, class_labels: Tensor | None = None, **arguments: Any
+        self, x: Tensor, timestep: Tensor, class_labels: Tensor | None = None, **arguments: Any
     ) -> Any:
         """The network's output for x and the conditions.
 
         Args:
             x: noisy samples (B, *shape).
-            time: time input (B,).
+            timestep: time input (B,).
             class_labels: labels (B,), if the network has classes.
             **arguments: the vectors (B, size) by name, and other arguments of the network.
 
@@ -221,7 +221,7 @@ class EmbeddedVectors(_ConditionedNetwork):
         terms = [embed(self._take(arguments, name)) for name, embed in self.embeddings.items()]
         if self.labels is not None:
             terms.append(self.labels(class_labels))
-        return self.network(x, time, class_labels=sum(terms[1:], terms[0]), **arguments)
+        return self.network(x, timestep, class_labels=sum(terms[1:], terms[0]), **arguments)
 
 
 @torch.no_grad()

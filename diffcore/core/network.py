@@ -19,6 +19,7 @@ __all__ = [
     "evaluation_dtype",
     "find_blocks",
     "frozen_hash",
+    "keep_trained_state",
     "network_config",
     "unwrap",
 ]
@@ -80,6 +81,35 @@ def frozen_hash(network: nn.Module) -> str:
     """
     network = unwrap(network)
     return network.content_hash if isinstance(network, ExportableNetwork) else ""
+
+
+def keep_trained_state(network: nn.Module) -> None:
+    """Leave frozen parameters and all buffers out of the state_dict of a network.
+
+    Args:
+        network: network whose frozen weights come from elsewhere. It then loads a state without
+            them.
+    """
+    network.register_state_dict_post_hook(_drop_frozen)
+    network.register_load_state_dict_post_hook(_accept_missing_frozen)
+
+
+def _drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, _local: Any) -> None:
+    """Remove the frozen weights from a state_dict."""
+    for name in _frozen(module):
+        state.pop(prefix + name, None)
+
+
+def _accept_missing_frozen(module: nn.Module, keys: Any) -> None:
+    """After loading a state without frozen weights, do not report them as missing."""
+    frozen = tuple(_frozen(module))
+    keys.missing_keys[:] = [name for name in keys.missing_keys if not name.endswith(frozen)]
+
+
+def _frozen(module: nn.Module) -> list[str]:
+    """Names of the parameters that are not trained, and of all buffers."""
+    parameters = [name for name, value in module.named_parameters() if not value.requires_grad]
+    return parameters + [name for name, _ in module.named_buffers()]
 
 
 def unwrap(network: nn.Module) -> nn.Module:

@@ -40,10 +40,12 @@ class SampleKey(NamedTuple):
     Args:
         label: class label, index of a prompt, or null label.
         seed: seed of the noise.
+        row: index of its value of the named conditions, if these have several.
     """
 
     label: int
     seed: int
+    row: int = 0
 
 
 class SampleWriter(ABC):
@@ -106,12 +108,14 @@ class FolderWriter(SampleWriter):
         process: process with the shape and the range of the samples.
         condition: "label" or "prompt", the beginning of the names; "": names without a label.
         settings: plain data on which the samples depend, apart from label and seed.
+        has_values: whether the named conditions have several values, which the names contain.
     """
 
     folder: Path
     process: Process
     condition: str
     settings: Mapping[str, Any]
+    has_values: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "folder", Path(self.folder))
@@ -119,6 +123,7 @@ class FolderWriter(SampleWriter):
     def path(self, key: SampleKey) -> Path:
         """The file of a sample."""
         prefix = f"{self.condition}-{key.label}-" if self.condition else ""
+        prefix += f"value-{key.row}-" if self.has_values else ""
         suffix = ".png" if images.is_image(self.process) else ".npy"
         return self.folder / f"{prefix}seed-{key.seed}{suffix}"
 

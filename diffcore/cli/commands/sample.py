@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffcore.cli.arguments import extract_option
+from diffcore.cli.condition_files import NamedValues
 from diffcore.cli.image_model import (
     ImageModel,
     load_image_model,
@@ -100,7 +101,7 @@ def _sample(folder: Path, request: SampleRequest) -> None:
     _check_labels(request.labels, model)
     _check_out(request, model.image_process, ranks)
     plan = SamplePlan.load(model, request, device)
-    keys = request.sample_keys(model.denoiser.process.classes)
+    keys = request.sample_keys(model.denoiser.process.classes, plan.named.count)
     plan.check(keys)
     writer = _writer(folder, request, plan, keys)
     share = keys[rank::ranks]
@@ -139,6 +140,7 @@ class SamplePlan:
         process = model.denoiser.process
         knots = request.started_grid.knots(process.schedule, request.steps)
         self.knots = insert_levels(knots, guidance.levels(process))
+        self.named = NamedValues.read(request.condition, process)
         self.image: Tensor | None = None
         if request.image is not None:
             self.image = model.encode(images.load_image(request.image, model.image_process))
@@ -171,13 +173,11 @@ class SamplePlan:
     def check(self, keys: Sequence[SampleKey]) -> None:
         """Check the arguments of all samples before the first one is drawn."""
         request, process = self.request, self.model.denoiser.process
-        seeds, labels = [key.seed for key in keys], [key.label for key in keys]
-        condition = labels if request.unique_labels else None
         check_sampling(
             process,
             self.knots,
-            seeds,
-            condition,
+            [key.seed for key in keys],
+            self.named.condition(keys, bool(request.unique_labels)),
             self.guidance,
             request.batch_size,
             request.sampler,
@@ -201,7 +201,7 @@ class SamplePlan:
                 request.started_grid,
                 request.steps,
                 seeds=[key.seed for key in keys],
-                condition=[key.label for key in keys] if request.unique_labels else None,
+                condition=self.named.condition(keys, bool(request.unique_labels)),
                 guidance=self.guidance,
                 image=self.image,
                 batch_size=request.batch_size,
@@ -238,6 +238,7 @@ class SamplePlan:
             "negative": request.negative,
             "shape": list(model.image_process.shape),
             "image": image,
+            **self.named.settings,
             "names": "the seed of a file and its label or prompt determine its noise",
         }
 
@@ -309,7 +310,7 @@ def _writer(
     if out.suffix in PICTURE_SUFFIXES:
         return WholeWriter(lambda keys, x: _write_picture(request, process, keys, x))
     condition = ("prompt" if request.prompt else "label") if request.unique_labels else ""
-    writer = FolderWriter(out, process, condition, plan.settings(folder))
+    writer = FolderWriter(out, process, condition, plan.settings(folder), plan.named.count > 1)
     writer.prepare(keys)
     return writer
 

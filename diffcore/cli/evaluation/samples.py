@@ -69,7 +69,9 @@ def draw_sets(
         sampling = replace(sampling, labels=IntegerList(sorted(set(chosen))))
     plan = SamplePlan.load(model, sampling, model.denoiser.device)
     seeds = range(request.seed, request.seed + total)
-    keys = [SampleKey(label, seed) for label, seed in zip(chosen, seeds, strict=True)]
+    values = plan.named.count  # of named conditions, which are read in turn
+    pairs = enumerate(zip(chosen, seeds, strict=True))
+    keys = [SampleKey(label, seed, index % values) for index, (label, seed) in pairs]
     plan.check(keys)
     settings = {name: value for name, value in plan.settings(folder).items() if name != "run"}
     place = out / f"samples-{hash_data(settings)[:12]}"

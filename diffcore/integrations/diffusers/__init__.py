@@ -14,11 +14,13 @@ from diffcore.integrations.diffusers.loading.network import from_diffusers
 from diffcore.integrations.diffusers.loading.prompts import PromptNetwork, Prompts
 from diffcore.integrations.diffusers.loading.text_encoding import encode_prompts
 from diffcore.integrations.diffusers.loading.vae import Latents
+from diffcore.integrations.diffusers.pipeline.controlled_network import ControlledNetwork
 from diffcore.integrations.diffusers.pipeline.pipeline import DiffcorePipeline
 from diffcore.integrations.diffusers.pipeline.pretrained_network import PretrainedNetwork
 from diffcore.integrations.diffusers.scheduler.scheduler import DiffcoreScheduler
 
 __all__ = [
+    "ControlledNetwork",
     "DiffcoreGuider",
     "DiffcorePipeline",
     "DiffcoreScheduler",

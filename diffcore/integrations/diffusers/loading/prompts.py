@@ -133,20 +133,24 @@ class PromptNetwork(nn.Module):
         self.network, self.prompts, self.move_prompts = network, prompts, move_prompts
         self.config = network_config(network)
 
-    def forward(self, x: Tensor, time: Tensor, class_labels: Tensor | None = None) -> Any:
+    def forward(
+        self, x: Tensor, time: Tensor, class_labels: Tensor | None = None, **conditions: Tensor
+    ) -> Any:
         """The network's output.
 
         Args:
             x: noisy samples (B, C, H, W).
             time: time input (B,).
             class_labels: labels (B,); None: the null condition.
+            **conditions: named conditions, which the network receives too.
 
         Returns:
             A tensor of the shape of x, or an object or tuple that holds it, as the network does.
         """
         if class_labels is None:
             class_labels = torch.full((len(x),), len(self.prompts), device=x.device)
-        return self.network(x, timestep=time, **self.prompts.arguments(class_labels, x.dtype))
+        prompts = self.prompts.arguments(class_labels, x.dtype)
+        return self.network(x, timestep=time, **prompts, **conditions)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if self.move_prompts:

@@ -16,7 +16,7 @@ from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
 from diffcore.core.denoiser import extract_tensor
-from diffcore.core.network import ExportableNetwork
+from diffcore.core.network import ExportableNetwork, keep_trained_state
 from diffcore.core.process import Process
 from diffcore.integrations.diffusers.adapters.files import ADAPTER
 from diffcore.integrations.diffusers.adapters.lora import LoRA
@@ -71,9 +71,7 @@ class PretrainedNetwork(ExportableNetwork):
                     "all weights"
                 )
             lora.add_to(self.network)
-            self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
-            load_hook = self.register_load_state_dict_post_hook
-            load_hook(_accept_missing_frozen)  # type: ignore[no-untyped-call]
+            keep_trained_state(self)
         elif missing_parts := sorted(
             name for name in self.index.parts if not (self.index.folder / name).is_dir()
         ):
@@ -237,21 +235,3 @@ def _leave_dropout_to_process(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, LabelEmbedding):
             module.dropout_prob = 0.0
-
-
-def _drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, _local: Any) -> None:
-    """Remove the frozen weights from a state_dict."""
-    for name in _frozen(module):
-        state.pop(prefix + name, None)
-
-
-def _accept_missing_frozen(module: nn.Module, keys: Any) -> None:
-    """After loading the state of an adapter, do not report the frozen weights as missing."""
-    frozen = tuple(_frozen(module))
-    keys.missing_keys[:] = [name for name in keys.missing_keys if not name.endswith(frozen)]
-
-
-def _frozen(module: nn.Module) -> list[str]:
-    """Names of the parameters that are not trained, and of all buffers."""
-    parameters = [name for name, value in module.named_parameters() if not value.requires_grad]
-    return parameters + [name for name, _ in module.named_buffers()]
