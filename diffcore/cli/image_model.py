@@ -89,12 +89,14 @@ class PipelineOptions:
         negative: prompt of the null label.
         height: height of the images in pixels; 0: the network's default.
         width: width of the images in pixels; 0: the network's default.
+        lora: adapters, FILE or FILE=STRENGTH.
     """
 
     prompt: Sequence[str] = ()
     negative: str = ""
     height: int = 0
     width: int = 0
+    lora: Sequence[str] = ()
 
 
 def is_pipeline(folder: Path) -> bool:
@@ -146,7 +148,7 @@ def load_image_model(
                 f"weights is {weights!r}, but {folder} is a pipeline, which has one set of "
                 "weights: name the folder of the run, or leave weights out"
             )
-        return _load_pipeline(_read_pipeline(folder), options, device)
+        return _load_pipeline(_read_pipeline(folder, options.lora), options, device)
     run, given = Run(folder), [f"--{name}" for name, value in vars(options).items() if value]
     weights = run.resolve_weights(weights)
     is_plain = not given and not (run.pipeline / "vae").is_dir()
@@ -156,8 +158,14 @@ def load_image_model(
         )  # raises if there is no such folder
     if is_pipeline(run.pipeline):
         network = None if weights == AVERAGED else _pipeline_network(run, weights)
-        return _load_pipeline(_read_pipeline(run.pipeline, network), options, device)
+        parts = _read_pipeline(run.pipeline, options.lora, network)
+        return _load_pipeline(parts, options, device)
     denoiser = run.denoiser(device, weights=weights)
+    if options.lora:
+        raise ValueError(
+            f"{folder} is no pipeline and holds none, to which --lora could be added: sample the "
+            f"pipeline that it started from, with --lora {folder} beside the others"
+        )
     if isinstance(denoiser.network, ExportableNetwork):
         return _load_pipeline(denoiser.network.exported_parts(folder), options, device)
     if given:
@@ -176,12 +184,19 @@ def _pipeline_network(run: Run, weights: str) -> nn.Module:
     return network.network if isinstance(network, PretrainedNetwork) else network
 
 
-def _read_pipeline(folder: Path, network: nn.Module | None = None) -> "PipelineParts":
+def _read_pipeline(
+    folder: Path, adapters: Sequence[str], network: nn.Module | None = None
+) -> "PipelineParts":
     _silence_transformers()
     # Imported here because it takes seconds, and models without latents do not need it.
     from diffcore.integrations.diffusers.loading.folder import read_folder
 
-    return read_folder(folder, network)
+    parts = read_folder(folder, network)
+    if not adapters:
+        return parts
+    from diffcore.integrations.diffusers.adapters.adapted_parts import adapt_parts
+
+    return adapt_parts(parts, folder, adapters)
 
 
 def _load_pipeline(

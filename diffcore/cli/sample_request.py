@@ -90,6 +90,8 @@ class SampleRequest:
         condition: values of named conditions, `--condition.NAME VALUE`: an image, an .npy or
             .safetensors file of one value or several, or numbers such as 0.5,-1. Of several values
             (in the order of the labels, if there are any), each has per_label samples.
+        lora: adapter of a pipeline, as FILE or FILE=STRENGTH; may be repeated. It is a file in the
+            format of diffusers, kohya or ComfyUI, or the folder of a run with its scheduler.
         weights: weights of a run: averaged, raw (the trained weights in the newest checkpoint), a
             checkpoint such as step-00000400 or step-00000400/raw, or a safetensors file.
         negative: negative prompt that guidance moves away from; empty: the pipeline's unconditional
@@ -127,6 +129,7 @@ class SampleRequest:
     labels: IntegerList = field(default_factory=IntegerList)
     prompt: tuple[str, ...] = ()
     condition: dict[str, str] = field(default_factory=dict)
+    lora: tuple[str, ...] = ()
     weights: str = AVERAGED
     negative: str = ""
     height: int = 0
@@ -213,7 +216,7 @@ class SampleRequest:
     @property
     def pipeline_options(self) -> PipelineOptions:
         """The options that only pipelines have."""
-        return PipelineOptions(self.prompt, self.negative, self.height, self.width)
+        return PipelineOptions(self.prompt, self.negative, self.height, self.width, self.lora)
 
     @property
     def unique_labels(self) -> Sequence[int]:

@@ -103,7 +103,7 @@ def test_what_does_not_fit_is_named_in_one_line(
     folder, tmp_path, monkeypatch, capsys, words, message
 ):
     monkeypatch.chdir(tmp_path)
-    save_file({"unet.a.hada_w1_a": torch.zeros(2, 2)}, "bad.safetensors")
+    save_file({"unet.a.oft_blocks": torch.zeros(2, 2)}, "bad.safetensors")
     save_file({f"unet.{LAYER}.lora_A.weight": torch.zeros(2, 16)}, "half.safetensors")
     (tmp_path / "text.safetensors").write_text("no header, and no tensors")
     names = {"P": "pipeline", "FLUX": "flux", "STYLE": "style.safetensors"}

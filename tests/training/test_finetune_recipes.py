@@ -79,6 +79,13 @@ def test_the_chosen_recipe_trains_an_adapter_of_the_pipelines_process_and_sample
     size = ("--height=16", "--width=16") if family == "flux" else ()
     assert run_command("sample", str(run), *prompt, *size) == 0, capsys.readouterr().err
     assert all(value.isfinite().all() for value in read_weights(out).values())
+    from_pipeline = workspace / f"{family}-lora.safetensors"
+    prompt = (*prompt[:-1], f"--lora={run}", f"--out={from_pipeline}")
+    assert run_command("sample", f"tiny-{family}", *prompt, *size) == 0, capsys.readouterr().err
+    expected, found = read_weights(out), read_weights(from_pipeline)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
     trained = diffusers.DiffusionPipeline.from_pretrained(workspace / f"tiny-{family}")
     trained.load_lora_weights(str(run))
 

@@ -9,6 +9,7 @@ from diffcore.integrations.diffusers.adapters.extraction import extract_adapters
 from diffcore.integrations.diffusers.adapters.files import (
     adapter_file,
     read_adapters,
+    split_strength,
     write_adapters,
 )
 from diffcore.integrations.diffusers.adapters.layer_names import Format
@@ -102,7 +103,7 @@ def _merge(request: MergeRequest) -> None:
     index = PipelineIndex(Path(request.pipeline))
     changes, scheduler = [], None
     for text in request.adapters:
-        path, strength = _split_strength(text)
+        path, strength = split_strength(text)
         changes.append((read_adapters(path, index), strength))
         folder = Path(path) / "scheduler"
         scheduler = folder if folder.is_dir() else scheduler
@@ -114,17 +115,6 @@ def _merge(request: MergeRequest) -> None:
         f"{', '.join(parts)}{', with the scheduler of its run' if scheduler else ''} -> "
         f"{request.out}"
     )
-
-
-def _split_strength(text: str) -> tuple[str, float]:
-    """Path and strength of PATH or PATH=STRENGTH."""
-    path, equals, strength = text.rpartition("=")
-    if not equals:
-        return text, 1.0
-    try:
-        return path, float(strength)
-    except ValueError:
-        return text, 1.0
 
 
 def _extract(request: ExtractRequest) -> None:

@@ -76,6 +76,9 @@ def main(argv: Sequence[str]) -> None:
     prompts, words = extract_option(argv, "prompt", "a text", may_be_empty=True)
     if prompts:
         words.append(f"--prompt={json.dumps(prompts, ensure_ascii=False)}")
+    adapters, words = extract_option(words, "lora", "the file of an adapter")
+    if adapters:
+        words.append(f"--lora={json.dumps(adapters, ensure_ascii=False)}")
     arguments = parse_with_run_defaults(parser, words, read_sampling_settings)
     arguments.pop("config", None)
     folder = Path(arguments.pop("run"))
@@ -236,6 +239,7 @@ class SamplePlan:
             "path": request.path,
             "prompts": list(request.prompt),
             "negative": request.negative,
+            "adapters": list(request.lora),
             "shape": list(model.image_process.shape),
             "image": image,
             **self.named.settings,

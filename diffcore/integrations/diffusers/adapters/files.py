@@ -5,6 +5,7 @@ layers are joined to a block-diagonal entry on writing, so that they come back u
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,29 @@ from diffcore.integrations.diffusers.adapters.layer_names import (
     known_places,
     written_places,
 )
-from diffcore.integrations.diffusers.adapters.low_rank import Adapter, LowRank
+from diffcore.integrations.diffusers.adapters.low_rank import (
+    Adapter,
+    Change,
+    LowRank,
+)
+from diffcore.integrations.diffusers.adapters.products import (
+    PRODUCT_TENSORS,
+    FullRank,
+    multiply,
+)
 from diffcore.integrations.diffusers.loading.index import PipelineIndex
 from diffcore.io.files import write_file
 from diffcore.io.safetensors import check_header
 
-__all__ = ["ADAPTER", "Adapters", "adapter_file", "read_adapters", "write_adapters"]
+__all__ = [
+    "ADAPTER",
+    "Adapters",
+    "adapter_file",
+    "changes_of",
+    "read_adapters",
+    "split_strength",
+    "write_adapters",
+]
 
 ADAPTER = "pytorch_lora_weights.safetensors"
 """Name of the file of an adapter in a folder, which diffusers reads."""
@@ -45,7 +63,7 @@ ENDINGS = {
     ".lora_magnitude_vector.weight": "magnitude",
     ".dora_scale": "magnitude",
     ".alpha": "alpha",
-}
+} | {f".{name}": name for name in PRODUCT_TENSORS}
 
 
 def adapter_file(path: str | Path) -> Path:
@@ -69,6 +87,37 @@ def adapter_file(path: str | Path) -> Path:
     return file
 
 
+def split_strength(text: str) -> tuple[str, float]:
+    """Split PATH=STRENGTH.
+
+    Args:
+        text: path, which a strength may follow.
+
+    Returns:
+        The path, and the strength; 1 without one.
+    """
+    path, equals, strength = text.rpartition("=")
+    if not equals:
+        return text, 1.0
+    try:
+        return path, float(strength)
+    except ValueError:
+        return text, 1.0
+
+
+def changes_of(part: str, changes: Sequence[tuple[Adapters, float]]) -> list[tuple[Adapter, float]]:
+    """The changes of one part of a pipeline by several adapters.
+
+    Args:
+        part: name of the part.
+        changes: changes by part and layer, and the strength of each adapter.
+
+    Returns:
+        The changes by layer, and their strengths.
+    """
+    return [(adapters[part], strength) for adapters, strength in changes if part in adapters]
+
+
 def read_adapters(path: str | Path, index: PipelineIndex) -> Adapters:
     """Read the adapters of a pipeline from a file of diffusers, kohya or ComfyUI.
 
@@ -77,15 +126,15 @@ def read_adapters(path: str | Path, index: PipelineIndex) -> Adapters:
         index: pipeline whose layers the file changes.
 
     Returns:
-        The low-rank changes by part and layer.
+        The changes by part and layer.
 
     Raises:
-        ValueError: the file is no adapter of low rank, or changes layers that the pipeline lacks.
+        ValueError: the file is no adapter of a known kind, or the pipeline lacks its layers.
         CorruptFileError: the file cannot be read.
     """
     file = adapter_file(path)
     entries, alphas = _read_entries(file)
-    places, found = known_places(index), dict[str, dict[str, LowRank]]()
+    places, found = known_places(index), dict[str, dict[str, Change]]()
     if unknown := sorted(name for name in entries if name not in places):
         raise ValueError(
             f"{file} changes {len(unknown)} of {len(entries)} layers that the pipeline in "
@@ -94,9 +143,10 @@ def read_adapters(path: str | Path, index: PipelineIndex) -> Adapters:
     for name, entry in entries.items():
         part, layers, rows = places[name]
         change = _change(file, name, entry, alphas)
-        if sum(rows) != len(change.up):
+        height = len(change.up if isinstance(change, LowRank) else change.matrix)
+        if sum(rows) != height:
             raise ValueError(
-                f"{file} has {len(change.up)} rows in {name}, expected {sum(rows)} of the "
+                f"{file} has {height} rows in {name}, expected {sum(rows)} of the "
                 f"pipeline in {index.folder}: it belongs to another pipeline"
             )
         found.setdefault(part, {}).update(_split(change, layers, rows))
@@ -117,13 +167,14 @@ def write_adapters(
     Raises:
         ValueError: the format has no name for a layer.
     """
+    low_rank = _low_rank(adapters, form)
     places = written_places(index, form)
-    left = {(part, layer) for part, changes in adapters.items() for layer in changes}
+    left = {(part, layer) for part, changes in low_rank.items() for layer in changes}
     tensors: dict[str, Tensor] = {}
     for name, (part, layers, rows) in places.items():
-        changes = [adapters.get(part, {}).get(layer) for layer in layers]
-        if any(changes):
-            tensors |= dict(_tensors(name, _join(name, changes, rows), form))
+        found = [low_rank.get(part, {}).get(layer) for layer in layers]
+        if any(found):
+            tensors |= dict(_tensors(name, _join(name, found, rows), form))
             left -= {(part, layer) for layer in layers}
     if left:
         part, layer = min(left)
@@ -131,8 +182,23 @@ def write_adapters(
             f"the format {form} has no name for {len(left)} layers, such as {layer} of {part}: use "
             "the format diffusers"
         )
-    metadata = {METADATA: _metadata(adapters)} if form == "diffusers" else {}
+    metadata = {METADATA: _metadata(low_rank)} if form == "diffusers" else {}
     write_file(Path(path), save(tensors, {"format": "pt", **metadata}))
+
+
+def _low_rank(adapters: Mapping[str, Adapter], form: Format) -> dict[str, dict[str, LowRank]]:
+    """The changes as those of low rank, which alone the formats express."""
+    found: dict[str, dict[str, LowRank]] = {}
+    for part, changes in adapters.items():
+        for layer, change in changes.items():
+            if not isinstance(change, LowRank):
+                raise ValueError(
+                    f"the adapter of {layer} of {part} is a product (LoHa, LoKr), which is not "
+                    f"written in the format {form}: merge it, and extract the change (diffcore "
+                    "lora merge, diffcore lora extract)"
+                )
+            found.setdefault(part, {})[layer] = change
+    return found
 
 
 def _read_entries(file: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -147,8 +213,8 @@ def _read_entries(file: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, A
                 ending = next((end for end in ENDINGS if key.endswith(end)), None)
                 if ending is None:
                     raise ValueError(
-                        f"{file} holds {key}, which is no tensor of a low-rank adapter (LoRA, "
-                        "DoRA): merge an adapter of another kind where it was trained"
+                        f"{file} holds {key}, which is no tensor of a known adapter (LoRA, DoRA, "
+                        "LoHa, LoKr): merge an adapter of another kind where it was trained"
                     )
                 entry = entries.setdefault(key.removesuffix(ending), {})
                 entry[ENDINGS[ending]] = content.get_tensor(key)
@@ -161,15 +227,34 @@ def _read_entries(file: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, A
 
 def _change(
     file: Path, name: str, entry: Mapping[str, Tensor], metadata: Mapping[str, Any]
-) -> LowRank:
+) -> Change:
     """The change of an entry. Its α is in the entry, else in the metadata, else it is r."""
+    alpha = entry.get("alpha")
+    if not entry.keys().isdisjoint(PRODUCT_TENSORS):
+        change = multiply(entry, lambda rank: _product_alpha(metadata, name, rank, alpha))
+        if change is None:
+            raise ValueError(f"{file} has no matching matrices for {name}")
+        return change
     down, up = entry.get("down"), entry.get("up")
     if down is None or up is None or min(down.ndim, up.ndim) < 2 or len(down) != up.shape[1]:
         raise ValueError(f"{file} has no matching pair of matrices for {name}")
-    alpha = entry.get("alpha")
     value = _alpha(metadata, name, len(down)) if alpha is None else float(alpha)
     magnitude = entry.get("magnitude")
     return LowRank(down, up, value, None if magnitude is None else magnitude.flatten())
+
+
+def _product_alpha(
+    metadata: Mapping[str, Any], name: str, rank: int, alpha: Tensor | None
+) -> float:
+    """α of a product; of rank 0, which the tensors do not show, α over the rank of the metadata."""
+    part, _, layer = name.partition(".")
+    if rank:
+        return float(metadata.get(f"{part}.alpha", rank) if alpha is None else alpha)
+    total = metadata.get(f"{part}.r")
+    for pattern, value in (metadata.get(f"{part}.rank_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", layer):
+            total = value
+    return float(metadata[f"{part}.alpha"]) / float(total) if total else 1.0
 
 
 def _alpha(metadata: Mapping[str, Any], name: str, rank: int) -> float:
@@ -182,11 +267,14 @@ def _alpha(metadata: Mapping[str, Any], name: str, rank: int) -> float:
     return float(alpha) * (rank**0.5 if metadata.get(f"{part}.use_rslora") else 1.0)
 
 
-def _split(change: LowRank, layers: Sequence[str], sizes: Sequence[int]) -> dict[str, LowRank]:
+def _split(change: Change, layers: Sequence[str], sizes: Sequence[int]) -> dict[str, Change]:
     """The changes of the layers of one entry, without columns that are zero in a layer."""
     if len(layers) == 1:
         return {layers[0]: change}
-    split: dict[str, LowRank] = {}
+    if isinstance(change, FullRank):
+        matrices = change.matrix.split(list(sizes))
+        return {name: FullRank(matrix) for name, matrix in zip(layers, matrices, strict=True)}
+    split: dict[str, Change] = {}
     magnitudes = [None] * len(layers)
     if change.magnitude is not None:
         magnitudes = list(change.magnitude.split(list(sizes)))
@@ -238,7 +326,7 @@ def _tensors(name: str, change: LowRank, form: Format) -> Iterator[tuple[str, Te
         yield f"{name}.{ending}", rows.contiguous()
 
 
-def _metadata(adapters: Mapping[str, Adapter]) -> str:
+def _metadata(adapters: Mapping[str, Mapping[str, LowRank]]) -> str:
     """The config of peft of each part, from which diffusers builds the adapter."""
     from peft import LoraConfig
 

@@ -6,13 +6,21 @@ A (r, in) is `down`, B (out, r) is `up`, s the strength. The norm is that of eac
 al. 2021 (2106.09685); DoRA: Liu et al. 2024 (2402.09353).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Adapter", "LowRank", "extract_low_rank", "merge_adapter"]
+from diffcore.integrations.diffusers.adapters.products import FullRank
+
+__all__ = [
+    "Adapter",
+    "Change",
+    "LowRank",
+    "extract_low_rank",
+    "merge_adapters",
+]
 
 
 class LowRank(NamedTuple):
@@ -47,60 +55,57 @@ class LowRank(NamedTuple):
         product = self.up.float().flatten(1) @ self.down.float().flatten(1)
         return strength * self.alpha / self.rank * product
 
-    def applied(self, weight: Tensor, strength: float = 1.0) -> Tensor:
-        """The changed weight.
 
-        Args:
-            weight: (out, in) or (out, in, k, k) weight W.
-            strength: factor s of the change.
-
-        Returns:
-            W' in the shape and type of `weight`.
-
-        Raises:
-            ValueError: the change belongs to a weight of another shape.
-        """
-        delta = self.delta(strength)
-        if delta.shape != weight.flatten(1).shape:
-            raise ValueError(
-                f"the change has the shape {tuple(delta.shape)}, expected that of the weight, "
-                f"{tuple(weight.flatten(1).shape)}"
-            )
-        changed = weight.float().flatten(1) + delta.to(weight.device)
-        if self.magnitude is not None:
-            norm = torch.linalg.vector_norm(changed, dim=1, keepdim=True)
-            changed = self.magnitude.float().view(-1, 1).to(weight.device) * changed / norm
-        return changed.view_as(weight).to(weight.dtype)
+Change = LowRank | FullRank
+Adapter = Mapping[str, Change]
+"""The changes of a model's layers, by the names of the layers."""
 
 
-Adapter = Mapping[str, LowRank]
-"""The low-rank changes of a model's layers, by the names of the layers."""
+def _added(total: Tensor, change: Change, weight: Tensor, strength: float) -> Tensor:
+    """A weight (out, in k k) with one more change of W; the norm of DoRA is that of W + s Δ."""
+    delta = change.delta(strength)
+    if delta.shape != total.shape:
+        raise ValueError(
+            f"the change has the shape {tuple(delta.shape)}, expected that of the weight, "
+            f"{tuple(total.shape)}"
+        )
+    delta = delta.to(total.device)
+    if change.magnitude is None:
+        return total + delta
+    norm = torch.linalg.vector_norm(weight + delta, dim=1, keepdim=True)
+    return change.magnitude.float().view(-1, 1).to(total.device) * (total + delta) / norm
 
 
 @torch.no_grad()
-def merge_adapter(model: nn.Module, adapter: Adapter, strength: float = 1.0) -> None:
-    """Add an adapter to the weights of a model, in place.
+def merge_adapters(model: nn.Module, adapters: Sequence[tuple[Adapter, float]]) -> None:
+    """Add adapters to the weights of a model, in place, as diffusers' `set_adapters` does.
+
+        W_i = W_{i-1} + s_i Δ_i,   with DoRA   W_i = m_i (W_{i-1} + s_i Δ_i) / ‖W_0 + s_i Δ_i‖
 
     Args:
         model: model, such as the network or a text encoder of a pipeline.
-        adapter: low-rank changes by the names of its layers.
-        strength: factor s of the changes; 1 is the adapter as it was trained.
+        adapters: changes by the names of the model's layers, and the strength s of each adapter;
+            1 is the adapter as it was trained.
 
     Raises:
         ValueError: the model has no layer of a name, or a layer of another shape.
     """
     layers = dict(model.named_modules())
-    for name, change in adapter.items():
+    for name in dict.fromkeys(name for adapter, _ in adapters for name in adapter):
         weight = getattr(layers.get(name), "weight", None)
         if not isinstance(weight, Tensor):
             raise ValueError(
                 f"the adapter changes {name}, which {type(model).__name__} has not: it belongs to "
                 "another model"
             )
-        try:
-            weight.copy_(change.applied(weight, strength))
-        except ValueError as error:
-            raise ValueError(f"{name} of {type(model).__name__}: {error}") from None
+        total = base = weight.float().flatten(1)
+        for adapter, strength in adapters:
+            if name in adapter:
+                try:
+                    total = _added(total, adapter[name], base, strength)
+                except ValueError as error:
+                    raise ValueError(f"{name} of {type(model).__name__}: {error}") from None
+        weight.copy_(total.view_as(weight))
 
 
 def extract_low_rank(base: Tensor, tuned: Tensor, rank: int) -> tuple[LowRank, float]:

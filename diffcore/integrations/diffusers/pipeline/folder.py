@@ -8,8 +8,8 @@ from typing import Any
 
 import diffusers
 
-from diffcore.integrations.diffusers.adapters.files import Adapters
-from diffcore.integrations.diffusers.adapters.low_rank import merge_adapter
+from diffcore.integrations.diffusers.adapters.files import Adapters, changes_of
+from diffcore.integrations.diffusers.adapters.low_rank import merge_adapters
 from diffcore.integrations.diffusers.loading.index import PipelineIndex
 from diffcore.integrations.diffusers.scheduler.scheduler import DiffcoreScheduler
 from diffcore.io.files import write_folder
@@ -55,7 +55,7 @@ def merge_into_pipeline(
     Args:
         folder: folder to write, which must not exist.
         index: pipeline that the adapters belong to.
-        changes: low-rank changes by part and layer, and the strength of each.
+        changes: changes by part and layer, and the strength of each.
         scheduler: folder of the scheduler that the pipeline gets; None keeps its own.
 
     Raises:
@@ -64,11 +64,9 @@ def merge_into_pipeline(
     if Path(folder).exists():
         raise ValueError(f"{folder} exists already: choose another folder, or remove it")
     parts: dict[str, Any] = {}
-    for adapters, strength in changes:
-        for part, adapter in adapters.items():
-            if part not in parts:
-                parts[part] = index.read(part)
-            merge_adapter(parts[part], adapter, strength)
+    for part in sorted({part for adapters, _ in changes for part in adapters}):
+        parts[part] = index.read(part)
+        merge_adapters(parts[part], changes_of(part, changes))
     if scheduler is not None:
         parts["scheduler"] = _read_scheduler(Path(scheduler))
     write_folder(folder, lambda path: write_pipeline(path, index, parts))

@@ -8,9 +8,11 @@ import diffusers
 import pytest
 import torch
 
+from diffcore.integrations.diffusers.adapters.adapted_parts import adapt_parts
 from diffcore.integrations.diffusers.adapters.extraction import extract_adapters
 from diffcore.integrations.diffusers.adapters.files import read_adapters, write_adapters
 from diffcore.integrations.diffusers.adapters.low_rank import LowRank
+from diffcore.integrations.diffusers.loading.folder import read_folder
 from diffcore.integrations.diffusers.loading.index import PipelineIndex
 from diffcore.integrations.diffusers.pipeline.folder import merge_into_pipeline
 from tests.helpers import text_networks
@@ -43,9 +45,9 @@ def pipeline(request, tmp_path_factory):
     return PipelineIndex(folder)
 
 
-def random_adapters(index, targets=TARGETS, dora=False, parts=("text_encoder",), rank=0):
+def random_adapters(index, targets=TARGETS, dora=False, parts=("text_encoder",), rank=0, seed=0):
     """Changes in each layer of the network and of text encoders; rank 0: of other ranks and α."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     adapters = {}
     for part in (index.network_name, *parts):
         for name, module in index.read_architecture(part).named_modules():
@@ -149,3 +151,34 @@ def test_extraction_at_full_rank_is_the_whole_change(pipeline, tmp_path):
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
     _, share = extract_adapters(tuned, pipeline, 1, TARGETS[:-2])
     assert 0.3 < share < 0.999
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+@pytest.mark.parametrize("dora", [False, True])
+def test_several_adapters_with_strengths_are_those_of_set_adapters(pipeline, tmp_path, dora):
+    strengths, files = {"one": 0.8, "two": -0.5}, []
+    for number, form in enumerate(("diffusers", "comfyui")):
+        parts = () if dora else ("text_encoder",)
+        adapters = in_blocks(random_adapters(pipeline, TARGETS[:4], dora, parts, seed=number))
+        files.append(tmp_path / f"{form}.safetensors")
+        write_adapters(files[-1], adapters, pipeline, form)
+        write_adapters(tmp_path / f"{number}.safetensors", adapters, pipeline, "diffusers")
+    pipe = getattr(diffusers, pipeline.content["_class_name"]).from_pretrained(pipeline.folder)
+    for number, name in enumerate(strengths):
+        pipe.load_lora_weights(tmp_path, weight_name=f"{number}.safetensors", adapter_name=name)
+    pipe.set_adapters(list(strengths), list(strengths.values()))
+    texts = [f"{file}={value}" for file, value in zip(files, strengths.values(), strict=True)]
+    found = adapt_parts(read_folder(pipeline.folder), pipeline.folder, texts)
+    assert found.scheduler["_class_name"] == pipeline.scheduler["_class_name"]
+    merged, compared = found.pipeline(), 0
+    for part in (pipeline.network_name, *(() if dora else ("text_encoder",))):
+        before = pipeline.read(part)
+        for name, layer in getattr(pipe, part).named_modules():
+            if not hasattr(layer, "lora_A") or not layer.lora_A:
+                continue
+            linear = getattr(merged, part).get_submodule(name)
+            x = torch.randn(3, linear.in_features)
+            torch.testing.assert_close(linear(x), layer(x), rtol=1e-5, atol=1e-5, msg=name)
+            assert not torch.allclose(linear.weight, before.get_submodule(name).weight)
+            compared += 1
+    assert compared >= 4

@@ -222,10 +222,11 @@ def test_diffusers_loads_every_kind_of_adapter_that_it_knows(folder, tmp_path, k
     torch.testing.assert_close(network(X, TIME, STATES).sample, answer(made), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "loha", "lokr"])
 def test_the_merged_pipeline_answers_as_the_adapter(folder, tmp_path, kind):
     torch.manual_seed(0)
-    made = PretrainedNetwork(str(folder), LoRA(rank=3, alpha=2, kind=kind))
+    ranks = {"mid_block.*to_q": 5}
+    made = PretrainedNetwork(str(folder), LoRA(rank=3, alpha=2, kind=kind, ranks=ranks))
     state = {name: 0.3 * torch.randn_like(value) for name, value in made.state_dict().items()}
     made.load_state_dict(state)
     made.export(tmp_path, Process(Discrete(), shape=(4, 8, 8), prediction="epsilon"))
@@ -233,6 +234,7 @@ def test_the_merged_pipeline_answers_as_the_adapter(folder, tmp_path, kind):
     merge_into_pipeline(tmp_path / "merged", index, [(read_adapters(tmp_path, index), 1.0)])
     merged = PipelineIndex(tmp_path / "merged").read("unet")
     torch.testing.assert_close(merged(X, TIME, STATES).sample, answer(made), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(answer(made), index.read("unet")(X, TIME, STATES).sample, rtol=1e-2)
 
 
 def test_an_adapter_of_hadamard_products_trains(folder):
