@@ -1,6 +1,6 @@
 """Settings of a training that starts from a diffusers pipeline, which completes them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from pathlib import Path
 from types import MappingProxyType
@@ -9,13 +9,20 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import Namespace
 
 from diffcore import schedules
+from diffcore.cli.arguments import extract_option
 from diffcore.cli.family_recipe import check_recipe, report_choice
 from diffcore.io.specs import to_spec
 
 if TYPE_CHECKING:
     from diffcore.integrations.diffusers.loading.index import PipelineIndex
 
-__all__ = ["complete_settings", "find_pipeline", "make_pipelines_absolute", "trains_pipeline"]
+__all__ = [
+    "complete_settings",
+    "find_pipeline",
+    "localize_pipeline",
+    "make_pipelines_absolute",
+    "trains_pipeline",
+]
 
 READERS = {"network": "PretrainedNetwork", "data": "LatentDataset"}
 """Setting -> class of the component that reads a pipeline's folder."""
@@ -31,6 +38,45 @@ def trains_pipeline(settings: Mapping[str, Any]) -> bool:
         True if their network is a `PretrainedNetwork`.
     """
     return _class_name(settings.get("network")) == READERS["network"]
+
+
+def localize_pipeline(words: Sequence[str]) -> list[str]:
+    """Name the folder of a pipeline in place of a single checkpoint or of its id on a hub.
+
+    Args:
+        words: command-line words; `--pipeline_config` names the folder with the configs of a
+            checkpoint.
+
+    Returns:
+        The words with `--pipeline FOLDER`.
+
+    Raises:
+        ValueError: the checkpoint cannot be converted, or the hub cannot be reached.
+    """
+    configs, others = extract_option(words, "pipeline_config", "the folder of a pipeline")
+    named, rest = extract_option(others, "pipeline", "the folder of a diffusers pipeline")
+    source = named[-1] if named else ""
+    if not configs and not Path(source).is_file() and "/" not in source:
+        return others
+    from diffcore.integrations.diffusers.loading import single_file
+
+    if Path(source).is_file():
+        if not configs:
+            raise ValueError(
+                f"pipeline is the file {source}, whose tensors alone describe no pipeline: name a "
+                "folder with configs and tokenizers of its kind, --pipeline_config FOLDER"
+            )
+        folder = single_file.convert_single_file(source, configs[-1])
+    elif configs:
+        raise ValueError(
+            f"--pipeline_config is {configs[-1]}, but --pipeline is "
+            f"{source or 'missing'}, expected a .safetensors file: leave --pipeline_config out"
+        )
+    elif single_file.is_hub_id(source):
+        folder = single_file.download_pipeline(source)
+    else:
+        return others
+    return [f"--pipeline={folder}", *rest]
 
 
 def find_pipeline(settings: dict[str, Any], option: str, file: str) -> str:

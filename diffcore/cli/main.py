@@ -20,7 +20,7 @@ COMMANDS = {
     "evaluate": "compare samples of a run, a pipeline or a folder with real images",
     "features": "train a classifier whose features evaluations compare",
     "export": "save the network of a run as a diffusers pipeline",
-    "lora": "merge an adapter into a pipeline, extract one, or convert its file",
+    "lora": "merge, extract or convert an adapter, or name the moved pipeline of a run",
     "ema": "reconstruct an average of the weights of any length after training",
     "consolidate": "write weights of a run or checkpoint as one safetensors file",
     "doctor": "find faults of a training before it starts, or of the config of a pipeline",

@@ -10,7 +10,11 @@ from jsonargparse import Namespace
 from diffcore.cli.arguments import extract_option, wants_help
 from diffcore.cli.completion import complete_settings
 from diffcore.cli.family_recipe import CHOICE, choose_recipe, expand_options
-from diffcore.cli.finetuning import make_pipelines_absolute, trains_pipeline
+from diffcore.cli.finetuning import (
+    localize_pipeline,
+    make_pipelines_absolute,
+    trains_pipeline,
+)
 from diffcore.cli.recipes import find_settings, read_settings, recipe_names
 from diffcore.io.parser import ComponentParser
 from diffcore.run import Run
@@ -44,8 +48,9 @@ def training_parser(prog: str, description: str) -> ComponentParser:
     parser.add_argument(
         "--pipeline",
         default=None,
-        help="folder of a diffusers pipeline that the training starts from: its network, its data "
-        "encoder and its process complete the settings of the recipe or file",
+        help="diffusers pipeline that the training starts from: its network, its data encoder and "
+        "its process complete the settings of the recipe or file. It is a folder, an id on a hub, "
+        "or with `--pipeline-config FOLDER` a single .safetensors checkpoint",
     )
     parser.add_class_arguments(Trainer, skip={"config"})
     return parser
@@ -96,6 +101,7 @@ def _move_files_first(argv: Sequence[str]) -> list[str]:
     files, words = extract_option(argv, "config", "a YAML file")
     if words and not words[0].startswith("-"):
         files.insert(0, words.pop(0))
+    words = words if wants_help(words) else localize_pipeline(words)
     if files[:1] == [CHOICE] and wants_help(words):
         files = []
     elif files[:1] == [CHOICE]:

@@ -82,8 +82,8 @@ def test_the_change_is_extracted_and_converted(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     "words, message",
     [
-        ([], "name what to do with an adapter: merge, extract, convert"),
-        (["mix"], "name what to do with an adapter: merge, extract, convert"),
+        ([], "name what to do with an adapter: merge, extract, convert, base"),
+        (["mix"], "name what to do with an adapter: merge, extract, convert, base"),
         (["merge", "none", "--pipeline", "P", "--out", "o"], "none holds no adapter"),
         (["merge", "STYLE", "--pipeline", "FLUX", "--out", "o"], "it belongs to another pipeline"),
         (["merge", "STYLE", "--pipeline", "none", "--out", "o"], "none"),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from diffcore.integrations.diffusers import PretrainedNetwork
 from diffcore.io.safetensors import read_weights
@@ -42,9 +43,17 @@ def test_a_pipeline_that_was_moved_is_named_in_the_config(workspace, tmp_path, c
         assert run_command(*command) == 1
         message = capsys.readouterr().err
         assert f"pipeline is {tmp_path / 'pipeline'}, which does not exist" in message
-        assert "write the new folder in config.yaml" in message
+        assert "diffcore lora base RUN --pipeline FOLDER" in message
     config = run / "config.yaml"
-    config.write_text(config.read_text().replace(f"{tmp_path}/pipeline", f"{tmp_path}/moved"))
+    base = ("lora", "base", str(run), f"--pipeline={tmp_path / 'moved'}")
+    shutil.copytree(tmp_path / "moved", tmp_path / "other")
+    weights = tmp_path / "other/unet/diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: value + 1 for name, value in tensors.items()}, weights)
+    assert run_command(*base[:3], f"--pipeline={tmp_path / 'other'}") == 1
+    assert "has other weights than the one that" in capsys.readouterr().err
+    assert run_command(*base) == 0
+    assert "the weights are the same" in capsys.readouterr().out
     assert run_command(*sample) == 0
     assert run_command("train", f"--config={config}", "--resume=true", "--steps=2") == 0
 

@@ -75,13 +75,16 @@ def test_the_chosen_recipe_trains_an_adapter_of_the_pipelines_process_and_sample
     assert (run / ADAPTER).is_file()
     assert Run(run).settings()["lr"]["peak"] == 0.0001
     out = workspace / f"{family}.safetensors"
-    prompt = ("--prompt=a cat", "--steps=2", "--guidance.scale=1", f"--out={out}")
+    prompt = ("--prompt=a cat", "--steps=2", "--sampler=DDIM", "--grid=Trailing")
+    prompt = (*prompt, "--guidance.scale=1")
     size = ("--height=16", "--width=16") if family == "flux" else ()
-    assert run_command("sample", str(run), *prompt, *size) == 0, capsys.readouterr().err
+    words = ("sample", str(run), *prompt, *size, f"--out={out}")
+    assert run_command(*words) == 0, capsys.readouterr().err
     assert all(value.isfinite().all() for value in read_weights(out).values())
     from_pipeline = workspace / f"{family}-lora.safetensors"
-    prompt = (*prompt[:-1], f"--lora={run}", f"--out={from_pipeline}")
-    assert run_command("sample", f"tiny-{family}", *prompt, *size) == 0, capsys.readouterr().err
+    lora = (f"--lora={run}", f"--out={from_pipeline}")
+    words = ("sample", f"tiny-{family}", *prompt, *size, *lora)
+    assert run_command(*words) == 0, capsys.readouterr().err
     expected, found = read_weights(out), read_weights(from_pipeline)
     assert found.keys() == expected.keys()
     for name, value in expected.items():

@@ -1,4 +1,6 @@
-"""`diffcore lora`: merge an adapter into a pipeline, extract one, or convert its file."""
+"""`diffcore lora`: merge an adapter into a pipeline, extract one, convert its file, or name the
+moved pipeline of a run.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,9 +18,12 @@ from diffcore.integrations.diffusers.adapters.layer_names import Format
 from diffcore.integrations.diffusers.adapters.lora import ATTENTION_LAYERS
 from diffcore.integrations.diffusers.loading.index import PipelineIndex
 from diffcore.integrations.diffusers.pipeline.folder import merge_into_pipeline
+from diffcore.io.files import write_file
+from diffcore.io.manifest import checkpoint_folders, read_manifest
 from diffcore.io.parser import ComponentParser
+from diffcore.run import Run
 
-__all__ = ["ConvertRequest", "ExtractRequest", "MergeRequest", "main"]
+__all__ = ["BaseRequest", "ConvertRequest", "ExtractRequest", "MergeRequest", "main"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,20 @@ class ConvertRequest:
     pipeline: str
     out: str
     format: Format
+
+
+@dataclass(frozen=True)
+class BaseRequest:
+    """The pipeline of a run that trained an adapter, which was moved or renamed.
+
+    Args:
+        run: folder of the run.
+        pipeline: folder where the pipeline lies now; its network has the weights that the adapter
+            was trained for.
+    """
+
+    run: str
+    pipeline: str
 
 
 def main(argv: Sequence[str]) -> None:
@@ -138,9 +157,30 @@ def _convert(request: ConvertRequest) -> None:
     print(f"{layers} layers of {adapter_file(request.adapter)} -> {request.out} ({request.format})")
 
 
+def _base(request: BaseRequest) -> None:
+    run, index = Run(Path(request.run)), PipelineIndex(Path(request.pipeline))
+    network = run.settings().get("network")
+    arguments = network.get("init_args") if isinstance(network, dict) else None
+    if not isinstance(arguments, dict) or "pipeline" not in arguments:
+        raise ValueError(f"{run.folder} trained no network of a pipeline: it has no base")
+    checkpoints = checkpoint_folders(run.checkpoints)
+    expected = read_manifest(checkpoints[-1])["state"].get("network") if checkpoints else None
+    if expected and expected != index.network_hash:
+        raise ValueError(
+            f"the network in {index.folder} has other weights than the one that {run.folder} was "
+            "trained for: name the folder to which its pipeline was moved"
+        )
+    old, new = str(arguments["pipeline"]), str(index.folder.absolute())
+    text = run.config.read_text(encoding="utf-8").replace(old, new)
+    write_file(run.config, text.encode())
+    checked = "the weights are the same" if expected else "its weights were not compared"
+    print(f"{run.folder}: {old} -> {new}; {checked}")
+
+
 ACTIONS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
     "merge": (MergeRequest, _merge),
     "extract": (ExtractRequest, _extract),
     "convert": (ConvertRequest, _convert),
+    "base": (BaseRequest, _base),
 }
-POSITIONAL = {"merge": "adapters", "extract": "tuned", "convert": "adapter"}
+POSITIONAL = {"merge": "adapters", "extract": "tuned", "convert": "adapter", "base": "run"}

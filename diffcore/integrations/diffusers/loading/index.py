@@ -22,7 +22,7 @@ from diffcore.integrations.diffusers.loading.folder import (
 from diffcore.integrations.diffusers.loading.network import read_process_fields
 from diffcore.integrations.diffusers.loading.vae import downsampling_factor
 from diffcore.integrations.diffusers.scheduler.scheduler_config import Config
-from diffcore.io.files import check_links
+from diffcore.io.files import check_links, hash_file
 from diffcore.io.network_size import build_without_memory
 
 __all__ = ["PipelineIndex"]
@@ -68,6 +68,12 @@ class PipelineIndex:
     def network_name(self) -> str:
         """Name of the network, "unet" or "transformer"."""
         return network_name(self.folder, self.content)
+
+    @property
+    def network_hash(self) -> str:
+        """Hashes of the files of the network's weights, in the order of their names."""
+        files = sorted((self.folder / self.network_name).glob("*.safetensors"))
+        return " ".join(map(hash_file, files))
 
     @property
     def pipeline_class(self) -> Any:

@@ -31,7 +31,7 @@ from diffcore.integrations.diffusers.scheduler.scheduler_config import (
     dynamic_shift,
 )
 from diffcore.integrations.diffusers.scheduler.settings import SchedulerSettings
-from diffcore.io.files import hash_file, verify_folder, write_file, write_folder
+from diffcore.io.files import verify_folder, write_file, write_folder
 from diffcore.samplers import DDIM
 from diffcore.schedules import Trailing
 
@@ -57,7 +57,8 @@ class PretrainedNetwork(ExportableNetwork):
         if not Path(pipeline).is_dir():
             raise ValueError(
                 f"pipeline is {pipeline}, which does not exist: name its folder; of a run whose "
-                "pipeline was moved, write the new folder in config.yaml in place of this one"
+                "pipeline was moved, diffcore lora base RUN --pipeline FOLDER (or write the new "
+                "folder in config.yaml in place of this one)"
             )
         self.index, self.lora = PipelineIndex(Path(pipeline)), lora
         self.index.check_pretrained()
@@ -109,12 +110,7 @@ class PretrainedNetwork(ExportableNetwork):
     @cached_property
     def content_hash(self) -> str:
         """Hash of the frozen weights that an adapter is trained for; "" without LoRA."""
-        files = (
-            sorted((self.index.folder / self.index.network_name).glob("*.safetensors"))
-            if self.lora.rank
-            else []
-        )
-        return " ".join(map(hash_file, files))
+        return self.index.network_hash if self.lora.rank else ""
 
     @property
     def exported_names(self) -> tuple[str, ...]:
