@@ -362,7 +362,7 @@ class LatentDataset(DataSource):
 
         keys = self._prompt_keys(texts, negative)
         if missing := self.embeddings.missing(keys):
-            pipeline = self.pipeline.read_text_pipeline().to(device)
+            pipeline = self.pipeline.read_text_pipeline(device)
             by_key = dict(zip(keys, texts, strict=False))  # without the null key
             size = (self.images.size, self.images.size)
 

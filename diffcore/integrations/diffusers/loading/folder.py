@@ -42,6 +42,7 @@ __all__ = [
     "read_folder",
     "read_json",
     "read_part",
+    "read_text_pipeline",
     "sampling_defaults",
 ]
 
@@ -152,7 +153,7 @@ def read_folder(folder: str | Path, network: nn.Module | None = None) -> Pipelin
         network,
         config,
         vae,
-        lambda: _read_text_pipeline(folder, index, {name: network, "vae": vae}),
+        lambda: read_text_pipeline(folder, index, {name: network, "vae": vae}),
         _process_fields(index.get("_class_name"), index),
     )
 
@@ -258,10 +259,22 @@ def is_present(index: dict[str, Any], name: str) -> bool:
     return False
 
 
-def _read_text_pipeline(
+def read_text_pipeline(
     folder: Path, index: dict[str, Any], parts: dict[str, nn.Module | None]
 ) -> Any:
-    """The pipeline that the index names, with the text encoders and these parts; no other part."""
+    """Read the pipeline that an index names, with its text encoders and given parts alone.
+
+    Args:
+        folder: the pipeline's folder.
+        index: content of its model_index.json.
+        parts: network and VAE by name.
+
+    Returns:
+        The pipeline of diffusers.
+
+    Raises:
+        ValueError: the index names no pipeline that encodes prompts.
+    """
     name = index.get("_class_name")
     cls: Any = getattr(diffusers, str(name), None)
     if not hasattr(cls, "encode_prompt"):
@@ -287,7 +300,9 @@ def _read_text_pipeline(
     return cls(**required | options | text | parts)
 
 
-def read_part(folder: str | Path, name: str, index: dict[str, Any], weights: bool = True) -> Any:
+def read_part(
+    folder: str | Path, name: str, index: dict[str, Any], weights: bool = True, **given: Any
+) -> Any:
     """Read one part of a saved pipeline.
 
     Args:
@@ -296,6 +311,7 @@ def read_part(folder: str | Path, name: str, index: dict[str, Any], weights: boo
         index: content of its model_index.json.
         weights: whether to load the weights; without them a model of diffusers is built from its
             config alone.
+        **given: further arguments of `from_pretrained`.
 
     Returns:
         The model or tokenizer.
@@ -321,7 +337,7 @@ def read_part(folder: str | Path, name: str, index: dict[str, Any], weights: boo
                 f"{folder / name} holds no tokenizer, expected one of {', '.join(files)}"
             )
     try:
-        return cls.from_pretrained(folder / name, local_files_only=True, **options)
+        return cls.from_pretrained(folder / name, local_files_only=True, **options | given)
     except OSError as error:
         raise ValueError(
             f"{folder / name} cannot be read ({' '.join(str(error).split())}): its config.json and "

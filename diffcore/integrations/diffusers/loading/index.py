@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 from torch import nn
 
 from diffcore.integrations.diffusers.families import ModelFamily, family_of
@@ -15,9 +16,9 @@ from diffcore.integrations.diffusers.loading.folder import (
     is_present,
     latent_shape,
     network_name,
-    read_folder,
     read_json,
     read_part,
+    read_text_pipeline,
 )
 from diffcore.integrations.diffusers.loading.network import read_process_fields
 from diffcore.integrations.diffusers.loading.vae import downsampling_factor
@@ -93,11 +94,12 @@ class PipelineIndex:
         """The scheduler's config."""
         return read_json(self.folder / "scheduler" / "scheduler_config.json")
 
-    def read(self, name: str) -> Any:
+    def read(self, name: str, **options: Any) -> Any:
         """Read a part with its weights.
 
         Args:
             name: name of the part.
+            **options: arguments of `from_pretrained`, such as `torch_dtype`.
 
         Returns:
             The model or tokenizer.
@@ -106,17 +108,24 @@ class PipelineIndex:
             ValueError: there is no such part, or it cannot be read.
         """
         self._check(name)
-        return read_part(self.folder, name, self.content)
+        return read_part(self.folder, name, self.content, **options)
 
-    def read_text_pipeline(self) -> Any:
-        """Read the pipeline with its network, VAE and text encoders, without its other parts.
+    def read_text_pipeline(self, device: torch.device | None = None) -> Any:
+        """Read the pipeline with its text encoders; its network and its VAE have no weights.
+
+        Args:
+            device: device of the text encoders; None: the CPU.
 
         Returns:
-            A pipeline of the class that the index names.
+            A pipeline of the class that the index names, to encode prompts.
         """
-        pipeline = read_folder(self.folder).pipeline
-        assert pipeline is not None
-        return pipeline()
+        names = {self.network_name, *(self.parts & {"vae"})}
+        parts = dict.fromkeys(("vae",)) | {name: self.read_architecture(name) for name in names}
+        pipeline = read_text_pipeline(self.folder, self.content, parts)
+        for name, part in pipeline.components.items():
+            if name.startswith("text_encoder") and part is not None:
+                part.to(device or "cpu")
+        return pipeline
 
     def config(self, name: str) -> Config:
         """The config of a part.

@@ -121,10 +121,11 @@ def download_pipeline(name: str, download: Callable[..., str] | None = None) -> 
     Raises:
         ValueError: the hub cannot be reached, or has no such pipeline.
     """
-    if download is None:
-        from huggingface_hub import snapshot_download as download
+    from huggingface_hub import snapshot_download
+
+    fetch: Callable[..., str] = download or snapshot_download
     try:
-        return Path(download(name, allow_patterns=PATTERNS, ignore_patterns=["*.non_ema.*"]))
+        return Path(fetch(name, allow_patterns=PATTERNS, ignore_patterns=["*.non_ema.*"]))
     except Exception as error:  # of the client, of the network, and of the system
         reason = " ".join(str(error).split())[:200]
         raise ValueError(

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import diffusers
+import torch
 from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ from diffcore.integrations.diffusers.adapters.files import ADAPTER
 from diffcore.integrations.diffusers.adapters.lora import LoRA
 from diffcore.integrations.diffusers.families import family_of
 from diffcore.integrations.diffusers.loading.folder import PipelineParts, read_folder, read_json
+from diffcore.integrations.diffusers.loading.frozen_base import BasePrecision, read_base
 from diffcore.integrations.diffusers.loading.index import PipelineIndex
 from diffcore.integrations.diffusers.pipeline.export import export_scheduler
 from diffcore.integrations.diffusers.pipeline.folder import write_pipeline
@@ -46,13 +48,17 @@ class PretrainedNetwork(ExportableNetwork):
     Args:
         pipeline: folder of a diffusers pipeline (`save_pretrained`) with safetensors.
         lora: adapter that is trained in place of the weights; rank 0 trains all weights.
+        base: data type of the frozen weights under an adapter: float32, bf16, fp8 (stored in 8 bits
+            and evaluated in bfloat16) or nf4 (4 bits of bitsandbytes). The adapter is float32.
 
     Raises:
         ValueError: The folder holds no complete pipeline, no layer fits the adapter, or diffusers
-            loads no adapter into this pipeline.
+            loads no adapter into this pipeline; or the base of all weights is not float32.
     """
 
-    def __init__(self, pipeline: str | Path, lora: LoRA = LoRA()) -> None:
+    def __init__(
+        self, pipeline: str | Path, lora: LoRA = LoRA(), base: BasePrecision = "float32"
+    ) -> None:
         super().__init__()
         if not Path(pipeline).is_dir():
             raise ValueError(
@@ -62,7 +68,13 @@ class PretrainedNetwork(ExportableNetwork):
             )
         self.index, self.lora = PipelineIndex(Path(pipeline)), lora
         self.index.check_pretrained()
-        self.network: Any = self.index.read(self.index.network_name)
+        if base != "float32" and not lora.rank:
+            raise ValueError(
+                f"base is {base}, but all weights are trained, which needs float32: train an "
+                "adapter (--lora 16), or leave base out"
+            )
+        self.base = base
+        self.network: Any = read_base(self.index, base)
         self.config = self.network.config
         _leave_dropout_to_process(self.network)
         if lora.rank:
@@ -73,6 +85,12 @@ class PretrainedNetwork(ExportableNetwork):
                 )
             lora.add_to(self.network)
             keep_trained_state(self)
+            for parameter in self.network.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+            self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
+            load_hook = self.register_load_state_dict_post_hook
+            load_hook(_accept_missing_frozen)  # type: ignore[no-untyped-call]
         elif missing_parts := sorted(
             name for name in self.index.parts if not (self.index.folder / name).is_dir()
         ):
@@ -103,9 +121,16 @@ class PretrainedNetwork(ExportableNetwork):
                 "the network is conditioned on text, not on labels: sample its pipeline/ with "
                 "--prompt, or use PromptNetwork(network, prompts)"
             )
-        return extract_tensor(family.wrap(network)(x, timestep=timestep, **condition))[
-            :, : x.shape[1]
-        ]
+        given, condition = self._narrowed(x), self._narrowed(condition)
+        output = extract_tensor(family.wrap(network)(given, timestep=timestep, **condition))
+        return output[:, : x.shape[1]].to(x.dtype)
+
+    def _narrowed(self, value: Any) -> Any:
+        """Tensors of numbers, possibly in dictionaries, in the data type of a frozen base."""
+        if isinstance(value, dict):
+            return {name: self._narrowed(item) for name, item in value.items()}
+        is_wide = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(torch.bfloat16) if is_wide and self.base != "float32" else value
 
     @cached_property
     def content_hash(self) -> str:
@@ -127,7 +152,7 @@ class PretrainedNetwork(ExportableNetwork):
         return facts
 
     def exported_parts(self, folder: str | Path) -> PipelineParts:
-        """The parts of the pipeline with this network and the scheduler of a run.
+        """The parts of the pipeline with this network on a float32 base, and a run's scheduler.
 
         Args:
             folder: folder of the run, to which `export` wrote the scheduler.
@@ -137,8 +162,17 @@ class PretrainedNetwork(ExportableNetwork):
         """
         verify_folder(Path(folder) / "scheduler")
         scheduler = read_json(Path(folder) / "scheduler" / "scheduler_config.json")
-        parts = read_folder(self.index.folder, self.network)
+        parts = read_folder(self.index.folder, self._in_float32())
         return replace(parts, scheduler=scheduler)
+
+    def _in_float32(self) -> nn.Module:
+        """The network with the weights of the pipeline, which diffusers adds the adapter to."""
+        network: nn.Module = self.network
+        if self.base != "float32":
+            made = PretrainedNetwork(self.index.folder, self.lora)
+            made.load_state_dict(self.state_dict())
+            network = made.network
+        return network
 
     def export(self, folder: str | Path, process: Process) -> None:
         """Write the network to a run's folder in the format of diffusers.

@@ -237,6 +237,58 @@ def test_the_merged_pipeline_answers_as_the_adapter(folder, tmp_path, kind):
     assert not torch.allclose(answer(made), index.read("unet")(X, TIME, STATES).sample, rtol=1e-2)
 
 
+@pytest.mark.parametrize(("base", "bound"), [("bf16", 0.02), ("fp8", 0.1)])
+def test_a_frozen_base_in_fewer_bits_trains_a_float32_adapter(folder, tmp_path, base, bound):
+    torch.manual_seed(0)
+    exact = PretrainedNetwork(str(folder), LoRA(rank=2))
+    torch.manual_seed(0)
+    made = PretrainedNetwork(str(folder), LoRA(rank=2), base=base).train()
+    state = {name: 0.3 * torch.randn_like(value) for name, value in exact.state_dict().items()}
+    for network in (exact, made):
+        network.load_state_dict(state)
+    output = made(X, TIME, encoder_hidden_states=STATES)
+    expected = exact(X, TIME, encoder_hidden_states=STATES)
+    assert output.dtype == torch.float32
+    difference = (output - expected).norm() / expected.norm()
+    assert 1e-4 < difference < bound
+    gradients = []
+    for network, out in ((made, output), (exact, expected)):
+        out.square().mean().backward()
+        trained = [value for value in network.parameters() if value.requires_grad]
+        assert {value.dtype for value in trained} == {torch.float32}
+        gradients.append(torch.cat([value.grad.flatten() for value in trained]))
+    cosine = torch.nn.functional.cosine_similarity(*gradients, dim=0)
+    assert cosine > 1 - bound
+    frozen = [value for value in made.parameters() if not value.requires_grad]
+    stored = sum(value.nbytes for value in frozen)
+    assert stored < (0.51 if base == "bf16" else 0.35) * sum(
+        4 * value.numel() for value in exact.parameters() if not value.requires_grad
+    )
+    made.export(tmp_path, Process(Discrete(), shape=(4, 8, 8), prediction="epsilon"))
+    sampled = made.exported_parts(tmp_path).network
+    torch.testing.assert_close(sampled(X, TIME, STATES).sample, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"base": "bf16"}, "base is bf16, but all weights are trained, which needs float32"),
+        ({"base": "int3", "lora": LoRA(2)}, "base is 'int3', expected one of float32, bf16, fp8"),
+    ],
+)
+def test_a_base_that_cannot_be_is_refused(folder, options, message):
+    with pytest.raises(ValueError, match=message):
+        PretrainedNetwork(str(folder), **options)
+
+
+def test_a_base_in_4_bits_without_its_package_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(
+        "diffcore.integrations.diffusers.loading.frozen_base.has_extra", lambda name: False
+    )
+    with pytest.raises(ValueError, match=r"nf4 .* needs the package 'bitsandbytes', which is not"):
+        PretrainedNetwork(str(folder), LoRA(2), base="nf4")
+
+
 def test_an_adapter_of_hadamard_products_trains(folder):
     made = PretrainedNetwork(str(folder), LoRA(rank=2, kind="loha", dropout=0.1))
     assert all(".hada_w" in name for name in made.state_dict())
