@@ -88,9 +88,6 @@ class PretrainedNetwork(ExportableNetwork):
             for parameter in self.network.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
-            self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
-            load_hook = self.register_load_state_dict_post_hook
-            load_hook(_accept_missing_frozen)  # type: ignore[no-untyped-call]
         elif missing_parts := sorted(
             name for name in self.index.parts if not (self.index.folder / name).is_dir()
         ):
