@@ -44,7 +44,7 @@ FILES = {AVERAGED: "ema.safetensors", RAW: "model.safetensors"}
 """Their files in a checkpoint."""
 
 LOCATIONS = {
-    "Arrays": {"path", "labels"},
+    "Arrays": {"path", "labels", "conditions"},
     "HuggingFaceData": {"path"},
     "HuggingFaceStream": {"path"},
     "ImageFolder": {"folder", "verify"},

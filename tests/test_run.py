@@ -103,7 +103,8 @@ def test_folders_whose_content_is_hashed_do_not_identify_a_component():
     expected = {"data": images | {"init_args": {"size": 8}}, "folder": "b"}
     assert without_locations(subset) == subset | {"init_args": expected}
     assert without_locations("Digits") == "Digits"
-    arrays = {"class_path": "Arrays", "init_args": {"path": "a", "labels": "b", "channels": "last"}}
+    files = {"path": "a", "labels": "b", "conditions": {"depth": "c"}}
+    arrays = {"class_path": "Arrays", "init_args": {**files, "channels": "last"}}
     assert without_locations(arrays)["init_args"] == {"channels": "last"}
 
 

@@ -13,14 +13,17 @@ from diffcore.core.process import Process
 __all__ = ["check_value", "resolve"]
 
 
-def check_value(name: str, record: ConditionRecord, value: Any, where: str) -> Tensor:
+def check_value(
+    name: str, record: ConditionRecord, value: Any, where: str, may_be_several: bool = False
+) -> Tensor:
     """Check the values of a condition.
 
     Args:
         name: name of the condition.
         record: what the process records of it.
-        value: one value of the record's shape, or several (N, *shape).
+        value: one value of the record's shape.
         where: what has the value, such as "item 3 of the data", for the message.
+        may_be_several: whether several values (N, *shape) are accepted too.
 
     Returns:
         The values as a float tensor of at least 32 bits.
@@ -29,7 +32,8 @@ def check_value(name: str, record: ConditionRecord, value: Any, where: str) -> T
         ValueError: the value is no tensor of finite numbers of this shape within the range.
     """
     shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-    is_fitting = shape == record.shape or (shape[1:] == record.shape and len(shape) > 1)
+    is_several = may_be_several and len(shape) > 1 and shape[1:] == record.shape and shape[0] != 0
+    is_fitting = shape == record.shape or is_several
     if not isinstance(value, Tensor) or value.is_complex() or not is_fitting:
         raise ValueError(
             f"{where} has the condition {name} of shape {shape}, expected a tensor of the shape "
@@ -80,7 +84,7 @@ def resolve(
         if given.get(name) is None:
             _check_droppable(name, record)
             continue
-        value = check_value(name, record, _as_tensor(given[name]), "the request")
+        value = check_value(name, record, _as_tensor(given[name]), "the request", True)
         if value.ndim > len(record.shape) and len(value) not in (1, count):
             raise ValueError(
                 f"condition {name} has {len(value)} values, expected one for each of {count} "

@@ -207,9 +207,12 @@ def as_conditions(
     """
     if condition is None:
         return null_condition(process, batch_size, device)
-    if not process.conditions or isinstance(condition, Conditions):
+    if not process.conditions:
         return condition
-    return replace_label(null_condition(process, batch_size, device), condition)
+    null = null_condition(process, batch_size, device)
+    if not isinstance(condition, Conditions):
+        return replace_label(null, condition)
+    return replace_label(condition, labels_of(null)) if condition.label is None else condition
 
 
 def batch_condition(

@@ -186,6 +186,11 @@ class Process:
                     f"a condition is named {name!r}, expected the name of an argument of the "
                     f"network's forward, and none of {', '.join(RESERVED)}"
                 )
+            if name.removesuffix("_absent") in self.conditions.keys() - {name}:
+                raise ValueError(
+                    f"a condition is named {name!r}, which are the flags of the condition "
+                    f"{name.removesuffix('_absent')}: give it another name"
+                )
             shape = self.conditions[name].shape
             check_memory(4 * math.prod(shape), f"one condition {name} of shape {shape}")
         if self.classes and "class_labels" in self.conditions:

@@ -94,7 +94,8 @@ def draw(
         case "frames":
             frames = _frames(x)
             indices = torch.linspace(0, frames.shape[1] - 1, min(FRAMES, frames.shape[1]))
-            return _draw_strips(frames[:, indices.round().long()], process, rows, per_row)
+            frames = frames[:, indices.round().long()]
+            return _draw_strips(frames, _with_range(process, frames), rows, per_row)
         case _:
             return images.draw_grid(x, process, rows, per_row)
 
@@ -150,6 +151,7 @@ def _save_animation(
     frames: Tensor, process: Process, rows: Sequence[str], per_row: int, path: Path
 ) -> None:
     """Write frames (N, F, c, H, W) as an animated GIF that repeats."""
+    process = _with_range(process, frames)
     pictures = [
         _draw_strips(frames[:, index, None], process, rows, per_row)
         for index in range(frames.shape[1])
@@ -186,9 +188,6 @@ def _draw_strips(
     height, width = frames.shape[-2:]
     scale = max(1, images.SMALLEST // max(height, width))
     enlarged = images.enlarge(frames.flatten(0, 1), scale).unflatten(0, frames.shape[:2])
-    if not (-torch.inf < process.low < process.high < torch.inf):
-        low, high = _bounds(frames)
-        process = replace(process, low=low, high=high)
     gap = torch.full_like(enlarged[..., :1], process.high)
     parts = [part for frame in enlarged.unbind(1) for part in (frame, gap[:, 0])][:-1]
     strips = torch.cat(parts, -1)
@@ -196,8 +195,10 @@ def _draw_strips(
     return images.draw_grid(strips, sized, rows, per_row)
 
 
-def _bounds(x: Tensor) -> tuple[float, float]:
-    """Smallest and largest finite value, for data without a range."""
+def _with_range(process: Process, x: Tensor) -> Process:
+    """The process; without a range, with that of the finite values of all samples."""
+    if -torch.inf < process.low < process.high < torch.inf:
+        return process
     finite = x[x.isfinite()]
     low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
-    return low, high if high > low else low + 1
+    return replace(process, low=low, high=high if high > low else low + 1)

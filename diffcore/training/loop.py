@@ -197,6 +197,7 @@ def _optimize(state: TrainState, batches: Iterator[Batch]) -> tuple[Tensor, ...]
     settings, accelerator = state.settings, state.accelerator
     set_learning_rate(state.optimizer.optimizer, settings.lr(state.step, settings.steps))
     losses, norm, recorder = [], torch.zeros(()), state.micro_batch_norms
+    noise: tuple[Tensor, ...] = ()
     buffers = _copy_buffers(state)
     with recorder.recording() if recorder else nullcontext():
         for part, batch in enumerate(batches):
@@ -207,11 +208,11 @@ def _optimize(state: TrainState, batches: Iterator[Batch]) -> tuple[Tensor, ...]
                 accelerator.backward(loss.mean())
                 if accelerator.sync_gradients:
                     norm = clip_gradient(state)
+                    noise = _gradient_noise(state, norm)  # the step may change the scale of fp16
                     _zero_non_finite_gradient(state)
                 state.optimizer.step()
                 state.optimizer.zero_grad()
             losses.append(loss.detach())
-    noise = _gradient_noise(state, norm)
     return torch.cat(losses), _keep_finite_buffers(buffers, norm), *noise
 
 

@@ -15,6 +15,8 @@ from diffcore.io.safetensors import read_weights
 from tests.conftest import forget_accelerate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+volumes, video = (pytest.param(name, marks=pytest.mark.slow) for name in ("volumes", "video"))
+"""Their networks are those of each other; the signals stand for both in the fast tests."""
 
 QUICK = (
     "--steps=2",
@@ -43,7 +45,7 @@ def points_run(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("recipe", ["signals", "volumes", "video"])
+@pytest.mark.parametrize("recipe", ["signals", volumes, video])
 def test_a_recipe_trains_draws_previews_and_samples_pictures_and_arrays(diffcore, recipe):
     options = (*QUICK, *SMALL[recipe], "--folder=run", "--sample-every=2")
     ended = diffcore("train", recipe, *options)
@@ -119,7 +121,7 @@ def test_info_report_doctor_and_export_know_a_run_on_points(diffcore, points_run
     assert len(ended.err.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("recipe", SMALL)
+@pytest.mark.parametrize("recipe", ["points", "signals", volumes, video])
 def test_the_doctor_finds_nothing_wrong_with_a_recipe(diffcore, recipe):
     ended = diffcore("doctor", recipe, "--quick", "--folder=run")
     assert ended.status == 0, ended.out
@@ -138,7 +140,7 @@ def test_latents_train_from_a_file_and_are_drawn_channel_by_channel(diffcore):
     assert np.load("x.npy").shape == (2, 4, 8, 8)
 
 
-@pytest.mark.parametrize("recipe", ["points", "signals", "volumes", "video"])
+@pytest.mark.parametrize("recipe", ["points", "signals", volumes, video])
 def test_the_comment_of_a_recipe_trains_on_a_file_of_arrays(diffcore, recipe):
     text = find_settings(recipe).read_text(encoding="utf-8")
     command = re.search(r"#     diffcore (train .*(?:\n#         .*)*)", text)[1]

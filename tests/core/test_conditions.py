@@ -91,6 +91,11 @@ def test_a_condition_is_named_like_an_argument_of_the_network(name):
         Process(conditions={name: NUMBER})
 
 
+def test_a_condition_is_not_named_like_the_flags_of_another():
+    with pytest.raises(ValueError, match="'number_absent', which are the flags of the condition"):
+        Process(conditions={"number": NUMBER, "number_absent": NUMBER})
+
+
 def test_classes_and_a_condition_class_labels_are_one_argument():
     with pytest.raises(ValueError, match="which are one argument of the network"):
         Process(classes=2, conditions={"class_labels": NUMBER})
@@ -154,6 +159,14 @@ def test_labels_of_a_process_with_conditions_leave_these_absent():
     assert condition.absent["image"].tolist() == [True, True]
 
 
+def test_conditions_without_a_label_have_the_null_label():
+    """Beside conditions with labels, a batch of one would else have one label for two samples."""
+    condition = as_conditions(PROCESS, replace(given(), label=None), 2)
+    assert condition.label.tolist() == [3, 3]
+    assert torch.equal(condition.values["vector"], VALUES["vector"])
+    assert torch.equal(as_conditions(PROCESS, given(), 2).label, LABELS)
+
+
 def test_rows_and_batches_of_conditions():
     both = concatenate([given(), without(PROCESS, given(), ("image", "label"))])
     assert len(both) == 4
@@ -181,6 +194,7 @@ def test_named_values_are_resolved_for_each_sample():
         ({"vector": [0.0, 0.0]}, "condition number is missing, without which the network"),
         ({"number": [1.0], "colour": [1.0]}, "there is no condition 'colour', expected vector"),
         ({"number": [1.0, 2.0]}, r"condition number of shape \(2,\), expected .* shape \(1,\)"),
+        ({"number": torch.zeros(0, 1)}, r"condition number of shape \(0, 1\), expected"),
         ({"number": "dark"}, "condition number of shape str"),
         ({"number": [[1.0]] * 3}, "condition number has 3 values, expected one for each of 2"),
         ({"number": [math.inf]}, "not finite"),
@@ -190,6 +204,11 @@ def test_named_values_are_resolved_for_each_sample():
 def test_named_values_are_checked(values, message):
     with pytest.raises(ValueError, match=message):
         resolve(PROCESS, 2, values, None)
+
+
+def test_several_values_are_refused_where_one_is_expected():
+    with pytest.raises(ValueError, match=r"item 3 has the condition vector of shape \(1, 2\)"):
+        check_value("vector", VECTOR, torch.zeros(1, 2), "item 3")
 
 
 def test_values_become_floats_of_32_bits():

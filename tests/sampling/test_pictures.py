@@ -143,9 +143,11 @@ def test_latents_without_a_range_are_scaled_from_the_least_to_the_largest_value(
     assert sheet[24, [24, 65, 106, 147], 0].tolist() == [0, 0, 255, 0]
 
 
-def test_an_animation_has_the_frames_of_the_video(tmp_path):
+@pytest.mark.parametrize("low", [-1.0, -math.inf])
+def test_an_animation_has_the_frames_of_the_video(tmp_path, low):
+    """Without a range, all frames are scaled alike."""
     x = torch.linspace(-1, 1, 3).view(1, 1, 3, 1, 1).expand(2, 1, 3, 40, 40)
-    pictures.save(x, process(1, 3, 40, 40), ["", ""], 1, tmp_path / "new/x.gif")
+    pictures.save(x, process(1, 3, 40, 40, low=low), ["", ""], 1, tmp_path / "new/x.gif")
     with Image.open(tmp_path / "new/x.gif") as animation:
         assert animation.n_frames == 3
         assert animation.info["loop"] == 0

@@ -62,12 +62,14 @@ def test_the_scale_does_not_enter_the_weights(tmp_path, scaled, monkeypatch):
 def overflowing(monkeypatch):
     """Gradients overflow as in fp16 while their scale, at first 4, is above a limit."""
 
-    def install(limit):
+    def install(limit, growth_interval=2000):
         build = trainer.build_accelerator
 
         def build_with_scaler(settings):
             accelerator = build(settings)
-            scaler = accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+            scaler = accelerator.scaler = torch.amp.GradScaler(
+                "cpu", init_scale=4.0, growth_interval=growth_interval
+            )
             clip = accelerator.clip_grad_norm_
 
             def unscale_and_clip(parameters, norm):
@@ -98,3 +100,16 @@ def test_gradients_that_overflow_at_every_scale_stop_the_run(tmp_path, overflowi
     with pytest.raises(ValueError, match="2 steps in a row were not finite"):
         train(tmp_path, patience=2, steps=20)
     assert len(read_reports(tmp_path)) == 4  # of which two halved the scale to 1
+
+
+def test_a_step_after_which_the_scale_grows_has_the_noise_of_its_own_scale(
+    tmp_path, overflowing, monkeypatch
+):
+    options = {"accumulation": 2, "steps": 2}
+    overflowing(math.inf, growth_interval=1)
+    assert train(tmp_path / "scaled", **options).accelerator.scaler.get_scale() == 16.0
+    monkeypatch.undo()
+    train(tmp_path / "plain", **options)
+    found, expected = (read_reports(tmp_path / name) for name in ("scaled", "plain"))
+    for own, other in zip(found, expected, strict=True):
+        assert own["grad_variance"] == pytest.approx(other["grad_variance"], rel=1e-4)

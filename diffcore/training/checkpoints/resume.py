@@ -188,7 +188,7 @@ def checkpoint_of(state: TrainState, is_gathered: bool = True) -> Checkpoint:
         {
             "step": state.step,
             "skipped": state.non_finite_steps,
-            "held_out": state.held_out_losses,
+            "held_out": list(state.held_out_losses),  # which grows while it is written
             "groups": captured.groups,
             "gradient_scaler": scaler.state_dict() if scaler else {},
             **_rounding(state),

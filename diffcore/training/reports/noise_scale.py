@@ -133,4 +133,5 @@ class MicroBatchNorms:
 
     def _record(self, gradient: Tensor) -> None:
         if self.is_recording:
-            self.norms.append(torch.linalg.vector_norm(gradient.detach()).float())
+            norm = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32)
+            self.norms.append(norm)

@@ -190,7 +190,7 @@ class Reporter:
             f"{len(bad)} of the last {len(table)} steps were not finite and were skipped: {where}"
         )
         longest, is_searching = state.non_finite_steps, state.is_searching_scale
-        has_faults = ~table[:, 1:].isfinite().all(1)
+        has_faults = ~losses.isfinite().all(1)
         faults = {f.step for f in bad if not is_searching or has_faults[f.step - first]}
         for step in range(first, state.step):
             state.non_finite_steps = state.non_finite_steps + 1 if step in faults else 0
