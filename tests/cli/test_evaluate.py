@@ -197,9 +197,16 @@ def test_bounds_are_numbers_or_multiples_of_the_training_data():
     assert failed_bounds(["frechet_distance<=2.5x"], results) == [
         "frechet_distance is 6, required <= 5"
     ]
-    for wrong in ("fid<=3", "recall<3", "recall<=3x"):
+    assert failed_bounds(["recall>=-1e-3"], results) == []
+    for wrong in ("fid<=3", "recall<3", "recall<=3x", "recall<=1.2.3", "recall<=."):
         with pytest.raises(ValueError, match="require is"):
             failed_bounds([wrong], results)
+
+
+def test_a_bound_that_cannot_be_read_is_refused_before_the_samples_are_drawn(run, capsys):
+    assert main(["evaluate", str(run), *OPTIONS, "--require=recall<3"]) == 1
+    assert "require is 'recall<3', expected a bound such as" in capsys.readouterr().err
+    assert not (run / "evaluation").exists()
 
 
 def test_values_beyond_the_range_are_refused(tmp_path, run, capsys):

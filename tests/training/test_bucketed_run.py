@@ -1,5 +1,7 @@
 """Runs on images in buckets: a run that is interrupted continues bit for bit."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -52,3 +54,16 @@ def test_a_run_in_buckets_continues_bit_for_bit_after_a_crash(tmp_path):
         for name in ("straight", "crashed")
     ]
     assert losses[0][-5:] == losses[1][-5:]
+
+
+def test_reports_state_the_levels_that_were_trained(tmp_path):
+    """16 pixels in place of 12: the levels of all intervals are at 2 ln(12/16) lower."""
+    write_mixed_images(tmp_path / "images", 8)
+    bounds = []
+    for size in (0, 12):
+        folder = tmp_path / str(size)
+        objective = Objective(reference_size=size)
+        trainer(folder, tmp_path / "images", objective=objective, steps=1, log_every=1).train()
+        bounds.append(torch.tensor(read_reports(folder)[0]["logsnr"][1:-1]))
+    shift = torch.full_like(bounds[0], 2 * math.log(12 / 16))
+    torch.testing.assert_close(bounds[1] - bounds[0], shift)

@@ -12,7 +12,7 @@ from diffcore import __version__
 from diffcore.cli.arguments import extract_option
 from diffcore.cli.commands.sample import find_device, read_rank
 from diffcore.cli.evaluation.data import is_run, read_images
-from diffcore.cli.evaluation.request import EvaluationRequest, failed_bounds
+from diffcore.cli.evaluation.request import EvaluationRequest, check_bounds, failed_bounds
 from diffcore.cli.evaluation.samples import Drawn, draw_sets, end_ranks, start_ranks
 from diffcore.cli.image_model import is_pipeline, load_image_model, read_sampling_settings
 from diffcore.cli.run_defaults import parse_with_run_defaults
@@ -69,6 +69,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_class_arguments(SampleRequest, skip=NOT_USED)
     prompts, words = extract_option(argv, "prompt", "a text", may_be_empty=True)
     bounds, words = extract_option(words, "require", "a bound such as label_accuracy>=0.9")
+    check_bounds(bounds)
     words = ["--force=true" if word == "--force" else word for word in words]
     if prompts:
         words.append(f"--prompt={json.dumps(prompts, ensure_ascii=False)}")
@@ -156,7 +157,8 @@ def _default_out(folder: Path) -> Path:
     """A folder in that of a run; beside a pipeline or images, which it must not change."""
     if _has_data(folder):
         return folder / "evaluation"
-    return folder.with_name(f"{folder.resolve().name}-evaluation")
+    folder = folder.resolve()  # "." and ".." have no name
+    return folder.with_name(f"{folder.name}-evaluation")
 
 
 def _has_data(folder: Path) -> bool:

@@ -293,11 +293,8 @@ class _Progress:
         self.done, now = self.done + count, time.monotonic()
         if self.bar.disable and now - self.last >= LINE_INTERVAL:
             rate, self.last = self.done / (now - self.start), now
-            print(
-                f"diffcore: {self.done} of {self.total} samples, {rate:.3g} a second",
-                file=sys.stderr,
-                flush=True,
-            )
+            text = f"diffcore: {self.done} of {self.total} samples, {rate:.3g} a second"
+            print(text, file=sys.stderr, flush=True)
 
 
 def _planned(evaluations: int | None) -> str:

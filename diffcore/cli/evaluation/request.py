@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from diffcore.cli.sample_request import MAXIMUM_COUNT
 
-__all__ = ["EvaluationRequest", "failed_bounds", "spread_labels"]
+__all__ = ["EvaluationRequest", "check_bounds", "failed_bounds", "spread_labels"]
 
-BOUND = re.compile(r"(\w+)\s*(<=|>=)\s*([\d.]+(?:[eE][+-]?\d+)?)\s*(x?)")
+BOUND = re.compile(r"(\w+)\s*(<=|>=)\s*(-?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(x?)")
 GOLDEN = 0x9E3779B97F4A7C15
 """2^64 divided by the golden ratio, odd."""
 
@@ -77,6 +77,23 @@ def spread_labels(labels: Sequence[int], first: int, count: int) -> list[int]:
     return [ordered[place] for place in places]
 
 
+def check_bounds(bounds: Sequence[str]) -> None:
+    """Check that bounds can be read, before the samples are drawn.
+
+    Args:
+        bounds: texts, see `failed_bounds`.
+
+    Raises:
+        ValueError: a bound cannot be read.
+    """
+    for bound in bounds:
+        if not BOUND.fullmatch(bound.strip()):
+            raise ValueError(
+                f"require is {bound!r}, expected a bound such as frechet_distance<=10 or "
+                "frechet_distance<=3x"
+            )
+
+
 def failed_bounds(bounds: Sequence[str], results: Mapping[str, Mapping[str, float]]) -> list[str]:
     """The bounds that results do not meet.
 
@@ -91,14 +108,13 @@ def failed_bounds(bounds: Sequence[str], results: Mapping[str, Mapping[str, floa
     Raises:
         ValueError: a bound cannot be read, or there is no such metric.
     """
+    check_bounds(bounds)
     failed = []
     for bound in bounds:
         match = BOUND.fullmatch(bound.strip())
-        if match is None or match[1] not in results:
-            raise ValueError(
-                f"require is {bound!r}, expected a bound such as frechet_distance<=10 or "
-                f"frechet_distance<=3x on one of {', '.join(results)}"
-            )
+        assert match is not None
+        if match[1] not in results:
+            raise ValueError(f"require is {bound!r}, expected one of {', '.join(results)}")
         values, limit = results[match[1]], float(match[3])
         if match[4] and "training_data" not in values:
             raise ValueError(

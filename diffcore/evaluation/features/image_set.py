@@ -54,7 +54,7 @@ class SourceImages(ImageSet):
         name: name of the data set.
 
     Raises:
-        ValueError: x_0 are latents, or no images.
+        ValueError: x_0 are latents, or no images, or of several sizes.
     """
 
     def __init__(
@@ -63,6 +63,11 @@ class SourceImages(ImageSet):
         if source.is_latent:
             raise ValueError(
                 f"{name} holds latents, expected images: name the folder of the images"
+            )
+        if source.groups is not None and len(source.groups.shapes) > 1:
+            raise ValueError(
+                f"{name} has images of {len(source.groups.shapes)} sizes (buckets), expected one "
+                "size: name the folder of the images"
             )
         self.source, self.low, self.high, self.name = source, low, high, name
         x0 = split_item(source[0], 0)[0]

@@ -51,6 +51,11 @@ class Mixture(DataSource):
     ) -> None:
         self.sources = sources = [as_data_source(each) for each in data]
         _check_lengths(len(sources), repeats=repeats, shares=shares, loss_weights=loss_weights)
+        if any(not 0 < share < float("inf") for share in (*shares, *repeats)):
+            raise ValueError(
+                f"shares and repeats are {list(shares)} and {list(repeats)}, expected positive "
+                "finite numbers"
+            )
         if shares and repeats:
             raise ValueError("shares and repeats both set the proportions: give one of them")
         _check_fit(sources)

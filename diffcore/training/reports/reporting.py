@@ -121,7 +121,8 @@ class Reporter:
         levels = {f"loss/level {bin_}": loss for bin_, loss in enumerate(by_level)}
         self.trackers.log({**values, **levels, **speed}, state.step)
         if self.accelerator.is_main_process:
-            bounds = level_bounds(self.settings.process, self.settings.validation.bins)
+            schedule = self.settings.objective.schedule(self.settings.process)
+            bounds = level_bounds(schedule, self.settings.validation.bins)
             lists = {"logsnr": bounds, "loss_by_level": by_level}
             self.metrics.write({"step": state.step, **values, **lists})
             self.speed.write({"step": state.step, **speed})

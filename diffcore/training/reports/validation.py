@@ -25,6 +25,7 @@ from diffcore.core.random import Stream, derive_seed, permutation
 from diffcore.objectives.coupling import IndependentCoupling
 from diffcore.objectives.objective import Objective, SampleKey
 from diffcore.sampling.generation import evaluation_mode
+from diffcore.schedules import Schedule
 from diffcore.training.data.adapters import as_data_source
 from diffcore.training.data.checks import (
     check_data,
@@ -217,17 +218,18 @@ def mean_by_level(
     return [float(table[mask].sum() / inverse[mask].sum()) for mask in inside]
 
 
-def level_bounds(process: Process, bins: int) -> list[float]:
+def level_bounds(schedule: Schedule, bins: int) -> list[float]:
     """λ at the bounds of the intervals of noise levels, from clean to noise.
 
     Args:
-        process: process of the run.
+        schedule: schedule of the training levels, `Objective.schedule`. With `reference_size` it is
+            that of samples of the shape of the process; those of other buckets are at other λ.
         bins: number of intervals.
 
     Returns:
         bins + 1 values of λ, which fall.
     """
-    return [float(process.schedule.logsnr(bin_ / bins)) for bin_ in range(bins + 1)]
+    return [float(schedule.logsnr(bin_ / bins)) for bin_ in range(bins + 1)]
 
 
 def _batch_losses(
@@ -273,7 +275,8 @@ def validate(state: "TrainState") -> Measurement:
         current = measure()
     with state.average.applied():
         averaged = measure()
-    return Measurement(averaged, current, level_bounds(process, validation.bins))
+    schedule = settings.objective.schedule(process)
+    return Measurement(averaged, current, level_bounds(schedule, validation.bins))
 
 
 def stops_early(losses: list[float], patience: int) -> bool:

@@ -170,9 +170,10 @@ def test_captions_of_a_mixture_are_joined_in_one_bank(captioned):
     ("options", "message"),
     [
         ({"shares": [1]}, "shares has 1 numbers, expected one for each of 2 data sets"),
+        ({"shares": [0, 0]}, "expected positive finite numbers"),
         ({"shares": [1, 1], "repeats": [1, 1]}, "both set the proportions"),
         ({"loss_weights": [1, -1]}, "loss_weights is"),
-        ({"repeats": [1, 0]}, "visits is"),
+        ({"repeats": [1, 0]}, "expected positive finite numbers"),
     ],
 )
 def test_mixtures_out_of_range_are_refused(options, message):

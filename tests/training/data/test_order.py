@@ -161,3 +161,15 @@ def test_a_worker_that_is_killed_is_an_error_with_the_remedy():
     with pytest.raises(ValueError, match=r"a worker .* ended .*--workers 0 shows where") as caught:
         list(load_batches(data, order, Process(shape=(2,)), 1))
     assert is_mistake(caught.value, [])
+
+
+@pytest.mark.parametrize(
+    "extras", [{}, {"a": torch.zeros(2)}, {"a": torch.zeros(1), "b": torch.zeros(1)}]
+)
+def test_items_with_other_extras_than_the_first_are_refused(extras):
+    """A further one would be left out of the batch without a word."""
+    data = ListDataset((torch.zeros(2), 0, {"a": torch.zeros(1)}), (torch.zeros(2), 1, extras))
+    order = DataOrder(2, SEED, 2, 1, 0, 1).steps(0, 1)
+    process = Process(shape=(2,))
+    with pytest.raises(ValueError, match="expected the same names and shapes in all items"):
+        next(load_batches(as_data_source(data), order, process, 0))

@@ -166,7 +166,21 @@ class _PositionedItems(Dataset[Any]):
 def _collate(items: list[Any]) -> Any:
     """The columns of a micro-batch, or the first error among its items."""
     errors = [item for item in items if isinstance(item, ValueError)]
-    return errors[0] if errors else default_collate(items)
+    if errors:
+        return errors[0]
+    expected = _extras(items[0])
+    for item in items:
+        if (found := _extras(item)) != expected:
+            return ValueError(
+                f"items {items[0][2]} and {item[2]} of the data have the extras {expected} and "
+                f"{found}, expected the same names and shapes in all items"
+            )
+    return default_collate(items)
+
+
+def _extras(item: Any) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the extras of an item."""
+    return {name: tuple(value.shape) for name, value in item[4].items()}
 
 
 def _as_batch(columns: Any) -> Batch:
