@@ -43,6 +43,7 @@ def test_a_run_writes_the_pipeline_and_previews_of_the_captions(workspace):
         "process.json",
         "ema.safetensors",
         "metrics.jsonl",
+        "speed.jsonl",
         "checkpoints",
         "samples",
         "pipeline",
@@ -56,8 +57,9 @@ def test_a_run_writes_the_pipeline_and_previews_of_the_captions(workspace):
 
 def test_the_checkpoints_of_an_adapter_hold_only_the_adapter(workspace):
     run = workspace / "runs/lora"
-    tensors, state = checkpoint.read(run / "checkpoints/step-00000004")
-    (group,) = state["groups"]
+    stored = checkpoint.read(run / "checkpoints/step-00000004")
+    tensors = stored.tensors
+    (group,) = stored.state["groups"]
     assert all(".lora_" in name for name in group["params"])
     for file in ("model.safetensors", "ema.safetensors"):
         assert all(".lora_" in name for name in tensors[file])
