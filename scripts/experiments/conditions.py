@@ -141,15 +141,16 @@ def unet(**options: Any) -> nn.Module:
 
 
 def brightness() -> Problem:
-    """Digits by the mean of their pixels."""
+    """Digits by the mean of their pixels, in standard deviations from the average."""
     x0 = Digits().x0
     means = x0.flatten(1).mean(1, keepdim=True)
+    center, width = means.mean(), means.std()
     return Problem(
         "brightness",
-        ConditionRecord((1,), low=-1.0, high=1.0, dropout=0.1, absent="learned"),
+        ConditionRecord((1,), low=-5.0, high=5.0, dropout=0.1, absent="learned"),
         x0,
-        means,
-        lambda x, values: (x.flatten(1).mean(1) - values[:, 0]).abs(),
+        (means - center) / width,
+        lambda x, values: (x.flatten(1).mean(1) - (center + width * values[:, 0])).abs(),
         lambda folder, steps: partial(
             EmbeddedVectors,
             partial(unet, class_embed_type="identity"),
