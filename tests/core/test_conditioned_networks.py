@@ -77,7 +77,8 @@ def test_channels_must_fit_the_network():
 
 
 def test_an_embedded_vector_is_added_to_the_time_embedding():
-    network = EmbeddedVectors(lambda: unet(class_embed_type="identity"), {"number": 1}).eval()
+    options = {"class_embed_type": "identity", "block_out_channels": (8, 16)}
+    network = EmbeddedVectors(lambda: unet(**options), {"number": 1}).eval()
     number = torch.tensor([[0.5], [-1.0]])
     inner = network.network
     embedded = network.embeddings["number"](number)

@@ -52,8 +52,13 @@ def test_a_pipeline_that_was_moved_is_named_in_the_config(workspace, tmp_path, c
     save_file({name: value + 1 for name, value in tensors.items()}, weights)
     assert run_command(*base[:3], f"--pipeline={tmp_path / 'other'}") == 1
     assert "has other weights than the one that" in capsys.readouterr().err
+    # Another path that begins with the folder of the pipeline is left alone.
+    beside = f"cache: {tmp_path / 'pipeline'}-cache"
+    config.write_text(re.sub(r"cache: .*", beside, config.read_text()))
     assert run_command(*base) == 0
     assert "the weights are the same" in capsys.readouterr().out
+    assert beside in config.read_text()
+    assert f"{tmp_path / 'pipeline'}\n" not in config.read_text()
     assert run_command(*sample) == 0
     assert run_command("train", f"--config={config}", "--resume=true", "--steps=2") == 0
 

@@ -2,6 +2,8 @@
 moved pipeline of a run.
 """
 
+import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,10 +173,23 @@ def _base(request: BaseRequest) -> None:
             "trained for: name the folder to which its pipeline was moved"
         )
     old, new = str(arguments["pipeline"]), str(index.folder.absolute())
-    text = run.config.read_text(encoding="utf-8").replace(old, new)
-    write_file(run.config, text.encode())
+    _replace_pipeline(run.config, old, new)
     checked = "the weights are the same" if expected else "its weights were not compared"
     print(f"{run.folder}: {old} -> {new}; {checked}")
+
+
+def _replace_pipeline(config: Path, old: str, new: str) -> None:
+    """Write another folder where a config names a pipeline, and nowhere else: other paths may begin
+    with the folder.
+    """
+    line = re.compile(rf"""^(\s*pipeline:\s*)(["']?){re.escape(old)}\2\s*$""", re.MULTILINE)
+    text, count = line.subn(
+        lambda match: match[1] + json.dumps(new, ensure_ascii=False),
+        config.read_text(encoding="utf-8"),
+    )
+    if not count:
+        raise ValueError(f"{config} has no line 'pipeline: {old}': write {new} in its place there")
+    write_file(config, text.encode())
 
 
 ACTIONS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
