@@ -102,7 +102,7 @@ def _read(name: str, source: str, process: Process) -> Tensor:
         value = _read_image(path, name, record)[None]
     else:
         value = _read_numbers(name, source, record)[None]
-    return check_value(name, record, value, f"--condition.{name}")
+    return check_value(name, record, value, f"--condition.{name}", True)
 
 
 def _read_rows(path: Path, name: str, suffix: str) -> Tensor:
