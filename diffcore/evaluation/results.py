@@ -57,10 +57,11 @@ def measure(
         for each, text in zip_longest(repeats, texts)
     ]
     results = {name: _summarize([row[name] for row in rows]) for name in rows[0]}
-    columns = {"reference": describe(reference, training, classifier, classes)}
+    # Not by the classifier that was fitted to them, which would recognise them.
+    judge = None if training is None else classifier
+    columns = {"reference": describe(reference, training, judge, classes)}
     if training is not None:
         part = _choose(training, len(repeats[0].features), seed)
-        # Not by the classifier that was fitted to it, which would recognise it.
         columns["training_data"] = compare(part, reference, seed) | describe(part, classes=classes)
     for column, values in columns.items():
         for name, value in values.items():

@@ -15,11 +15,13 @@ from diffcore.evaluation import energy_distance as energy
 from diffcore.evaluation import kernel_distance as kernel
 from diffcore.evaluation import neighbours
 from diffcore.evaluation.energy_distance import energy_distance
+from diffcore.evaluation.features.feature_table import FeatureTable
 from diffcore.evaluation.frechet_distance import frechet_distance
 from diffcore.evaluation.image_statistics import image_statistics, summarize_statistics
 from diffcore.evaluation.inception_score import inception_score
 from diffcore.evaluation.kernel_distance import kernel_distance
 from diffcore.evaluation.neighbours import nearest_neighbours, neighbour_scores
+from diffcore.evaluation.results import measure
 
 
 def gaussian(seed, count, size, scale=1.0, shift=0.0):
@@ -192,3 +194,12 @@ def test_statistics_of_plain_images_are_known():
     assert summary["brightness"] == pytest.approx((0.299 + 0.4 + 0.5) / 3)
     assert summary["brightness_spread"] == pytest.approx(float(found[:, 0].std(correction=0)))
     assert image_statistics(grey[None, :1])[0].tolist() == pytest.approx([0.4, 0, 0, 0])
+
+
+@pytest.mark.parametrize("has_training", [False, True])
+def test_real_images_are_not_judged_by_the_classifier_that_was_fitted_to_them(has_training):
+    labels = torch.arange(20) % 2
+    features = labels[:, None] + torch.linspace(0, 0.4, 40).view(20, 2)
+    table = FeatureTable(features, torch.zeros(20, 0), torch.zeros(20, 4), labels, "")
+    columns = measure([table], table, table if has_training else None)["label_accuracy"]
+    assert columns == {"samples": 1.0} | ({"reference": 1.0} if has_training else {})

@@ -11,7 +11,7 @@ from torch import nn
 from torchmetrics.multimodal import CLIPScore
 
 from diffcore.evaluation.clip_score import clip_score
-from diffcore.evaluation.features import inception
+from diffcore.evaluation.features import inception, pretrained
 from diffcore.evaluation.features.classifier_training import train_classifier
 from diffcore.evaluation.features.extractor import resize
 from diffcore.evaluation.features.inception import InceptionFeatures
@@ -193,7 +193,8 @@ def processor_of(tokenizer):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_the_clip_score_of_prompts_equals_that_of_torchmetrics(tmp_path):
+def test_the_clip_score_of_prompts_equals_that_of_torchmetrics(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrained, "TEXTS", 3)  # of four distinct ones
     tokenizer = clip_tokenizer()
     vision = {**SIZES, "patch_size": 14, "intermediate_size": 16}
     text = {

@@ -23,6 +23,8 @@ __all__ = ["NAMES", "PretrainedFeatures", "find_pretrained"]
 NAMES = {"clip": "openai/clip-vit-base-patch32", "dinov2": "facebook/dinov2-base"}
 """Short name -> name of the model on the hub, which is looked up in the local cache only."""
 PREPROCESSING = "preprocessor_config.json"
+TEXTS = 256
+"""Number of texts that are embedded together."""
 
 
 def find_pretrained(name: str) -> Path:
@@ -102,7 +104,14 @@ class PretrainedFeatures(FeatureExtractor):
             self.tokenizer = library.AutoTokenizer.from_pretrained(
                 str(self.folder), local_files_only=True
             )
-        words = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+        distinct = list(dict.fromkeys(texts))
+        parts = [distinct[start : start + TEXTS] for start in range(0, len(distinct), TEXTS)]
+        embedded = torch.cat([self._embed(part) for part in parts])
+        row = {text: index for index, text in enumerate(distinct)}
+        return embedded[[row[text] for text in texts]]
+
+    def _embed(self, texts: list[str]) -> Tensor:
+        words = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
         inputs = {name: words[name].to(self.device) for name in ("input_ids", "attention_mask")}
         found = self.network.get_text_features(**inputs)
         return without_logits(getattr(found, "pooler_output", found)).features
