@@ -73,10 +73,13 @@ class ConcatenatedChannels(_ConditionedNetwork):
         ValueError: the channels do not fit the network.
 
     Example:
-        >>> network = ConcatenatedChannels(lambda: nn.Identity(), {"mask": 1})
+        >>> class Sum(nn.Module):
+        ...     def forward(self, x, timestep):
+        ...         return x.sum(1, keepdim=True)
+        >>> network = ConcatenatedChannels(Sum, {"mask": 1})
         >>> x, mask = torch.zeros(2, 3, 8, 8), torch.ones(2, 1, 4, 4)
         >>> network(x, torch.zeros(2), mask=mask).shape
-        torch.Size([2, 4, 8, 8])
+        torch.Size([2, 1, 8, 8])
     """
 
     def __init__(

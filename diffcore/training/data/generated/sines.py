@@ -28,8 +28,8 @@ class Sines(GeneratedData):
         ValueError: there are no signals, or a length or frequency is out of range.
 
     Example:
-        >>> Sines(3, length=16)[0][0].shape
-        torch.Size([1, 16])
+        >>> Sines(3, length=32)[0][0].shape
+        torch.Size([1, 32])
     """
 
     def __init__(
