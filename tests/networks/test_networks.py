@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn import functional
 
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.network import find_blocks
@@ -104,3 +105,13 @@ def test_a_volume_whose_sizes_cannot_be_halved_is_refused():
 def test_sizes_out_of_range_are_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_the_condition_scales_and_shifts_the_second_norm_of_a_block():
+    torch.manual_seed(0)
+    block = UNet3d(1, [4], 2).down[0]
+    x, condition = torch.randn(2, 4, 2, 2, 2), torch.randn(2, 16)
+    scale, shift = block.modulation(functional.silu(condition)).view(2, 2, 4, 1, 1, 1).unbind(1)
+    hidden = block.norm2(block.conv1(functional.silu(block.norm1(x))))
+    expected = x + block.conv2(functional.silu(hidden + hidden * scale + shift))
+    torch.testing.assert_close(block(x, condition), expected)

@@ -14,6 +14,7 @@ from typing import Any
 from diffcore.integrations.diffusers.loading.folder import read_json
 from diffcore.integrations.diffusers.loading.part_files import check_files
 from diffcore.io.files import write_folder
+from diffcore.io.lock import wait_for_lock
 from diffcore.io.plain_data import hash_data
 from diffcore.io.safetensors import check_header
 
@@ -56,11 +57,13 @@ def convert_single_file(file: str | Path, config: str | Path, cache: str | Path 
     index = read_json(config / "model_index.json")
     facts = [str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns, index]
     folder = Path(cache) / f"{file.stem}-{hash_data(facts)[:12]}"
-    if not (folder / "model_index.json").is_file():
-        _report(f"{file} is converted to {folder}, which later runs read")
-        pipeline = _read(file, config, index)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        write_folder(folder, pipeline.save_pretrained)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Of the ranks of a run, one converts.
+    with wait_for_lock(folder.parent / f"{folder.name}.lock", f"the conversion of {file}"):
+        if not (folder / "model_index.json").is_file():
+            _report(f"{file} is converted to {folder}, which later runs read")
+            pipeline = _read(file, config, index)
+            write_folder(folder, pipeline.save_pretrained)
     return folder
 
 
