@@ -6,7 +6,7 @@ condition `label`, whose absent value is the null label.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as replace_field
 from typing import TYPE_CHECKING, Literal, get_args
@@ -128,7 +128,8 @@ class Conditions:
     """The conditions of B samples of a process that has named conditions.
 
     Args:
-        values: name -> (B, *shape), of which absent rows hold the absent value.
+        values: name -> (B, *shape), of which absent rows hold the absent value; also inputs of the
+            network that are no conditions of the process, such as the sizes of images.
         absent: name -> (B,), True for rows in which the condition is absent.
         label: class labels (B,), the null label included; None if the process has no classes.
     """
@@ -220,22 +221,25 @@ def batch_condition(
     label: Tensor,
     values: Mapping[str, Tensor],
     device: torch.device | None = None,
+    inputs: Iterable[str] = (),
 ) -> BatchCondition | None:
     """The condition of a batch of data items, of which each has all conditions.
 
     Args:
         process: process of the network.
         label: class labels (B,), which a process without classes ignores.
-        values: name -> (B, *shape), one for each condition of the process.
+        values: name -> (B, *shape), one for each condition of the process and each input.
         device: device of the result; the host by default.
+        inputs: names of further values, which the network receives unchanged (`DataSource.inputs`).
 
     Returns:
-        Labels (B,), `Conditions`, or None if the process has no condition.
+        Labels (B,), `Conditions`, or None if the process has no condition and there are no inputs.
     """
     labels = label.to(device, non_blocking=True) if process.classes else None
-    if not process.conditions:
+    names = [*process.conditions, *inputs]
+    if not names:
         return labels
-    moved = {name: values[name].to(device, non_blocking=True) for name in process.conditions}
+    moved = {name: values[name].to(device, non_blocking=True) for name in names}
     present = torch.zeros(len(label), dtype=torch.bool, device=device)
     return Conditions(moved, dict.fromkeys(moved, present), labels)
 
@@ -327,13 +331,15 @@ def condition_arguments(
 
     Returns:
         `class_labels` (B,) if the process has classes; the value (B, *shape) of each named
-        condition under its name; and `NAME_absent` (B,) if its absent value is learned.
+        condition under its name; `NAME_absent` (B,) if its absent value is learned; and inputs
+        that are no conditions of the process, in their own dtype.
     """
     arguments: dict[str, Tensor] = {}
     label = labels_of(condition)
     if label is not None and (process.classes or isinstance(condition, Tensor)):
         arguments["class_labels"] = label
     if isinstance(condition, Conditions):
+        arguments |= condition.values
         for name, record in process.conditions.items():
             arguments[name] = condition.values[name].to(dtype)
             if record.absent == "learned":

@@ -9,7 +9,7 @@ density and divides by it, which changes the variance and not the expectation.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, NamedTuple, get_args
@@ -130,19 +130,21 @@ class Objective:
                 "resampler and uncertainty both even out the losses of the levels: choose one"
             )
 
-    def check(self, process: Process) -> None:
+    def check(self, process: Process, inputs: Iterable[str] = ()) -> None:
         """Raise ValueError if a drawn level has no finite loss, or an option does not fit.
 
         Options must fit the levels of a table, and the conditions of the process.
 
         Args:
             process: process of the network.
+            inputs: names of further inputs of the network (`DataSource.inputs`).
         """
-        if process.conditions and self.coupling.group > 1:
+        conditions = [*process.conditions, *inputs]
+        if conditions and self.coupling.group > 1:
             raise ValueError(
                 f"{self.coupling} exchanges noise among samples of different conditions, from "
                 "which the noise would then not be independent: use IndependentCoupling with "
-                f"the conditions {', '.join(process.conditions)}"
+                f"the conditions {', '.join(conditions)}"
             )
         schedule, level = process.schedule, process.schedule.level(_extremes(process.schedule))
         if schedule.steps is not None:

@@ -120,7 +120,8 @@ def _fix_gradient_buckets(state: TrainState) -> None:
     index = torch.arange(state.order.micro)
     x0 = torch.zeros(len(index), *state.settings.process.shape)
     records = state.settings.process.conditions.items()
-    extras = {name: torch.zeros(len(index), *record.shape) for name, record in records}
+    shapes = {name: record.shape for name, record in records} | dict(state.settings.source.inputs)
+    extras = {name: torch.zeros(len(index), *shape) for name, shape in shapes.items()}
     batch = Batch(x0, torch.zeros_like(index), index, index, extras)
     state.accelerator.backward(_losses(state, batch).mean())
     state.modules.zero_grad()

@@ -194,7 +194,8 @@ class TrainState:
             The losses, on the device of this rank.
         """
         device = self.accelerator.device
-        condition = batch_condition(self.settings.process, batch.label, batch.extras, device)
+        process, inputs = self.settings.process, self.settings.source.inputs
+        condition = batch_condition(process, batch.label, batch.extras, device, inputs)
         weight = batch.extras.get(WEIGHT)
         return self.settings.objective(
             self.denoiser,

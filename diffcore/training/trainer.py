@@ -202,7 +202,7 @@ class Trainer:
             raise ValueError(f"seed is {self.seed}, expected within [0, 2^63)")
         object.__setattr__(self, "folder", Path(self.folder))
         object.__setattr__(self, "process", process_with_captions(self.process, self.source))
-        self.objective.check(self.process)
+        self.objective.check(self.process, self.source.inputs)
         check_data(self.source, self.process)
         check_held_out(self.validation.source, self.source)
         self.validation.check(self.process)

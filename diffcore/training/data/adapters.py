@@ -82,6 +82,7 @@ class _SubsetSource(DataSource):
         self.indices = [int(index) for index in subset.indices]
         self.texts, self.class_names = source.texts, source.class_names
         self.is_latent, self.has_masks = source.is_latent, source.has_masks
+        self.inputs = source.inputs
         self.groups = None if source.groups is None else source.groups.select(self.indices)
         labels = source.labels
         self.labels = None if labels is None else [int(labels[index]) for index in self.indices]

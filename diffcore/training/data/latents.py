@@ -18,12 +18,12 @@ from diffcore.training.data.buckets.groups import Groups
 from diffcore.training.data.buckets.items import ImageItems, Visit
 from diffcore.training.data.buckets.sizes import Buckets
 from diffcore.training.data.cache import Cache, hash_content
-from diffcore.training.data.captions import CaptionVariants, read_captions
+from diffcore.training.data.captions import CaptionChoices, CaptionVariants, read_captions
 from diffcore.training.data.image_files import Fit, ImageFiles, Unreadable
 from diffcore.training.data.image_folder import label_images
 from diffcore.training.data.masks import MaskFiles
 from diffcore.training.data.order import is_mirrored
-from diffcore.training.data.source import WEIGHT, DataSource
+from diffcore.training.data.source import SIZES, WEIGHT, DataSource
 
 if TYPE_CHECKING:
     from diffcore.integrations.diffusers.loading.prompts import Prompts
@@ -45,9 +45,6 @@ POLL_SECONDS = 2.0
 
 WAIT_SECONDS = 120.0
 """Time after which entries that a shared disk does not show are an error."""
-
-SIZES = "sizes"
-"""Name of the extra that holds `Crop.sizes`."""
 
 Entries = Iterator[dict[str, Tensor]]
 
@@ -89,6 +86,7 @@ class LatentDataset(DataSource):
     """
 
     labels: Tensor
+    is_latent = True
 
     def __init__(
         self,
@@ -122,28 +120,25 @@ class LatentDataset(DataSource):
         self.texts = tuple(sorted({text for own in texts for text in own}))
         if texts:
             indices = {text: index for index, text in enumerate(self.texts)}
-            choices = [torch.tensor([indices[text] for text in own]) for own in texts]
-            self.choices = [choices[image] for image in self.items.image.tolist()]
-            self.labels = torch.stack([own[0] for own in self.choices])
+            self.choices = CaptionChoices.of(texts, indices)
+            labels = self.choices.first
         else:
             self.class_names, labels = label_images(self.images)
-            self.labels = labels[self.items.image]
-            self.choices = list(self.labels[:, None])
-        self.latent_keys = [self._latent_key(index) for index in range(len(self.items))]
-        self.text_keys = self._prompt_keys(self.texts) if texts else []
+            self.choices = CaptionChoices(labels, torch.arange(1, len(labels) + 1))
+        self.labels = labels[self.items.image]
+        if texts and (buckets is not None or crops > 1) and self.pipeline.size_arguments:
+            self.inputs = {SIZES: (6,)}
         self.latents = Cache(Path(cache) / "latents" / hash_content(*self.pipeline.paths("vae")))
         self.embeddings = Cache(Path(cache) / "embeddings" / self._text_encoder_hash())
 
     def __len__(self) -> int:
-        return len(self.latent_keys)
+        return len(self.items)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, dict[str, Tensor]]:
         """The mean of the latents of the middle crop, the label and the extras."""
         visit = Visit(index, self.crops // 2)
         mean = self.latents.read(self._visit_key(visit))["mean"]
         return mean, int(self.labels[index]), self._extras(visit)
-
-    is_latent = True
 
     def item(self, index: int, seed: int, position: int) -> tuple[Tensor, int, dict[str, Tensor]]:
         """The latents drawn at a position of the run, the label and the extras.
@@ -154,8 +149,7 @@ class LatentDataset(DataSource):
             position: number of samples of the run before this one.
 
         Returns:
-            z (C, h, w), the label, and the extras: `sizes` (6,) of `Crop.sizes`, if images are
-            cropped.
+            z (C, h, w), the label, and the extras: `sizes` (6,), see `Crop.sizes`.
         """
         crop = 0
         if self.crops > 1:
@@ -168,14 +162,16 @@ class LatentDataset(DataSource):
 
     def _label(self, index: int, seed: int, position: int) -> int:
         """The label of one of the texts of an item, each as often as the others."""
-        choices = self.choices[index]
+        choices = self.choices[int(self.items.image[index])]
         if len(choices) == 1:
             return int(choices[0])
         return int(choices[int(float(uniform(seed, Stream.CAPTION, position)) * len(choices))])
 
     def _extras(self, visit: Visit) -> dict[str, Tensor]:
         crop = self._crop(visit)
-        extras = {SIZES: crop.sizes} if self.images.fit == "crop" else {}
+        # A padded image has the sizes with which the network is sampled by default.
+        whole = crop if self.images.fit == "crop" else Crop(crop.target, crop.target)
+        extras = {SIZES: whole.sizes}
         if self.masks is not None:
             image = int(self.items.image[visit.item])
             extras[WEIGHT] = self.masks.read(image, crop, self._factor)
@@ -192,8 +188,8 @@ class LatentDataset(DataSource):
         offset = (visit.crop + 0.5) / self.crops
         return self.items.crop(visit.item, offset, visit.is_mirrored)
 
-    def _latent_key(self, index: int) -> str:
-        """Key of the latents of an item, whatever its crop."""
+    def latent_key(self, index: int) -> str:
+        """Key of the latents of an item, whatever its crop: computed, not stored for each item."""
         content = bytes(self.images.hashes[self.items.image[index]].numpy()).hex()
         width, height = self.items.size(index)
         pixels = str(width) if width == height else f"{width} x {height}"
@@ -201,7 +197,7 @@ class LatentDataset(DataSource):
 
     def _visit_key(self, visit: Visit) -> str:
         """Key of the latents of one crop of an item."""
-        key = self.latent_keys[visit.item]
+        key = self.latent_key(visit.item)
         if self.crops > 1:
             key = hash_content(key, f"crop {visit.crop} of {self.crops}")
         return _mirrored(key) if visit.is_mirrored else key
@@ -213,7 +209,7 @@ class LatentDataset(DataSource):
 
     @property
     def _encoders(self) -> tuple[str, str]:
-        return self.latents.folder.name, self.embeddings.folder.name if self.text_keys else ""
+        return self.latents.folder.name, self.embeddings.folder.name if self.texts else ""
 
     @property
     def encoder_hash(self) -> str:
@@ -224,16 +220,22 @@ class LatentDataset(DataSource):
     def content_hash(self) -> str:
         """Hash of everything that the items and the text embeddings are computed from."""
         further = [f"{self.crops} crops"] if self.crops > 1 else []
-        if any(len(choices) > 1 for choices in self.choices):
-            further += [str(choices.tolist()) for choices in self.choices]
+        if not self.choices.is_single:
+            further += [str(self.choices[image].tolist()) for image in self.items.image.tolist()]
+        further += sorted(self.inputs)
         further += [part.content_hash for part in (self.groups, self.masks) if part is not None]
         return hash_content(
             *self._encoders,
-            *self.latent_keys,
+            *map(self.latent_key, range(len(self))),
             *map(str, self.labels.tolist()),
             *self.text_keys,
             *further,
         )
+
+    @property
+    def text_keys(self) -> list[str]:
+        """Keys of the embeddings of the captions and of the null condition; [] without captions."""
+        return self._prompt_keys(self.texts) if self.texts else []
 
     def prompts(self) -> "Prompts":
         """Read the text embeddings.
@@ -248,7 +250,7 @@ class LatentDataset(DataSource):
 
         rows = [self.embeddings.read(key) for key in keys]
         tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        return Prompts(tensors, tuple(texts))
+        return Prompts(tensors, tuple(texts), self.pipeline.size_arguments if self.inputs else None)
 
     def label_wrapper(self, device: torch.device) -> Callable[[nn.Module], nn.Module]:
         """A function that wraps a text-conditional network so that it accepts labels.

@@ -70,6 +70,7 @@ class Mixture(DataSource):
         self.texts = tuple(sorted({text for source in sources for text in source.texts}))
         self.class_names = sources[0].class_names
         self.is_latent = sources[0].is_latent
+        self.inputs = dict(item for source in sources for item in source.inputs.items())
         self.has_masks = any(source.has_masks for source in sources)
         self.visits = _visits(sizes, repeats, shares)
         self.relabelled = self._relabelling()
@@ -197,7 +198,8 @@ class Mixture(DataSource):
             name: torch.stack([bank.tensors[name][row] for bank, row in rows])
             for name in first.tensors
         }
-        return type(first)(tensors, self.texts)
+        functions = (bank.size_arguments for bank in banks if bank.size_arguments)
+        return type(first)(tensors, self.texts, next(functions, None))
 
     def decode(self, x: Tensor) -> Tensor:
         return self.sources[0].decode(x)

@@ -5,7 +5,8 @@ adapts it. A data set that augments, encodes, or has captions derives from `Data
 overrides the members that it needs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,10 +18,14 @@ from diffcore.training.data.buckets.groups import Groups
 if TYPE_CHECKING:
     from diffcore.training.data.order import DataOrder
 
-__all__ = ["WEIGHT", "DataSource"]
+__all__ = ["SIZES", "WEIGHT", "DataSource"]
 
 WEIGHT = "weight"
 """Name of the extra that is the weight of the loss of a sample or of its pixels."""
+
+
+SIZES = "sizes"
+"""Name of the extra that holds the sizes and the crop of an image (`Crop.sizes`)."""
 
 
 class DataSource(Dataset[Any]):
@@ -45,6 +50,12 @@ class DataSource(Dataset[Any]):
 
     groups: Groups | None = None
     """Buckets of items that share batches, and rates at which parts are read; None for neither."""
+
+    inputs: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+    """Names and shapes of extras that the network which `label_wrapper` wraps receives in training.
+
+    They are no conditions of the process: they have a default, with which the network is sampled.
+    """
 
     has_masks: bool = False
     """True if the extra `weight` of each item has one number for each pixel of x_0."""

@@ -174,4 +174,4 @@ def test_a_shard_with_a_changed_byte_is_refused(captioned):
     content[-3] ^= 1
     path.write_bytes(content)
     with pytest.raises(ValueError, match="of the cache is not what was written: delete it"):
-        data.latents.read(data.latent_keys[0])
+        data.latents.read(data.latent_key(0))

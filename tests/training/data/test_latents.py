@@ -36,7 +36,7 @@ def test_latents_are_the_posterior_of_the_vae_scaled_and_shifted_by_its_config(c
         with torch.no_grad():
             posterior = vae.encode(data.images[index][None]).latent_dist
         mean, std = (posterior.mean[0] - 0.2) * 0.7, posterior.std[0] * 0.7
-        entry = data.latents.read(data.latent_keys[index])
+        entry = data.latents.read(data.latent_key(index))
         torch.testing.assert_close(data[index][0], mean, rtol=0, atol=1e-6)
         torch.testing.assert_close(entry["std"], std, rtol=0, atol=1e-6)
         assert data[index][0].shape == (4, 8, 8)
@@ -44,7 +44,7 @@ def test_latents_are_the_posterior_of_the_vae_scaled_and_shifted_by_its_config(c
 
 def test_each_visit_draws_new_latents_keyed_by_its_position(captioned):
     data = prepared_dataset(captioned)
-    entry = data.latents.read(data.latent_keys[1])
+    entry = data.latents.read(data.latent_key(1))
     noise = normal(7, Stream.LATENT, 2**33, (4, 8, 8))[0]
     z = data.item(1, 7, 2**33)[0]
     assert torch.equal(z, entry["mean"] + entry["std"] * noise)

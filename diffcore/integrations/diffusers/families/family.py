@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from diffcore.core.network import class_name, network_config
@@ -71,7 +72,22 @@ class TextCondition(ABC):
             guidance_scale: scale that a guidance-distilled network takes as an input.
 
         Returns:
-            Argument of the network's forward -> value without the batch dimension.
+            Argument of the network's forward -> value without the batch dimension. By default those
+            of an image of this size that was neither scaled nor cropped.
+        """
+        sizes = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32)
+        return {name: value[0] for name, value in self.size_arguments(network, sizes).items()}
+
+    def size_arguments(self, network: nn.Module, sizes: Tensor) -> dict[str, Tensor]:
+        """The arguments by which the network receives the sizes of each image.
+
+        Args:
+            network: a network of the family.
+            sizes: (B, 6) float32, in pixels: original height and width, top and left of the crop,
+                target height and width (`Crop.sizes`).
+
+        Returns:
+            Argument of the network's forward -> value (B, ...); {} if it receives no sizes.
         """
         return {}
 

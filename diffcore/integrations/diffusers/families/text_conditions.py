@@ -62,12 +62,8 @@ class StableDiffusionXLText(StableDiffusionText):
             "added_cond_kwargs.text_embeds": encoded[2 + is_null],
         }
 
-    def shared_arguments(
-        self, network: nn.Module, size: tuple[int, int], guidance_scale: float
-    ) -> Arguments:
-        height, width = size  # original size, crop and target size
-        time_ids = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
-        return {"added_cond_kwargs.time_ids": time_ids}
+    def size_arguments(self, network: nn.Module, sizes: Tensor) -> Arguments:
+        return {"added_cond_kwargs.time_ids": sizes}
 
 
 class StableDiffusion3Text(TextCondition):
@@ -124,15 +120,13 @@ class PixArtText(MaskedText):
 
     summary = "text: the states of T5 and their mask, and the size if it takes one"
 
-    def shared_arguments(
-        self, network: nn.Module, size: tuple[int, int], guidance_scale: float
-    ) -> Arguments:
+    def size_arguments(self, network: nn.Module, sizes: Tensor) -> Arguments:
         if not getattr(unwrap(network), "use_additional_conditions", False):
             return {}
-        height, width = size
+        target = sizes[:, 4:]  # the size of the result, as in a call of the pipeline
         return {
-            "added_cond_kwargs.resolution": torch.tensor([float(height), float(width)]),
-            "added_cond_kwargs.aspect_ratio": torch.tensor([height / width]),
+            "added_cond_kwargs.resolution": target,
+            "added_cond_kwargs.aspect_ratio": target[:, :1] / target[:, 1:],
         }
 
 

@@ -1,16 +1,16 @@
 """The index of a pipeline's folder, by which single parts are read."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from diffcore.integrations.diffusers.families import ModelFamily, family_of
+from diffcore.integrations.diffusers.families import ModelFamily, TextCondition, family_of
 from diffcore.integrations.diffusers.loading.folder import (
     PipelineParts,
     is_present,
@@ -190,6 +190,19 @@ class PipelineIndex:
     def family(self) -> ModelFamily:
         """The record of the network's family."""
         return family_of(self.read_architecture(self.network_name))
+
+    @cached_property
+    def size_arguments(self) -> Callable[[Tensor], dict[str, Tensor]] | None:
+        """Function (sizes (B, 6)) -> the network's arguments that contain them, or None.
+
+        See `TextCondition.size_arguments`. None: the network receives no sizes.
+        """
+        condition = self.family.condition
+        if not isinstance(condition, TextCondition):
+            return None
+        network = self.read_architecture(self.network_name)
+        function = partial(condition.size_arguments, network)
+        return function if function(torch.ones(1, 6)) else None
 
     @property
     def process_fields(self) -> dict[str, Any]:

@@ -32,6 +32,9 @@ class Prompts:
         tensors: argument of the network's forward -> its values (K + 1, ...). A dot in a name leads
             into a dictionary: `added_cond_kwargs.text_embeds`.
         texts: the K prompts.
+        size_arguments: function (sizes (B, 6)) -> arguments of the network that contain the sizes
+            and the crop of each image, in place of those in `tensors`, which are the default; None:
+            there are none. It is not saved.
 
     Raises:
         ValueError: a tensor has another number of entries than K + 1.
@@ -44,6 +47,7 @@ class Prompts:
 
     tensors: Mapping[str, Tensor]
     texts: tuple[str, ...] = ()
+    size_arguments: Callable[[Tensor], Mapping[str, Tensor]] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "texts", tuple(self.texts))
@@ -58,7 +62,9 @@ class Prompts:
         """Number of prompts, K."""
         return len(self.texts)
 
-    def arguments(self, labels: Tensor, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    def arguments(
+        self, labels: Tensor, dtype: torch.dtype | None = None, sizes: Tensor | None = None
+    ) -> dict[str, Any]:
         """The network's keyword arguments for labels.
 
         Only the entries of these labels are moved to their device. If the bank is on another device
@@ -67,13 +73,19 @@ class Prompts:
         Args:
             labels: labels (B,) from 0 to K.
             dtype: dtype of the floating-point arguments; None: as encoded.
+            sizes: (B, 6) float32, sizes and crop of each image in pixels (`Crop.sizes`); None: the
+                size for which the prompts were encoded, without a crop.
 
         Returns:
             Name -> value (B, ...), or a dictionary of these, on the device of the labels.
+
+        Raises:
+            ValueError: sizes are given, and the bank has no function for them.
         """
+        own = {} if sizes is None else self._sized(sizes)
         arguments: dict[str, Any] = {}
         for name, bank in self.tensors.items():
-            entry = bank[labels.to(bank.device)]
+            entry = own[name] if name in own else bank[labels.to(bank.device)]
             *path, last = name.split(".")
             target = arguments
             for key in path:
@@ -81,9 +93,18 @@ class Prompts:
             target[last] = entry.to(labels.device, dtype if entry.is_floating_point() else None)
         return arguments
 
+    def _sized(self, sizes: Tensor) -> Mapping[str, Tensor]:
+        if self.size_arguments is None:
+            raise ValueError(
+                "sizes of images are given, but the prompts have no function for them: leave sizes "
+                "out, or set size_arguments (PipelineIndex.size_arguments)"
+            )
+        return self.size_arguments(sizes)
+
     def map(self, function: Callable[[Tensor], Tensor]) -> "Prompts":
         """A bank of the same prompts with the function applied to each tensor (K + 1, ...)."""
-        return Prompts({name: function(value) for name, value in self.tensors.items()}, self.texts)
+        mapped = {name: function(value) for name, value in self.tensors.items()}
+        return Prompts(mapped, self.texts, self.size_arguments)
 
     def save(self, path: str | Path) -> None:
         """Write the bank as safetensors."""
@@ -134,7 +155,12 @@ class PromptNetwork(nn.Module):
         self.config = network_config(network)
 
     def forward(
-        self, x: Tensor, time: Tensor, class_labels: Tensor | None = None, **conditions: Tensor
+        self,
+        x: Tensor,
+        time: Tensor,
+        class_labels: Tensor | None = None,
+        sizes: Tensor | None = None,
+        **conditions: Tensor,
     ) -> Any:
         """The network's output.
 
@@ -142,6 +168,7 @@ class PromptNetwork(nn.Module):
             x: noisy samples (B, C, H, W).
             time: time input (B,).
             class_labels: labels (B,); None: the null condition.
+            sizes: (B, 6) sizes and crop of each image (`Crop.sizes`); None: those of the bank.
             **conditions: named conditions, which the network receives too.
 
         Returns:
@@ -149,7 +176,7 @@ class PromptNetwork(nn.Module):
         """
         if class_labels is None:
             class_labels = torch.full((len(x),), len(self.prompts), device=x.device)
-        prompts = self.prompts.arguments(class_labels, x.dtype)
+        prompts = self.prompts.arguments(class_labels, x.dtype, sizes)
         return self.network(x, timestep=time, **prompts, **conditions)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
