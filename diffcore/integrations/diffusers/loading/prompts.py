@@ -82,7 +82,7 @@ class Prompts:
         Raises:
             ValueError: sizes are given, and the bank has no function for them.
         """
-        own = {} if sizes is None else self._sized(sizes)
+        own: Mapping[str, Tensor] = {} if sizes is None else self._sized(sizes)
         arguments: dict[str, Any] = {}
         for name, bank in self.tensors.items():
             entry = own[name] if name in own else bank[labels.to(bank.device)]

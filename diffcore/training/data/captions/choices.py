@@ -37,7 +37,8 @@ class CaptionChoices:
         Returns:
             The labels of each image, in the order of its texts.
         """
-        labels, lengths = [], []
+        labels: list[int] = []
+        lengths: list[int] = []
         for own in texts:
             labels += [index[text] for text in own]
             lengths.append(len(own))
