@@ -1,10 +1,13 @@
 """The generated data sets: known distributions, and items that are functions of (seed, index)."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from scipy.stats import kstest
 
+from diffcore.core.random import Stream, uniform
 from diffcore.training.data import Balls, MovingBalls, Sines, TwoMoons
 
 BUILD = {
@@ -125,3 +128,21 @@ def test_balls_of_a_video_move_straight_at_constant_speed():
 def test_options_out_of_range_are_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_a_sine_has_the_frequency_phase_and_amplitude_of_its_key():
+    frequency, phase, amplitude = uniform(3, Stream.ITEM, torch.arange(5), 3).unsqueeze(2).unbind(1)
+    angle = 2 * math.pi * ((2 + 8 * frequency) * torch.arange(32) / 32 + phase)
+    expected = (1 + amplitude) / 2 * angle.sin()
+    torch.testing.assert_close(Sines(5, 32, seed=3).x0[:, 0], expected.float())
+
+
+def test_a_video_begins_at_the_first_end_of_the_path_of_its_key():
+    ends = uniform(0, Stream.ITEM, torch.arange(5), 4).unflatten(1, (2, 2))
+    x0 = MovingBalls(5, 3, 10).x0[:, 0]
+    for frame, end in ((0, 0), (2, 1)):
+        ball = (x0[:, frame] + 1).double()
+        place = torch.arange(10) + 0.5
+        for axis in range(2):
+            centre = (ball.sum(2 - axis) * place).sum(1) / ball.sum((1, 2))
+            assert (centre - (2 + 6 * ends[:, end, axis])).abs().max() < 0.3
