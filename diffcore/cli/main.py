@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from diffcore import __version__
 from diffcore.cli.arguments import extract_option, normalize_options
-from diffcore.io.mistakes import is_mistake, one_line
+from diffcore.io.mistakes import is_mistake, is_out_of_memory, one_line
 from diffcore.io.streams import spell_what_streams_lack
 
 __all__ = ["main"]
@@ -93,9 +93,9 @@ def _run(command: str, words: Sequence[str], modules: Sequence[str]) -> None:
 
 
 def _describe(error: Exception) -> str:
-    if type(error).__name__ == "OutOfMemoryError":
+    if is_out_of_memory(error):
         return one_line(
-            "the device has too little memory: use a smaller --batch-size, or smaller parts of a "
-            f"batch (--accumulation, --micro-batch): {error}"
+            "the device has too little memory: use a smaller network or --batch-size, or smaller "
+            f"parts of a batch (--accumulation, --micro-batch): {error}"
         )
     return one_line(str(error))

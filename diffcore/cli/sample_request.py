@@ -19,7 +19,7 @@ from diffcore.sampling.generation import DEFAULT_GRID, DEFAULT_SAMPLER
 from diffcore.sampling.pictures import Picture
 from diffcore.schedules import CoordinateGrid, Grid, Within
 
-__all__ = ["MAXIMUM_COUNT", "PICTURE_SUFFIXES", "IntegerList", "SampleRequest"]
+__all__ = ["MAXIMUM_COUNT", "MAXIMUM_THREADS", "PICTURE_SUFFIXES", "IntegerList", "SampleRequest"]
 
 MAXIMUM_COUNT = 1_000_000
 """Largest number of samples of one command."""

@@ -5,7 +5,7 @@ from dis import opmap
 from traceback import walk_tb
 from types import CodeType
 
-__all__ = ["MAXIMUM_LENGTH", "is_mistake", "one_line", "passes_through"]
+__all__ = ["MAXIMUM_LENGTH", "is_mistake", "is_out_of_memory", "one_line", "passes_through"]
 
 MAXIMUM_LENGTH = 300
 """Longest message of an error in characters."""
@@ -32,9 +32,25 @@ def is_mistake(error: BaseException, modules: Sequence[str]) -> bool:
         return False
     if isinstance(error, OSError):
         return error.errno is not None
-    if type(error).__name__ == "OutOfMemoryError":  # of torch, which is not imported for this
+    if is_out_of_memory(error):
         return True
     return isinstance(error, (ValueError, TypeError)) and _is_raised_by_diffcore(error)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the machine has too little memory.
+
+    Args:
+        error: error that was caught.
+
+    Returns:
+        True for torch.OutOfMemoryError, MemoryError, and the RuntimeError of torch's CPU allocator.
+    """
+    # torch is not imported for the name of a class.
+    names = ("OutOfMemoryError", "MemoryError", "_ArrayMemoryError")
+    return type(error).__name__ in names or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
 
 
 def passes_through(error: BaseException, modules: Sequence[str]) -> bool:

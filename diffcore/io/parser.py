@@ -189,12 +189,20 @@ class ComponentParser(ArgumentParser):
         classes = _known_classes()
         named = [cls for name, cls in classes.items() if re.search(rf"\b{name}\b", message)]
         keys = list(self.get_defaults().keys(branches=True))
-        options = [option for cls in named for option in signature(cls).parameters]
+        options = [option for cls in named for option in _option_names(cls)]
         options += [*keys, *(key.rpartition(".")[2] for key in keys)]
         for pattern, candidates in ((UNKNOWN_CLASS, list(classes)), (UNKNOWN_OPTION, options)):
             if (word := pattern.search(message)) and (near := _nearest(word.group(), candidates)):
                 return f"{message} (did you mean {near!r}?)"
         return message
+
+
+def _option_names(cls: type) -> list[str]:
+    """The parameters of a class; [] for a built-in one without a signature."""
+    try:
+        return list(signature(cls).parameters)
+    except ValueError:
+        return []
 
 
 def _discard_options_of_other_class(_parser: Any, before: Any, after: Any) -> None:

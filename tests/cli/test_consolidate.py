@@ -41,3 +41,22 @@ def test_unknown_weights_are_one_line(diffcore, sharded):
     assert ended.status == 1
     assert "one of averaged, raw, step-00000001, step-00000002" in ended.err
     assert len(ended.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("ema.safetensors", "a file of the run itself"),
+        ("checkpoints/x.safetensors", "a file of the run itself"),
+        ("config.yaml", "expected a name that ends in .safetensors"),
+    ],
+)
+def test_files_of_the_run_are_not_replaced(diffcore, sharded, out, message):
+    ended = diffcore("consolidate", sharded, "--weights=raw", f"--out={sharded / out}")
+    assert ended.status == 1
+    assert message in ended.err
+    assert len(ended.err.splitlines()) == 1
+
+
+def test_a_folder_that_does_not_exist_is_no_run(diffcore, tmp_path):
+    assert "is no folder of a run" in diffcore("consolidate", tmp_path / "none").err

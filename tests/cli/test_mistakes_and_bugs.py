@@ -193,5 +193,28 @@ def test_running_out_of_memory_is_one_line_with_a_remedy(diffcore, trained, monk
     monkeypatch.setattr("diffcore.cli.commands.sample.load_image_model", exhaust)
     ended = diffcore("sample", trained, "--out=x.png")
     assert ended.status == 1
-    assert "use a smaller --batch-size" in ended.err
+    assert "use a smaller network or --batch-size" in ended.err
+    assert len(ended.err.splitlines()) == 1
+
+
+def test_a_network_that_does_not_fit_into_memory_is_one_line(diffcore):
+    ended = diffcore("train", "points", "--network.width=1000000000", "--folder=run")
+    assert ended.status == 1
+    assert "too little memory: use a smaller network" in ended.err
+    assert len(ended.err.splitlines()) == 1
+
+
+def test_a_message_that_contains_the_name_of_a_builtin_class_is_one_line(diffcore):
+    ended = diffcore("features", "train", "--data=ref", "--out=x.safetensors")
+    assert ended.status == 2
+    assert len(ended.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("option", ["--threads=-1", "--lr=0", "--out=x.txt"])
+def test_settings_of_features_are_checked_before_the_data_is_read(diffcore, option):
+    words = ["features", "train", "nowhere", "--out=x.safetensors", option]
+    ended = diffcore(*words)
+    assert ended.status in (1, 2)
+    assert "nowhere" not in ended.err
+    assert "expected" in ended.err
     assert len(ended.err.splitlines()) == 1

@@ -44,10 +44,22 @@ def main(argv: Sequence[str]) -> None:
     run = Run(settings.pop("run"))
     check_links(run.folder)
     request = ConsolidationRequest(**settings)
+    if not run.folder.is_dir():
+        raise ValueError(f"{run.folder} is no folder of a run")
     name = run.resolve_weights(request.weights)
-    found = run.read_weights(name)
     out = Path(request.out or run.folder / f"{name.replace('/', '-')}.safetensors")
+    _check_out(out, run)
+    found = run.read_weights(name)
     out.parent.mkdir(parents=True, exist_ok=True)
     options = {} if found.options is None else {"network": found.options}
     write_weights(out, found.tensors, **options)
     print(f"{found.origin} -> {out}: {len(found.tensors)} tensors")
+
+
+def _check_out(out: Path, run: Run) -> None:
+    """Raise ValueError if the file would replace one of the run's own, or one of another kind."""
+    if out.suffix not in ("", ".safetensors"):
+        raise ValueError(f"out is {out}, expected a name that ends in .safetensors")
+    protected = (run.weights, run.checkpoints, run.pipeline)
+    if any(out.resolve().is_relative_to(path.resolve()) for path in protected):
+        raise ValueError(f"out is {out}, a file of the run itself: choose another name")

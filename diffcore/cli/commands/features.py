@@ -8,6 +8,7 @@ import torch
 from diffcore.cli.arguments import wants_help
 from diffcore.cli.commands.sample import find_device
 from diffcore.cli.evaluation.data import read_images
+from diffcore.cli.sample_request import MAXIMUM_THREADS
 from diffcore.evaluation.features.classifier_training import train_classifier
 from diffcore.evaluation.features.feature_table import chunks
 from diffcore.evaluation.features.local_classifier import write_classifier
@@ -44,10 +45,15 @@ class FeatureTraining:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.batch_size) < 1 or not self.lr > 0:
+        if min(self.steps, self.batch_size) < 1 or not 0 < self.lr < float("inf"):
             raise ValueError(
                 f"steps is {self.steps}, batch_size {self.batch_size} and lr {self.lr}, expected "
                 "positive numbers"
+            )
+        if not 0 <= self.threads <= MAXIMUM_THREADS:
+            raise ValueError(
+                f"threads is {self.threads}, expected at most {MAXIMUM_THREADS}, or 0 for torch's "
+                "default"
             )
         if not self.out.endswith(".safetensors"):
             raise ValueError(f"out is {self.out!r}, expected a name that ends in .safetensors")

@@ -12,7 +12,7 @@ from torch import Tensor
 from diffcore.io.files import hash_file
 from diffcore.io.images.crop import Crop
 from diffcore.io.images.pixels import crop_mask
-from diffcore.io.images.reader import read_content
+from diffcore.io.images.reader import read_content, read_size
 from diffcore.training.data.cache import hash_content
 from diffcore.training.data.image_files import MASK, ImageFiles
 from diffcore.training.data.listing import printable
@@ -33,7 +33,7 @@ class MaskFiles:
             the images.
 
     Raises:
-        ValueError: An image has no mask, or images are padded.
+        ValueError: An image has no mask, or one of another size, or images are padded.
     """
 
     def __init__(self, images: ImageFiles, folder: str) -> None:
@@ -47,6 +47,8 @@ class MaskFiles:
                 f"{len(missing)} of {len(images)} images have no mask, such as "
                 f"{printable(missing[0])}: expected {place}; a white mask selects a whole image"
             )
+        for index, path in enumerate(self.paths):
+            _check_size(path, (int(images.width[index]), int(images.height[index])))
         self.hashes = [hash_file(path) for path in self.paths if path]
 
     def read(self, index: int, crop: Crop, factor: int = 1) -> Tensor:
@@ -74,6 +76,20 @@ class MaskFiles:
     def content_hash(self) -> str:
         """Hash of the contents of all masks."""
         return hash_content(*self.hashes)
+
+
+def _check_size(path: Path | None, expected: tuple[int, int]) -> None:
+    """Raise ValueError if a mask has another size than its image."""
+    assert path is not None
+    try:
+        found = read_size(path)
+    except ValueError as error:
+        raise ValueError(f"the mask {printable(path)} cannot be read: {error}") from None
+    if found != expected:
+        raise ValueError(
+            f"the mask {printable(path)} has {found[0]} x {found[1]} pixels, but its image has "
+            f"{expected[0]} x {expected[1]}: make the mask again at the size of the image"
+        )
 
 
 def _find(images: Path, name: str, folder: str) -> Path | None:

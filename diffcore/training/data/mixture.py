@@ -64,6 +64,11 @@ class Mixture(DataSource):
             raise ValueError(
                 f"loss_weights is {self.weights}, expected finite numbers of at least 0"
             )
+        if self.weights and not any(self.weights):
+            raise ValueError(
+                f"loss_weights is {self.weights}, so that nothing is trained: expected a positive "
+                "one"
+            )
         sizes = [len(source) for source in sources]
         self.starts = [sum(sizes[:number]) for number in range(len(sizes))]
         self.part = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
@@ -217,6 +222,11 @@ def _check_lengths(count: int, **lists: Sequence[float]) -> None:
 
 def _check_fit(sources: Sequence[DataSource]) -> None:
     """Raise ValueError if labels or x_0 of the data sets mean different things."""
+    if any(isinstance(source, Mixture) for source in sources):
+        raise ValueError(
+            "a data set of the mixture is a mixture, whose shares and repeats have no meaning in "
+            "another: list all data sets in one mixture"
+        )
     first = sources[0]
     for source in sources[1:]:
         if bool(source.texts) != bool(first.texts) or source.encoder_hash != first.encoder_hash:

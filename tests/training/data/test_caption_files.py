@@ -105,3 +105,16 @@ def test_tags_are_dropped_at_the_rate_and_never_the_kept_ones():
 def test_variants_that_cannot_be_encoded_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         CaptionVariants(**options)
+
+
+def test_metadata_of_other_images_is_refused(tmp_path):
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "images/0.png", "text": "a"}\n')
+    with pytest.raises(ValueError, match=r"none of the 1 files .*metadata.jsonl names"):
+        read_captions(tmp_path, ["0.png"])
+    (tmp_path / "metadata.jsonl").unlink()
+    assert read_captions(tmp_path, ["0.png"]) == []
+
+
+def test_more_versions_of_a_caption_than_can_be_cached_are_refused():
+    with pytest.raises(ValueError, match="orders is 1000000000, expected at most 1024"):
+        CaptionVariants(shuffle=True, orders=10**9)

@@ -10,6 +10,9 @@ from torch import Tensor
 
 __all__ = ["BucketedImages", "Buckets"]
 
+LARGEST = 2**12
+"""Largest number of steps on the longer side of a bucket."""
+
 
 class BucketedImages(NamedTuple):
     """Which image is read at which size.
@@ -49,7 +52,8 @@ class Buckets:
             to the next best bucket of the resolution, until no bucket is below it.
 
     Raises:
-        ValueError: A number is out of range, or a resolution is smaller than the step.
+        ValueError: A number is out of range, or a resolution is smaller than the step, has too many
+            sizes, or has none.
 
     Example:
         >>> Buckets((256,), step=64, aspect=2).sizes(256)
@@ -74,6 +78,16 @@ class Buckets:
                 raise ValueError(
                     f"resolutions contains {resolution}, expected at least the step of {self.step} "
                     "pixels"
+                )
+            if resolution * self.aspect > LARGEST * self.step:
+                raise ValueError(
+                    f"resolutions contains {resolution}, expected at most {LARGEST} steps of "
+                    f"{self.step} pixels on the longer side: increase step"
+                )
+            if not self.sizes(resolution):
+                raise ValueError(
+                    f"no sizes have the resolution {resolution}, step {self.step} and aspect "
+                    f"{self.aspect}: increase aspect, or use a multiple of step as the resolution"
                 )
 
     def sizes(self, resolution: int) -> tuple[tuple[int, int], ...]:

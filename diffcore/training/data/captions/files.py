@@ -40,7 +40,8 @@ def read_captions(folder: str | Path, images: Sequence[str]) -> list[tuple[str, 
         The distinct captions of each image, in order; [] if no image has a caption.
 
     Raises:
-        ValueError: Only some images have a caption, or a file cannot be read.
+        ValueError: Only some images have a caption, no row of the metadata files is of one of the
+            images, or a file cannot be read.
     """
     folder = Path(folder)
     files = [folder / name for name in find_files(folder) if os.path.basename(name) in METADATA]
@@ -53,6 +54,12 @@ def read_captions(folder: str | Path, images: Sequence[str]) -> list[tuple[str, 
         raise ValueError(
             f"{len(without)} of the {len(images)} images of {folder} have no caption, such as "
             f"{printable(without[0])}: give each a {remedy}, or set captions: false"
+        )
+    if without and rows:
+        raise ValueError(
+            f"none of the {len(rows)} files that {printable(files[0])} names is an image of "
+            f"{folder}, such as {printable(next(iter(rows)))}: give file_name relative to the "
+            "folder of the metadata file, or set captions: false"
         )
     return [] if without else captions
 

@@ -8,6 +8,8 @@ from diffcore.core.random import Stream, derive_seed, permutation, uniform
 __all__ = ["CaptionVariants"]
 
 FIELD = "{caption}"
+LARGEST = 1024
+"""Largest number of versions of a caption: the embedding of each is cached."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class CaptionVariants:
         for template in self.templates or ("",):
             if FIELD not in template:
                 raise ValueError(f"templates contains {template!r}, expected a text with {FIELD}")
+        if self.orders > LARGEST:
+            raise ValueError(f"orders is {self.orders}, expected at most {LARGEST}")
         if not 0 <= self.tag_dropout < 1 or self.keep < 0 or not self.separator:
             raise ValueError(
                 f"tag_dropout, keep and separator are {self.tag_dropout}, {self.keep} and "

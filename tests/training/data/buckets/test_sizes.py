@@ -80,6 +80,8 @@ def test_the_items_of_a_small_bucket_go_to_the_next_best():
         ({"aspect": math.inf}, "aspect is inf"),
         ({"resolutions": (32,)}, "at least the step of 64"),
         ({"minimum": 0}, "step and minimum"),
+        ({"resolutions": (100,), "aspect": 1.0}, "no sizes have the resolution 100"),
+        ({"resolutions": (10**9,), "step": 1}, "at most 4096 steps of 1 pixels"),
     ],
 )
 def test_buckets_out_of_range_are_refused(options, message):
