@@ -53,7 +53,9 @@ class ImageItems:
                 f"fit is {images.fit}, but images are cropped to the size of their bucket: use fit "
                 "crop, or leave buckets out"
             )
-        self.sizes, self.image, self.bucket = buckets.assign(images.width, images.height)
+        self.sizes, self.image, self.bucket = buckets.assign(
+            images.width, images.height, images.size
+        )
 
     def __len__(self) -> int:
         return len(self.image)

@@ -1,7 +1,7 @@
 """Aspect-ratio buckets: sizes of about one area, and the bucket of each image."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -43,8 +43,8 @@ class Buckets:
     Args:
         resolutions: side of the square of the largest area in pixels. With several, an image is one
             item for each resolution at which it is not enlarged; the smallest resolution takes
-            every image. (): the largest multiple of `step` that is at most the median √(width ·
-            height) of the images.
+            every image. None: the `size` of the data set. (): the largest multiple of `step` that
+            is at most the median √(width · height) of the images.
         step: number of pixels of which all sides are multiples: the factor of the VAE times the
             divisor of the network.
         aspect: largest ratio of the longer to the shorter side of a bucket, at least 1.
@@ -60,24 +60,26 @@ class Buckets:
         ((192, 320), (256, 256), (320, 192))
     """
 
-    resolutions: tuple[int, ...] = (1024,)
+    resolutions: tuple[int, ...] | None = None
     step: int = 64
     aspect: float = 2.0
     minimum: int = 1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "resolutions", tuple(sorted(set(self.resolutions))))
+        if self.resolutions is not None:
+            object.__setattr__(self, "resolutions", tuple(sorted(set(self.resolutions))))
         if self.step < 1 or self.minimum < 1:
             raise ValueError(
                 f"step and minimum are {self.step} and {self.minimum}, expected at least 1"
             )
         if not 1 <= self.aspect < math.inf:
             raise ValueError(f"aspect is {self.aspect}, expected a finite ratio of at least 1")
-        for resolution in self.resolutions:
+        for resolution in self.resolutions or ():
             if resolution < self.step:
                 raise ValueError(
-                    f"resolutions contains {resolution}, expected at least the step of {self.step} "
-                    "pixels"
+                    f"the resolution of buckets is {resolution}, expected at least their step of "
+                    f"{self.step} pixels: set step to the factor of the VAE times the divisor of "
+                    "the network, or a larger resolution"
                 )
             if resolution * self.aspect > LARGEST * self.step:
                 raise ValueError(
@@ -112,17 +114,23 @@ class Buckets:
             if largest(height) == width and max(width, height) <= self.aspect * min(width, height)
         )
 
-    def assign(self, width: Tensor, height: Tensor) -> BucketedImages:
+    def assign(self, width: Tensor, height: Tensor, size: int) -> BucketedImages:
         """Assign images to buckets.
 
         Args:
             width: (M,) columns of each image.
             height: (M,) rows of each image.
+            size: resolution if `resolutions` is None, in pixels.
 
         Returns:
             The buckets that contain items, sorted by area and width, and the items, sorted by image
             and resolution.
+
+        Raises:
+            ValueError: `resolutions` is None, and the size is smaller than the step.
         """
+        if self.resolutions is None:
+            return replace(self, resolutions=(size,)).assign(width, height, size)
         sides = (width.double() * height).sqrt()
         resolutions = self.resolutions or (self._median(sides),)
         items: list[tuple[int, tuple[int, int]]] = []

@@ -10,7 +10,7 @@ from diffcore.training.data.buckets.sizes import Buckets
 
 def assign(buckets, *sizes):
     """{(width, height) of each item: number of items}, and the assignment."""
-    found = buckets.assign(*torch.tensor(sizes).T)
+    found = buckets.assign(*torch.tensor(sizes).T, size=0)
     return [(int(i), found.sizes[int(b)]) for i, b in zip(found.image, found.bucket, strict=True)]
 
 
@@ -57,8 +57,17 @@ def test_several_resolutions_enlarge_no_image_but_at_the_smallest():
 
 
 def test_without_a_resolution_it_is_the_median_side_of_the_images():
-    found = Buckets((), step=16).assign(torch.tensor([70, 50, 200]), torch.tensor([70, 50, 200]))
+    sides = torch.tensor([70, 50, 200])
+    found = Buckets((), step=16).assign(sides, sides, size=32)
     assert found.sizes == ((64, 64),)
+
+
+def test_the_resolution_is_the_size_of_the_data_set_unless_others_are_given():
+    sides = torch.tensor([70, 50, 200])
+    assert Buckets(step=16).assign(sides, sides, size=32).sizes == ((32, 32),)
+    assert Buckets((48,), step=16).assign(sides, sides, size=32).sizes == ((48, 48),)
+    with pytest.raises(ValueError, match="resolution of buckets is 32"):
+        Buckets().assign(sides, sides, size=32)
 
 
 def test_the_items_of_a_small_bucket_go_to_the_next_best():
@@ -78,7 +87,7 @@ def test_the_items_of_a_small_bucket_go_to_the_next_best():
         ({"step": 0}, "step and minimum are 0"),
         ({"aspect": 0.5}, "aspect is 0.5"),
         ({"aspect": math.inf}, "aspect is inf"),
-        ({"resolutions": (32,)}, "at least the step of 64"),
+        ({"resolutions": (32,)}, "at least their step of 64"),
         ({"minimum": 0}, "step and minimum"),
         ({"resolutions": (100,), "aspect": 1.0}, "no sizes have the resolution 100"),
         ({"resolutions": (10**9,), "step": 1}, "at most 4096 steps of 1 pixels"),
