@@ -138,6 +138,7 @@ def _read_numbers(name: str, source: str, record: ConditionRecord) -> Tensor:
     if len(numbers) != torch.Size(record.shape).numel():
         raise ValueError(
             f"--condition.{name} has {len(numbers)} numbers, expected those of a value of shape "
-            f"{record.shape}"
+            f"{record.shape}: pass several values as an .npy file of shape "
+            f"{('N', *record.shape)}".replace("'", "")
         )
     return numbers.reshape(record.shape)
