@@ -5,6 +5,7 @@ layers are joined to a block-diagonal entry on writing, so that they come back u
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -95,14 +96,20 @@ def split_strength(text: str) -> tuple[str, float]:
 
     Returns:
         The path, and the strength; 1 without one.
+
+    Raises:
+        ValueError: the strength is not finite.
     """
     path, equals, strength = text.rpartition("=")
     if not equals:
         return text, 1.0
     try:
-        return path, float(strength)
+        number = float(strength)
     except ValueError:
         return text, 1.0
+    if not math.isfinite(number):
+        raise ValueError(f"lora is {text}, expected a finite strength, such as {path}=0.8")
+    return path, number
 
 
 def changes_of(part: str, changes: Sequence[tuple[Adapters, float]]) -> list[tuple[Adapter, float]]:

@@ -10,7 +10,11 @@ import torch
 
 from diffcore.integrations.diffusers.adapters.adapted_parts import adapt_parts
 from diffcore.integrations.diffusers.adapters.extraction import extract_adapters
-from diffcore.integrations.diffusers.adapters.files import read_adapters, write_adapters
+from diffcore.integrations.diffusers.adapters.files import (
+    read_adapters,
+    split_strength,
+    write_adapters,
+)
 from diffcore.integrations.diffusers.adapters.low_rank import LowRank
 from diffcore.integrations.diffusers.loading.folder import read_folder
 from diffcore.integrations.diffusers.loading.index import PipelineIndex
@@ -182,3 +186,10 @@ def test_several_adapters_with_strengths_are_those_of_set_adapters(pipeline, tmp
             assert not torch.allclose(linear.weight, before.get_submodule(name).weight)
             compared += 1
     assert compared >= 4
+
+
+def test_a_strength_is_finite():
+    assert split_strength("a=b=0.5") == ("a=b", 0.5)
+    assert split_strength("a=b") == ("a=b", 1.0)
+    with pytest.raises(ValueError, match="lora is a=nan, expected a finite strength"):
+        split_strength("a=nan")
