@@ -162,7 +162,7 @@ def _load_pipeline(folder: Path, request: ExportRequest) -> "DiffcorePipeline":
 def _check_is_diffcore_pipeline(folder: Path) -> None:
     if not is_pipeline(folder):
         return
-    from diffcore.integrations.diffusers.loading.folder import read_json
+    from diffcore.integrations.diffusers.loading.parts import read_json
 
     name = read_json(folder / "model_index.json").get("_class_name")
     if name != "DiffcorePipeline":

@@ -11,16 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from diffcore.integrations.diffusers.families import ModelFamily, TextCondition, family_of
-from diffcore.integrations.diffusers.loading.folder import (
-    PipelineParts,
+from diffcore.integrations.diffusers.loading.folder import PipelineParts, latent_shape, network_name
+from diffcore.integrations.diffusers.loading.network import read_process_fields
+from diffcore.integrations.diffusers.loading.parts import (
     is_present,
-    latent_shape,
-    network_name,
     read_json,
     read_part,
     read_text_pipeline,
 )
-from diffcore.integrations.diffusers.loading.network import read_process_fields
 from diffcore.integrations.diffusers.loading.vae import downsampling_factor
 from diffcore.integrations.diffusers.scheduler.scheduler_config import Config
 from diffcore.io.files import check_links, hash_file

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from diffcore.integrations.diffusers.loading.folder import read_json
 from diffcore.integrations.diffusers.loading.part_files import check_files
+from diffcore.integrations.diffusers.loading.parts import read_json
 from diffcore.io.files import write_folder
 from diffcore.io.lock import wait_for_lock
 from diffcore.io.plain_data import hash_data

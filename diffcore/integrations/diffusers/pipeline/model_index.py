@@ -8,7 +8,8 @@ import diffusers
 
 from diffcore.core.process import Process
 from diffcore.guidance import Guidance
-from diffcore.integrations.diffusers.loading.folder import NETWORKS, check_part, read_json
+from diffcore.integrations.diffusers.loading.folder import NETWORKS
+from diffcore.integrations.diffusers.loading.parts import check_part, read_json
 from diffcore.io.files import check_links, verify_folder
 
 __all__ = ["COMPONENTS", "PROCESS_SETTINGS", "PipelineSettings", "check_folder"]

@@ -22,9 +22,10 @@ from diffcore.core.process import Process
 from diffcore.integrations.diffusers.adapters.files import ADAPTER
 from diffcore.integrations.diffusers.adapters.lora import LoRA
 from diffcore.integrations.diffusers.families import family_of
-from diffcore.integrations.diffusers.loading.folder import PipelineParts, read_folder, read_json
+from diffcore.integrations.diffusers.loading.folder import PipelineParts, read_folder
 from diffcore.integrations.diffusers.loading.frozen_base import BasePrecision, read_base
 from diffcore.integrations.diffusers.loading.index import PipelineIndex
+from diffcore.integrations.diffusers.loading.parts import read_json
 from diffcore.integrations.diffusers.pipeline.export import export_scheduler
 from diffcore.integrations.diffusers.pipeline.folder import write_pipeline
 from diffcore.integrations.diffusers.scheduler.scheduler import DiffcoreScheduler

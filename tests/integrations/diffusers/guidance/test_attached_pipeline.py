@@ -8,7 +8,7 @@ import torch
 
 from diffcore.guidance import APG, CFG, PerturbedAttention, Rescale, Sum
 from diffcore.integrations.diffusers import DiffcoreScheduler, attach, detach
-from diffcore.integrations.diffusers.loading.folder import read_json
+from diffcore.integrations.diffusers.loading.parts import read_json
 from diffcore.samplers import DDIM, DPMSolverPP
 from tests.helpers.text_networks import pixart
 from tests.helpers.tiny_pipelines import (
