@@ -47,8 +47,8 @@ LOCATIONS = {
     "Arrays": {"path", "labels", "conditions"},
     "HuggingFaceData": {"path"},
     "HuggingFaceStream": {"path"},
-    "ImageFolder": {"folder", "verify"},
-    "LatentDataset": {"folder", "pipeline", "cache", "verify"},
+    "ImageFolder": {"folder", "masks", "conditions", "verify"},
+    "LatentDataset": {"folder", "pipeline", "masks", "conditions", "cache", "verify"},
     "PretrainedNetwork": {"pipeline"},
     "TarShards": {"path"},
     "TarStream": {"paths"},
@@ -64,11 +64,13 @@ def without_locations(spec: Any) -> Any:
     """The spec of a component without its arguments that name folders which may move.
 
     Args:
-        spec: plain data {class_path, init_args}, or the name of a class.
+        spec: plain data {class_path, init_args}, the name of a class, or a list of them.
 
     Returns:
         The spec with the other arguments.
     """
+    if isinstance(spec, list):
+        return [without_locations(part) for part in spec]
     if not isinstance(spec, dict) or not isinstance(spec.get("init_args"), dict):
         return spec
     locations = LOCATIONS.get(str(spec.get("class_path")).rpartition(".")[2], set())

@@ -1,6 +1,7 @@
 """Completion of settings: what the first file leaves to a pipeline or to a folder of images."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,7 @@ def _given(contents: Sequence[Mapping[str, Any]], words: Sequence[str]) -> dict[
     given: dict[str, Any] = {}
     for content in contents:
         given |= dict(_flat(content, ""))
-    following = [*words[1:], "--"]
-    for word, value in zip(words, following, strict=True):
+    for word, value in pairwise([*words, "--"]):
         option, equals, text = word.partition("=")
         if option.startswith("--") and (equals or not value.startswith("--")):
             name = option.removeprefix("--").replace(".init_args", "").removesuffix(".class_path")

@@ -54,6 +54,7 @@ class Stream(IntEnum):
     CROP = 31
     CAPTION = 32
     SHARD = 33
+    MASK = 34
     CONDITION = 40
     ITEM = 50
     ITEM_NOISE = 51

@@ -10,6 +10,9 @@ from diffcore.training.data.collections import (
     TarShards,
     TarStream,
 )
+from diffcore.training.data.conditioned.image_pairs import ConditionFolder
+from diffcore.training.data.conditioned.low_resolution import LowResolution
+from diffcore.training.data.conditioned.masked_images import MaskedImages
 from diffcore.training.data.digits import Digits
 from diffcore.training.data.generated import Balls, MovingBalls, Sines, TwoMoons
 from diffcore.training.data.image_folder import ImageFolder
@@ -21,12 +24,15 @@ __all__ = [
     "Arrays",
     "Balls",
     "Batch",
+    "ConditionFolder",
     "DataOrder",
     "DataSource",
     "Digits",
     "HuggingFaceData",
     "HuggingFaceStream",
     "ImageFolder",
+    "LowResolution",
+    "MaskedImages",
     "Mixture",
     "MovingBalls",
     "Sines",

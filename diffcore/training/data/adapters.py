@@ -1,6 +1,6 @@
 """Data sets of torch as data sources: plain ones, and subsets of data sources."""
 
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Sequence, Sized
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 from diffcore.training.data.cache import hash_content
 from diffcore.training.data.source import DataSource
 
-__all__ = ["as_data_source"]
+__all__ = ["WrappedSource", "as_data_source"]
 
 
 def as_data_source(data: Dataset[Any]) -> DataSource:
@@ -74,27 +74,30 @@ class _PlainSource(DataSource):
         return self.data[index]
 
 
-class _SubsetSource(DataSource):
-    """Some items of a data source, with everything else that it provides."""
+class WrappedSource(DataSource):
+    """The items of another data source, with everything else that it provides.
 
-    def __init__(self, subset: Subset[Any]) -> None:
-        self.source = source = as_data_source(subset.dataset)
-        self.indices = [int(index) for index in subset.indices]
+    A subclass overrides what it changes.
+
+    Args:
+        source: data source.
+    """
+
+    def __init__(self, source: DataSource) -> None:
+        self.source = source
         self.texts, self.class_names = source.texts, source.class_names
         self.is_latent, self.has_masks = source.is_latent, source.has_masks
         self.inputs = source.inputs
-        self.groups = None if source.groups is None else source.groups.select(self.indices)
-        labels = source.labels
-        self.labels = None if labels is None else [int(labels[index]) for index in self.indices]
+        self.groups, self.labels = source.groups, source.labels
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.source)
 
     def __getitem__(self, index: int) -> Any:
-        return self.source[self.indices[index]]
+        return self.source[index]
 
     def item(self, index: int, seed: int, position: int) -> Any:
-        return self.source.item(self.indices[index], seed, position)
+        return self.source.item(index, seed, position)
 
     @property
     def vae(self) -> Any:
@@ -102,7 +105,7 @@ class _SubsetSource(DataSource):
 
     @property
     def content_hash(self) -> str:
-        return hash_content(self.source.content_hash, *map(str, self.indices))
+        return self.source.content_hash
 
     @property
     def encoder_hash(self) -> str:
@@ -121,5 +124,34 @@ class _SubsetSource(DataSource):
     def label_wrapper(self, device: torch.device) -> Callable[[nn.Module], nn.Module]:
         return self.source.label_wrapper(device)
 
+    def prompt_wrapper(
+        self, prompts: Sequence[str], negative: str, device: torch.device
+    ) -> Callable[[nn.Module], nn.Module]:
+        return self.source.prompt_wrapper(prompts, negative, device)
+
     def decode(self, x: Tensor) -> Tensor:
         return self.source.decode(x)
+
+
+class _SubsetSource(WrappedSource):
+    """Some items of a data source, with everything else that it provides."""
+
+    def __init__(self, subset: Subset[Any]) -> None:
+        super().__init__(as_data_source(subset.dataset))
+        self.indices = [int(index) for index in subset.indices]
+        groups, labels = self.source.groups, self.source.labels
+        self.groups = None if groups is None else groups.select(self.indices)
+        self.labels = None if labels is None else [int(labels[index]) for index in self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.source[self.indices[index]]
+
+    def item(self, index: int, seed: int, position: int) -> Any:
+        return self.source.item(self.indices[index], seed, position)
+
+    @property
+    def content_hash(self) -> str:
+        return hash_content(self.source.content_hash, *map(str, self.indices))

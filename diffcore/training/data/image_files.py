@@ -88,11 +88,11 @@ class ImageFiles:
         return self._read(index, lambda content: as_pixels(content, *self._options))
 
     def read(self, index: int, crop: Crop) -> Tensor:
-        """Read a crop of an image.
+        """Read an image, cropped or padded by `fit`, and mirrored.
 
         Args:
             index: index of the image in `names`.
-            crop: crop of the image.
+            crop: crop of the image; of an image that is not cropped only `is_mirrored` is used.
 
         Returns:
             x_0 (C, H, W) in [-1, 1].
@@ -100,7 +100,9 @@ class ImageFiles:
         Raises:
             ValueError: The file can no longer be read; the message contains its path.
         """
-        return self._read(index, lambda content: crop_pixels(content, self.channels, crop))
+        if self.fit == "crop":
+            return self._read(index, lambda content: crop_pixels(content, self.channels, crop))
+        return self[index].flip(-1) if crop.is_mirrored else self[index]
 
     @property
     def _options(self) -> tuple[int, str, Fit]:

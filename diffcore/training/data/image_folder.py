@@ -12,6 +12,7 @@ from diffcore.io.images.crop import CENTRE, Crop
 from diffcore.training.data.buckets.items import ImageItems
 from diffcore.training.data.buckets.sizes import Buckets
 from diffcore.training.data.cache import hash_content
+from diffcore.training.data.conditioned.image_pairs import ConditionFolder, ImagePairs
 from diffcore.training.data.image_files import Fit, ImageFiles, Unreadable
 from diffcore.training.data.listing import printable
 from diffcore.training.data.masks import MaskFiles
@@ -48,6 +49,8 @@ class ImageFolder(DataSource):
         masks: place of the masks: beside (cats/1.mask.png is the mask of cats/1.png), or a folder
             of masks with the paths of the images. White pixels have a weight of 1 in the loss,
             black ones of 0. "": no masks.
+        conditions: name of each condition of the process that is an image -> its folder, with the
+            paths of the images and any suffix, and its channels. None: no conditions.
         unreadable: refuse images that cannot be read, or skip them.
         verify: true reads every file at the start, and compares its hash with the recorded scan;
             false compares size and time.
@@ -73,6 +76,7 @@ class ImageFolder(DataSource):
         buckets: Buckets | None = None,
         crop: CropPosition = "center",
         masks: str = "",
+        conditions: dict[str, ConditionFolder] | None = None,
     ) -> None:
         self.flip, self.crop = flip, crop
         self.images = ImageFiles(Path(folder), size, channels, fit, unreadable, verify)
@@ -82,6 +86,7 @@ class ImageFolder(DataSource):
         self.groups = self.items.groups(len(channels))  # "RGB", "L"
         self.masks = MaskFiles(self.images, masks) if masks else None
         self.has_masks = self.masks is not None
+        self.conditions = ImagePairs(self.images, conditions or {}, buckets is not None, verify)
         self.class_names, labels = label_images(self.images)
         self.labels = labels[self.items.image]
 
@@ -93,9 +98,11 @@ class ImageFolder(DataSource):
 
     def _read(self, index: int, crop: Crop) -> tuple[Any, ...]:
         item = self.items.read(index, crop), int(self.labels[index])
-        if self.masks is None:
-            return item
-        return *item, {WEIGHT: self.masks.read(int(self.items.image[index]), crop)}
+        image = int(self.items.image[index])
+        extras = self.conditions.read(image, crop)
+        if self.masks is not None:
+            extras[WEIGHT] = self.masks.read(image, crop)
+        return (*item, extras) if extras else item
 
     def item(self, index: int, seed: int, position: int) -> tuple[Any, ...]:
         """The item at a position of the run.
@@ -106,8 +113,8 @@ class ImageFolder(DataSource):
             position: number of samples of the run before this one.
 
         Returns:
-            x_0 (C, H, W), cropped and mirrored by the position as set, and the label; with masks
-            also the extra `weight` (1, H, W).
+            x_0 (C, H, W), cropped and mirrored by the position as set, the label, and the extras:
+            the conditions by name, and with masks `weight` (1, H, W).
         """
         offset = float(uniform(seed, Stream.CROP, position)) if self.crop == "random" else CENTRE
         is_flipped = self.flip and is_mirrored(seed, position)
@@ -121,6 +128,7 @@ class ImageFolder(DataSource):
         contents = sha256(images.hashes.numpy().tobytes()).hexdigest()
         further: list[str] = [self.crop] if self.crop != "center" else []
         further += [part.content_hash for part in (self.groups, self.masks) if part is not None]
+        further += filter(None, [self.conditions.content_hash])
         return hash_content(
             *map(str, options), *self.class_names, images.names.sha256, contents, *further
         )

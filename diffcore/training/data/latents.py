@@ -19,6 +19,7 @@ from diffcore.training.data.buckets.items import ImageItems, Visit
 from diffcore.training.data.buckets.sizes import Buckets
 from diffcore.training.data.cache import Cache, hash_content
 from diffcore.training.data.captions import CaptionChoices, CaptionVariants, read_captions
+from diffcore.training.data.conditioned.image_pairs import ConditionFolder, ImagePairs
 from diffcore.training.data.image_files import Fit, ImageFiles, Unreadable
 from diffcore.training.data.image_folder import label_images
 from diffcore.training.data.masks import MaskFiles
@@ -79,6 +80,7 @@ class LatentDataset(DataSource):
         variants: templates, shuffled and dropped tags. An image with several captions or variants
             is read with one of them, keyed by the position in the run; None: the captions alone.
         masks: masks of the images, see `ImageFolder`, averaged over the area of each latent pixel.
+        conditions: images of each condition, see `ImageFolder`; in pixels, not encoded.
 
     Raises:
         ValueError: There are no images, some cannot be read, only some have a caption, or the
@@ -103,6 +105,7 @@ class LatentDataset(DataSource):
         crops: int = 1,
         variants: CaptionVariants | None = None,
         masks: str = "",
+        conditions: dict[str, ConditionFolder] | None = None,
     ) -> None:
         from diffcore.integrations.diffusers.loading.index import PipelineIndex
 
@@ -115,6 +118,7 @@ class LatentDataset(DataSource):
         self.groups = self._groups()
         self.masks = MaskFiles(self.images, masks) if masks else None
         self.has_masks = self.masks is not None
+        self.conditions = ImagePairs(self.images, conditions or {}, buckets is not None, verify)
         captions_of = read_captions(Path(folder), self.images.names) if captions else []
         texts = [(variants or CaptionVariants()).texts(own, i) for i, own in enumerate(captions_of)]
         self.texts = tuple(sorted({text for own in texts for text in own}))
@@ -149,7 +153,8 @@ class LatentDataset(DataSource):
             position: number of samples of the run before this one.
 
         Returns:
-            z (C, h, w), the label, and the extras: `sizes` (6,), see `Crop.sizes`.
+            z (C, h, w), the label, and the extras: the conditions, and `sizes` (6,), see
+            `Crop.sizes`.
         """
         crop = 0
         if self.crops > 1:
@@ -172,8 +177,9 @@ class LatentDataset(DataSource):
         # A padded image has the sizes with which the network is sampled by default.
         whole = crop if self.images.fit == "crop" else Crop(crop.target, crop.target)
         extras = {SIZES: whole.sizes}
+        image = int(self.items.image[visit.item])
+        extras |= self.conditions.read(image, crop)
         if self.masks is not None:
-            image = int(self.items.image[visit.item])
             extras[WEIGHT] = self.masks.read(image, crop, self._factor)
         return extras
 
@@ -224,6 +230,7 @@ class LatentDataset(DataSource):
             further += [str(self.choices[image].tolist()) for image in self.items.image.tolist()]
         further += sorted(self.inputs)
         further += [part.content_hash for part in (self.groups, self.masks) if part is not None]
+        further += filter(None, [self.conditions.content_hash])
         return hash_content(
             *self._encoders,
             *map(self.latent_key, range(len(self))),

@@ -99,11 +99,7 @@ class ImageItems:
         Raises:
             ValueError: The file can no longer be read; the message contains its path.
         """
-        image = int(self.image[index])
-        if self.images.fit == "crop":
-            return self.images.read(image, crop)
-        x0 = self.images[image]
-        return x0.flip(-1) if crop.is_mirrored else x0
+        return self.images.read(int(self.image[index]), crop)
 
     def groups(self, channels: int, factor: int = 1) -> Groups | None:
         """The buckets of the items.

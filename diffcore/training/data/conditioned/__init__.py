@@ -1,0 +1,1 @@
+"""Data sets with named conditions: paired images, and conditions computed from x_0."""
