@@ -170,8 +170,12 @@ def test_mirroring_is_keyed_by_the_position_in_the_run(tmp_path):
 
     def mirrored(batch, parts, start=0):
         order = DataOrder(1, 5, batch, parts, 0, 1).steps(start, 64 // batch)
-        batches = load_batches(data, order, GREY, 0)
-        return [bool(x0[0, 0, -1] == 1) for read in batches for x0 in read.x0]
+        found = {}
+        for number, read in enumerate(load_batches(data, order, GREY, 0)):
+            first = (start + number // parts) * batch  # position of the first of the global batch
+            for row, x0 in zip(read.batch_index.tolist(), read.x0, strict=True):
+                found[first + row] = bool(x0[0, 0, -1] == 1)
+        return [found[position] for position in sorted(found)]
 
     whole = mirrored(16, 1)
     # A stream of its own: with that of the data order, mirroring would follow the permutation.
