@@ -33,10 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["LatentDataset"]
 
 NULL = "\0"
-"""Text whose key is that of the null condition.
-
-The null condition is the empty prompt. Some pipelines encode it otherwise than an empty caption.
-"""
+"""Text of the null condition, the empty prompt; pipelines may encode it unlike an empty caption."""
 
 DECODING = "upright"
 """Rule by which image files are decoded, a part of the key of their latents."""
@@ -153,8 +150,7 @@ class LatentDataset(DataSource):
             position: number of samples of the run before this one.
 
         Returns:
-            z (C, h, w), the label, and the extras: the conditions, and `sizes` (6,), see
-            `Crop.sizes`.
+            z (C, h, w), the label, and the extras: conditions, and `sizes` (6,), see `Crop.sizes`.
         """
         crop = 0
         if self.crops > 1:
