@@ -87,7 +87,7 @@ class WrappedSource(DataSource):
         self.source = source
         self.texts, self.class_names = source.texts, source.class_names
         self.is_latent, self.has_masks = source.is_latent, source.has_masks
-        self.inputs = source.inputs
+        self.inputs = dict(source.inputs)  # a mapping proxy cannot be sent to a worker
         self.groups, self.labels = source.groups, source.labels
 
     def __len__(self) -> int:
