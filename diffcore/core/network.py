@@ -40,6 +40,11 @@ class ExportableNetwork(nn.Module):
         return ""
 
     @property
+    def learning_rate_factors(self) -> dict[str, float]:
+        """Parameter name -> factor of its learning rate; 1 for a parameter without an entry."""
+        return {}
+
+    @property
     def exported_names(self) -> tuple[str, ...]:
         """Names of the files and folders that `export` writes."""
         return ("pipeline",)

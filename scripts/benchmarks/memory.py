@@ -3,30 +3,39 @@
     python -m scripts.benchmarks.memory --network tiny
     python -m scripts.benchmarks.memory --network large
 
-Each option runs in a process of its own: the network of a pipeline is loaded, and two steps of
-AdamW are taken on random latents (2, 4, 32, 32) and random text states. Reported is the greatest
-resident set minus that before the network was loaded, as a row of a Markdown table.
+Each option runs in a process of its own, with one thread: the network of a pipeline is loaded, and
+two steps of its optimizer (AdamW unless another is named) are taken on random latents
+(2, 4, 32, 32) and random text states. Reported is the greatest resident set minus that before the
+network was loaded, as a row of a Markdown table. Before, the process takes the same steps with a
+network of 0.04 million parameters, so that the libraries of the option are imported. An option
+whose package is not installed is "not measured".
 """
 
 import argparse
+import multiprocessing
 import resource
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+SMALLEST = (8, 8)
+"""Channels of the network that each process trains first."""
 WIDTHS = {"tiny": (16, 32), "large": (128, 256, 512)}
 """Channels of the levels of a UNet2DConditionModel: 0.4 and about 100 million parameters."""
 OPTIONS = {
-    "all weights": {"rank": 0},
-    "all weights, checkpointing": {"rank": 0, "checkpointing": True},
+    "all weights": {},
+    "all weights, checkpointing": {"checkpointing": True},
+    "all weights, AdamW8bit of bitsandbytes": {"optimizer": "bitsandbytes.optim.AdamW8bit"},
+    "all weights, AdamWScheduleFree": {"optimizer": "schedulefree.AdamWScheduleFree"},
     "LoRA 16": {"rank": 16},
     "LoRA 16, checkpointing": {"rank": 16, "checkpointing": True},
     "LoRA 16, base bf16": {"rank": 16, "base": "bf16"},
     "LoRA 16, base bf16, checkpointing": {"rank": 16, "base": "bf16", "checkpointing": True},
+    "LoRA 16, base fp8": {"rank": 16, "base": "fp8"},
     "LoRA 16, base fp8, checkpointing": {"rank": 16, "base": "fp8", "checkpointing": True},
+    "LoRA 16, base nf4, checkpointing": {"rank": 16, "base": "nf4", "checkpointing": True},
 }
 TEXT = 64
 """Width of the text states."""
@@ -77,56 +86,95 @@ def resident() -> float:
 
 
 def measure(folder: str | Path, option: str) -> float:
-    """Take two steps with an option in this process.
+    """Train two networks with an option in this process.
 
     Args:
-        folder: folder of the pipeline.
+        folder: folder of the pipelines `first` and `measured`.
         option: key of `OPTIONS`.
 
     Returns:
-        The peak in MiB above what the imported libraries need.
+        The peak of the second network in MiB, above that of the first.
+
+    Raises:
+        ImportError: A package of the option is not installed.
+    """
+    train(Path(folder, "first"), 8, **OPTIONS[option])
+    before = resident()
+    train(Path(folder, "measured"), 32, **OPTIONS[option])
+    return resident() - before
+
+
+def import_libraries() -> None:
+    """Import what every option needs."""
+    import peft  # noqa: F401
+    import torch
+
+    from diffcore.integrations.diffusers import PretrainedNetwork  # noqa: F401
+
+    torch.set_num_threads(1)
+
+
+def train(
+    pipeline: str | Path,
+    size: int,
+    rank: int = 0,
+    base: Any = "float32",
+    checkpointing: bool = False,
+    optimizer: str = "torch.optim.AdamW",
+) -> None:
+    """Take two steps.
+
+    Args:
+        pipeline: folder of a pipeline.
+        size: height and width of the latents.
+        rank: rank of a LoRA; 0 trains all weights.
+        base: data type of the frozen weights.
+        checkpointing: whether activations are recomputed.
+        optimizer: import path of the optimizer.
     """
     import torch
 
     from diffcore.integrations.diffusers import LoRA, PretrainedNetwork
     from diffcore.training.optimization.compute import Compute
+    from diffcore.training.optimization.lr import LearningRate
+    from diffcore.training.optimization.optimizers import build_optimizer
 
-    settings: dict[str, Any] = dict(OPTIONS[option])
-    before = resident()
-    network = PretrainedNetwork(
-        folder, LoRA(settings["rank"]), base=settings.get("base", "float32")
-    ).train()
-    Compute(checkpointing=settings.get("checkpointing", False)).apply(network)
-    trained = [value for value in network.parameters() if value.requires_grad]
-    optimizer = torch.optim.AdamW(trained, 1e-4)
-    x, text = torch.randn(2, 4, 32, 32), torch.randn(2, 16, TEXT)
+    if base == "nf4":
+        import_module("bitsandbytes")
+    module, _, name = optimizer.rpartition(".")
+    factory = getattr(import_module(module), name)
+    network = PretrainedNetwork(pipeline, LoRA(rank), base=base).train()
+    Compute(checkpointing=checkpointing).apply(network)
+    built = build_optimizer(factory, [network], LearningRate(1e-4), False)
+    x, text = torch.randn(2, 4, size, size), torch.randn(2, 16, TEXT)
     for _ in range(2):
         output = network(x, torch.tensor([3.0, 700.0]), encoder_hidden_states=text)
         output.square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return resident() - before
+        built.step()
+        built.zero_grad()
 
 
 def main() -> None:
-    """Print the table, or measure one option."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--network", choices=WIDTHS, default="tiny")
-    parser.add_argument("--option", choices=OPTIONS, default=None)
-    parser.add_argument("--folder", default=None)
     arguments = parser.parse_args()
-    if arguments.option:
-        print(f"{measure(arguments.folder, arguments.option):.0f}")
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        count = write_pipeline(folder, WIDTHS[arguments.network])
-        print(f"| {count / 1e6:.1f} million parameters | peak, MiB |\n|---|---|")
+    # Forked processes share the imported libraries, and have a peak of their own.
+    context = multiprocessing.get_context("fork")
+    import_libraries()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        context.Pool(1, maxtasksperchild=1) as pool,
+    ):
+        pool.apply(write_pipeline, (Path(folder, "first"), SMALLEST))
+        count = pool.apply(write_pipeline, (Path(folder, "measured"), WIDTHS[arguments.network]))
+        print(f"| {count / 1e6:.1f} million parameters | peak, MiB |\n|---|---|", flush=True)
         for option in OPTIONS:
-            command = [sys.executable, "-m", "scripts.benchmarks.memory", "--option", option]
-            done = subprocess.run(
-                [*command, "--folder", folder], check=True, capture_output=True, text=True
-            )
-            print(f"| {option} | {done.stdout.split()[-1]} |", flush=True)
+            try:
+                peak = f"{pool.apply(measure, (folder, option)):.0f}"
+            except ImportError as error:
+                peak = f"not measured: no module {error.name}"
+            print(f"| {option} | {peak} |", flush=True)
 
 
 if __name__ == "__main__":

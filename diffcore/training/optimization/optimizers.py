@@ -5,7 +5,7 @@ evaluates the network at their average x; its methods `train` and `eval` exchang
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from diffcore.core.network import ExportableNetwork, unwrap
 from diffcore.run import OptimizerFactory
 from diffcore.training.optimization.lr import LearningRate
 
@@ -23,6 +24,9 @@ __all__ = [
     "group_parameters",
     "set_learning_rate",
 ]
+
+FACTOR = "lr_factor"
+"""Key of a parameter group: the factor of its learning rate."""
 
 
 @runtime_checkable
@@ -64,6 +68,9 @@ def build_optimizer(
     parameters: Any = [value for value in trained.parameters() if value.requires_grad]
     if decay_only_matrices:
         parameters = group_parameters(trained)
+    if factors := _learning_rate_factors(modules):
+        groups = parameters if decay_only_matrices else [{"params": parameters}]
+        parameters = [part for group in groups for part in _split(group, factors, lr.peak)]
     try:
         optimizer = factory(parameters, lr.peak)
     except (ValueError, TypeError) as error:
@@ -109,18 +116,41 @@ def _is_decayed(owner: nn.Module, name: str, value: nn.Parameter) -> bool:
     return "weight" in name and value.ndim >= 2 and not is_table and not is_norm
 
 
+def _learning_rate_factors(modules: Sequence[nn.Module]) -> dict[nn.Parameter, float]:
+    """Trained parameter -> factor of its learning rate, where a network has one."""
+    factors = {}
+    for module in map(unwrap, modules):
+        if isinstance(module, ExportableNetwork):
+            parameters = dict(module.named_parameters())
+            for name, factor in module.learning_rate_factors.items():
+                factors[parameters[name]] = factor
+    return factors
+
+
+def _split(
+    group: dict[str, Any], factors: Mapping[nn.Parameter, float], peak: float
+) -> Iterator[dict[str, Any]]:
+    """A group by the factor of the learning rate, which each part has as its `FACTOR`."""
+    by_factor: dict[float, list[nn.Parameter]] = {}
+    for value in group["params"]:
+        by_factor.setdefault(factors.get(value, 1.0), []).append(value)
+    for factor, values in by_factor.items():
+        yield group | {"params": values, "lr": factor * peak, FACTOR: factor}
+
+
 def set_learning_rate(optimizer: Optimizer, value: float) -> None:
     """Set the learning rate of every group, in place where an optimizer keeps it in a tensor.
 
     Args:
         optimizer: optimizer.
-        value: learning rate of the next step.
+        value: learning rate of the next step, which a group multiplies by its factor if it has one.
     """
     for group in optimizer.param_groups:
+        rate = value * group.get(FACTOR, 1.0)
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(value)
+            group["lr"].fill_(rate)
         else:
-            group["lr"] = value
+            group["lr"] = rate
 
 
 @contextmanager

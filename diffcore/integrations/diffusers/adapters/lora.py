@@ -1,8 +1,11 @@
 """`LoRA`: the adapter of peft that is trained in place of the weights of a network."""
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
+
+from torch import nn
 
 from diffcore.integrations.diffusers.adapters.layer_names import is_named
 from diffcore.io.extras import has_extra, missing
@@ -38,9 +41,13 @@ class LoRA:
         ranks: rank of the layers whose names match a regular expression, in place of `rank`; the
             expression matches the end of the name from a dot on, or the whole name, such as
             `mid_block.*: 32`.
+        lr_ratio: λ, the learning rate of B divided by that of A and of all else that is trained
+            (LoRA+, Hayou et al. 2024, 2402.12354: η_B = λ η_A with λ > 1, such as 16); 1 for the
+            same. Only for lora, rslora and dora.
 
     Raises:
-        ValueError: a number is out of range, or an expression is none.
+        ValueError: a number is out of range, or an expression is none; or lr_ratio is given for a
+            kind without B.
 
     Example:
         >>> LoRA(rank=16, kind="dora").kind
@@ -53,6 +60,7 @@ class LoRA:
     kind: Kind = "lora"
     dropout: float = 0.0
     ranks: dict[str, int] = field(default_factory=dict)
+    lr_ratio: float = 1.0
 
     def __post_init__(self) -> None:
         if self.rank < 0:
@@ -68,6 +76,7 @@ class LoRA:
             raise ValueError(f"dropout is {self.dropout}, expected a share within [0, 1)")
         for pattern, rank in self.ranks.items():
             self._check_rank(pattern, rank)
+        self._check_ratio()
 
     def _check_rank(self, pattern: str, rank: int) -> None:
         if not self.rank or rank < 1:
@@ -81,6 +90,17 @@ class LoRA:
             raise ValueError(
                 f"ranks has {pattern!r}, which is no regular expression: {error}"
             ) from None
+
+    def _check_ratio(self) -> None:
+        if not 0 < self.lr_ratio < math.inf:
+            raise ValueError(
+                f"lr_ratio is {self.lr_ratio}, expected a positive finite ratio of learning rates"
+            )
+        if self.lr_ratio != 1 and not (self.rank and self.is_low_rank):
+            raise ValueError(
+                f"lr_ratio is {self.lr_ratio}, but a {self.kind} of rank {self.rank} has no B: "
+                "choose a positive rank and the kind lora, rslora or dora, or leave lr_ratio out"
+            )
 
     @property
     def is_low_rank(self) -> bool:
@@ -142,8 +162,24 @@ class LoRA:
         """Kind, rank and α as text.
 
         Returns:
-            The text, such as "LoRA of rank 16, alpha 16".
+            The text, such as "LoRA of rank 16, alpha 16"; with the ratio of learning rates if B
+            has another one.
         """
         spelled = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA", "loha": "LoHa"}
         name = spelled.get(self.kind, "LoKr")
-        return f"{name} of rank {self.rank}, alpha {self.alpha or self.rank}"
+        ratio = f", learning rate of B x {self.lr_ratio:g}" if self.lr_ratio != 1 else ""
+        return f"{name} of rank {self.rank}, alpha {self.alpha or self.rank}{ratio}"
+
+    def learning_rate_factors(self, network: nn.Module) -> dict[str, float]:
+        """The factors of the learning rate of the adapter's parameters.
+
+        Args:
+            network: network with the adapter, or a module that contains it.
+
+        Returns:
+            Name of each B -> `lr_ratio`; empty if the ratio is 1.
+        """
+        if self.lr_ratio == 1:
+            return {}
+        names = (name for name, _ in network.named_parameters())
+        return {name: self.lr_ratio for name in names if ".lora_B." in name}

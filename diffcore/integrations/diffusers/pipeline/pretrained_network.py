@@ -136,6 +136,11 @@ class PretrainedNetwork(ExportableNetwork):
         return self.index.network_hash if self.lora.rank else ""
 
     @property
+    def learning_rate_factors(self) -> dict[str, float]:
+        """Names of the matrices B of an adapter -> the ratio of LoRA+."""
+        return self.lora.learning_rate_factors(self)
+
+    @property
     def exported_names(self) -> tuple[str, ...]:
         """The adapter and its scheduler, or without LoRA the pipeline."""
         return (ADAPTER, "scheduler") if self.lora.rank else ("pipeline",)
