@@ -6,7 +6,9 @@ import torch
 import yaml
 
 from diffcore.core.process import Process
-from diffcore.integrations.diffusers.adapters.files import ADAPTER
+from diffcore.integrations.diffusers.adapters.files import ADAPTER, read_adapters, write_adapters
+from diffcore.integrations.diffusers.loading.index import PipelineIndex
+from diffcore.integrations.diffusers.pipeline.folder import merge_into_pipeline
 from diffcore.io.safetensors import read_weights
 from diffcore.run import Run
 from diffcore.schedules import Discrete, Flow, Shifted
@@ -91,6 +93,46 @@ def test_the_chosen_recipe_trains_an_adapter_of_the_pipelines_process_and_sample
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
     trained = diffusers.DiffusionPipeline.from_pretrained(workspace / f"tiny-{family}")
     trained.load_lora_weights(str(run))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_trained_adapter_is_the_same_in_diffusers_in_every_format_and_merged(
+    workspace, pipelines, tmp_path, family
+):
+    run, index = workspace / f"runs/auto-{family}", PipelineIndex(workspace / f"tiny-{family}")
+    if not run.exists():
+        assert run_command(*command(family, "--lora=2")) == 0
+    expected = adapters = read_adapters(run, index)
+    changes = expected[index.network_name]
+    # Two steps change little: the largest element of the changes becomes 1.
+    strength = 1 / max(float(change.delta().abs().max()) for change in changes.values())
+
+    pipe = diffusers.DiffusionPipeline.from_pretrained(index.folder)
+    pipe.load_lora_weights(str(run), adapter_name="default")
+    network, averaged = getattr(pipe, index.network_name), read_weights(run / "ema.safetensors")
+    loaded = {f"network.{name}": value for name, value in network.named_parameters()}
+    assert averaged.keys() == {name for name in loaded if ".lora_" in name}
+    assert all(torch.equal(loaded[name], value) for name, value in averaged.items())
+
+    for form in ("kohya", "comfyui", "diffusers"):
+        file = tmp_path / f"{form}.safetensors"
+        write_adapters(file, adapters, index, form)
+        adapters = read_adapters(file, index)
+        assert adapters.keys() == expected.keys()
+        assert adapters[index.network_name].keys() == changes.keys()
+        for name, change in adapters[index.network_name].items():
+            delta = changes[name].delta()
+            close = {"rtol": 1e-6, "atol": 1e-6}
+            torch.testing.assert_close(strength * change.delta(), strength * delta, **close)
+
+    pipe.set_adapters("default", strength)
+    merge_into_pipeline(tmp_path / "merged", index, [(adapters, strength)])
+    merged = PipelineIndex(tmp_path / "merged").read(index.network_name)
+    for name, change in changes.items():
+        linear, layer = merged.get_submodule(name), network.get_submodule(name)
+        x = torch.randn(3, linear.in_features)
+        torch.testing.assert_close(linear(x), layer(x), rtol=1e-5, atol=1e-5, msg=name)
+        assert change.delta().any()
 
 
 def test_the_scheduler_of_a_flow_stays_that_of_the_pipeline_with_its_dynamic_shift(

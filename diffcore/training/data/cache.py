@@ -10,8 +10,9 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
@@ -19,12 +20,16 @@ from tqdm import tqdm
 from diffcore.io.files import CorruptFileError, hash_file
 from diffcore.io.safetensors import check_header, read_weights, write_weights
 
-__all__ = ["Cache", "hash_content"]
+__all__ = ["Cache", "Precision", "hash_content"]
 
 SHARD = 256
 """Number of entries in a shard: what an interrupted computation loses at most."""
 
+HALF = (torch.float16, torch.bfloat16)
 Entry = Mapping[str, Tensor]
+
+
+Precision = Literal["float32", "float16", "bfloat16"]
 
 
 class Cache:
@@ -32,13 +37,21 @@ class Cache:
 
     Args:
         folder: folder of the shards; it need not exist.
+        dtype: data type in which tensors of two or more dimensions are stored; float32 stores all
+            tensors as they are. Those of one dimension, such as sizes and pooled embeddings, are
+            small, and rounding would change sizes.
 
     Raises:
-        ValueError: A shard cannot be read; the message contains its path.
+        ValueError: A shard cannot be read, and the message contains its path; or the data type is
+            another one.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, dtype: Precision = "float32") -> None:
+        if dtype not in get_args(Precision):
+            raise ValueError(
+                f"dtype is {dtype!r}, expected one of {', '.join(get_args(Precision))}"
+            )
+        self.folder, self.dtype = Path(folder), dtype
         self.shards: dict[str, dict[str, Path]] = {}  # key -> name of a tensor -> shard
         self.rescan()
 
@@ -68,6 +81,9 @@ class Cache:
             keys: keys without an entry.
             entries: computes the entries of some keys, in their order.
             what: noun for the progress bar.
+
+        Raises:
+            ValueError: A value is too large for the data type.
         """
         with tqdm(
             total=len(keys), desc=f"caching {what}", disable=not keys, mininterval=0.5
@@ -77,7 +93,8 @@ class Cache:
                 tensors: dict[str, Tensor] = {}
                 for key, entry in zip(part, entries(part), strict=True):
                     tensors |= {
-                        f"{key}.{name}": value.cpu().clone() for name, value in entry.items()
+                        f"{key}.{name}": self._narrowed(value.cpu().clone(), what)
+                        for name, value in entry.items()
                     }
                     bar.update()
                 path = self.folder / f"{hash_content(*part)}.safetensors"
@@ -92,7 +109,7 @@ class Cache:
             key: key of an entry that is not missing.
 
         Returns:
-            Its tensors by name.
+            Its tensors by name, those in half precision as float32.
 
         Raises:
             ValueError: The shard is not what was written.
@@ -100,7 +117,22 @@ class Cache:
         shards = self.shards[key]
         for path in shards.values():
             _verify(path)
-        return {name: _open(path).get_tensor(f"{key}.{name}") for name, path in shards.items()}
+        tensors = {name: _open(path).get_tensor(f"{key}.{name}") for name, path in shards.items()}
+        return {
+            name: value.float() if value.dtype in HALF else value for name, value in tensors.items()
+        }
+
+    def _narrowed(self, value: Tensor, what: str) -> Tensor:
+        """A tensor in the data type of the cache."""
+        if self.dtype == "float32" or value.ndim < 2 or not value.is_floating_point():
+            return value
+        narrowed = value.to(getattr(torch, self.dtype))
+        if not torch.equal(narrowed.isfinite(), value.isfinite()):
+            raise ValueError(
+                f"the {what} have values up to {value.abs().max():.3g}, which {self.dtype} does "
+                "not hold: set dtype: bfloat16, or float32"
+            )
+        return narrowed
 
     def _add(self, path: Path, tensors: Iterable[str]) -> None:
         for tensor in tensors:

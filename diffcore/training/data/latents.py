@@ -17,7 +17,7 @@ from diffcore.io.images.crop import Crop
 from diffcore.training.data.buckets.groups import Groups
 from diffcore.training.data.buckets.items import ImageItems, Visit
 from diffcore.training.data.buckets.sizes import Buckets
-from diffcore.training.data.cache import Cache, hash_content
+from diffcore.training.data.cache import Cache, Precision, hash_content
 from diffcore.training.data.captions import CaptionChoices, CaptionVariants, read_captions
 from diffcore.training.data.conditioned.image_pairs import ConditionFolder, ImagePairs
 from diffcore.training.data.image_files import Fit, ImageFiles, Unreadable
@@ -78,6 +78,8 @@ class LatentDataset(DataSource):
             is read with one of them, keyed by the position in the run; None: the captions alone.
         masks: masks of the images, see `ImageFolder`, averaged over the area of each latent pixel.
         conditions: images of each condition, see `ImageFolder`; in pixels, not encoded.
+        dtype: data type in which latents and text embeddings are cached, a part of the key of
+            their folder; they are read as float32.
 
     Raises:
         ValueError: There are no images, some cannot be read, only some have a caption, or the
@@ -103,6 +105,7 @@ class LatentDataset(DataSource):
         variants: CaptionVariants | None = None,
         masks: str = "",
         conditions: dict[str, ConditionFolder] | None = None,
+        dtype: Precision = "float32",
     ) -> None:
         from diffcore.integrations.diffusers.loading.index import PipelineIndex
 
@@ -129,8 +132,10 @@ class LatentDataset(DataSource):
         self.labels = labels[self.items.image]
         if texts and (buckets is not None or crops > 1) and self.pipeline.size_arguments:
             self.inputs = {SIZES: (6,)}
-        self.latents = Cache(Path(cache) / "latents" / hash_content(*self.pipeline.paths("vae")))
-        self.embeddings = Cache(Path(cache) / "embeddings" / self._text_encoder_hash())
+        stored = [] if dtype == "float32" else [dtype]
+        vae = hash_content(*self.pipeline.paths("vae"), *stored)
+        self.latents = Cache(Path(cache) / "latents" / vae, dtype)
+        self.embeddings = Cache(Path(cache) / "embeddings" / self._text_encoder_hash(stored), dtype)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -380,12 +385,12 @@ class LatentDataset(DataSource):
 
             self.embeddings.compute(missing, entries, "captions")
 
-    def _text_encoder_hash(self) -> str:
+    def _text_encoder_hash(self, stored: Sequence[str]) -> str:
         """Hash of everything besides the caption that its embeddings depend on."""
         paths = self.pipeline.paths("text_encoder", "tokenizer") if self.texts else []
         # The class of the pipeline and the config of the network select the inputs of the network.
         configs = (self.pipeline.content, self.pipeline.config(self.pipeline.network_name))
-        return hash_content(*map(str, configs), *paths)
+        return hash_content(*map(str, configs), *paths, *stored)
 
     def _vae(self, device: torch.device) -> "Latents":
         from diffcore.integrations.diffusers.loading.vae import Latents
