@@ -207,7 +207,7 @@ class LatentDataset(DataSource):
         key = self.latent_key(visit.item)
         if self.crops > 1:
             key = hash_content(key, f"crop {visit.crop} of {self.crops}")
-        return _mirrored(key) if visit.is_mirrored else key
+        return hash_content(key, "mirrored") if visit.is_mirrored else key
 
     def _groups(self) -> Groups | None:
         if not self.items.has_buckets:
@@ -396,7 +396,3 @@ class LatentDataset(DataSource):
         from diffcore.integrations.diffusers.loading.vae import Latents
 
         return Latents(self.vae.to(device))
-
-
-def _mirrored(key: str) -> str:
-    return hash_content(key, "mirrored")
