@@ -28,6 +28,7 @@ class LowResolution(DerivedConditions):
         ValueError: The factor is below 2, or the data are latents or have buckets.
 
     Example:
+        >>> import torch
         >>> from torch.utils.data import TensorDataset
         >>> data = LowResolution(TensorDataset(torch.ones(3, 1, 8, 8)), factor=2)
         >>> data[0][2]["low"].shape
