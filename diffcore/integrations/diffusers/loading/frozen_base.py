@@ -32,7 +32,7 @@ def read_base(index: PipelineIndex, precision: BasePrecision) -> Any:
         The network, a ModelMixin of diffusers.
 
     Raises:
-        ValueError: the precision is unknown, or nf4 needs a package that is not installed.
+        ValueError: the precision is unknown, or nf4 lacks its package or a GPU.
     """
     if precision not in get_args(BasePrecision):
         raise ValueError(
@@ -45,6 +45,8 @@ def read_base(index: PipelineIndex, precision: BasePrecision) -> Any:
     if precision == "nf4":
         if not has_extra("bitsandbytes"):
             raise missing("bitsandbytes", "A frozen base in nf4 (bf16 and fp8 need no package)")
+        if not (torch.cuda.is_available() or torch.xpu.is_available()):
+            raise ValueError("base is nf4, which needs a GPU, and there is none: use bf16 or fp8")
         from diffusers import BitsAndBytesConfig
 
         quantized: Any = BitsAndBytesConfig

@@ -281,11 +281,20 @@ def test_a_base_that_cannot_be_is_refused(folder, options, message):
         PretrainedNetwork(str(folder), **options)
 
 
-def test_a_base_in_4_bits_without_its_package_is_refused(folder, monkeypatch):
-    monkeypatch.setattr(
-        "diffcore.integrations.diffusers.loading.frozen_base.has_extra", lambda name: False
-    )
-    with pytest.raises(ValueError, match=r"nf4 .* needs the package 'bitsandbytes', which is not"):
+@pytest.mark.parametrize(
+    ("is_installed", "message"),
+    [
+        (False, r"nf4 .* needs the package 'bitsandbytes', which is not"),
+        (True, "base is nf4, which needs a GPU, and there is none: use bf16 or fp8"),
+    ],
+)
+def test_a_base_in_4_bits_without_its_package_or_a_gpu_is_refused(
+    folder, monkeypatch, is_installed, message
+):
+    module = "diffcore.integrations.diffusers.loading.frozen_base"
+    monkeypatch.setattr(f"{module}.has_extra", lambda name: is_installed)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match=message):
         PretrainedNetwork(str(folder), LoRA(2), base="nf4")
 
 
