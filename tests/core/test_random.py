@@ -92,7 +92,15 @@ def test_streams_keep_their_numbers():
         "OFFSET": 21,
         "LATENT": 22,
         "VALIDATION": 23,
+        "BUCKET": 30,
+        "CROP": 31,
+        "CAPTION": 32,
+        "SHARD": 33,
+        "MASK": 34,
         "CONDITION": 40,
+        "ITEM": 50,
+        "ITEM_NOISE": 51,
+        "EVALUATION": 60,
     }
 
 
