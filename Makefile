@@ -30,7 +30,7 @@ test: $(VENV)/installed          ## run the tests (at most 6 minutes on two core
 	$(PYTEST)
 
 test-slow: $(VENV)/installed     ## run the tests that take minutes each
-	$(PYTEST) -m slow
+	$(PYTEST) -m "slow and not thorough"
 
 test-thorough: $(VENV)/installed ## run every combination of the tests of which `make test` runs a sample
 	$(PYTEST) -m thorough

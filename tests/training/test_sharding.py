@@ -140,14 +140,14 @@ BESIDE = {"checkpoints": {"format": "sharded", "asynchronous": True}}
     "first, then, options",
     [
         ((2, FULL), (4, HYBRID), ({}, {})),
-        ((4, FULL), (2, {}), ({}, {})),
-        ((1, {}), (4, FULL), ({}, {})),
+        pytest.param((4, FULL), (2, {}), ({}, {}), marks=pytest.mark.thorough),
+        pytest.param((1, {}), (4, FULL), ({}, {}), marks=pytest.mark.thorough),
         ((2, {}), (1, {}), ({}, {})),
         ((2, FULL), (4, HYBRID), (SHARDED, BESIDE)),
-        ((4, HYBRID), (2, FULL), (BESIDE, SHARDED)),
+        pytest.param((4, HYBRID), (2, FULL), (BESIDE, SHARDED), marks=pytest.mark.thorough),
         ((2, FULL), (1, {}), (SHARDED, {})),
         ((1, {}), (2, FULL), (SHARDED, SHARDED)),
-        ((4, FULL), (2, {}), (SHARDED, {})),
+        pytest.param((4, FULL), (2, {}), (SHARDED, {}), marks=pytest.mark.thorough),
     ],
 )
 def test_checkpoints_pass_between_ranks_and_shardings(tmp_path, single, first, then, options):
