@@ -112,8 +112,8 @@ class Interleaving:
 
     Example:
         >>> sequence = Interleaving([Fraction(1), Fraction(2)])
-        >>> [sequence[t] for t in range(4)]
-        [(1, 0), (0, 0), (1, 1), (1, 2)]
+        >>> sequence[0], sequence[1], sequence[2], sequence[3]
+        ((1, 0), (0, 0), (1, 1), (1, 2))
     """
 
     def __init__(self, rates: Sequence[Fraction]) -> None:

@@ -31,7 +31,8 @@ class LowResolution(DerivedConditions):
         >>> import torch
         >>> from torch.utils.data import TensorDataset
         >>> data = LowResolution(TensorDataset(torch.ones(3, 1, 8, 8)), factor=2)
-        >>> data[0][2]["low"].shape
+        >>> x0, _, conditions = data[0]
+        >>> conditions["low"].shape
         torch.Size([1, 4, 4])
     """
 

@@ -37,7 +37,8 @@ class MaskedImages(DerivedConditions):
     Example:
         >>> from torch.utils.data import TensorDataset
         >>> data = MaskedImages(TensorDataset(torch.ones(3, 1, 8, 8)), low=0.5, high=0.5)
-        >>> int(data[0][2]["mask"].sum()), int(data[0][2]["masked"].sum())
+        >>> x0, _, conditions = data[0]
+        >>> int(conditions["mask"].sum()), int(conditions["masked"].sum())
         (16, 48)
     """
 

@@ -30,7 +30,8 @@ class Balls(GeneratedData):
         ValueError: there are no volumes, or they are too small.
 
     Example:
-        >>> Balls(2, size=8)[0][0].shape
+        >>> x0, label = Balls(2, size=8)[0]
+        >>> x0.shape
         torch.Size([1, 8, 8, 8])
     """
 
@@ -61,7 +62,8 @@ class MovingBalls(GeneratedData):
         ValueError: there are no videos, or they are too small.
 
     Example:
-        >>> MovingBalls(2, frames=4, size=8)[0][0].shape
+        >>> x0, label = MovingBalls(2, frames=4, size=8)[0]
+        >>> x0.shape
         torch.Size([1, 4, 8, 8])
     """
 

@@ -28,7 +28,8 @@ class Sines(GeneratedData):
         ValueError: there are no signals, or a length or frequency is out of range.
 
     Example:
-        >>> Sines(3, length=32)[0][0].shape
+        >>> x0, label = Sines(3, length=32)[0]
+        >>> x0.shape
         torch.Size([1, 32])
     """
 

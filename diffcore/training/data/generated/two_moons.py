@@ -30,7 +30,8 @@ class TwoMoons(GeneratedData):
         ValueError: there are no points, or the noise is negative.
 
     Example:
-        >>> TwoMoons(4)[1][0].shape, TwoMoons(4)[1][1]
+        >>> x0, label = TwoMoons(4)[1]
+        >>> x0.shape, label
         (torch.Size([2]), 1)
     """
 
