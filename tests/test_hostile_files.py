@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.helpers.hostile_files import HOSTILE
 from tests.helpers.hostile_process import CASES
 
@@ -40,6 +42,7 @@ def check(report: dict) -> None:
     assert all(len(line) < 700 for line in report["lines"]), report
 
 
+@pytest.mark.slow
 def test_hostile_files_are_refused_in_one_line_do_nothing_and_take_little_memory(trained, tmp_path):
     reports = walk(trained, tmp_path)
     for report in reports:

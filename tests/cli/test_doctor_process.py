@@ -157,6 +157,7 @@ def test_images_are_scaled_to_the_range_of_the_process(tmp_path, low, high, valu
     assert items_of(source, model, 5)[1] is None
 
 
+@pytest.mark.slow
 def test_a_run_is_examined_on_its_own_data_or_on_a_folder(diffcore, trained, tmp_path):
     before = sorted(path.stat().st_mtime_ns for path in trained.rglob("*"))
     ended = diffcore("doctor", trained, "--count", 8)

@@ -134,6 +134,7 @@ def test_a_flipped_byte_is_named_and_mended_on_resume(diffcore, train, run, comm
     assert diffcore(*command).status == 0
 
 
+@pytest.mark.slow
 def test_the_config_of_a_run_is_read_as_utf8_in_a_locale_of_ascii(run):
     run.config.write_text(run.config.read_text() + "# λ\n", encoding="utf-8")
     script = (

@@ -219,6 +219,7 @@ def test_alpha_blending_is_evaluated_at_its_midpoints():
     assert paint(AlphaBlending(2), 1, 1).evaluations(Trailing().knots(Cosine(), 6)) == 12
 
 
+@pytest.mark.slow
 def test_a_run_may_have_more_than_1365_segments():
     """Three branches for each segment: more than 4095 of them."""
     sampler, knots = paint(DDIM(1.0), 1, 500), Trailing().knots(Cosine(), 4)

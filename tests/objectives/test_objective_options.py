@@ -136,7 +136,7 @@ def test_perturbation_and_offset_do_not_depend_on_the_split_of_the_batch(parts):
 @pytest.mark.parametrize("value", [-0.1, math.inf, math.nan])
 def test_strengths_out_of_range_are_refused(name, value):
     with pytest.raises(
-        ValueError, match=f"{name} is {value}, expected a finite strength of at least 0"
+        ValueError, match=f"{name} is {value}, expected a finite number of at least 0"
     ):
         Objective(**{name: value})
 

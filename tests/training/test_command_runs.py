@@ -128,6 +128,7 @@ def expected_files(*steps: int) -> set[str]:
     return checkpoints | files
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_and_resumed_writes_the_same_bytes(tmp_path):
     straight = start(tmp_path / "straight", "config.yaml")
     items = 16 * 37 + 5  # after the report at step 35, within step 38

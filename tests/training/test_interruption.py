@@ -140,6 +140,7 @@ def is_running(pid: int) -> bool:
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads /proc")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.slow
 def test_workers_end_with_their_run(tmp_path, number):
     options = ("config.yaml", "--workers=2", "--steps=1000000", "--save-every=1000000")
     process = start(tmp_path, *options)

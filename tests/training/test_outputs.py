@@ -95,6 +95,7 @@ def read_steps(run):
 
 
 @pytest.mark.parametrize("killed", [True, False])
+@pytest.mark.slow
 def test_a_fault_of_any_file_operation_of_a_save_leaves_every_output_whole(run, killed):
     trainer = make_unet_trainer(run.folder, steps=9, resume=True)
     state = trainer.train()

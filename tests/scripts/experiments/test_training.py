@@ -22,6 +22,7 @@ def test_every_variant_can_be_sampled_over_the_common_knots(name):
     assert (knots[0].logsnr, knots[-2].logsnr) == (-9, 7)
 
 
+@pytest.mark.slow
 def test_a_variant_is_measured_after_each_number_of_steps():
     found = measure(VARIANTS["cosine, v, Min-SNR"], "stratified", 0, (2, 1), per_label=1)
     assert list(found) == [1, 2]

@@ -269,6 +269,7 @@ print(type(pipe.scheduler).__name__)
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process_loads_a_saved_pipeline_after_the_import(tmp_path):
     pipe = diffusers.DDPMPipeline(unet(), DiffcoreScheduler())
     pipe.save_pretrained(tmp_path)

@@ -244,6 +244,7 @@ print((largest - before) / 2**20, data.content_hash)
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(tmp_path):
     count = 200 * 2**20 // (3 * 64 * 64)
     array = np.lib.format.open_memmap(
