@@ -55,7 +55,11 @@ def convert_single_file(file: str | Path, config: str | Path, cache: str | Path 
         )
     check_header(file)
     index = read_json(config / "model_index.json")
-    facts = [str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns, index]
+    # Configs and tokenizers; the weights beside them are not read.
+    suffixes = (".json", ".txt", ".model")
+    texts = sorted(p for p in config.rglob("*") if p.suffix in suffixes and p.is_file())
+    sources = [(str(path.absolute()), path.stat()) for path in (file, *texts)]
+    facts = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in sources]
     folder = Path(cache) / f"{file.stem}-{hash_data(facts)[:12]}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Of the ranks of a run, one converts.

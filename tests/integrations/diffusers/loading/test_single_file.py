@@ -1,5 +1,6 @@
 """A single checkpoint of the original code becomes the pipeline that it was written from."""
 
+import json
 import re
 import shutil
 
@@ -84,6 +85,13 @@ def test_the_checkpoint_becomes_the_pipeline_that_it_was_written_from(folder, tm
     again = convert_single_file(folder / "a.safetensors", folder / "config", tmp_path)
     assert again == converted
     assert (converted / "model_index.json").stat().st_mtime_ns == written
+    other = tmp_path / "config"
+    shutil.copytree(folder / "config", other)
+    path = other / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "v_prediction"}))
+    changed = convert_single_file(folder / "a.safetensors", other, tmp_path)
+    assert PipelineIndex(changed).scheduler["prediction_type"] == "v_prediction"
+    assert changed != converted
 
 
 def test_what_cannot_be_converted_is_refused_in_one_line(folder, tmp_path):
