@@ -232,17 +232,18 @@ def _widen_input(network: Any, extra: int) -> None:
     """Give the first convolution of a UNet further input channels of weight 0.
 
     Raises:
-        ValueError: the network has no convolution `conv_in`.
+        ValueError: the network has no convolution `conv_in`, or it has groups.
     """
     owner: Any = network if hasattr(network, "conv_in") else getattr(network, "network", None)
     first: Any = getattr(owner, "conv_in", None)
-    if not isinstance(first, nn.Conv2d):
+    if not isinstance(first, nn.Conv2d) or first.groups != 1:
         raise ValueError(
-            f"{class_name(network)} has no convolution conv_in to widen: build it with the input "
-            "channels of the conditions, and set widen: false"
+            f"{class_name(network)} has no convolution conv_in of one group to widen: build it "
+            "with the input channels of the conditions, and set widen: false"
         )
     count, has_bias = first.in_channels, first.bias is not None
-    options: Any = {name: getattr(first, name) for name in ("kernel_size", "stride", "padding")}
+    names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+    options: Any = {name: getattr(first, name) for name in names}
     wide: Any = nn.Conv2d(count + extra, first.out_channels, bias=has_bias, **options)
     wide.weight.zero_()
     wide.weight[:, :count] = first.weight

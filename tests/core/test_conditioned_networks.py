@@ -1,5 +1,7 @@
 """Networks with named conditions: channels beside x, and vectors beside the time."""
 
+import copy
+
 import diffusers
 import pytest
 import torch
@@ -62,6 +64,22 @@ def test_a_widened_network_starts_as_the_network_without_conditions():
     assert torch.allclose(before, after, atol=1e-6)
     assert network.config["in_channels"] == 4
     assert network.network.conv_in.weight.requires_grad
+
+
+def test_a_widened_convolution_keeps_its_options():
+    class Dilated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            options = {"padding": 2, "dilation": 2, "padding_mode": "circular"}
+            self.conv_in = nn.Conv2d(1, 1, 3, **options)
+
+        def forward(self, x, timestep):
+            return self.conv_in(x)
+
+    first = Dilated()
+    network = ConcatenatedChannels(lambda: copy.deepcopy(first), {"image": 3}, widen=True)
+    after = network(X, TIME, image=torch.randn(2, 3, 8, 8))
+    torch.testing.assert_close(after, first(X, TIME))
 
 
 def test_channels_must_fit_the_network():
