@@ -1,29 +1,13 @@
 """Hugging Face data sets: columns, keyed order, exact resume, streams, refusals."""
 
-import io
-from itertools import chain
-
 import pytest
 import torch
-from PIL import Image
 
-from diffcore.core.process import Process
 from diffcore.io.images.pixels import as_pixels
-from diffcore.training.data import HuggingFaceData, HuggingFaceStream, load_batches
+from diffcore.training.data import HuggingFaceData, HuggingFaceStream
+from tests.helpers.grey_images import encoded, flat, labels_of
 
 datasets = pytest.importorskip("datasets")
-GREY = Process(shape=(1, 2, 2), classes=100)
-
-
-def flat(batches):
-    return list(chain.from_iterable(batches))
-
-
-def encoded(value):
-    """A PNG file of 2x2 pixels of one grey value."""
-    buffer = io.BytesIO()
-    Image.new("L", (2, 2), value).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def table(values, **columns):
@@ -58,30 +42,16 @@ def saved(tmp_path_factory):
     patch.undo()
 
 
-def labels_of(data, steps, workers=0, world=1, batch=5):
-    """The labels of each global batch; every image is checked against its label."""
-    result = []
-    readers = [
-        load_batches(data, data.order(3, batch, 1, rank, world).steps(*steps), GREY, workers)
-        for rank in range(world)
-    ]
-    for parts in zip(*readers, strict=True):
-        x0, label = (torch.cat([getattr(part, name) for part in parts]) for name in ("x0", "label"))
-        assert torch.equal(((x0[:, 0, 0, 0] + 1) * 127.5).round().long(), label)
-        result.append(label.tolist())
-    return result
-
-
 def test_a_saved_data_set_is_read_in_a_keyed_order_that_continues_exactly(saved):
     data = HuggingFaceData(str(saved / "plain"), 2, label="label", channels="L")
     assert len(data) == 20
     assert data.class_names is None
     assert data[7][1] == 7
     assert torch.equal(data[7][0], as_pixels(encoded(7), 2, "L", "crop"))
-    whole = labels_of(data, (0, 8))
+    whole = labels_of(data, (0, 8), batch=5)
     assert all(sorted(flat(whole[first : first + 4])) == list(range(20)) for first in (0, 4))
-    assert labels_of(data, (3, 8), world=5) == whole[3:]
-    assert labels_of(data, (3, 5), workers=1) == whole[3:5]
+    assert labels_of(data, (3, 8), world=5, batch=5) == whole[3:]
+    assert labels_of(data, (3, 5), workers=1, batch=5) == whole[3:5]
 
 
 def test_splits_parquet_files_and_objects_are_read(saved):
@@ -168,12 +138,12 @@ def test_a_stream_is_the_same_for_every_split_and_continues_exactly(saved):
         given = {"window": 5, "lanes": 3, "turn": 1, "label": "label", "channels": "L"} | options
         return HuggingFaceStream(str(saved / "parquet"), 2, **given)
 
-    whole = labels_of(stream(), (0, 9))
+    whole = labels_of(stream(), (0, 9), batch=5)
     assert sorted(flat(whole[:3])) == list(range(15))
-    assert labels_of(stream(), (0, 9), world=5) == whole
-    assert labels_of(stream(), (4, 9)) == whole[4:]
-    assert labels_of(stream(), (4, 6), workers=1) == whole[4:6]
-    renewed = labels_of(stream(restart="renew"), (3, 6))
+    assert labels_of(stream(), (0, 9), world=5, batch=5) == whole
+    assert labels_of(stream(), (4, 9), batch=5) == whole[4:]
+    assert labels_of(stream(), (4, 6), workers=1, batch=5) == whole[4:6]
+    renewed = labels_of(stream(restart="renew"), (3, 6), batch=5)
     assert sorted(flat(renewed)) == list(range(15))
     assert renewed != whole[3:6]
 

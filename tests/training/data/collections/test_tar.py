@@ -7,17 +7,15 @@ import threading
 from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from itertools import chain
 
 import pytest
 import torch
 import yaml
-from PIL import Image
 
-from diffcore.core.process import Process
 from diffcore.io.images.pixels import as_pixels
-from diffcore.training.data import TarShards, TarStream, load_batches
+from diffcore.training.data import TarShards, TarStream
 from diffcore.training.data.collections import tar_index, tar_stream
+from tests.helpers.grey_images import encoded, flat, labels_of
 from tests.helpers.training_runs import (
     PROCESS,
     LabelRecorder,
@@ -26,19 +24,6 @@ from tests.helpers.training_runs import (
     make_trainer,
     train,
 )
-
-GREY = Process(shape=(1, 2, 2), classes=100)
-
-
-def flat(batches):
-    return list(chain.from_iterable(batches))
-
-
-def encoded(value):
-    """A PNG file of 2x2 pixels of one grey value."""
-    buffer = io.BytesIO()
-    Image.new("L", (2, 2), value).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def add(archive, name, content, **options):
@@ -67,30 +52,6 @@ def shards(tmp_path):
     for shard, count in enumerate((5, 4, 6)):
         write_tar(tmp_path / f"s{shard}.tar", [next(values) for _ in range(count)])
     return tmp_path
-
-
-def labels_of(data, steps, accumulation=1, world=1, workers=0, batch=8):
-    """The labels of each global batch; every image is checked against its label."""
-    result = []
-    readers = [
-        load_batches(
-            data, data.order(3, batch, accumulation, rank, world).steps(*steps), GREY, workers
-        )
-        for rank in range(world)
-    ]
-    for _ in range(*steps):
-        found = [0] * batch
-        for _ in range(accumulation):
-            for reader in readers:
-                part = next(reader)
-                value = (part.x0[:, 0, 0, 0] + 1) * 127.5
-                assert torch.equal(value.round().long(), part.label)
-                for position, label in zip(
-                    part.batch_index.tolist(), part.label.tolist(), strict=True
-                ):
-                    found[position] = label
-        result.append(found)
-    return result
 
 
 def test_shards_are_read_where_they_lie_in_a_keyed_order(shards):
