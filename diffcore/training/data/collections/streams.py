@@ -157,8 +157,8 @@ class StreamSource(DataSource):
             An order whose index counts the samples since the stream was begun: at the start of the
             run, or with `restart: renew` where it was last resumed.
         """
-        is_renewed = self.restart == "renew"
-        return _StreamOrder(self.window, seed, batch, accumulation, rank, world, is_renewed)
+        kind = _RenewedOrder if self.restart == "renew" else _StreamOrder
+        return kind(self.window, seed, batch, accumulation, rank, world)
 
     @property
     def content_hash(self) -> str:
@@ -178,24 +178,19 @@ class StreamSource(DataSource):
 
 
 class _StreamOrder(DataOrder):
-    """Positions of the run, and how many samples of the stream precede each of them."""
-
-    def __init__(
-        self,
-        size: int,
-        seed: int,
-        batch: int,
-        accumulation: int,
-        rank: int,
-        world: int,
-        is_renewed: bool,
-    ) -> None:
-        super().__init__(size, seed, batch, accumulation, rank, world)
-        self.is_renewed = is_renewed
+    """An order whose index is the position: the stream was begun at the start of the run."""
 
     def index(self, position: int) -> int:
         """Number of samples since the stream was begun."""
-        return position - (self.span.start * self.batch if self.is_renewed else 0)
+        return position
+
+
+class _RenewedOrder(DataOrder):
+    """An order whose index counts from the start of its span, where the stream was begun."""
+
+    def index(self, position: int) -> int:
+        """Number of samples since the stream was begun."""
+        return position - self.span.start * self.batch
 
 
 class _Lane:
