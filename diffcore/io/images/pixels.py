@@ -1,6 +1,6 @@
 """Pixels of an image file as x_0, and of a mask file as weights."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -10,9 +10,30 @@ from torch import Tensor
 from diffcore.io.images.crop import Crop
 from diffcore.io.images.reader import read_image
 
-__all__ = ["Fit", "as_pixels", "crop_mask", "crop_pixels"]
+__all__ = ["Fit", "as_pixels", "check_options", "crop_mask", "crop_pixels"]
 
 Fit = Literal["crop", "pad", "exact"]
+
+
+def check_options(size: int, channels: str, fit: str) -> None:
+    """Check the options of `as_pixels`.
+
+    Args:
+        size: height and width of x_0 in pixels, at least 1.
+        channels: RGB or L.
+        fit: crop, pad or exact.
+
+    Raises:
+        ValueError: The size is not positive, or a choice is unknown.
+    """
+    if size < 1:
+        raise ValueError(f"size is {size}, expected a positive number of pixels")
+    for name, value, allowed in (
+        ("channels", channels, ("RGB", "L")),
+        ("fit", fit, get_args(Fit)),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} is {value!r}, expected one of {', '.join(allowed)}")
 
 
 def as_pixels(content: bytes, size: int, channels: str, fit: Fit) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffcore.io.images.crop import Crop
-from diffcore.io.images.pixels import Fit, as_pixels, crop_pixels
+from diffcore.io.images.pixels import Fit, as_pixels, check_options, crop_pixels
 from diffcore.io.images.reader import read_content
 from diffcore.training.data.listing import PackedTexts, printable
 from diffcore.training.data.scan import SUFFIXES, FolderScan, scan_folder
@@ -54,10 +54,11 @@ class ImageFiles:
         unreadable: Unreadable,
         verify: bool = False,
     ) -> None:
-        _check_choices(channels=(channels, ("RGB", "L")), fit=(fit, get_args(Fit)))
-        _check_choices(unreadable=(unreadable, get_args(Unreadable)))
-        if size < 1:
-            raise ValueError(f"size is {size}, expected a positive number of pixels")
+        check_options(size, channels, fit)
+        if unreadable not in get_args(Unreadable):
+            raise ValueError(
+                f"unreadable is {unreadable!r}, expected one of {', '.join(get_args(Unreadable))}"
+            )
         self.folder, self.size, self.channels, self.fit = Path(folder), size, channels, fit
         self.scan = scan = scan_folder(self.folder, verify)
         self.found = scan.files.names
@@ -163,9 +164,3 @@ def _check_readable(folder: Path, scan: FolderScan, policy: Unreadable) -> None:
     if policy == "refuse" or len(scan.reasons) == len(scan):
         raise ValueError(f"{message}; repair or delete them, or set unreadable: skip")
     print(f"{message}; skipped")
-
-
-def _check_choices(**choices: tuple[str, tuple[str, ...]]) -> None:
-    for name, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise ValueError(f"{name} is {value!r}, expected one of {', '.join(allowed)}")

@@ -17,6 +17,7 @@ from diffcore.training.data.collections.images import (
     ImageOptions,
     as_classes,
     as_label,
+    check_condition,
 )
 from diffcore.training.data.collections.streams import EncodedImage, Restart, StreamSource
 from diffcore.training.data.listing import printable
@@ -66,11 +67,7 @@ class HuggingFaceData(ImageCollection):
         flip: bool = False,
     ) -> None:
         options = ImageOptions(size, channels, fit, flip)
-        if label and caption:
-            raise ValueError(
-                f"label is {label!r} and caption {caption!r}, but an image has one condition: set "
-                "label to '' to train on captions"
-            )
+        check_condition(label, caption)
         data = _load(path, split, False)
         columns = _columns(data, image, label or caption)
         self.data, self.column = data.select_columns(columns), image

@@ -1,16 +1,16 @@
 """What data sets of encoded images share: options, decoding, labels and captions."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from diffcore.io.images.pixels import Fit, as_pixels
+from diffcore.io.images.pixels import Fit, as_pixels, check_options
 from diffcore.training.data.order import is_mirrored
 from diffcore.training.data.source import DataSource
 
-__all__ = ["ImageCollection", "ImageOptions", "as_classes", "as_label"]
+__all__ = ["ImageCollection", "ImageOptions", "as_classes", "as_label", "check_condition"]
 
 
 class ImageOptions:
@@ -27,14 +27,7 @@ class ImageOptions:
     """
 
     def __init__(self, size: int, channels: Literal["RGB", "L"], fit: Fit, flip: bool) -> None:
-        if size < 1:
-            raise ValueError(f"size is {size}, expected a positive number of pixels")
-        for name, value, allowed in (
-            ("channels", channels, ("RGB", "L")),
-            ("fit", fit, get_args(Fit)),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} is {value!r}, expected one of {', '.join(allowed)}")
+        check_options(size, channels, fit)
         self.size, self.channels, self.fit, self.flip = size, channels, fit, flip
 
     def decode(self, content: bytes, name: str) -> Tensor:
@@ -125,6 +118,23 @@ class ImageCollection(DataSource):
         """
         x0, label = self[index]
         return self.options.mirror(x0, seed, position), label
+
+
+def check_condition(label: str, caption: str) -> None:
+    """Check that images have one condition at most.
+
+    Args:
+        label: name of the labels; "" for none.
+        caption: name of the captions; "" for none.
+
+    Raises:
+        ValueError: Both are set.
+    """
+    if label and caption:
+        raise ValueError(
+            f"label is {label!r} and caption {caption!r}, but an image has one condition: set "
+            "label to '' to train on captions"
+        )
 
 
 def as_label(value: Any, name: str) -> int:

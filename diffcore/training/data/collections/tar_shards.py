@@ -7,7 +7,12 @@ import torch
 from diffcore.io.images.pixels import Fit
 from diffcore.training.data.arrays.shards import ShardedRows, find_shards, hash_shards
 from diffcore.training.data.cache import hash_content
-from diffcore.training.data.collections.images import ImageCollection, ImageOptions, as_classes
+from diffcore.training.data.collections.images import (
+    ImageCollection,
+    ImageOptions,
+    as_classes,
+    check_condition,
+)
 from diffcore.training.data.collections.tar_index import index_tar, read_bytes
 from diffcore.training.data.collections.tar_members import Fields
 from diffcore.training.data.listing import printable
@@ -55,11 +60,7 @@ class TarShards(ImageCollection):
         caption: str = "",
     ) -> None:
         options = ImageOptions(size, channels, fit, flip)
-        if caption and label:
-            raise ValueError(
-                f"label is {label!r} and caption {caption!r}, but an image has one condition: set "
-                "label to '' to train on captions"
-            )
+        check_condition(label, caption)
         self.fields, paths = Fields(image, label, caption), find_shards(path, ".tar")
         indices = [index_tar(file, self.fields) for file in paths]
         self.rows = ShardedRows(paths, [len(index.stems) for index in indices])
