@@ -6,10 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-__all__ = ["FORMATS", "read_content", "read_image", "read_size"]
-
-ORIENTATION, TURNED = 0x0112, 5
-"""EXIF tag of the orientation, and the first of its values whose width and height are swapped."""
+__all__ = ["FORMATS", "read_content", "read_image"]
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 """Formats that are decoded. Pillow passes others, such as EPS, to an external program."""
@@ -36,29 +33,6 @@ def read_content(path: str | Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ValueError(error.strerror) from None
-
-
-def read_size(path: str | Path) -> tuple[int, int]:
-    """Size of an upright image, without its pixels.
-
-    Args:
-        path: image file.
-
-    Returns:
-        (width, height) in pixels.
-
-    Raises:
-        ValueError: The file cannot be read; the message is the reason, to be preceded by its name.
-    """
-    try:
-        with Image.open(BytesIO(read_content(path)), formats=FORMATS) as image:
-            width, height = image.size
-            is_turned = image.getexif().get(ORIENTATION, 1) >= TURNED
-    except UnidentifiedImageError:
-        raise ValueError("it is no image of a known format") from None
-    except Exception as error:  # Pillow raises many types of errors for a damaged file
-        raise ValueError(str(error) or type(error).__name__) from None
-    return (height, width) if is_turned else (width, height)
 
 
 def read_image(content: bytes) -> Image.Image:

@@ -84,7 +84,7 @@ class ImageFolder(DataSource):
             raise ValueError(f"crop is {crop!r}, expected center, or random with fit: crop")
         self.items = ImageItems(self.images, buckets)
         self.groups = self.items.groups(len(channels))  # "RGB", "L"
-        self.masks = MaskFiles(self.images, masks) if masks else None
+        self.masks = MaskFiles(self.images, masks, verify) if masks else None
         self.has_masks = self.masks is not None
         self.conditions = ImagePairs(self.images, conditions or {}, buckets is not None, verify)
         self.class_names, labels = label_images(self.images)

@@ -116,7 +116,7 @@ class LatentDataset(DataSource):
         self.images = ImageFiles(Path(folder), size, "RGB", fit, unreadable, verify)
         self.items = ImageItems(self.images, buckets)
         self.groups = self._groups()
-        self.masks = MaskFiles(self.images, masks) if masks else None
+        self.masks = MaskFiles(self.images, masks, verify) if masks else None
         self.has_masks = self.masks is not None
         self.conditions = ImagePairs(self.images, conditions or {}, buckets is not None, verify)
         captions_of = read_captions(Path(folder), self.images.names) if captions else []

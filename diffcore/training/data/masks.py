@@ -7,16 +7,16 @@ masks/cats/1.png                       in a folder of masks, with any suffix
 import os
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from diffcore.io.files import hash_file
 from diffcore.io.images.crop import Crop
 from diffcore.io.images.pixels import crop_mask
-from diffcore.io.images.reader import read_content, read_size
+from diffcore.io.images.reader import read_content
 from diffcore.training.data.cache import hash_content
 from diffcore.training.data.image_files import MASK, ImageFiles
-from diffcore.training.data.listing import printable
-from diffcore.training.data.scan import SUFFIXES
+from diffcore.training.data.listing import PackedTexts, printable
+from diffcore.training.data.scan import SUFFIXES, FolderScan, scan_folder
 
 __all__ = ["MaskFiles"]
 
@@ -25,31 +25,55 @@ class MaskFiles:
     """The mask of each image of a folder.
 
     White is a weight of 1, black of 0. A mask is turned upright, cropped and mirrored as its image,
-    and averaged over the area of each pixel of x_0.
+    and averaged over the area of each pixel of x_0. Its size and hash are those of the recorded
+    scan of its folder, see `scan_folder`.
 
     Args:
         images: images of the data folder.
         folder: folder of masks with the paths of the images, or the word beside, for masks beside
             the images.
+        verify: True compares the hash of every mask of another folder with the recorded scan.
 
     Raises:
-        ValueError: An image has no mask, or one of another size, or images are padded.
+        ValueError: An image has no mask, a damaged one, or one of another size, or images are
+            padded.
     """
 
-    def __init__(self, images: ImageFiles, folder: str) -> None:
+    def __init__(self, images: ImageFiles, folder: str, verify: bool = False) -> None:
         if images.fit == "pad":
             raise ValueError("masks of padded images are not supported: use fit crop or exact")
-        self.paths = [_find(images.folder, name, folder) for name in images.names]
-        missing = [name for name, path in zip(images.names, self.paths, strict=True) if not path]
+        is_beside = folder == "beside"
+        self.folder = images.folder if is_beside else Path(folder)
+        scan = images.scan if is_beside else scan_folder(folder, verify)
+        self.names = scan.files.names
+        self.rows = _match(images.names, self.names, ".mask" if is_beside else "")
+        missing = (self.rows < 0).nonzero().flatten().tolist()
         if missing:
-            place = f"NAME{MASK}png beside it" if folder == "beside" else f"a file in {folder}"
+            place = f"NAME{MASK}png beside it" if is_beside else f"a file in {folder}"
             raise ValueError(
                 f"{len(missing)} of {len(images)} images have no mask, such as "
-                f"{printable(missing[0])}: expected {place}; a white mask selects a whole image"
+                f"{printable(images.names[missing[0]])}: expected {place}; a white mask selects a "
+                "whole image"
             )
-        for index, path in enumerate(self.paths):
-            _check_size(path, (int(images.width[index]), int(images.height[index])))
-        self.hashes = [hash_file(path) for path in self.paths if path]
+        self._check_sizes(images, scan)
+        self.hashes = scan.sha256[self.rows]
+
+    def _check_sizes(self, images: ImageFiles, scan: FolderScan) -> None:
+        """Raise ValueError if a mask cannot be read, or has another size than its image."""
+        width, height = scan.width[self.rows], scan.height[self.rows]
+        is_other = (width != images.width) | (height != images.height)
+        for index in is_other.nonzero().flatten().tolist()[:1]:
+            path = printable(self._path(index))
+            if reason := scan.reasons.get(int(self.rows[index])):
+                raise ValueError(f"the mask {path} cannot be read: {reason}")
+            raise ValueError(
+                f"the mask {path} has {width[index]} x {height[index]} pixels, but its image has "
+                f"{images.width[index]} x {images.height[index]}: make the mask again at the size "
+                "of the image"
+            )
+
+    def _path(self, index: int) -> Path:
+        return self.folder / self.names[int(self.rows[index])]
 
     def read(self, index: int, crop: Crop, factor: int = 1) -> Tensor:
         """The weights of an image.
@@ -65,8 +89,7 @@ class MaskFiles:
         Raises:
             ValueError: The mask cannot be read, or has another size than its image.
         """
-        path = self.paths[index]
-        assert path is not None
+        path = self._path(index)
         try:
             return crop_mask(read_content(path), crop, factor)
         except ValueError as error:
@@ -75,26 +98,14 @@ class MaskFiles:
     @property
     def content_hash(self) -> str:
         """Hash of the contents of all masks."""
-        return hash_content(*self.hashes)
+        return hash_content(*(bytes(row).hex() for row in self.hashes.numpy()))
 
 
-def _check_size(path: Path | None, expected: tuple[int, int]) -> None:
-    """Raise ValueError if a mask has another size than its image."""
-    assert path is not None
-    try:
-        found = read_size(path)
-    except ValueError as error:
-        raise ValueError(f"the mask {printable(path)} cannot be read: {error}") from None
-    if found != expected:
-        raise ValueError(
-            f"the mask {printable(path)} has {found[0]} x {found[1]} pixels, but its image has "
-            f"{expected[0]} x {expected[1]}: make the mask again at the size of the image"
-        )
-
-
-def _find(images: Path, name: str, folder: str) -> Path | None:
-    """The mask of an image, with one of the suffixes of images."""
-    stem = os.path.splitext(name)[0]
-    base = f"{images / stem}.mask" if folder == "beside" else f"{Path(folder) / stem}"
-    found = (Path(base + suffix) for suffix in (".png", *SUFFIXES))
-    return next((path for path in found if path.is_file()), None)
+def _match(images: PackedTexts, names: PackedTexts, ending: str) -> Tensor:
+    """(N,) index in `names` of the mask of each image, with a suffix of images; -1 without one."""
+    row_of = {name: row for row, name in enumerate(names)}
+    stems = (os.path.splitext(name)[0] + ending for name in images)
+    paths = ([stem + suffix for suffix in (".png", *SUFFIXES)] for stem in stems)
+    return torch.tensor(
+        [next((row_of[path] for path in each if path in row_of), -1) for each in paths]
+    )

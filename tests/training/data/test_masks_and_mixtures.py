@@ -1,5 +1,6 @@
 """Masks beside images and in folders; mixtures of data sets; prior preservation."""
 
+import os
 from collections import Counter
 
 import numpy as np
@@ -9,8 +10,10 @@ from PIL import Image
 from torch.utils.data import TensorDataset
 
 from diffcore.core.process import Process
-from diffcore.training.data import ImageFolder, Mixture, load_batches
+from diffcore.io.files import hash_file
+from diffcore.training.data import ImageFolder, Mixture, load_batches, scan
 from diffcore.training.data.buckets.sizes import Buckets
+from diffcore.training.data.cache import hash_content
 from tests.helpers.captioned_images import latent_dataset, prepared_dataset
 from tests.helpers.image_folders import write
 from tests.helpers.mixed_images import ramp
@@ -84,6 +87,32 @@ def test_an_image_without_a_mask_or_with_one_of_another_size_is_refused(tmp_path
         ImageFolder(str(tmp_path / "images"), 16, masks="beside")
     with pytest.raises(ValueError, match="masks of padded images"):
         ImageFolder(str(tmp_path / "images"), 16, fit="pad", masks="beside")
+
+
+def test_a_damaged_mask_is_refused_by_name_and_a_png_is_preferred(tmp_path):
+    masks = write_masked(tmp_path / "images", "folder")
+    write(tmp_path / "masks/0.png", size=(60, 30))
+    data = ImageFolder(str(tmp_path / "images"), 16, masks=masks)
+    assert (data[0][2]["weight"] == 1).all()
+    (tmp_path / "masks/0.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"the mask .*0.png cannot be read: it is no image"):
+        ImageFolder(str(tmp_path / "images"), 16, masks=masks)
+    (tmp_path / "masks/0.png").rename(tmp_path / "images/0.mask.png")
+    with pytest.raises(ValueError, match=r"the mask .*0.mask.png cannot be read: it is no image"):
+        ImageFolder(str(tmp_path / "images"), 16, masks="beside", unreadable="skip")
+
+
+def test_masks_are_read_once_and_then_known_from_the_recorded_scan(tmp_path, monkeypatch):
+    masks = write_masked(tmp_path / "images", "folder")
+    for path in tmp_path.glob("*/0.*"):
+        os.utime(path, (1e9, 1e9))  # a file that changed a moment ago is read again
+    first = ImageFolder(str(tmp_path / "images"), 16, masks=masks)
+    inspected = []
+    monkeypatch.setattr(scan, "inspect_images", lambda paths: inspected.extend(paths) or iter(()))
+    again = ImageFolder(str(tmp_path / "images"), 16, masks=masks)
+    assert not inspected
+    assert again.content_hash == first.content_hash
+    assert first.masks.content_hash == hash_content(hash_file(tmp_path / "masks/0.bmp"))
 
 
 def numbers(first, count):
