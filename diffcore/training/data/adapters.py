@@ -24,8 +24,8 @@ def as_data_source(data: Dataset[Any]) -> DataSource:
         it; else an adapter with the defaults.
 
     Raises:
-        ValueError: The data set is not map-style (it has no length), it is empty, or it joins data
-            sources.
+        ValueError: The data set is not map-style (it has no length), it is empty, it joins data
+            sources, or it is a part of a stream.
     """
     size = len(data) if isinstance(data, (DataSource, Sized)) else None
     if size is None:
@@ -89,6 +89,7 @@ class WrappedSource(DataSource):
         self.is_latent, self.has_masks = source.is_latent, source.has_masks
         self.inputs = dict(source.inputs)  # a mapping proxy cannot be sent to a worker
         self.groups, self.labels = source.groups, source.labels
+        self.is_stream = source.is_stream
 
     def __len__(self) -> int:
         return len(self.source)
@@ -138,6 +139,11 @@ class _SubsetSource(WrappedSource):
 
     def __init__(self, subset: Subset[Any]) -> None:
         super().__init__(as_data_source(subset.dataset))
+        if self.is_stream:
+            raise ValueError(
+                f"{type(self.source).__name__} is read only in its own order, which a Subset does "
+                "not have: leave out files, or use a data set that is not a stream"
+            )
         self.indices = [int(index) for index in subset.indices]
         groups, labels = self.source.groups, self.source.labels
         self.groups = None if groups is None else groups.select(self.indices)

@@ -86,6 +86,7 @@ class Mixture(DataSource):
         return len(self.part)
 
     def __getitem__(self, index: int) -> Any:
+        index = range(len(self))[index]
         part, row = self._locate(index)
         return self._with_weight(self.sources[part][row], index, part)
 
@@ -221,11 +222,16 @@ def _check_lengths(count: int, **lists: Sequence[float]) -> None:
 
 
 def _check_fit(sources: Sequence[DataSource]) -> None:
-    """Raise ValueError if labels or x_0 of the data sets mean different things."""
+    """Raise ValueError if the data sets cannot be read in one order, or mean different things."""
     if any(isinstance(source, Mixture) for source in sources):
         raise ValueError(
             "a data set of the mixture is a mixture, whose shares and repeats have no meaning in "
             "another: list all data sets in one mixture"
+        )
+    if streams := [type(source).__name__ for source in sources if source.is_stream]:
+        raise ValueError(
+            f"{streams[0]} in a mixture is read only in its own order, which a mixture does not "
+            "have: use a data set that is not a stream, such as TarShards or HuggingFaceData"
         )
     first = sources[0]
     for source in sources[1:]:

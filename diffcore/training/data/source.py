@@ -57,6 +57,9 @@ class DataSource(Dataset[Any]):
     They are no conditions of the process: they have a default, with which the network is sampled.
     """
 
+    is_stream: bool = False
+    """True if items are read only in `order`; a subset or a mixture has another one."""
+
     has_masks: bool = False
     """True if the extra `weight` of each item has one number for each pixel of x_0."""
 

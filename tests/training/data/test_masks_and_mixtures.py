@@ -223,3 +223,12 @@ def test_mixtures_without_meaning_are_refused():
         Mixture([data, data], loss_weights=[0, 0])
     with pytest.raises(ValueError, match="list all data sets in one mixture"):
         Mixture([Mixture([data, data], shares=[1, 3]), data])
+
+
+def test_an_index_from_the_end_of_a_mixture_is_that_of_the_last_data_set():
+    data = Mixture([numbers(0, 3), numbers(50, 20)])
+    for index in (0, 3, 22):
+        assert torch.equal(data[index - 23][0], data[index][0])
+    assert float(data[-1][0][0, 0, 0]) == pytest.approx(0.69)
+    with pytest.raises(IndexError):
+        data[23]

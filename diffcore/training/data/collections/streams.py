@@ -66,6 +66,7 @@ class StreamSource(DataSource):
     """
 
     class_names: tuple[str, ...] | None = None
+    is_stream = True
 
     def __init__(
         self,

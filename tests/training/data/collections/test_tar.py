@@ -11,9 +11,10 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 import yaml
+from torch.utils.data import Subset
 
 from diffcore.io.images.pixels import as_pixels
-from diffcore.training.data import TarShards, TarStream
+from diffcore.training.data import LowResolution, Mixture, TarShards, TarStream, as_data_source
 from diffcore.training.data.collections import tar_index, tar_stream
 from tests.helpers.grey_images import encoded, flat, labels_of
 from tests.helpers.training_runs import (
@@ -232,6 +233,16 @@ def test_the_first_samples_of_a_stream_are_read_by_index(shards):
     assert [data[index][1] for index in range(4)] == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="the first shard has 5 samples: set window"):
         stream_of(shards, window=8)[5]
+
+
+def test_a_part_of_a_stream_and_a_mixture_with_one_are_refused(shards):
+    """Either would read the first samples of the stream again and again."""
+    stream = stream_of(shards)
+    with pytest.raises(ValueError, match="TarStream is read only in its own order, which a Subset"):
+        as_data_source(Subset(stream, [0, 1]))
+    for data in (stream, LowResolution(stream, 2)):
+        with pytest.raises(ValueError, match="in a mixture is read only in its own order"):
+            Mixture([TarShards(str(shards), 2, "L"), data])
 
 
 @pytest.mark.parametrize(
