@@ -201,9 +201,10 @@ def hash_shards(paths: Sequence[str | Path]) -> str:
     Returns:
         64 hexadecimal digits of SHA-256.
     """
-    whole, share = hashlib.sha256(), max(2, BLOCKS // len(paths))
-    for path in map(Path, paths):
-        size = path.stat().st_size
+    files = [(path, path.stat().st_size) for path in map(Path, paths)]
+    is_small = sum(size for _, size in files) <= BLOCKS * BLOCK
+    whole, share = hashlib.sha256(), BLOCKS if is_small else max(2, BLOCKS // len(files))
+    for path, size in files:
         whole.update(f"{len(path.name)} {path.name} {size}".encode(errors="surrogateescape"))
         with path.open("rb", buffering=0) as file:
             blocks = min(share, -(-size // BLOCK))

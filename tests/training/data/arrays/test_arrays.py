@@ -226,6 +226,20 @@ def test_the_hash_of_a_large_file_reads_a_part_that_reaches_its_end(write, monke
     assert Arrays(path).content_hash != before
 
 
+def test_files_of_different_sizes_are_hashed_whole_if_they_are_small_together(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(shards, "BLOCK", 16)
+    monkeypatch.setattr(shards, "BLOCKS", 8)
+    files = [tmp_path / "a", tmp_path / "b"]
+    files[1].write_bytes(bytes(28))
+    found = set()
+    for changed in range(100):
+        files[0].write_bytes(bytes([0] * changed + [1] + [0] * (99 - changed)))
+        found.add(shards.hash_shards(files))
+    assert len(found) == 100
+
+
 MEMORY = """
 import sys
 import psutil
