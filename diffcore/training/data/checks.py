@@ -53,9 +53,9 @@ def process_of_item(process: Process, data: DataSource, index: int) -> Process:
     Returns:
         `process` itself if the data has no buckets.
     """
-    groups = data.groups
-    has_buckets = groups is not None and groups.shapes
-    return replace(process, shape=groups.shape(index)) if groups and has_buckets else process
+    if data.groups is None or not data.groups.shapes:
+        return process
+    return replace(process, shape=data.groups.shape(index))
 
 
 def read_item(read: Callable[[], Any], index: int, process: Process) -> Item:
