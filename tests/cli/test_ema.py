@@ -51,6 +51,23 @@ def test_the_network_of_a_run_takes_the_reconstructed_weights(diffcore, run_with
         assert torch.equal(value, average[name])
 
 
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("ema.safetensors", "a file of the run itself"),
+        ("snapshots/length-0.1000-step-00000060.safetensors", "a file of the run itself"),
+        ("config.yaml", "expected a name that ends in .safetensors"),
+    ],
+)
+def test_files_of_the_run_are_not_replaced(diffcore, run_with_snapshots, out, message):
+    path = run_with_snapshots / out
+    before = path.read_bytes()
+    ended = diffcore("ema", run_with_snapshots, "--length=0.2", f"--out={path}")
+    assert ended.status == 1
+    assert message in ended.err
+    assert path.read_bytes() == before
+
+
 def test_a_run_without_snapshots_is_one_line_with_the_remedy(diffcore, trained):
     ended = diffcore("ema", trained, "--length=0.1")
     assert ended.status == 1

@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from diffcore.io.files import check_links
+from diffcore.cli.weights_file import choose_weights_file, parse_run_request
 from diffcore.io.parser import ComponentParser
 from diffcore.io.safetensors import write_weights
-from diffcore.run import AVERAGED, Run
+from diffcore.run import AVERAGED
 
 __all__ = ["ConsolidationRequest", "main"]
 
@@ -38,28 +37,13 @@ def main(argv: Sequence[str]) -> None:
         description="Write weights of the run in folder RUN as one safetensors file, also those of "
         "a checkpoint to which each rank wrote its own part (--checkpoints.format sharded).",
     )
-    parser.add_argument("run", type=str, metavar="RUN", help="folder of a run")
-    parser.add_class_arguments(ConsolidationRequest)
-    settings = parser.parse_args(list(argv)).as_dict()
-    run = Run(settings.pop("run"))
-    check_links(run.folder)
-    request = ConsolidationRequest(**settings)
+    run, request = parse_run_request(parser, argv, ConsolidationRequest)
     if not run.folder.is_dir():
         raise ValueError(f"{run.folder} is no folder of a run")
     name = run.resolve_weights(request.weights)
-    out = Path(request.out or run.folder / f"{name.replace('/', '-')}.safetensors")
-    _check_out(out, run)
+    out = choose_weights_file(run, request.out, f"{name.replace('/', '-')}.safetensors")
     found = run.read_weights(name)
     out.parent.mkdir(parents=True, exist_ok=True)
     options = {} if found.options is None else {"network": found.options}
     write_weights(out, found.tensors, **options)
     print(f"{found.origin} -> {out}: {len(found.tensors)} tensors")
-
-
-def _check_out(out: Path, run: Run) -> None:
-    """Raise ValueError if the file would replace one of the run's own, or one of another kind."""
-    if out.suffix not in ("", ".safetensors"):
-        raise ValueError(f"out is {out}, expected a name that ends in .safetensors")
-    protected = (run.weights, run.checkpoints, run.pipeline)
-    if any(out.resolve().is_relative_to(path.resolve()) for path in protected):
-        raise ValueError(f"out is {out}, a file of the run itself: choose another name")

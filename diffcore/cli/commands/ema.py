@@ -2,12 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from diffcore.io.files import check_links
+from diffcore.cli.weights_file import choose_weights_file, parse_run_request
 from diffcore.io.parser import ComponentParser
 from diffcore.io.safetensors import write_weights
-from diffcore.run import Run
 from diffcore.training.averages.power_ema import find_snapshots, reconstruct
 
 __all__ = ["EMARequest", "main"]
@@ -41,15 +39,10 @@ def main(argv: Sequence[str]) -> None:
         description="Reconstruct an average of the weights of any length from the snapshots of the "
         "run in folder RUN, which trains with --snapshots.lengths '[0.05,0.1]'.",
     )
-    parser.add_argument("run", type=str, metavar="RUN", help="folder of a run")
-    parser.add_class_arguments(EMARequest)
-    settings = parser.parse_args(list(argv)).as_dict()
-    run = Run(settings.pop("run"))
-    check_links(run.folder)
-    request = EMARequest(**settings)
+    run, request = parse_run_request(parser, argv, EMARequest)
+    out = choose_weights_file(run, request.out, f"ema-{request.length:g}.safetensors")
     paths = find_snapshots(run.snapshots, request.step or None)
     average, error = reconstruct(paths, request.length, request.step or None)
-    out = Path(request.out or run.folder / f"ema-{request.length:g}.safetensors")
     out.parent.mkdir(parents=True, exist_ok=True)
     write_weights(out, average, length=str(request.length))
     print(
