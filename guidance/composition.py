@@ -72,11 +72,10 @@ class ComposedConditions(Guidance[None]):
             return inputs.conditional, memory
         reference, *others = inputs.references
         w = scale_at(self.scale, inputs.step.level)
-        x0, eps = extrapolate_linearly(reference, inputs.conditional, w)
+        guided = extrapolate_linearly(reference, inputs.conditional, w)
         for w_i, other in zip(self.weights, others, strict=True):
-            x0 = x0 + w_i * (other.x0 - reference.x0)
-            eps = eps + w_i * (other.eps - reference.eps)
-        return Prediction(x0, eps), memory
+            guided = _add_difference(guided, w_i, other, reference)
+        return guided, memory
 
 
 @dataclass(frozen=True)
@@ -119,12 +118,10 @@ class ScaledConditions(Guidance[None]):
     def combine(self, inputs: GuidanceInput, memory: None) -> tuple[Prediction, None]:
         if not inputs.references:
             return inputs.conditional, memory
-        conditional = inputs.conditional
-        x0, eps = conditional
+        guided = conditional = inputs.conditional
         for (_, factor), other in zip(self._terms(inputs.step), inputs.references, strict=True):
-            x0 = x0 + factor * (other.x0 - conditional.x0)
-            eps = eps + factor * (other.eps - conditional.eps)
-        return Prediction(x0, eps), memory
+            guided = _add_difference(guided, factor, other, conditional)
+        return guided, memory
 
     def check(self, process: Process, condition: Condition) -> None:
         check_names(process, self.names, str(self))
@@ -191,18 +188,16 @@ class Sum(Guidance[tuple[Any, ...]]):
         predictions = dict(
             zip(_unique(references_of_rules), inputs.references, strict=bool(inputs.references))
         )
-        conditional = inputs.conditional
-        x0, eps = conditional
+        total = conditional = inputs.conditional
         memories = []
         for rule, references, rule_memory in zip(
             self.rules, references_of_rules, self._memories(memory), strict=True
         ):
             available = tuple(predictions[r] for r in references if r in predictions)
             guided, new_memory = rule.combine(inputs._replace(references=available), rule_memory)
-            x0 = x0 + (guided.x0 - conditional.x0)
-            eps = eps + (guided.eps - conditional.eps)
+            total = _add_difference(total, 1.0, guided, conditional)
             memories.append(new_memory)
-        return Prediction(x0, eps), tuple(memories)
+        return total, tuple(memories)
 
     def levels(self, process: Process) -> tuple[float, ...]:
         return tuple(level for rule in self.rules for level in rule.levels(process))
@@ -228,6 +223,16 @@ class Sum(Guidance[tuple[Any, ...]]):
             rule.required_references(step, rule_memory)
             for rule, rule_memory in zip(self.rules, self._memories(memory), strict=True)
         ]
+
+
+def _add_difference(
+    total: Prediction, factor: float, prediction: Prediction, base: Prediction
+) -> Prediction:
+    """total + factor (prediction - base), on x_0 and on ε alike."""
+    return Prediction(
+        total.x0 + factor * (prediction.x0 - base.x0),
+        total.eps + factor * (prediction.eps - base.eps),
+    )
 
 
 def _unique(references_of_rules: list[tuple[Reference, ...]]) -> tuple[Reference, ...]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffcore.core.conditions import BatchCondition, as_conditions, concatenate, null_condition
+from diffcore.core.conditions import BatchCondition, as_conditions, concatenate
 from diffcore.core.denoiser import DenoiserProtocol
 from diffcore.core.prediction import Prediction
 from diffcore.guidance.reference import Query
@@ -52,11 +52,10 @@ def _evaluate_together(
 def _concatenate_conditions(queries: Sequence[Query], x: Tensor) -> BatchCondition | None:
     """The conditions of all queries in one batch; a missing one becomes the absent value."""
     process = queries[0].denoiser.process
-    null = null_condition(process, len(x), x.device)
-    if null is None:
+    if not process.dropouts:
         return None
-    given = [as_conditions(process, q.condition, len(x), x.device) for q in queries]
-    return concatenate([null if part is None else part.to(x.device) for part in given])
+    given = (as_conditions(process, query.condition, len(x), x.device) for query in queries)
+    return concatenate([part.to(x.device) for part in given if part is not None])
 
 
 def _evaluate(

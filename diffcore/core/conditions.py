@@ -176,8 +176,7 @@ def null_condition(
         Labels (batch_size,), or `Conditions` if the process has named ones; None if the process has
         no condition.
     """
-    classes = process.classes
-    label = torch.full((batch_size,), classes, device=device) if classes else None
+    label = _null_label(process, batch_size, device)
     if not process.conditions:
         return label
     zeros = {
@@ -210,10 +209,15 @@ def as_conditions(
         return null_condition(process, batch_size, device)
     if not process.conditions:
         return condition
-    null = null_condition(process, batch_size, device)
     if not isinstance(condition, Conditions):
-        return replace_label(null, condition)
-    return replace_label(condition, labels_of(null)) if condition.label is None else condition
+        return replace_label(null_condition(process, batch_size, device), condition)
+    if condition.label is not None:
+        return condition
+    return replace_label(condition, _null_label(process, batch_size, device))
+
+
+def _null_label(process: "Process", count: int, device: torch.device | None) -> Tensor | None:
+    return torch.full((count,), process.classes, device=device) if process.classes else None
 
 
 def batch_condition(
@@ -299,17 +303,17 @@ def replace_label(condition: BatchCondition | None, label: Tensor | None) -> Bat
 
 
 def concatenate(parts: Sequence[BatchCondition]) -> BatchCondition:
-    """The conditions of several batches, which have one form, as one batch.
+    """The conditions of several batches, which have one form and one device, as one batch.
 
     Args:
         parts: labels of each batch, or `Conditions` of each batch.
 
     Returns:
-        The conditions of all samples, in order, on the device of the first part.
+        The conditions of all samples, in order.
     """
     first = parts[0]
     if isinstance(first, Tensor):
-        return torch.cat([part.to(first) for part in parts if isinstance(part, Tensor)])
+        return torch.cat([part for part in parts if isinstance(part, Tensor)])
     named = [part for part in parts if isinstance(part, Conditions)]
     labels = [part.label for part in named if part.label is not None]
     return Conditions(

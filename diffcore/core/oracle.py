@@ -77,8 +77,9 @@ class Oracle(DenoiserProtocol, ABC):
             condition: int64 class labels (B,); None for no condition.
         """
 
-    def _log_prior(self, rows: int, condition: Tensor | None) -> Tensor:
+    def _log_prior(self, rows: int, condition: BatchCondition | None) -> Tensor:
         """Normalised log weights (B, K) of the components given the condition."""
+        condition = labels_of(condition)
         if condition is None:
             return self.log_weights.log_softmax(0).expand(rows, -1)
         if condition.device.type == "cpu":  # elsewhere, reading the values would wait for them
@@ -147,7 +148,7 @@ class GaussianMixture(Oracle):
     ) -> Prediction:
         alpha, sigma = (_column(value, x) for value in (level.alpha, level.sigma))
         z, variance = self._whiten(x, level)
-        r = self._log_joint(z, variance, labels_of(condition)).softmax(1)
+        r = self._log_joint(z, variance, condition).softmax(1)
         x0 = self.means + self._rotate(alpha * self.eigenvalues / variance * z)
         eps = self._rotate(sigma / variance * z)
         return Prediction(
@@ -156,7 +157,7 @@ class GaussianMixture(Oracle):
 
     def score(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Tensor:
         z, variance = self._whiten(x, level)
-        r = self._log_joint(z, variance, labels_of(condition)).softmax(1)
+        r = self._log_joint(z, variance, condition).softmax(1)
         return torch.einsum("bk,bkd->bd", r, self._rotate(-z / variance)).view_as(x).to(x.dtype)
 
     def log_density(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Tensor:
@@ -181,7 +182,7 @@ class GaussianMixture(Oracle):
     def _rotate(self, z: Tensor) -> Tensor:
         return torch.einsum("bke,kde->bkd", z, self.axes)
 
-    def _log_joint(self, z: Tensor, variance: Tensor, condition: Tensor | None) -> Tensor:
+    def _log_joint(self, z: Tensor, variance: Tensor, condition: BatchCondition | None) -> Tensor:
         log_normal = -(z**2 / variance + (2 * math.pi * variance).log()).sum(2) / 2
         return log_normal + self._log_prior(len(z), condition)
 
@@ -214,7 +215,7 @@ class EmpiricalDistribution(Oracle):
         self, x: Tensor, level: Level, condition: BatchCondition | None = None
     ) -> Prediction:
         alpha, sigma = _level_columns(x, level)
-        r = self._logits(x, level, labels_of(condition)).softmax(1)
+        r = self._logits(x, level, condition).softmax(1)
         x0 = r @ self.points
         eps = (x.double().flatten(1) - alpha * (self.center + x0)) / sigma
         return Prediction(*(value.view_as(x).to(x.dtype) for value in (self.center + x0, eps)))
@@ -241,7 +242,7 @@ class EmpiricalDistribution(Oracle):
         alpha, sigma = _level_columns(x, level)
         return x.double().flatten(1) - alpha * self.center, alpha, sigma
 
-    def _logits(self, x: Tensor, level: Level, condition: Tensor | None) -> Tensor:
+    def _logits(self, x: Tensor, level: Level, condition: BatchCondition | None) -> Tensor:
         """ln r_i (B, N), up to a constant that is common to all points."""
         y, alpha, sigma = self._centred(x, level)
         log_likelihood = alpha / sigma**2 * (y @ self.points.T - alpha * self.half_norms)

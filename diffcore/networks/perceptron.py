@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from diffcore.networks.condition import Condition
+from diffcore.networks.embedding import ConditionEmbedding
 
 __all__ = ["Perceptron"]
 
@@ -44,7 +44,7 @@ class Perceptron(nn.Module):
         if layers < 1:
             raise ValueError(f"layers is {layers}, expected at least 1")
         size = math.prod(shape)
-        self.condition = Condition(width, classes)
+        self.condition = ConditionEmbedding(width, classes)
         self.first = nn.Linear(size, width)
         self.layers = nn.ModuleList(_Layer(width) for _ in range(layers))
         self.last = nn.Linear(width, size)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffcore.networks.condition import Condition
+from diffcore.networks.embedding import ConditionEmbedding
 
 __all__ = ["UNet3d"]
 
@@ -48,7 +48,7 @@ class UNet3d(nn.Module):
                 f"widths is {list(widths)}, expected positive multiples of groups = {groups}"
             )
         size = 4 * widths[0]
-        self.condition = Condition(size, classes)
+        self.condition = ConditionEmbedding(size, classes)
         self.first = nn.Conv3d(channels, widths[0], 3, padding=1)
         before = [widths[0], *widths[:-1]]
         self.down = nn.ModuleList(

@@ -105,7 +105,7 @@ def draw_grid(x: Tensor, process: Process, rows: Sequence[str], per_row: int) ->
     Returns:
         The image.
     """
-    tiles = to_pixels(enlarge(x, max(1, SMALLEST // max(x.shape[2:]))), process)
+    tiles = to_pixels(enlarge(x), process)
     height, width = (size + MARGIN for size in tiles.shape[1:3])
     font = ImageFont.load_default(size=18)
     left = MARGIN + max([0, *(int(font.getlength(name)) + 2 * MARGIN for name in rows if name)])
@@ -125,16 +125,17 @@ def draw_grid(x: Tensor, process: Process, rows: Sequence[str], per_row: int) ->
     return sheet
 
 
-def enlarge(x: Tensor, factor: int) -> Tensor:
-    """Repeat each pixel.
+def enlarge(x: Tensor) -> Tensor:
+    """Repeat each pixel k times along both axes, so that small images can be seen.
 
     Args:
         x: (N, C, H, W) images.
-        factor: number of pixels along each axis for one.
 
     Returns:
-        (N, C, factor H, factor W) images.
+        (N, C, k H, k W) images, where k is the largest factor with sides up to 40 pixels, at least
+        1.
     """
+    factor = max(1, SMALLEST // max(x.shape[2:]))
     return x.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
 
 

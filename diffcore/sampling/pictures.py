@@ -185,9 +185,7 @@ def _draw_strips(
     frames: Tensor, process: Process, rows: Sequence[str], per_row: int
 ) -> Image.Image:
     """A grid of samples (N, F, c, H, W), whose frames lie side by side with a thin line between."""
-    height, width = frames.shape[-2:]
-    scale = max(1, images.SMALLEST // max(height, width))
-    enlarged = images.enlarge(frames.flatten(0, 1), scale).unflatten(0, frames.shape[:2])
+    enlarged = images.enlarge(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
     gap = torch.full_like(enlarged[..., :1], process.high)
     parts = [part for frame in enlarged.unbind(1) for part in (frame, gap[:, 0])][:-1]
     strips = torch.cat(parts, -1)

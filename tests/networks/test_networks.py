@@ -11,7 +11,7 @@ from diffcore.core.denoiser import Denoiser
 from diffcore.core.network import find_blocks
 from diffcore.core.process import Process
 from diffcore.networks import Perceptron, UNet3d
-from diffcore.networks.condition import Condition, sinusoids
+from diffcore.networks.embedding import ConditionEmbedding, sinusoids
 
 NETWORKS = {
     "Perceptron": (lambda classes: Perceptron([2], 8, 2, classes), (2,)),
@@ -96,7 +96,7 @@ def test_a_volume_whose_sizes_cannot_be_halved_is_refused():
         (lambda: Perceptron([2, 0]), r"shape is \[2, 0\]"),
         (lambda: Perceptron(layers=0), "layers is 0, expected at least 1"),
         (lambda: Perceptron(width=7), "width is 7, expected an even number"),
-        (lambda: Condition(4, -1), "classes is -1, expected 0"),
+        (lambda: ConditionEmbedding(4, -1), "classes is -1, expected 0"),
         (lambda: UNet3d(0), "channels is 0 and groups is 8, expected at least 1"),
         (lambda: UNet3d(widths=[]), r"widths is \[\], expected positive multiples"),
         (lambda: UNet3d(widths=[12]), r"widths is \[12\], expected .* groups = 8"),

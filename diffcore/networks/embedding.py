@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Condition", "sinusoids"]
+__all__ = ["ConditionEmbedding", "sinusoids"]
 
 LONGEST = 10_000
 """Longest wavelength of the sinusoids divided by 2π, as in Vaswani et al. 2017 and in diffusers."""
@@ -34,7 +34,7 @@ def sinusoids(number: Tensor, count: int) -> Tensor:
     return torch.cat((angle.cos(), angle.sin()), 1)
 
 
-class Condition(nn.Module):
+class ConditionEmbedding(nn.Module):
     """Embedding of the noise level, plus that of the class if there are classes.
 
     Args:
