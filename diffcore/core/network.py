@@ -20,6 +20,7 @@ __all__ = [
     "find_blocks",
     "frozen_hash",
     "keep_trained_state",
+    "leave_label_dropout",
     "network_config",
     "unwrap",
 ]
@@ -115,6 +116,21 @@ def _frozen(module: nn.Module) -> list[str]:
     """Names of the parameters that are not trained, and of all buffers."""
     parameters = [name for name, value in module.named_parameters() if not value.requires_grad]
     return parameters + [name for name, _ in module.named_buffers()]
+
+
+def leave_label_dropout(network: nn.Module) -> None:
+    """Let the label embeddings of a DiT drop no labels: the process drops them, by key.
+
+    They would drop a second share of them, which `Process.dropout` does not record. The DiT of
+    diffusers and that of Peebles & Xie (2212.09748) drop labels in `token_drop`, with the share
+    `dropout_prob`; the row of the null label stays.
+
+    Args:
+        network: any module; changed in place.
+    """
+    for module in network.modules():
+        if hasattr(module, "token_drop") and hasattr(module, "dropout_prob"):
+            module.dropout_prob = 0.0
 
 
 def unwrap(network: nn.Module) -> nn.Module:

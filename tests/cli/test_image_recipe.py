@@ -1,4 +1,4 @@
-"""The recipe `images`: what it reads from a folder, what overrides it, and what is refused."""
+"""The recipes of images: what `images` reads from a folder, what is refused, and CIFAR-10."""
 
 from pathlib import Path
 
@@ -196,3 +196,21 @@ def test_what_contradicts_the_folder_is_refused_before_training(diffcore, words,
     assert ended.status == 1
     assert message in ended.err
     assert not Path("runs/images/checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "network"),
+    [
+        ("cifar10", ["--network.block_out_channels=[16,16,16]", "--network.attention_head_dim=8"]),
+        ("cifar10-dit", ["--network.num_layers=1", "--network.num_attention_heads=1"]),
+    ],
+)
+def test_a_recipe_of_cifar10_trains_on_a_folder_for_each_class(diffcore, recipe, network):
+    for part in ("train", "test"):
+        for label in range(10):
+            write(Path(part, f"{label}", "0.png"), (label, 2, 3), "RGB", (32, 32))
+    data = ("--data.folder=train", "--validation.data.folder=test", "--workers=0", "--folder=run")
+    quick = ("--steps=1", "--batch_size=2", "--sample_every=0", "--trackers=[]")
+    ended = diffcore("train", recipe, *data, *quick, *network)
+    assert ended.status == 0, ended.err
+    assert len(Path("run/validation.jsonl").read_text().splitlines()) == 1

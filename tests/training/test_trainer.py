@@ -1,10 +1,12 @@
 """A training run: the files that it writes, its learning rate, and the labels of its network."""
 
 import shutil
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from diffusers import DiTTransformer2DModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffcore.core.process import Process
@@ -12,6 +14,7 @@ from diffcore.io.safetensors import read_weights
 from diffcore.training.averages.ema import Decay
 from diffcore.training.optimization.lr import LearningRate
 from diffcore.training.state import build_state
+from tests.helpers.tiny_pipelines import GREY_DIT
 from tests.helpers.training_runs import (
     PROCESS,
     STEPS,
@@ -159,3 +162,23 @@ def test_the_average_has_the_decay_of_its_step(tmp_path):
     expected = decay * before + (1 - decay) * weights
     torch.testing.assert_close(two.average.shadow[name], expected, rtol=1e-6, atol=1e-8)
     assert (weights - before).abs().max() > 1e-5
+
+
+def test_a_dit_drops_labels_only_where_the_process_does(tmp_path):
+    labels = []
+
+    def record(table, given):
+        if table.training:
+            labels.extend(given[0].tolist())
+
+    def network():
+        torch.manual_seed(0)
+        found = DiTTransformer2DModel(**GREY_DIT | {"num_embeds_ada_norm": 10})
+        for block in found.transformer_blocks:
+            table = block.norm1.emb.class_embedder.embedding_table
+            table.register_forward_pre_hook(record)
+        return found
+
+    train(tmp_path, network=network, process=replace(PROCESS, dropout=0.0), steps=3)
+    assert len(labels) >= 3 * 16 * 3
+    assert 10 not in labels

@@ -13,7 +13,6 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
 from diffcore.core.denoiser import extract_tensor
@@ -77,7 +76,6 @@ class PretrainedNetwork(ExportableNetwork):
         self.base = base
         self.network: Any = read_base(self.index, base)
         self.config = self.network.config
-        _leave_dropout_to_process(self.network)
         if lora.rank:
             if not hasattr(self.index.pipeline_class, "save_lora_weights"):
                 raise ValueError(
@@ -261,10 +259,3 @@ def _describes(config: Mapping[str, Any], process: Process, network: nn.Module |
         process.prediction,
         process.time,
     )
-
-
-def _leave_dropout_to_process(network: nn.Module) -> None:
-    """Let label embeddings of diffusers drop no labels: the process drops them, by key."""
-    for module in network.modules():
-        if isinstance(module, LabelEmbedding):
-            module.dropout_prob = 0.0
