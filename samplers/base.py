@@ -21,6 +21,7 @@ from torch import Tensor
 
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
+from diffcore.core.transition import fresh_noise_share
 from diffcore.schedules import Level, Real
 
 if TYPE_CHECKING:
@@ -40,7 +41,6 @@ __all__ = [
     "Sampler",
     "SamplerWrapper",
     "State",
-    "fresh_noise_share",
     "is_clean",
     "is_falling",
     "is_interior",
@@ -248,33 +248,6 @@ class SamplerWrapper(Sampler[Memory]):
     @property
     def is_direct(self) -> bool:
         return self.inner.is_direct
-
-
-def fresh_noise_share(t: Level, s: Level) -> Real:
-    """1 - u_s²/u_t² = 1 - e^(λ_t - λ_s), u = σ/α: the share of fresh noise in DDPM's step t -> s.
-
-    Returns:
-        The share of the variance of the noise at s, within [0, 1]: 1 from pure noise and at the
-        clean level. For maps of levels, 0 where both levels are clean.
-
-    Raises:
-        ValueError: Noise increases from t to s, so the step has no noise to replace.
-    """
-    gap = t.logsnr - s.logsnr
-    if isinstance(gap, Tensor):
-        gap = gap.masked_fill(gap.isnan(), 0.0)  # inf - inf
-        _check_decreasing(bool((gap <= 0).all()))
-        return -gap.expm1()
-    _check_decreasing(gap <= 0)
-    return -math.expm1(gap)
-
-
-def _check_decreasing(decreasing: bool) -> None:
-    if not decreasing:
-        raise ValueError(
-            "fresh noise needs knots that fall in noise: to invert or to add noise, use a sampler "
-            "without fresh noise (eta = 0)"
-        )
 
 
 def renoise_prediction(prediction: Prediction, share: Real, z: Tensor) -> Prediction:

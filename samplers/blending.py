@@ -8,7 +8,8 @@ from torch import Tensor
 
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
-from diffcore.samplers.base import Sampler, State, fresh_noise_share, is_clean, multiply
+from diffcore.core.transition import fresh_noise_share
+from diffcore.samplers.base import Sampler, State, is_clean, multiply
 from diffcore.samplers.ddim import check_eta
 from diffcore.schedules import Level
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction, hypot
+from diffcore.core.transition import fresh_noise_share
 from diffcore.samplers.base import (
     Sampler,
     State,
-    fresh_noise_share,
     is_clean,
     multiply,
     renoise_prediction,

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
+from diffcore.core.transition import fresh_noise_share
 from diffcore.samplers.adams import History, KnotValue, exponential_moments
 from diffcore.samplers.base import (
     Sampler,
     State,
-    fresh_noise_share,
     is_clean,
     is_interior,
     multiply,

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
+from diffcore.core.transition import fresh_noise_share
 from diffcore.samplers.base import (
     Knots,
     Sampler,
     SamplerWrapper,
     State,
-    fresh_noise_share,
     renoise_prediction,
 )
 from diffcore.samplers.ddim import DDIM
