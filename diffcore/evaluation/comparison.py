@@ -9,14 +9,32 @@ from diffcore.evaluation.clip_score import clip_score
 from diffcore.evaluation.energy_distance import energy_distance
 from diffcore.evaluation.features.feature_table import FeatureTable
 from diffcore.evaluation.frechet_distance import frechet_distance
-from diffcore.evaluation.image_statistics import summarize_statistics
+from diffcore.evaluation.image_statistics import STATISTICS, summarize_statistics
 from diffcore.evaluation.inception_score import inception_score
 from diffcore.evaluation.kernel_distance import kernel_distance
 from diffcore.evaluation.label_accuracy import LabelClassifier
-from diffcore.evaluation.neighbours import nearest_neighbours, neighbour_scores
+from diffcore.evaluation.neighbours import (
+    NeighbourScores,
+    nearest_neighbours,
+    neighbour_scores,
+)
 from diffcore.io.extras import has_extra
 
-__all__ = ["compare", "describe", "fit_label_classifier"]
+__all__ = ["METRICS", "compare", "describe", "fit_label_classifier"]
+
+METRICS = (
+    "frechet_distance",
+    "kernel_distance",
+    "energy_distance",
+    *NeighbourScores._fields,
+    "label_accuracy",
+    "inception_score",
+    "clip_score",
+    "training_distance",
+    *STATISTICS,
+    "brightness_spread",
+)
+"""Names of all metrics; features without classes or texts lack some of them."""
 
 MAXIMUM_FITTED = 10_000
 """Largest number of images to which a support vector machine is fitted."""

@@ -17,6 +17,7 @@ from diffcore.cli.main import main
 from diffcore.core.process import Process
 from diffcore.core.random import Stream, normal
 from diffcore.evaluation.digits import to_scan_units
+from diffcore.evaluation.comparison import METRICS
 from diffcore.evaluation.frechet_distance import frechet_distance
 from diffcore.evaluation.label_accuracy import LabelClassifier
 from diffcore.io.files import hash_file
@@ -24,22 +25,7 @@ from diffcore.sampling.images import load_image, save_image, to_image
 from diffcore.training.data import Digits
 
 HELD_OUT = "{class_path: Digits, init_args: {split: test}}"
-METRICS = [
-    "frechet_distance",
-    "kernel_distance",
-    "energy_distance",
-    "precision",
-    "recall",
-    "density",
-    "coverage",
-    "label_accuracy",
-    "training_distance",
-    "brightness",
-    "contrast",
-    "saturation",
-    "clipped",
-    "brightness_spread",
-]
+MEASURED = [name for name in METRICS if name not in ("inception_score", "clip_score")]
 OPTIONS = (
     f"--reference={HELD_OUT}",
     "--features=pixels",
@@ -76,7 +62,7 @@ def evaluate(folder, *options):
 def test_the_result_is_equal_to_the_last_digit_after_an_interruption(run, one_thread):
     first = evaluate(run)
     record = json.loads(first)
-    assert list(record)[: len(METRICS)] == METRICS
+    assert list(record)[: len(MEASURED)] == MEASURED
     assert record["n"] == 24
     assert record["seeds"] == "0-47"
     assert record["weights"] == hash_file(run / "ema.safetensors")
@@ -206,6 +192,8 @@ def test_bounds_are_numbers_or_multiples_of_the_training_data():
 def test_a_bound_that_cannot_be_read_is_refused_before_the_samples_are_drawn(run, capsys):
     assert main(["evaluate", str(run), *OPTIONS, "--require=recall<3"]) == 1
     assert "require is 'recall<3', expected a bound such as" in capsys.readouterr().err
+    assert main(["evaluate", str(run), *OPTIONS, "--require=fid<=3"]) == 1
+    assert "require is 'fid<=3', expected one of frechet_distance" in capsys.readouterr().err
     assert not (run / "evaluation").exists()
 
 

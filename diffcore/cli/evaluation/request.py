@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from diffcore.cli.sample_request import MAXIMUM_COUNT
+from diffcore.evaluation.comparison import METRICS
 
 __all__ = ["EvaluationRequest", "check_bounds", "failed_bounds", "spread_labels"]
 
@@ -84,10 +85,13 @@ def check_bounds(bounds: Sequence[str]) -> None:
         bounds: texts, see `failed_bounds`.
 
     Raises:
-        ValueError: a bound cannot be read.
+        ValueError: a bound cannot be read, or there is no such metric.
     """
     for bound in bounds:
-        if not BOUND.fullmatch(bound.strip()):
+        match = BOUND.fullmatch(bound.strip())
+        if match and match[1] not in METRICS:
+            raise ValueError(f"require is {bound!r}, expected one of {', '.join(METRICS)}")
+        if not match:
             raise ValueError(
                 f"require is {bound!r}, expected a bound such as frechet_distance<=10 or "
                 "frechet_distance<=3x"
@@ -114,7 +118,10 @@ def failed_bounds(bounds: Sequence[str], results: Mapping[str, Mapping[str, floa
         match = BOUND.fullmatch(bound.strip())
         assert match is not None
         if match[1] not in results:
-            raise ValueError(f"require is {bound!r}, expected one of {', '.join(results)}")
+            raise ValueError(
+                f"require is {bound!r}, but only {', '.join(results)} were measured: the features "
+                "or the images allow no more"
+            )
         values, limit = results[match[1]], float(match[3])
         if match[4] and "training_data" not in values:
             raise ValueError(
