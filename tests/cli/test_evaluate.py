@@ -16,8 +16,8 @@ from diffcore.cli.evaluation.request import failed_bounds, spread_labels
 from diffcore.cli.main import main
 from diffcore.core.process import Process
 from diffcore.core.random import Stream, normal
-from diffcore.evaluation.digits import to_scan_units
 from diffcore.evaluation.comparison import METRICS
+from diffcore.evaluation.digits import to_scan_units
 from diffcore.evaluation.frechet_distance import frechet_distance
 from diffcore.evaluation.label_accuracy import LabelClassifier
 from diffcore.io.files import hash_file
