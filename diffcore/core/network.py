@@ -46,6 +46,11 @@ class ExportableNetwork(nn.Module):
         return {}
 
     @property
+    def described_network(self) -> nn.Module:
+        """The network of the other library whose config and arguments this one has."""
+        return self
+
+    @property
     def exported_names(self) -> tuple[str, ...]:
         """Names of the files and folders that `export` writes."""
         return ("pipeline",)

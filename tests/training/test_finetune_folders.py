@@ -4,10 +4,15 @@ import re
 import shutil
 from pathlib import Path
 
+import diffusers
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from diffcore.cli.image_model import PipelineOptions, load_image_model
+from diffcore.core.conditions import batch_condition
 from diffcore.integrations.diffusers import PretrainedNetwork
 from diffcore.io.safetensors import read_weights
 from diffcore.run import Run
@@ -93,3 +98,56 @@ def test_the_pipeline_of_another_run_is_refused_with_a_remedy_that_works(
     assert not Path("runs/no").exists()
     new = ("--steps=1", f"--folder={tmp_path / 'new'}", f"--init={trained}")
     assert run_command("train", "digits", *tiny, *new) == 0
+
+
+@pytest.mark.slow
+def test_a_controlnet_of_prompts_is_sampled_by_prompt_and_image(workspace, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("pipeline", "images"):
+        shutil.copytree(workspace / name, name)
+    for path in Path("images").glob("*.png"):
+        with Image.open(path) as image:
+            Path("depth").mkdir(exist_ok=True)
+            image.save(Path("depth", path.name))
+            image.resize((16, 16)).save(path.stem + ".png")
+    record = '{"shape": [3, 16, 16], "low": -1, "high": 1, "dropout": 0.2}'
+    control = (
+        "--network=diffcore.integrations.diffusers.ControlledNetwork",
+        "--network.base=pipeline",
+        "--network.embedding=[8,8]",
+        '--data.conditions={"control": {"folder": "depth"}}',
+        f'--process.conditions={{"control": {record}}}',
+        "--ema.decay=0",
+    )
+    assert run_command(*finetune_command("run", *control)) == 0
+    pictures = {}
+    for name in ("0.png", "1.png"):
+        words = ("--prompt=a dog", "--steps=2", f"--condition.control={name}", "--out=x.npy")
+        assert run_command("sample", "run", *words) == 0
+        pictures[name] = np.load("x.npy")
+    assert np.abs(pictures["0.png"] - pictures["1.png"]).max() > 1e-4
+    # The same pipeline in diffusers, with the ControlNet of the run
+    denoiser = load_image_model(
+        Path("run"), PipelineOptions(("a dog",)), torch.device("cpu")
+    ).denoiser
+    controlnet = diffusers.ControlNetModel.from_pretrained("run/controlnet")
+    pipe = diffusers.StableDiffusionControlNetPipeline.from_pretrained(
+        "pipeline", controlnet=controlnet
+    )
+    states = pipe.encode_prompt("a dog", "cpu", 1, False)[0]
+    generator = torch.Generator().manual_seed(0)
+    x, image = (torch.randn(1, *shape, generator=generator) for shape in ((4, 8, 8), (3, 16, 16)))
+    level = denoiser.process.schedule.level(0.5)
+    time = denoiser.process.time(level)
+    down, middle = controlnet(x, time, states, image, return_dict=False)
+    expected = pipe.unet(
+        x,
+        time,
+        states,
+        down_block_additional_residuals=down,
+        mid_block_additional_residual=middle,
+    ).sample
+    condition = batch_condition(denoiser.process, torch.tensor([0]), {"control": image})
+    with torch.no_grad():
+        found = denoiser.output(x, level, condition)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

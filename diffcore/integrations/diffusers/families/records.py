@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from diffcore.core.network import network_config, unwrap
+from diffcore.core.network import ExportableNetwork, network_config, unwrap
 from diffcore.integrations.diffusers.families.class_labels import (
     DIT_NULL_LABEL,
     check_label_embedding,
@@ -193,6 +193,8 @@ def family_of(network: nn.Module) -> ModelFamily:
         ValueError: the network is conditioned in a way that no record describes.
     """
     network = unwrap(network)
+    if isinstance(network, ExportableNetwork):
+        network = network.described_network
     config = network_config(network)
     candidates = _by_network([cls.__name__ for cls in type(network).__mro__])
     for family in candidates:

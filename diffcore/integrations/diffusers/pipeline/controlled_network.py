@@ -1,6 +1,7 @@
 """A ControlNet of diffusers that is trained beside a frozen UNet."""
 
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from diffcore.core.denoiser import extract_tensor
 from diffcore.core.network import ExportableNetwork, class_name, keep_trained_state, unwrap
 from diffcore.core.process import Process
+from diffcore.integrations.diffusers.loading.folder import PipelineParts, read_folder
 from diffcore.integrations.diffusers.loading.index import PipelineIndex
 from diffcore.integrations.diffusers.pipeline.pretrained_network import PretrainedNetwork
 from diffcore.io.files import write_folder
@@ -54,6 +56,7 @@ class ControlledNetwork(ExportableNetwork):
         embedding: Sequence[int] = (16, 32, 96, 256),
     ) -> None:
         super().__init__()
+        self.base = None if isinstance(base, nn.Module) else Path(base)
         network: Any = _inner(base if isinstance(base, nn.Module) else _read_network(Path(base)))
         if not isinstance(network, UNet2DConditionModel):
             raise ValueError(
@@ -151,6 +154,11 @@ class ControlledNetwork(ExportableNetwork):
         return hash_tensors(self.network.state_dict())
 
     @property
+    def described_network(self) -> nn.Module:
+        """The UNet."""
+        return self.network  # type: ignore[no-any-return]
+
+    @property
     def exported_names(self) -> tuple[str, ...]:
         """The folder of the ControlNet."""
         return (FOLDER,)
@@ -170,28 +178,42 @@ class ControlledNetwork(ExportableNetwork):
         """
         write_folder(Path(folder) / FOLDER, self.controlnet.save_pretrained)
 
-    def exported_parts(self, folder: str | Path) -> Any:
-        """Refuse: a pipeline of diffcore passes no image to a ControlNet.
+    def exported_parts(self, folder: str | Path) -> PipelineParts:
+        """The parts of the base's pipeline with this network, on the process of a run.
 
         Args:
             folder: folder of the run.
 
         Returns:
-            Nothing.
+            The parts.
 
         Raises:
-            ValueError: always, with the pipeline of diffusers that does.
+            ValueError: the base was a network in memory, or a run without a pipeline.
         """
-        raise ValueError(
-            f"{folder} holds a ControlNet of latents or prompts: load {FOLDER}/ by "
-            "ControlNetModel.from_pretrained into a StableDiffusionControlNetPipeline of the base"
-        )
+        pipeline = None if self.base is None else _pipeline_folder(self.base)
+        if pipeline is None:
+            raise ValueError(
+                f"the base of {folder} is no pipeline, which would encode prompts and decode "
+                f"latents: load {FOLDER}/ by ControlNetModel.from_pretrained into a "
+                "StableDiffusionControlNetPipeline"
+            )
+        process = Process.load(Run(folder).process)
+        known = {each.name: getattr(process, each.name) for each in fields(process)}
+        of_prompts = ("classes", "dropout")  # here labels are the prompts of the samples
+        known = {name: value for name, value in known.items() if name not in of_prompts}
+        return replace(read_folder(pipeline, self.network), network=self, process_fields=known)
 
 
 def _inner(network: nn.Module) -> nn.Module:
     """The network of diffusers inside of `unwrap` and `PretrainedNetwork`."""
     network = unwrap(network)
     return network.network if isinstance(network, PretrainedNetwork) else network
+
+
+def _pipeline_folder(folder: Path) -> Path | None:
+    """The folder of a pipeline itself, or of the pipeline that a run has written."""
+    candidates = (folder, Run(folder).pipeline)
+    return next((each for each in candidates if (each / "model_index.json").is_file()), None)
 
 
 def _read_network(folder: Path) -> nn.Module:
