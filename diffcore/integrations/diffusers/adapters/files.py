@@ -351,7 +351,9 @@ def _metadata(adapters: Mapping[str, Mapping[str, LowRank]]) -> str:
             lora_alpha=first.alpha,  # type: ignore[arg-type]  # peft divides it by r
             target_modules=sorted(changes),
             rank_pattern={
-                exact_pattern(n, changes): c.rank for n, c in changes.items() if c.rank != first.rank
+                exact_pattern(n, changes): c.rank
+                for n, c in changes.items()
+                if c.rank != first.rank
             },
             alpha_pattern={
                 exact_pattern(n, changes): c.alpha
