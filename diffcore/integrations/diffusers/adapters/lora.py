@@ -1,6 +1,7 @@
 """`LoRA`: the adapter of peft that is trained in place of the weights of a network."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -113,8 +114,9 @@ class LoRA:
             network: ModelMixin of diffusers.
 
         Raises:
-            ValueError: No layer has one of the suffixes, an expression matches no adapted layer, or
-                peft is not installed.
+            ValueError: No layer has one of the suffixes, an expression matches no adapted layer, a
+                rank is larger than the inputs or the outputs of all its layers, or peft is not
+                installed.
         """
         if not has_extra("peft"):
             raise missing("peft", "LoRA (leave lora out to train all weights)")
@@ -133,7 +135,25 @@ class LoRA:
                     f"ranks has {pattern!r}, which matches no adapted layer of "
                     f"{type(network).__name__}: correct it, such as mid_block.*"
                 )
+        self._check_sizes(layers)
         network.add_adapter(self._config())
+
+    def _check_sizes(self, layers: Mapping[str, nn.Module]) -> None:
+        """Raise ValueError for a rank that no layer can use. A LoKr takes it for a whole matrix."""
+        if self.kind == "lokr":
+            return
+        largest: dict[str | None, int] = {}
+        for name, layer in layers.items():
+            pattern = find_pattern(self.ranks, name)
+            largest[pattern] = max(largest.get(pattern, 0), _largest_rank(layer))
+        for pattern, useful in largest.items():
+            rank = self.rank if pattern is None else self.ranks[pattern]
+            if 0 < useful < rank:
+                what = "rank" if pattern is None else f"the rank of {pattern!r}"
+                raise ValueError(
+                    f"{what} is {rank}, but the largest adapted layer has {useful} inputs or "
+                    f"outputs: expected at most {useful}; 16 is usual"
+                )
 
     def written_config(self, network: Any) -> dict[str, Any]:
         """The configuration of peft that is written beside the weights of the adapter.
@@ -205,6 +225,16 @@ class LoRA:
             return {}
         names = (name for name, _ in network.named_parameters())
         return {name: self.lr_ratio for name in names if ".lora_B." in name}
+
+
+def _largest_rank(layer: nn.Module) -> int:
+    """The largest rank of the weight of a layer, 0 if it is unknown."""
+    if isinstance(layer, nn.Linear):
+        return min(layer.in_features, layer.out_features)
+    if isinstance(layer, nn.Conv2d):
+        inputs = layer.in_channels // layer.groups * math.prod(layer.kernel_size)
+        return min(inputs, layer.out_channels)
+    return 0
 
 
 def _is_adapted(module: nn.Module) -> bool:

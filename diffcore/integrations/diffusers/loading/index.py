@@ -18,6 +18,7 @@ from diffcore.integrations.diffusers.loading.parts import (
     read_json,
     read_part,
     read_text_pipeline,
+    text_pipeline_class,
 )
 from diffcore.integrations.diffusers.loading.vae import downsampling_factor
 from diffcore.integrations.diffusers.scheduler.scheduler_config import Config
@@ -57,6 +58,10 @@ class PipelineIndex:
                 f"{self.folder} is a DiffcorePipeline, as a run writes it: start from the weights "
                 "of this run with its own settings and --init, the folder of the run"
             )
+
+    def check_encodes_text(self) -> None:
+        """Raise ValueError if this is no pipeline of diffusers that encodes prompts."""
+        text_pipeline_class(self.folder, self.content)
 
     @property
     def parts(self) -> set[str]:

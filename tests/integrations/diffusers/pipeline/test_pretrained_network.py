@@ -334,6 +334,12 @@ def test_an_adapter_of_hadamard_products_trains(folder):
         ({"rank": 2, "ranks": {"to_q": 0}}, "ranks has 0 for to_q"),
         ({"rank": 0, "ranks": {"to_q": 4}}, "rank is 0"),
         ({"rank": 2, "ranks": {"to_x": 4}}, "'to_x', which matches no adapted layer"),
+        (
+            {"rank": 10**6},
+            "rank is 1000000, but the largest adapted layer has 16 inputs or outputs",
+        ),
+        ({"rank": 9, "targets": ["conv_in"]}, "expected at most 8"),
+        ({"rank": 2, "ranks": {"to_q": 99}}, "the rank of 'to_q' is 99, but the largest"),
         ({"rank": 2, "ranks": {"conv_in": 4}}, "'conv_in', which matches no adapted layer"),
     ],
 )
