@@ -149,12 +149,19 @@ class PipelineIndex:
             name: name of the part.
 
         Returns:
-            The module that its config describes.
+            The module that its config describes: the same one in every call, not to be changed.
         """
         self._check(name)
-        return build_without_memory(
-            lambda: read_part(self.folder, name, self.content, weights=False)
-        )
+        if name not in self._architectures:
+            self._architectures[name] = build_without_memory(
+                lambda: read_part(self.folder, name, self.content, weights=False)
+            )
+        return self._architectures[name]
+
+    @cached_property
+    def _architectures(self) -> dict[str, nn.Module]:
+        """The modules that `read_architecture` has built, by name."""
+        return {}
 
     def paths(self, *prefixes: str) -> list[Path]:
         """Folders of the parts whose name begins with one of the prefixes.
