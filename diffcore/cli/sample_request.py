@@ -14,18 +14,17 @@ from diffcore.cli.image_model import PipelineOptions
 from diffcore.guidance import CFG, Guidance
 from diffcore.run import AVERAGED
 from diffcore.samplers import Sampler
+from diffcore.sampling import pictures
 from diffcore.sampling.files import ARRAY_SUFFIXES, SampleKey
 from diffcore.sampling.generation import DEFAULT_GRID, DEFAULT_SAMPLER
 from diffcore.sampling.pictures import Picture
 from diffcore.schedules import CoordinateGrid, Grid, Within
 
-__all__ = ["MAXIMUM_COUNT", "MAXIMUM_THREADS", "PICTURE_SUFFIXES", "IntegerList", "SampleRequest"]
+__all__ = ["MAXIMUM_COUNT", "MAXIMUM_THREADS", "IntegerList", "SampleRequest"]
 
 MAXIMUM_COUNT = 1_000_000
 """Largest number of samples of one command."""
 
-
-PICTURE_SUFFIXES = (".png", ".gif")
 MAXIMUM_THREADS = 1024
 """Far more threads than processors end torch with a segmentation fault."""
 
@@ -200,10 +199,10 @@ class SampleRequest:
             raise ValueError(
                 f"arrays is {self.arrays}, expected a file of suffix {', '.join(ARRAY_SUFFIXES)}"
             )
-        if self.out.suffix not in PICTURE_SUFFIXES:
+        if self.out.suffix not in pictures.SUFFIXES:
             raise ValueError(
                 f"arrays is {self.arrays}, beside {self.out}, which is no picture: leave arrays "
-                f"out, or set out to a file of suffix {', '.join(PICTURE_SUFFIXES)}"
+                f"out, or set out to a file of suffix {', '.join(pictures.SUFFIXES)}"
             )
 
     @property

@@ -59,6 +59,9 @@ class Stream(IntEnum):
     ITEM = 50
     ITEM_NOISE = 51
     EVALUATION = 60
+    TRACE = 61
+    DEQUANTISATION = 62
+    BOUND = 63
 
 
 def philox(

@@ -186,8 +186,10 @@ class ComponentParser(ArgumentParser):
         message = " ".join(UNION_WITH_NONE.sub(r"\1", message).split())
         if OPTIMIZER_LR.search(message):
             return f"{message}: use lr.peak"
-        classes = _known_classes()
-        named = [cls for name, cls in classes.items() if re.search(rf"\b{name}\b", message)]
+        if not (UNKNOWN_CLASS.search(message) or UNKNOWN_OPTION.search(message)):
+            return message  # without a search through all classes: a union has many such errors
+        classes, words = _known_classes(), set(re.findall(r"\w+", message))
+        named = [cls for name, cls in classes.items() if name in words]
         keys = list(self.get_defaults().keys(branches=True))
         options = [option for cls in named for option in _option_names(cls)]
         options += [*keys, *(key.rpartition(".")[2] for key in keys)]

@@ -37,6 +37,7 @@ __all__ = [
     "check_sampling",
     "evaluation_mode",
     "insert_levels",
+    "padded_chunks",
     "sample",
     "warn_of_non_finite",
 ]
@@ -143,7 +144,7 @@ def sample(
     chunks, evaluations = [], 0
     bar = tqdm(total=len(seeds), unit="sample", disable=not progress)
     with torch.no_grad(), evaluation_mode(denoiser, *find_networks(guidance)), bar:
-        for chunk in _chunks(len(seeds), batch_size):
+        for chunk in padded_chunks(len(seeds), batch_size):
             noise = Noise(all_seeds[chunk], process.shape, device, dtype, path)
             first = knots[0]
             x = (
@@ -344,9 +345,16 @@ def _images(process: Process, first: Level, count: int, image: Tensor) -> Tensor
     return image.expand(count, *process.shape)
 
 
-def _chunks(count: int, size: int) -> Iterator[Tensor]:
+def padded_chunks(count: int, size: int) -> Iterator[Tensor]:
     """Indices of the samples of each chunk, always `size` of them: the last chunk repeats the last
     index.
+
+    Args:
+        count: number of samples.
+        size: number of samples in a chunk.
+
+    Returns:
+        An iterator over int64 tensors of shape (size,).
     """
     for start in range(0, count, size):
         yield torch.arange(start, start + size).clamp(max=count - 1)

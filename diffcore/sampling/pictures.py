@@ -6,11 +6,12 @@
 (C, F, H, W)   frames    slices of a volume or frames of a video, side by side
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from einops import rearrange
@@ -21,13 +22,34 @@ from diffcore.core.process import Process
 from diffcore.io.files import write_file
 from diffcore.sampling import images, plots
 
-__all__ = ["COLUMNS", "Picture", "check_file", "draw", "picture_of", "save"]
+__all__ = ["COLUMNS", "SUFFIXES", "Columns", "Picture", "check_file", "draw", "picture_of", "save"]
 
 Picture = Literal["auto", "images", "points", "lines", "frames"]
 
 NUMBER_OF_AXES = {"points": (1,), "lines": (1, 2), "images": (3,), "frames": (3, 4)}
-COLUMNS = {"images": 4, "points": 500, "lines": 4, "frames": 1}
-"""Kind of picture -> number of samples in each row of a preview."""
+SUFFIXES = (".png", ".gif")
+"""Suffixes of the files of pictures; .gif is an animation."""
+
+
+class Columns(NamedTuple):
+    """The number of samples in each row of a picture.
+
+    Args:
+        preview: number in a preview of a training.
+        samples: largest number in the picture of samples without labels.
+    """
+
+    preview: int
+    samples: int
+
+
+COLUMNS = {
+    "images": Columns(4, 10),
+    "points": Columns(500, sys.maxsize),
+    "lines": Columns(4, 4),
+    "frames": Columns(1, 1),
+}
+"""Kind of picture -> number of samples in each row."""
 FRAMES = 8
 """Largest number of frames, slices or channels of a sample that are shown side by side."""
 FRAME_MILLISECONDS = 150

@@ -58,6 +58,14 @@ def types_of(cls: type) -> dict[str, object]:
     return {name: kind for name, kind in hints.items() if name != "return"}
 
 
+@functools.cache
+def parser_of(kind: object) -> ComponentParser:
+    """A parser with one argument of a type."""
+    parser = ComponentParser(exit_on_error=False)
+    parser.add_argument("--value", type=kind)
+    return parser
+
+
 @pytest.mark.parametrize("path", OBJECTS)
 def test_no_argument_of_any_class_accepts_a_callable_of_a_library(path):
     kinds = field_types()
@@ -65,8 +73,7 @@ def test_no_argument_of_any_class_accepts_a_callable_of_a_library(path):
     for kind, names in kinds.items():
         for value in (path, {"class_path": path, "init_args": {}}):
             try:
-                parser = ComponentParser(exit_on_error=False)
-                parser.add_argument("--value", type=kind)
+                parser = parser_of(kind)
                 built = parser.instantiate(parser.parse_object({"value": value})).value
             except ValueError:
                 continue

@@ -59,7 +59,7 @@ def is_finite_at_ends(sampler):
 
 
 ORACLE = mixture()
-KNOTS = Trailing().knots(ORACLE.process.schedule, 6)
+KNOTS, SHORT = (Trailing().knots(ORACLE.process.schedule, steps) for steps in (6, 4))
 
 
 def noise_of(first, count=4):
@@ -79,9 +79,9 @@ def states(sampler, state, noise):
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
 def test_a_stored_or_copied_state_continues_bit_for_bit(sampler):
-    kept = list(states(sampler, sampler.start(NOISE.start(), KNOTS, NOISE), NOISE))
+    kept = list(states(sampler, sampler.start(NOISE.start(), SHORT, NOISE), NOISE))
     frozen = [copy.deepcopy(state) for state in kept]  # copies made before the run continues
-    assert len(kept) == sampler.evaluations(KNOTS) + 1
+    assert len(kept) == sampler.evaluations(SHORT) + 1
     for state, was in zip(kept, frozen, strict=True):
         for begin in (state, was, pickle.loads(pickle.dumps(state))):
             *_, last = states(sampler, begin, noise_of(0))
@@ -124,7 +124,7 @@ def test_a_state_is_at_a_knot_after_each_step(sampler):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
-def test_eight_threads_that_share_sampler_and_denoiser_equal_eight_serial_runs(sampler):
+def test_four_threads_that_share_sampler_and_denoiser_equal_four_serial_runs(sampler):
     torch.manual_seed(0)
     denoiser = Denoiser(Network(), ORACLE.process)
     labels = torch.tensor([0, 1, 1, 0])
@@ -136,15 +136,15 @@ def test_eight_threads_that_share_sampler_and_denoiser_equal_eight_serial_runs(s
                 denoiser,
                 sampler,
                 noise.start(),
-                Trailing().knots(Cosine(), 5 + i),
+                Trailing().knots(Cosine(), 4 + i),
                 noise,
                 CFG(2.0),
                 labels,
             )[0]
 
-    serial = [one(i) for i in range(8)]
-    with ThreadPoolExecutor(8) as pool:
-        threaded = list(pool.map(one, range(8)))
+    serial = [one(i) for i in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        threaded = list(pool.map(one, range(4)))
     assert all(torch.equal(a, b) for a, b in zip(serial, threaded, strict=True))
     assert not torch.equal(serial[0], serial[1])
 
@@ -239,8 +239,8 @@ def run_without_data(sampler):
     return integrate(
         Denoiser(Network(), ORACLE.process).to("meta"),
         sampler,
-        noise.start(),
-        KNOTS,
+        torch.empty(4, 2, dtype=torch.float64, device="meta"),
+        SHORT,
         noise,
         CFG(2.0),
         labels,
@@ -251,7 +251,12 @@ def run_without_data(sampler):
 def test_the_loop_runs_without_data(sampler):
     x, evaluations = run_without_data(sampler)
     assert x.is_meta
-    assert evaluations == 2 * sampler.evaluations(KNOTS)
+    assert evaluations == 2 * sampler.evaluations(SHORT)
+
+
+def test_the_noise_at_the_start_is_drawn_without_data():
+    noise = Noise(torch.arange(4), (2,), torch.device("meta"), torch.float64)
+    assert noise.start().is_meta
 
 
 def test_a_loop_that_reads_a_value_of_the_sample_is_detected():

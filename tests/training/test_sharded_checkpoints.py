@@ -323,7 +323,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 
-from diffcore.training.checkpoints import checkpoint, sharded
+from diffcore.training.checkpoints import checkpoint
 from diffcore.training.checkpoints.checkpoint import Checkpoints
 from tests.helpers.training_runs import train
 
@@ -334,7 +334,7 @@ def write_half_and_die(path, data):
     write_and_sync(path, data)
 
 write_and_sync = checkpoint.write_and_sync
-checkpoint.write_and_sync = sharded.write_and_sync = write_half_and_die
+checkpoint.write_and_sync = write_half_and_die
 train(Path(sys.argv[1]), steps=50, save_every=2, checkpoints=Checkpoints(sys.argv[2], True))
 """
 

@@ -1,5 +1,8 @@
 """`diffcore lora`: merge an adapter into a pipeline, extract one, convert its file, or name the
 moved pipeline of a run.
+
+Adapters of all kinds (LoRA, rsLoRA, DoRA, LoHa, LoKr) are merged. Only the low-rank kinds LoRA,
+rsLoRA and DoRA are converted, because the other formats express no other change.
 """
 
 import json
@@ -30,7 +33,7 @@ __all__ = ["BaseRequest", "ConvertRequest", "ExtractRequest", "MergeRequest", "m
 
 @dataclass(frozen=True)
 class MergeRequest:
-    """Adapters to be added to the weights of a pipeline.
+    """Adapters (LoRA, rsLoRA, DoRA, LoHa, LoKr) to be added to the weights of a pipeline.
 
     Args:
         adapters: safetensors files in the format of diffusers, kohya or ComfyUI, or folders of runs
@@ -68,7 +71,7 @@ class ExtractRequest:
 
 @dataclass(frozen=True)
 class ConvertRequest:
-    """The file of an adapter, to be written in another format.
+    """The file of a low-rank adapter (LoRA, rsLoRA, DoRA), to be written in another format.
 
     Args:
         adapter: safetensors file in the format of diffusers, kohya or ComfyUI, or the folder of a

@@ -22,7 +22,7 @@ from diffcore.cli.image_model import (
     read_sampling_settings,
 )
 from diffcore.cli.run_defaults import parse_with_run_defaults
-from diffcore.cli.sample_request import PICTURE_SUFFIXES, IntegerList, SampleRequest
+from diffcore.cli.sample_request import IntegerList, SampleRequest
 from diffcore.core.process import Process
 from diffcore.guidance import Guidance, find_networks, load_weaker_networks
 from diffcore.io.files import hash_file
@@ -308,7 +308,7 @@ def _writer(
     out, process = request.out, plan.model.image_process
     if out.suffix in ARRAY_SUFFIXES:
         return WholeWriter(lambda keys, x: write_arrays(out, keys, x))
-    if out.suffix in PICTURE_SUFFIXES:
+    if out.suffix in pictures.SUFFIXES:
         return WholeWriter(lambda keys, x: _write_picture(request, process, keys, x))
     condition = ("prompt" if request.prompt else "label") if request.unique_labels else ""
     writer = FolderWriter(out, process, condition, plan.settings(folder), plan.named.count > 1)
@@ -322,8 +322,8 @@ def _write_picture(
     """Write the arrays, if there is a file for them, and the picture."""
     if request.arrays is not None:
         write_arrays(request.arrays, keys, x)
-    columns = {"images": 10, "lines": 4, "frames": 1, "points": len(keys)}
-    unlabelled = min(len(keys), columns[pictures.picture_of(process, request.picture)])
+    columns = pictures.COLUMNS[pictures.picture_of(process, request.picture)]
+    unlabelled = min(len(keys), columns.samples)
     per_row = request.per_label if request.unique_labels else unlabelled
     names = request.label_names or [""] * math.ceil(len(keys) / per_row)
     pictures.save(x, process, names, per_row, request.out, request.picture)
@@ -345,11 +345,12 @@ def _check_labels(labels: IntegerList, model: ImageModel) -> None:
 def _check_out(request: SampleRequest, process: Process, ranks: int) -> None:
     """Refuse before sampling what could not be written after it."""
     out = request.out
-    if out.suffix not in (*PICTURE_SUFFIXES, *ARRAY_SUFFIXES, ""):
+    suffixes = (*pictures.SUFFIXES, *ARRAY_SUFFIXES)
+    if out.suffix not in (*suffixes, ""):
         raise ValueError(
-            f"out is {out}, expected a .png, a .gif, a .safetensors, a .npz, a .npy, or a folder"
+            f"out is {out}, expected a file of suffix {', '.join(suffixes)}, or a folder"
         )
-    if out.suffix in PICTURE_SUFFIXES:
+    if out.suffix in pictures.SUFFIXES:
         pictures.check_file(out, process, request.picture)
     if out.suffix and out.is_dir():
         raise ValueError(f"out is {out}, which is a folder")

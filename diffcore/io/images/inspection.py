@@ -43,6 +43,7 @@ class ImageFacts(NamedTuple):
         height: number of rows of the upright image; 0 if it cannot be read.
         mode: mode of Pillow, such as RGB; "" if it cannot be read.
         is_grey: True if its mode holds grey values, or a palette of them.
+        is_black: True if all of its pixels are black.
         sha256: hash of the file, 64 hexadecimal digits; "" if it cannot be read.
         reason: why it cannot be read; "" if it can.
     """
@@ -51,6 +52,7 @@ class ImageFacts(NamedTuple):
     height: int
     mode: str
     is_grey: bool
+    is_black: bool
     sha256: str
     reason: str = ""
 
@@ -69,9 +71,10 @@ def inspect_image(path: str) -> ImageFacts:
         image = read_image(content)
         colours = image.convert("RGB")
     except ValueError as error:
-        return ImageFacts(0, 0, "", False, "", str(error))
+        return ImageFacts(0, 0, "", False, False, "", str(error))
     is_grey = image.mode in GREY_MODES or (image.mode == "P" and _has_grey_pixels(colours))
-    return ImageFacts(*image.size, image.mode, is_grey, hashlib.sha256(content).hexdigest())
+    is_black, digest = colours.getbbox() is None, hashlib.sha256(content).hexdigest()
+    return ImageFacts(*image.size, image.mode, is_grey, is_black, digest)
 
 
 def inspect_images(paths: Sequence[str]) -> Iterator[tuple[int, ImageFacts]]:

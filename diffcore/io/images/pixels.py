@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffcore.io.images.crop import Crop
 from diffcore.io.images.reader import read_image
+from diffcore.io.network_size import check_memory
 
 __all__ = ["Fit", "as_pixels", "check_options", "crop_mask", "crop_pixels"]
 
@@ -24,10 +25,12 @@ def check_options(size: int, channels: str, fit: str) -> None:
         fit: crop, pad or exact.
 
     Raises:
-        ValueError: The size is not positive, or a choice is unknown.
+        ValueError: The size is not positive, one image does not fit the memory of this machine, or
+            a choice is unknown.
     """
     if size < 1:
         raise ValueError(f"size is {size}, expected a positive number of pixels")
+    check_memory(4 * len(channels) * size**2, f"size is {size}: a batch of one such image")
     for name, value, allowed in (
         ("channels", channels, ("RGB", "L")),
         ("fit", fit, get_args(Fit)),

@@ -54,6 +54,7 @@ __all__ = [
     "replace_checkpoint",
     "set_aside",
     "write",
+    "write_entry",
     "write_manifest",
 ]
 
@@ -119,11 +120,24 @@ def write(folder: str | Path, checkpoint: Checkpoint) -> None:
         files = {}
         for file, tensors in checkpoint.tensors.items():
             data = save({key: value.contiguous() for key, value in tensors.items()})
-            write_and_sync(temporary / file, data)
-            files[file] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            files[file] = write_entry(temporary / file, data)
         write_manifest(temporary, {"state": checkpoint.state, "files": files})
 
     replace_checkpoint(folder, write_files)
+
+
+def write_entry(path: Path, data: bytes) -> dict[str, Any]:
+    """Write a file of a checkpoint, and flush it to the disk.
+
+    Args:
+        path: file to write.
+        data: content.
+
+    Returns:
+        Its entry in the manifest: the size in bytes and the SHA-256.
+    """
+    write_and_sync(path, data)
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def write_manifest(folder: str | Path, manifest: Mapping[str, Any]) -> None:

@@ -13,7 +13,6 @@ write the same format, but three entries of metadata in no fixed order: equal st
 equal bytes. The default format of DCP is not used, because its metadata is a pickle.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from functools import partial
@@ -26,9 +25,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
-from diffcore.io.files import write_and_sync
 from diffcore.io.manifest import SHARDED
-from diffcore.training.checkpoints.checkpoint import replace_checkpoint, write_manifest
+from diffcore.training.checkpoints.checkpoint import (
+    replace_checkpoint,
+    write_entry,
+    write_manifest,
+)
 from diffcore.training.ranks.coordination import gather_results
 
 __all__ = ["Shard", "flatten_parts", "plan_shards", "write_shards"]
@@ -159,9 +161,7 @@ def _write_files(folder: Path, shards: Mapping[str, Shard], rank: int) -> dict[s
     files = {}
     for part, own in by_part.items():
         name = f"{part}.rank-{rank:05d}.safetensors"
-        data = _serialize(own)
-        write_and_sync(folder / name, data)
-        files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        files[name] = write_entry(folder / name, _serialize(own))
     return files
 
 

@@ -83,7 +83,7 @@ class LatentDataset(DataSource):
 
     Raises:
         ValueError: There are no images, some cannot be read, only some have a caption, or the
-            pipeline has no VAE.
+            pipeline has no VAE, or none that encodes the captions.
     """
 
     labels: Tensor
@@ -123,6 +123,7 @@ class LatentDataset(DataSource):
         texts = [(variants or CaptionVariants()).texts(own, i) for i, own in enumerate(captions_of)]
         self.texts = tuple(sorted({text for own in texts for text in own}))
         if texts:
+            self.pipeline.check_encodes_text()
             indices = {text: index for index, text in enumerate(self.texts)}
             self.choices = CaptionChoices.of(texts, indices)
             labels = self.choices.first

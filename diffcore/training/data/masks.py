@@ -5,6 +5,7 @@ masks/cats/1.png                       in a folder of masks, with any suffix
 """
 
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -20,6 +21,9 @@ from diffcore.training.data.scan import SUFFIXES, FolderScan, scan_folder
 
 __all__ = ["MaskFiles"]
 
+LISTED = 3
+"""Number of black masks that a message lists."""
+
 
 class MaskFiles:
     """The mask of each image of a folder.
@@ -34,9 +38,12 @@ class MaskFiles:
             the images.
         verify: True compares the hash of every mask of another folder with the recorded scan.
 
+    A black mask leaves its image without a loss. Such masks are reported by name on stderr, once
+    and by the first rank, because a mask that was made automatically may have found nothing.
+
     Raises:
-        ValueError: An image has no mask, a damaged one, or one of another size, or images are
-            padded.
+        ValueError: An image has no mask, a damaged one, or one of another size, images are padded,
+            or all masks are black.
     """
 
     def __init__(self, images: ImageFiles, folder: str, verify: bool = False) -> None:
@@ -56,6 +63,7 @@ class MaskFiles:
                 "whole image"
             )
         self._check_sizes(images, scan)
+        self._report_black(scan)
         self.hashes = scan.sha256[self.rows]
 
     def _check_sizes(self, images: ImageFiles, scan: FolderScan) -> None:
@@ -70,6 +78,25 @@ class MaskFiles:
                 f"the mask {path} has {width[index]} x {height[index]} pixels, but its image has "
                 f"{images.width[index]} x {images.height[index]}: make the mask again at the size "
                 "of the image"
+            )
+
+    def _report_black(self, scan: FolderScan) -> None:
+        """Report the black masks; raise ValueError if there is no other one."""
+        black = scan.is_black[self.rows].nonzero().flatten().tolist()
+        if not black:
+            return
+        count, first = f"{len(black)} of {len(self.rows)}", printable(self._path(black[0]))
+        if len(black) == len(self.rows):
+            raise ValueError(
+                f"{count} masks are black, such as {first}, so that the loss is 0 everywhere: make "
+                "the masks white where the images are to be learned"
+            )
+        if os.environ.get("RANK", "0") == "0":
+            names = ", ".join(printable(self._path(index)) for index in black[:LISTED])
+            print(
+                f"diffcore: {count} masks are black ({names}{', ...' * (len(black) > LISTED)}): "
+                "their images have no loss and are not learned",
+                file=sys.stderr,
             )
 
     def _path(self, index: int) -> Path:

@@ -35,7 +35,7 @@ __all__ = ["SUFFIXES", "FolderScan", "record_path", "scan_folder", "shared_scans
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 NAME = ".diffcore-scan.safetensors"
-VERSION = 1
+VERSION = 2
 """Number of the rule by which images are inspected: a record of another one is made again."""
 DIGEST = 32
 CLOCK_TICK_NS = 2 * 10**9
@@ -45,6 +45,7 @@ COLUMNS: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
     "height": (torch.int32, ()),
     "mode": (torch.uint8, ()),
     "is_grey": (torch.bool, ()),
+    "is_black": (torch.bool, ()),
     "sha256": (torch.uint8, (DIGEST,)),
 }
 _shared: ContextVar[dict[tuple[str, bool], "FolderScan"] | None] = ContextVar("scans", default=None)
@@ -61,6 +62,7 @@ class FolderScan:
         height: (N,) rows of the upright image; 0 where it cannot be read.
         mode: (N,) index into `modes`.
         is_grey: (N,) True for grey values.
+        is_black: (N,) True for an image of black pixels alone.
         sha256: (N, 32) hash of each file.
         modes: modes of Pillow that occur, such as RGB; "" where an image cannot be read.
         reasons: index of each unreadable image -> why it cannot be read.
@@ -71,6 +73,7 @@ class FolderScan:
     height: Tensor
     mode: Tensor
     is_grey: Tensor
+    is_black: Tensor
     sha256: Tensor
     modes: list[str]
     reasons: dict[int, str]

@@ -124,7 +124,7 @@ class Previews:
             for label in labels
         ]
         kind = "images" if data.is_latent else pictures.picture_of(process, picture)
-        per_row = self.per_label or pictures.COLUMNS[kind]
+        per_row = self.per_label or pictures.COLUMNS[kind].preview
         if not labels:
             is_one_cloud = kind == "points" and not process.conditions
             count = len(self.seeds) or per_row * (1 if is_one_cloud else UNLABELLED_ROWS)

@@ -154,6 +154,7 @@ def test_exact_keeps_an_image_of_its_size_and_names_one_of_another_size_at_the_s
         ({"fit": "stretch"}, "fit is 'stretch', expected one of crop, pad, exact"),
         ({"unreadable": "ignore"}, "unreadable is 'ignore', expected one of refuse, skip"),
         ({"size": 0}, "size is 0"),
+        ({"size": 10**6}, "size is 1000000: a batch of one such image needs 12,000 GB or more"),
     ],
 )
 def test_invalid_options_are_refused(tmp_path, fields, message):

@@ -225,3 +225,11 @@ def test_data_that_cannot_be_encoded_is_refused(captioned, name):
     damage(captioned / "images")
     with pytest.raises(ValueError, match=message):
         latent_dataset(captioned)
+
+
+def test_a_pipeline_that_encodes_no_prompts_is_refused_before_latents_are_encoded(captioned):
+    edit_json(captioned / "pipeline/model_index.json", _class_name="PipelineOfAUser")
+    with pytest.raises(ValueError, match="names the pipeline PipelineOfAUser, expected one of"):
+        latent_dataset(captioned)
+    assert not (captioned / "cache").exists()
+    latent_dataset(captioned, captions=False)

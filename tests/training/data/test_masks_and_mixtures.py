@@ -102,6 +102,25 @@ def test_a_damaged_mask_is_refused_by_name_and_a_png_is_preferred(tmp_path):
         ImageFolder(str(tmp_path / "images"), 16, masks="beside", unreadable="skip")
 
 
+def test_black_masks_are_reported_by_name_and_refused_if_there_is_no_other(
+    tmp_path, capsys, monkeypatch
+):
+    write_masked(tmp_path / "images", "beside")
+    write(tmp_path / "images/1.png", mode="RGB", colour=9, size=(20, 20))
+    write(tmp_path / "images/1.mask.png", size=(20, 20), colour=0)
+    ImageFolder(str(tmp_path / "images"), 16, masks="beside")
+    assert capsys.readouterr().err.endswith(
+        f"1 of 2 masks are black ({tmp_path}/images/1.mask.png): their images have no loss and are "
+        "not learned\n"
+    )
+    monkeypatch.setenv("RANK", "1")
+    ImageFolder(str(tmp_path / "images"), 16, masks="beside")
+    assert capsys.readouterr().err == ""
+    (tmp_path / "images/0.png").unlink()
+    with pytest.raises(ValueError, match=r"1 of 1 masks are black, such as .*1.mask.png, so that"):
+        ImageFolder(str(tmp_path / "images"), 16, masks="beside")
+
+
 def test_masks_are_read_once_and_then_known_from_the_recorded_scan(tmp_path, monkeypatch):
     masks = write_masked(tmp_path / "images", "folder")
     for path in tmp_path.glob("*/0.*"):
@@ -213,7 +232,7 @@ def test_the_orientation_of_a_mask_counts(tmp_path):
     ramp(16, 12).save(tmp_path / "0.png")
     exif = Image.Exif()
     exif[0x0112] = 6  # stored turned by 90 degrees, shown as 16 x 12
-    Image.new("L", (12, 16)).save(tmp_path / "0.mask.png", exif=exif)
+    Image.new("L", (12, 16), 255).save(tmp_path / "0.mask.png", exif=exif)
     assert ImageFolder(str(tmp_path), 8, masks="beside")[0][2]["weight"].shape == (1, 8, 8)
 
 

@@ -6,7 +6,6 @@ layers are joined to a block-diagonal entry on writing, so that they come back u
 
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from torch import Tensor
 
 from diffcore.integrations.diffusers.adapters.layer_names import (
     Format,
+    exact_pattern,
+    find_pattern,
     known_places,
     written_places,
 )
@@ -254,24 +255,29 @@ def _product_alpha(
     metadata: Mapping[str, Any], name: str, rank: int, alpha: Tensor | None
 ) -> float:
     """α of a product; of rank 0, which the tensors do not show, α over the rank of the metadata."""
-    part, _, layer = name.partition(".")
+    if alpha is None:
+        value = _layer_setting(metadata, name, "alpha", "alpha_pattern")
+    else:
+        value = float(alpha)
     if rank:
-        return float(metadata.get(f"{part}.alpha", rank) if alpha is None else alpha)
-    total = metadata.get(f"{part}.r")
-    for pattern, value in (metadata.get(f"{part}.rank_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", layer):
-            total = value
-    return float(metadata[f"{part}.alpha"]) / float(total) if total else 1.0
+        return float(rank if value is None else value)
+    total = _layer_setting(metadata, name, "r", "rank_pattern")
+    return 1.0 if total is None or value is None else float(value) / float(total)
 
 
 def _alpha(metadata: Mapping[str, Any], name: str, rank: int) -> float:
-    part, _, layer = name.partition(".")
-    alpha = metadata.get(f"{part}.lora_alpha", rank)
-    for pattern, value in (metadata.get(f"{part}.alpha_pattern") or {}).items():
-        if layer == pattern or layer.endswith(f".{pattern}"):
-            alpha = value
+    alpha = _layer_setting(metadata, name, "lora_alpha", "alpha_pattern")
     # rsLoRA divides alpha by the root of the rank.
-    return float(alpha) * (rank**0.5 if metadata.get(f"{part}.use_rslora") else 1.0)
+    is_rank_stabilised = metadata.get(f"{name.partition('.')[0]}.use_rslora")
+    return float(rank if alpha is None else alpha) * (rank**0.5 if is_rank_stabilised else 1.0)
+
+
+def _layer_setting(metadata: Mapping[str, Any], name: str, key: str, patterns_key: str) -> Any:
+    """A setting of peft for the layer of an entry: that of its pattern, else that of the part."""
+    part, _, layer = name.partition(".")
+    patterns = metadata.get(f"{part}.{patterns_key}") or {}
+    pattern = find_pattern(patterns, layer)
+    return metadata.get(f"{part}.{key}") if pattern is None else patterns[pattern]
 
 
 def _split(change: Change, layers: Sequence[str], sizes: Sequence[int]) -> dict[str, Change]:
@@ -344,8 +350,16 @@ def _metadata(adapters: Mapping[str, Mapping[str, LowRank]]) -> str:
             r=first.rank,
             lora_alpha=first.alpha,  # type: ignore[arg-type]  # peft divides it by r
             target_modules=sorted(changes),
-            rank_pattern={n: c.rank for n, c in changes.items() if c.rank != first.rank},
-            alpha_pattern={n: c.alpha for n, c in changes.items() if c.alpha != first.alpha},
+            rank_pattern={
+                exact_pattern(n, changes): c.rank
+                for n, c in changes.items()
+                if c.rank != first.rank
+            },
+            alpha_pattern={
+                exact_pattern(n, changes): c.alpha
+                for n, c in changes.items()
+                if c.alpha != first.alpha
+            },
             use_dora=first.magnitude is not None,
         )
         content |= {f"{part}.{key}": value for key, value in config.to_dict().items()}

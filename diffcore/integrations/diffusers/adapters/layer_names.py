@@ -10,7 +10,8 @@ The name after `lora_unet_` is that of diffusers for Stable Diffusion 1 and 2, a
 for Stable Diffusion XL, 3 and Flux.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple, get_args
 
 from torch import nn
@@ -18,7 +19,15 @@ from torch import nn
 from diffcore.integrations.diffusers.adapters.original_names import original_layers
 from diffcore.integrations.diffusers.loading.index import PipelineIndex
 
-__all__ = ["Format", "Place", "is_named", "known_places", "written_places"]
+__all__ = [
+    "Format",
+    "Place",
+    "exact_pattern",
+    "find_pattern",
+    "is_named",
+    "known_places",
+    "written_places",
+]
 
 Format = Literal["diffusers", "kohya", "comfyui"]
 Models = dict[str, nn.Module]
@@ -90,6 +99,49 @@ def is_named(layer: str, target: str) -> bool:
         True if it does.
     """
     return f".{layer}".endswith(f".{target}")
+
+
+def find_pattern(patterns: Iterable[str], layer: str) -> str | None:
+    """The pattern of peft's `rank_pattern` or `alpha_pattern` that counts for a layer.
+
+    It is the first one, in the order given, that matches the name of the layer as a regular
+    expression: the whole name, or its end from a dot on.
+
+    Args:
+        patterns: regular expressions, such as `mid_block.*to_q`.
+        layer: name of the layer, such as mid_block.attn.to_q.
+
+    Returns:
+        The pattern, or None if none matches.
+
+    Raises:
+        ValueError: a pattern is no regular expression.
+    """
+    for pattern in patterns:
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", layer):
+                return pattern
+        except re.error as error:
+            raise ValueError(
+                f"the pattern {pattern!r} is no regular expression ({error}): expected one for "
+                "names of layers, such as mid_block.*to_q; correct the ranks of LoRA, or the "
+                "rank_pattern or alpha_pattern in the metadata of the adapter's file"
+            ) from None
+    return None
+
+
+def exact_pattern(layer: str, layers: Iterable[str]) -> str:
+    """The pattern that matches one layer alone, whatever the order of the patterns.
+
+    Args:
+        layer: name of the layer, such as proj_out.
+        layers: names of all adapted layers, such as proj_out and blocks.0.proj_out.
+
+    Returns:
+        The name of the layer; bound to the start of the names if another name ends in it.
+    """
+    is_end = any(other.endswith(f".{layer}") for other in layers)
+    return f"^{layer}" if is_end else layer
 
 
 def _models(index: PipelineIndex) -> Models:

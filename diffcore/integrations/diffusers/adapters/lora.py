@@ -1,13 +1,17 @@
 """`LoRA`: the adapter of peft that is trained in place of the weights of a network."""
 
 import math
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from torch import nn
 
-from diffcore.integrations.diffusers.adapters.layer_names import is_named
+from diffcore.integrations.diffusers.adapters.layer_names import (
+    exact_pattern,
+    find_pattern,
+    is_named,
+)
 from diffcore.io.extras import has_extra, missing
 
 __all__ = ["ATTENTION_LAYERS", "Kind", "LoRA"]
@@ -28,8 +32,9 @@ class LoRA:
     | loha | W + (α / r) (B₁ A₁) ∘ (B₂ A₂) | Hyeon-Woo et al. 2021 (2108.06098) |
     | lokr | W + (α / r) C ⊗ (B A) | Yeh et al. 2023 (2309.14859) |
 
-    diffusers loads the adapters of lora, rslora, dora and lokr; `diffcore lora` reads lora, rslora
-    and dora.
+    diffusers loads the adapters of lora, rslora, dora and lokr. `diffcore lora merge` and
+    `diffcore sample --lora` read all kinds; `diffcore lora convert` reads lora, rslora and dora,
+    because the other formats express only changes of low rank.
 
     Args:
         rank: r; 0 trains all weights of the network instead.
@@ -40,7 +45,7 @@ class LoRA:
             that is dropped in training.
         ranks: rank of the layers whose names match a regular expression, in place of `rank`; the
             expression matches the end of the name from a dot on, or the whole name, such as
-            `mid_block.*: 32`.
+            `mid_block.*: 32`. Of several that match, the first one counts.
         lr_ratio: λ, the learning rate of B divided by that of A and of all else that is trained
             (LoRA+, Hayou et al. 2024, 2402.12354: η_B = λ η_A with λ > 1, such as 16); 1 for the
             same. Only for lora, rslora and dora.
@@ -84,12 +89,7 @@ class LoRA:
                 f"ranks has {rank} for {pattern}, expected at least 1, and a positive rank for the "
                 f"other layers (rank is {self.rank})"
             )
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(
-                f"ranks has {pattern!r}, which is no regular expression: {error}"
-            ) from None
+        find_pattern([pattern], "")
 
     def _check_ratio(self) -> None:
         if not 0 < self.lr_ratio < math.inf:
@@ -114,27 +114,69 @@ class LoRA:
             network: ModelMixin of diffusers.
 
         Raises:
-            ValueError: No layer has one of the suffixes, an expression matches no adapted layer, or
-                peft is not installed.
+            ValueError: No layer has one of the suffixes, an expression matches no adapted layer, a
+                rank is larger than the inputs or the outputs of all its layers, or peft is not
+                installed.
         """
         if not has_extra("peft"):
             raise missing("peft", "LoRA (leave lora out to train all weights)")
-        names = [name for name, _ in network.named_modules()]
-        unmatched = [
-            target for target in self.targets if not any(is_named(name, target) for name in names)
-        ]
-        if unmatched:
-            raise ValueError(
-                f"no layer of {type(network).__name__} ends in {', '.join(unmatched)}: correct the "
-                "targets of LoRA, such as to_q"
-            )
-        for pattern in self.ranks:
-            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+        layers: dict[str, nn.Module] = {}
+        for target in self.targets:
+            found = {n: module for n, module in network.named_modules() if is_named(n, target)}
+            if not found:
                 raise ValueError(
-                    f"ranks has {pattern!r}, which matches no layer of {type(network).__name__}: "
-                    "correct it, such as mid_block.*"
+                    f"no layer of {type(network).__name__} ends in {target}: correct the targets "
+                    "of LoRA, such as to_q"
                 )
+            layers |= found
+        for pattern in self.ranks:
+            if not any(find_pattern([pattern], name) for name in layers):
+                raise ValueError(
+                    f"ranks has {pattern!r}, which matches no adapted layer of "
+                    f"{type(network).__name__}: correct it, such as mid_block.*"
+                )
+        self._check_sizes(layers)
         network.add_adapter(self._config())
+
+    def _check_sizes(self, layers: Mapping[str, nn.Module]) -> None:
+        """Raise ValueError for a rank that no layer can use. A LoKr takes it for a whole matrix."""
+        if self.kind == "lokr":
+            return
+        largest: dict[str | None, int] = {}
+        for name, layer in layers.items():
+            pattern = find_pattern(self.ranks, name)
+            largest[pattern] = max(largest.get(pattern, 0), _largest_rank(layer))
+        for pattern, useful in largest.items():
+            rank = self.rank if pattern is None else self.ranks[pattern]
+            if 0 < useful < rank:
+                what = "rank" if pattern is None else f"the rank of {pattern!r}"
+                raise ValueError(
+                    f"{what} is {rank}, but the largest adapted layer has {useful} inputs or "
+                    f"outputs: expected at most {useful}; 16 is usual"
+                )
+
+    def written_config(self, network: Any) -> dict[str, Any]:
+        """The configuration of peft that is written beside the weights of the adapter.
+
+        diffusers sorts the patterns on writing, and the first one that matches counts on loading:
+        so each pattern of `ranks` is replaced by the names of its layers.
+
+        Args:
+            network: network with the adapter.
+
+        Returns:
+            The arguments of the configuration of peft.
+        """
+        config: dict[str, Any] = network.peft_config["default"].to_dict()
+        layers = [name for name, module in network.named_modules() if _is_adapted(module)]
+        found = {name: find_pattern(self.ranks, name) for name in layers}
+        return config | {
+            "rank_pattern": {
+                exact_pattern(name, layers): self.ranks[pattern]
+                for name, pattern in found.items()
+                if pattern is not None
+            }
+        }
 
     def _config(self) -> Any:
         """The config of peft."""
@@ -183,3 +225,19 @@ class LoRA:
             return {}
         names = (name for name, _ in network.named_parameters())
         return {name: self.lr_ratio for name in names if ".lora_B." in name}
+
+
+def _largest_rank(layer: nn.Module) -> int:
+    """The largest rank of the weight of a layer, 0 if it is unknown."""
+    if isinstance(layer, nn.Linear):
+        return min(layer.in_features, layer.out_features)
+    if isinstance(layer, nn.Conv2d):
+        inputs = layer.in_channels // layer.groups * math.prod(layer.kernel_size)
+        return min(inputs, layer.out_channels)
+    return 0
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return isinstance(module, BaseTunerLayer)

@@ -18,6 +18,7 @@ from diffcore.integrations.diffusers.loading.parts import (
     read_json,
     read_part,
     read_text_pipeline,
+    text_pipeline_class,
 )
 from diffcore.integrations.diffusers.loading.vae import downsampling_factor
 from diffcore.integrations.diffusers.scheduler.scheduler_config import Config
@@ -57,6 +58,10 @@ class PipelineIndex:
                 f"{self.folder} is a DiffcorePipeline, as a run writes it: start from the weights "
                 "of this run with its own settings and --init, the folder of the run"
             )
+
+    def check_encodes_text(self) -> None:
+        """Raise ValueError if this is no pipeline of diffusers that encodes prompts."""
+        text_pipeline_class(self.folder, self.content)
 
     @property
     def parts(self) -> set[str]:
@@ -144,12 +149,19 @@ class PipelineIndex:
             name: name of the part.
 
         Returns:
-            The module that its config describes.
+            The module that its config describes: the same one in every call, not to be changed.
         """
         self._check(name)
-        return build_without_memory(
-            lambda: read_part(self.folder, name, self.content, weights=False)
-        )
+        if name not in self._architectures:
+            self._architectures[name] = build_without_memory(
+                lambda: read_part(self.folder, name, self.content, weights=False)
+            )
+        return self._architectures[name]
+
+    @cached_property
+    def _architectures(self) -> dict[str, nn.Module]:
+        """The modules that `read_architecture` has built, by name."""
+        return {}
 
     def paths(self, *prefixes: str) -> list[Path]:
         """Folders of the parts whose name begins with one of the prefixes.

@@ -20,7 +20,14 @@ from diffcore.integrations.diffusers.loading.part_files import (
 )
 from diffcore.io import plain_data
 
-__all__ = ["check_part", "is_present", "read_json", "read_part", "read_text_pipeline"]
+__all__ = [
+    "check_part",
+    "is_present",
+    "read_json",
+    "read_part",
+    "read_text_pipeline",
+    "text_pipeline_class",
+]
 
 DIFFUSERS_CLASSES = (diffusers.ModelMixin,)
 TRANSFORMERS_CLASSES = (transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase)
@@ -33,6 +40,30 @@ def is_present(index: dict[str, Any], name: str) -> bool:
         case [_, str()]:
             return True
     return False
+
+
+def text_pipeline_class(folder: str | Path, index: dict[str, Any]) -> Any:
+    """The class of the pipeline that an index names, which encodes prompts.
+
+    Args:
+        folder: the pipeline's folder, for the error message.
+        index: content of its model_index.json.
+
+    Returns:
+        The class of diffusers.
+
+    Raises:
+        ValueError: the index names no pipeline that encodes prompts.
+    """
+    name = index.get("_class_name")
+    cls: Any = getattr(diffusers, str(name), None)
+    if not hasattr(cls, "encode_prompt"):
+        raise ValueError(
+            f"{Path(folder) / 'model_index.json'} names the pipeline {name}, expected one of "
+            "diffusers that encodes prompts: encode them with another (diffcore.integrations."
+            "diffusers.encode_prompts), and pass the Prompts"
+        )
+    return cls
 
 
 def read_text_pipeline(
@@ -51,15 +82,7 @@ def read_text_pipeline(
     Raises:
         ValueError: the index names no pipeline that encodes prompts.
     """
-    folder = Path(folder)
-    name = index.get("_class_name")
-    cls: Any = getattr(diffusers, str(name), None)
-    if not hasattr(cls, "encode_prompt"):
-        raise ValueError(
-            f"{folder / 'model_index.json'} names the pipeline {name}, expected one of diffusers "
-            f"that encodes prompts: encode them with another (diffcore.integrations.diffusers."
-            f"encode_prompts), and pass the Prompts"
-        )
+    folder, cls = Path(folder), text_pipeline_class(folder, index)
     parameters = inspect.signature(cls.__init__).parameters
     required = {
         p.name: None for p in parameters.values() if p.name != "self" and p.default is p.empty

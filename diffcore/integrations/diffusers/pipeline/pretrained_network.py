@@ -200,8 +200,7 @@ class PretrainedNetwork(ExportableNetwork):
         name = self.index.network_name
         layers = {f"{name}_lora_layers": get_peft_model_state_dict(self.network)}
         # Without the metadata diffusers takes the rank for alpha.
-        adapter_config = self.network.peft_config["default"].to_dict()
-        metadata = {f"{name}_lora_adapter_metadata": adapter_config}
+        metadata = {f"{name}_lora_adapter_metadata": self.lora.written_config(self.network)}
         with TemporaryDirectory() as folder:
             self.index.pipeline_class.save_lora_weights(folder, **layers, **metadata)
             write_file(run / ADAPTER, Path(folder, ADAPTER).read_bytes())

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from multiprocessing.context import BaseContext
 from traceback import format_exception
 from typing import Any
 
@@ -81,7 +82,7 @@ def load_batches(
         batch_sampler=order,
         num_workers=workers,
         collate_fn=_collate,
-        multiprocessing_context="forkserver" if workers else None,
+        multiprocessing_context=_fork_server() if workers else None,
         worker_init_fn=_follow_training_process,
         prefetch_factor=prefetch if workers else None,
         pin_memory=pin_memory and torch.cuda.is_available(),
@@ -100,6 +101,13 @@ def is_mirrored(seed: int, position: int) -> bool:
         True for half of the positions.
     """
     return bool(uniform(seed, Stream.AUGMENT, position) < 0.5)
+
+
+def _fork_server() -> BaseContext:
+    """The start method of workers: the server imports torch once, and its forks need not."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", __name__])
+    return context
 
 
 def _explain_lost_workers(loader: "DataLoader[Any]") -> Iterator[Any]:

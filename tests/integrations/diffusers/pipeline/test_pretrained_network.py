@@ -222,6 +222,25 @@ def test_diffusers_loads_every_kind_of_adapter_that_it_knows(folder, tmp_path, k
     torch.testing.assert_close(network(X, TIME, STATES).sample, answer(made), rtol=1e-5, atol=1e-5)
 
 
+def test_overlapping_patterns_of_ranks_are_loaded_and_merged_as_trained(folder, tmp_path):
+    torch.manual_seed(0)
+    # Sorted, the pattern of mid_block comes first, and gives attn1.to_q another rank.
+    ranks = {"to_[qk]": 5, "mid_block.*": 3, "attn1.*": 4}
+    made = PretrainedNetwork(str(folder), LoRA(rank=2, alpha=3, ranks=ranks))
+    layer = made.network.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
+    assert layer.r == {"default": 5}
+    made.load_state_dict({k: 0.3 * torch.randn_like(v) for k, v in made.state_dict().items()})
+    made.export(tmp_path, Process(Discrete(), shape=(4, 8, 8), prediction="epsilon"))
+    index = PipelineIndex(folder)
+    network = index.read("unet")
+    network.load_lora_adapter(tmp_path, prefix="unet", weight_name=ADAPTER)
+    torch.testing.assert_close(network(X, TIME, STATES).sample, answer(made), rtol=1e-5, atol=1e-5)
+    merge_into_pipeline(tmp_path / "merged", index, [(read_adapters(tmp_path, index), 1.0)])
+    merged = PipelineIndex(tmp_path / "merged").read("unet")
+    torch.testing.assert_close(merged(X, TIME, STATES).sample, answer(made), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(answer(made), index.read("unet")(X, TIME, STATES).sample, rtol=1e-2)
+
+
 @pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "loha", "lokr"])
 def test_the_merged_pipeline_answers_as_the_adapter(folder, tmp_path, kind):
     torch.manual_seed(0)
@@ -314,7 +333,14 @@ def test_an_adapter_of_hadamard_products_trains(folder):
         ({"rank": 2, "ranks": {"(": 3}}, "no regular expression"),
         ({"rank": 2, "ranks": {"to_q": 0}}, "ranks has 0 for to_q"),
         ({"rank": 0, "ranks": {"to_q": 4}}, "rank is 0"),
-        ({"rank": 2, "ranks": {"to_x": 4}}, "'to_x', which matches no layer"),
+        ({"rank": 2, "ranks": {"to_x": 4}}, "'to_x', which matches no adapted layer"),
+        (
+            {"rank": 10**6},
+            "rank is 1000000, but the largest adapted layer has 16 inputs or outputs",
+        ),
+        ({"rank": 9, "targets": ["conv_in"]}, "expected at most 8"),
+        ({"rank": 2, "ranks": {"to_q": 99}}, "the rank of 'to_q' is 99, but the largest"),
+        ({"rank": 2, "ranks": {"conv_in": 4}}, "'conv_in', which matches no adapted layer"),
     ],
 )
 def test_options_of_an_adapter_that_do_not_fit_are_refused(folder, options, message):
