@@ -25,6 +25,7 @@ def main() -> None:
         variance: "variance of the loss with independent levels over that with stratified levels",
         zero_terminal_snr: "mean brightness of samples with and without zero terminal SNR",
         conditions: "whether samples obey their conditions, on problems with a known answer",
+        claims: "what papers claim, measured: the tables of docs/claims.md",
         fields: "pictures of guided fields and samples of a mixture in two dimensions",
         kill_drill: "whether a run that is killed again and again ends with the same bytes",
     }.items():
@@ -32,10 +33,11 @@ def main() -> None:
         study = studies.add_parser(name, help=text, description=text)
         study.set_defaults(run=run, out=None)
         study.add_argument("--threads", type=int, default=1, help="processor threads (default 1)")
-        if run in (training, guidance, zero_terminal_snr):
+        if run in (training, guidance, zero_terminal_snr, claims):
             study.add_argument(
                 "--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default 0 1 2)"
             )
+        if run in (training, guidance, zero_terminal_snr):
             study.add_argument(
                 "--out",
                 type=Path,
@@ -61,6 +63,8 @@ def main() -> None:
                 "--steps", type=int, default=1000, help="training steps of batch 64 (default 1000)"
             )
             study.add_argument("--only", nargs="+", help="names of problems (default: all)")
+        if run is claims:
+            _add_claims_options(study)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.out:
@@ -78,6 +82,16 @@ def _add_drill_options(study: argparse.ArgumentParser) -> None:
     ):
         study.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
     study.add_argument("--folder", type=Path, help="folder of the runs (default: a temporary one)")
+
+
+def _add_claims_options(study: argparse.ArgumentParser) -> None:
+    study.add_argument("--only", nargs="+", help="names of studies (default: all)")
+    study.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("docs/experiments"),
+        help="folder of the measurements claims-NAME.jsonl (default docs/experiments)",
+    )
 
 
 def training(arguments: argparse.Namespace) -> None:
@@ -159,6 +173,22 @@ def conditions(arguments: argparse.Namespace) -> None:
         print(row, flush=True)
         measurements.append(row)
     print(f"\n{format_table(measurements)}")
+
+
+def claims(arguments: argparse.Namespace) -> None:
+    """Run the studies of what papers claim."""
+    from experiments.claims.report import REPORTS, TRAINING_PAIRS, format_speed_ups
+    from experiments.claims.studies import STUDIES
+    from experiments.study import read_measurements
+
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    for name in arguments.only or list(STUDIES):
+        out = arguments.folder / f"claims-{name}.jsonl"
+        for line in STUDIES[name](out, arguments.seeds):
+            print(line, flush=True)
+        print(f"\n{name}\n\n{REPORTS[name](read_measurements(out))}\n")
+    measurements = read_measurements(Path("docs/experiments/training.jsonl"))
+    print(f"training.jsonl\n\n{format_speed_ups(measurements, TRAINING_PAIRS, 400)}")
 
 
 def fields(arguments: argparse.Namespace) -> None:
