@@ -133,9 +133,10 @@ def leave_label_dropout(network: nn.Module) -> None:
     Args:
         network: any module; changed in place.
     """
-    for module in network.modules():
-        if hasattr(module, "token_drop") and hasattr(module, "dropout_prob"):
-            module.dropout_prob = 0.0
+    each: Any
+    for each in network.modules():
+        if hasattr(each, "token_drop") and hasattr(each, "dropout_prob"):
+            each.dropout_prob = 0.0
 
 
 def unwrap(network: nn.Module) -> nn.Module:

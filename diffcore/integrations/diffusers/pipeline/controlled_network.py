@@ -156,7 +156,7 @@ class ControlledNetwork(ExportableNetwork):
     @property
     def described_network(self) -> nn.Module:
         """The UNet."""
-        return self.network  # type: ignore[no-any-return]
+        return self.network
 
     @property
     def exported_names(self) -> tuple[str, ...]:
@@ -197,7 +197,7 @@ class ControlledNetwork(ExportableNetwork):
                 f"latents: load {FOLDER}/ by ControlNetModel.from_pretrained into a "
                 "StableDiffusionControlNetPipeline"
             )
-        process = Process.load(Run(folder).process)
+        process = Process.load(Run(Path(folder)).process)
         known = {each.name: getattr(process, each.name) for each in fields(process)}
         of_prompts = ("classes", "dropout")  # here labels are the prompts of the samples
         known = {name: value for name, value in known.items() if name not in of_prompts}
