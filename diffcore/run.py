@@ -212,6 +212,11 @@ class Run:
         """The results of the last evaluation of the averaged weights, if there was one."""
         return self.folder / "evaluation.json"
 
+    @property
+    def comparison(self) -> Path:
+        """The results of the last comparison of samplers, beside its pictures, if there was one."""
+        return self.folder / "comparison" / "comparison.json"
+
     def settings(self) -> dict[str, Any]:
         """The contents of config.yaml as plain data.
 

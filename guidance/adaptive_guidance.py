@@ -91,6 +91,10 @@ class AdaptiveGuidance(GuidanceWrapper[AdaptiveGuidanceMemory]):
         if self.space not in get_args(AgreementSpace):
             raise ValueError(f"space is {self.space!r}, expected v_prediction or sample")
 
+    @property
+    def depends_on_steps(self) -> bool:
+        return True
+
     def required_references(
         self, step: Step, memory: AdaptiveGuidanceMemory | None
     ) -> tuple[Reference, ...]:
@@ -194,6 +198,10 @@ class LinearAG(GuidanceWrapper[LinearAGMemory]):
 
     @property
     def requires_one_evaluation_per_step(self) -> bool:
+        return True
+
+    @property
+    def depends_on_steps(self) -> bool:
         return True
 
     def required_references(

@@ -59,6 +59,10 @@ class APG(Contrast[Tensor]):
                 f"threshold is {self.threshold}, expected a norm above 0 (inf for no bound)"
             )
 
+    @property
+    def depends_on_steps(self) -> bool:
+        return self.momentum != 0
+
     @classmethod
     def sdxl(cls, scale: float) -> "APG":
         """The setting for Stable Diffusion XL: r = 15, β = -0.5.

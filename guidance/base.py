@@ -116,6 +116,15 @@ class Guidance(ABC, Generic[Memory]):
         """Whether the rule replaces the velocity by 0 in the first steps (CFG-Zero*)."""
         return False
 
+    @property
+    def depends_on_steps(self) -> bool:
+        """Whether the guided prediction depends on the steps of the sampler beside x and its level.
+
+        Such a rule (momentum, first steps, earlier evaluations) defines no flow that a sampler
+        approaches with more steps.
+        """
+        return not self.is_consistent or self.has_zero_init
+
     @abstractmethod
     def required_references(self, step: Step, memory: Memory | None) -> tuple[Reference, ...]:
         """List the references that the rule needs at an evaluation; decided on the host.
@@ -254,6 +263,10 @@ class GuidanceWrapper(Guidance[Memory]):
     @property
     def has_zero_init(self) -> bool:
         return self.inner.has_zero_init
+
+    @property
+    def depends_on_steps(self) -> bool:
+        return self.inner.depends_on_steps
 
     def levels(self, process: Process) -> tuple[float, ...]:
         return self.inner.levels(process)

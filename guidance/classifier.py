@@ -293,6 +293,10 @@ class GFCG(Guidance[GFCGMemory]):
         check_scale(self.scale)
         _check_classifier(self.classifier, "x_0")
 
+    @property
+    def depends_on_steps(self) -> bool:
+        return True
+
     def required_references(self, step: Step, memory: GFCGMemory | None) -> tuple[Reference, ...]:
         if step.index == 0 or scale_at(self.scale, step.level) == 1:
             return ()

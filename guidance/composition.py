@@ -175,6 +175,10 @@ class Sum(Guidance[tuple[Any, ...]]):
     def requires_one_evaluation_per_step(self) -> bool:
         return any(rule.requires_one_evaluation_per_step for rule in self.rules)
 
+    @property
+    def depends_on_steps(self) -> bool:
+        return any(rule.depends_on_steps for rule in self.rules)
+
     def required_references(
         self, step: Step, memory: tuple[Any, ...] | None
     ) -> tuple[Reference, ...]:

@@ -13,7 +13,7 @@ dz/da = ε - x_0. The first-order step is the same in all of them, x_s = α_s x_
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Generic, overload
 
 import torch
@@ -182,10 +182,14 @@ class Sampler(ABC, Generic[Memory]):
         """
         return replace(state, memory=None)
 
-    def dry_run(self, knots: Knots) -> Iterator[State[Memory]]:
+    def dry_run(self, knots: Knots, noise: Noise | None = None) -> Iterator[State[Memory]]:
         """Run the sampler on an empty batch.
 
         The evaluated levels depend only on the knots, so that these are the levels of any batch.
+
+        Args:
+            knots: levels between which the sampler steps.
+            noise: noise of no seeds; None: a new one.
 
         Yields:
             Each state at which the network is evaluated, in order.
@@ -196,7 +200,7 @@ class Sampler(ABC, Generic[Memory]):
         # A batch axis of length 0 broadcasts against maps of levels if x has an axis for each of
         # theirs.
         axes = max(1, *(torch.as_tensor(knot.logsnr).ndim for knot in knots))
-        noise = Noise(torch.zeros(0, dtype=torch.int64), (1,) * axes)
+        noise = replace(noise or Noise(torch.zeros(0, dtype=torch.int64), ()), shape=(1,) * axes)
         state = self.start(noise.start(), knots, noise)
         while not state.done:
             yield state
@@ -221,12 +225,38 @@ class Sampler(ABC, Generic[Memory]):
         """
         return len(self.evaluation_levels(knots))
 
+    def draws_noise(self, knots: Knots) -> bool:
+        """Whether a run over these knots draws noise beside that of its first x.
+
+        Raises:
+            ValueError: The sampler is adaptive, so the run depends on the samples.
+        """
+        noise = _CountedNoise(torch.zeros(0, dtype=torch.int64), ())
+        for _ in self.dry_run(knots, noise):
+            pass
+        return bool(noise.draws)
+
     def _check_not_adaptive(self) -> None:
         if self.is_adaptive:
             raise ValueError(
                 f"the evaluations of {self} depend on the samples, so they are not known in "
                 "advance: run it and read the number of evaluations from the result"
             )
+
+
+@dataclass(frozen=True)
+class _CountedNoise(Noise):
+    """Noise that lists the steps at which it, or a branch of it, is drawn.
+
+    Args:
+        draws: numbers of these steps.
+    """
+
+    draws: list[int] = field(default_factory=list)
+
+    def step(self, index: int) -> Tensor:
+        self.draws.append(index)
+        return super().step(index)
 
 
 class SamplerWrapper(Sampler[Memory]):

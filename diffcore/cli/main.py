@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "train a network from a recipe or a YAML file of settings",
     "sample": "draw samples from a run or a diffusers pipeline, as images or arrays",
     "evaluate": "compare samples of a run, a pipeline or a folder with real images",
+    "compare": "compare samplers, steps and guidance on the network of a run or a pipeline",
     "features": "train a classifier whose features evaluations compare",
     "export": "save the network of a run as a diffusers pipeline",
     "lora": "merge, extract or convert an adapter, or name the moved pipeline of a run",

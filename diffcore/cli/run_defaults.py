@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from diffcore.cli.arguments import wants_help
+from diffcore.cli.calls import spell_calls
 from diffcore.io.parser import ComponentParser
 
 __all__ = ["parse_with_run_defaults"]
@@ -29,7 +30,7 @@ def parse_with_run_defaults(
     Args:
         parser: parser with the positional argument `run` and those options of `OPTIONS` that the
             command has.
-        argv: command-line words.
+        argv: command-line words; components may be spelled as calls, such as CFG(2).
         read_settings: function that returns the settings of the run in a folder.
 
     Returns:
@@ -50,4 +51,4 @@ def parse_with_run_defaults(
         )
     elif not wants_help(argv):
         raise ValueError(f"the run's folder comes first: {parser.usage}")
-    return parser.instantiate(parser.parse_args(list(argv))).as_dict()
+    return parser.instantiate(parser.parse_args(spell_calls(argv))).as_dict()

@@ -3,14 +3,14 @@
 import math
 from abc import ABC
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 
 from diffcore.io.parser import ComponentParser, SpecError
 
-__all__ = ["describe_spec", "from_spec", "to_spec"]
+__all__ = ["describe_component", "describe_spec", "from_spec", "to_spec"]
 
 T = TypeVar("T")
 
@@ -63,6 +63,37 @@ def describe_spec(spec: Any, leaf: Callable[[Any], str] = str) -> str:
     options = (spec.get("init_args") or {}).items()
     named = ", ".join(f"{name}={describe_spec(value, leaf)}" for name, value in options)
     return f"{spec['class_path']}({named})"
+
+
+def describe_component(component: Any) -> str:
+    """A component as its constructor call, without the arguments that are defaults.
+
+    The first argument is named even if it is the default, unless it is 0: `UniPC(2)`, `Heun()`. A
+    class with a text of its own keeps it.
+
+    Args:
+        component: component, or another value, which is printed by `repr`.
+
+    Returns:
+        The text.
+    """
+    if isinstance(component, tuple):
+        return f"({', '.join(map(describe_component, component))},)"
+    if not is_dataclass(component) or isinstance(component, type):
+        return repr(component)
+    shown = [field for field in fields(component) if field.repr]
+    name = type(component).__name__
+    if not shown or not repr(component).startswith(f"{name}({shown[0].name}="):
+        return repr(component)
+    arguments = []
+    for index, field in enumerate(shown):
+        value = getattr(component, field.name)
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        if not ((index == 0 and value) or value != default):
+            continue
+        text = describe_component(value)
+        arguments.append(text if index == 0 else f"{field.name}={text}")
+    return f"{name}({', '.join(arguments)})"
 
 
 def from_spec(cls: type[T], settings: Mapping[str, Any]) -> T:

@@ -10,7 +10,15 @@ from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["Section", "chart_grid", "facts_table", "page", "picture_slider", "text_block"]
+__all__ = [
+    "Section",
+    "chart_grid",
+    "facts_table",
+    "page",
+    "picture_slider",
+    "text_block",
+    "value_table",
+]
 
 FILES = files("diffcore.report")
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -90,6 +98,23 @@ def facts_table(facts: Mapping[str, object]) -> str:
         for name, value in facts.items()
     )
     return rows and f"<table>{rows}</table>"
+
+
+def value_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table of values with names of its columns.
+
+    Args:
+        header: names of the columns.
+        rows: cells of each row.
+
+    Returns:
+        The HTML; "" without rows.
+    """
+    names = "".join(f"<th>{escape(name)}</th>" for name in header)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    return body and f"<table><tr>{names}</tr>{body}</table>"
 
 
 def picture_slider(pictures: Mapping[str, str | Path]) -> str:

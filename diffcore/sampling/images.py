@@ -17,6 +17,7 @@ from diffcore.io.images.reader import read_content, read_image
 __all__ = [
     "check_image",
     "draw_grid",
+    "draw_table",
     "enlarge",
     "is_image",
     "load_image",
@@ -122,6 +123,46 @@ def draw_grid(x: Tensor, process: Process, rows: Sequence[str], per_row: int) ->
     for place, tile in enumerate(tiles):
         row, column = divmod(place, per_row)
         sheet.paste(to_image(tile), (left + column * width, MARGIN + row * height))
+    return sheet
+
+
+def draw_table(
+    tiles: Sequence[Sequence[Image.Image | None]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    corner: str = "",
+) -> Image.Image:
+    """A table of pictures with the names of its rows at the left and of its columns above them.
+
+    Args:
+        tiles: pictures of each row; None leaves a cell empty.
+        rows: name of each row.
+        columns: name of each column.
+        corner: text above the names of the rows, such as what the columns are.
+
+    Returns:
+        The image.
+    """
+    font = ImageFont.load_default(size=18)
+    drawn = [tile for row in tiles for tile in row if tile is not None]
+    left = 2 * MARGIN + max(int(font.getlength(name)) + 1 for name in (*rows, corner))
+    width = MARGIN + max(
+        *(tile.width for tile in drawn), *(int(font.getlength(name)) + 1 for name in columns)
+    )
+    height, top = MARGIN + max(24, *(tile.height for tile in drawn)), 24 + MARGIN
+    sheet = Image.new("RGB", (left + len(columns) * width, top + len(rows) * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((MARGIN, top / 2), corner, fill="gray", font=font, anchor="lm")
+    for column, name in enumerate(columns):
+        place = (left + column * width + (width - MARGIN) / 2, top / 2)
+        draw.text(place, name, fill="black", font=font, anchor="mm")
+    for row, name in enumerate(rows):
+        place = (MARGIN, top + row * height + (height - MARGIN) / 2)
+        draw.text(place, name, fill="black", font=font, anchor="lm")
+        for column, tile in enumerate(tiles[row]):
+            if tile is not None:
+                corner_of_tile = left + column * width + (width - MARGIN - tile.width) // 2
+                sheet.paste(tile, (corner_of_tile, top + row * height))
     return sheet
 
 

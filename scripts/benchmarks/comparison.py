@@ -2,13 +2,10 @@
 
     r_i = (seconds of ours in pair i) / (seconds of the other side in pair i)
 
-Reported are the median of r and the interval [r_(k), r_(n+1-k)] of the sorted ratios with the
-largest k that covers the median with probability 1 - 2 P(Bin(n, ½) < k) ≥ 95 %, whatever the
-distribution.
+Reported are the median of r and its interval by order statistics.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from statistics import median
 from time import perf_counter
@@ -16,13 +13,12 @@ from typing import Any
 
 import torch
 
+from diffcore.evaluation.flow.order_statistics import coverage, median_interval
+
 __all__ = [
     "WARMUP_PAIRS",
     "Comparison",
     "check_pairs",
-    "coverage",
-    "median_interval",
-    "median_rank",
     "repeat",
     "synchronize",
     "time_pairs",
@@ -30,7 +26,6 @@ __all__ = [
 
 MINIMUM_PAIRS = 30
 WARMUP_PAIRS = 3
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -89,48 +84,6 @@ class Comparison:
             "interval": self.interval,
             "coverage": coverage(len(self.ours)),
         }
-
-
-def median_rank(count: int, confidence: float = CONFIDENCE) -> int:
-    """The largest k such that the k-th smallest and k-th largest values enclose the median.
-
-    Args:
-        count: number of values.
-        confidence: probability with which they do so.
-
-    Returns:
-        The rank k, counted from 1.
-
-    Raises:
-        ValueError: not even the extremes do so (fewer than 6 values at 95 %).
-    """
-    outside, rank = 0.0, 0
-    while 2 * (outside + math.comb(count, rank) / 2**count) <= 1 - confidence:
-        outside += math.comb(count, rank) / 2**count
-        rank += 1
-    if not rank:
-        raise ValueError(
-            f"{count} values have no interval of the median at {confidence:.0%}: measure more"
-        )
-    return rank
-
-
-def coverage(count: int) -> float:
-    """The probability (a number) that the interval of `count` values covers the median."""
-    return 1 - 2 * sum(math.comb(count, j) for j in range(median_rank(count))) / 2**count
-
-
-def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The order statistics that enclose the median of the values' distribution.
-
-    Args:
-        values: independent draws, at least 6.
-
-    Returns:
-        Lower and upper end.
-    """
-    rank, ordered = median_rank(len(values)), sorted(values)
-    return ordered[rank - 1], ordered[-rank]
 
 
 def time_pairs(

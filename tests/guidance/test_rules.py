@@ -1,5 +1,6 @@
 """Claims about every guidance rule, and about every pair of one rule around another."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -307,3 +308,17 @@ def test_guided_prediction_needs_no_step_and_passes_the_memory_on():
     second, _, _ = guided_prediction(ORACLE, APG(3.0, momentum=-0.5), x, level, LABELS, memory)
     assert evaluations == 2
     assert not torch.equal(first.x0, second.x0)
+
+
+@every_rule
+def test_a_rule_that_depends_on_the_steps_is_one_whose_memory_or_step_number_matters(rule):
+    """The same x and level with another memory and another number of the step."""
+    changed, memory = not rule.is_consistent, None
+    for inputs in path(rule, 7):
+        step = inputs.step
+        arguments = (ORACLE, rule, inputs.x, step.level, torch.tensor([0]))
+        guided, memory, _ = guided_prediction(*arguments, memory, step)
+        for index in (0, STEPS - 1):
+            other = guided_prediction(*arguments, None, replace(step, index=index))[0]
+            changed = changed or not torch.allclose(other.x0, guided.x0, rtol=0, atol=1e-9)
+    assert changed == rule.depends_on_steps

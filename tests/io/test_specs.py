@@ -8,7 +8,7 @@ import pytest
 
 from diffcore.core.process import Process, TimeConditioning
 from diffcore.io.parser import ComponentParser
-from diffcore.io.specs import from_spec, to_spec
+from diffcore.io.specs import describe_component, from_spec, to_spec
 from diffcore.io.trust import trust
 from diffcore.objectives.coupling import OptimalTransport
 from diffcore.objectives.level_sampling import LearnedSchedule, SecondMoment
@@ -197,3 +197,21 @@ def test_the_command_line_fails_in_one_line_with_the_nearest_option(capsys):
     assert error.startswith("diffcore: error: ")
     assert error.count("\n") == 1
     assert "did you mean 'objective.levels'" in error
+
+
+def test_a_component_is_described_without_the_arguments_that_are_defaults():
+    from diffcore.guidance import APG, CFG, Rescale, Sum
+    from diffcore.samplers import DDIM, AdamsMoulton, Heun, UniPC
+
+    for component, text in (
+        (DDIM(), "DDIM()"),
+        (DDIM(0.5), "DDIM(0.5)"),
+        (UniPC(2), "UniPC(2)"),
+        (Heun(noise_scale=1.1), "Heun(noise_scale=1.1)"),
+        (AdamsMoulton(3, every=10), "AdamsMoulton(3, every=10)"),
+        (CFG(1.0), "CFG(1.0)"),
+        (APG(3.0, momentum=0.0), "APG(3.0, momentum=0.0)"),
+        (Rescale(CFG(2.0)), "Rescale(CFG(2.0))"),
+        (Sum((CFG(2.0), APG(2.0))), "Sum((CFG(2.0), APG(2.0),))"),
+    ):
+        assert describe_component(component) == text

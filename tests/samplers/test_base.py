@@ -316,3 +316,16 @@ def test_runs_start_and_end_at_any_level_and_only_heun_evaluates_the_last(sample
     assert last.level == knots[-1]
     assert isinstance(sampler, Heun) or all(state.level != knots[-1] for state in evaluated)
     assert {knot.logsnr for knot in knots[:-1]} <= {state.level.logsnr for state in evaluated}
+
+
+@pytest.mark.parametrize("sampler", [*SAMPLERS, Restart(DDIM(), ((1.0, 2.0, 2, 1),))], ids=str)
+def test_a_sampler_draws_noise_exactly_if_its_result_depends_on_it(sampler):
+    """The same first x with the noise of other seeds."""
+    oracle = mixture()
+    knots = Explicit((-4.0, -2.0, 0.0, 2.0, 4.0)).knots(oracle.process.schedule, 4)
+    x = Noise(torch.arange(3), (2,), dtype=torch.float64).start()
+    ends = [
+        integrate(oracle, sampler, x, knots, Noise(seeds, (2,), dtype=torch.float64))[0]
+        for seeds in (torch.arange(3), torch.arange(3) + 50)
+    ]
+    assert sampler.draws_noise(knots) != torch.equal(*ends)

@@ -137,3 +137,21 @@ def test_a_file_that_is_not_an_image_is_rejected(tmp_path):
         images.load_image(tmp_path / "x.png", process())
     with pytest.raises(ValueError, match="is not a readable image"):
         images.load_image(tmp_path / "none.png", process())
+
+
+def test_a_table_of_pictures_has_its_names_beside_rows_and_above_columns():
+    tiles = [[Image.new("RGB", (40, 30), colour) for colour in ("red", "lime")], [None, None]]
+    tiles[1][1] = Image.new("RGB", (40, 30), "blue")
+    sheet = np.asarray(images.draw_table(tiles, ["DDIM()", "a longer name"], ["5", "10"], "steps"))
+    left, top = sheet.shape[1] - 2 * 44, 28
+    assert sheet.shape[0] == top + 2 * 34
+    for row, column, colour in ((0, 0, (255, 0, 0)), (0, 1, (0, 255, 0)), (1, 1, (0, 0, 255))):
+        cell = sheet[top + 34 * row :, left + 44 * column :][:30, :40]
+        assert (cell == colour).all(), (row, column)
+    assert (sheet[top + 34 :, left:][:30, :40] == 255).all()  # an empty cell
+    for area in (sheet[:top, :left], sheet[:top, left : left + 40], sheet[:top, left + 44 :]):
+        assert (area < 200).any()  # text
+    assert (sheet[top : top + 30, :left] < 200).any()
+    assert (sheet[top + 34 :, :left] < 200).any()
+    wide = images.draw_table(tiles, ["a", "b"], ["a name wider than its tiles", "10"])
+    assert wide.width > 2 * 200

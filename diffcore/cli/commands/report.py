@@ -13,6 +13,7 @@ from diffcore.io.parser import ComponentParser
 from diffcore.io.plain_data import read_json
 from diffcore.io.specs import describe_spec
 from diffcore.report.charts import Curve, line_chart
+from diffcore.report.comparison_section import comparison_section
 from diffcore.report.page import (
     Section,
     chart_grid,
@@ -108,6 +109,7 @@ def write_report(run: Run, out: Path) -> None:
             "Drawn from the same seeds by the averaged weights.",
         ),
         Section("Evaluation", facts_table(_evaluation(run)), "The content of evaluation.json."),
+        comparison_section(run),
         Section("Noise levels", chart_grid(_level_charts(run))),
         Section("Settings", text_block(run.config.read_text("utf-8"))),
         Section(

@@ -39,5 +39,5 @@ class ObservedSampler(SamplerWrapper):
     def uses_guidance(self, state: State) -> bool:
         return self.inner.uses_guidance(state)
 
-    def dry_run(self, knots: tuple[Level, ...]) -> Iterator[State]:
-        return self.inner.dry_run(knots)  # the steps of a dry run are not observed
+    def dry_run(self, knots: tuple[Level, ...], noise: Noise | None = None) -> Iterator[State]:
+        return self.inner.dry_run(knots, noise)  # the steps of a dry run are not observed
