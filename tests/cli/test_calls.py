@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from diffcore.cli.calls import spell_calls
+from diffcore.cli.run_defaults import spell_calls
 from diffcore.io.specs import describe_component, from_spec, to_spec
 from diffcore.samplers import (
     DDIM,

@@ -96,6 +96,35 @@ def main(argv: Sequence[str]) -> None:
     Args:
         argv: command-line words after `compare`.
     """
+    parser = _parser()
+    prompts, words = extract_option(argv, "prompt", "a text", may_be_empty=True)
+    if prompts:
+        words.append(f"--prompt={json.dumps(prompts, ensure_ascii=False)}")
+    adapters, words = extract_option(words, "lora", "the file of an adapter")
+    if adapters:
+        words.append(f"--lora={json.dumps(adapters, ensure_ascii=False)}")
+    words = ["CFG(1)" if word == "none" else word for word in words]
+    arguments = parse_with_run_defaults(parser, words, lambda folder: _defaults(folder, parser))
+    request = ComparisonRequest(
+        **{name: arguments.pop(name) for name in ComparisonRequest.__dataclass_fields__}
+    )
+    folder, samplers, counts, rules = (
+        arguments.pop(name) for name in ("run", "samplers", "steps", "guidance")
+    )
+    if not all(1 <= count <= MOST_EVALUATIONS for count in counts):
+        raise ValueError(f"steps are {counts}, expected 1 to {MOST_EVALUATIONS:,} each")
+    _compare(
+        Path(folder),
+        request,
+        SampleRequest(**arguments),
+        list(dict.fromkeys(samplers)),
+        sorted(set(counts)),
+        list(dict.fromkeys(rules)),
+    )
+
+
+def _parser() -> ComponentParser:
+    """The parser of the command."""
     parser = ComponentParser(
         prog="diffcore compare",
         usage="diffcore compare RUN [--samplers NAME ...] [--steps N ...] [--guidance RULE ...] "
@@ -134,30 +163,7 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_class_arguments(ComparisonRequest)
     parser.add_class_arguments(SampleRequest, skip=SKIPPED)
-    prompts, words = extract_option(argv, "prompt", "a text", may_be_empty=True)
-    if prompts:
-        words.append(f"--prompt={json.dumps(prompts, ensure_ascii=False)}")
-    adapters, words = extract_option(words, "lora", "the file of an adapter")
-    if adapters:
-        words.append(f"--lora={json.dumps(adapters, ensure_ascii=False)}")
-    words = ["CFG(1)" if word == "none" else word for word in words]
-    arguments = parse_with_run_defaults(parser, words, lambda folder: _defaults(folder, parser))
-    request = ComparisonRequest(
-        **{name: arguments.pop(name) for name in ComparisonRequest.__dataclass_fields__}
-    )
-    folder, samplers, counts, rules = (
-        arguments.pop(name) for name in ("run", "samplers", "steps", "guidance")
-    )
-    if not all(1 <= count <= MOST_EVALUATIONS for count in counts):
-        raise ValueError(f"steps are {counts}, expected 1 to {MOST_EVALUATIONS:,} each")
-    _compare(
-        Path(folder),
-        request,
-        SampleRequest(**arguments),
-        list(dict.fromkeys(samplers)),
-        sorted(set(counts)),
-        list(dict.fromkeys(rules)),
-    )
+    return parser
 
 
 def _defaults(folder: Path, parser: ComponentParser) -> Mapping[str, Any]:
@@ -202,6 +208,7 @@ def _compare(
         request.flow_steps,
     )
     cases = comparison.run(lambda line: print(f"diffcore: {line}", file=sys.stderr, flush=True))
+    print("\n".join(format_cases(cases)))
     out = Path(request.out or _default_out(folder))
     written = _write_pictures(out, cases, keys, model, sampling)
     record = {
@@ -211,7 +218,6 @@ def _compare(
         "seconds": [describe_seconds(case) for case in cases],
     }
     write_file(out / "comparison.json", json.dumps(record, indent=1).encode())
-    print("\n".join(format_cases(cases)))
     print(f"results -> {out / 'comparison.json'}, pictures -> {', '.join(map(str, written))}")
 
 

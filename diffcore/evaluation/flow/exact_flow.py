@@ -84,9 +84,7 @@ def solve_flow(
         )
     if steps < 2:
         raise ValueError(f"steps is {steps}, expected at least 2, to halve them")
-    low, high = (
-        (-math.inf, math.inf) if ends is None else (float(level.logsnr) for level in ends)
-    )
+    low, high = (-math.inf, math.inf) if ends is None else (float(level.logsnr) for level in ends)
     grid = Within(FLOW_GRID, low, high)
     # mps has no float64.
     dtype = torch.float32 if denoiser.device.type == "mps" else torch.float64
