@@ -8,7 +8,8 @@ STEPS ?= 450
 SAMPLING = --sampler DDIM --grid Trailing --steps 25 --guidance CFG --guidance.scale 1.5
 # Test workers: one for each core that is visible, each with one thread.
 WORKERS ?= auto
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_OPTIONS)
+# The byte code of tests is kept, which saves each worker and each command in a process of its own its compilation.
+PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_OPTIONS)
 
 .PHONY: help demo test test-slow test-thorough coverage lint typecheck format pictures docs clean
 

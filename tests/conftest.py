@@ -63,6 +63,14 @@ def _clean_accelerate():
     forget_accelerate()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_the_disk():
+    """A write is not waited for: no test sees what a disk holds after a power failure."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda file: None)
+        yield
+
+
 @pytest.fixture
 def one_thread():
     """Bits depend on the number of threads, and on arrays this small two cost more than

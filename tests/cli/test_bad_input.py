@@ -24,8 +24,23 @@ def files() -> set[str]:
 
 
 @pytest.fixture
-def place(diffcore, trained):
-    """What the arguments name, in the current folder."""
+def place(diffcore, inputs, monkeypatch):
+    """Run a command in the folder of what the arguments name."""
+    monkeypatch.chdir(inputs)
+    return diffcore
+
+
+@pytest.fixture(scope="module")
+def inputs(trained, tmp_path_factory):
+    """The folder of what the arguments name, which no case changes."""
+    folder = tmp_path_factory.mktemp("inputs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_inputs(trained)
+    return folder
+
+
+def write_inputs(trained):
     for name, text in {
         "stepz.yaml": "stepz: 3\n",
         "peek.yaml": "lr: {peek: 3}\n",
@@ -59,7 +74,6 @@ def place(diffcore, trained):
     change("epsilon", prediction="epsilon")
     change("undropped", dropout=0.0)
     change("misspelt", predicton="edm")
-    return diffcore
 
 
 def change(run, **fields):

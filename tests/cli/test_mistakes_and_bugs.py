@@ -8,6 +8,7 @@ import pytest
 
 from diffcore.cli.main import main
 from diffcore.io.mistakes import MAXIMUM_LENGTH, one_line
+from tests.helpers.products import thinned
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -93,7 +94,7 @@ def _forget_planted():
 @pytest.mark.usefixtures("_forget_planted")
 @pytest.mark.parametrize(
     ("source", "place", "error"),
-    PLACES,
+    thinned(PLACES, 14),
     ids=[f"{list(OPTIONS).index(s)}-{p}-{e.__name__}" for s, p, e in PLACES],
 )
 def test_a_bug_in_a_module_of_the_user_keeps_its_traceback(

@@ -16,6 +16,7 @@ from tests.conftest import forget_accelerate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 volumes, video = (pytest.param(name, marks=pytest.mark.slow) for name in ("volumes", "video"))
+further_video = pytest.param("video", marks=pytest.mark.thorough)
 """Their networks are those of each other; the signals stand for both in the fast tests."""
 
 QUICK = (
@@ -121,7 +122,7 @@ def test_info_report_doctor_and_export_know_a_run_on_points(diffcore, points_run
     assert len(ended.err.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("recipe", ["points", "signals", volumes, video])
+@pytest.mark.parametrize("recipe", ["points", "signals", volumes, further_video])
 def test_the_doctor_finds_nothing_wrong_with_a_recipe(diffcore, recipe):
     ended = diffcore("doctor", recipe, "--quick", "--folder=run")
     assert ended.status == 0, ended.out
@@ -140,7 +141,7 @@ def test_latents_train_from_a_file_and_are_drawn_channel_by_channel(diffcore):
     assert np.load("x.npy").shape == (2, 4, 8, 8)
 
 
-@pytest.mark.parametrize("recipe", ["points", "signals", volumes, video])
+@pytest.mark.parametrize("recipe", ["points", "signals", volumes, further_video])
 def test_the_comment_of_a_recipe_trains_on_a_file_of_arrays(diffcore, recipe):
     text = find_settings(recipe).read_text(encoding="utf-8")
     command = re.search(r"#     diffcore (train .*(?:\n#         .*)*)", text)[1]

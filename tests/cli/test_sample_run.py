@@ -229,14 +229,14 @@ def test_on_one_brownian_path_twice_the_steps_give_a_nearby_sample(diffcore, tra
                         diffcore,
                         trained,
                         "--labels=3",
-                        "--per-label=8",
+                        "--per-label=4",
                         "--sampler=DDPM",
                         n,
                         *options,
                     ).values()
                 )
             )
-            for n in ("--steps=20", "--steps=40")
+            for n in ("--steps=10", "--steps=20")
         )
         return (few - many).norm()
 

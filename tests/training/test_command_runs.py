@@ -185,12 +185,20 @@ DIGITS = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [11, 30, 44])
-def test_the_recipe_digits_is_killed_and_resumed_with_workers_bit_for_bit(tmp_path, step):
-    status, err = finish(start(tmp_path / "straight", *DIGITS))
-    assert status == 0, err
-    killed = start(tmp_path / "killed", *DIGITS, KILL_AFTER=str(16 * step))
-    assert finish(killed)[0] == -signal.SIGKILL
+def test_the_recipe_digits_is_killed_and_resumed_with_workers_bit_for_bit(tmp_path):
+    """Killed in step 11 after the checkpoint of step 10, and resumed from there; then in step 30
+    before its checkpoint, and in step 44.
+    """
+    straight = start(tmp_path / "straight", *DIGITS)
+    for resumed_at, step in ((0, 11), (10, 30), (20, 44)):
+        items = str(16 * (step - resumed_at))
+        resume = f"--resume={'true' if resumed_at else 'false'}"
+        status, err = finish(start(tmp_path / "killed", *DIGITS, resume, KILL_AFTER=items))
+        assert status == -signal.SIGKILL, err
+        assert (f"resumed at step {resumed_at}" in err) == bool(resumed_at)
     status, err = finish(start(tmp_path / "killed", *DIGITS, "--resume=true", "--workers=2"))
+    assert status == 0, err
+    assert "resumed at step 40" in err
+    status, err = finish(straight)
     assert status == 0, err
     assert read_hashes(tmp_path / "killed/run") == read_hashes(tmp_path / "straight/run")

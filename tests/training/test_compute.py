@@ -13,6 +13,7 @@ from diffcore.training.averages.ema import EMA, Decay
 from diffcore.training.data import Digits
 from diffcore.training.optimization.compute import Compute
 from diffcore.training.reports.validation import Validation
+from tests.helpers.products import sampled
 from tests.helpers.tiny_pipelines import GREY_DIT, UNET
 from tests.helpers.training_runs import (
     crash_after,
@@ -139,9 +140,10 @@ def test_the_network_of_a_run_is_one_graph_that_is_compiled_once(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("name", ["UNet2DModel", "DiT"])
+@pytest.mark.parametrize(
+    ("name", "precision", "checkpointing"),
+    sampled(["UNet2DModel", "DiT"], ["no", "bf16"], [False, True], count=3),
+)
 def test_networks_of_diffusers_are_one_graph(tmp_path, dynamo, name, precision, checkpointing):
     assert count_graphs(tmp_path, name, precision, checkpointing) == (1, 0)
 

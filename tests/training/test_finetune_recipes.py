@@ -41,6 +41,12 @@ FAMILIES = {
     ),
 }
 
+SOME_FAMILIES = [
+    pytest.param(name, marks=() if name in ("sd", "flux") else pytest.mark.slow)
+    for name in FAMILIES
+]
+"""One family of a table and one of a flow are fast tests."""
+
 
 @pytest.fixture(scope="module")
 def pipelines(_finetune_folder):
@@ -58,7 +64,7 @@ def command(family, *options):
     return ["train", "finetune", *inputs, f"--folder=runs/auto-{family}", *SHORT, *options]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME_FAMILIES)
 def test_the_chosen_recipe_trains_an_adapter_of_the_pipelines_process_and_samples_it(
     workspace, pipelines, capsys, family
 ):
@@ -95,7 +101,7 @@ def test_the_chosen_recipe_trains_an_adapter_of_the_pipelines_process_and_sample
     trained.load_lora_weights(str(run))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME_FAMILIES)
 def test_a_trained_adapter_is_the_same_in_diffusers_in_every_format_and_merged(
     workspace, pipelines, tmp_path, family
 ):

@@ -94,19 +94,24 @@ def change_frozen_weights(folder):
     save_file(tensors, path, {"format": "pt"})
 
 
-@pytest.mark.parametrize(
-    "change", [change_caption, change_label, change_image, change_vae, change_frozen_weights]
-)
+CHANGES = (change_caption, change_label, change_image, change_vae, change_frozen_weights)
+
+
 def test_a_run_is_not_resumed_on_files_that_changed_in_place(
-    workspace, tmp_path, monkeypatch, capsys, change
+    workspace, tmp_path, monkeypatch, capsys
 ):
-    for name in ("images", "pipeline", "cache", "runs/lora"):
-        shutil.copytree(workspace / name, tmp_path / name)
-    monkeypatch.chdir(tmp_path)
     command = finetune_command("runs/lora", *LORA, "--resume=true")
-    assert run_command(*command) == 0
-    change(tmp_path)
-    before = hashes(tmp_path / "runs")
-    assert run_command(*command) == 1
-    assert " are not those with which the run in runs/lora was started" in capsys.readouterr().err
-    assert hashes(tmp_path / "runs") == before
+    for change in (None, *CHANGES):
+        folder = tmp_path / str(change and change.__name__)
+        for name in ("images", "pipeline", "cache", "runs/lora"):
+            shutil.copytree(workspace / name, folder / name)
+        monkeypatch.chdir(folder)
+        if change is None:
+            assert run_command(*command) == 0
+            continue
+        change(folder)
+        before = hashes(folder / "runs")
+        assert run_command(*command) == 1, change
+        message = " are not those with which the run in runs/lora was started"
+        assert message in capsys.readouterr().err, change
+        assert hashes(folder / "runs") == before, change

