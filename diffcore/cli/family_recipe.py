@@ -2,6 +2,9 @@
 
 --data IMAGES        --data.folder IMAGES
 --lora RANK          --network.lora.rank RANK, with the learning rate and the steps of an adapter
+--text_lora RANK     --network.text_lora.rank RANK --data.text tokens, and those of an adapter
+--token WORD=INITIAL --network.word.word WORD --network.word.initial INITIAL --data.text tokens, and
+                     those of textual inversion
 --resolution PIXELS  --data.size PIXELS
 """
 
@@ -22,8 +25,11 @@ __all__ = ["CHOICE", "check_recipe", "choose_recipe", "expand_options", "report_
 CHOICE = "finetune"
 """Name in place of a recipe's: the recipe of the pipeline's family."""
 PIPELINE = "the folder of a diffusers pipeline"
+TOKEN_EXPECTED = "a new word and the word that it starts from, such as '<cat>=cat'"
 ADAPTER_DEFAULTS = {"lr.peak": "0.0001", "lr.warmup": "100", "steps": "2000", "save_every": "500"}
 """Settings of an adapter that differ from those of all weights in the recipes."""
+WORD_DEFAULTS = ADAPTER_DEFAULTS | {"lr.peak": "0.0005"}
+"""Settings of textual inversion without an adapter."""
 
 
 def choose_recipe(words: Sequence[str]) -> str:
@@ -72,11 +78,32 @@ def expand_options(words: Sequence[str]) -> list[str]:
     folders, others = extract_option(others, "data", "the folder of your images")
     ranks, others = extract_option(others, "lora", "the rank of the adapter")
     sizes, others = extract_option(others, "resolution", "the size of the images in pixels")
+    text_ranks, others = extract_option(
+        others, "text_lora", "the rank of the text encoders' adapter"
+    )
+    words_found, others = extract_option(others, "token", TOKEN_EXPECTED)
     expanded = [f"--data{'' if _is_class(value) else '.folder'}={value}" for value in folders]
     expanded += [f"--network.lora.rank={value}" for value in ranks]
     expanded += [f"--data.size={value}" for value in sizes]
-    implied = ADAPTER_DEFAULTS if ranks and ranks[-1] != "0" else {}
+    expanded += [f"--network.text_lora.rank={value}" for value in text_ranks]
+    expanded += [option for value in words_found for option in _word_options(value)]
+    expanded += ["--data.text=tokens"] * bool(_is_positive(text_ranks) or words_found)
+    is_adapter = _is_positive(ranks) or _is_positive(text_ranks)
+    implied = ADAPTER_DEFAULTS if is_adapter else WORD_DEFAULTS if words_found else {}
     return [*(f"--{name}={value}" for name, value in implied.items()), *expanded, *others]
+
+
+def _is_positive(ranks: Sequence[str]) -> bool:
+    """Whether the last of several ranks is not 0."""
+    return bool(ranks) and ranks[-1] != "0"
+
+
+def _word_options(value: str) -> list[str]:
+    """The options of a new word and the word that it starts from."""
+    word, equals, initial = value.rpartition("=")
+    if not (word and equals and initial):
+        raise ValueError(f"--token is {value}, expected {TOKEN_EXPECTED}")
+    return [f"--network.word.word={word}", f"--network.word.initial={initial}"]
 
 
 def _is_class(value: str) -> bool:
@@ -148,12 +175,14 @@ def _condition(family: "ModelFamily") -> str:
 
 def _trained(settings: Mapping[str, Any], given: Mapping[str, Any]) -> str:
     rank = given.get("network.lora.rank") or 0
+    text_rank, word = given.get("network.text_lora.rank") or 0, given.get("network.word.word") or ""
     lr = given.get("lr.peak", (settings.get("lr") or {}).get("peak"))
     steps = given.get("steps", settings.get("steps"))
-    what = (
-        f"a LoRA of rank {rank} (leave --lora out for all weights)"
-        if rank
-        else "all weights of the network (--lora 16 for an adapter, which needs less memory)"
+    parts = [f"a LoRA of rank {rank} (leave --lora out for all weights)"] * bool(rank)
+    parts += [f"a LoRA of rank {text_rank} of the text encoders"] * bool(text_rank)
+    parts += [f"the embeddings of {word}"] * bool(word)
+    what = " and ".join(parts) or (
+        "all weights of the network (--lora 16 for an adapter, which needs less memory)"
     )
     return f"{what}, {steps} steps at learning rate {lr}"
 

@@ -38,9 +38,11 @@ def training_parser(prog: str, description: str) -> ComponentParser:
         usage=f"{prog} [RECIPE | FILE.yaml] [--option value ...]",
         description=description,
         epilog="Trainings of a pipeline also take `--data IMAGES` for --data.folder, `--lora RANK` "
-        "for --network.lora.rank with the learning rate and the steps of an adapter, and "
-        "`--resolution PIXELS` for --data.size. `--trust MODULE` lets the settings name classes of "
-        "one of your modules, which may lie in the current folder.",
+        "for --network.lora.rank with the learning rate and the steps of an adapter, "
+        "`--text_lora RANK` for an adapter of the text encoders, `--token '<cat>=cat'` for "
+        "a new word that starts from another one, and `--resolution PIXELS` for --data.size. "
+        "`--trust MODULE` lets the settings name classes of one of your modules, which may lie in "
+        "the current folder.",
     )
     parser.add_argument(
         "--config", action="config", help="YAML file of settings; options override it"

@@ -3,7 +3,7 @@
 Optional capabilities of a network are export to another library, and a hash of frozen weights.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -59,6 +59,28 @@ class ExportableNetwork(nn.Module):
     def facts(self) -> dict[str, str]:
         """What `diffcore info` prints about the network, by the name of the fact."""
         return {}
+
+    def tokenize(self, texts: Sequence[str], negative: str, size: int) -> Any:
+        """Tokenise prompts for a network that contains its text encoders and trains them.
+
+        Args:
+            texts: K prompts.
+            negative: text of the null condition; "": the empty prompt.
+            size: height and width of the images in pixels.
+
+        Returns:
+            The bank of tokens (`Prompts`) that labels index; None if the network takes encoded
+            prompts.
+        """
+        return None
+
+    def check_captions(self, texts: Sequence[str]) -> None:
+        """Raise ValueError if captions do not fit what is trained; by default they do.
+
+        Args:
+            texts: captions of the training data; none if it has no captions.
+        """
+        return
 
     def export(self, folder: str | Path, process: Process) -> None:
         """Write the network into a folder, in the format of the other library.

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from diffcore.core.conditions import batch_condition, condition_arguments, null_condition
 from diffcore.core.denoiser import Denoiser
-from diffcore.core.network import frozen_hash, leave_label_dropout
+from diffcore.core.network import ExportableNetwork, frozen_hash, leave_label_dropout
 from diffcore.core.process import Process
 from diffcore.core.random import Stream, derive_seed
 from diffcore.objectives.objective import Draw, SampleKey
@@ -332,6 +332,8 @@ def _build_modules(settings: "Trainer", label_wrapper: LabelWrapper) -> list[nn.
     modules = [settings.network()]
     leave_label_dropout(modules[0])
     _check_dtype(modules[0])
+    if isinstance(modules[0], ExportableNetwork):
+        modules[0].check_captions(settings.source.texts)
     _check_network(modules[0], label_wrapper, settings.process)
     settings.compute.apply(modules[0])
     if settings.objective.uncertainty:

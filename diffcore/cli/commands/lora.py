@@ -170,7 +170,8 @@ def _base(request: BaseRequest) -> None:
         raise ValueError(f"{run.folder} trained no network of a pipeline: it has no base")
     checkpoints = checkpoint_folders(run.checkpoints)
     expected = read_manifest(checkpoints[-1])["state"].get("network") if checkpoints else None
-    if expected and expected != index.network_hash:
+    frozen = (index.network_hash, index.weights_hash(index.network_name, *index.text_encoders))
+    if expected and expected not in frozen:
         raise ValueError(
             f"the network in {index.folder} has other weights than the one that {run.folder} was "
             "trained for: name the folder to which its pipeline was moved"

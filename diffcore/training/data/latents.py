@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,13 @@ from diffcore.training.data.buckets.items import ImageItems, Visit
 from diffcore.training.data.buckets.sizes import Buckets
 from diffcore.training.data.cache import Cache, Precision, hash_content
 from diffcore.training.data.captions import CaptionChoices, CaptionVariants, read_captions
+from diffcore.training.data.captions.encodings import (
+    CachedEmbeddings,
+    CaptionEncoding,
+    CaptionEncodings,
+    NetworkTokens,
+    text_encoder_hash,
+)
 from diffcore.training.data.conditioned.image_pairs import ConditionFolder, ImagePairs
 from diffcore.training.data.image_files import Fit, ImageFiles, Unreadable
 from diffcore.training.data.image_folder import label_images
@@ -31,9 +38,6 @@ if TYPE_CHECKING:
     from diffcore.integrations.diffusers.loading.vae import Latents
 
 __all__ = ["LatentDataset"]
-
-NULL = "\0"
-"""Text of the null condition, the empty prompt; pipelines may encode it unlike an empty caption."""
 
 DECODING = "upright"
 """Rule by which image files are decoded, a part of the key of their latents."""
@@ -80,6 +84,8 @@ class LatentDataset(DataSource):
         conditions: images of each condition, see `ImageFolder`; in pixels, not encoded.
         dtype: data type in which latents and text embeddings are cached, a part of the key of
             their folder; they are read as float32.
+        text: embeddings (captions are encoded once, and cached) or tokens (captions are tokenised,
+            for a network that trains its text encoders, which encode them in every step).
 
     Raises:
         ValueError: There are no images, some cannot be read, only some have a caption, or the
@@ -106,9 +112,12 @@ class LatentDataset(DataSource):
         masks: str = "",
         conditions: dict[str, ConditionFolder] | None = None,
         dtype: Precision = "float32",
+        text: CaptionEncodings = "embeddings",
     ) -> None:
         from diffcore.integrations.diffusers.loading.index import PipelineIndex
 
+        if text not in get_args(CaptionEncodings):
+            raise ValueError(f"text is {text!r}, expected embeddings or tokens")
         if crops < 1 or (crops > 1 and fit != "crop"):
             raise ValueError(f"crops is {crops}, expected 1, or more with fit: crop")
         self.pipeline, self.flip, self.crops = PipelineIndex(Path(pipeline)), flip, crops
@@ -136,7 +145,14 @@ class LatentDataset(DataSource):
         stored = [] if dtype == "float32" else [dtype]
         vae = hash_content(*self.pipeline.paths("vae"), *stored)
         self.latents = Cache(Path(cache) / "latents" / vae, dtype)
-        self.embeddings = Cache(Path(cache) / "embeddings" / self._text_encoder_hash(stored), dtype)
+        encoders = text_encoder_hash(self.pipeline, bool(texts), dtype)
+        self.embeddings = Cache(Path(cache) / "embeddings" / encoders, dtype)
+        self.encoding: CaptionEncoding
+        if text == "tokens":
+            self.encoding = NetworkTokens(self.pipeline, size)
+        else:
+            has_sizes = bool(self.inputs)
+            self.encoding = CachedEmbeddings(self.pipeline, size, self.embeddings, has_sizes)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -244,22 +260,18 @@ class LatentDataset(DataSource):
     @property
     def text_keys(self) -> list[str]:
         """Keys of the embeddings of the captions and of the null condition; [] without captions."""
-        return self._prompt_keys(self.texts) if self.texts else []
+        return self.encoding.keys(self.texts) if self.texts else []
 
     def prompts(self) -> "Prompts":
         """Read the text embeddings.
 
         Returns:
             The bank that a label is an index into; its last row is the null condition.
+
+        Raises:
+            ValueError: `text` is tokens.
         """
-        return self._read_prompts(self.text_keys, self.texts)
-
-    def _read_prompts(self, keys: Sequence[str], texts: Sequence[str]) -> "Prompts":
-        from diffcore.integrations.diffusers.loading.prompts import Prompts
-
-        rows = [self.embeddings.read(key) for key in keys]
-        tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        return Prompts(tensors, tuple(texts), self.pipeline.size_arguments if self.inputs else None)
+        return self.encoding.bank(self.texts)
 
     def label_wrapper(self, device: torch.device) -> Callable[[nn.Module], nn.Module]:
         """A function that wraps a text-conditional network so that it accepts labels.
@@ -270,9 +282,9 @@ class LatentDataset(DataSource):
         Returns:
             The function; the identity without captions.
         """
-        from diffcore.integrations.diffusers.loading.prompts import wrap_with
-
-        return wrap_with(self.prompts(), device) if self.texts else lambda network: network
+        if not self.texts:
+            return lambda network: network
+        return self.encoding.wrapper(self.texts, "", device)
 
     def prompt_wrapper(
         self, prompts: Sequence[str], negative: str, device: torch.device
@@ -292,14 +304,8 @@ class LatentDataset(DataSource):
         """
         if not self.texts:
             return super().prompt_wrapper(prompts, negative, device)
-        from diffcore.integrations.diffusers.loading.prompts import wrap_with
-
-        self._encode_texts(device, prompts, negative)
-        return wrap_with(self._read_prompts(self._prompt_keys(prompts, negative), prompts), device)
-
-    def _prompt_keys(self, texts: Sequence[str], negative: str = "") -> list[str]:
-        """The keys of the embeddings of texts, and of the null condition."""
-        return [hash_content(text, str(self.images.size)) for text in (*texts, NULL + negative)]
+        self.encoding.prepare(prompts, negative, device)
+        return self.encoding.wrapper(prompts, negative, device)
 
     @property
     def vae(self) -> nn.Module:
@@ -315,7 +321,8 @@ class LatentDataset(DataSource):
     @property
     def is_ready(self) -> bool:
         """True if every entry is cached."""
-        return not (self.latents.missing(self._visits()) or self.embeddings.missing(self.text_keys))
+        has_texts = not self.texts or self.encoding.is_ready(self.texts)
+        return has_texts and not self.latents.missing(self._visits())
 
     def prepare(self, device: torch.device, is_main_process: bool) -> None:
         """Compute the missing entries on one rank; the others then wait until they see them.
@@ -330,7 +337,7 @@ class LatentDataset(DataSource):
         if is_main_process:
             self._encode_images(device)
             if self.texts:
-                self._encode_texts(device, self.texts)
+                self.encoding.prepare(self.texts, "", device)
         deadline = time.monotonic() + WAIT_SECONDS
         while not self.is_ready:
             if time.monotonic() > deadline:
@@ -341,7 +348,7 @@ class LatentDataset(DataSource):
                 )
             time.sleep(POLL_SECONDS)
             self.latents.rescan()
-            self.embeddings.rescan()
+            self.encoding.rescan()
 
     def _visits(self) -> dict[str, Visit]:
         """Key of the latents -> the crop of an item that is encoded."""
@@ -366,32 +373,6 @@ class LatentDataset(DataSource):
                     yield {"mean": mean[0], "std": std[0]}
 
             self.latents.compute(missing, entries, "latents")
-
-    def _encode_texts(self, device: torch.device, texts: Sequence[str], negative: str = "") -> None:
-        """Compute the missing embeddings of texts and of the null condition."""
-        from diffcore.integrations.diffusers import encode_prompts
-
-        keys = self._prompt_keys(texts, negative)
-        if missing := self.embeddings.missing(keys):
-            pipeline = self.pipeline.read_text_pipeline(device)
-            by_key = dict(zip(keys, texts, strict=False))  # without the null key
-            size = (self.images.size, self.images.size)
-
-            def entries(keys: Sequence[str]) -> Entries:
-                captions = [by_key[key] for key in keys if key in by_key]
-                # The bank ends with the null condition, and the null key is the last of all keys.
-                bank = encode_prompts(pipeline, captions, negative, size)
-                for row in range(len(keys)):
-                    yield {name: value[row] for name, value in bank.tensors.items()}
-
-            self.embeddings.compute(missing, entries, "captions")
-
-    def _text_encoder_hash(self, stored: Sequence[str]) -> str:
-        """Hash of everything besides the caption that its embeddings depend on."""
-        paths = self.pipeline.paths("text_encoder", "tokenizer") if self.texts else []
-        # The class of the pipeline and the config of the network select the inputs of the network.
-        configs = (self.pipeline.content, self.pipeline.config(self.pipeline.network_name))
-        return hash_content(*map(str, configs), *paths, *stored)
 
     def _vae(self, device: torch.device) -> "Latents":
         from diffcore.integrations.diffusers.loading.vae import Latents

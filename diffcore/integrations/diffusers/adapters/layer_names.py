@@ -26,6 +26,7 @@ __all__ = [
     "find_pattern",
     "is_named",
     "known_places",
+    "name_in_files",
     "written_places",
 ]
 
@@ -166,7 +167,7 @@ def _places(models: Models, form: Format) -> Iterator[tuple[str, Place]]:
             "comfyui": f"text_encoders.{_comfyui_name(part, encoder)}.transformer.",
         }[form]
         for layer in _layers(encoder):
-            name = _in_files(encoder, layer)
+            name = name_in_files(encoder, layer)
             name = name.replace(".", "_") if form == "kohya" else name
             yield prefix + name, _place(models, part, layer)
 
@@ -197,8 +198,16 @@ def _layers(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, kinds)]
 
 
-def _in_files(encoder: nn.Module, layer: str) -> str:
-    """The name of a text encoder's layer in files: transformers 5 dropped CLIP's `text_model.`."""
+def name_in_files(encoder: nn.Module, layer: str) -> str:
+    """The name of a text encoder's layer in files: transformers 5 dropped CLIP's `text_model.`.
+
+    Args:
+        encoder: text encoder.
+        layer: name of the layer, or of one of its tensors, in the encoder.
+
+    Returns:
+        The name with which files of adapters begin.
+    """
     is_short = type(encoder).__name__ == "CLIPTextModel" and not hasattr(encoder, "text_model")
     return f"text_model.{layer}" if is_short else layer
 

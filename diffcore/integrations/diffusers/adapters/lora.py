@@ -14,10 +14,12 @@ from diffcore.integrations.diffusers.adapters.layer_names import (
 )
 from diffcore.io.extras import has_extra, missing
 
-__all__ = ["ATTENTION_LAYERS", "Kind", "LoRA"]
+__all__ = ["ATTENTION_LAYERS", "TEXT_LAYERS", "Kind", "LoRA", "TextLoRA"]
 
 Kind = Literal["lora", "rslora", "dora", "loha", "lokr"]
 ATTENTION_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
+TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj")
+"""Ends of the names of the attention layers of CLIP."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,7 @@ class LoRA:
             The arguments of the configuration of peft.
         """
         config: dict[str, Any] = network.peft_config["default"].to_dict()
+        config["base_model_name_or_path"] = None  # a folder of this machine
         layers = [name for name, module in network.named_modules() if _is_adapted(module)]
         found = {name: find_pattern(self.ranks, name) for name in layers}
         return config | {
@@ -225,6 +228,39 @@ class LoRA:
             return {}
         names = (name for name, _ in network.named_parameters())
         return {name: self.lr_ratio for name in names if ".lora_B." in name}
+
+
+@dataclass(frozen=True)
+class TextLoRA(LoRA):
+    """A low-rank adapter of text encoders, which is trained together with the network.
+
+    Args:
+        rank: r; 0 leaves the text encoders as they are.
+        alpha: α; 0 for alpha = rank.
+        targets: ends of the names of the adapted layers, each of whole words between dots.
+        kind: lora, rslora or dora, see `LoRA`.
+        dropout: share of the layer's inputs that is dropped in training.
+        ranks: rank of the layers whose names match a regular expression, see `LoRA`.
+        lr_ratio: learning rate of B divided by that of A (LoRA+); 1 for the same.
+
+    Raises:
+        ValueError: see `LoRA`; or the kind is loha or lokr, which diffusers does not load into text
+            encoders.
+
+    Example:
+        >>> TextLoRA(rank=8).targets
+        ['q_proj', 'k_proj', 'v_proj', 'out_proj']
+    """
+
+    targets: list[str] = field(default_factory=lambda: list(TEXT_LAYERS))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.is_low_rank:
+            raise ValueError(
+                f"kind is {self.kind!r}, which diffusers does not load into text encoders: "
+                "expected lora, rslora or dora"
+            )
 
 
 def _largest_rank(layer: nn.Module) -> int:

@@ -1,7 +1,7 @@
 """The record of a diffusers model family: the facts and functions that differ between families."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -40,6 +40,8 @@ class TextCondition(ABC):
     """Text encoders of the pipeline that may be missing."""
     summary: ClassVar[str] = "text"
     """What the network is conditioned on, for messages."""
+    trained_encoders: ClassVar[tuple[str, ...]] = ()
+    """Text encoders that can be trained together with the network, by `encode_tokens`."""
     unsupported_config: ClassVar[Mapping[str, str]] = {}
     """Keys that the network's config must not set -> why a network that does is refused."""
 
@@ -60,6 +62,26 @@ class TextCondition(ABC):
         Returns:
             Argument of the network's forward -> value (1, ...).
         """
+
+    def encode_tokens(
+        self, encoders: Sequence[nn.Module], tokens: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        """Encode a batch of tokenised prompts as `encode` encodes prompts, with gradients.
+
+        Args:
+            encoders: the text encoders of `trained_encoders`.
+            tokens: (B, L) token ids for each of them.
+
+        Returns:
+            Argument of the network's forward -> value (B, ...).
+
+        Raises:
+            ValueError: the text encoders of the family are not trained.
+        """
+        raise ValueError(
+            f"the text encoders of a network conditioned on {self.summary} are not trained: train "
+            "a network of Stable Diffusion 1, 2 or XL, or leave text_lora and token out"
+        )
 
     def shared_arguments(
         self, network: nn.Module, size: tuple[int, int], guidance_scale: float

@@ -1,7 +1,8 @@
 """How each family maps its pipeline's encoded prompts to the arguments of its network."""
 
 import inspect
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ class StableDiffusionText(TextCondition):
 
     summary = "text: the states of CLIP"
 
+    trained_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
     unsupported_config = {  # noqa: RUF012  # constant
         "encoder_hid_dim_type": "its text states are projected together with another condition",
         "num_class_embeds": "it is conditioned on a class label beside the text",
@@ -42,11 +44,19 @@ class StableDiffusionText(TextCondition):
         )
         return {"encoder_hidden_states": encoded[is_null]}
 
+    def encode_tokens(
+        self, encoders: Sequence[nn.Module], tokens: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        (encoder,), (ids,) = encoders, tokens
+        return {"encoder_hidden_states": encoder(ids)[0]}
+
 
 class StableDiffusionXLText(StableDiffusionText):
     """The states of two encoders, a pooled one, and the size in pixels as `time_ids`."""
 
     summary = "text: the states of two CLIP encoders, a pooled one, and sizes and crop as time_ids"
+
+    trained_encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
 
     def check_pipeline(self, pipeline: Any) -> None:
         if pipeline.config.get("requires_aesthetics_score"):
@@ -60,6 +70,18 @@ class StableDiffusionXLText(StableDiffusionText):
         return {
             "encoder_hidden_states": encoded[0 + is_null],
             "added_cond_kwargs.text_embeds": encoded[2 + is_null],
+        }
+
+    def encode_tokens(
+        self, encoders: Sequence[nn.Module], tokens: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        outputs = [
+            encoder(ids, output_hidden_states=True)
+            for encoder, ids in zip(encoders, tokens, strict=True)
+        ]
+        return {
+            "encoder_hidden_states": torch.cat([out.hidden_states[-2] for out in outputs], -1),
+            "added_cond_kwargs.text_embeds": outputs[-1].text_embeds,
         }
 
     def size_arguments(self, network: nn.Module, sizes: Tensor) -> Arguments:

@@ -74,9 +74,25 @@ class PipelineIndex:
         return network_name(self.folder, self.content)
 
     @property
+    def text_encoders(self) -> list[str]:
+        """Names of the text encoders, sorted."""
+        return sorted(name for name in self.parts if name.startswith("text_encoder"))
+
+    @property
     def network_hash(self) -> str:
         """Hashes of the files of the network's weights, in the order of their names."""
-        files = sorted((self.folder / self.network_name).glob("*.safetensors"))
+        return self.weights_hash(self.network_name)
+
+    def weights_hash(self, *names: str) -> str:
+        """Hashes of the files of the weights of parts.
+
+        Args:
+            *names: names of the parts.
+
+        Returns:
+            The hashes, part after part, in the order of the names of their files.
+        """
+        files = [file for n in names for file in sorted((self.folder / n).glob("*.safetensors"))]
         return " ".join(map(hash_file, files))
 
     @property

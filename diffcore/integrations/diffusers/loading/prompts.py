@@ -18,8 +18,10 @@ from diffcore.core.network import network_config
 from diffcore.io.files import CorruptFileError
 from diffcore.io.safetensors import read_weights_and_metadata, write_weights
 
-__all__ = ["PromptNetwork", "Prompts", "wrap_with"]
+__all__ = ["TOKENS", "PromptNetwork", "Prompts", "set_argument", "wrap_with"]
 
+TOKENS = "tokens"
+"""Argument of a network that contains its text encoders: token ids by the name of each encoder."""
 LARGE_BANK = 2**30
 """Number of bytes above which the text embeddings stay on the host."""
 
@@ -86,11 +88,8 @@ class Prompts:
         arguments: dict[str, Any] = {}
         for name, bank in self.tensors.items():
             entry = own[name] if name in own else bank[labels.to(bank.device)]
-            *path, last = name.split(".")
-            target = arguments
-            for key in path:
-                target = target.setdefault(key, {})
-            target[last] = entry.to(labels.device, dtype if entry.is_floating_point() else None)
+            entry = entry.to(labels.device, dtype if entry.is_floating_point() else None)
+            set_argument(arguments, name, entry)
         return arguments
 
     def _sized(self, sizes: Tensor) -> Mapping[str, Tensor]:
@@ -133,6 +132,20 @@ class Prompts:
                 f"{path} holds no prompts, expected a file that Prompts.save wrote"
             )
         return cls(tensors, tuple(json.loads(metadata["texts"])))
+
+
+def set_argument(arguments: dict[str, Any], name: str, value: Any) -> None:
+    """Set a keyword argument of a network, in place.
+
+    Args:
+        arguments: keyword arguments.
+        name: name of the argument; a dot leads into a dictionary: `added_cond_kwargs.text_embeds`.
+        value: its value.
+    """
+    *path, last = name.split(".")
+    for key in path:
+        arguments = arguments.setdefault(key, {})
+    arguments[last] = value
 
 
 class PromptNetwork(nn.Module):

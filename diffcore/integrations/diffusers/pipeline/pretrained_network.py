@@ -1,30 +1,34 @@
-"""Fine-tuning of the network of a diffusers pipeline: all of its weights, or a LoRA adapter.
+"""Fine-tuning of the network of a diffusers pipeline: all of its weights, or an adapter of it, of
+its text encoders, and the embeddings of a new word.
 
-The result is saved in the format of diffusers: a pipeline folder, or a LoRA file for
-`pipe.load_lora_weights`.
+The result is saved in the format of diffusers: a pipeline folder, or files for
+`pipe.load_lora_weights` and `pipe.load_textual_inversion`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from diffcore.core.denoiser import extract_tensor
 from diffcore.core.network import ExportableNetwork, keep_trained_state
 from diffcore.core.process import Process
 from diffcore.integrations.diffusers.adapters.files import ADAPTER
-from diffcore.integrations.diffusers.adapters.lora import LoRA
+from diffcore.integrations.diffusers.adapters.lora import LoRA, TextLoRA
+from diffcore.integrations.diffusers.adapters.textual_inversion import NewWord
 from diffcore.integrations.diffusers.families import family_of
 from diffcore.integrations.diffusers.loading.folder import PipelineParts, read_folder
 from diffcore.integrations.diffusers.loading.frozen_base import BasePrecision, read_base
 from diffcore.integrations.diffusers.loading.index import PipelineIndex
 from diffcore.integrations.diffusers.loading.parts import read_json
+from diffcore.integrations.diffusers.loading.prompts import TOKENS, Prompts, set_argument
 from diffcore.integrations.diffusers.pipeline.export import export_scheduler
 from diffcore.integrations.diffusers.pipeline.folder import write_pipeline
 from diffcore.integrations.diffusers.scheduler.scheduler import DiffcoreScheduler
@@ -33,31 +37,50 @@ from diffcore.integrations.diffusers.scheduler.scheduler_config import (
     dynamic_shift,
 )
 from diffcore.integrations.diffusers.scheduler.settings import SchedulerSettings
+from diffcore.io.extras import has_extra, missing
 from diffcore.io.files import verify_folder, write_file, write_folder
 from diffcore.samplers import DDIM
 from diffcore.schedules import Trailing
 
-__all__ = ["PretrainedNetwork", "build_scheduler"]
+if TYPE_CHECKING:
+    from diffcore.integrations.diffusers.adapters.text_encoders import TextEncoders
+
+__all__ = ["LEARNED_EMBEDDINGS", "PretrainedNetwork", "build_scheduler"]
+
+LEARNED_EMBEDDINGS = "learned_embeds.safetensors"
+"""Name of the file of a new word in a folder, which diffusers reads."""
 
 
 class PretrainedNetwork(ExportableNetwork):
     """The network of a diffusers pipeline, to be trained further.
 
-    With LoRA its state_dict contains only the adapter.
+    With LoRA its state_dict contains only the adapter. With `text_lora` or `word` it contains the
+    text encoders, and takes tokens in place of text embeddings (`LatentDataset(text="tokens")`).
 
     Args:
         pipeline: folder of a diffusers pipeline (`save_pretrained`) with safetensors.
-        lora: adapter that is trained in place of the weights; rank 0 trains all weights.
+        lora: adapter that is trained in place of the weights; rank 0 trains all weights, or none
+            with `text_lora` or `word`.
         base: data type of the frozen weights under an adapter: float32, bf16, fp8 (stored in 8 bits
             and evaluated in bfloat16) or nf4 (4 bits of bitsandbytes). The adapter is float32.
+        text_lora: adapter of the text encoders (Stable Diffusion 1, 2 and XL), which are encoded in
+            every training step; rank 0 leaves them as they are.
+        word: new word whose embeddings are trained (textual inversion).
 
     Raises:
         ValueError: The folder holds no complete pipeline, no layer fits the adapter, or diffusers
             loads no adapter into this pipeline; or the base of all weights is not float32.
     """
 
+    text_encoders: "TextEncoders | None"
+
     def __init__(
-        self, pipeline: str | Path, lora: LoRA = LoRA(), base: BasePrecision = "float32"
+        self,
+        pipeline: str | Path,
+        lora: LoRA = LoRA(),
+        base: BasePrecision = "float32",
+        text_lora: TextLoRA = TextLoRA(),
+        word: NewWord = NewWord(),
     ) -> None:
         super().__init__()
         if not Path(pipeline).is_dir():
@@ -68,7 +91,10 @@ class PretrainedNetwork(ExportableNetwork):
             )
         self.index, self.lora = PipelineIndex(Path(pipeline)), lora
         self.index.check_pretrained()
-        if base != "float32" and not lora.rank:
+        self.text_lora, self.word = text_lora, word
+        trains_text = bool(text_lora.rank or word.word)
+        self.is_adapter = bool(lora.rank or trains_text)
+        if base != "float32" and not self.is_adapter:
             raise ValueError(
                 f"base is {base}, but all weights are trained, which needs float32: train an "
                 "adapter (--lora 16), or leave base out"
@@ -76,13 +102,16 @@ class PretrainedNetwork(ExportableNetwork):
         self.base = base
         self.network: Any = read_base(self.index, base)
         self.config = self.network.config
-        if lora.rank:
+        self.text_encoders = self._read_text_encoders() if trains_text else None
+        if self.is_adapter:
             if not hasattr(self.index.pipeline_class, "save_lora_weights"):
                 raise ValueError(
                     f"diffusers loads no LoRA into a {self.index.pipeline_class.__name__}: train "
                     "all weights"
                 )
-            lora.add_to(self.network)
+            self.network.requires_grad_(False)
+            if lora.rank:
+                lora.add_to(self.network)
             keep_trained_state(self)
             for parameter in self.network.parameters():
                 if parameter.requires_grad:
@@ -96,21 +125,32 @@ class PretrainedNetwork(ExportableNetwork):
                 "in model_index.json"
             )
 
+    def _read_text_encoders(self) -> "TextEncoders":
+        if not has_extra("peft"):
+            raise missing("peft", "Training text encoders (leave text_lora and word out)")
+        from diffcore.integrations.diffusers.adapters.text_encoders import TextEncoders
+
+        return TextEncoders(self.index, self.text_lora, self.word)
+
     def forward(self, x: Tensor, timestep: Tensor, **condition: Any) -> Tensor:
         """Evaluate the network, and drop the variance that some networks also output.
 
         Args:
             x: (B, *shape) noisy samples.
             timestep: (B,) time input.
-            **condition: labels or text embeddings.
+            **condition: labels or text embeddings; of a network that trains its text encoders,
+                `tokens`.
 
         Returns:
             (B, *shape) output, of the prediction type of the process.
 
         Raises:
-            ValueError: The network is conditioned on text, and no text embeddings are passed.
+            ValueError: The network is conditioned on text, and no text embeddings or tokens are
+                passed.
         """
         network: nn.Module = self.network
+        if self.text_encoders is not None:
+            condition = self._encoded(condition)
         family = family_of(network)
         if family.is_text_conditioned(network) and "encoder_hidden_states" not in condition:
             raise ValueError(
@@ -121,6 +161,19 @@ class PretrainedNetwork(ExportableNetwork):
         output = extract_tensor(family.wrap(network)(given, timestep=timestep, **condition))
         return output[:, : x.shape[1]].to(x.dtype)
 
+    def _encoded(self, condition: dict[str, Any]) -> dict[str, Any]:
+        """The condition with text embeddings in place of tokens."""
+        assert self.text_encoders is not None
+        if TOKENS not in condition:
+            raise ValueError(
+                "the network trains its text encoders, and takes tokens in place of text "
+                "embeddings: set data.text: tokens"
+            )
+        encoded = {name: value for name, value in condition.items() if name != TOKENS}
+        for name, value in self.text_encoders(condition[TOKENS]).items():
+            set_argument(encoded, name, value)
+        return encoded
+
     def _narrowed(self, value: Any) -> Any:
         """Tensors of numbers, possibly in dictionaries, in the data type of a frozen base."""
         if isinstance(value, dict):
@@ -130,27 +183,76 @@ class PretrainedNetwork(ExportableNetwork):
 
     @cached_property
     def content_hash(self) -> str:
-        """Hash of the frozen weights that an adapter is trained for; "" without LoRA."""
-        return self.index.network_hash if self.lora.rank else ""
+        """Hash of the frozen weights that an adapter is trained for; "" if all are trained."""
+        encoders = self.index.text_encoders if self.text_encoders is not None else []
+        names = (self.index.network_name, *encoders)
+        return self.index.weights_hash(*names) if self.is_adapter else ""
 
     @property
     def learning_rate_factors(self) -> dict[str, float]:
-        """Names of the matrices B of an adapter -> the ratio of LoRA+."""
-        return self.lora.learning_rate_factors(self)
+        """Names of the matrices B of adapters -> the ratio of LoRA+."""
+        parts: dict[str, tuple[LoRA, Any]] = {"network": (self.lora, self.network)}
+        if self.text_encoders is not None:
+            parts["text_encoders"] = (self.text_lora, self.text_encoders)
+        return {
+            f"{part}.{name}": factor
+            for part, (lora, module) in parts.items()
+            for name, factor in lora.learning_rate_factors(module).items()
+        }
 
     @property
     def exported_names(self) -> tuple[str, ...]:
-        """The adapter and its scheduler, or without LoRA the pipeline."""
-        return (ADAPTER, "scheduler") if self.lora.rank else ("pipeline",)
+        """The adapter, the new word and the scheduler; the pipeline if all weights are trained."""
+        if not self.is_adapter:
+            return ("pipeline",)
+        adapter = [ADAPTER] if self.lora.rank or self.text_lora.rank else []
+        return (*adapter, *[LEARNED_EMBEDDINGS] * bool(self.word.word), "scheduler")
 
     @property
     def facts(self) -> dict[str, str]:
         """The pipeline that the training started from, and the adapter if there is one."""
         facts = {"base pipeline": str(self.index.folder)}
         if self.lora.rank:
-            trained = sum(value.numel() for value in self.parameters() if value.requires_grad)
-            facts["adapter"] = f"{self.lora.describe()}, {trained:,} trained parameters"
+            count = _count_trained(self.network)
+            facts["adapter"] = f"{self.lora.describe()}, {count:,} trained parameters"
+        if self.text_encoders is not None:
+            what = [self.text_lora.describe()] if self.text_lora.rank else []
+            what += [f"{self.word.vectors} embeddings of {self.word.word}"] * bool(self.word.word)
+            count = _count_trained(self.text_encoders)
+            facts["text encoders"] = f"{', '.join(what)}, {count:,} trained parameters"
         return facts
+
+    def tokenize(self, texts: Sequence[str], negative: str, size: int) -> Prompts | None:
+        """Tokenise prompts for the text encoders that this network trains.
+
+        Args:
+            texts: K prompts.
+            negative: text of the null condition; "": the empty prompt.
+            size: height and width of the images in pixels.
+
+        Returns:
+            The bank of tokens that labels index; None if no text encoder is trained.
+        """
+        if self.text_encoders is None:
+            return None
+        shared = self.text_encoders.condition.shared_arguments(self.network, (size, size), 0.0)
+        count = len(texts) + 1
+        sizes = {name: value.expand(count, *value.shape) for name, value in shared.items()}
+        tokens = self.text_encoders.tokenize(texts, negative)
+        return Prompts(tokens | sizes, tuple(texts), self.index.size_arguments)
+
+    def check_captions(self, texts: Sequence[str]) -> None:
+        """Raise ValueError if no caption contains the new word, whose embeddings are trained.
+
+        Args:
+            texts: captions of the training data.
+        """
+        if self.word.word and not any(self.word.word in text for text in texts):
+            raise ValueError(
+                f"the new word is {self.word.word}, which none of the {len(texts)} captions "
+                "contains, so that it would not be trained: write it into the captions of its "
+                "images"
+            )
 
     def exported_parts(self, folder: str | Path) -> PipelineParts:
         """The parts of the pipeline with this network on a float32 base, and a run's scheduler.
@@ -163,14 +265,19 @@ class PretrainedNetwork(ExportableNetwork):
         """
         verify_folder(Path(folder) / "scheduler")
         scheduler = read_json(Path(folder) / "scheduler" / "scheduler_config.json")
-        parts = read_folder(self.index.folder, self._in_float32())
-        return replace(parts, scheduler=scheduler)
+        parts = replace(read_folder(self.index.folder, self._in_float32()), scheduler=scheduler)
+        build, encoders = parts.pipeline, self.text_encoders
+        if build is None or encoders is None:
+            return parts
+        return replace(parts, pipeline=lambda: encoders.put_into(build()))
 
     def _in_float32(self) -> nn.Module:
         """The network with the weights of the pipeline, which diffusers adds the adapter to."""
         network: nn.Module = self.network
         if self.base != "float32":
-            made = PretrainedNetwork(self.index.folder, self.lora)
+            made = PretrainedNetwork(
+                self.index.folder, self.lora, text_lora=self.text_lora, word=self.word
+            )
             made.load_state_dict(self.state_dict())
             network = made.network
         return network
@@ -178,8 +285,9 @@ class PretrainedNetwork(ExportableNetwork):
     def export(self, folder: str | Path, process: Process) -> None:
         """Write the network to a run's folder in the format of diffusers.
 
-        Without LoRA it is the folder pipeline/; with LoRA it is pytorch_lora_weights.safetensors
-        and the folder scheduler/.
+        Of all weights it is the folder pipeline/; of an adapter it is
+        pytorch_lora_weights.safetensors, of a new word learned_embeds.safetensors, both with the
+        folder scheduler/.
 
         Args:
             folder: folder of the run.
@@ -187,8 +295,12 @@ class PretrainedNetwork(ExportableNetwork):
         """
         folder = Path(folder)
         scheduler = build_scheduler(self.index.scheduler, process, self.network)
-        if self.lora.rank:
-            self._save_adapter(folder)
+        if self.is_adapter:
+            if ADAPTER in self.exported_names:
+                self._save_adapter(folder)
+            if self.word.word and self.text_encoders is not None:
+                learned = self.text_encoders.learned_embeddings()
+                write_file(folder / LEARNED_EMBEDDINGS, save(learned, {"format": "pt"}))
             write_folder(folder / "scheduler", scheduler.save_pretrained)
         else:
             parts = {self.index.network_name: self.network, "scheduler": scheduler}
@@ -197,13 +309,21 @@ class PretrainedNetwork(ExportableNetwork):
     def _save_adapter(self, run: Path) -> None:
         from peft.utils import get_peft_model_state_dict
 
-        name = self.index.network_name
-        layers = {f"{name}_lora_layers": get_peft_model_state_dict(self.network)}
-        # Without the metadata diffusers takes the rank for alpha.
-        metadata = {f"{name}_lora_adapter_metadata": self.lora.written_config(self.network)}
+        name, arguments = self.index.network_name, {}
+        if self.lora.rank:
+            arguments[f"{name}_lora_layers"] = get_peft_model_state_dict(self.network)
+            # Without the metadata diffusers takes the rank for alpha.
+            config = self.lora.written_config(self.network)
+            arguments[f"{name}_lora_adapter_metadata"] = config
+        if self.text_encoders is not None:
+            arguments |= self.text_encoders.adapter_arguments()
         with TemporaryDirectory() as folder:
-            self.index.pipeline_class.save_lora_weights(folder, **layers, **metadata)
+            self.index.pipeline_class.save_lora_weights(folder, **arguments)
             write_file(run / ADAPTER, Path(folder, ADAPTER).read_bytes())
+
+
+def _count_trained(module: nn.Module) -> int:
+    return sum(value.numel() for value in module.parameters() if value.requires_grad)
 
 
 def build_scheduler(

@@ -1,0 +1,152 @@
+"""The text encoders of a pipeline, trained together with its network on tokens.
+
+tokens -> text encoders -> arguments of the network
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor, nn
+
+from diffcore.integrations.diffusers.adapters.layer_names import name_in_files
+from diffcore.integrations.diffusers.adapters.lora import TextLoRA
+from diffcore.integrations.diffusers.adapters.textual_inversion import (
+    ExtendedEmbedding,
+    NewWord,
+)
+from diffcore.integrations.diffusers.families import TextCondition
+from diffcore.integrations.diffusers.loading.index import PipelineIndex
+from diffcore.integrations.diffusers.loading.prompts import TOKENS
+
+__all__ = ["TextEncoders"]
+
+IS_ZERO = "is_zero"
+"""Entry of the tokens that is True for prompts whose encoding is zero."""
+
+
+class TextEncoders(nn.Module):
+    """Text encoders with an adapter, or with the embeddings of a new word, and their tokenizers.
+
+    All other weights are frozen, in float32.
+
+    Args:
+        index: pipeline of Stable Diffusion 1, 2 or XL.
+        lora: adapter of each text encoder; rank 0: none.
+        word: new word whose embeddings are trained.
+
+    Raises:
+        ValueError: the text encoders of the pipeline's family are not trained here, or the adapter
+            or the word does not fit them.
+    """
+
+    def __init__(self, index: PipelineIndex, lora: TextLoRA, word: NewWord) -> None:
+        super().__init__()
+        condition = index.family.condition
+        if not isinstance(condition, TextCondition) or not condition.trained_encoders:
+            raise ValueError(
+                f"{index.folder} holds {index.family.name}, whose text encoders are not trained: "
+                "start from Stable Diffusion 1, 2 or XL, or leave text_lora and word out"
+            )
+        self.condition, self.lora, self.word = condition, lora, word
+        self.names = condition.trained_encoders
+        self.has_zeros = bool(index.content.get("force_zeros_for_empty_prompt"))
+        self.tokenizers: dict[str, Any] = {
+            name: index.read(name.replace("text_encoder", "tokenizer")) for name in self.names
+        }
+        encoders: dict[str, Any] = {name: index.read(name) for name in self.names}
+        self.embeddings: dict[str, ExtendedEmbedding] = {}
+        for name, encoder in encoders.items():
+            encoder.requires_grad_(False)
+            if lora.rank:
+                lora.add_to(encoder)
+            if word.word:
+                self.embeddings[name] = word.add_to(self.tokenizers[name], encoder)
+        self.encoders = nn.ModuleDict(encoders)
+
+    def tokenize(self, texts: Sequence[str], negative: str = "") -> dict[str, Tensor]:
+        """Tokenise prompts as the pipeline does.
+
+        Args:
+            texts: K prompts.
+            negative: text of the null condition; "": what the pipeline uses without a negative
+                prompt (zeros for many XL pipelines).
+
+        Returns:
+            `tokens.NAME` of each text encoder -> (K + 1, L) ids; `tokens.is_zero` -> (K + 1,).
+        """
+        is_zero = torch.zeros(len(texts) + 1, dtype=torch.bool)
+        is_zero[-1] = self.has_zeros and not negative
+        prompts = [self.word.expand(text) for text in (*texts, negative)]
+        tokens = {
+            f"{TOKENS}.{name}": tokenizer(
+                prompts,
+                padding="max_length",
+                max_length=tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            )["input_ids"]
+            for name, tokenizer in self.tokenizers.items()
+        }
+        return tokens | {f"{TOKENS}.{IS_ZERO}": is_zero}
+
+    def forward(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Encode tokenised prompts.
+
+        Args:
+            tokens: (B, L) ids by the name of the text encoder, and `is_zero` (B,).
+
+        Returns:
+            Argument of the network's forward -> value (B, ...); a dot in the name leads into a
+            dictionary.
+        """
+        arguments = self.condition.encode_tokens(
+            [self.encoders[name] for name in self.names], [tokens[name] for name in self.names]
+        )
+        is_zero = tokens[IS_ZERO]
+        return {
+            name: value.masked_fill(is_zero.view(-1, *[1] * (value.ndim - 1)), 0)
+            for name, value in arguments.items()
+        }
+
+    def put_into(self, pipeline: Any) -> Any:
+        """Replace the text encoders and tokenizers of a pipeline by these, in place.
+
+        Args:
+            pipeline: pipeline of diffusers.
+
+        Returns:
+            The pipeline.
+        """
+        for name in self.names:
+            setattr(pipeline, name, self.encoders[name])
+            setattr(pipeline, name.replace("text_encoder", "tokenizer"), self.tokenizers[name])
+        return pipeline
+
+    def adapter_arguments(self) -> dict[str, Any]:
+        """The arguments of diffusers' `save_lora_weights` for the adapters of the text encoders.
+
+        Returns:
+            Layers and metadata by the names of the arguments; {} without an adapter.
+        """
+        found: dict[str, Any] = {}
+        for name, encoder in self.encoders.items() if self.lora.rank else ():
+            # With "auto" peft would look for the encoder on the hub.
+            layers = get_peft_model_state_dict(encoder, save_embedding_layers=False)
+            found[f"{name}_lora_layers"] = {
+                name_in_files(encoder, layer): value for layer, value in layers.items()
+            }
+            found[f"{name}_lora_adapter_metadata"] = self.lora.written_config(encoder)
+        return found
+
+    def learned_embeddings(self) -> dict[str, Tensor]:
+        """The embeddings of the new word, as diffusers' `load_textual_inversion` reads them.
+
+        Returns:
+            The word -> (vectors, D) of a single text encoder; of the two of XL, clip_l and clip_g
+            -> (vectors, D). {} without a word.
+        """
+        names = [self.word.word] if len(self.names) == 1 else ["clip_l", "clip_g"]
+        rows = [embedding.new.detach() for embedding in self.embeddings.values()]
+        return dict(zip(names, rows, strict=True)) if rows else {}

@@ -1,0 +1,215 @@
+"""Text encoders that are trained with a network: their encoding is that of the pipeline, and
+diffusers loads what is written.
+"""
+
+from functools import partial
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffcore.core.process import Process
+from diffcore.integrations.diffusers import LoRA, PretrainedNetwork, encode_prompts
+from diffcore.integrations.diffusers.adapters.files import read_adapters
+from diffcore.integrations.diffusers.adapters.lora import TextLoRA
+from diffcore.integrations.diffusers.adapters.textual_inversion import NewWord
+from diffcore.integrations.diffusers.loading.index import PipelineIndex
+from diffcore.integrations.diffusers.pipeline.folder import merge_into_pipeline
+from diffcore.schedules import Discrete
+from tests.helpers import text_networks
+from tests.helpers.captioned_images import latent_dataset, write_images
+
+WORD = NewWord("<cat>", "c", vectors=2)
+BOTH = {"text_lora": TextLoRA(rank=2, alpha=3, ranks={"q_proj": 3}), "word": WORD}
+PIPELINES = {
+    "sd": (text_networks.sd, {}),
+    "sdxl": (text_networks.sdxl, {}),
+    "sdxl without zeros": (text_networks.sdxl, {"force_zeros_for_empty_prompt": False}),
+}
+X, TIME = torch.randn(3, 4, 8, 8), torch.tensor([3.0, 500.0, 900.0])
+LABELS = torch.arange(3)
+PROCESS = Process(Discrete(), shape=(4, 8, 8), prediction="epsilon")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Pipelines by the names in `PIPELINES`, and one of another family."""
+    folder = tmp_path_factory.mktemp("pipelines")
+    for name, (make, options) in PIPELINES.items():
+        scheduler = diffusers.DDIMScheduler(steps_offset=1, clip_sample=False)
+        pipe = make(scheduler)
+        if options:
+            pipe.register_to_config(**options)
+        pipe.save_pretrained(folder / name)
+    flow = diffusers.FlowMatchEulerDiscreteScheduler()
+    text_networks.sd3(flow).save_pretrained(folder / "sd3")
+    return folder
+
+
+def trained(folder, **options):
+    """A network whose trained weights have moved."""
+    torch.manual_seed(0)
+    made = PretrainedNetwork(folder, LoRA(rank=2), **options)
+    made.load_state_dict({k: 0.3 * torch.randn_like(v) for k, v in made.state_dict().items()})
+    return made
+
+
+def assert_equal_arguments(found, expected, **tolerances):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if isinstance(value, dict):
+            assert_equal_arguments(found[name], value, **tolerances)
+        else:
+            torch.testing.assert_close(found[name], value, **tolerances)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_encoded_tokens_are_what_the_pipeline_encodes(folder, name):
+    made = PretrainedNetwork(folder / name, LoRA(rank=2), text_lora=TextLoRA(rank=2))
+    texts = ["a red cat", "a b c d e f g h i j k l m n o p"]  # the second is too long
+    pipeline = PipelineIndex(folder / name).read_text_pipeline()
+    for negative in ("", "bad"):
+        expected = encode_prompts(pipeline, texts, negative, (16, 16)).arguments(LABELS)
+        bank = made.tokenize(texts, negative, 16)
+        assert_equal_arguments(made._encoded(bank.arguments(LABELS)), expected, rtol=0, atol=1e-6)
+    assert bank.texts == tuple(texts)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_diffusers_loads_the_adapters_and_the_new_word_and_gives_the_same_outputs(
+    folder, tmp_path, name
+):
+    made, index = trained(folder / name, **BOTH), PipelineIndex(folder / name)
+    made.export(tmp_path, PROCESS)
+    assert {path.name for path in tmp_path.iterdir()} == set(made.exported_names)
+    pipe = index.pipeline_class.from_pretrained(folder / name)
+    pipe.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
+    if name == "sd":
+        pipe.load_textual_inversion(tmp_path / "learned_embeds.safetensors")
+    else:
+        learned = load_file(tmp_path / "learned_embeds.safetensors")
+        for key, end in (("clip_l", ""), ("clip_g", "_2")):
+            parts = {part: getattr(pipe, part + end) for part in ("text_encoder", "tokenizer")}
+            pipe.load_textual_inversion(learned[key], token="<cat>", **parts)
+    texts = ["a red <cat>", "<cat> dog"]
+    expected = encode_prompts(pipe, texts, "", (16, 16)).arguments(LABELS)
+    tokens = made.tokenize(texts, "", 16).arguments(LABELS)
+    assert_equal_arguments(made._encoded(tokens), expected, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        output = made(X, TIME, **tokens)
+        torch.testing.assert_close(
+            output, pipe.unet(X, TIME, **expected).sample, rtol=1e-5, atol=1e-5
+        )
+    build = made.exported_parts(tmp_path).pipeline
+    own = encode_prompts(build(), texts, "", (16, 16)).arguments(LABELS)
+    assert_equal_arguments(own, expected, rtol=1e-5, atol=1e-5)
+    merge_into_pipeline(tmp_path / "merged", index, [(read_adapters(tmp_path, index), 1.0)])
+    merged = PipelineIndex(tmp_path / "merged").read_text_pipeline()
+    pipe = index.pipeline_class.from_pretrained(folder / name)
+    pipe.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
+    prompts = (["a red cat", "dog"], "", (16, 16))
+    expected = encode_prompts(pipe, *prompts).arguments(LABELS)
+    assert_equal_arguments(
+        encode_prompts(merged, *prompts).arguments(LABELS), expected, rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_only_the_rows_of_the_new_word_are_trained(folder, name):
+    made = PretrainedNetwork(folder / name, word=WORD).train()
+    before = {name: value.clone() for name, value in made.named_parameters()}
+    plain = made.tokenize(["a red cat", "dog"], "", 16).arguments(LABELS)
+    tokens = made.tokenize(["<cat>", "a <cat>"], "", 16).arguments(LABELS)
+    output, count = made(X, TIME, **plain), len(made.text_encoders.names)
+    optimizer = torch.optim.AdamW([v for v in made.parameters() if v.requires_grad], 0.1)
+    made(X, TIME, **tokens).square().mean().backward()
+    optimizer.step()
+    changed = {n for n, value in made.named_parameters() if not torch.equal(value, before[n])}
+    assert changed == set(made.state_dict())
+    assert len(changed) == count
+    assert all(name.endswith("token_embedding.new") for name in changed)
+    for name in changed:
+        base = before[name.removesuffix("new") + "base.weight"]
+        c = made.text_encoders.tokenizers["text_encoder"].convert_tokens_to_ids("c</w>")
+        assert torch.equal(before[name], base[[c, c]])
+        moved = made.get_parameter(name) != before[name]
+        assert moved.any(1).all()
+    assert torch.equal(made(X, TIME, **plain), output)
+    assert made.exported_names == ("learned_embeds.safetensors", "scheduler")
+
+
+def test_the_ratio_of_lora_plus_is_that_of_each_adapter(folder):
+    text_lora = TextLoRA(rank=2, lr_ratio=4.0)
+    made = PretrainedNetwork(folder / "sd", LoRA(rank=2, lr_ratio=16.0), text_lora=text_lora)
+    factors = made.learning_rate_factors
+    names = {name for name, _ in made.named_parameters() if ".lora_B." in name}
+    assert factors.keys() == names
+    assert {name.partition(".")[0]: factor for name, factor in factors.items()} == {
+        "network": 16.0,
+        "text_encoders": 4.0,
+    }
+
+
+def test_a_base_in_fewer_bits_keeps_the_text_encoders_in_float32(folder, tmp_path):
+    made = trained(folder / "sd", **BOTH, base="bf16")
+    exact = trained(folder / "sd", **BOTH)
+    tokens = made.tokenize(["a <cat>", "dog"], "", 16).arguments(LABELS)
+    assert_equal_arguments(made._encoded(tokens), exact._encoded(tokens), rtol=0, atol=0)
+    difference = (made(X, TIME, **tokens) - exact(X, TIME, **tokens)).norm()
+    assert 1e-4 < difference / exact(X, TIME, **tokens).norm() < 0.02
+
+
+def test_the_frozen_hash_contains_the_text_encoders_that_are_trained(folder):
+    index = PipelineIndex(folder / "sd")
+    made = PretrainedNetwork(folder / "sd", LoRA(2), text_lora=TextLoRA(2))
+    assert made.content_hash == index.weights_hash("unet", "text_encoder")
+    assert PretrainedNetwork(folder / "sd", LoRA(2)).content_hash == index.network_hash
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (partial(TextLoRA, 2, kind="lokr"), "does not load into text encoders"),
+        (partial(NewWord, "<cat>"), "word is '<cat>' and initial is '', expected both"),
+        (partial(NewWord, "my cat", "c"), "word is 'my cat', expected one without white space"),
+        (partial(NewWord, "<cat>", "c", 0), "vectors is 0"),
+    ],
+)
+def test_options_without_meaning_are_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        (
+            "sd3",
+            {"text_lora": TextLoRA(2)},
+            "holds Stable Diffusion 3, whose text encoders are not",
+        ),
+        ("sd", {"word": NewWord("<cat>", "cat")}, "which the tokenizer splits into 3 tokens"),
+        ("sd", {"word": NewWord("b</w>", "c")}, "which the tokenizer has as a token"),
+        ("sd", {"text_lora": TextLoRA(99)}, "rank is 99, but the largest adapted layer has 8"),
+    ],
+)
+def test_what_does_not_fit_the_pipeline_is_refused(folder, name, options, message):
+    with pytest.raises(ValueError, match=message):
+        PretrainedNetwork(folder / name, **options)
+
+
+def test_tokens_and_embeddings_are_not_confused(folder, tmp_path):
+    write_images(tmp_path / "images")
+    (tmp_path / "pipeline").symlink_to(folder / "sd")
+    adapted = PretrainedNetwork(folder / "sd", LoRA(2))
+    data = latent_dataset(tmp_path, text="tokens")
+    with pytest.raises(ValueError, match=r"data\.text is tokens, but the network trains no text"):
+        data.label_wrapper(torch.device("cpu"))(adapted)
+    with pytest.raises(ValueError, match=r"only the network encodes: set data.text: embeddings"):
+        data.prompts()
+    trained_text = PretrainedNetwork(folder / "sd", text_lora=TextLoRA(2))
+    with pytest.raises(ValueError, match=r"takes tokens in place .*: set data.text: tokens"):
+        trained_text(X, TIME, encoder_hidden_states=torch.zeros(3, 12, 8))
+    with pytest.raises(ValueError, match="text is 'words', expected embeddings or tokens"):
+        latent_dataset(tmp_path, text="words")
