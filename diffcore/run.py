@@ -217,6 +217,11 @@ class Run:
         """The results of the last comparison of samplers, beside its pictures, if there was one."""
         return self.folder / "comparison" / "comparison.json"
 
+    @property
+    def likelihood(self) -> Path:
+        """The bits per dimension of data under the averaged weights, by method and data."""
+        return self.folder / "likelihood.json"
+
     def settings(self) -> dict[str, Any]:
         """The contents of config.yaml as plain data.
 

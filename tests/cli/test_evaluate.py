@@ -155,7 +155,7 @@ def test_a_folder_is_measured_by_features_of_a_classifier_of_ones_own(tmp_path, 
         (["--features=nonsense"], "features is 'nonsense', expected pixels"),
         (["--features=inception"], "weights-inception-2015-12-05-6726825d.pth to"),
         (["--features=dinov2"], "hf download facebook/dinov2-base"),
-        (["--reference=Digitz"], "names no images"),
+        (["--reference=Digitz"], "names no data"),
         (["--n=1"], "n is 1, expected 2"),
     ],
 )

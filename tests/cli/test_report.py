@@ -218,3 +218,20 @@ def test_the_results_of_an_evaluation_are_shown_with_the_weights_that_they_belon
     ended = diffcore("report", run)
     assert ended.status == 1
     assert "evaluation.json holds a list" in ended.err
+
+
+@pytest.mark.usefixtures("no_charts")
+def test_the_bits_per_dimension_are_shown_with_the_weights_that_they_belong_to(diffcore, run):
+    found = {
+        "bits_per_dimension": 2.71828,
+        "standard_error": 0.0123,
+        "data": "Digits: 3 of 9 items",
+    }
+    current = {"weights": hash_file(run / "ema.safetensors")}
+    results = {"ode, a": found | current, "bound, a": found | {"weights": "0"}}
+    (run / "likelihood.json").write_text(json.dumps(results))
+    assert diffcore("report", run).status == 0
+    html = (run / "report.html").read_text("utf-8")
+    shown = "2.718 ± 0.0123 (standard error), Digits: 3 of 9 items; weights:"
+    assert f"<th>ode, a</th><td>{shown} those of the run" in html
+    assert f"<th>bound, a</th><td>{shown} NOT those of the run" in html

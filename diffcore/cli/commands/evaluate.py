@@ -1,17 +1,22 @@
 """`diffcore evaluate`: compare samples of a run, a pipeline or a folder with real images."""
 
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from diffcore import __version__
 from diffcore.cli.arguments import extract_option
 from diffcore.cli.commands.sample import find_device, read_rank
 from diffcore.cli.evaluation.data import is_run, read_images
+from diffcore.cli.evaluation.record import (
+    default_out,
+    environment_facts,
+    has_data,
+    weights_facts,
+    write_record,
+)
 from diffcore.cli.evaluation.request import EvaluationRequest, check_bounds, failed_bounds
 from diffcore.cli.evaluation.samples import Drawn, draw_sets, end_ranks, start_ranks
 from diffcore.cli.image_model import is_pipeline, load_image_model, read_sampling_settings
@@ -23,7 +28,6 @@ from diffcore.evaluation.features.feature_table import FeatureCache
 from diffcore.evaluation.features.image_set import SourceImages
 from diffcore.evaluation.features.selection import load_features
 from diffcore.evaluation.results import Results, draw_closest_pairs, format_results, measure
-from diffcore.io.files import hash_file, write_file
 from diffcore.io.parser import ComponentParser
 from diffcore.io.plain_data import hash_data
 from diffcore.run import AVERAGED, Run
@@ -98,7 +102,7 @@ def _evaluate(folder: Path, request: EvaluationRequest, sampling: SampleRequest)
         torch.set_num_threads(sampling.threads)
     rank, ranks = read_rank()
     extractor = load_features(request.features, find_device(sampling.device))
-    out = Path(request.out or _default_out(folder))
+    out = Path(request.out or default_out(folder))
     if _is_model(folder):
         start_ranks(ranks)
         process, reals, drawn = _draw(folder, out, request, sampling, extractor)
@@ -116,7 +120,8 @@ def _evaluate(folder: Path, request: EvaluationRequest, sampling: SampleRequest)
     results, hashes = _measure(cache, drawn, reals, process, out / "closest.png", request.seed)
     method = _describe_method(request, extractor, reals, process)
     path = _record_path(folder, out, sampling)
-    _write(path, {**results, **drawn.facts, **method, **hashes, **_weights(folder, sampling)})
+    weights = weights_facts(folder, sampling.weights)
+    write_record(path, {**results, **drawn.facts, **method, **hashes, **weights})
     print("\n".join(format_results(results)))
     print(f"results -> {path}, closest pairs -> {out / 'closest.png'}")
     return results
@@ -153,36 +158,15 @@ def _read_folder(
     return images, _read_reals(folder, request, Process(shape=images.shape))
 
 
-def _default_out(folder: Path) -> Path:
-    """A folder in that of a run; beside a pipeline or images, which it must not change."""
-    if _has_data(folder):
-        return folder / "evaluation"
-    folder = folder.resolve()  # "." and ".." have no name
-    return folder.with_name(f"{folder.name}-evaluation")
-
-
-def _has_data(folder: Path) -> bool:
-    return is_run(folder) and not is_pipeline(folder)
-
-
 def _record_path(folder: Path, out: Path, sampling: SampleRequest) -> Path:
     """evaluation.json of the run for its averaged weights, which its report shows."""
-    if _has_data(folder) and sampling.weights == AVERAGED:
+    if has_data(folder) and sampling.weights == AVERAGED:
         return Run(folder).evaluation
     return out / "evaluation.json"
 
 
-def _weights(folder: Path, sampling: SampleRequest) -> dict[str, str]:
-    """Which weights of a run were evaluated, by the hash that its report compares."""
-    if not _has_data(folder):
-        return {}
-    is_average = sampling.weights == AVERAGED and Run(folder).weights.is_file()
-    hashed = {"weights": hash_file(Run(folder).weights)} if is_average else {}
-    return {"selected_weights": sampling.weights, **hashed}
-
-
 def _read_reals(folder: Path, request: EvaluationRequest, process: Process) -> _Reals:
-    own = str(folder) if _has_data(folder) else ""
+    own = str(folder) if has_data(folder) else ""
     reference = request.reference or own
     if not reference:
         raise ValueError("a pipeline names no data: give real images, --reference DATA")
@@ -257,15 +241,5 @@ def _describe_method(
         "format": "8 bits, without loss",
         "shape": list(process.shape),
         "seed": request.seed,
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "diffcore": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        **environment_facts(),
     }
-
-
-def _write(path: Path, record: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, json.dumps(record, indent=1).encode())

@@ -1,6 +1,6 @@
 """`diffcore report`: write the report of a run as one page of HTML."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,11 @@ def write_report(run: Run, out: Path) -> None:
         ),
         Section("Evaluation", facts_table(_evaluation(run)), "The content of evaluation.json."),
         comparison_section(run),
+        Section(
+            "Likelihood",
+            facts_table(_likelihood(run)),
+            "Bits per dimension, by method and data: the content of likelihood.json.",
+        ),
         Section("Noise levels", chart_grid(_level_charts(run))),
         Section("Settings", text_block(run.config.read_text("utf-8"))),
         Section(
@@ -265,10 +270,27 @@ def _evaluation(run: Run) -> dict[str, str]:
         for name, value in results.items()
     }
     if "weights" in facts and run.weights.is_file():
-        is_current = hash_file(run.weights) == results["weights"]
-        of = "those of the run" if is_current else "NOT those of the run now: evaluate it again"
-        facts["weights"] = f"{of}; SHA-256 {facts['weights']}"
+        facts["weights"] = f"{_compare_weights(run, results)}; SHA-256 {facts['weights']}"
     return facts
+
+
+def _compare_weights(run: Run, results: Mapping[str, Any]) -> str:
+    """Whether results are those of the weights that the run has."""
+    is_current = run.weights.is_file() and hash_file(run.weights) == results.get("weights")
+    return "those of the run" if is_current else "NOT those of the run now: evaluate it again"
+
+
+def _likelihood(run: Run) -> dict[str, str]:
+    """The results in likelihood.json by method and data, and whether they belong to the weights."""
+    if not run.likelihood.is_file():
+        return {}
+    return {
+        str(name): f"{_rounded(found.get('bits_per_dimension'))} ± "
+        f"{_rounded(found.get('standard_error'))} (standard error), {found.get('data')}; "
+        f"weights: {_compare_weights(run, found)}"
+        for name, found in read_json(run.likelihood).items()
+        if isinstance(found, dict)
+    }
 
 
 def _rounded(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Real images that a command line names: a folder, a run, a file of arrays, or a data set."""
+"""Data that a command line names: a folder, a run, a file of arrays, or a data set."""
 
 from pathlib import Path
 from typing import Literal
@@ -17,7 +17,7 @@ from diffcore.training.data.image_folder import ImageFolder
 from diffcore.training.data.scan import scan_folder
 from diffcore.training.data.source import DataSource
 
-__all__ = ["is_run", "read_images"]
+__all__ = ["is_run", "read_images", "read_source"]
 
 
 def is_run(folder: str | Path) -> bool:
@@ -25,12 +25,39 @@ def is_run(folder: str | Path) -> bool:
     return (Path(folder) / "config.yaml").is_file()
 
 
-def read_images(text: str, process: Process | None = None, size: int = 0) -> SourceImages:
-    """The images that a text names.
+def read_source(text: str, process: Process | None = None, size: int = 0) -> DataSource:
+    """The data set that a text names.
 
     Args:
         text: folder of images, folder of a run (its data), .npy or .safetensors file, the name of
             a data set such as Digits, or its class and options in one line of YAML.
+        process: process of the model, which gives the size and channels of the images of a folder.
+        size: height and width of the images of a folder; 0: those of `process`, or of the first
+            image.
+
+    Returns:
+        The data set.
+
+    Raises:
+        ValueError: the text names no data set.
+    """
+    path = Path(text)
+    if path.is_dir() and is_run(path):
+        return _component(Run(path).settings().get("data"), str(path))
+    if path.is_dir():
+        return _folder(path, process, size)
+    if path.suffix == ".npy":
+        return Arrays(text)
+    if path.suffix == ".safetensors":
+        return Tensors(text)
+    return _component(_parse(text), text)
+
+
+def read_images(text: str, process: Process | None = None, size: int = 0) -> SourceImages:
+    """The images that a text names.
+
+    Args:
+        text: name of the data, see `read_source`.
         process: process of the images to compare with: their size, channels and range.
         size: height and width of the images of a folder; 0: those of `process`, or of the first
             image.
@@ -41,28 +68,21 @@ def read_images(text: str, process: Process | None = None, size: int = 0) -> Sou
     Raises:
         ValueError: the text names no images, or they do not fit `process`.
     """
-    path = Path(text)
-    low, high = (-1.0, 1.0) if process is None else (process.low, process.high)
-    if path.is_dir() and is_run(path):
-        own = Process.load(Run(path).process)
-        low, high = (own.low, own.high) if is_image(own) else (-1.0, 1.0)
-        source = _component(Run(path).settings().get("data"), str(path))
-    elif path.is_dir():
-        low, high = -1.0, 1.0
-        source = _folder(path, process, size)
-    elif path.suffix == ".npy":
-        source = Arrays(text)
-    elif path.suffix == ".safetensors":
-        source = Tensors(text)
-    else:
-        source = _component(_parse(text), text)
-    images = SourceImages(source, low, high, text)
+    images = SourceImages(read_source(text, process, size), *_range(Path(text), process), text)
     if process is not None and images.shape != process.shape:
         raise ValueError(
             f"{text} has images of shape {images.shape}, expected {process.shape}, the shape of "
             "the images to compare with"
         )
     return images
+
+
+def _range(path: Path, process: Process | None) -> tuple[float, float]:
+    """The values of black and white of the images that a path names."""
+    if not path.is_dir():
+        return (-1.0, 1.0) if process is None else (process.low, process.high)
+    own = Process.load(Run(path).process) if is_run(path) else None
+    return (-1.0, 1.0) if own is None or not is_image(own) else (own.low, own.high)
 
 
 def _parse(text: str) -> object:
@@ -79,7 +99,7 @@ def _component(spec: object, text: str) -> DataSource:
         settings = parser.parse_object({"data": spec})
     except SpecError as error:
         raise ValueError(
-            f"{text} names no images: expected a folder, a run, a .npy or .safetensors file, or a "
+            f"{text} names no data: expected a folder, a run, a .npy or .safetensors file, or a "
             f"data set such as Digits ({error})"
         ) from None
     return as_data_source(parser.instantiate(settings).data)

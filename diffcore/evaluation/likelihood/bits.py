@@ -39,14 +39,17 @@ class Likelihood:
         return float(self.bits.mean())
 
     @property
+    def spread(self) -> float:
+        """The standard deviation over the samples; NaN for one sample."""
+        return float(self.bits.std()) if len(self.bits) > 1 else math.nan
+
+    @property
     def standard_error(self) -> float:
-        """The standard deviation of the samples over √N; NaN for one sample.
+        """The spread over √N.
 
         It contains the variation of the data and of the random numbers, each sample having its own.
         """
-        if len(self.bits) < 2:
-            return math.nan
-        return float(self.bits.std()) / math.sqrt(len(self.bits))
+        return self.spread / math.sqrt(len(self.bits))
 
 
 def bits_per_dimension(

@@ -14,7 +14,6 @@ where x_1 is the end of the flow, and the normal distribution is the one that `s
 """
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -117,6 +116,11 @@ def flow_log_density(
     _check_points(process, y)
     knots = _knots(process, start, steps)
     given = check_sampling(process, knots, range(len(y)), condition, CFG(1.0), batch_size, solver)
+    if not solver.is_adaptive and solver.draws_noise(knots):
+        raise ValueError(
+            f"{solver} adds noise, and the density of a flow needs a deterministic solver: use "
+            "AdaptiveRungeKutta, or another sampler without noise"
+        )
     trace = trace or default_trace(math.prod(process.shape))
     device = denoiser.device
     dtype = torch.float32 if device.type == "mps" else torch.float64
@@ -128,7 +132,7 @@ def flow_log_density(
             flow = _FlowWithDivergence(denoiser, trace, vectors.to(device, dtype))
             x = start.alpha * y[rows].to(device, dtype).flatten(1)
             state = torch.cat([x, x.new_zeros(len(x), 1)], 1)
-            noise = _Refusal(rows, process.shape, device, dtype, solver=solver)
+            noise = Noise(rows, process.shape, device, dtype)
             chosen = None if given is None else given[rows].to(device)
             state, count = integrate(flow, solver, state, knots, noise, CFG(1.0), chosen)
             real = min(batch_size, len(y) - int(rows[0]))
@@ -160,39 +164,13 @@ class _FlowWithDivergence(DenoiserWrapper):
         with torch.enable_grad():
             points = points.detach().requires_grad_()
             shaped = points.unflatten(1, self.process.shape)
-            x0, eps = (value.flatten(1) for value in self.inner(shaped, level, condition)[:2])
+            prediction = self.inner(shaped, level, condition)
+            x0, eps = prediction.x0.flatten(1), prediction.eps.flatten(1)
             divergence = norm * self.trace.estimate(eps - x0, points, self.vectors)[:, None]
         # The pair whose ε - x_0 is the divergence, and whose α x_0 + σ ε is the element itself.
         c = total / norm
         own = c - level.sigma / norm * divergence, c + level.alpha / norm * divergence
         return Prediction(torch.cat([x0.detach(), own[0]], 1), torch.cat([eps.detach(), own[1]], 1))
-
-
-@dataclass(frozen=True)
-class _Refusal(Noise):
-    """The noise of a flow, which has none.
-
-    Args:
-        solver: sampler for the message.
-    """
-
-    solver: Sampler = DEFAULT_SOLVER
-
-    def start(self) -> Tensor:
-        raise ValueError(self._message)
-
-    def step(self, index: int) -> Tensor:
-        raise ValueError(self._message)
-
-    def between(self, t: Level, s: Level, step: int) -> Tensor:
-        raise ValueError(self._message)
-
-    @property
-    def _message(self) -> str:
-        return (
-            f"{self.solver} adds noise, and the density of a flow needs a deterministic solver: "
-            "use AdaptiveRungeKutta, or another sampler without noise (eta = 0)"
-        )
 
 
 def _knots(process: Process, start: Level, steps: int) -> tuple[Level, ...]:
