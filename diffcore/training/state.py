@@ -335,6 +335,9 @@ def _build_modules(settings: "Trainer", label_wrapper: LabelWrapper) -> list[nn.
     if isinstance(modules[0], ExportableNetwork):
         modules[0].check_captions(settings.source.texts)
     _check_network(modules[0], label_wrapper, settings.process)
+    if held_out := settings.validation.source:
+        wrapper = held_out.label_wrapper(torch.device("cpu"))
+        _check_network(modules[0], wrapper, settings.validation.process(settings.process))
     settings.compute.apply(modules[0])
     if settings.objective.uncertainty:
         modules.append(settings.objective.uncertainty.module())

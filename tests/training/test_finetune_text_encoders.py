@@ -108,6 +108,16 @@ def test_textual_inversion_trains_the_embeddings_alone_without_cached_captions(
         (("--lora=2", "--data.text=tokens"), "the network trains no text encoder"),
         (("--token=<dog>=c",), "the new word is <dog>, which none of the 4 captions contains"),
         (("--network.text_lora.rank=2",), "takes tokens in place of text embeddings"),
+        (
+            (
+                "--text_lora=2",
+                "--validation.data=LatentDataset",
+                "--validation.data.folder=images",
+                "--validation.data.pipeline=pipeline",
+                "--validation.every=2",
+            ),
+            "takes tokens in place of text embeddings",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_in_one_line(workspace, capsys, words, message):

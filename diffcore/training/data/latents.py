@@ -262,14 +262,12 @@ class LatentDataset(DataSource):
         """Keys of the embeddings of the captions and of the null condition; [] without captions."""
         return self.encoding.keys(self.texts) if self.texts else []
 
-    def prompts(self) -> "Prompts":
+    def prompts(self) -> "Prompts | None":
         """Read the text embeddings.
 
         Returns:
-            The bank that a label is an index into; its last row is the null condition.
-
-        Raises:
-            ValueError: `text` is tokens.
+            The bank that a label is an index into; its last row is the null condition. None if
+            `text` is tokens, which the network encodes.
         """
         return self.encoding.bank(self.texts)
 

@@ -177,6 +177,8 @@ class Mixture(DataSource):
 
     def label_wrapper(self, device: torch.device) -> Callable[[nn.Module], nn.Module]:
         bank = self.prompts()
+        if bank is None and self.texts:
+            return self.sources[0].prompt_wrapper(self.texts, "", device)
         if bank is None:
             return self.sources[0].label_wrapper(device)
         from diffcore.integrations.diffusers.loading.prompts import wrap_with
@@ -192,12 +194,21 @@ class Mixture(DataSource):
         """Join the banks of captions.
 
         Returns:
-            The bank, with the null condition of the first data set; None without captions.
+            The bank, with the null condition of the first data set; None without captions, or if
+            the network encodes them.
+
+        Raises:
+            ValueError: the network encodes the captions of some data sets, and not of others.
         """
-        if not self.texts:
+        banks = [source.prompts() for source in self.sources]
+        if not self.texts or all(bank is None for bank in banks):
             return None
-        first, *others = (source.prompts() for source in self.sources)
-        banks = [first, *others]
+        if any(bank is None for bank in banks):
+            raise ValueError(
+                "some data sets of the mixture have the captions as text: tokens, and others as "
+                "embeddings: give the same text to all of them"
+            )
+        first = banks[0]
         row_of = {text: (bank, row) for bank in banks for row, text in enumerate(bank.texts)}
         rows = [*(row_of[text] for text in self.texts), (first, len(first))]
         tensors = {

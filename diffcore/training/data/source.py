@@ -122,7 +122,8 @@ class DataSource(Dataset[Any]):
         """Read the encoded captions.
 
         Returns:
-            The bank (`Prompts`) that labels index; None without captions.
+            The bank (`Prompts`) that labels index; None without captions, or if the network
+            encodes them.
         """
         return None
 

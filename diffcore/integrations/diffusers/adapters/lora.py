@@ -1,7 +1,7 @@
 """`LoRA`: the adapter of peft that is trained in place of the weights of a network."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -109,11 +109,12 @@ class LoRA:
         """Whether the change is a product B A, which the formats of LoRA files express."""
         return self.kind in ("lora", "rslora", "dora")
 
-    def add_to(self, network: Any) -> None:
+    def add_to(self, network: Any, unread: Sequence[str] = ()) -> None:
         """Add the adapter to the layers of a network; peft freezes its other weights.
 
         Args:
-            network: ModelMixin of diffusers.
+            network: ModelMixin of diffusers, or text encoder of transformers.
+            unread: names of modules whose output is not used; their layers are not adapted.
 
         Raises:
             ValueError: No layer has one of the suffixes, an expression matches no adapted layer, a
@@ -124,7 +125,11 @@ class LoRA:
             raise missing("peft", "LoRA (leave lora out to train all weights)")
         layers: dict[str, nn.Module] = {}
         for target in self.targets:
-            found = {n: module for n, module in network.named_modules() if is_named(n, target)}
+            found = {
+                name: module
+                for name, module in network.named_modules()
+                if is_named(name, target) and not any(f".{part}." in f".{name}" for part in unread)
+            }
             if not found:
                 raise ValueError(
                     f"no layer of {type(network).__name__} ends in {target}: correct the targets "
@@ -138,7 +143,7 @@ class LoRA:
                     f"{type(network).__name__}: correct it, such as mid_block.*"
                 )
         self._check_sizes(layers)
-        network.add_adapter(self._config())
+        network.add_adapter(self._config(list(layers) if unread else list(self.targets)))
 
     def _check_sizes(self, layers: Mapping[str, nn.Module]) -> None:
         """Raise ValueError for a rank that no layer can use. A LoKr takes it for a whole matrix."""
@@ -181,14 +186,14 @@ class LoRA:
             }
         }
 
-    def _config(self) -> Any:
+    def _config(self, targets: list[str]) -> Any:
         """The config of peft."""
         from peft import LoHaConfig, LoKrConfig, LoraConfig
 
         alpha = self.alpha or self.rank
         shared: dict[str, Any] = {
             "r": self.rank,
-            "target_modules": list(self.targets),
+            "target_modules": targets,
             "rank_pattern": dict(self.ranks),
         }
         if self.is_low_rank:

@@ -60,7 +60,7 @@ class TextEncoders(nn.Module):
         for name, encoder in encoders.items():
             encoder.requires_grad_(False)
             if lora.rank:
-                lora.add_to(encoder)
+                lora.add_to(encoder, condition.unread_layers(name, encoder))
             if word.word:
                 self.embeddings[name] = word.add_to(self.tokenizers[name], encoder)
         self.encoders = nn.ModuleDict(encoders)
@@ -111,7 +111,7 @@ class TextEncoders(nn.Module):
         }
 
     def put_into(self, pipeline: Any) -> Any:
-        """Replace the text encoders and tokenizers of a pipeline by these, in place.
+        """Replace the text encoders and tokenizers of a pipeline by these, on the host, in place.
 
         Args:
             pipeline: pipeline of diffusers.
@@ -120,7 +120,7 @@ class TextEncoders(nn.Module):
             The pipeline.
         """
         for name in self.names:
-            setattr(pipeline, name, self.encoders[name])
+            setattr(pipeline, name, self.encoders[name].cpu())  # as `read_text_pipeline` reads them
             setattr(pipeline, name.replace("text_encoder", "tokenizer"), self.tokenizers[name])
         return pipeline
 

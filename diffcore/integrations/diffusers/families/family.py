@@ -83,6 +83,18 @@ class TextCondition(ABC):
             "a network of Stable Diffusion 1, 2 or XL, or leave text_lora and token out"
         )
 
+    def unread_layers(self, name: str, encoder: nn.Module) -> tuple[str, ...]:
+        """Names of the modules of a text encoder that no argument of the network depends on.
+
+        Args:
+            name: name of the text encoder in the pipeline.
+            encoder: the text encoder.
+
+        Returns:
+            The names, such as encoder.layers.11; by default none.
+        """
+        return ()
+
     def shared_arguments(
         self, network: nn.Module, size: tuple[int, int], guidance_scale: float
     ) -> dict[str, Tensor]:

@@ -84,6 +84,13 @@ class StableDiffusionXLText(StableDiffusionText):
             "added_cond_kwargs.text_embeds": outputs[-1].text_embeds,
         }
 
+    def unread_layers(self, name: str, encoder: nn.Module) -> tuple[str, ...]:
+        # The states are those before the last layer, which only the pooled one of the second needs.
+        if name != "text_encoder":
+            return ()
+        config: Any = encoder.config
+        return (f"encoder.layers.{config.num_hidden_layers - 1}",)
+
     def size_arguments(self, network: nn.Module, sizes: Tensor) -> Arguments:
         return {"added_cond_kwargs.time_ids": sizes}
 

@@ -167,7 +167,7 @@ class PretrainedNetwork(ExportableNetwork):
         if TOKENS not in condition:
             raise ValueError(
                 "the network trains its text encoders, and takes tokens in place of text "
-                "embeddings: set data.text: tokens"
+                "embeddings: set text: tokens of the data (--data.text tokens)"
             )
         encoded = {name: value for name, value in condition.items() if name != TOKENS}
         for name, value in self.text_encoders(condition[TOKENS]).items():

@@ -71,18 +71,15 @@ class CaptionEncoding(ABC):
         return
 
     @abstractmethod
-    def bank(self, texts: Sequence[str], negative: str = "") -> "Prompts":
-        """The bank of encoded texts, without a network.
+    def bank(self, texts: Sequence[str], negative: str = "") -> "Prompts | None":
+        """The bank of encoded texts.
 
         Args:
             texts: K texts.
             negative: text of the null condition.
 
         Returns:
-            The bank that labels index.
-
-        Raises:
-            ValueError: only the network encodes texts.
+            The bank that labels index; None if only the network encodes texts.
         """
 
     @abstractmethod
@@ -162,11 +159,8 @@ class NetworkTokens(CaptionEncoding):
     The network tokenises: it may have new words.
     """
 
-    def bank(self, texts: Sequence[str], negative: str = "") -> "Prompts":
-        raise ValueError(
-            "data.text is tokens, which only the network encodes: set data.text: embeddings, or "
-            "train on one data set in place of a mixture"
-        )
+    def bank(self, texts: Sequence[str], negative: str = "") -> None:
+        return None
 
     def wrapper(
         self, texts: Sequence[str], negative: str, device: torch.device

@@ -17,8 +17,13 @@ from diffcore.integrations.diffusers.adapters.textual_inversion import NewWord
 from diffcore.integrations.diffusers.loading.index import PipelineIndex
 from diffcore.integrations.diffusers.pipeline.folder import merge_into_pipeline
 from diffcore.schedules import Discrete
+from diffcore.training.data import Mixture
 from tests.helpers import text_networks
-from tests.helpers.captioned_images import latent_dataset, write_images
+from tests.helpers.captioned_images import (
+    latent_dataset,
+    prepared_dataset,
+    write_images,
+)
 
 WORD = NewWord("<cat>", "c", vectors=2)
 BOTH = {"text_lora": TextLoRA(rank=2, alpha=3, ranks={"q_proj": 3}), "word": WORD}
@@ -139,6 +144,31 @@ def test_only_the_rows_of_the_new_word_are_trained(folder, name):
     assert made.exported_names == ("learned_embeds.safetensors", "scheduler")
 
 
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_every_trained_weight_has_a_gradient(folder, name):
+    # Ranks that exchange gradients wait for each of them.
+    made = trained(folder / name, **BOTH).train()
+    tokens = made.tokenize(["a <cat>", "dog"], "", 16).arguments(LABELS)
+    made(X, TIME, **tokens).square().mean().backward()
+    assert [n for n, p in made.named_parameters() if p.requires_grad and p.grad is None] == []
+    last = [name for name in made.state_dict() if "text_encoder.encoder.layers.2." in name]
+    assert bool(last) == (name == "sd")  # XL reads the states before the last layer
+
+
+def test_a_mixture_of_tokens_has_the_prompts_of_all_its_data_sets(folder, tmp_path):
+    sources = []
+    for part, captions in (("a", ("a <cat>", "dog")), ("b", ("fish", "dog"))):
+        write_images(tmp_path / part / "images", captions)
+        (tmp_path / part / "pipeline").symlink_to(folder / "sd")
+        sources.append(latent_dataset(tmp_path / part, text="tokens"))
+    mixture = Mixture(sources)
+    made = PretrainedNetwork(folder / "sd", word=WORD)
+    wrapped = mixture.label_wrapper(torch.device("cpu"))(made)
+    assert wrapped.prompts.texts == mixture.texts == ("a <cat>", "dog", "fish")
+    expected = made.tokenize(["fish"], "", 16).tensors["tokens.text_encoder"][0]
+    assert torch.equal(wrapped.prompts.tensors["tokens.text_encoder"][2], expected)
+
+
 def test_the_ratio_of_lora_plus_is_that_of_each_adapter(folder):
     text_lora = TextLoRA(rank=2, lr_ratio=4.0)
     made = PretrainedNetwork(folder / "sd", LoRA(rank=2, lr_ratio=16.0), text_lora=text_lora)
@@ -206,10 +236,11 @@ def test_tokens_and_embeddings_are_not_confused(folder, tmp_path):
     data = latent_dataset(tmp_path, text="tokens")
     with pytest.raises(ValueError, match=r"data\.text is tokens, but the network trains no text"):
         data.label_wrapper(torch.device("cpu"))(adapted)
-    with pytest.raises(ValueError, match=r"only the network encodes: set data.text: embeddings"):
-        data.prompts()
+    assert data.prompts() is None
+    with pytest.raises(ValueError, match="captions as text: tokens, and others as embeddings"):
+        Mixture([data, prepared_dataset(tmp_path)]).prompts()
     trained_text = PretrainedNetwork(folder / "sd", text_lora=TextLoRA(2))
-    with pytest.raises(ValueError, match=r"takes tokens in place .*: set data.text: tokens"):
+    with pytest.raises(ValueError, match=r"takes tokens in place .*: set text: tokens"):
         trained_text(X, TIME, encoder_hidden_states=torch.zeros(3, 12, 8))
     with pytest.raises(ValueError, match="text is 'words', expected embeddings or tokens"):
         latent_dataset(tmp_path, text="words")
