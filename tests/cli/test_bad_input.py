@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from diffcore.io.safetensors import read_weights, write_weights
+from tests.helpers.products import sampled
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -314,8 +315,14 @@ def test_damaged_weights_are_named_and_not_sampled(diffcore, trained, damage):
     assert not Path("x.png").exists()
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
-@pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors", "manifest.json"])
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    sampled(
+        [truncate, flip, Path.unlink],
+        ["model.safetensors", "training.safetensors", "manifest.json"],
+        count=4,
+    ),
+)
 def test_a_damaged_newest_checkpoint_is_named_before_the_previous_one_is_used(
     diffcore, trained, damage, name
 ):

@@ -61,7 +61,7 @@ SAMPLERS = [
 
 @pytest.mark.parametrize(
     ("sampler", "schedule", "last"),
-    sampled(SAMPLERS, [Cosine(), Flow(), Normal(scaling="ve")], [8.0, math.inf], count=110),
+    sampled(SAMPLERS, [Cosine(), Flow(), Normal(scaling="ve")], [8.0, math.inf], count=70),
     ids=lambda value: str(value)[:60],
 )
 def test_each_pixel_of_a_map_is_sampled_as_with_its_knots_alone(sampler, schedule, last):

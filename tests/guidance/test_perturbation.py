@@ -259,6 +259,7 @@ def compiled_in_place(network):
     ],
     ids=("compiled", "compiled in place"),
 )
+@pytest.mark.slow
 def test_layers_of_a_compiled_network_are_altered_too(wrap, reference):
     rule = CFG(3.0, reference)
 

@@ -49,6 +49,7 @@ def test_star_imports_run_the_package_and_missing_packages_are_left_alone(packag
     assert (found["value"], found["other"]) == (1, 2)
 
 
+@pytest.mark.slow
 def test_a_network_of_the_settings_imports_neither_peft_nor_scipy_stats():
     code = """
 import sys

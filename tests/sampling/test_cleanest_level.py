@@ -49,7 +49,7 @@ def limit(schedule):
 
 
 @pytest.mark.parametrize(
-    ("schedule", "grid"), sampled(SCHEDULES, [*UNIFORM_GRIDS, DEFAULT_GRID], count=120), ids=repr
+    ("schedule", "grid"), sampled(SCHEDULES, [*UNIFORM_GRIDS, DEFAULT_GRID], count=60), ids=repr
 )
 def test_the_knots_before_the_last_are_levels_of_training(schedule, grid):
     if grid.knots(Cosine(), 2)[0].logsnr < schedule.logsnr(1.0):
@@ -104,8 +104,9 @@ def test_samples_of_a_truncated_schedule_converge_to_the_flow_to_its_cleanest_le
     assert errors[0] > 4 * errors[1] > 30 * errors[2]
 
 
-@pytest.mark.parametrize("sampler", [*ORDERS, *ADAPTIVE, *WEAK], ids=str)
-@pytest.mark.parametrize("schedule", FINITE[::3], ids=repr)
+@pytest.mark.parametrize(
+    ("sampler", "schedule"), sampled([*ORDERS, *ADAPTIVE, *WEAK], FINITE[::3], count=70), ids=repr
+)
 def test_no_sampler_evaluates_a_cleaner_level(sampler, schedule):
     levels = []
     knots = DEFAULT_GRID.knots(schedule, 30)

@@ -114,7 +114,7 @@ def test_the_density_of_a_composition_integrates_to_the_difference_of_times(sche
     assert abs(-integral.item() - 0.6) < 2e-3  # kinks of tables and floors
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(SCHEDULES)
 def test_a_composition_equals_the_one_that_is_read_from_its_yaml_and_json(schedule):
     plain = to_spec(schedule)

@@ -22,6 +22,7 @@ from diffcore.integrations.diffusers import DiffcoreScheduler, attach
 from diffcore.samplers import DDIM, AlphaBlending, DPMSolverPP, EulerAncestral, Heun
 from diffcore.sampling.loop import count_evaluations
 from diffcore.schedules import Trailing
+from tests.helpers.products import sampled
 from tests.helpers.text_networks import pixart
 from tests.helpers.tiny_pipelines import (
     NEGATIVE,
@@ -86,8 +87,10 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("prediction", ("epsilon", "v_prediction"))
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize(
+    ("name", "prediction"),
+    sampled(list(RULES), ("epsilon", "v_prediction"), count=len(RULES)),
+)
 def test_stable_diffusion_gives_the_latents_of_the_sampling_loop(name, prediction):
     rule, sampler = RULES[name]
     pipe = sd(prediction_type=prediction)

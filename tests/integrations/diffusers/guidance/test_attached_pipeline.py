@@ -120,6 +120,7 @@ def test_saving_a_pipeline_with_attached_guidance_warns(tmp_path, caplog):
     assert names == ["DiffcoreScheduler", "DDIMScheduler"]
 
 
+@pytest.mark.slow
 def test_a_compiled_network_is_guided_as_the_network():
     pipe, rule = sd(), Sum((CFG(3.0), CFG(2.0, PERTURBED)))
     with attach(pipe, rule):

@@ -26,6 +26,7 @@ from diffcore.guidance import (
 )
 from diffcore.integrations.diffusers import DiffcoreGuider, DiffcoreScheduler, attach
 from diffcore.samplers import DDIM, DPMSolverPP
+from tests.helpers.products import sampled
 from tests.helpers.tiny_pipelines import (
     NEGATIVE,
     PROMPT,
@@ -110,8 +111,10 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("prediction", ("epsilon", "v_prediction"))
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize(
+    ("name", "prediction"),
+    sampled(list(RULES), ("epsilon", "v_prediction"), count=len(RULES)),
+)
 def test_a_rule_gives_the_latents_and_evaluations_of_the_sampling_loop(name, prediction):
     rule, sampler = RULES[name]
     pipe = xl(prediction_type=prediction)

@@ -372,6 +372,7 @@ numpy.save("ours.npy", images(DiffcorePipeline.from_pretrained("ours"), seeds=[5
 """
 
 
+@pytest.mark.slow
 def test_in_a_new_process_the_samples_are_bit_equal_and_the_stock_pipeline_needs_no_diffcore(
     tmp_path,
 ):

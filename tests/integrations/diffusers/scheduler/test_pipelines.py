@@ -225,17 +225,17 @@ def test_sd3_image_to_image_at_its_strength():
 
 
 @pytest.mark.parametrize("sampler", (DPMSolverPP("2M"), Heun(), EulerAncestral()), ids=str)
-def test_eight_threads_equal_eight_calls(sampler):
-    """C6: one pipeline, calls of different seeds and lengths at once."""
+def test_four_threads_equal_four_calls(sampler):
+    """One pipeline, calls of different seeds and lengths at once."""
     pipe = stable_diffusion(diffusers.DDIMScheduler(clip_sample=False, **SD))
     pipe.scheduler = DiffcoreScheduler.from_config(pipe.scheduler.config, sampler=sampler)
 
     def call(i):
         return pipe(num_inference_steps=3 + i % 3, generator=seed(i), **TEXT).images
 
-    serial = [call(i) for i in range(8)]
-    with ThreadPoolExecutor(8) as pool:
-        together = list(pool.map(call, range(8)))
+    serial = [call(i) for i in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(call, range(4)))
     assert all(torch.equal(a, b) for a, b in zip(serial, together, strict=True))
     assert not torch.equal(serial[0], serial[3])
 

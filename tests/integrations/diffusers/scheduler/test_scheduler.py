@@ -39,6 +39,7 @@ from diffcore.schedules import (
     UniformLogSNR,
     ZeroTerminalSNR,
 )
+from tests.helpers.products import sampled
 from tests.helpers.tiny_pipelines import align_parameters, diffusers_loop, quiet, unet
 
 pytestmark = pytest.mark.filterwarnings(
@@ -74,9 +75,11 @@ def knots_of(scheduler):
     return scheduler.call.plan.knots(0)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
-@pytest.mark.parametrize("steps", (1, 5))
-@pytest.mark.parametrize("schedule", (Discrete(), ZERO), ids=("finite", "zero SNR"))
+@pytest.mark.parametrize(
+    ("sampler", "steps", "schedule"),
+    sampled(SAMPLERS, (1, 5), (Discrete(), ZERO), count=20),
+    ids=str,
+)
 def test_an_outside_loop_gives_the_samples_of_our_own(sampler, steps, schedule):
     scheduler = DiffcoreScheduler(sampler, Trailing(), schedule, "v_prediction")
     network, x = unet(), torch.randn(2, 3, 8, 8, generator=seed())
