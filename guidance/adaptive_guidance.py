@@ -287,7 +287,7 @@ class LinearAG(GuidanceWrapper[LinearAGMemory]):
                 "at each step (w other than 1, zero_init=0)"
             )
         level, sigma_data = inputs.step.level, inputs.step.process.sigma_data
-        F = target(self.space, *inputs.conditional, level, sigma_data)
+        F = target(self.space, *inputs.conditional.pair, level, sigma_data)
         terms = zip(row[1:], (F, *(value for pair in past for value in pair)), strict=False)
         reference = torch.as_tensor(row[0] + sum(a * term for a, term in terms)).expand_as(F)
         return predict(self.space, reference, inputs.x, level, sigma_data)

@@ -9,7 +9,7 @@ Rules compose by wrapping: Interval(APG(4.0)), Rescale(CFG(7.5)), AdaptiveGuidan
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Generic, NamedTuple
 
 from torch import Tensor
@@ -154,6 +154,24 @@ class Guidance(ABC, Generic[Memory]):
             The guided prediction (the x_0 to step towards, and the ε to renoise with), and the
             state of the rule after this evaluation.
         """
+
+    def guide(
+        self, inputs: GuidanceInput, memory: Memory | None
+    ) -> tuple[Prediction, Memory | None]:
+        """Combine the predictions, with the learned variance v of the conditional prediction.
+
+        A rule acts on x_0 and ε only. That v is the conditional one is the convention of DiT and
+        DeepFloyd IF.
+
+        Args:
+            inputs: the predictions, and where they were evaluated.
+            memory: state of the rule after the previous evaluation; None at the start of a run.
+
+        Returns:
+            As `combine`.
+        """
+        prediction, memory = self.combine(inputs, memory)
+        return replace(prediction, variance=inputs.conditional.variance), memory
 
     def levels(self, process: Process) -> tuple[float, ...]:
         """The λ at which the rule switches on or off. They should be knots.
@@ -323,7 +341,8 @@ def add_to_x0(prediction: Prediction, change: Tensor, level: Level) -> Predictio
     """
     if level.sigma == 0:
         return prediction
-    return Prediction(prediction.x0 + change, prediction.eps - (level.alpha / level.sigma) * change)
+    eps = prediction.eps - (level.alpha / level.sigma) * change
+    return replace(prediction, x0=prediction.x0 + change, eps=eps)
 
 
 def outputs(space: PredictionType, step: Step, *predictions: Prediction) -> tuple[Tensor, ...]:
@@ -338,7 +357,7 @@ def outputs(space: PredictionType, step: Step, *predictions: Prediction) -> tupl
         One F for each prediction.
     """
     sigma_data = step.process.sigma_data
-    return tuple(target(space, *prediction, step.level, sigma_data) for prediction in predictions)
+    return tuple(target(space, *p.pair, step.level, sigma_data) for p in predictions)
 
 
 def dot_per_sample(a: Tensor, b: Tensor) -> Tensor:

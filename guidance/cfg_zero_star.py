@@ -57,7 +57,7 @@ class CFGZeroStar(Contrast[None]):
     ) -> tuple[Prediction, None]:
         level = inputs.step.level
         v, v_ref = (
-            target("flow_prediction", *pair, level, 1.0) for pair in (inputs.conditional, reference)
+            target("flow_prediction", *p.pair, level, 1.0) for p in (inputs.conditional, reference)
         )
         # 0/0 where v_ref is 0: any multiple fits, and 0 is taken.
         s = (dot_per_sample(v, v_ref) / dot_per_sample(v_ref, v_ref)).nan_to_num(0.0, 0.0, 0.0)

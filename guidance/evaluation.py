@@ -45,8 +45,9 @@ def _evaluate_together(
     condition = queries[0].condition if count == 1 else _concatenate_conditions(queries, x)
     stacked = x if count == 1 else torch.cat([x] * count)
     together = _evaluate(denoiser, stacked, level, condition, micro_batch)
-    chunks = (value.chunk(count) for value in together)
-    return [Prediction(*pair) for pair in zip(*chunks, strict=True)]
+    x0, eps = (value.chunk(count) for value in together)
+    v = [None] * count if together.variance is None else together.variance.chunk(count)
+    return [Prediction(*values) for values in zip(x0, eps, v, strict=True)]
 
 
 def _concatenate_conditions(queries: Sequence[Query], x: Tensor) -> BatchCondition | None:
@@ -74,4 +75,6 @@ def _evaluate(
         samples = torch.arange(start, start + micro_batch, device=x.device).clamp(max=len(x) - 1)
         labels = None if condition is None else condition[samples]
         parts.append(denoiser(x[samples], level, labels))
-    return Prediction(*(torch.cat(values)[: len(x)] for values in zip(*parts, strict=True)))
+    x0, eps = (torch.cat(values)[: len(x)] for values in zip(*parts, strict=True))
+    v = [part.variance for part in parts if part.variance is not None]
+    return Prediction(x0, eps, torch.cat(v)[: len(x)] if v else None)

@@ -60,19 +60,21 @@ class DDPM(Sampler[None]):
     for data of unit variance, β̃ for data that is one point. The step to the clean level is x_0
     for every v.
 
-    Ho et al. 2020 (2006.11239, eq. 7 and section 3.2). iDDPM (2102.09672, eq. 15) learns v for each
-    pixel; here it is one number.
+    Ho et al. 2020 (2006.11239, eq. 7 and section 3.2). A network whose process has a learned
+    variance predicts v for each element (iDDPM, 2102.09672, eq. 15). β̃ and β are those of the step,
+    however long it is, as with the respaced steps of iDDPM.
 
     Args:
-        variance: v within [0, 1]. 0 is β̃ (diffusers' fixed_small), 1 is β (fixed_large), and
-            values between are geometric means of the two.
+        variance: v within [0, 1], for all elements: 0 is β̃ (diffusers' fixed_small), 1 is β
+            (fixed_large), and values between are geometric means of the two. None is the v that the
+            network predicts (learned_range), or 0 if the variance of its process is fixed.
     """
 
-    variance: float = 0.0
+    variance: float | None = None
     order = 1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.variance <= 1:
+        if self.variance is not None and not 0 <= self.variance <= 1:
             raise ValueError(
                 f"variance is {self.variance}, expected v within [0, 1]: 0 is β̃ (small), 1 is β "
                 "(large)"
@@ -82,16 +84,11 @@ class DDPM(Sampler[None]):
         t, s = state.level, state.remaining[0]
         if is_clean(s):
             return state.at_next_knot(prediction.at(s))
-        z = multiply(self._gain(t, s), noise.between(t, s, state.step))
+        v = prediction.variance if self.variance is None else self.variance
+        z = noise.between(t, s, state.step)
+        z = z if v is None else multiply(_gain(t, s, v), z)
         share = fresh_noise_share(t, s)
         return state.at_next_knot(renoise_prediction(prediction, share, z).at(s))
-
-    def _gain(self, t: Level, s: Level) -> Real:
-        """√(V/β̃), the factor of the noise; 1 where s is clean, since no noise is added there."""
-        gain = (_vp_sigma(t) / _vp_sigma(s)) ** self.variance
-        if isinstance(gain, Tensor):
-            return gain.masked_fill(torch.as_tensor(s.sigma == 0), 1.0)
-        return gain
 
 
 @dataclass(frozen=True)
@@ -112,6 +109,15 @@ def check_eta(eta: float) -> None:
     """Raise ValueError if η is not within [0, 1]."""
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}, expected an amount of fresh noise within [0, 1]")
+
+
+def _gain(t: Level, s: Level, v: Real) -> Real:
+    """(β/β̃)^(v/2), the factor of the noise; 1 where s is clean, since no noise is added there."""
+    ratio = _vp_sigma(t) / _vp_sigma(s)
+    if isinstance(ratio, Tensor):
+        ratio = ratio.masked_fill(torch.as_tensor(s.sigma == 0), 1.0)
+        ratio = ratio.to(v) if isinstance(v, Tensor) else ratio
+    return ratio**v
 
 
 def _vp_sigma(level: Level) -> Real:

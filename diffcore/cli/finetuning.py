@@ -159,8 +159,11 @@ def complete_settings(
             "prediction and schedule out of process"
         )
     process["schedule"] = _wrap_schedule(process["schedule"], found["schedule"])
+    arguments: dict[str, dict[str, Any]] = {name: {"pipeline": folder} for name in READERS}
+    if given.get("process.variance", process.get("variance")) == "learned":
+        arguments["network"]["variance"] = "learned"
     readers = {
-        name: _with_arguments(settings[name], {"pipeline": folder})
+        name: _with_arguments(settings[name], arguments[name])
         for name, cls in READERS.items()
         if _class_name(settings.get(name)) == cls
     }

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -85,6 +86,9 @@ class Denoiser(nn.Module):
     `sample`, as the networks of diffusers do. The network is evaluated in the dtype of its
     parameters (`evaluation_dtype`), and the prediction has the dtype of x.
 
+    If the variance of the process is learned, the network has 2C output channels for C channels of
+    x: F, and 2v - 1 of the prediction's variance v.
+
     Args:
         network: the network, on any device.
         process: the diffusion process that the network was trained on.
@@ -92,7 +96,8 @@ class Denoiser(nn.Module):
     Raises:
         ValueError: a diffusers network embeds fewer labels than the classes and the null label, or
             labels that the process does not have (set its `num_class_embeds` to classes + 1), or
-            it cannot halve the height and width of x as often as its levels require.
+            it cannot halve the height and width of x as often as its levels require, or it has as
+            many output channels as x and the variance of the process is learned.
 
     Example:
         >>> process = Process(shape=(1, 8, 8), prediction="sample")
@@ -108,6 +113,7 @@ class Denoiser(nn.Module):
         super().__init__()
         _check_embeddings(network, process)
         _check_size(network, process)
+        _check_channels(network, process)
         self.network = network
         self.process = process
 
@@ -127,9 +133,10 @@ class Denoiser(nn.Module):
             condition: int64 class labels (B,), or `Conditions` of a process with named conditions;
                 None for the absent value of each.
         """
-        output = self.output(x, level, condition)
+        output, variance = self.outputs(x, level, condition)
         process = self.process
-        return predict(process.prediction, output, x, level.to(x), process.sigma_data)
+        prediction = predict(process.prediction, output, x, level.to(x), process.sigma_data)
+        return prediction if variance is None else replace(prediction, variance=variance)
 
     def output(self, x: Tensor, level: Level, condition: BatchCondition | None = None) -> Tensor:
         """The network's output F at x, of the shape and dtype of x.
@@ -139,6 +146,26 @@ class Denoiser(nn.Module):
             level: noise level of all samples, or levels that broadcast against x.
             condition: int64 class labels (B,), or `Conditions` of a process with named conditions;
                 None for the absent value of each.
+
+        Raises:
+            ValueError: as `outputs`.
+        """
+        return self.outputs(x, level, condition)[0]
+
+    def outputs(
+        self, x: Tensor, level: Level, condition: BatchCondition | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The network's output F at x, and v if the variance of the process is learned.
+
+        Args:
+            x: noisy samples (B, *shape), not scaled.
+            level: noise level of all samples, or levels that broadcast against x.
+            condition: int64 class labels (B,), or `Conditions` of a process with named conditions;
+                None for the absent value of each.
+
+        Returns:
+            F, of the shape and dtype of x; and v, of the same shape, or None if the variance is
+            fixed.
 
         Raises:
             ValueError: the output has another shape than x, or the network has no embedding of the
@@ -160,13 +187,18 @@ class Denoiser(nn.Module):
                 f"{process.classes} (IndexError: {error}). It needs {process.classes + 1} label "
                 f"embeddings: {process.classes} classes and the null label {process.classes}"
             ) from error
-        if output.shape != x.shape:
-            raise ValueError(
-                f"the network's output has shape {tuple(output.shape)}, expected that of x, "
-                f"{tuple(x.shape)}: set its channels and size to the process's shape "
-                f"{process.shape}"
-            )
-        return output.to(x.dtype)
+        return self._split(output, x)
+
+    def _split(self, output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """F and v, in the dtype of x, from the network's output."""
+        channels, is_learned = x.shape[1], self.process.variance == "learned"
+        double = torch.Size((len(x), 2 * channels, *x.shape[2:]))
+        if output.shape != (double if is_learned else x.shape):
+            raise ValueError(_wrong_shape(output.shape, x.shape, double, self.process))
+        if not is_learned:
+            return output.to(x.dtype), None
+        mean, variance = output.to(x.dtype).split(channels, 1)
+        return mean, (variance + 1) / 2
 
 
 def _time_tensor(time: Real, x: Tensor) -> Tensor:
@@ -214,6 +246,34 @@ def _check_size(network: nn.Module, process: Process) -> None:
             f"{halvings} times: expected multiples of {2**halvings}; crop or resize the data, or "
             f"use fewer levels (down_block_types)"
         )
+
+
+def _check_channels(network: nn.Module, process: Process) -> None:
+    """Raise ValueError if a network has no output channels for the variance that is learned."""
+    outputs, channels = network_config(network).get("out_channels"), process.shape[0]
+    if process.variance == "learned" and outputs == channels:
+        raise ValueError(
+            f"the variance of the process is learned, which needs {2 * channels} output channels, "
+            f"and the network has {outputs}: set its out_channels to {2 * channels}, or the "
+            f"process's variance to fixed"
+        )
+
+
+def _wrong_shape(found: torch.Size, x: torch.Size, double: torch.Size, process: Process) -> str:
+    """The message for an output of another shape than F, or F and the variance."""
+    if process.variance == "learned":
+        return (
+            f"the network's output has shape {tuple(found)}, expected {tuple(double)}, since the "
+            f"variance of the process is learned: set its output channels to twice those of the "
+            f"process's shape {process.shape}, or the process's variance to fixed"
+        )
+    hint = ""
+    if found == double:
+        hint = ", or the process's variance to learned if half of the channels are a variance"
+    return (
+        f"the network's output has shape {tuple(found)}, expected that of x, {tuple(x)}: set its "
+        f"channels and size to the process's shape {process.shape}{hint}"
+    )
 
 
 def _is_unet(config: Mapping[str, Any]) -> bool:

@@ -13,7 +13,9 @@ standard deviation of the data) the formulas hold in every scaling.
 """
 
 import math
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -38,16 +40,30 @@ __all__ = [
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction", "edm"]
 
 
-class Prediction(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Prediction:
     """A network's estimate of x_0 and of ε in x = α x_0 + σ ε.
+
+    Iteration gives the pair: `x0, eps = prediction`.
 
     Args:
         x0: estimate of x_0, of the shape of x.
         eps: estimate of ε, of the shape of x.
+        variance: v of the variance β̃^(1-v) β^v of a step (`diffcore.core.transition`), of the shape
+            of x; None for a network whose process has no learned variance.
     """
 
     x0: Tensor
     eps: Tensor
+    variance: Tensor | None = None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.pair)
+
+    @property
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """(x_0, ε)."""
+        return self.x0, self.eps
 
     def at(self, level: Level) -> Tensor:
         """α x_0 + σ ε at another level, of the shape of x: the first-order step of samplers."""

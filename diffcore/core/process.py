@@ -22,12 +22,18 @@ from diffcore.io.specs import from_spec, to_spec
 from diffcore.schedules import Cosine, Level, Real, Schedule
 from diffcore.schedules.base import LEVEL_TOLERANCE
 
-__all__ = ["Process", "TimeConditioning", "TimeVariable"]
+__all__ = ["Process", "TimeConditioning", "TimeVariable", "VarianceType"]
 
 FLOAT32_LOGSNR = 170.0
 """Bound of |λ| within which σ/α and α/σ are normal numbers of float32."""
 
+OPTIONAL = ("conditions", "variance")
+"""Fields that a record contains only if they differ from their defaults."""
+
 TimeVariable = Literal["index", "t", "blend", "logsnr", "sigma"]
+
+VarianceType = Literal["fixed", "learned"]
+"""Whether a network also outputs the variance of a step."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +137,9 @@ class Process:
         dropout: fraction of training samples whose label is replaced by the null label, in [0, 1].
         conditions: further conditions by name, which is that of the argument of the network's
             forward; each has its own shape, dropout and absent value.
+        variance: fixed, or learned if the network has 2C output channels for C channels of x: the
+            second half is 2v - 1, with v of the variance β̃^(1-v) β^v of a step (iDDPM's
+            learned_range). `Variational` trains it and `DDPM` samples with it.
 
     Raises:
         ValueError: a field is out of range, or fields contradict each other; the message states the
@@ -147,6 +156,7 @@ class Process:
     classes: int = 0
     dropout: float = 0.0
     conditions: dict[str, ConditionRecord] = field(default_factory=dict, hash=False)
+    variance: VarianceType = "fixed"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))
@@ -160,6 +170,8 @@ class Process:
                 f"prediction is {self.prediction!r}, expected one of "
                 f"{', '.join(get_args(PredictionType))}"
             )
+        if self.variance not in get_args(VarianceType):
+            raise ValueError(f"variance is {self.variance!r}, expected fixed or learned")
         if not self.shape or min(self.shape) < 1:
             raise ValueError(
                 f"shape is {self.shape}, expected the positive sizes of one x_0, such as (1, 8, 8)"
@@ -295,8 +307,9 @@ class Process:
     def save(self, path: str | Path) -> None:
         """Write the record to `path` as JSON, with the SHA-256 of its fields."""
         record = to_spec(self)
-        if not self.conditions:  # then the record is that of versions without named conditions
-            del record["conditions"]
+        for name in OPTIONAL:  # without them the record is that of versions without these fields
+            if not getattr(self, name) or getattr(self, name) == "fixed":
+                del record[name]
         content = record | {"sha256": hash_data(record)}
         write_file(path, (json.dumps(content, indent=2) + "\n").encode())
 
@@ -320,7 +333,7 @@ class Process:
             data = read_json(path)
             written = data.pop("sha256", None)
             process = from_spec(cls, data)
-            missing = [f.name for f in fields(cls) if f.name not in {*data, "conditions"}]
+            missing = [f.name for f in fields(cls) if f.name not in {*data, *OPTIONAL}]
             if missing:
                 raise ValueError(f"it lacks {', '.join(missing)}: add these fields as in training")
             if written not in (None, hash_data(data)):

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from diffcore.core.conditions import LABEL, BatchCondition, drop, labels_of
 from diffcore.core.denoiser import Denoiser
-from diffcore.core.prediction import at_least_float32, target
+from diffcore.core.prediction import Prediction, at_least_float32, predict, target
 from diffcore.core.process import Process
 from diffcore.core.random import Stream, derive_seed, normal, uniform
 from diffcore.objectives.coupling import Coupling, IndependentCoupling
 from diffcore.objectives.level_sampling import Resampler, ResamplerState
 from diffcore.objectives.losses import Loss, SquaredError
 from diffcore.objectives.uncertainty import Uncertainty
+from diffcore.objectives.variational import Variational
 from diffcore.objectives.weighting import MSE, Weight
 from diffcore.schedules import Level, Schedule, Shifted
 
@@ -101,6 +102,9 @@ class Objective:
         reference_size: side √(height · width) of x_0 for which the schedule is meant. A batch of
             side d is trained at λ + 2 ln(reference_size / d) (`Shifted.by_resolution`), with the
             time conditioning of that λ; 0 shifts nothing.
+        variational: variational bound that is added to the error and trains the variance of a
+            process whose variance is learned (the hybrid objective of iDDPM); None for a fixed
+            variance.
 
     Raises:
         ValueError: a field is out of range, or resampler and uncertainty are combined.
@@ -116,6 +120,7 @@ class Objective:
     offset: float = 0.0
     uncertainty: Uncertainty | None = None
     reference_size: float = 0.0
+    variational: Variational | None = None
 
     def __post_init__(self) -> None:
         if self.levels not in get_args(TimeSampling):
@@ -151,6 +156,7 @@ class Objective:
             self._check_table(schedule, schedule.steps)
         if self.reference_size:
             _check_shift(process)
+        self._check_variance(process)
         assert isinstance(level.logsnr, Tensor)
         assert isinstance(level.sigma, Tensor)
         weight = self.weight.target_weight(process.prediction, level.logsnr, process.sigma_data)
@@ -177,6 +183,22 @@ class Objective:
         if self.resampler and self.resampler.bins > steps:
             raise ValueError(
                 f"{self.resampler} has more bins than {schedule} has levels: use at most {steps}"
+            )
+
+    def _check_variance(self, process: Process) -> None:
+        """Raise ValueError if a learned variance is not trained, or not by the process's noise."""
+        if self.variational is None:
+            if process.variance == "learned":
+                raise ValueError(
+                    "the variance of the process is learned, and the objective does not train it: "
+                    "set objective.variational to Variational, or process.variance to fixed"
+                )
+            return
+        self.variational.check(process)
+        if self.perturbation or self.offset or self.coupling != IndependentCoupling():
+            raise ValueError(
+                "variational is the bound of a process with independent Gaussian noise: leave "
+                "perturbation, offset and coupling at their defaults, or variational out"
             )
 
     def times(self, key: SampleKey, state: ResamplerState | None = None) -> Tensor:
@@ -275,6 +297,8 @@ class Objective:
 
             L = mean of m (w_F ρ(F̂ - F)),   with u(λ): mean of m (w_F ρ(F̂ - F) e^-u + u)
 
+        `variational` adds the mean of m times its terms.
+
         The mean is over all elements of x_0, also where m is 0: the gradient of such an element is
         exactly zero, and images with a small mask contribute in proportion to its area.
 
@@ -296,20 +320,25 @@ class Objective:
             masks = {LABEL: draw.dropout_mask, **draw.condition_masks}
             condition = drop(process, condition, masks)
         noisy = noise if draw.perturbation is None else noise + draw.perturbation
-        output = denoiser.output(level.alpha * x0 + level.sigma * noisy, draw.level, condition)
+        x = level.alpha * x0 + level.sigma * noisy
+        output, v = denoiser.outputs(x, draw.level, condition)
         error = self.loss(output - target(process.prediction, x0, noise, level, process.sigma_data))
         assert isinstance(draw.level.logsnr, Tensor)
         weight = self.weight.target_weight(
             process.prediction, draw.level.logsnr, process.sigma_data
         ).to(x0)
-        if sample_weight is not None:
-            error = error * sample_weight.to(error)
-        losses = (weight * error).flatten(1).mean(1) * draw.importance.to(x0)
-        if log_variance is None:
+        m = 1 if sample_weight is None else sample_weight.to(error)
+        losses = (weight * error * m).flatten(1).mean(1) * draw.importance.to(x0)
+        if log_variance is not None:
+            u = log_variance(draw.level.logsnr.flatten(1).mean(1).to(x0))
+            share = 1 if sample_weight is None else sample_weight.to(u).flatten(1).mean(1)
+            losses = losses / u.exp() + share * u
+        if self.variational is None:
             return losses
-        u = log_variance(draw.level.logsnr.flatten(1).mean(1).to(x0))
-        share = 1 if sample_weight is None else sample_weight.to(u).flatten(1).mean(1)
-        return losses / u.exp() + share * u
+        estimate = predict(process.prediction, output.detach(), x, level, process.sigma_data)
+        pair, truth = Prediction(*estimate.pair, v), Prediction(x0, noise)
+        bound = self.variational(process, pair, truth, draw.level) * m
+        return losses + bound.flatten(1).mean(1) * draw.importance.to(x0)
 
 
 def _check_shift(process: Process) -> None:

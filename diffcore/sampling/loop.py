@@ -146,7 +146,7 @@ def watch(
             rule = guidance if sampler.uses_guidance(state) else CFG(1.0)
             step = current_step(denoiser.process, knots, state, step)
             inputs = evaluate_references(denoiser, rule, state.x, condition, memory, step)
-            prediction, memory = rule.combine(inputs, memory)
+            prediction, memory = rule.guide(inputs, memory)
             state = sampler.advance(state, prediction, noise)
             state = forget_at_mode_change(sampler, state, mode_changes)
         yield inputs
@@ -219,7 +219,7 @@ def guided_prediction(
     """
     step = step or Step(denoiser.process, level, level, level)
     inputs = evaluate_references(denoiser, guidance, x, condition, memory, step, micro_batch)
-    return *guidance.combine(inputs, memory), 1 + len(inputs.references)
+    return *guidance.guide(inputs, memory), 1 + len(inputs.references)
 
 
 def evaluate_references(

@@ -358,3 +358,35 @@ def test_a_size_that_a_unet_cannot_halve_is_refused(levels, size):
     denoiser = Denoiser(network, process(shape=(3, fitting, fitting), classes=0))
     with torch.no_grad():
         denoiser(torch.zeros(1, 3, fitting, fitting), denoiser.process.schedule.at(0.0))
+
+
+class TwoHalves(nn.Module):
+    """Outputs 0.5 x, and x + 1 as the second half of the channels."""
+
+    def __init__(self, channels=2):
+        super().__init__()
+        self.config = {"out_channels": channels}
+
+    def forward(self, x, time):
+        return torch.cat([0.5 * x, x + 1], 1)
+
+
+def test_the_second_half_of_the_channels_is_2v_minus_1_if_the_variance_is_learned():
+    learned = process(classes=0, shape=(1, 2), prediction="sample", variance="learned")
+    x, level = torch.randn(3, 1, 2), learned.schedule.level(0.4)
+    denoiser = Denoiser(TwoHalves(), learned)
+    prediction = denoiser(x, level)
+    assert torch.equal(prediction.x0, 0.5 * x)
+    assert torch.allclose(prediction.variance, x / 2 + 1)
+    assert torch.equal(denoiser.output(x, level), 0.5 * x)
+
+
+def test_output_channels_that_do_not_fit_the_variance_are_refused_with_the_remedy():
+    fixed, learned = (process(classes=0, shape=(1, 2), variance=v) for v in ("fixed", "learned"))
+    x, level = torch.ones(3, 1, 2), learned.schedule.level(0.4)
+    with pytest.raises(ValueError, match=r"set its out_channels to 2, or .* to fixed"):
+        Denoiser(TwoHalves(channels=1), learned)
+    with pytest.raises(ValueError, match=r"expected \(3, 2, 2\), since the variance .* learned"):
+        Denoiser(Recorder(torch.float32), learned)(x, level)
+    with pytest.raises(ValueError, match="or the process's variance to learned if half"):
+        Denoiser(TwoHalves(), fixed)(x, level)

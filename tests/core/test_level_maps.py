@@ -1,6 +1,7 @@
 """A level may be a map, with one λ per pixel (SVNR, 2306.16052), in every part of the library."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,9 +38,8 @@ class Pixels:
     def __call__(self, x: Tensor, level: Level, condition: Tensor | None = None):
         alpha, sigma = level.to(x).alpha, level.to(x).sigma
         z = (x - alpha * 0.3) / (alpha**2 * STD**2 + sigma**2)
-        return predict("sample", 0.3 + alpha * STD**2 * z, x, level.to(x), 1.0)._replace(
-            eps=sigma * z
-        )
+        prediction = predict("sample", 0.3 + alpha * STD**2 * z, x, level.to(x), 1.0)
+        return replace(prediction, eps=sigma * z)
 
 
 def knots(schedule, steps: int, last: float = math.inf) -> tuple[Level, ...]:

@@ -232,6 +232,7 @@ PROCESSES = [
         time=TimeConditioning("sigma", 0.1, 20.0), classes=10, dropout=0.15, low=0.0, high=255.0
     ),
     Process(schedule=Flow(), prediction="flow_prediction", shape=(7,)),
+    Process(variance="learned"),
 ]
 
 

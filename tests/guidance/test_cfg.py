@@ -28,9 +28,8 @@ def test_guided_is_the_reference_plus_w_times_the_difference_in_x0_and_eps(scali
     level = oracle.process.schedule.at(-0.5)
     guided, memory, evaluations = guided_prediction(oracle, CFG(w), X, level, LABELS, "kept")
     conditional, reference = oracle(X, level, LABELS), oracle(X, level)
-    for i in range(2):
-        expected = reference[i] + w * (conditional[i] - reference[i])
-        torch.testing.assert_close(guided[i], expected, rtol=1e-12, atol=1e-12)
+    for result, ref, cond in zip(guided, reference, conditional, strict=True):
+        torch.testing.assert_close(result, ref + w * (cond - ref), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(
         level.alpha * guided.x0 + level.sigma * guided.eps, X, rtol=1e-11, atol=1e-11
     )

@@ -1,12 +1,13 @@
 """References: another condition or another network; one forward for each network; errors."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from diffcore.core.denoiser import Denoiser
+from diffcore.core.denoiser import Denoiser, DenoiserWrapper
 from diffcore.core.noise import Noise
 from diffcore.guidance import (
     APG,
@@ -156,14 +157,39 @@ def test_predictions_come_in_the_order_of_the_queries():
             )
 
 
+class LearnedVariance(DenoiserWrapper):
+    """The oracle with v = 0.3 + the label (0.1 without one) as its variance."""
+
+    def __call__(self, x, level, condition=None):
+        labels = torch.full((len(x),), 2) if condition is None else condition
+        v = (0.3 + labels.to(x)).view(-1, *[1] * (x.ndim - 1)).expand_as(x)
+        return replace(self.inner(x, level, condition), variance=v)
+
+
+@pytest.mark.parametrize("micro_batch", [0, 4])
+@pytest.mark.parametrize(
+    "rule", [CFG(3.0), CFGPlusPlus(0.6), APG(4.0), Rescale(CFG(3.0)), CFG(1.0)], ids=repr
+)
+def test_the_learned_variance_of_a_guided_prediction_is_the_conditional_one(rule, micro_batch):
+    prediction, _, _ = guided_prediction(
+        LearnedVariance(ORACLE), rule, X, LEVEL, LABELS, None, None, micro_batch
+    )
+    expected = (0.3 + LABELS.to(X))[:, None].expand_as(X)
+    assert torch.equal(prediction.variance, expected)
+    plain, _, _ = guided_prediction(ORACLE, rule, X, LEVEL, LABELS, None, None, micro_batch)
+    torch.testing.assert_close(prediction.pair, plain.pair, rtol=0, atol=0)
+    assert plain.variance is None
+
+
 def test_composed_is_the_weighted_sum_of_conditions_and_negation_is_a_negative_weight():
     guided, _, evaluations = guided_prediction(
         ORACLE, ComposedConditions((0, 1), (0.7, -0.4), 2.0), X, LEVEL, LABELS, None
     )
-    c, u, one, two = (ORACLE(X, LEVEL, y) for y in (LABELS, None, torch.zeros(6), torch.ones(6)))
+    labels = (LABELS, None, torch.zeros(6), torch.ones(6))
+    c, u, one, two = (ORACLE(X, LEVEL, y).pair for y in labels)
     for i in range(2):
         expected = u[i] + 2 * (c[i] - u[i]) + 0.7 * (one[i] - u[i]) - 0.4 * (two[i] - u[i])
-        torch.testing.assert_close(guided[i], expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(guided.pair[i], expected, rtol=1e-10, atol=1e-10)
     assert evaluations == 4
 
 

@@ -1,6 +1,7 @@
 """DDPM and Euler ancestral equal the formulas of their papers, and diffusers on the same noise."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,9 +9,17 @@ from diffusers import DDPMScheduler, EulerAncestralDiscreteScheduler
 
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction, target
-from diffcore.samplers import DDIM, DDPM, EulerAncestral, State
+from diffcore.samplers import (
+    DDIM,
+    DDPM,
+    AlphaBlending,
+    DPMSolverPP,
+    EulerAncestral,
+    Heun,
+    State,
+)
 from diffcore.sampling.loop import integrate
-from diffcore.schedules import Cosine, Discrete, Explicit, Trailing
+from diffcore.schedules import Cosine, Discrete, Explicit, Leading, Trailing
 from tests.helpers.oracles import mixture, process
 
 NOISE = Noise(torch.arange(8), (2,), dtype=torch.float64)
@@ -129,6 +138,41 @@ def test_steps_equal_diffusers_ddpm_except_for_the_noise_that_it_adds_to_the_res
     ]  # from there to clean β = 1 - ᾱ, 0.32² at 10 steps; β̃ = 0
     left = variance * last.sigma * GeneratorNoise().between(last, None, 9)
     torch.testing.assert_close(x - ours, left, rtol=1e-5, atol=1e-5)
+
+
+def test_a_learned_variance_is_that_of_diffusers_learned_range_at_each_step():
+    theirs = DDPMScheduler(
+        **TABLE, variance_type="learned_range", clip_sample=False, timestep_spacing="leading"
+    )
+    theirs.set_timesteps(10)
+    raw = torch.linspace(-1.2, 1.2, 2, dtype=torch.float64).expand(8, 2)
+    oracle, knots = mixture(process(Discrete())), Leading().knots(Discrete(), 10)
+    x = NOISE.start()
+    for i, t in enumerate(theirs.timesteps):
+        level, state = knots[i], State(x, knots[i], knots[i + 1 :], i)
+        prediction = replace(oracle(x, level), variance=(raw + 1) / 2)
+        output = torch.cat([prediction.eps, raw], 1)
+        generator = torch.Generator().manual_seed(i)
+        expected = theirs.step(output, t, x, generator=generator).prev_sample
+        x = DDPM().advance(state, prediction, GeneratorNoise()).x
+        torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
+        if i < 9:
+            fixed = DDPM(0.3).advance(state, prediction, GeneratorNoise()).x
+            assert not torch.equal(x, fixed)  # a number replaces the network's v
+
+
+def test_samplers_without_a_variance_do_not_read_a_learned_one():
+    oracle, knots = mixture(), Trailing().knots(Cosine(), 4)
+    x = NOISE.start()
+    for sampler in (DDIM(), DDIM(1.0), DDPM(0.0), Heun(), DPMSolverPP("2M"), AlphaBlending(2)):
+        ends = []
+        for variance in (None, 3.0 * torch.ones_like(x)):
+            state = sampler.start(x, knots, NOISE)
+            while not state.done:
+                prediction = replace(oracle(state.x, state.level), variance=variance)
+                state = sampler.advance(state, prediction, NOISE)
+            ends.append(state.x)
+        assert torch.equal(*ends)
 
 
 @pytest.mark.filterwarnings(

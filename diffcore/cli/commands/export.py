@@ -186,6 +186,6 @@ def _remarks(exported: Any, request: ExportRequest, steps: int) -> list[str]:
         )
     if request.guidance != CFG(1.0) and type(exported).__name__ == "ConsistencyModelPipeline":
         remarks.append(f"left out: guidance {request.guidance}; the pipeline samples without it")
-    if request.sampler not in (DDIM(), DDPM()):
+    if request.sampler not in (DDIM(), DDPM(), DDPM(0.0)):
         remarks.append(f"left out: sampler {request.sampler}; the pipeline takes first-order steps")
     return remarks

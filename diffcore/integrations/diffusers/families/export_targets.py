@@ -51,6 +51,12 @@ def unet_pipeline(
             f"pipelines of diffusers expect images in [-1, 1], and the range of these is "
             f"[{process.low:g}, {process.high:g}]: {ALTERNATIVE}"
         )
+    if process.variance == "learned" and not _reads_variance(scheduler):
+        raise ValueError(
+            f"the network also outputs a variance, which no {type(scheduler).__name__} with these "
+            f"options of a UNet2DModel's pipeline accepts: export the sampler DDPM(), or "
+            f"{ALTERNATIVE}"
+        )
     is_scaled = isinstance(scheduler, diffusers.EDMEulerScheduler)
     _check_shape(network, process, is_square=is_scaled or process.classes > 0)
     if process.classes and isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
@@ -97,6 +103,11 @@ def dit_pipeline(
             f"DiTPipeline accepts no {type(scheduler).__name__}, which this process needs: "
             f"{ALTERNATIVE}"
         )
+    if _reads_variance(scheduler):
+        raise ValueError(
+            f"DiTPipeline leaves out the variance of its network, with which DDPM() samples: "
+            f"export the sampler DDIM(), or {ALTERNATIVE}"
+        )
     _check_shape(network, process, is_square=True)
     return diffusers.DiTPipeline(network, vae, scheduler)  # type: ignore[no-untyped-call]
 
@@ -125,6 +136,11 @@ def dit_call(count: int, labels: list[int] | None) -> dict[str, Any]:
         Name -> value.
     """
     return {"class_labels": labels or [], "guidance_scale": 1.0}
+
+
+def _reads_variance(scheduler: Any) -> bool:
+    """Whether a scheduler of diffusers expects the variance beside the mean."""
+    return scheduler.config.get("variance_type") == "learned_range"
 
 
 def _check_shape(network: Any, process: Process, is_square: bool) -> None:

@@ -339,4 +339,4 @@ class DiffcoreGuider(BaseGuidance):
             prediction, self._memory = self.settings.rule.combine(given, self._memory)
         else:
             prediction, self._memory = predictions[0], None
-        return target(kind, *prediction, level, sigma_data)
+        return target(kind, *prediction.pair, level, sigma_data)

@@ -44,8 +44,9 @@ def from_diffusers(
 
     Networks of the families in `diffcore.integrations.diffusers.families.FAMILIES`, and any module
     that is called as network(x, timestep) or with `class_labels`. A text-conditioned network
-    becomes a class-conditional one: label k is prompt k, the null label the negative prompt. Of a
-    network that also outputs a variance (2C channels) the mean is used.
+    becomes a class-conditional one: label k is prompt k, the null label the negative prompt. The
+    variance of a network of a table that also outputs one (2C channels: DiT, PixArt, Hunyuan-DiT)
+    is a learned one, with which `DDPM()` samples.
 
     The configs give schedule, prediction type, time conditioning and shape, and the classes of
     DiT. Data are within [-1, 1] with a standard deviation of 0.5, as in every pipeline of
@@ -63,7 +64,8 @@ def from_diffusers(
         negative: text of the null label, if `prompts` are texts.
         fields: fields of Process that replace those of the configs: `classes` and `dropout` of a
             class-conditional UNet2DModel, `shape` for another size or where the config has none,
-            `sigma_data`, `low`, `high`. A field that contradicts a config is logged as a warning.
+            `sigma_data`, `low`, `high`, `variance` ("fixed" uses the mean only). A field that
+            contradicts a config is logged as a warning.
 
     Returns:
         The denoiser; its `process` holds what was read.
@@ -76,7 +78,7 @@ def from_diffusers(
     described = read_process_fields(parts, known, mu)
     shape = (described | known)["shape"]
     network, condition = _conditioned(parts, prompts, negative, known, shape)
-    read = described | condition | parts.process_fields
+    read = described | condition | _variance_field(parts, described | known) | parts.process_fields
     for name in fields.keys() & read.keys() - {"shape"}:
         if fields[name] != read[name]:
             log.warning("%s is %s, in place of %s of the configs", name, fields[name], read[name])
@@ -214,6 +216,19 @@ def _class_fields(network: nn.Module, fields: dict[str, Any]) -> dict[str, Any]:
     return {} if count is None else {"classes": count, "dropout": family.dropout}
 
 
+def _variance_field(parts: PipelineParts, fields: dict[str, Any]) -> dict[str, Any]:
+    """`variance: learned` for a network with 2C output channels of a process that has one.
+
+    The second half of a flow's network (Lumina) was not trained, and variance_type "learned" is
+    ln V itself.
+    """
+    config = {} if parts.scheduler is None else read_scheduler_config(parts.scheduler)
+    has_variance = _has_variance(parts.network, fields["shape"])
+    is_range = config.get("variance_type") != "learned"
+    is_table = fields["prediction"] not in ("flow_prediction", "edm")
+    return {"variance": "learned"} if has_variance and is_range and is_table else {}
+
+
 class MeanOutput(nn.Module):
     """The first C of the 2C output channels of a network that also outputs a variance.
 
@@ -245,7 +260,13 @@ def mean_network(network: nn.Module, process: Process) -> nn.Module:
         process: the process; its shape gives C.
 
     Returns:
-        `MeanOutput(network)` if the network has 2C output channels, else the network itself.
+        `MeanOutput(network)` if the network has 2C output channels and the variance of the process
+        is fixed, else the network itself.
     """
-    has_variance = network_config(network).get("out_channels") == 2 * process.shape[0]
-    return MeanOutput(network) if has_variance else network
+    is_dropped = process.variance == "fixed" and _has_variance(network, process.shape)
+    return MeanOutput(network) if is_dropped else network
+
+
+def _has_variance(network: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Whether the config of a network has 2C output channels for C channels of x."""
+    return network_config(network).get("out_channels") == 2 * shape[0]

@@ -40,8 +40,8 @@ from diffcore.schedules import (
 
 __all__ = ["build_pipeline", "export_pipeline", "export_scheduler"]
 
-ANCESTRAL = (DDPM(0.0), DDIM(1.0), EulerAncestral(1.0))
-"""Equal samplers, which diffusers calls DDPM."""
+ANCESTRAL = (DDPM(), DDPM(0.0), DDIM(1.0), EulerAncestral(1.0))
+"""Samplers that diffusers calls DDPM; equal if the variance of the process is fixed."""
 BETA_SCHEDULES = {
     "linear": "linear",
     "scaled_linear": "scaled_linear",
@@ -133,15 +133,30 @@ def _table_scheduler(process: Process, sampler: Sampler, grid: Grid) -> Any:
             f"of {entries}: {ALTERNATIVE}"
         )
     process.check_level(schedule.level(1.0), "the last entry of diffusers' table")
-    options = {
+    options: dict[str, Any] = {
         "num_train_timesteps": entries,
         "prediction_type": process.prediction,
         "clip_sample": False,
         "timestep_spacing": "leading" if isinstance(grid, Leading) else "trailing",
         "steps_offset": grid.offset if isinstance(grid, Leading) else 0,
     }
-    cls = diffusers.DDPMScheduler if sampler in ANCESTRAL else diffusers.DDIMScheduler
+    cls: Any = diffusers.DDIMScheduler
+    if sampler in ANCESTRAL:
+        cls = diffusers.DDPMScheduler
+        if process.variance == "learned" and sampler == DDPM():
+            _check_last_step(grid)
+            options["variance_type"] = "learned_range"
     return cls(**options, **_betas(schedule, entries))
+
+
+def _check_last_step(grid: Grid) -> None:
+    """Raise ValueError if diffusers would add noise of the learned variance to the result."""
+    if grid != Leading():
+        raise ValueError(
+            "DDPMScheduler of diffusers adds noise of the learned variance to the result unless "
+            f"its last timestep is 0, and that of {grid} is above: set the grid to Leading, or the "
+            f"sampler to DDPM(0.0), or {ALTERNATIVE}"
+        )
 
 
 def _betas(schedule: Schedule, entries: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from diffcore.integrations.diffusers.families import family_of
 from diffcore.integrations.diffusers.families.export_targets import ALTERNATIVE
 from diffcore.integrations.diffusers.pipeline.pipeline import DiffcorePipeline
 from diffcore.integrations.diffusers.scheduler.generator_noise import GeneratorNoise
-from diffcore.samplers import DDIM, DDPM
+from diffcore.samplers import DDIM, DDPM, Sampler
 from diffcore.sampling.generation import evaluation_mode
 from diffcore.sampling.loop import integrate
 from diffcore.schedules import Rescaled
@@ -130,7 +130,10 @@ def _sample(denoiser: Denoiser, scheduler: Any, x: Tensor, labels: Tensor | None
     levels = [process.time.level(process.schedule, time) for time in times]
     noise = GeneratorNoise.of(len(x), process.shape, x.device, _generator())
     noise.start()  # the pipeline has drawn its first x from an equal generator
-    sampler = DDPM() if isinstance(scheduler, diffusers.DDPMScheduler) else DDIM()
+    sampler: Sampler = DDIM()
+    if isinstance(scheduler, diffusers.DDPMScheduler):
+        variance: str = scheduler.config["variance_type"]
+        sampler = DDPM() if variance == "learned_range" else DDPM(0.0)
     labels = None if labels is None else labels.to(x.device)
     knots = (*levels, process.schedule.at(math.inf))
     with torch.no_grad(), evaluation_mode(denoiser):

@@ -184,7 +184,13 @@ class DiffcorePipeline(DiffusionPipeline):
             )
         is_unet = any("UNet" in cls.__name__ for cls in type(network).__mro__)
         scheduler = DiffcoreScheduler(
-            sampler, grid, process.schedule, process.prediction, process.time, process.sigma_data
+            sampler,
+            grid,
+            process.schedule,
+            process.prediction,
+            process.time,
+            process.sigma_data,
+            variance_type="fixed" if process.variance == "fixed" else "learned_range",
         )
         parts: dict[str, Any] = {"unet" if is_unet else "transformer": network, "vae": vae}
         parts |= {name: getattr(process, name) for name in PROCESS_SETTINGS}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from diffcore.core.denoiser import extract_tensor
 from diffcore.core.network import ExportableNetwork, keep_trained_state
-from diffcore.core.process import Process
+from diffcore.core.process import Process, VarianceType
 from diffcore.integrations.diffusers.adapters.files import ADAPTER
 from diffcore.integrations.diffusers.adapters.lora import LoRA, TextLoRA
 from diffcore.integrations.diffusers.adapters.textual_inversion import NewWord
@@ -66,10 +66,13 @@ class PretrainedNetwork(ExportableNetwork):
         text_lora: adapter of the text encoders (Stable Diffusion 1, 2 and XL), which are encoded in
             every training step; rank 0 leaves them as they are.
         word: new word whose embeddings are trained (textual inversion).
+        variance: learned, if the variance that the network outputs beside the mean is trained too;
+            `process.variance` is the same.
 
     Raises:
         ValueError: The folder holds no complete pipeline, no layer fits the adapter, or diffusers
-            loads no adapter into this pipeline; or the base of all weights is not float32.
+            loads no adapter into this pipeline; or the base of all weights is not float32, or the
+            network outputs no variance.
     """
 
     text_encoders: "TextEncoders | None"
@@ -81,6 +84,7 @@ class PretrainedNetwork(ExportableNetwork):
         base: BasePrecision = "float32",
         text_lora: TextLoRA = TextLoRA(),
         word: NewWord = NewWord(),
+        variance: VarianceType = "fixed",
     ) -> None:
         super().__init__()
         if not Path(pipeline).is_dir():
@@ -101,7 +105,8 @@ class PretrainedNetwork(ExportableNetwork):
             )
         self.base = base
         self.network: Any = read_base(self.index, base)
-        self.config = self.network.config
+        self.config, self.variance = self.network.config, variance
+        _check_variance(variance, self.config, pipeline)
         self.text_encoders = self._read_text_encoders() if trains_text else None
         if self.is_adapter:
             if not hasattr(self.index.pipeline_class, "save_lora_weights"):
@@ -133,7 +138,7 @@ class PretrainedNetwork(ExportableNetwork):
         return TextEncoders(self.index, self.text_lora, self.word)
 
     def forward(self, x: Tensor, timestep: Tensor, **condition: Any) -> Tensor:
-        """Evaluate the network, and drop the variance that some networks also output.
+        """Evaluate the network, and drop its variance unless that is learned.
 
         Args:
             x: (B, *shape) noisy samples.
@@ -142,7 +147,8 @@ class PretrainedNetwork(ExportableNetwork):
                 `tokens`.
 
         Returns:
-            (B, *shape) output, of the prediction type of the process.
+            (B, *shape) output, of the prediction type of the process; with a learned variance it
+            has twice the channels.
 
         Raises:
             ValueError: The network is conditioned on text, and no text embeddings or tokens are
@@ -159,7 +165,8 @@ class PretrainedNetwork(ExportableNetwork):
             )
         given, condition = self._narrowed(x), self._narrowed(condition)
         output = extract_tensor(family.wrap(network)(given, timestep=timestep, **condition))
-        return output[:, : x.shape[1]].to(x.dtype)
+        channels = x.shape[1] * (2 if self.variance == "learned" else 1)
+        return output[:, :channels].to(x.dtype)
 
     def _encoded(self, condition: dict[str, Any]) -> dict[str, Any]:
         """The condition with text embeddings in place of tokens."""
@@ -276,7 +283,11 @@ class PretrainedNetwork(ExportableNetwork):
         network: nn.Module = self.network
         if self.base != "float32":
             made = PretrainedNetwork(
-                self.index.folder, self.lora, text_lora=self.text_lora, word=self.word
+                self.index.folder,
+                self.lora,
+                text_lora=self.text_lora,
+                word=self.word,
+                variance=self.variance,
             )
             made.load_state_dict(self.state_dict())
             network = made.network
@@ -324,6 +335,16 @@ class PretrainedNetwork(ExportableNetwork):
 
 def _count_trained(module: nn.Module) -> int:
     return sum(value.numel() for value in module.parameters() if value.requires_grad)
+
+
+def _check_variance(variance: VarianceType, config: Any, pipeline: str | Path) -> None:
+    """Raise ValueError if a variance is learned that the network does not output."""
+    if variance == "learned" and config.out_channels != 2 * config.in_channels:
+        raise ValueError(
+            f"variance is learned, but the network in {pipeline} has {config.in_channels} input "
+            f"and {config.out_channels} output channels, and so outputs no variance: leave "
+            "process.variance out"
+        )
 
 
 def build_scheduler(

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -86,6 +86,8 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
             table.
         clip: bound to which |x_0| is clamped, and ε follows; None does not clamp.
         levels: λ of further knots, such as the bounds of a guidance interval.
+        variance_type: learned_range if pipelines pass an output of 2C channels whose second half is
+            a learned variance, with which the sampler DDPM() samples; else fixed.
         num_train_timesteps: T, which pipelines (denoising_end of SDXL) and training scripts read.
         use_dynamic_shifting: True if pipelines compute μ from the image size, by which the schedule
             is shifted.
@@ -110,6 +112,7 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
         last: float | None = None,
         clip: float | None = None,
         levels: Sequence[float] = (),
+        variance_type: str = "fixed",
         num_train_timesteps: int = 1000,
         use_dynamic_shifting: bool = False,
         time_shift_type: str = "exponential",
@@ -252,7 +255,8 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
         """Advance the sampler by one network evaluation, in float32 or a wider dtype.
 
         Args:
-            model_output: (B, *shape) output of the network.
+            model_output: (B, *shape) output of the network. Further channels are left out, or with
+                variance_type learned_range they are a variance for each channel.
             timestep: time input of the network.
             sample: (B, *shape) x of the evaluation.
             generator: generator of the noise of stochastic samplers.
@@ -275,7 +279,7 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
             len(x), x.shape[1:], x.device, generator, model_output.dtype, x.dtype
         )
         state = call.start(timestep, x, noise)
-        prediction = self._prediction(model_output[:, : x.shape[1]].to(x.dtype), x, state.level)
+        prediction = self._prediction(model_output.to(x.dtype), x, state.level)
         after = call.advance(state, prediction, noise)
         result = after.x.to(sample.dtype), prediction.x0.to(sample.dtype)
         return SchedulerStepOutput(*result) if return_dict else result
@@ -322,8 +326,11 @@ class DiffcoreScheduler(SchedulerMixin, ConfigMixin):
         return target("v_prediction", x0, eps, self._levels(timesteps, x0), 1.0).to(sample.dtype)
 
     def _prediction(self, output: Tensor, x: Tensor, level: Level) -> Prediction:
-        settings = self.settings
-        prediction = predict(settings.prediction_type, output, x, level, settings.sigma_data)
+        settings, channels = self.settings, x.shape[1]
+        mean, rest = output[:, :channels], output[:, channels:]
+        prediction = predict(settings.prediction_type, mean, x, level, settings.sigma_data)
+        if settings.variance_type == "learned_range" and rest.shape == x.shape:
+            prediction = replace(prediction, variance=(rest + 1) / 2)
         if settings.clip is None:
             return prediction
         change = prediction.x0.clamp(-settings.clip, settings.clip) - prediction.x0

@@ -271,6 +271,7 @@ def scheduler_arguments(config: Config, given: Container[str] = ()) -> dict[str,
         "last": lambda: _last_logsnr(config, lambda: describe().schedule),
         "clip": lambda: _clip(config),
         "grid": lambda: grid_from_config(config, describe().schedule),
+        "variance_type": lambda: _variance_type(config),
         "use_dynamic_shifting": lambda: dynamic,
         "num_train_timesteps": lambda: int(_entries(config)),
     } | {name: partial(config.get, name) for name in SHIFT_OPTIONS}
@@ -297,6 +298,17 @@ def _last_logsnr(config: Config, schedule: Callable[[], Schedule]) -> float | No
     if config.get("set_alpha_to_one") is False or config.get("final_sigmas_type") == "sigma_min":
         return schedule().logsnr(1 / _entries(config))
     return None
+
+
+def _variance_type(config: Config) -> str:
+    """The variance of the network's output; a sampler here chooses between fixed variances."""
+    kind = str(config.get("variance_type"))
+    if kind == "learned":
+        raise ValueError(
+            "variance_type is 'learned', the logarithm of a variance, which is not supported: pass "
+            "variance_type='fixed', which leaves the variance out"
+        )
+    return "learned_range" if kind == "learned_range" else "fixed"
 
 
 def _clip(config: Config) -> float | None:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 from diffcore.core.prediction import PredictionType
 from diffcore.core.process import Process, TimeConditioning
@@ -12,6 +12,8 @@ from diffcore.sampling.generation import insert_levels
 from diffcore.schedules import Grid, Level, Schedule, Shifted
 
 __all__ = ["SchedulerSettings", "apply_dynamic_shift"]
+
+VarianceOption = Literal["fixed", "learned_range"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class SchedulerSettings:
             table.
         clip: bound to which |x_0| is clamped, and ε follows; None does not clamp.
         levels: λ of further knots, such as the bounds of a guidance interval.
+        variance_type: learned_range if the output of the network has 2C channels of which the
+            second half is 2v - 1 (`Process.variance`), else fixed.
     """
 
     sampler: Sampler
@@ -40,6 +44,7 @@ class SchedulerSettings:
     last: float | None = None
     clip: float | None = None
     levels: tuple[float, ...] = ()
+    variance_type: VarianceOption = "fixed"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", tuple(self.levels))
@@ -52,6 +57,11 @@ class SchedulerSettings:
             raise ValueError(
                 f"last is {self.last}, expected a finite λ, or None for the clean level"
             )
+        if self.variance_type not in get_args(VarianceOption):
+            raise ValueError(
+                f"variance_type is {self.variance_type!r}, expected fixed or learned_range; the "
+                "sampler DDPM(variance) chooses between fixed variances"
+            )
         if self.clip is not None and not 0 < self.clip < math.inf:
             raise ValueError(f"clip is {self.clip}, expected a positive bound on x_0, or None")
         self.process  # raises if the fields contradict each other
@@ -60,7 +70,12 @@ class SchedulerSettings:
     def process(self) -> Process:
         """The process that the network was trained on; its shape is a placeholder."""
         return Process(
-            self.schedule, self.prediction_type, self.time, shape=(1,), sigma_data=self.sigma_data
+            self.schedule,
+            self.prediction_type,
+            self.time,
+            shape=(1,),
+            sigma_data=self.sigma_data,
+            variance="fixed" if self.variance_type == "fixed" else "learned",
         )
 
     def knots(self, steps: int) -> tuple[Level, ...]:

@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 from diffcore.core.denoiser import Denoiser
+from diffcore.core.network import unwrap
 from diffcore.core.noise import Noise
 from diffcore.core.process import TimeConditioning
 from diffcore.guidance import CFG
 from diffcore.integrations.diffusers import DiffcorePipeline, Latents, from_diffusers
 from diffcore.integrations.diffusers.loading.folder import latent_shape, parts_of
-from diffcore.samplers import DDIM, Euler
+from diffcore.integrations.diffusers.scheduler.generator_noise import GeneratorNoise
+from diffcore.samplers import DDIM, DDPM, Euler
 from diffcore.sampling.generation import sample
 from diffcore.sampling.loop import integrate
 from diffcore.schedules import Discrete, Flow, Karras, Leading, Linspace, Shifted, Trailing
@@ -170,6 +172,41 @@ def test_dit_with_a_vae_gives_the_images_of_its_pipeline(dit_pipe):
     )
 
 
+def test_dit_keeps_its_variance_with_which_ddpm_samples():
+    """The samples are those of diffusers' DDPMScheduler with learned_range on the same network."""
+    network, x, label = dit(), start(2, (4, 8, 8)), torch.tensor([3, 1000])
+    config = {"clip_sample": False, "timestep_spacing": "leading"}
+    scheduler = diffusers.DDPMScheduler(**config, variance_type="learned_range")
+    denoiser = from_diffusers(network, diffusers.DDIMScheduler(**config))
+    assert denoiser.process.variance == "learned"
+    generators = [torch.Generator().manual_seed(1) for _ in range(2)]
+    noise = GeneratorNoise.of(2, (4, 8, 8), x.device, generators[0])
+    knots = Leading().knots(Discrete(), 5)
+    with torch.no_grad():
+        actual = integrate(denoiser, DDPM(), x, knots, noise, condition=label)[0]
+        scheduler.set_timesteps(5)
+        for t in scheduler.timesteps:
+            output = network(x, t.expand(2), class_labels=label).sample
+            x = scheduler.step(output, t, x, generator=generators[1]).prev_sample
+    torch.testing.assert_close(actual, x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "fields"),
+    [
+        (diffusers.DDPMScheduler(variance_type="learned"), {}),  # the logarithm of a variance
+        (diffusers.FlowMatchEulerDiscreteScheduler(), {}),
+        (diffusers.DDIMScheduler(), {"variance": "fixed"}),
+    ],
+    ids=["logarithm", "flow", "chosen"],
+)
+def test_the_variance_of_another_kind_or_that_is_not_wanted_is_left_out(scheduler, fields):
+    denoiser = from_diffusers(unet(out_channels=6), scheduler, **fields)
+    assert denoiser.process.variance == "fixed"
+    x, level = start(), denoiser.process.schedule.level(0.5)
+    assert denoiser(x, level).variance is None
+
+
 def test_a_class_conditional_unet_needs_classes_and_dropout():
     network, scheduler = unet(num_class_embeds=5), diffusers.DDPMScheduler()
     with pytest.raises(ValueError, match=r"embeds 5 labels, .* Pass classes=4 and the dropout"):
@@ -194,13 +231,13 @@ def test_a_wrapped_network_is_loaded_as_the_network_inside(wrap):
     scheduler = diffusers.DDIMScheduler()
     plain, wrapped = (from_diffusers(network, scheduler) for network in (dit(), wrap(dit())))
     assert wrapped.process == plain.process
-    assert type(wrapped.network) is type(plain.network)  # only the mean of the output is used
+    assert unwrap(wrapped.network).config == plain.network.config
     with pytest.raises(ValueError, match="UNet2DConditionModel is conditioned on text"):
         from_diffusers(wrap(unet_2d_condition()), scheduler)
     with pytest.raises(ValueError, match=r"embeds 5 labels, .* Pass classes=4"):
         from_diffusers(wrap(unet(num_class_embeds=5)), scheduler)
     denoiser = from_diffusers(wrap(dit()), scheduler)  # of the mean of its output
-    pipe = DiffcorePipeline.of(Denoiser(wrap(denoiser.network), denoiser.process))
+    pipe = DiffcorePipeline.of(Denoiser(wrap(unwrap(denoiser.network)), denoiser.process))
     assert type(pipe.transformer) is diffusers.DiTTransformer2DModel
 
 

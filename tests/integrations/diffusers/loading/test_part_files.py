@@ -68,7 +68,7 @@ def test_the_snapshot_of_a_hub_is_a_folder_of_links_to_the_blobs_beside_it(tmp_p
     path.rename(blobs / "2")
     path.symlink_to("../../../blobs/2")
     check_links(snapshot)
-    assert type(from_diffusers(snapshot).network.network) is type(dit())
+    assert type(from_diffusers(snapshot).network) is type(dit())
     path.unlink()
     (tmp_path / "models--a--b/3").write_text("")
     path.symlink_to("../../../3")

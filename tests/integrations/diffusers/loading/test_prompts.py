@@ -166,7 +166,7 @@ def test_pixart_of_1024_pixels_is_conditioned_on_its_size():
     pipe.vae_scale_factor = 8
     denoiser = from_diffusers(pipe, prompts=TEXTS[:1])
     assert (
-        denoiser.network.network.prompts.tensors["added_cond_kwargs.resolution"].tolist()
+        denoiser.network.prompts.tensors["added_cond_kwargs.resolution"].tolist()
         == [[1024.0, 1024.0]] * 2
     )
     theirs = pipe(

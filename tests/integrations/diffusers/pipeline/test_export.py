@@ -48,6 +48,7 @@ from tests.helpers.tiny_pipelines import dit, quiet, unet, vae
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = (3, 8, 8)
 LABELS = {"classes": 4, "dropout": 0.1}
+LEARNED = {"variance": "learned"}
 LATENT = {
     "shape": (4, 8, 8),
     "low": -math.inf,
@@ -122,6 +123,23 @@ EXPRESSED = {
         "ConsistencyModelPipeline",
         "DDIMScheduler",
     ),
+    "learned variance": (
+        made,
+        (process(Discrete(), "epsilon", **LEARNED), DDPM(), Leading(), unet(out_channels=6)),
+        "DDPMPipeline",
+        "DDPMScheduler",
+    ),
+    "learned variance, labels": (
+        made,
+        (
+            process(LDM, "v_prediction", **LEARNED, **LABELS),
+            DDPM(),
+            Leading(),
+            unet(out_channels=6, num_class_embeds=5),
+        ),
+        "ConsistencyModelPipeline",
+        "DDPMScheduler",
+    ),
     "flow": (
         made,
         (process(Flow(), "flow_prediction", BLEND),),
@@ -166,6 +184,16 @@ def test_a_stock_pipeline_gives_the_samples_of_our_loop(
     assert (type(stock).__name__, type(stock.scheduler).__name__) == (pipeline, scheduler)
     stock.save_pretrained(tmp_path)
     assert check_samples(tmp_path, own) <= 1e-5
+
+
+def test_the_learned_variance_of_a_dit_is_exported_with_a_sampler_that_does_not_read_it(tmp_path):
+    record = process(LDM, "epsilon", **LATENT | LEARNED)
+    own = made(record, DDIM(), Leading(), dit(), vae=vae())
+    stock = quiet(export_pipeline(own))
+    stock.save_pretrained(tmp_path)
+    assert check_samples(tmp_path, own) <= 1e-5
+    with pytest.raises(ValueError, match="DiTPipeline leaves out the variance"):
+        export_pipeline(made(record, DDPM(), Leading(), dit(), vae=vae()))
 
 
 @pytest.mark.parametrize("network", [dit(), dit(out_channels=4)], ids=["with variance", "without"])
@@ -245,6 +273,25 @@ def test_steps_that_do_not_divide_the_table_are_not_compared(tmp_path):
 
 
 REFUSED = [
+    (
+        made,
+        (process(Discrete(), "epsilon", **LEARNED), DDPM(), Trailing(), unet(out_channels=6)),
+        "set the grid to Leading",
+    ),
+    (
+        made,
+        (process(Discrete(), "epsilon", **LEARNED), DDIM(), Leading(), unet(out_channels=6)),
+        r"outputs a variance, .* export the sampler DDPM\(\)",
+    ),
+    (
+        made,
+        (
+            process(Flow(), "flow_prediction", BLEND, **LEARNED),
+            DDPM(),
+            *(Leading(), unet(out_channels=6)),
+        ),
+        "outputs a variance",
+    ),
     (made, (process(Cosine(), "epsilon"),), "pure noise"),
     (
         made,

@@ -61,6 +61,16 @@ def test_the_mean_of_a_network_that_also_outputs_a_variance(tmp_path):
     assert torch.equal(made(X, TIME, class_labels=labels), expected)
 
 
+def test_a_learned_variance_is_an_output_if_the_network_has_it(folder, tmp_path):
+    dit_pipeline(diffusers.DDIMScheduler()).save_pretrained(tmp_path)
+    made, labels = PretrainedNetwork(tmp_path, variance="learned"), torch.tensor([1, 2])
+    assert torch.equal(
+        made(X, TIME, class_labels=labels), made.network(X, TIME, class_labels=labels).sample
+    )
+    with pytest.raises(ValueError, match=r"outputs no variance: leave process\.variance out"):
+        PretrainedNetwork(folder, variance="learned")
+
+
 def test_the_state_of_an_adapter_is_the_adapter_alone(folder):
     torch.manual_seed(0)
     made = PretrainedNetwork(str(folder), LoRA(rank=2, alpha=6))

@@ -17,6 +17,7 @@ from diffcore.core.process import TimeConditioning
 from diffcore.integrations.diffusers import DiffcoreScheduler, from_diffusers
 from diffcore.samplers import (
     DDIM,
+    DDPM,
     AdamsBashforth,
     AdaptiveRungeKutta,
     AlphaBlending,
@@ -91,6 +92,25 @@ def test_an_outside_loop_gives_the_samples_of_our_own(sampler, steps, schedule):
     assert scaled(diffusers_loop(network, scheduler, steps, x), mine) < 1e-5
     assert len(scheduler.timesteps) == count == sampler.evaluations(knots)
     assert scheduler.num_inference_steps == steps
+
+
+@pytest.mark.parametrize("kind", ["learned_range", "fixed_small"])
+def test_a_learned_variance_is_that_of_diffusers_ddpm(kind):
+    """10 steps to index 0, where DDPMScheduler of diffusers adds no noise."""
+    options = {"variance_type": kind, "clip_sample": False, "timestep_spacing": "leading"}
+    theirs = diffusers.DDPMScheduler(**options)
+    ours = DiffcoreScheduler.from_config(theirs, sampler=DDPM())
+    assert ours.settings.process.variance == ("learned" if kind == "learned_range" else "fixed")
+    x, results = torch.randn(2, 3, 8, 8, generator=seed()), []
+    for scheduler in (theirs, ours):
+        scheduler.set_timesteps(10)
+        generator, y = seed(1), x
+        for t in scheduler.timesteps:
+            output = torch.cat([0.5 * y, 0.8 * y.sin()], 1)  # 2C channels
+            output = output if kind == "learned_range" else output[:, :3]
+            y = scheduler.step(output, t, y, generator=generator).prev_sample
+        results.append(y)
+    assert scaled(*results) < 1e-5
 
 
 @pytest.mark.parametrize(
