@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from diffcore.core.denoiser import Denoiser, DenoiserWrapper
+from diffcore.core.prediction import Prediction
 from diffcore.evaluation.likelihood.density import LAST_LOGSNR, first_level, flow_log_density
 from diffcore.evaluation.likelihood.trace import ExactTrace, Hutchinson
 from diffcore.samplers import DDIM, AdamsMoulton, AdaptiveRungeKutta, Heun
@@ -140,7 +141,7 @@ def test_data_of_another_shape_are_refused():
 class Detached(DenoiserWrapper):
     def __call__(self, x, level, condition=None):
         prediction = self.inner(x, level, condition)
-        return prediction._replace(x0=prediction.x0.detach(), eps=prediction.eps.detach())
+        return Prediction(prediction.x0.detach(), prediction.eps.detach())
 
 
 def test_a_prediction_without_a_gradient_is_refused():

@@ -131,8 +131,8 @@ def _sample(denoiser: Denoiser, scheduler: Any, x: Tensor, labels: Tensor | None
     noise = GeneratorNoise.of(len(x), process.shape, x.device, _generator())
     noise.start()  # the pipeline has drawn its first x from an equal generator
     sampler: Sampler = DDIM()
+    variance = scheduler.config.get("variance_type")
     if isinstance(scheduler, diffusers.DDPMScheduler):
-        variance: str = scheduler.config["variance_type"]
         sampler = DDPM() if variance == "learned_range" else DDPM(0.0)
     labels = None if labels is None else labels.to(x.device)
     knots = (*levels, process.schedule.at(math.inf))
