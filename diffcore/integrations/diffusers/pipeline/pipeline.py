@@ -183,15 +183,9 @@ class DiffcorePipeline(DiffusionPipeline):
                 "itself"
             )
         is_unet = any("UNet" in cls.__name__ for cls in type(network).__mro__)
-        scheduler = DiffcoreScheduler(
-            sampler,
-            grid,
-            process.schedule,
-            process.prediction,
-            process.time,
-            process.sigma_data,
-            variance_type="fixed" if process.variance == "fixed" else "learned_range",
-        )
+        kind = "fixed" if process.variance == "fixed" else "learned_range"
+        description = process.schedule, process.prediction, process.time, process.sigma_data
+        scheduler = DiffcoreScheduler(sampler, grid, *description, variance_type=kind)
         parts: dict[str, Any] = {"unet" if is_unet else "transformer": network, "vae": vae}
         parts |= {name: getattr(process, name) for name in PROCESS_SETTINGS}
         return cls(scheduler, **parts, guidance=guidance, num_inference_steps=num_inference_steps)

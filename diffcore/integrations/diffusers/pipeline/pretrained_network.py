@@ -66,8 +66,7 @@ class PretrainedNetwork(ExportableNetwork):
         text_lora: adapter of the text encoders (Stable Diffusion 1, 2 and XL), which are encoded in
             every training step; rank 0 leaves them as they are.
         word: new word whose embeddings are trained (textual inversion).
-        variance: learned, if the variance that the network outputs beside the mean is trained too;
-            `process.variance` is the same.
+        variance: learned to output the network's variance too, as `process.variance` requires.
 
     Raises:
         ValueError: The folder holds no complete pipeline, no layer fits the adapter, or diffusers
@@ -147,8 +146,7 @@ class PretrainedNetwork(ExportableNetwork):
                 `tokens`.
 
         Returns:
-            (B, *shape) output, of the prediction type of the process; with a learned variance it
-            has twice the channels.
+            (B, *shape) output of the prediction type; (B, 2C, ...) with a learned variance.
 
         Raises:
             ValueError: The network is conditioned on text, and no text embeddings or tokens are
@@ -340,10 +338,10 @@ def _count_trained(module: nn.Module) -> int:
 def _check_variance(variance: VarianceType, config: Any, pipeline: str | Path) -> None:
     """Raise ValueError if a variance is learned that the network does not output."""
     if variance == "learned" and config.out_channels != 2 * config.in_channels:
+        channels = f"{config.in_channels} input and {config.out_channels} output channels"
         raise ValueError(
-            f"variance is learned, but the network in {pipeline} has {config.in_channels} input "
-            f"and {config.out_channels} output channels, and so outputs no variance: leave "
-            "process.variance out"
+            f"variance is learned, but the network in {pipeline} has {channels}, and so outputs no "
+            "variance: leave process.variance out"
         )
 
 
