@@ -95,7 +95,7 @@ def test_textual_inversion_trains_the_embeddings_alone_without_cached_captions(
     words = ("--token=<cat>=c", *SHORT, f"--data.folder={captions}", *cache, "--steps=1")
     assert run_command(*finetune_command("runs/word", *words)) == 0
     state = read_weights(workspace / "runs/word/ema.safetensors")
-    assert list(state) == ["text_encoders.encoders.text_encoder.embeddings.token_embedding.new"]
+    assert list(state) == ["text_encoders.text_encoder.embeddings.token_embedding.new"]
     assert set(load_file("runs/word/learned_embeds.safetensors")) == {"<cat>"}
     assert not (workspace / "word-cache/embeddings").exists()
     assert (workspace / "runs/word/samples/step-00000001.png").is_file()

@@ -55,15 +55,16 @@ class TextEncoders(nn.Module):
         self.tokenizers: dict[str, Any] = {
             name: index.read(name.replace("text_encoder", "tokenizer")) for name in self.names
         }
-        encoders: dict[str, Any] = {name: index.read(name) for name in self.names}
         self.embeddings: dict[str, ExtendedEmbedding] = {}
-        for name, encoder in encoders.items():
-            encoder.requires_grad_(False)
+        for name in self.names:
+            encoder = index.read(name).requires_grad_(False)
             if lora.rank:
                 lora.add_to(encoder, condition.unread_layers(name, encoder))
             if word.word:
                 self.embeddings[name] = word.add_to(self.tokenizers[name], encoder)
-        self.encoders = nn.ModuleDict(encoders)
+            # In a ModuleDict the whole encoder would be one block that is compiled and sharded, in
+            # place of its layers.
+            self.add_module(name, encoder)
 
     def tokenize(self, texts: Sequence[str], negative: str = "") -> dict[str, Tensor]:
         """Tokenise prompts as the pipeline does.
@@ -102,7 +103,7 @@ class TextEncoders(nn.Module):
             dictionary.
         """
         arguments = self.condition.encode_tokens(
-            [self.encoders[name] for name in self.names], [tokens[name] for name in self.names]
+            [self.get_submodule(name) for name in self.names], [tokens[name] for name in self.names]
         )
         is_zero = tokens[IS_ZERO]
         return {
@@ -120,7 +121,9 @@ class TextEncoders(nn.Module):
             The pipeline.
         """
         for name in self.names:
-            setattr(pipeline, name, self.encoders[name].cpu())  # as `read_text_pipeline` reads them
+            setattr(
+                pipeline, name, self.get_submodule(name).cpu()
+            )  # as `read_text_pipeline` reads them
             setattr(pipeline, name.replace("text_encoder", "tokenizer"), self.tokenizers[name])
         return pipeline
 
@@ -131,7 +134,8 @@ class TextEncoders(nn.Module):
             Layers and metadata by the names of the arguments; {} without an adapter.
         """
         found: dict[str, Any] = {}
-        for name, encoder in self.encoders.items() if self.lora.rank else ():
+        for name in self.names if self.lora.rank else ():
+            encoder = self.get_submodule(name)
             # With "auto" peft would look for the encoder on the hub.
             layers = get_peft_model_state_dict(encoder, save_embedding_layers=False)
             found[f"{name}_lora_layers"] = {
