@@ -1,5 +1,9 @@
 """Runs that train text encoders: they resume exactly, and diffusers samples what they wrote."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import diffusers
@@ -12,6 +16,8 @@ from diffcore.integrations.diffusers import Latents
 from diffcore.integrations.diffusers.adapters.files import ADAPTER
 from diffcore.io.safetensors import read_weights
 from diffcore.run import Run
+from tests.helpers import text_networks
+from tests.helpers.captioned_images import OLD
 from tests.helpers.finetune_runs import (
     STEPS_PER_CHECKPOINT,
     diffusers_sample,
@@ -99,6 +105,12 @@ def test_textual_inversion_trains_the_embeddings_alone_without_cached_captions(
     assert set(load_file("runs/word/learned_embeds.safetensors")) == {"<cat>"}
     assert not (workspace / "word-cache/embeddings").exists()
     assert (workspace / "runs/word/samples/step-00000001.png").is_file()
+    common = ("--prompt=a <cat>", "--steps=2", "--seeds=3", "--sampler=DDIM", "--grid=Trailing")
+    assert run_command("sample", "runs/word", *common, "--out=word.safetensors") == 0
+    added = ("--lora=runs/word", "--guidance.scale=5", "--out=word-added.safetensors")
+    assert run_command("sample", "pipeline", *common, *added) == 0
+    images = [read_weights(f"{name}.safetensors")["x"] for name in ("word", "word-added")]
+    torch.testing.assert_close(*images, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -123,3 +135,25 @@ def test_textual_inversion_trains_the_embeddings_alone_without_cached_captions(
 def test_settings_that_do_not_fit_are_refused_in_one_line(workspace, capsys, words, message):
     assert run_command(*finetune_command("runs/no", *words)) == 1
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_two_ranks_train_the_text_encoders_as_one_rank_does(workspace, captions):
+    """The first encoder of XL has a layer that nothing reads, whose gradient ranks would await."""
+    scheduler = diffusers.EulerDiscreteScheduler(**OLD)
+    text_networks.sdxl(scheduler).save_pretrained("text-xl")
+    inputs = ("--pipeline=text-xl", f"--data.folder={captions}", "--batch-size=4", "--trackers=[]")
+    words = ("train", "finetune", *inputs, *TEXT, *SHORT, "--log-every=1")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    options = {"one": (), "two": (), "sharded": ("--sharding.strategy=full",)}
+    root = str(Path(__file__).parents[2])
+    environment, found = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}, {}
+    for name, own in options.items():
+        start = [sys.executable] if name == "one" else launch
+        line = [*start, "-m", "diffcore", *words, *own, f"--folder=runs/text-{name}"]
+        subprocess.run(line, check=True, env=environment, timeout=240)
+        lines = Path(f"runs/text-{name}/metrics.jsonl").read_text().splitlines()
+        found[name] = [json.loads(line)["loss"] for line in lines]
+    assert len(found["one"]) == 4
+    assert found["two"] == pytest.approx(found["one"], rel=1e-5)
+    assert found["sharded"] == pytest.approx(found["one"], rel=1e-5)

@@ -151,7 +151,8 @@ def _load_pipeline(folder: Path, request: ExportRequest) -> "DiffcorePipeline":
     if model.is_text_conditioned:
         raise ValueError(
             f"{folder} is an adapter of a text-conditioned pipeline, which diffusers loads into "
-            f"it: pipe.load_lora_weights({str(folder)!r})"
+            f"it: pipe.load_lora_weights({str(folder)!r}), and a new word with "
+            "pipe.load_textual_inversion"
         )
     vae: Any = None if model.latents is None else model.latents.vae
     return DiffcorePipeline.of(

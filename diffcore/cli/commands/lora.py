@@ -21,6 +21,7 @@ from diffcore.integrations.diffusers.adapters.files import (
 )
 from diffcore.integrations.diffusers.adapters.layer_names import Format
 from diffcore.integrations.diffusers.adapters.lora import ATTENTION_LAYERS
+from diffcore.integrations.diffusers.adapters.textual_inversion import LEARNED_EMBEDDINGS
 from diffcore.integrations.diffusers.loading.index import PipelineIndex
 from diffcore.integrations.diffusers.pipeline.folder import merge_into_pipeline
 from diffcore.io.files import write_file
@@ -132,6 +133,8 @@ def _merge(request: MergeRequest) -> None:
         folder = Path(path) / "scheduler"
         scheduler = folder if folder.is_dir() else scheduler
     merge_into_pipeline(Path(request.out), index, changes, scheduler)
+    if words := [t for t in request.adapters if _has_word(t)]:
+        print(f"the new word of {', '.join(words)} is not merged: load it as textual inversion")
     parts = sorted({part for adapters, _ in changes for part in adapters})
     layers = len({(part, layer) for found, _ in changes for part in found for layer in found[part]})
     print(
@@ -139,6 +142,11 @@ def _merge(request: MergeRequest) -> None:
         f"{', '.join(parts)}{', with the scheduler of its run' if scheduler else ''} -> "
         f"{request.out}"
     )
+
+
+def _has_word(text: str) -> bool:
+    """Whether PATH or PATH=STRENGTH names the folder of a run that trained a new word."""
+    return (Path(split_strength(text)[0]) / LEARNED_EMBEDDINGS).is_file()
 
 
 def _extract(request: ExtractRequest) -> None:

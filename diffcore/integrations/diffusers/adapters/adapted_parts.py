@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from diffcore.integrations.diffusers.adapters.files import (
+    ADAPTER,
     changes_of,
     read_adapters,
     split_strength,
 )
 from diffcore.integrations.diffusers.adapters.low_rank import merge_adapters
+from diffcore.integrations.diffusers.adapters.textual_inversion import LEARNED_EMBEDDINGS, add_word
 from diffcore.integrations.diffusers.loading.folder import PipelineParts
 from diffcore.integrations.diffusers.loading.index import PipelineIndex
 from diffcore.io.plain_data import read_json
@@ -24,7 +26,8 @@ def adapt_parts(parts: PipelineParts, folder: str | Path, adapters: Sequence[str
 
     The result is that of diffusers' `load_lora_weights` and `set_adapters`. The scheduler of the
     last adapter that is a run's takes the place of the pipeline's, because the adapter may have
-    been trained on other noise levels.
+    been trained on other noise levels. A new word that the run trained is added to the text
+    encoders, whatever the strength.
 
     Args:
         parts: parts of the pipeline.
@@ -40,7 +43,13 @@ def adapt_parts(parts: PipelineParts, folder: str | Path, adapters: Sequence[str
     """
     index = PipelineIndex(Path(folder))
     split = [split_strength(text) for text in adapters]
-    changes = [(read_adapters(path, index), strength) for path, strength in split]
+    words = [file for path, _ in split if (file := Path(path) / LEARNED_EMBEDDINGS).is_file()]
+    alone = [file.parent for file in words if not (file.parent / ADAPTER).is_file()]
+    changes = [
+        (read_adapters(path, index), strength)
+        for path, strength in split
+        if Path(path) not in alone
+    ]
     merge_adapters(parts.network, changes_of(index.network_name, changes))
     build = parts.pipeline
 
@@ -51,6 +60,8 @@ def adapt_parts(parts: PipelineParts, folder: str | Path, adapters: Sequence[str
         for name in sorted({part for found, _ in changes for part in found}):
             if name != index.network_name:
                 merge_adapters(getattr(pipeline, name), changes_of(name, changes))
+        for file in words:
+            add_word(pipeline, file)
         return pipeline
 
     schedulers = [Path(path) / "scheduler" / "scheduler_config.json" for path, _ in split]

@@ -145,12 +145,9 @@ class TextEncoders(nn.Module):
         return found
 
     def learned_embeddings(self) -> dict[str, Tensor]:
-        """The embeddings of the new word, as diffusers' `load_textual_inversion` reads them.
+        """The embeddings of the new word.
 
         Returns:
-            The word -> (vectors, D) of a single text encoder; of the two of XL, clip_l and clip_g
-            -> (vectors, D). {} without a word.
+            Name of each text encoder -> (vectors, D); {} without a word.
         """
-        names = [self.word.word] if len(self.names) == 1 else ["clip_l", "clip_g"]
-        rows = [embedding.new.detach() for embedding in self.embeddings.values()]
-        return dict(zip(names, rows, strict=True)) if rows else {}
+        return {name: embedding.new.detach() for name, embedding in self.embeddings.items()}

@@ -3,13 +3,25 @@
 Gal et al. 2022 (2208.01618).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
-__all__ = ["ExtendedEmbedding", "NewWord"]
+from diffcore.io.files import write_file
+from diffcore.io.safetensors import check_header
+
+__all__ = ["LEARNED_EMBEDDINGS", "ExtendedEmbedding", "NewWord", "add_word", "write_word"]
+
+LEARNED_EMBEDDINGS = "learned_embeds.safetensors"
+"""Name of the file of a new word in a folder, which diffusers reads."""
+XL_KEYS = ("clip_l", "clip_g")
+"""Entries of the file of a new word of XL, for its first and its second text encoder."""
 
 
 @dataclass(frozen=True)
@@ -127,3 +139,60 @@ class ExtendedEmbedding(nn.Module):
         # Both are read at every position, so that no value is read from the device.
         new = self.new[(ids - self.first).clamp(0, len(self.new) - 1)]
         return torch.where(is_new[..., None], new, self.base(ids.masked_fill(is_new, 0)))
+
+
+def write_word(file: Path, word: str, embeddings: Mapping[str, Tensor]) -> None:
+    """Write the embeddings of a new word as diffusers' `load_textual_inversion` reads them.
+
+    Args:
+        file: safetensors file to write or replace.
+        word: the word.
+        embeddings: name of each text encoder -> (vectors, D).
+    """
+    names = [word] if len(embeddings) == 1 else XL_KEYS
+    rows = dict(zip(names, (value.contiguous() for value in embeddings.values()), strict=True))
+    write_file(file, save(rows, {"format": "pt", "word": word}))
+
+
+def add_word(pipeline: Any, file: Path) -> None:
+    """Add a new word to the tokenizers and the text encoders of a pipeline, in place.
+
+    Args:
+        pipeline: pipeline of diffusers with its text encoders.
+        file: file that `write_word` wrote.
+
+    Raises:
+        ValueError: the file cannot be read, holds no new word, or the word of another pipeline; or
+            the pipeline has the word already.
+    """
+    check_header(file)
+    try:
+        with safe_open(file, "pt") as content:
+            word = (content.metadata() or {}).get("word", "")
+            names = content.keys()
+            rows = {name: content.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
+    keys = [word] if word in rows else XL_KEYS
+    encoders = [name for name in pipeline.components if name.startswith("text_encoder")]
+    if not word or len(encoders) != len(keys) or rows.keys() != set(keys):
+        raise ValueError(
+            f"{file} holds {', '.join(sorted(rows))}, expected the embeddings of a new word for "
+            f"{len(encoders)} text encoders: name the pipeline that it was trained for"
+        )
+    for name, key in zip(sorted(encoders), keys, strict=True):
+        encoder = getattr(pipeline, name)
+        width = encoder.get_input_embeddings().weight.shape[1]
+        if rows[key].ndim != 2 or rows[key].shape[1] != width:
+            raise ValueError(
+                f"{file} has embeddings of shape {tuple(rows[key].shape)}, expected (vectors, "
+                f"{width}) of {name}: name the pipeline that it was trained for"
+            )
+        tokenizer = getattr(pipeline, name.replace("text_encoder", "tokenizer"))
+        if word in tokenizer.get_vocab():
+            raise ValueError(
+                f"{file} holds {word}, which the tokenizer has already: add one of the two words"
+            )
+        pipeline.load_textual_inversion(
+            {word: rows[key]}, tokenizer=tokenizer, text_encoder=encoder
+        )

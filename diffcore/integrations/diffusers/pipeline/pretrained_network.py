@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from diffcore.core.denoiser import extract_tensor
@@ -22,7 +21,11 @@ from diffcore.core.network import ExportableNetwork, keep_trained_state
 from diffcore.core.process import Process, VarianceType
 from diffcore.integrations.diffusers.adapters.files import ADAPTER
 from diffcore.integrations.diffusers.adapters.lora import LoRA, TextLoRA
-from diffcore.integrations.diffusers.adapters.textual_inversion import NewWord
+from diffcore.integrations.diffusers.adapters.textual_inversion import (
+    LEARNED_EMBEDDINGS,
+    NewWord,
+    write_word,
+)
 from diffcore.integrations.diffusers.families import family_of
 from diffcore.integrations.diffusers.loading.folder import PipelineParts, read_folder
 from diffcore.integrations.diffusers.loading.frozen_base import BasePrecision, read_base
@@ -45,10 +48,7 @@ from diffcore.schedules import Trailing
 if TYPE_CHECKING:
     from diffcore.integrations.diffusers.adapters.text_encoders import TextEncoders
 
-__all__ = ["LEARNED_EMBEDDINGS", "PretrainedNetwork", "build_scheduler"]
-
-LEARNED_EMBEDDINGS = "learned_embeds.safetensors"
-"""Name of the file of a new word in a folder, which diffusers reads."""
+__all__ = ["PretrainedNetwork", "build_scheduler"]
 
 
 class PretrainedNetwork(ExportableNetwork):
@@ -174,7 +174,11 @@ class PretrainedNetwork(ExportableNetwork):
                 "the network trains its text encoders, and takes tokens in place of text "
                 "embeddings: set text: tokens of the data (--data.text tokens)"
             )
-        encoded = {name: value for name, value in condition.items() if name != TOKENS}
+        encoded = {
+            name: dict(value) if isinstance(value, dict) else value
+            for name, value in condition.items()
+            if name != TOKENS
+        }
         for name, value in self.text_encoders(condition[TOKENS]).items():
             set_argument(encoded, name, value)
         return encoded
@@ -309,7 +313,7 @@ class PretrainedNetwork(ExportableNetwork):
                 self._save_adapter(folder)
             if self.word.word and self.text_encoders is not None:
                 learned = self.text_encoders.learned_embeddings()
-                write_file(folder / LEARNED_EMBEDDINGS, save(learned, {"format": "pt"}))
+                write_word(folder / LEARNED_EMBEDDINGS, self.word.word, learned)
             write_folder(folder / "scheduler", scheduler.save_pretrained)
         else:
             parts = {self.index.network_name: self.network, "scheduler": scheduler}

@@ -7,13 +7,15 @@ from functools import partial
 import diffusers
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from diffcore.core.process import Process
 from diffcore.integrations.diffusers import LoRA, PretrainedNetwork, encode_prompts
+from diffcore.integrations.diffusers.adapters.adapted_parts import adapt_parts
 from diffcore.integrations.diffusers.adapters.files import read_adapters
 from diffcore.integrations.diffusers.adapters.lora import TextLoRA
-from diffcore.integrations.diffusers.adapters.textual_inversion import NewWord
+from diffcore.integrations.diffusers.adapters.textual_inversion import NewWord, add_word
+from diffcore.integrations.diffusers.loading.folder import read_folder
 from diffcore.integrations.diffusers.loading.index import PipelineIndex
 from diffcore.integrations.diffusers.pipeline.folder import merge_into_pipeline
 from diffcore.schedules import Discrete
@@ -55,7 +57,7 @@ def folder(tmp_path_factory):
 def trained(folder, **options):
     """A network whose trained weights have moved."""
     torch.manual_seed(0)
-    made = PretrainedNetwork(folder, LoRA(rank=2), **options)
+    made = PretrainedNetwork(folder, **{"lora": LoRA(rank=2), **options})
     made.load_state_dict({k: 0.3 * torch.randn_like(v) for k, v in made.state_dict().items()})
     return made
 
@@ -109,6 +111,9 @@ def test_diffusers_loads_the_adapters_and_the_new_word_and_gives_the_same_output
     build = made.exported_parts(tmp_path).pipeline
     own = encode_prompts(build(), texts, "", (16, 16)).arguments(LABELS)
     assert_equal_arguments(own, expected, rtol=1e-5, atol=1e-5)
+    adapted = adapt_parts(read_folder(folder / name), folder / name, [str(tmp_path)]).pipeline
+    own = encode_prompts(adapted(), texts, "", (16, 16)).arguments(LABELS)
+    assert_equal_arguments(own, expected, rtol=1e-5, atol=1e-5)
     merge_into_pipeline(tmp_path / "merged", index, [(read_adapters(tmp_path, index), 1.0)])
     merged = PipelineIndex(tmp_path / "merged").read_text_pipeline()
     pipe = index.pipeline_class.from_pretrained(folder / name)
@@ -118,6 +123,22 @@ def test_diffusers_loads_the_adapters_and_the_new_word_and_gives_the_same_output
     assert_equal_arguments(
         encode_prompts(merged, *prompts).arguments(LABELS), expected, rtol=1e-5, atol=1e-5
     )
+
+
+def test_a_word_without_an_adapter_is_added_to_its_pipeline_and_to_no_other(folder, tmp_path):
+    made = trained(folder / "sd", word=WORD, lora=LoRA())
+    (tmp_path / "run").mkdir()
+    made.export(tmp_path / "run", PROCESS)
+    adapted = adapt_parts(read_folder(folder / "sd"), folder / "sd", [str(tmp_path / "run")])
+    own = encode_prompts(adapted.pipeline(), ["a <cat>", "dog"], "", (16, 16)).arguments(LABELS)
+    tokens = made.tokenize(["a <cat>", "dog"], "", 16).arguments(LABELS)
+    assert_equal_arguments(own, made._encoded(tokens), rtol=0, atol=1e-6)
+    other = PipelineIndex(folder / "sdxl").read_text_pipeline()
+    with pytest.raises(ValueError, match=r"holds <cat>, expected the embeddings .* for 2 text"):
+        add_word(other, tmp_path / "run/learned_embeds.safetensors")
+    save_file({"<cat>": torch.zeros(1, 3)}, tmp_path / "a.safetensors", {"word": "<cat>"})
+    with pytest.raises(ValueError, match=r"of shape \(1, 3\), expected \(vectors, 8\)"):
+        add_word(adapted.pipeline(), tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl"])
