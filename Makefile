@@ -1,6 +1,7 @@
 # Everything runs in .venv, made from constraints.txt; PYTHON=python3.12 chooses another interpreter.
 PYTHON ?= python3
 VENV ?= .venv
+BENCH ?= .venv-bench
 BIN = $(VENV)/bin
 RUN ?= runs/digits
 STEPS ?= 450
@@ -11,7 +12,7 @@ WORKERS ?= auto
 # The byte code of tests is kept, which saves each worker and each command in a process of its own its compilation.
 PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_OPTIONS)
 
-.PHONY: help demo test test-slow test-thorough coverage lint typecheck format pictures docs clean
+.PHONY: help demo test test-slow test-thorough coverage lint typecheck format pictures docs bench clean
 
 help:                            ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -38,6 +39,16 @@ test-thorough: $(VENV)/installed ## run every combination of the tests of which 
 
 coverage: $(VENV)/installed      ## run tests and slow tests, print the branch coverage of the package; fail below 95 %
 	$(PYTEST) -m "not thorough" --cov --cov-report=term:skip-covered
+
+bench: $(BENCH)/installed        ## remake all tables and plots of docs/benchmarks.md, beside other libraries
+	$(BENCH)/bin/python scripts/benchmark.py all $(BENCH_OPTIONS)
+
+$(BENCH)/installed: pyproject.toml constraints.txt scripts/benchmarks/sides/peers.txt scripts/benchmarks/sides/peers-needs.txt
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BENCH)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]" -r scripts/benchmarks/sides/peers-needs.txt
+	$(BENCH)/bin/pip install --quiet --disable-pip-version-check --no-deps -r scripts/benchmarks/sides/peers.txt
+	touch $@
 
 lint: $(VENV)/installed          ## check style, format and import contracts
 	$(BIN)/ruff check .

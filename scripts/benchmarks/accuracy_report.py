@@ -11,6 +11,12 @@ from benchmarks.table import markdown_table
 from diffcore.report.figures import create_figure
 from diffcore.sampling.generation import DEFAULT_GRID, DEFAULT_SAMPLER
 
+TITLES = {
+    "mixture": "Mixture of three Gaussians in two dimensions",
+    "64-D": "Mixture of six Gaussians in 64 dimensions",
+    "digits": "Closed-form denoiser of the digits",
+}
+"""Name of a problem -> heading of its table."""
 ROUNDING = 1e-12
 """A distance that consists of rounding errors."""
 
@@ -136,6 +142,76 @@ def _typical_error(measurements: Iterable[Measurement]) -> float:
     if not math.isfinite(sum(errors)):
         return math.inf
     return geometric_mean([error + 1e-6 for error in errors])
+
+
+def format_peers(measurements: Sequence[Measurement], default: str, sides: Sequence[str]) -> str:
+    """Format the closest of further sides beside the default and the closest of ours.
+
+    Args:
+        measurements: measurements of all sides.
+        default: name of the default sampler and grid.
+        sides: names of the further sides.
+
+    Returns:
+        The table as Markdown.
+    """
+    header = ["oracle", "evaluations", "default", "closest of ours"]
+    header += [column for side in sides for column in (f"closest of {side}", "error")]
+    rows = []
+    for (oracle, count), cell in group_cells(measurements).items():
+        row = [
+            oracle,
+            str(count),
+            *map(format_error, (_find_named(cell, default), find_best(cell, "ours"))),
+        ]
+        for side in sides:
+            if any(measurement.side == side for measurement in cell):
+                best = find_best(cell, side)
+                row += [best.name, format_error(best)]
+            else:
+                row += ["", ""]
+        rows.append(row)
+    return markdown_table(header, rows)
+
+
+def format_all(measurements: Sequence[Measurement], starts: int) -> str:
+    """Format all samplers with their best grids, and the ranking of combinations.
+
+    Args:
+        measurements: measurements of all sides.
+        starts: number of starts of the digits.
+
+    Returns:
+        Markdown, with a heading for each problem.
+    """
+    oracles = dict.fromkeys(measurement.oracle for measurement in measurements)
+    parts = [
+        f"## {TITLES.get(name, name)}\n\n{format_methods(measurements, name)}" for name in oracles
+    ]
+    ranking = rank_combinations(measurements, starts)[:20]
+    rows = [[f"{mean:.2f}", f"{maximum:.2f}", name] for mean, maximum, name in ranking]
+    header = ["over our closest: geometric mean", "maximum", "sampler and grid"]
+    return "\n\n".join([*parts, "## Combinations over all problems", markdown_table(header, rows)])
+
+
+def default_errors(
+    measurements: Sequence[Measurement], default: str, starts: int
+) -> list[tuple[str, int, float]]:
+    """The errors of the default, for a comparison with a later run.
+
+    Args:
+        measurements: measurements of all sides.
+        default: name of the default sampler and grid.
+        starts: number of starts of the digits, whose resolution is added to a share of flips.
+
+    Returns:
+        (oracle, evaluations, error) of each cell.
+    """
+    found = []
+    for (oracle, count), cell in group_cells(measurements).items():
+        mine = _find_named(cell, default)
+        found.append((oracle, count, mine.error + (0 if mine.flips is None else 1 / starts)))
+    return found
 
 
 def rank_combinations(

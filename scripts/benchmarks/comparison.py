@@ -60,6 +60,13 @@ class Comparison:
         return median_interval(self.ratios)
 
     @property
+    def verdict(self) -> str:
+        """The text met, undecided (the interval contains the bound) or missed."""
+        if self.ratio <= self.bound:
+            return "met"
+        return "undecided" if self.interval[0] <= self.bound else "missed"
+
+    @property
     def cells(self) -> list[str]:
         """The cells of a table: name, milliseconds of both sides, ratio, interval, bound."""
         low, high = self.interval
@@ -82,6 +89,7 @@ class Comparison:
             **asdict(self),
             "ratio": self.ratio,
             "interval": self.interval,
+            "verdict": self.verdict,
             "coverage": coverage(len(self.ours)),
         }
 

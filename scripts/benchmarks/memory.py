@@ -154,27 +154,42 @@ def train(
         built.zero_grad()
 
 
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--network", choices=WIDTHS, default="tiny")
-    arguments = parser.parse_args()
+def measure_options(network: str) -> tuple[float, dict[str, str]]:
+    """Measure every option with one network, each in a process of its own.
+
+    Args:
+        network: key of `WIDTHS`.
+
+    Returns:
+        Millions of parameters, and for each option the peak in MiB, or why it was not measured.
+    """
     # Forked processes share the imported libraries, and have a peak of their own.
     context = multiprocessing.get_context("fork")
     import_libraries()
+    found = {}
     with (
         tempfile.TemporaryDirectory() as folder,
         context.Pool(1, maxtasksperchild=1) as pool,
     ):
         pool.apply(write_pipeline, (Path(folder, "first"), SMALLEST))
-        count = pool.apply(write_pipeline, (Path(folder, "measured"), WIDTHS[arguments.network]))
-        print(f"| {count / 1e6:.1f} million parameters | peak, MiB |\n|---|---|", flush=True)
+        count = pool.apply(write_pipeline, (Path(folder, "measured"), WIDTHS[network]))
         for option in OPTIONS:
             try:
-                peak = f"{pool.apply(measure, (folder, option)):.0f}"
+                found[option] = f"{pool.apply(measure, (folder, option)):.0f}"
             except (ImportError, RuntimeError) as error:  # nf4 needs a GPU
-                peak = f"not measured: {error}"
-            print(f"| {option} | {peak} |", flush=True)
+                found[option] = f"not measured: {error}".partition("\n")[0]
+    return count / 1e6, found
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--network", choices=WIDTHS, default="tiny")
+    arguments = parser.parse_args()
+    millions, found = measure_options(arguments.network)
+    print(f"| {millions:.1f} million parameters | peak, MiB |\n|---|---|")
+    for option, peak in found.items():
+        print(f"| {option} | {peak} |")
 
 
 if __name__ == "__main__":

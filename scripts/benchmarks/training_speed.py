@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -12,7 +12,6 @@ from time import perf_counter, process_time
 import torch
 from torch import Tensor
 
-from benchmarks.bare_loop import RECIPE, BareLoop
 from benchmarks.comparison import (
     WARMUP_PAIRS,
     Comparison,
@@ -21,6 +20,7 @@ from benchmarks.comparison import (
     synchronize,
     time_pairs,
 )
+from benchmarks.sides.bare_loop import RECIPE, BareLoop
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.noise import Noise
 from diffcore.guidance import CFG, Guidance, Interval
@@ -40,6 +40,7 @@ __all__ = [
     "compare_training",
     "digits_state",
     "measure_intervals",
+    "measure_loops",
     "measure_memory",
     "measure_overhead",
     "measure_training",
@@ -88,7 +89,7 @@ def measure_training(pairs: int = 60, steps: int = 1) -> list[Comparison]:
     Raises:
         ValueError: a number is too small.
     """
-    from benchmarks.diffusers_loop import DiffusersLoop
+    from benchmarks.sides.diffusers_loop import DiffusersLoop
 
     check_pairs(pairs)
     if steps < 1:
@@ -110,6 +111,41 @@ def measure_training(pairs: int = 60, steps: int = 1) -> list[Comparison]:
             state.window.restore(None)
             bare.history.clear()
         return found
+
+
+def measure_loops(
+    loops: Mapping[str, Callable[[], BareLoop]], pairs: int = 40, steps: int = 1
+) -> tuple[list[Comparison], list[str]]:
+    """Compare training steps with loops of other libraries.
+
+    Args:
+        loops: functions that build a loop, by the name of the other side.
+        pairs: measured pairs of each comparison, at least 30.
+        steps: training steps of one measurement.
+
+    Returns:
+        Seconds of one step beside each, see `measure_training`; and why others are left out.
+
+    Raises:
+        ValueError: a number is too small.
+    """
+    check_pairs(pairs)
+    clock = perf_counter if torch.accelerator.is_available() else process_time
+    found, absent = [], []
+    with TemporaryDirectory() as folder:
+        state = digits_state(Path(folder))
+        ours = repeat(step_function(state), steps)
+        for name, build in loops.items():
+            try:
+                loop = build()
+            except ImportError as error:
+                absent.append(f"{name} ({error})")
+                continue
+            seconds = time_pairs(ours, repeat(loop.step, steps), pairs, clock=clock)
+            each = (tuple(value / steps for value in side) for side in seconds)
+            found.append(Comparison(f"training step beside {name}", 1.0, *each))
+            state.window.restore(None)
+    return found, absent
 
 
 def measure_memory(steps: int = 10) -> dict[str, float]:
@@ -141,7 +177,7 @@ def print_peak_memory(side: str, steps: int) -> None:
     """
     import resource
 
-    from benchmarks.diffusers_loop import DiffusersLoop  # imported by each side
+    from benchmarks.sides.diffusers_loop import DiffusersLoop  # imported by each side
 
     torch.set_num_threads(1)
     with TemporaryDirectory() as folder:

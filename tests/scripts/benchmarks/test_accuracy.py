@@ -19,7 +19,7 @@ from benchmarks.accuracy import (
     problems,
     spectra,
 )
-from benchmarks.schedulers import SCHEDULERS, measure_diffusers
+from benchmarks.sides.schedulers import SCHEDULERS, measure_diffusers
 
 from diffcore.core.oracle import EmpiricalDistribution, GaussianMixture
 from diffcore.core.process import Process
@@ -103,7 +103,7 @@ def test_a_sampler_has_the_most_steps_that_its_evaluations_allow(count):
 
 def test_both_sides_are_measured_on_all_grids(gaussian, monkeypatch):
     monkeypatch.setattr("benchmarks.accuracy.SAMPLERS", (DDIM(),))
-    monkeypatch.setattr("benchmarks.schedulers.SCHEDULERS", SCHEDULERS[:2])
+    monkeypatch.setattr("benchmarks.sides.schedulers.SCHEDULERS", SCHEDULERS[:2])
     rows = list(
         measure_accuracy(
             {"ours": measure_diffcore, "diffusers": measure_diffusers},

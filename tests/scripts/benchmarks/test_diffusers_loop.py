@@ -1,8 +1,8 @@
 """The example of diffusers, beside which training is measured, trains the network of the recipe."""
 
 import torch
-from benchmarks.bare_loop import BareLoop
-from benchmarks.diffusers_loop import DiffusersLoop
+from benchmarks.sides.bare_loop import BareLoop
+from benchmarks.sides.diffusers_loop import DiffusersLoop
 
 
 def test_the_example_trains_the_same_network_with_the_same_batch():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from benchmarks.bare_loop import BareLoop
+from benchmarks.sides.bare_loop import BareLoop
 from benchmarks.training_speed import (
     compare_draws,
     digits_state,

@@ -20,7 +20,7 @@ from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from benchmarks.bare_loop import RECIPE, build_network
+from benchmarks.sides.bare_loop import RECIPE, build_network
 from diffcore.training.data import Digits
 
 __all__ = ["DiffusersLoop"]

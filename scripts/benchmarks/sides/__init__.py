@@ -1,0 +1,1 @@
+"""The other sides of comparisons: bare PyTorch, diffusers, and other libraries."""
