@@ -101,10 +101,10 @@ ARMS = {
     "cosine, ε, DDPM-IP": Arm(
         Cosine(), "epsilon", Objective(MSE("epsilon"), perturbation=0.1), extra="exposure"
     ),
-    "cosine, ε, Min-SNR": Arm(Cosine(), "epsilon", Objective(MinSNR())),
     "cosine, x_0, Min-SNR": Arm(Cosine(), "sample", Objective(MinSNR())),
-    "cosine, ε, P2": Arm(Cosine(), "epsilon", Objective(P2())),
-    "cosine, ε, Debiased": Arm(Cosine(), "epsilon", Objective(DebiasedWeight())),
+    "linear, ε, Min-SNR": Arm(Discrete(), "epsilon", Objective(MinSNR())),
+    "linear, ε, P2": Arm(Discrete(), "epsilon", Objective(P2())),
+    "linear, ε, Debiased": Arm(Discrete(), "epsilon", Objective(DebiasedWeight())),
 }
 
 

@@ -60,7 +60,7 @@ class Perceptron(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, class_labels: Tensor | None = None) -> Tensor:
         phase = time[:, None] * self.frequencies if self.uses_time else 0 * x.flatten(1)[:, :16]
-        condition = self.time(torch.cat((phase.sin(), phase.cos()), 1))
+        condition = self.time(torch.cat((phase.sin(), phase.cos()), 1).to(x.dtype))
         if self.label is not None and class_labels is not None:
             condition = condition + self.label(class_labels)
         condition, hidden = nn.functional.silu(condition), self.enter(x.flatten(1))

@@ -96,11 +96,11 @@ def format_arms(rows: Rows) -> str:
         Four tables as Markdown.
     """
     pairs = [
-        ("cosine, ε, Min-SNR", "cosine, ε"),
-        ("cosine, ε, Min-SNR", "cosine, ε, P2"),
+        ("linear, ε, Min-SNR", "linear, ε"),
+        ("linear, ε, Min-SNR", "linear, ε, P2"),
         ("cosine, x_0, Min-SNR", "cosine, x_0"),
-        ("cosine, ε, P2", "cosine, ε"),
-        ("cosine, ε, Debiased", "cosine, ε"),
+        ("linear, ε, P2", "linear, ε"),
+        ("linear, ε, Debiased", "linear, ε"),
         *((f"Laplace, {target}", f"cosine, {target}") for target in ("ε", "v", "x_0")),
     ]
     tables = [_format_distances(rows), format_speed_ups(rows, pairs, 500)]
@@ -219,10 +219,51 @@ def format_guided(rows: Rows) -> str:
     return markdown_table(["rule", "w", *columns], table)
 
 
+def format_likelihood(rows: Rows) -> str:
+    """Format the bits per dimension.
+
+    Args:
+        rows: measurements of `experiments.claims.likelihood`.
+
+    Returns:
+        The table as Markdown.
+    """
+    table = []
+    for (data, name), seeds in _groups(rows, "data", "dequantisation").items():
+        cells = [
+            mean_and_half_range([row[key] for row in seeds], digits)
+            for key, digits in (("bits", 3), ("error", 3), ("evaluations", 0))
+        ]
+        table.append([data, name, *cells])
+    header = ["training data", "dequantisation", "bits per dimension", "standard error"]
+    return markdown_table([*header, "evaluations"], table)
+
+
+def format_oracles(rows: Rows) -> str:
+    """Format the distances to exact flows.
+
+    Args:
+        rows: measurements of `experiments.claims.oracles`.
+
+    Returns:
+        The table as Markdown.
+    """
+    counts = list(rows[0]["errors"])
+    table = []
+    for (problem, method), groups in _groups(rows, "problem", "method").items():
+        cells = [
+            mean_and_half_range([row["errors"][count] for row in groups], 4) for count in counts
+        ]
+        table.append([problem, method, *cells])
+    return markdown_table(["problem", "sampler", *(f"{n} evaluations" for n in counts)], table)
+
+
 REPORTS = {
     "arms": format_arms,
     "coupling": format_coupling,
     "input-scale": format_input_scale,
     "guided": format_guided,
+    "likelihood": format_likelihood,
+    "oracles": format_oracles,
 }
 """Function that formats the measurements of each study."""
