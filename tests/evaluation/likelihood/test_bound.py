@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
+from diffcore.core.denoiser import DenoiserWrapper
 from diffcore.core.oracle import EmpiricalDistribution
 from diffcore.core.process import Process
 from diffcore.evaluation.likelihood.bound import variational_bound
@@ -171,3 +172,25 @@ def test_arguments_that_do_not_fit_are_refused(options, message):
 def test_data_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"shape \(2,\), stacked along the first axis"):
         variational_bound(oracles.mixture(), torch.zeros(3, 4))
+
+
+class ConstantVariance(DenoiserWrapper):
+    """An oracle that predicts v = 0.4."""
+
+    def __call__(self, x, level, condition=None):
+        prediction = self.inner(x, level, condition)
+        return replace(prediction, variance=torch.full_like(x, 0.4))
+
+
+@pytest.mark.parametrize("bins", [None, 17])
+def test_the_variance_is_that_of_the_network_unless_a_number_replaces_it(bins):
+    oracle = oracles.mixture(oracles.process())
+    x0 = torch.linspace(-1, 1, 17, dtype=torch.float64)[torch.arange(12).view(6, 2)]
+    learned, numbers = ConstantVariance(oracle), [None, 0.4, 0.0]
+    own, same, small = (
+        variational_bound(learned, x0, bins, steps=4, variance=v).bits for v in numbers
+    )
+    assert torch.equal(own, same)
+    fixed = variational_bound(oracle, x0, bins, steps=4, variance=0.0).bits
+    assert torch.equal(small, fixed)
+    assert not torch.allclose(own, small)
