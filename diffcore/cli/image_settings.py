@@ -94,7 +94,10 @@ def complete_settings(settings: dict[str, Any], given: Mapping[str, Any]) -> dic
         "guidance": {"class_path": "CFG", "init_args": {"scale": GUIDANCE if dropout else 1.0}},
     }
     if "network" not in given:
-        chosen["network"] = _network(size, channels, classes)
+        own = settings.get("process")
+        variance = given.get("process.variance", own.get("variance") if own else None)
+        outputs = channels * (2 if variance == "learned" else 1)
+        chosen["network"] = _network(size, channels, classes, outputs)
     arguments = {"size": size, "channels": images.channels, "folder": str(folder)}
     _report(f"{len(data):,} images, median shorter side {shorter} pixels", process, chosen)
     return (
@@ -136,8 +139,8 @@ def _batch_size(size: int) -> int:
     return _row(size)[1]
 
 
-def _network(size: int, channels: int, classes: int) -> dict[str, Any]:
-    """The spec of the network for a size in pixels."""
+def _network(size: int, channels: int, classes: int, outputs: int) -> dict[str, Any]:
+    """The spec of the network for a size in pixels; a learned variance doubles the outputs."""
     widths, _ = _row(size)
     factor = 2 ** (len(widths) - 1)
     if size % factor or size < min(NETWORKS):
@@ -152,7 +155,7 @@ def _network(size: int, channels: int, classes: int) -> dict[str, Any]:
         "init_args": {
             "sample_size": size,
             "in_channels": channels,
-            "out_channels": channels,
+            "out_channels": outputs,
             "block_out_channels": list(widths),
             "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attends],
             "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],

@@ -23,6 +23,8 @@ class Perceptron(nn.Module):
         width: even number of hidden features.
         layers: number of residual layers, at least 1.
         classes: number of classes, equal to `process.classes`; 0: no labels.
+        learns_variance: whether the output has a second half of channels, for a process whose
+            variance is learned.
 
     Raises:
         ValueError: a size is out of range.
@@ -36,7 +38,12 @@ class Perceptron(nn.Module):
     """
 
     def __init__(
-        self, shape: Sequence[int] = (2,), width: int = 128, layers: int = 4, classes: int = 0
+        self,
+        shape: Sequence[int] = (2,),
+        width: int = 128,
+        layers: int = 4,
+        classes: int = 0,
+        learns_variance: bool = False,
     ) -> None:
         super().__init__()
         if not shape or min(shape) < 1:
@@ -47,7 +54,7 @@ class Perceptron(nn.Module):
         self.condition = ConditionEmbedding(width, classes)
         self.first = nn.Linear(size, width)
         self.layers = nn.ModuleList(_Layer(width) for _ in range(layers))
-        self.last = nn.Linear(width, size)
+        self.last = nn.Linear(width, size * (2 if learns_variance else 1))
         for parameter in self.last.parameters():
             nn.init.zeros_(parameter)
 
@@ -60,13 +67,14 @@ class Perceptron(nn.Module):
             class_labels: (B,) labels, if there are classes.
 
         Returns:
-            (B, *shape) the quantity that `process.prediction` names.
+            (B, *shape) the quantity that `process.prediction` names; with a learned variance the
+            first axis of the shape is twice as long.
         """
         hidden, condition = self.first(x.flatten(1)), self.condition(time, class_labels)
         for layer in self.layers:
             hidden = layer(hidden, condition)
         output: Tensor = self.last(nn.functional.silu(hidden))
-        return output.view(x.shape)
+        return output.view(len(x), -1, *x.shape[2:])
 
 
 class _Layer(nn.Module):

@@ -75,6 +75,14 @@ def test_a_denoiser_evaluates_it_with_and_without_classes_and_finds_its_blocks(n
     assert len(find_blocks(build(0))) == {"Perceptron": 2, "UNet3d": 4}[name]
 
 
+def test_a_perceptron_has_a_second_half_of_channels_for_a_learned_variance():
+    for shape in ((2,), (3, 2, 2)):
+        process, x = Process(shape=shape, variance="learned"), torch.ones(4, *shape)
+        denoiser = Denoiser(Perceptron(shape, 8, 2, learns_variance=True), process)
+        prediction = denoiser(x, process.schedule.level(0.5))
+        assert torch.equal(prediction.variance, torch.full_like(x, 0.5))  # the output starts at 0
+
+
 def test_the_sinusoids_are_those_of_diffusers():
     embeddings = pytest.importorskip("diffusers.models.embeddings")
     own = sinusoids(TIME, 8)

@@ -52,6 +52,16 @@ def test_the_settings_of_a_file_take_precedence_over_the_pipeline(workspace):
     assert completed["network"] == "mine.Net"
 
 
+@pytest.mark.parametrize("given", [{}, {"process.variance": "learned"}])
+def test_a_learned_variance_is_an_output_of_the_pipelines_network(workspace, given):
+    settings = {"network": {"class_path": "diffcore.integrations.diffusers.PretrainedNetwork"}}
+    in_file = {} if given else {"process": {"variance": "learned"}}
+    completed = complete_settings(settings | in_file, "pipeline", given)
+    expected = {"pipeline": "pipeline", "variance": "learned"}
+    assert completed["network"]["init_args"] == expected
+    assert "variance" not in complete_settings(settings, "pipeline")["network"]["init_args"]
+
+
 def test_settings_that_change_the_prediction_type_of_a_flow_are_refused(workspace):
     flow = diffusers.FlowMatchEulerDiscreteScheduler()
     text_networks.sd3(flow).save_pretrained("kept-flow")

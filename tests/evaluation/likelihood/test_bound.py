@@ -215,3 +215,25 @@ def test_a_given_variance_takes_the_place_of_the_learned_one():
     )
     assert torch.equal(given.bits, fixed.bits)
     assert not torch.allclose(learned.bits, fixed.bits, rtol=1e-3)
+
+
+class ConstantVariance(DenoiserWrapper):
+    """An oracle that predicts v = 0.4."""
+
+    def __call__(self, x, level, condition=None):
+        prediction = self.inner(x, level, condition)
+        return replace(prediction, variance=torch.full_like(x, 0.4))
+
+
+@pytest.mark.parametrize("bins", [None, 17])
+def test_the_variance_is_that_of_the_network_unless_a_number_replaces_it(bins):
+    oracle = oracles.mixture(oracles.process())
+    x0 = torch.linspace(-1, 1, 17, dtype=torch.float64)[torch.arange(12).view(6, 2)]
+    learned, numbers = ConstantVariance(oracle), [None, 0.4, 0.0]
+    own, same, small = (
+        variational_bound(learned, x0, bins, steps=4, variance=v).bits for v in numbers
+    )
+    assert torch.equal(own, same)
+    fixed = variational_bound(oracle, x0, bins, steps=4, variance=0.0).bits
+    assert torch.equal(small, fixed)
+    assert not torch.allclose(own, small)
