@@ -25,6 +25,7 @@ def main() -> None:
         variance: "variance of the loss with independent levels over that with stratified levels",
         zero_terminal_snr: "mean brightness of samples with and without zero terminal SNR",
         conditions: "whether samples obey their conditions, on problems with a known answer",
+        learned_variance: "DDPM in few steps on digits with fixed and with learned variances",
         claims: "what papers claim, measured: the tables of docs/claims.md",
         fields: "pictures of guided fields and samples of a mixture in two dimensions",
         kill_drill: "whether a run that is killed again and again ends with the same bytes",
@@ -33,18 +34,18 @@ def main() -> None:
         study = studies.add_parser(name, help=text, description=text)
         study.set_defaults(run=run, out=None)
         study.add_argument("--threads", type=int, default=1, help="processor threads (default 1)")
-        if run in (training, guidance, zero_terminal_snr, claims):
+        if run in (training, guidance, zero_terminal_snr, learned_variance, claims):
             study.add_argument(
                 "--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default 0 1 2)"
             )
-        if run in (training, guidance, zero_terminal_snr):
+        if run in (training, guidance, zero_terminal_snr, learned_variance):
             study.add_argument(
                 "--out",
                 type=Path,
                 default=Path(f"docs/experiments/{name}.jsonl"),
                 help=f"file of measurements (default docs/experiments/{name}.jsonl)",
             )
-        if run in (inversion, samplers, identification):
+        if run in (inversion, samplers, identification, learned_variance):
             study.add_argument(
                 "--steps", type=int, default=400, help="training steps of batch 64 (default 400)"
             )
@@ -173,6 +174,18 @@ def conditions(arguments: argparse.Namespace) -> None:
         print(row, flush=True)
         measurements.append(row)
     print(f"\n{format_table(measurements)}")
+
+
+def learned_variance(arguments: argparse.Namespace) -> None:
+    """Run the study of DDPM's variances."""
+    from experiments import learned_variance as study
+    from experiments.study import read_measurements
+
+    for line in study.run_study(arguments.out, arguments.seeds, arguments.steps):
+        print(line, flush=True)
+    measurements = read_measurements(arguments.out)
+    for quantity, title in study.TABLES.items():
+        print(f"\n{title}\n\n{study.format_table(measurements, quantity)}")
 
 
 def claims(arguments: argparse.Namespace) -> None:
