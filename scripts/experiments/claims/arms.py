@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 POINTS = (250, 500, 1000)
+LONG = (*POINTS, 2000, 4000)
 """Numbers of optimizer steps after which samples are drawn."""
 PER_LABEL = 50
 """Samples of each digit."""
@@ -64,14 +65,16 @@ class Arm:
         prediction: output of the network.
         objective: loss and its weight; None for plain squared error of the output.
         uses_time: False for a network without time input.
-        extra: name of a further measurement after the last step: samplers or exposure.
+        extras: names of further measurements after the last step: samplers, exposure.
+        points: numbers of optimizer steps after which samples are drawn.
     """
 
     schedule: Schedule
     prediction: PredictionType
     objective: Objective | None = None
     uses_time: bool = True
-    extra: str | None = None
+    extras: tuple[str, ...] = ()
+    points: tuple[int, ...] = POINTS
 
     @property
     def process(self) -> Process:
@@ -87,24 +90,28 @@ class Arm:
 
 
 ARMS = {
-    "cosine, ε": Arm(Cosine(), "epsilon", extra="exposure"),
+    "cosine, ε": Arm(Cosine(), "epsilon"),
     "Laplace, ε": Arm(Laplace(), "epsilon"),
-    "cosine, v": Arm(Cosine(), "v_prediction", extra="samplers"),
+    "cosine, v": Arm(Cosine(), "v_prediction", extras=("samplers",)),
     "Laplace, v": Arm(Laplace(), "v_prediction"),
     "cosine, x_0": Arm(Cosine(), "sample"),
     "Laplace, x_0": Arm(Laplace(), "sample"),
-    "linear, ε": Arm(Discrete(), "epsilon", extra="samplers"),
-    "Flow, flow": Arm(Flow(), "flow_prediction", extra="samplers"),
+    "linear, ε": Arm(Discrete(), "epsilon", extras=("samplers", "exposure"), points=LONG),
+    "Flow, flow": Arm(Flow(), "flow_prediction", extras=("samplers",), points=LONG),
     "cosine, ε, no time": Arm(Cosine(), "epsilon", uses_time=False),
     "cosine, v, no time": Arm(Cosine(), "v_prediction", uses_time=False),
     "Flow, flow, no time": Arm(Flow(), "flow_prediction", uses_time=False),
-    "cosine, ε, DDPM-IP": Arm(
-        Cosine(), "epsilon", Objective(MSE("epsilon"), perturbation=0.1), extra="exposure"
-    ),
     "cosine, x_0, Min-SNR": Arm(Cosine(), "sample", Objective(MinSNR())),
-    "linear, ε, Min-SNR": Arm(Discrete(), "epsilon", Objective(MinSNR())),
-    "linear, ε, P2": Arm(Discrete(), "epsilon", Objective(P2())),
-    "linear, ε, Debiased": Arm(Discrete(), "epsilon", Objective(DebiasedWeight())),
+    "linear, ε, DDPM-IP": Arm(
+        Discrete(),
+        "epsilon",
+        Objective(MSE("epsilon"), perturbation=0.1),
+        extras=("exposure",),
+        points=LONG,
+    ),
+    "linear, ε, Min-SNR": Arm(Discrete(), "epsilon", Objective(MinSNR()), points=LONG),
+    "linear, ε, P2": Arm(Discrete(), "epsilon", Objective(P2()), points=LONG),
+    "linear, ε, Debiased": Arm(Discrete(), "epsilon", Objective(DebiasedWeight()), points=LONG),
 }
 
 
@@ -124,30 +131,26 @@ def run_study(out: Path, seeds: Iterable[int]) -> Iterator[str]:
     )
 
 
-def measure(
-    arm: Arm, seed: int, points: Iterable[int] = POINTS, per_label: int = PER_LABEL
-) -> dict[str, Any]:
+def measure(arm: Arm, seed: int, per_label: int = PER_LABEL) -> dict[str, Any]:
     """Train a network and measure its samples.
 
     Args:
         arm: the training.
         seed: seed of the training and of the samples.
-        points: numbers of steps.
         per_label: samples of each digit.
 
     Returns:
         distances: to the training and the held-out scans, by the number of steps; and the further
-        measurement of the arm under its name.
+        measurements of the arm under their names.
     """
     found: dict[str, Any] = {"distances": {}}
     objective = arm.objective or Objective(MSE(arm.prediction))
     network = partial(Perceptron, uses_time=arm.uses_time)
-    for steps, denoiser in train(network, arm.process, objective, digits_data(), seed, points):
+    data = digits_data()
+    for steps, denoiser in train(network, arm.process, objective, data, seed, arm.points):
         denoiser.eval()
         found["distances"][str(steps)] = measure_distances(denoiser, seed, per_label)
-    if arm.extra:
-        found[arm.extra] = EXTRAS[arm.extra](denoiser, seed, per_label)
-    return found
+    return found | {name: EXTRAS[name](denoiser, seed, per_label) for name in arm.extras}
 
 
 def measure_samplers(

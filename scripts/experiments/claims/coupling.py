@@ -1,11 +1,12 @@
 """Whether optimal transport within the batch straightens flows and lowers the gradient variance.
 
-Flows are trained on points of a mixture of three Gaussians in two dimensions and on the digits in
-64, both without labels, with independent pairs and with optimal-transport pairs of noise and data.
+Flows are trained on points of a mixture of three Gaussians in two dimensions, on the digits in 64,
+and on images of CIFAR-10 of 16x16 pixels in 768, without labels, with independent pairs and with
+optimal-transport pairs of noise and data.
 """
 
 from collections.abc import Iterable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from diffcore.objectives.weighting import MSE
 from diffcore.samplers import DDIM, State
 from diffcore.sampling.generation import sample
 from diffcore.schedules import Flow, UniformBlend
+from diffcore.training.data import ImageFolder
 from experiments.claims.network import (
     BATCH,
     Perceptron,
@@ -39,28 +41,37 @@ COUPLINGS: dict[str, Coupling] = {
     "independent": IndependentCoupling(),
     "optimal transport": OptimalTransport(BATCH),
 }
-PROBLEMS = ("2-D", "digits")
+PROBLEMS = ("2-D", "digits", "CIFAR-10")
 TRAINING_STEPS = 500
 STEPS = 100
 """Steps of the trajectories whose curvature is measured."""
 FEW = 5
 COUNT = 500
+IMAGES = Path("cifar10/test")
+"""Folder of the images of CIFAR-10, in one sub-folder for each class."""
+EVERY = 4
+"""One of so many images is used."""
 BATCHES = 50
 """Batches over which the variance of the gradient is estimated."""
 
 
+@lru_cache(maxsize=1)
 def load_data(problem: str) -> TrainingData:
     """The training data of a problem.
 
     Args:
-        problem: 2-D or digits.
+        problem: 2-D, digits or CIFAR-10.
 
     Returns:
-        5000 points of the mixture, or the training scans, without labels.
+        5000 points of the mixture, the training scans, or every fourth image, without labels.
     """
     if problem == "2-D":
         return TrainingData(plane().sample(torch.arange(5000)).float())
-    return TrainingData(digits_data().x0)
+    if problem == "digits":
+        return TrainingData(digits_data().x0)
+    images = ImageFolder(str(IMAGES), 16)
+    rows = range(0, len(images), EVERY)
+    return TrainingData(torch.stack([images[row][0] for row in rows]))
 
 
 def run_study(out: Path, seeds: Iterable[int]) -> Iterator[str]:

@@ -23,7 +23,7 @@ from experiments.study import continue_study
 
 __all__ = ["DEQUANTISATIONS", "load_data", "measure", "run_study"]
 
-TRAINING_STEPS = 1000
+TRAINING_STEPS = (1000, 3000)
 BINS = 17
 COUNT = 100
 """Held-out scans that are measured."""
@@ -64,14 +64,16 @@ def run_study(out: Path, seeds: Iterable[int]) -> Iterator[str]:
     Yields:
         The lines that are appended to the file.
     """
-    cells = [(data, seed) for seed in seeds for data in TRAINING_DATA]
+    cells = [(data, seed) for data in TRAINING_DATA for seed in seeds]
     return continue_study(out, ("data", "seed"), cells, _measure_cell)
 
 
 def _measure_cell(name: str, seed: int) -> Iterator[dict[str, Any]]:
     process, objective = ARMS["cosine, v"].process, Objective(MSE("v_prediction"))
-    trained = train(Perceptron, process, objective, load_data(name), seed, [TRAINING_STEPS])
-    return measure(next(trained)[1].eval(), seed)
+    data = load_data(name)
+    for steps, denoiser in train(Perceptron, process, objective, data, seed, TRAINING_STEPS):
+        for row in measure(denoiser.eval(), seed):
+            yield {"steps": steps, **row}
 
 
 def measure(denoiser: Denoiser, seed: int, count: int = COUNT) -> Iterator[dict[str, Any]]:

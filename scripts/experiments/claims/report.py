@@ -95,25 +95,28 @@ def format_arms(rows: Rows) -> str:
     Returns:
         Four tables as Markdown.
     """
-    pairs = [
-        ("linear, ε, Min-SNR", "linear, ε"),
+    weights = ("Min-SNR", "P2", "Debiased", "DDPM-IP")
+    linear = [
+        *((f"linear, ε, {name}", "linear, ε") for name in weights),
         ("linear, ε, Min-SNR", "linear, ε, P2"),
+    ]
+    pairs = [
         ("cosine, x_0, Min-SNR", "cosine, x_0"),
-        ("linear, ε, P2", "linear, ε"),
-        ("linear, ε, Debiased", "linear, ε"),
         *((f"Laplace, {target}", f"cosine, {target}") for target in ("ε", "v", "x_0")),
     ]
-    tables = [_format_distances(rows), format_speed_ups(rows, pairs, 500)]
-    return "\n\n".join([*tables, _format_samplers(rows), _format_exposure(rows)])
+    speed_ups = [format_speed_ups(rows, pairs, 500), format_speed_ups(rows, linear, 2000)]
+    tables = [_format_distances(rows), *speed_ups, _format_samplers(rows), _format_exposure(rows)]
+    return "\n\n".join(tables)
 
 
 def _format_distances(rows: Rows) -> str:
     points = sorted({int(point) for row in rows for point in row["distances"]})
-    header = ["arm", *(f"{point} steps" for point in points), f"held-out, {points[-1]} steps"]
+    header = ["arm", *(f"{point} steps" for point in points), "held-out, last"]
     table = []
     for (arm,), seeds in _groups(rows, "arm").items():
-        cells = [[row["distances"][str(point)][0] for row in seeds] for point in points]
-        cells.append([row["distances"][str(points[-1])][1] for row in seeds])
+        curves = [row["distances"] for row in seeds]
+        cells = [[c[str(point)][0] for c in curves if str(point) in c] for point in points]
+        cells.append([list(curve.values())[-1][1] for curve in curves])
         table.append([arm, *(mean_and_half_range(cell, 1) for cell in cells)])
     return markdown_table(header, table)
 
@@ -229,13 +232,13 @@ def format_likelihood(rows: Rows) -> str:
         The table as Markdown.
     """
     table = []
-    for (data, name), seeds in _groups(rows, "data", "dequantisation").items():
+    for (data, steps, name), seeds in _groups(rows, "data", "steps", "dequantisation").items():
         cells = [
             mean_and_half_range([row[key] for row in seeds], digits)
             for key, digits in (("bits", 3), ("error", 3), ("evaluations", 0))
         ]
-        table.append([data, name, *cells])
-    header = ["training data", "dequantisation", "bits per dimension", "standard error"]
+        table.append([data, str(steps), name, *cells])
+    header = ["training data", "steps", "dequantisation", "bits per dimension", "standard error"]
     return markdown_table([*header, "evaluations"], table)
 
 

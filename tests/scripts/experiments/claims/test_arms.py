@@ -1,5 +1,7 @@
 """The study of arms and that of guided samples, with tiny trainings."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from experiments.claims.arms import ARMS, SAMPLERS, measure, measure_exposure, measure_samplers
@@ -13,8 +15,9 @@ from diffcore.training.data import Digits
 
 
 def test_an_arm_has_distances_after_each_number_of_steps():
-    found = measure(ARMS["cosine, x_0, Min-SNR"], 0, (2, 1), per_label=1)
-    assert list(found) == ["distances"]
+    arm = replace(ARMS["linear, ε, DDPM-IP"], points=(2, 1))
+    found = measure(arm, 0, per_label=1)
+    assert list(found) == ["distances", "exposure"]
     assert list(found["distances"]) == ["1", "2"]
 
 
