@@ -47,7 +47,7 @@ SIMILAR = [
 x_0 depends less on the level than that of ε and v."""
 
 
-@pytest.mark.parametrize("name", thinned([(name,) for name in HYPOTHESES], 6))
+@pytest.mark.parametrize("name", thinned([(name,) for name in HYPOTHESES], 4))
 def test_the_process_of_an_exact_network_is_found(name):
     scores = identify_process(exact_network(HYPOTHESES[name]), POINTS, HYPOTHESES)
     found = {score.name for score in best_scores(scores)}

@@ -55,7 +55,9 @@ PARTIAL_CONFIGS = {
 
 
 def table_cases() -> list:
-    """(class name, arguments) of each class with a table, without repetitions."""
+    """(class name, arguments) of each class with a table, without repetitions; every second
+    case is `thorough`.
+    """
     cases: dict[str, object] = {}
     for name in sorted(TABLES):
         known = inspect.signature(CLASSES[name]).parameters
@@ -70,7 +72,8 @@ def table_cases() -> list:
         }
         for label, arguments in (whole | partial).items():
             key = f"{name}-{sorted(arguments.items(), key=str)}"
-            cases.setdefault(key, pytest.param(name, arguments, id=f"{name}-{label}"))
+            marks = pytest.mark.thorough if len(cases) % 2 else ()
+            cases.setdefault(key, pytest.param(name, arguments, id=f"{name}-{label}", marks=marks))
     return list(cases.values())
 
 

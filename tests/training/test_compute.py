@@ -155,7 +155,9 @@ def test_each_block_is_one_graph(tmp_path, dynamo):
     assert breaks == 0
 
 
-@pytest.mark.parametrize("compute", COMPILED, ids=IDS)
+@pytest.mark.parametrize(
+    "compute", [pytest.param(COMPILED[0], marks=pytest.mark.thorough), COMPILED[1]], ids=IDS
+)
 def test_a_compiled_run_resumes_bit_for_bit_and_its_files_have_the_plain_names(
     tmp_path, dynamo, compute
 ):

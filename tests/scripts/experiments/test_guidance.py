@@ -106,6 +106,7 @@ def test_a_measurement_counts_evaluations_by_batch(denoiser, monkeypatch):
     assert adaptive["test"] > 0
 
 
+@pytest.mark.slow
 def test_the_weaker_network_is_smaller_and_depends_on_its_own_steps():
     pairs = [train_pair(0, points) for points in ((1, 2), (1, 2), (2, 2))]
     strong, weaker = zip(*pairs, strict=True)
@@ -182,6 +183,7 @@ def test_tables_leave_out_missing_measurements(tmp_path):
     draw(measured, tmp_path)
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn(tmp_path, monkeypatch):
     draw(list(example_measurements()), tmp_path)
     monkeypatch.setattr(fields, "COUNT", 4)

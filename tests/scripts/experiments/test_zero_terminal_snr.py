@@ -73,6 +73,7 @@ def test_an_exact_network_reaches_further_with_zero_terminal_snr(monkeypatch):
     assert flawed["distance"] > 1.25 * ours["distance"]
 
 
+@pytest.mark.slow
 def test_equal_seeds_give_equal_networks():
     first, again, other = (
         create_denoiser(VARIANTS["scaled_linear, v"], seed, 1) for seed in (0, 0, 1)

@@ -40,7 +40,13 @@ TARGETS = (
 )
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=pytest.mark.thorough if name == "sdxl" else ())
+        for name in FAMILIES
+    ],
+)
 def pipeline(request, tmp_path_factory):
     """The index of a family's pipeline."""
     make, scheduler = FAMILIES[request.param]

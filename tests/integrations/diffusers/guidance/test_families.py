@@ -226,7 +226,9 @@ def compare_with_loop(pipe, family, rule, sampler, steps, rows=1):
     return counts
 
 
-@pytest.mark.parametrize("sampler", (DPMSolverPP("2M"), Heun()), ids=str)
+@pytest.mark.parametrize(
+    "sampler", (DPMSolverPP("2M"), pytest.param(Heun(), marks=pytest.mark.thorough)), ids=str
+)
 def test_apg_in_an_interval_is_the_sampling_loop_evaluation_for_evaluation(pipe, family, sampler):
     counts = compare_with_loop(pipe, family, RULE, sampler, 5, rows=2)
     assert set(counts) == ({2} if family.scale == "true_cfg_scale" else {2, 4})

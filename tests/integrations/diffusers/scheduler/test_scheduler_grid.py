@@ -70,7 +70,7 @@ def listed_sigmas(kind, scheduler, steps):
     return np.array(list(dict.fromkeys(sigmas.tolist())))
 
 
-@pytest.mark.parametrize(("kind", "options"), thinned(CASES, 22), ids=str)
+@pytest.mark.parametrize(("kind", "options"), thinned(CASES, 14), ids=str)
 def test_the_levels_are_those_of_the_schedulers_own_list(kind, options):
     if kind == "PNDM":
         options = options | {"skip_prk_steps": True}
