@@ -1,6 +1,6 @@
 """The state of a training run: everything that its steps change, built once and then complete."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from diffcore.core.conditions import batch_condition, condition_arguments, null_condition
+from diffcore.core.conditions import batch_condition
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.network import ExportableNetwork, frozen_hash, leave_label_dropout
 from diffcore.core.process import Process
@@ -22,6 +22,7 @@ from diffcore.training.averages.power_ema import PowerFunction
 from diffcore.training.data.checks import prepare_data
 from diffcore.training.data.order import Batch, DataOrder
 from diffcore.training.data.source import WEIGHT, DataSource
+from diffcore.training.network_checks import LabelWrapper, check_dtype, check_network
 from diffcore.training.optimization.level_sampler import LevelSampler
 from diffcore.training.optimization.optimizers import build_optimizer, evaluation_weights
 from diffcore.training.optimization.quantised_state import is_quantised
@@ -35,8 +36,6 @@ from diffcore.training.reports.window import LossWindow
 
 if TYPE_CHECKING:
     from diffcore.training.trainer import Trainer
-
-LabelWrapper = Callable[[nn.Module], nn.Module]
 
 __all__ = ["TrainState", "build_accelerator", "build_state"]
 
@@ -331,13 +330,13 @@ def _build_modules(settings: "Trainer", label_wrapper: LabelWrapper) -> list[nn.
     torch.manual_seed(derive_seed(settings.seed, Stream.MODEL, 0))
     modules = [settings.network()]
     leave_label_dropout(modules[0])
-    _check_dtype(modules[0])
+    check_dtype(modules[0])
     if isinstance(modules[0], ExportableNetwork):
         modules[0].check_captions(settings.source.texts)
-    _check_network(modules[0], label_wrapper, settings.process)
+    check_network(modules[0], label_wrapper, settings.process)
     if held_out := settings.validation.source:
         wrapper = held_out.label_wrapper(torch.device("cpu"))
-        _check_network(modules[0], wrapper, settings.validation.process(settings.process))
+        check_network(modules[0], wrapper, settings.validation.process(settings.process))
     settings.compute.apply(modules[0])
     if settings.objective.uncertainty:
         modules.append(settings.objective.uncertainty.module())
@@ -365,38 +364,3 @@ def _prepare(
             f"{type(optimizer).__name__} cannot be sharded: use torch.optim.AdamW, or strategy none"
         )
     return modules, accelerator.prepare_optimizer(optimizer)
-
-
-def _check_dtype(network: nn.Module) -> None:
-    """Refuse trained weights in which small updates are lost by rounding."""
-    for name, value in network.named_parameters():
-        if value.requires_grad and value.dtype.itemsize < 4:
-            raise ValueError(
-                f"the weights {name} of the network are {value.dtype}, in which small updates are "
-                "lost: train float32 weights (network.float()), and set precision: bf16 to "
-                "evaluate the network in bfloat16"
-            )
-
-
-@torch.no_grad()
-def _check_network(network: nn.Module, label_wrapper: LabelWrapper, process: Process) -> None:
-    """Evaluate the network once, so that one that does not fit the process fails before the run."""
-    x = torch.zeros(2, *process.shape)
-    denoiser = Denoiser(label_wrapper(network.eval()), process)
-    try:
-        denoiser.output(x, process.schedule.level(0.5))
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"the network cannot be evaluated for x of shape {tuple(x.shape)}, and takes (x, time"
-            f"{', class_labels=' if process.classes else ''}{_named(process)}): set its "
-            f"channels and size to the process's shape {process.shape}, or its forward "
-            f"({type(error).__name__}: {error})"
-        ) from error
-    network.train()
-
-
-def _named(process: Process) -> str:
-    """The keyword arguments of the named conditions, for messages."""
-    null = null_condition(process, 1)
-    names = condition_arguments(process, null, torch.float32).keys() - {"class_labels"}
-    return "".join(f", {name}=" for name in sorted(names))

@@ -5,14 +5,13 @@ The result is saved in the format of diffusers: a pipeline folder, or files for
 `pipe.load_lora_weights` and `pipe.load_textual_inversion`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-import diffusers
 import torch
 from torch import Tensor, nn
 
@@ -32,23 +31,15 @@ from diffcore.integrations.diffusers.loading.frozen_base import BasePrecision, r
 from diffcore.integrations.diffusers.loading.index import PipelineIndex
 from diffcore.integrations.diffusers.loading.parts import read_json
 from diffcore.integrations.diffusers.loading.prompts import TOKENS, Prompts, set_argument
-from diffcore.integrations.diffusers.pipeline.export import export_scheduler
 from diffcore.integrations.diffusers.pipeline.folder import write_pipeline
-from diffcore.integrations.diffusers.scheduler.scheduler import DiffcoreScheduler
-from diffcore.integrations.diffusers.scheduler.scheduler_config import (
-    describe_process,
-    dynamic_shift,
-)
-from diffcore.integrations.diffusers.scheduler.settings import SchedulerSettings
+from diffcore.integrations.diffusers.pipeline.trained_scheduler import build_scheduler
 from diffcore.io.extras import has_extra, missing
 from diffcore.io.files import verify_folder, write_file, write_folder
-from diffcore.samplers import DDIM
-from diffcore.schedules import Trailing
 
 if TYPE_CHECKING:
     from diffcore.integrations.diffusers.adapters.text_encoders import TextEncoders
 
-__all__ = ["PretrainedNetwork", "build_scheduler"]
+__all__ = ["PretrainedNetwork"]
 
 
 class PretrainedNetwork(ExportableNetwork):
@@ -347,57 +338,3 @@ def _check_variance(variance: VarianceType, config: Any, pipeline: str | Path) -
             f"variance is learned, but the network in {pipeline} has {channels}, and so outputs no "
             "variance: leave process.variance out"
         )
-
-
-def build_scheduler(
-    config: Mapping[str, Any], process: Process, network: nn.Module | None = None
-) -> Any:
-    """Build the scheduler of a fine-tuned network.
-
-    It is the scheduler of the pipeline if this describes the process (a flow), else the one of
-    diffusers that expresses the process, else a DiffcoreScheduler. A DDIM scheduler of diffusers
-    starts at the last level (trailing) and ends at the clean level, which zero terminal SNR
-    requires.
-
-    Args:
-        config: config of the pipeline's scheduler.
-        process: process that the network was trained on.
-        network: the network, whose number of tokens determines the shift of a flow with
-            `use_dynamic_shifting`, and whose time may be a multiple of the scheduler's.
-
-    Returns:
-        The scheduler.
-    """
-    if process.prediction == "flow_prediction" and _describes(config, process, network):
-        return getattr(diffusers, config["_class_name"]).from_config(dict(config))
-    description = (process.schedule, process.prediction, process.time, process.sigma_data)
-    try:
-        scheduler = export_scheduler(
-            process, SchedulerSettings(DDIM(), Trailing(), *description), 1
-        )
-    except ValueError:
-        return DiffcoreScheduler(DDIM(), Trailing(), *description)
-    if "steps_offset" in scheduler.config:
-        # StableDiffusionPipeline requires 1; trailing spacing ignores it.
-        scheduler.register_to_config(steps_offset=1)
-    return scheduler
-
-
-def _describes(config: Mapping[str, Any], process: Process, network: nn.Module | None) -> bool:
-    """Whether a scheduler has the process, at the time shift of its shape if it is dynamic."""
-    mu, factor = None, 1.0
-    if network is not None:
-        family = family_of(network)
-        factor, tokens = family.time_scale(network), family.token_count(network, process.shape)
-        if config.get("use_dynamic_shifting") and tokens is not None:
-            mu = dynamic_shift(dict(config), tokens)
-    try:
-        found = describe_process(dict(config), mu)
-    except ValueError:  # a dynamic shift needs μ
-        return False
-    time = replace(found.time, scale=found.time.scale * factor)
-    return (found.schedule, found.prediction, time) == (
-        process.schedule,
-        process.prediction,
-        process.time,
-    )

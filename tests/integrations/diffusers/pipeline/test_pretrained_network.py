@@ -14,7 +14,7 @@ from diffcore.integrations.diffusers import DiffcoreScheduler, LoRA, PretrainedN
 from diffcore.integrations.diffusers.adapters.files import ADAPTER, read_adapters
 from diffcore.integrations.diffusers.loading.index import PipelineIndex
 from diffcore.integrations.diffusers.pipeline.folder import merge_into_pipeline
-from diffcore.integrations.diffusers.pipeline.pretrained_network import build_scheduler
+from diffcore.integrations.diffusers.pipeline.trained_scheduler import build_scheduler
 from diffcore.integrations.diffusers.scheduler.scheduler_config import (
     describe_process,
     read_scheduler_config,
