@@ -75,7 +75,7 @@ ORACLE = mixture()
 
 
 def D(y, logsnr):
-    return ORACLE(y, Cosine(scaling="ve").at(logsnr))
+    return ORACLE(y, Cosine(scaling="ve").at(logsnr)).pair
 
 
 def expected(formula, knots):
@@ -90,7 +90,7 @@ def expected(formula, knots):
         y = math.hypot(0.5, formulas.u(logsnrs[0])) * noise
     finite = [logsnr for logsnr in logsnrs if logsnr < math.inf]
     y = formula(D, y, finite, past)
-    return last.alpha * y if len(finite) == len(logsnrs) else D(y, finite[-1]).x0
+    return last.alpha * y if len(finite) == len(logsnrs) else D(y, finite[-1])[0]
 
 
 def expected_in_a(formula, knots):
