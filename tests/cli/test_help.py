@@ -166,7 +166,9 @@ def test_every_option_that_a_message_names_exists(diffcore):
         "dynamo_backend",
         "use_deepspeed",
     }  # of accelerate launch
-    known |= {"data.folder", "data.size"}  # of the class of the data
+    known |= {"data.folder", "data.size", "data.text"}  # of the class of the data
+    word = {f"network.word.{name}" for name in ("word", "initial")}
+    known |= {"network.text_lora.rank"} | word  # of the class of the network
     known |= {"shm_size"}  # of docker
     root = Path(__file__).parents[2]
     listed = subprocess.run(
