@@ -1,6 +1,7 @@
 """`python scripts/experiment.py NAME`: run a study of docs/experiments, or draw its pictures."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -33,44 +34,49 @@ def main() -> None:
         name = run.__name__.replace("_", "-")
         study = studies.add_parser(name, help=text, description=text)
         study.set_defaults(run=run, out=None)
-        study.add_argument("--threads", type=int, default=1, help="processor threads (default 1)")
-        if run in (training, guidance, zero_terminal_snr, learned_variance, claims):
-            study.add_argument(
-                "--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default 0 1 2)"
-            )
-        if run in (training, guidance, zero_terminal_snr, learned_variance):
-            study.add_argument(
-                "--out",
-                type=Path,
-                default=Path(f"docs/experiments/{name}.jsonl"),
-                help=f"file of measurements (default docs/experiments/{name}.jsonl)",
-            )
-        if run in (inversion, samplers, identification, learned_variance):
-            study.add_argument(
-                "--steps", type=int, default=400, help="training steps of batch 64 (default 400)"
-            )
-        if run in (inversion, samplers):
-            count = 32 if run is inversion else 60
-            study.add_argument(
-                "--count",
-                type=int,
-                default=count,
-                help=f"images of each measurement (default {count})",
-            )
-        if run is kill_drill:
-            _add_drill_options(study)
-        if run is conditions:
-            study.add_argument(
-                "--steps", type=int, default=1000, help="training steps of batch 64 (default 1000)"
-            )
-            study.add_argument("--only", nargs="+", help="names of problems (default: all)")
-        if run is claims:
-            _add_claims_options(study)
+        _add_options(study, run, name)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.run(arguments)
+
+
+def _add_options(study: argparse.ArgumentParser, run: Callable[..., None], name: str) -> None:
+    """Add the options of one study."""
+    study.add_argument("--threads", type=int, default=1, help="processor threads (default 1)")
+    if run in (training, guidance, zero_terminal_snr, learned_variance, claims):
+        study.add_argument(
+            "--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default 0 1 2)"
+        )
+    if run in (training, guidance, zero_terminal_snr, learned_variance):
+        study.add_argument(
+            "--out",
+            type=Path,
+            default=Path(f"docs/experiments/{name}.jsonl"),
+            help=f"file of measurements (default docs/experiments/{name}.jsonl)",
+        )
+    if run in (inversion, samplers, identification, learned_variance):
+        study.add_argument(
+            "--steps", type=int, default=400, help="training steps of batch 64 (default 400)"
+        )
+    if run in (inversion, samplers):
+        count = 32 if run is inversion else 60
+        study.add_argument(
+            "--count",
+            type=int,
+            default=count,
+            help=f"images of each measurement (default {count})",
+        )
+    if run is kill_drill:
+        _add_drill_options(study)
+    if run is conditions:
+        study.add_argument(
+            "--steps", type=int, default=1000, help="training steps of batch 64 (default 1000)"
+        )
+        study.add_argument("--only", nargs="+", help="names of problems (default: all)")
+    if run is claims:
+        _add_claims_options(study)
 
 
 def _add_drill_options(study: argparse.ArgumentParser) -> None:

@@ -101,6 +101,9 @@ def test_streams_keep_their_numbers():
         "ITEM": 50,
         "ITEM_NOISE": 51,
         "EVALUATION": 60,
+        "TRACE": 61,
+        "DEQUANTISATION": 62,
+        "BOUND": 63,
     }
 
 

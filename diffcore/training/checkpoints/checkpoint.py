@@ -126,7 +126,7 @@ def write(folder: str | Path, checkpoint: Checkpoint) -> None:
     replace_checkpoint(folder, write_files)
 
 
-def write_entry(path: Path, data: bytes) -> dict[str, Any]:
+def write_entry(path: str | Path, data: bytes) -> dict[str, Any]:
     """Write a file of a checkpoint, and flush it to the disk.
 
     Args:

@@ -141,7 +141,7 @@ class ExtendedEmbedding(nn.Module):
         return torch.where(is_new[..., None], new, self.base(ids.masked_fill(is_new, 0)))
 
 
-def write_word(file: Path, word: str, embeddings: Mapping[str, Tensor]) -> None:
+def write_word(file: str | Path, word: str, embeddings: Mapping[str, Tensor]) -> None:
     """Write the embeddings of a new word as diffusers' `load_textual_inversion` reads them.
 
     Args:
@@ -154,7 +154,7 @@ def write_word(file: Path, word: str, embeddings: Mapping[str, Tensor]) -> None:
     write_file(file, save(rows, {"format": "pt", "word": word}))
 
 
-def add_word(pipeline: Any, file: Path) -> None:
+def add_word(pipeline: Any, file: str | Path) -> None:
     """Add a new word to the tokenizers and the text encoders of a pipeline, in place.
 
     Args:
