@@ -151,7 +151,8 @@ def write_word(file: str | Path, word: str, embeddings: Mapping[str, Tensor]) ->
     """
     names = [word] if len(embeddings) == 1 else XL_KEYS
     rows = dict(zip(names, (value.contiguous() for value in embeddings.values()), strict=True))
-    write_file(file, save(rows, {"format": "pt", "word": word}))
+    # One entry of metadata: safetensors writes several in no fixed order.
+    write_file(file, save(rows, {"word": word}))
 
 
 def add_word(pipeline: Any, file: str | Path) -> None:
