@@ -28,7 +28,7 @@ demo: $(VENV)/installed          ## train on real digits, sample a labelled grid
 	$(BIN)/diffcore sample $(RUN) --labels 0-9 --per-label 8 --seeds 0-79 --out $(RUN)/samples.png
 	$(BIN)/diffcore evaluate $(RUN) --features pixels --n 500 --reference '{class_path: Digits, init_args: {split: test}}' $(SAMPLING) $(BOUNDS)
 
-test: $(VENV)/installed          ## run the tests (10 to 16 minutes on two cores)
+test: $(VENV)/installed          ## run the tests (about 6 minutes on two cores)
 	$(PYTEST)
 
 test-slow: $(VENV)/installed     ## run the tests that take minutes each
