@@ -1,4 +1,5 @@
-"""Evaluation: metrics of samples, one module each, and the features in which they are measured.
+"""Evaluation: metrics of samples, one module each, the features in which they are measured, and the
+likelihood of data.
 
 A metric is a function, or the method of an object that holds what it learned from real data. It
 receives samples (N, *shape) or their features as tensors on the CPU, and returns a float computed
