@@ -226,7 +226,9 @@ def _describe(
         "batch_size": request.batch_size,
     }
     if request.method == "bound":
-        variance = FIXED_VARIANCE if request.variance is None else request.variance
+        is_learned = process.variance == "learned"
+        default = "learned" if is_learned else FIXED_VARIANCE
+        variance = default if request.variance is None else request.variance
         return common | {"grid": to_spec(request.grid), "variance": variance}
     level = dequantisation.level(process) if dequantisation else first_level(process)
     return common | {

@@ -202,6 +202,8 @@ class _Chain:
 
     def _v(self, prediction: Prediction) -> Tensor:
         """v of the variance of a step, a number or of the shape of x."""
+        if self.variance is None and prediction.variance is not None:
+            return prediction.variance
         return self._number(FIXED_VARIANCE if self.variance is None else self.variance)
 
     def _number(self, value: float) -> Tensor:

@@ -7,15 +7,20 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
+from diffcore.core.denoiser import DenoiserWrapper
 from diffcore.core.oracle import EmpiricalDistribution
+from diffcore.core.prediction import Prediction
 from diffcore.core.process import Process
+from diffcore.core.random import Stream, normal
 from diffcore.evaluation.likelihood.bound import variational_bound
+from diffcore.objectives.variational import Variational
 from diffcore.schedules import (
     Cosine,
     Discrete,
     Explicit,
     Flow,
     LogLinear,
+    Trailing,
     Truncated,
     UniformLogSNR,
     Within,
@@ -171,3 +176,42 @@ def test_arguments_that_do_not_fit_are_refused(options, message):
 def test_data_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"shape \(2,\), stacked along the first axis"):
         variational_bound(oracles.mixture(), torch.zeros(3, 4))
+
+
+class LearnedVariance(DenoiserWrapper):
+    """A denoiser with another v at each element."""
+
+    def __call__(self, x, level, condition=None):
+        prediction = self.inner(x, level, condition)
+        return replace(prediction, variance=torch.tensor([0.3, 0.8]).expand_as(x).to(x))
+
+
+@pytest.mark.parametrize("values", [0, 17])
+def test_the_bound_of_a_learned_variance_is_the_loss_that_trains_it(values):
+    """But for its prior: the sum over all levels of the terms of `Variational`."""
+    steps = 6
+    record = oracles.process(Discrete("cosine", steps), classes=0, variance="learned")
+    denoiser = LearnedVariance(oracles.mixture(record))
+    x0 = torch.tensor([[0.25, -0.5], [1.0, -1.0], [0.125, 0.75]], dtype=torch.float64)
+    bound = variational_bound(denoiser, x0, values or None)
+    loss = Variational(1.0, steps, values)
+    total = torch.zeros(3, dtype=torch.float64)
+    for index, knot in enumerate(Trailing().knots(record.schedule, steps)[:-1]):
+        level = record.schedule.level(torch.full((3, 1), knot.t))
+        key = torch.arange(3) + (index << 32)
+        truth = Prediction(x0, normal(0, Stream.BOUND, key, (2,), dtype=torch.float64))
+        prediction = denoiser(truth.at(level), level)
+        total += loss(record, prediction, truth, level).sum(1) / steps
+    assert torch.allclose((bound.transitions + bound.decoder) * 2, total, rtol=1e-6)
+
+
+def test_a_given_variance_takes_the_place_of_the_learned_one():
+    oracle = oracles.mixture()
+    x0 = oracle.sample(torch.arange(3))
+    learned = variational_bound(LearnedVariance(oracle), x0, steps=4)
+    given, fixed = (
+        variational_bound(each, x0, steps=4, variance=0.5)
+        for each in (LearnedVariance(oracle), oracle)
+    )
+    assert torch.equal(given.bits, fixed.bits)
+    assert not torch.allclose(learned.bits, fixed.bits, rtol=1e-3)
