@@ -115,12 +115,12 @@ def flow_log_density(
     process, start = denoiser.process, level or first_level(denoiser.process)
     _check_points(process, y)
     knots = _knots(process, start, steps)
-    given = check_sampling(process, knots, range(len(y)), condition, CFG(1.0), batch_size, solver)
     if not solver.is_adaptive and solver.draws_noise(knots):
         raise ValueError(
             f"{solver} adds noise, and the density of a flow needs a deterministic solver: use "
             "AdaptiveRungeKutta, or another sampler without noise"
         )
+    given = check_sampling(process, knots, range(len(y)), condition, CFG(1.0), batch_size, solver)
     trace = trace or default_trace(math.prod(process.shape))
     device = denoiser.device
     dtype = torch.float32 if device.type == "mps" else torch.float64

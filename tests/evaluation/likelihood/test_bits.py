@@ -1,7 +1,6 @@
 """Bits per dimension of exact denoisers, against integrals of their density."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -85,13 +84,24 @@ def test_draws_need_a_dequantisation():
         bits_per_dimension(GAUSSIAN, VALUES, Uniform(BINS), draws=0)
 
 
-def test_each_draw_has_noise_and_random_vectors_of_its_own():
-    process = replace(PROCESS, low=-1.0)
-    oracle = oracles.mixture(replace(process, classes=2))
-    options = {"trace": Hutchinson(), "solver": SOLVER, "seed": 3}
-    twice = [
-        bits_per_dimension(oracle, VALUES, Uniform(BINS), draws=2, **options).bits for _ in range(2)
-    ]
-    assert torch.equal(*twice)
-    one = bits_per_dimension(oracle, VALUES, Uniform(BINS), **options).bits
-    assert not torch.allclose(twice[0], one, atol=1e-3)
+def test_each_draw_has_noise_and_random_vectors_of_its_own(monkeypatch):
+    vectors, drawn = Hutchinson.vectors, []
+
+    def recorded(trace, size, seed, position):
+        drawn.append(vectors(trace, size, seed, position))
+        return drawn[-1]
+
+    monkeypatch.setattr(Hutchinson, "vectors", recorded)
+    process = Process(Flow(), shape=(8,), sigma_data=STD)
+    oracle = oracles.gaussian([0.0] * 8, STD**2 * torch.eye(8), process)
+    x0, options = VALUES.repeat(1, 4), {"trace": Hutchinson(), "solver": SOLVER, "seed": 3}
+    first, again = (
+        bits_per_dimension(oracle, x0, Uniform(BINS), draws=2, batch_size=2, **options).bits
+        for _ in range(2)
+    )
+    assert torch.equal(first, again)
+    one, other = torch.cat(drawn[:2], 1), torch.cat(drawn[2:4], 1)  # of two batches each
+    assert not torch.equal(one, other)
+    assert torch.equal(one, torch.cat(drawn[4:6], 1))
+    single = bits_per_dimension(oracle, x0, Uniform(BINS), **options).bits
+    assert not torch.allclose(first, single, atol=1e-3)
