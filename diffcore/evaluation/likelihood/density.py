@@ -115,7 +115,7 @@ def flow_log_density(
     process, start = denoiser.process, level or first_level(denoiser.process)
     _check_points(process, y)
     knots = _knots(process, start, steps)
-    if not solver.is_adaptive and solver.draws_noise(knots):
+    if not solver.is_adaptive and solver.draws_noise(knots[::-1]):
         raise ValueError(
             f"{solver} adds noise, and the density of a flow needs a deterministic solver: use "
             "AdaptiveRungeKutta, or another sampler without noise"
