@@ -126,7 +126,7 @@ def test_continuous_data_have_a_density(run, tmp_path, one_thread):
         (["Digits", "--tau=0"], "tau is 0"),
         (["Digits", "--probes=0"], "probes is 0"),
         (["Digits", "--method=bound", "--steps=1"], "expected at least 2"),
-        (["Digits", "--solver=DDIM", "--solver.eta=1"], "fresh noise needs knots that fall"),
+        (["Digits", "--solver=DDIM", "--solver.eta=1"], "adds noise, and the density of a flow"),
         (["Digits", "--weights=nonsense"], "weights is 'nonsense'"),
     ],
 )

@@ -63,7 +63,8 @@ def describe_run(run: Run) -> dict[str, object]:
         **(network.facts if isinstance(network, ExportableNetwork) else {}),
         "schedule": schedule,
         "levels": f"λ from {schedule.logsnr(1.0):g} to {schedule.logsnr(0.0):g}",
-        "prediction": process.prediction,
+        "prediction": process.prediction
+        + ", and a learned variance" * (process.variance == "learned"),
         "time": process.time,
         "data": f"shape {process.shape}, range [{process.low:g}, {process.high:g}]",
         "condition": f"{process.classes} {classes}, dropped in {process.dropout:.0%} of samples"
