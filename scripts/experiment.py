@@ -189,7 +189,9 @@ def learned_variance(arguments: argparse.Namespace) -> None:
 
     for line in study.run_study(arguments.out, arguments.seeds, arguments.steps):
         print(line, flush=True)
-    measurements = read_measurements(arguments.out)
+    measurements = [
+        row for row in read_measurements(arguments.out) if row["steps"] == arguments.steps
+    ]
     for quantity, title in study.TABLES.items():
         print(f"\n{title}\n\n{study.format_table(measurements, quantity)}")
 
