@@ -48,6 +48,7 @@ class Perceptron(nn.Module):
     ) -> None:
         super().__init__()
         self.uses_time = uses_time
+        self.frequencies: Tensor
         self.register_buffer("frequencies", torch.exp(-torch.arange(16) * 6 / 15))
         self.time, self.enter, self.leave = (
             nn.Linear(32, width),

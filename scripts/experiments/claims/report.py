@@ -95,18 +95,19 @@ def format_arms(rows: Rows) -> str:
         rows: measurements of `experiments.claims.arms`.
 
     Returns:
-        Four tables as Markdown.
+        The tables as Markdown.
     """
     weights = ("Min-SNR", "P2", "Debiased", "DDPM-IP")
     linear = [
         *((f"linear, ε, {name}", "linear, ε") for name in weights),
-        ("linear, ε, Min-SNR", "linear, ε, P2"),
+        *(("linear, ε, Min-SNR", f"linear, ε, {name}") for name in ("P2", "Debiased")),
     ]
     pairs = [
         ("cosine, x_0, Min-SNR", "cosine, x_0"),
         *((f"Laplace, {target}", f"cosine, {target}") for target in ("ε", "v", "x_0")),
     ]
-    speed_ups = [format_speed_ups(rows, pairs, 500), format_speed_ups(rows, linear, 2000)]
+    speed_ups = [format_speed_ups(rows, pairs, 500)]
+    speed_ups += [format_speed_ups(rows, linear, at) for at in (500, 1000, 2000, 4000)]
     tables = [_format_distances(rows), *speed_ups, _format_samplers(rows), _format_exposure(rows)]
     return "\n\n".join(tables)
 
