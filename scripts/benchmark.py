@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         (steps, "50 steps with a network without cost, beside diffusers", 100),
         (pipeline, "a StableDiffusionPipeline with diffcore's scheduler, beside diffusers", 40),
         (guidance, "Interval beside CFG over the same knots, on the digits network", 40),
-        (start_up, "seconds until a program starts, beside torch and diffusers", 30),
+        (start_up, "seconds until a program starts, beside torch and diffusers", 12),
         (folder, "second start of training on a folder of images, beside a small one", None),
         (memory, "peak memory of fine-tuning by option", None),
         (accuracy, "distance to the exact flow by evaluations, beside diffusers", None),
@@ -76,7 +76,8 @@ def _parser() -> argparse.ArgumentParser:
             "--out": (Path, None, "JSON file of all measurements (default none)"),
         }
         if pairs:
-            help_text = f"measured pairs, at least 30 (default {pairs})"
+            least = 6 if measure is start_up else 30
+            help_text = f"measured pairs, at least {least} (default {pairs})"
             options["--pairs"] = (int, pairs, help_text)
         if measure in (overhead, training, peers):
             options["--steps"] = (int, 1, "training steps of one measurement (default 1)")

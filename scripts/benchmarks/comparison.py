@@ -5,6 +5,7 @@
 Reported are the median of r and its interval by order statistics.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from statistics import median
@@ -34,7 +35,7 @@ class Comparison:
 
     Args:
         name: name of the work.
-        bound: ratio that ours should not exceed.
+        bound: ratio that ours should not exceed; inf for none.
         ours: seconds of one unit of work by diffcore.
         other: seconds of the same work by the other side.
     """
@@ -61,7 +62,9 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """The text met, undecided (the interval contains the bound) or missed."""
+        """The text met, undecided (the interval contains the bound) or missed; "" without bound."""
+        if self.bound == math.inf:
+            return ""
         if self.ratio <= self.bound:
             return "met"
         return "undecided" if self.interval[0] <= self.bound else "missed"
@@ -76,7 +79,7 @@ class Comparison:
             f"{1000 * median(self.other):.1f}",
             f"{self.ratio:.3f}",
             f"{low:.3f} to {high:.3f}",
-            str(self.bound),
+            "" if self.bound == math.inf else str(self.bound),
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -87,6 +90,7 @@ class Comparison:
         """
         return {
             **asdict(self),
+            "bound": None if self.bound == math.inf else self.bound,
             "ratio": self.ratio,
             "interval": self.interval,
             "verdict": self.verdict,

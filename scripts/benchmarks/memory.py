@@ -20,7 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-SMALLEST = (8, 8)
+SMALLEST = (16, 16)
 """Channels of the network that each process trains first."""
 WIDTHS = {"tiny": (16, 32), "large": (128, 256, 512)}
 """Channels of the levels of a UNet2DConditionModel: 0.4 and about 100 million parameters."""

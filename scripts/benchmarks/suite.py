@@ -47,7 +47,7 @@ class Part:
 
 
 PARTS = (
-    Part("start-up", "start_up --pairs 30"),
+    Part("start-up", "start_up --pairs 12"),
     Part("steps", "steps --threads 1 --pairs 100", "--pairs 30"),
     Part("overhead", "overhead --pairs 30 --samples 16", "--samples 1"),
     Part("training", "training --pairs 60 --threads 1", "--pairs 30"),
@@ -74,13 +74,22 @@ def run_suite(
 
     Returns:
         The regressions, one line each.
+
+    Raises:
+        ValueError: benchmarks failed; the others are written.
     """
     begin, stored = time.monotonic(), docs / "benchmarks"
     stored.mkdir(exist_ok=True)
     regressions: list[str] = []
+    failed: list[str] = []
     for part in parts:
         report(f"{time.monotonic() - begin:6.0f} s: {part.words}")
-        facts = _measure(part, docs, quick)
+        try:
+            facts = _measure(part, docs, quick)
+        except subprocess.CalledProcessError as error:
+            failed.append(part.name)  # the others are measured all the same
+            report(f"{part.name} ended with status {error.returncode}")
+            continue
         path = stored / f"{part.name}.json"
         if path.is_file():
             regressions += find_regressions(json.loads(path.read_text("utf-8")), facts)
@@ -89,9 +98,11 @@ def run_suite(
         facts.pop("rows", None)  # thousands, of which the page and the baseline need few
         path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     measured = {path.stem: json.loads(path.read_text("utf-8")) for path in stored.glob("*.json")}
-    _replace_in_pages(docs, "summary", _summary(measured, regressions))
+    _replace_in_pages(docs, "summary", _summary(measured, regressions, failed))
     draw_ratios(measured, docs / "pictures" / "ratios.png")
     report(f"{time.monotonic() - begin:6.0f} s: end")
+    if failed:
+        raise ValueError(f"these benchmarks failed, and their tables are old: {', '.join(failed)}")
     return regressions
 
 
@@ -181,13 +192,17 @@ def _replace_in_pages(docs: Path, name: str, block: str) -> None:
     page.write_text(replace_block(page.read_text("utf-8"), name, block), encoding="utf-8")
 
 
-def _summary(measured: Mapping[str, Mapping[str, Any]], regressions: Sequence[str]) -> str:
-    """Which targets are missed, and what is worse than the baseline."""
+def _summary(
+    measured: Mapping[str, Mapping[str, Any]],
+    regressions: Sequence[str],
+    failed: Sequence[str] = (),
+) -> str:
+    """Which targets are missed, what is worse than the baseline, and what was not measured."""
     rows = [
         [name, each["name"], f"{each['ratio']:.3f}", f"{each['bound']:g}", each["verdict"]]
         for name, facts in sorted(measured.items())
         for each in facts.get("comparisons", ())
-        if each["verdict"] != "met"
+        if each["verdict"] not in ("met", "")
     ]
     missed = (
         markdown_table(["benchmark", "work", "ratio", "at most", "target"], rows) if rows else ""
@@ -199,6 +214,8 @@ def _summary(measured: Mapping[str, Mapping[str, Any]], regressions: Sequence[st
         lines += ["", f"The start of training on a large folder: {'met' if is_met else 'missed'}."]
     lines += ["", "Worse than the stored measurements: " + ("" if regressions else "nothing.")]
     lines += [f"- {line}" for line in regressions]
+    if failed:
+        lines += ["", f"Failed in this run, so that the tables are older: {', '.join(failed)}."]
     return "\n".join(lines)
 
 
@@ -217,7 +234,7 @@ def draw_ratios(measured: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         (f"{each['name']} ({name})", each)
         for name, facts in sorted(measured.items())
         for each in facts.get("comparisons", ())
-        if each["bound"] < 5  # others would hide the differences
+        if each["bound"] is None or each["bound"] < 5  # others would hide the differences
     ]
     if not rows:
         return
@@ -226,7 +243,8 @@ def draw_ratios(measured: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         low, high = each["interval"]
         axis.plot([low, high], [place, place], color="black", linewidth=2)
         axis.plot([each["ratio"]], [place], "o", color="black", markersize=4)
-        axis.plot([each["bound"]], [place], "|", color="#d62728", markersize=12)
+        if each["bound"] is not None:
+            axis.plot([each["bound"]], [place], "|", color="#d62728", markersize=12)
     axis.set_yticks(range(len(rows)), [name for name, _ in reversed(rows)], fontsize=8)
     axis.axvline(1, color="0.8", zorder=0)
     axis.set(xlabel="time of diffcore over the other side; the red mark is the target")

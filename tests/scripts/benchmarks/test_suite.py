@@ -1,7 +1,9 @@
 """All benchmarks in one command: pages, baseline and regressions; no times are tested."""
 
 import json
+import math
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -125,13 +127,34 @@ def test_the_pages_the_measurements_and_the_summary_are_written(docs, monkeypatc
     assert len(lines) == 4
 
 
+def test_a_ratio_without_target_has_no_verdict_and_is_plain_json():
+    found = Comparison("work", math.inf, (2.0,) * 30, (1.0,) * 30)
+    assert found.verdict == found.cells[-1] == ""
+    assert json.loads(json.dumps(found.to_json(), allow_nan=False))["bound"] is None
+
+
+def test_a_benchmark_that_fails_does_not_stop_the_others(docs, monkeypatch):
+    def measure(part, *_):
+        if part is suite.PARTS[0]:
+            raise subprocess.CalledProcessError(3, "x")
+        comparison = Comparison("work", math.inf, (2.0,) * 30, (1.0,) * 30)
+        return {"comparisons": [comparison.to_json()], "blocks": {"table": "new"}}
+
+    monkeypatch.setattr(suite, "_measure", measure)
+    with pytest.raises(ValueError, match=f"failed, .* are old: {suite.PARTS[0].name}"):
+        suite.run_suite(suite.PARTS[:2], docs, report=lambda line: None)
+    page = (docs / "benchmarks.md").read_text()
+    assert f"<!-- benchmark {suite.PARTS[1].name} -->\nnew\n" in page
+    assert f"so that the tables are older: {suite.PARTS[0].name}." in page
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (("all", "--only", "nothing"), "only names nothing, expected some of start-up, steps"),
         (("all", "--quick"), "quick numbers are not for docs/"),
         (("memory", "--networks", "huge"), "networks are ['huge'], expected some of tiny, large"),
-        (("start_up", "--pairs", "3"), "pairs is 3, expected at least 30"),
+        (("start_up", "--pairs", "3"), "3 values have no interval of the median"),
     ],
 )
 def test_bad_options_are_one_line(words, message, monkeypatch, capsys):
