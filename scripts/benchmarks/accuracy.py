@@ -20,6 +20,7 @@ from torch import Tensor
 from diffcore.core.noise import Noise
 from diffcore.core.oracle import EmpiricalDistribution, GaussianMixture, Oracle
 from diffcore.core.process import Process
+from diffcore.io.specs import describe_component
 from diffcore.samplers import (
     DDIM,
     AdamsBashforth,
@@ -360,7 +361,13 @@ def measure_diffcore(
                     x, evaluations = integrate(
                         problem.oracle, sampler, problem.at(knots[0]), knots, problem.noise
                     )
-                    yield str(sampler), name, count, evaluations, problem.measure_error(x)
+                    yield (
+                        describe_component(sampler),
+                        name,
+                        count,
+                        evaluations,
+                        problem.measure_error(x),
+                    )
 
 
 Side = Callable[[Problem, tuple[int, ...]], Iterator[tuple[str, str, int, int, FlowError]]]

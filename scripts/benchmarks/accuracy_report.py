@@ -8,6 +8,7 @@ from statistics import geometric_mean
 
 from benchmarks.accuracy import GRIDS, Measurement
 from benchmarks.table import markdown_table
+from diffcore.io.specs import describe_component
 from diffcore.report.figures import create_figure
 from diffcore.sampling.generation import DEFAULT_GRID, DEFAULT_SAMPLER
 
@@ -28,7 +29,7 @@ def default_name() -> str:
         The name.
     """
     grids = {grid: name for name, (grid, _) in GRIDS.items()}
-    return f"{DEFAULT_SAMPLER}, {grids[DEFAULT_GRID]}"
+    return f"{describe_component(DEFAULT_SAMPLER)}, {grids[DEFAULT_GRID]}"
 
 
 def group_cells(measurements: Iterable[Measurement]) -> dict[tuple[str, int], list[Measurement]]:
@@ -267,7 +268,7 @@ def draw(measurements: Sequence[Measurement], default: str, path: Path) -> None:
             {"color": "0.45", "marker": "^", "linestyle": "--"},
         ),
         "DDIM, Trailing": (
-            lambda cell: _find_named(cell, "DDIM(eta=0.0), Trailing, Cosine"),
+            lambda cell: _find_named(cell, "DDIM(), Trailing, Cosine"),
             {"color": "0.7", "marker": "x", "linestyle": "-."},
         ),
     }

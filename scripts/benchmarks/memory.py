@@ -176,7 +176,7 @@ def measure_options(network: str) -> tuple[float, dict[str, str]]:
         for option in OPTIONS:
             try:
                 found[option] = f"{pool.apply(measure, (folder, option)):.0f}"
-            except (ImportError, RuntimeError) as error:  # nf4 needs a GPU
+            except (ImportError, RuntimeError, ValueError) as error:  # nf4 needs a GPU
                 found[option] = f"not measured: {error}".partition("\n")[0]
     return count / 1e6, found
 

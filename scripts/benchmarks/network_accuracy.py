@@ -12,6 +12,7 @@ from benchmarks.table import markdown_table
 from diffcore.core.denoiser import DenoiserProtocol
 from diffcore.evaluation.flow.exact_flow import FlowSolution, solve_flow
 from diffcore.guidance import CFG
+from diffcore.io.specs import describe_component
 from diffcore.samplers import DDIM, AdamsBashforth, AdamsMoulton, DPMSolverPP, Sampler, UniPC
 from diffcore.sampling.generation import DEFAULT_GRID, sample
 from diffcore.schedules import Grid, Trailing
@@ -137,7 +138,7 @@ def measure_table(
                 for w in scales
                 for error in measure_errors(denoiser, sampler, grid, steps, w, flows[w].x)
             ]
-            rows.append([str(sampler), str(grid), *cells])
+            rows.append([describe_component(sampler), str(grid), *cells])
     header = [f"w = {w:g}, {n} steps" for w in scales for n in steps]
     size = math.prod(denoiser.process.shape)
     errors = ", ".join(

@@ -23,6 +23,7 @@ from benchmarks.sides.schedulers import SCHEDULERS, measure_diffusers
 
 from diffcore.core.oracle import EmpiricalDistribution, GaussianMixture
 from diffcore.core.process import Process
+from diffcore.io.specs import describe_component
 from diffcore.samplers import DDIM, Heun
 from diffcore.schedules import Cosine
 from tests.helpers.products import thinned
@@ -170,12 +171,14 @@ def test_each_method_is_shown_with_its_best_grid():
 
 
 def test_the_default_is_measured():
-    assert report.default_name() in {f"{sampler}, {grid}" for sampler in SAMPLERS for grid in GRIDS}
+    assert report.default_name() in {
+        f"{describe_component(sampler)}, {grid}" for sampler in SAMPLERS for grid in GRIDS
+    }
 
 
 def test_the_picture_is_drawn(tmp_path):
     ddim = [
-        Measurement("ours", "DDIM(eta=0.0)", "Trailing, Cosine", name, 5, 5, 1.0, flips)
+        Measurement("ours", "DDIM()", "Trailing, Cosine", name, 5, 5, 1.0, flips)
         for name, flips in (("plain", None), ("points", 1.0))
     ]
     report.draw([*MEASUREMENTS, *ddim], "A, h", tmp_path / "accuracy.png")
