@@ -275,7 +275,7 @@ def _comparison_facts(
     rows = [[*each.cells, *([each.verdict] if is_target else [])] for each in comparisons]
     facts = [each.to_json() for each in comparisons]
     if not is_target:
-        facts = [each | {"verdict": "met"} for each in facts]
+        facts = [each | {"verdict": "", "bound": None} for each in facts]
     return {
         "blocks": _blocks(arguments, [*header, *(["target"] if is_target else [])], rows),
         "comparisons": facts,
