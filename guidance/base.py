@@ -171,7 +171,8 @@ class Guidance(ABC, Generic[Memory]):
             As `combine`.
         """
         prediction, memory = self.combine(inputs, memory)
-        return replace(prediction, variance=inputs.conditional.variance), memory
+        v = inputs.conditional.variance
+        return prediction if prediction.variance is v else replace(prediction, variance=v), memory
 
     def levels(self, process: Process) -> tuple[float, ...]:
         """The λ at which the rule switches on or off. They should be knots.

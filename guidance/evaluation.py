@@ -42,9 +42,10 @@ def _evaluate_together(
 ) -> list[Prediction]:
     """The predictions of one network under several conditions, from one forward."""
     count, denoiser = len(queries), queries[0].denoiser
-    condition = queries[0].condition if count == 1 else _concatenate_conditions(queries, x)
-    stacked = x if count == 1 else torch.cat([x] * count)
-    together = _evaluate(denoiser, stacked, level, condition, micro_batch)
+    if count == 1:
+        return [_evaluate(denoiser, x, level, queries[0].condition, micro_batch)]
+    condition = _concatenate_conditions(queries, x)
+    together = _evaluate(denoiser, torch.cat([x] * count), level, condition, micro_batch)
     x0, eps = (value.chunk(count) for value in together)
     v = [None] * count if together.variance is None else together.variance.chunk(count)
     return [Prediction(*values) for values in zip(x0, eps, v, strict=True)]

@@ -191,13 +191,12 @@ class Denoiser(nn.Module):
 
     def _split(self, output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """F and v, in the dtype of x, from the network's output."""
-        channels, is_learned = x.shape[1], self.process.variance == "learned"
-        double = torch.Size((len(x), 2 * channels, *x.shape[2:]))
-        if output.shape != (double if is_learned else x.shape):
-            raise ValueError(_wrong_shape(output.shape, x.shape, double, self.process))
+        is_learned = self.process.variance == "learned"
+        if output.shape != (_doubled(x.shape) if is_learned else x.shape):
+            raise ValueError(_wrong_shape(output.shape, x.shape, self.process))
         if not is_learned:
             return output.to(x.dtype), None
-        mean, variance = output.to(x.dtype).split(channels, 1)
+        mean, variance = output.to(x.dtype).chunk(2, 1)
         return mean, (variance + 1) / 2
 
 
@@ -259,8 +258,14 @@ def _check_channels(network: nn.Module, process: Process) -> None:
         )
 
 
-def _wrong_shape(found: torch.Size, x: torch.Size, double: torch.Size, process: Process) -> str:
+def _doubled(shape: torch.Size) -> torch.Size:
+    """The shape with twice as many channels."""
+    return torch.Size((shape[0], 2 * shape[1], *shape[2:]))
+
+
+def _wrong_shape(found: torch.Size, x: torch.Size, process: Process) -> str:
     """The message for an output of another shape than F, or F and the variance."""
+    double = _doubled(x)
     if process.variance == "learned":
         return (
             f"the network's output has shape {tuple(found)}, expected {tuple(double)}, since the "
