@@ -17,7 +17,12 @@ from torch.nn.functional import logsigmoid
 from diffcore.core.prediction import Prediction, hypot
 from diffcore.schedules import Level, Real
 
-__all__ = ["fresh_noise_share", "log_variance_bounds", "posterior_mean"]
+__all__ = [
+    "fresh_noise_share",
+    "last_log_variance_bounds",
+    "log_variance_bounds",
+    "posterior_mean",
+]
 
 
 def fresh_noise_share(t: Level, s: Level) -> Real:
@@ -78,8 +83,33 @@ def log_variance_bounds(t: Level, s: Level) -> tuple[Tensor, Tensor]:
     """
     share = _float64(fresh_noise_share(t, s)).log()
     noise_t, noise_s = (logsigmoid(-_float64(level.logsnr)) for level in (t, s))
-    norm = 2 * _float64(hypot(s.alpha, s.sigma)).log()
+    norm = _log_square_norm(s)
     return norm + noise_s + share, norm + noise_t + share
+
+
+def last_log_variance_bounds(before: Level, t: Level) -> tuple[Tensor, Tensor]:
+    """The bounds of the last step, from t to x_0, in the coordinates of x_0.
+
+    Its own β̃ is 0, so that the lower bound is the β̃ of the step before, from `before` to t, as in
+    iDDPM. The coordinates of x_0 are those of the vp process at the clean level, where n = 1.
+
+    Args:
+        before: level before t.
+        t: last level with noise.
+
+    Returns:
+        Two float64 tensors on the host, of the shape of the levels.
+
+    Raises:
+        ValueError: Noise increases from `before` to t. Exchange the two levels.
+    """
+    lower = log_variance_bounds(before, t)[0] - _log_square_norm(t)
+    return lower, logsigmoid(-_float64(t.logsnr))
+
+
+def _log_square_norm(level: Level) -> Tensor:
+    """ln n², n² = α² + σ²."""
+    return 2 * _float64(hypot(level.alpha, level.sigma)).log()
 
 
 def _float64(value: Real) -> Tensor:

@@ -13,7 +13,11 @@ from diffcore.core.gaussian import (
 )
 from diffcore.core.prediction import Prediction
 from diffcore.core.process import Process
-from diffcore.core.transition import log_variance_bounds, posterior_mean
+from diffcore.core.transition import (
+    last_log_variance_bounds,
+    log_variance_bounds,
+    posterior_mean,
+)
 from diffcore.schedules import Level
 
 __all__ = ["Variational"]
@@ -128,12 +132,8 @@ class Variational:
         v: Tensor, noisy: Level, clean: Level, is_last: Tensor
     ) -> tuple[Tensor, Tensor]:
         """ln β̃ and ln V of each sample, in the dtype and on the device of v."""
-        lower, upper = log_variance_bounds(noisy, clean)
-        # The last step ends at x_0, which has the coordinates of the vp process, and at r = 0.
-        last_upper = torch.nn.functional.logsigmoid(-torch.as_tensor(clean.logsnr))
-        norm = 2 * torch.as_tensor(clean.sigma).log() - last_upper
-        lower = torch.where(is_last, lower - norm, lower).to(v)
-        upper = torch.where(is_last, last_upper, upper).to(v)
+        inner, last = log_variance_bounds(noisy, clean), last_log_variance_bounds(noisy, clean)
+        lower, upper = (torch.where(is_last, *pair).to(v) for pair in zip(last, inner, strict=True))
         return lower, lower + v * (upper - lower)
 
     def _log_likelihood(

@@ -18,7 +18,6 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 from tqdm import tqdm
 
 from diffcore.core.conditions import BatchCondition
@@ -28,10 +27,14 @@ from diffcore.core.gaussian import (
     gaussian_divergence,
     gaussian_log_density,
 )
-from diffcore.core.prediction import Prediction, edm_norm, hypot
+from diffcore.core.prediction import Prediction, edm_norm
 from diffcore.core.process import Process
 from diffcore.core.random import Stream, normal
-from diffcore.core.transition import log_variance_bounds, posterior_mean
+from diffcore.core.transition import (
+    last_log_variance_bounds,
+    log_variance_bounds,
+    posterior_mean,
+)
 from diffcore.evaluation.likelihood.bits import Likelihood, to_bits
 from diffcore.evaluation.likelihood.dequantisation import DRAW_BITS, bin_width, check_values
 from diffcore.guidance import CFG
@@ -179,10 +182,7 @@ class _Chain:
         """-ln of the probability or density of x_0 given x at the last noisy level."""
         before, level, _ = knots[-3:]
         _, prediction = self._predict(level, len(knots) - 2)
-        # In the coordinates of x_0, which are those of the vp process at the clean level.
-        upper = float(logsigmoid(self._number(-float(level.logsnr))))
-        norm = 2 * math.log(float(hypot(level.alpha, level.sigma)))
-        lower = float(log_variance_bounds(before, level)[0]) - norm
+        lower, upper = (float(bound) for bound in last_log_variance_bounds(before, level))
         log_variance = lower + self._v(prediction) * (upper - lower)
         if self.bins is None:
             return -_sum(gaussian_log_density(self.x0, prediction.x0, log_variance))
