@@ -10,7 +10,7 @@ density and divides by it, which changes the variance and not the expectation.
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal, NamedTuple, get_args
 from zlib import crc32
@@ -327,8 +327,9 @@ class Objective:
         weight = self.weight.target_weight(
             process.prediction, draw.level.logsnr, process.sigma_data
         ).to(x0)
-        m = 1 if sample_weight is None else sample_weight.to(error)
-        losses = (weight * error * m).flatten(1).mean(1) * draw.importance.to(x0)
+        if sample_weight is not None:
+            error = error * sample_weight.to(error)
+        losses = (weight * error).flatten(1).mean(1) * draw.importance.to(x0)
         if log_variance is not None:
             u = log_variance(draw.level.logsnr.flatten(1).mean(1).to(x0))
             share = 1 if sample_weight is None else sample_weight.to(u).flatten(1).mean(1)
@@ -336,8 +337,10 @@ class Objective:
         if self.variational is None:
             return losses
         estimate = predict(process.prediction, output.detach(), x, level, process.sigma_data)
-        pair, truth = Prediction(*estimate.pair, v), Prediction(x0, noise)
-        bound = self.variational(process, pair, truth, draw.level) * m
+        estimate, truth = replace(estimate, variance=v), Prediction(x0, noise)
+        bound = self.variational(process, estimate, truth, draw.level)
+        if sample_weight is not None:
+            bound = bound * sample_weight.to(bound)
         return losses + bound.flatten(1).mean(1) * draw.importance.to(x0)
 
 

@@ -254,8 +254,9 @@ def guided_output(rule: Guidance, given: GuidanceInput, state: CallState) -> Ten
     """
     prediction, state.memory = rule.combine(given, state.memory)
     step = given.step
-    pair = prediction if rule.is_consistent else _same_first_order_step(prediction, given.x, step)
-    return target(step.process.prediction, *pair.pair, step.level, step.process.sigma_data)
+    if not rule.is_consistent:
+        prediction = _same_first_order_step(prediction, given.x, step)
+    return target(step.process.prediction, *prediction.pair, step.level, step.process.sigma_data)
 
 
 def _same_first_order_step(prediction: Prediction, x: Tensor, step: Step) -> Prediction:
