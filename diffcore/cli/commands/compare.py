@@ -1,7 +1,6 @@
 """`diffcore compare`: samplers, numbers of evaluations and guidance rules on one network."""
 
 import json
-import platform
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,17 +10,16 @@ from typing import Any
 
 import torch
 
-from diffcore import __version__
 from diffcore.cli.arguments import extract_option
 from diffcore.cli.commands.sample import find_device, read_rank
 from diffcore.cli.condition_files import NamedValues
-from diffcore.cli.evaluation.data import is_run
-from diffcore.cli.image_model import (
-    ImageModel,
-    is_pipeline,
-    load_image_model,
-    read_sampling_settings,
+from diffcore.cli.evaluation.record import (
+    default_out,
+    environment_facts,
+    weights_facts,
+    write_record,
 )
+from diffcore.cli.image_model import ImageModel, load_image_model, read_sampling_settings
 from diffcore.cli.run_defaults import parse_with_run_defaults
 from diffcore.cli.sample_request import MAXIMUM_COUNT, SampleRequest
 from diffcore.evaluation.flow.comparison_table import (
@@ -34,10 +32,8 @@ from diffcore.evaluation.flow.comparison_table import (
 )
 from diffcore.evaluation.flow.sampler_comparison import Case, SamplerComparison
 from diffcore.guidance import Guidance, load_weaker_networks
-from diffcore.io.files import hash_file, write_file
 from diffcore.io.parser import ComponentParser
 from diffcore.io.specs import describe_component, to_spec
-from diffcore.run import AVERAGED, Run
 from diffcore.samplers import DDIM, DPMSolverPP, Heun, Sampler, UniPC
 from diffcore.sampling.files import SampleKey
 from diffcore.sampling.generation import DEFAULT_SAMPLER
@@ -209,7 +205,7 @@ def _compare(
     )
     cases = comparison.run(lambda line: print(f"diffcore: {line}", file=sys.stderr, flush=True))
     print("\n".join(format_cases(cases)))
-    out = Path(request.out or _default_out(folder))
+    out = Path(request.out or default_out(folder, "comparison"))
     written = _write_pictures(out, cases, keys, model, sampling)
     record = {
         "cases": [describe_case(case) for case in cases],
@@ -217,7 +213,7 @@ def _compare(
         "pictures": [path.name for path in written],
         "seconds": [describe_seconds(case) for case in cases],
     }
-    write_file(out / "comparison.json", json.dumps(record, indent=1).encode())
+    write_record(out / "comparison.json", record)
     print(f"results -> {out / 'comparison.json'}, pictures -> {', '.join(map(str, written))}")
 
 
@@ -251,14 +247,6 @@ def _sample_keys(
     return [
         SampleKey(labels[i % len(labels)], request.seed + i, i % values) for i in range(request.n)
     ]
-
-
-def _default_out(folder: Path) -> Path:
-    """A folder in that of a run; beside a pipeline, which it must not change."""
-    if is_run(folder) and not is_pipeline(folder):
-        return Run(folder).comparison.parent
-    folder = folder.resolve()  # "." and ".." have no name
-    return folder.with_name(f"{folder.name}-comparison")
 
 
 def _write_pictures(
@@ -303,8 +291,6 @@ def _describe_method(
     keys: Sequence[SampleKey],
 ) -> dict[str, Any]:
     """Plain data on which the numbers depend, beside samplers and rules."""
-    known = is_run(folder) and not is_pipeline(folder)
-    hashed = known and sampling.weights == AVERAGED and Run(folder).weights.is_file()
     return {
         "distance": "root mean square per element, median over the samples, to the solved flow of "
         "the guided network from the same noise",
@@ -316,13 +302,7 @@ def _describe_method(
         "flow_steps": request.flow_steps,
         "shape": list(model.denoiser.process.shape),
         "batch_size": min(sampling.batch_size, request.n),
-        "threads": torch.get_num_threads(),
         "device": str(model.denoiser.device),
-        "versions": {
-            "diffcore": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "selected_weights": sampling.weights,
-        **({"weights": hash_file(Run(folder).weights)} if hashed else {}),
+        **environment_facts(),
+        **weights_facts(folder, sampling.weights),
     }
