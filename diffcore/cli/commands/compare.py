@@ -188,15 +188,16 @@ def _compare(
     device, options = find_device(sampling.device), sampling.pipeline_options
     model = load_image_model(folder, options, device, sampling.weights)
     picture_of(model.image_process, sampling.picture)
-    keys = _sample_keys(request, sampling, model)
+    labels = _labels(sampling, model)
     named = NamedValues.read(sampling.condition, model.denoiser.process)
+    keys = _sample_keys(request, labels or [model.denoiser.process.classes], named.count)
     comparison = SamplerComparison(
         model.denoiser,
         [key.seed for key in keys],
         samplers,
         counts,
         [_load(rule, sampling, device) for rule in rules],
-        named.condition(keys, _labels(sampling, model) is not None),
+        named.condition(keys, labels is not None),
         sampling.grid,
         min(sampling.batch_size, request.n),
         sampling.micro_batch,
@@ -206,7 +207,9 @@ def _compare(
     cases = comparison.run(lambda line: print(f"diffcore: {line}", file=sys.stderr, flush=True))
     print("\n".join(format_cases(cases)))
     out = Path(request.out or default_out(folder, "comparison"))
-    written = _write_pictures(out, cases, keys, model, sampling)
+    names = _column_names(keys, sampling, labels is not None)
+    view = View(model.image_process, sampling.picture, model.decode)
+    written = _write_pictures(out, cases, names, view)
     record = {
         "cases": [describe_case(case) for case in cases],
         **_describe_method(folder, request, sampling, model, keys),
@@ -237,27 +240,17 @@ def _labels(sampling: SampleRequest, model: ImageModel) -> list[int] | None:
     return list(range(classes)) if classes else None
 
 
-def _sample_keys(
-    request: ComparisonRequest, sampling: SampleRequest, model: ImageModel
-) -> list[SampleKey]:
-    """Label, seed and value of the named conditions of each sample."""
-    process = model.denoiser.process
-    labels = _labels(sampling, model) or [process.classes]
-    values = NamedValues.read(sampling.condition, process).count
+def _sample_keys(request: ComparisonRequest, labels: Sequence[int], values: int) -> list[SampleKey]:
+    """Label, seed and value of the named conditions of each sample, in turn."""
     return [
         SampleKey(labels[i % len(labels)], request.seed + i, i % values) for i in range(request.n)
     ]
 
 
 def _write_pictures(
-    out: Path,
-    cases: Sequence[Case],
-    keys: Sequence[SampleKey],
-    model: ImageModel,
-    sampling: SampleRequest,
+    out: Path, cases: Sequence[Case], names: Sequence[str], view: View
 ) -> list[Path]:
     """A picture of each rule, and one of all rules if there are several."""
-    view = View(model.image_process, sampling.picture, model.decode)
     groups = [list(group) for _, group in groupby(cases, lambda c: describe_component(c.guidance))]
     images = {
         "samplers.png" if len(groups) == 1 else f"samplers-{number}.png": draw_samplers(group, view)
@@ -266,7 +259,6 @@ def _write_pictures(
     }
     if len(groups) > 1:
         first = [[case for case in group if case.sampler == cases[0].sampler] for group in groups]
-        names = _column_names(keys, sampling, model)
         images["guidance.png"] = draw_guidances([group[-1] for group in first], names, view)
     for name, image in images.items():
         save_image(image, out / name)
@@ -274,12 +266,11 @@ def _write_pictures(
 
 
 def _column_names(
-    keys: Sequence[SampleKey], sampling: SampleRequest, model: ImageModel
+    keys: Sequence[SampleKey], sampling: SampleRequest, has_labels: bool
 ) -> list[str]:
     """The label or prompt of each sample, or its seed."""
     if sampling.prompt:
         return [sampling.label_names[key.label] for key in keys]
-    has_labels = _labels(sampling, model) is not None
     return [str(key.label) if has_labels else f"seed {key.seed}" for key in keys]
 
 
