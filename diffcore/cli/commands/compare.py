@@ -191,12 +191,13 @@ def _compare(
     labels = _labels(sampling, model)
     named = NamedValues.read(sampling.condition, model.denoiser.process)
     keys = _sample_keys(request, labels or [model.denoiser.process.classes], named.count)
+    loaded = [_load(rule, sampling, device) for rule in rules]
     comparison = SamplerComparison(
         model.denoiser,
         [key.seed for key in keys],
         samplers,
         counts,
-        [_load(rule, sampling, device) for rule in rules],
+        loaded,
         named.condition(keys, labels is not None),
         sampling.grid,
         min(sampling.batch_size, request.n),
@@ -205,6 +206,9 @@ def _compare(
         request.flow_steps,
     )
     cases = comparison.run(lambda line: print(f"diffcore: {line}", file=sys.stderr, flush=True))
+    given = {id(each): rule for each, rule in zip(loaded, rules, strict=True)}
+    for case in cases:  # tables name the folders of weaker networks, which are loaded
+        case.guidance = given[id(case.guidance)]
     print("\n".join(format_cases(cases)))
     out = Path(request.out or default_out(folder, "comparison"))
     names = _column_names(keys, sampling, labels is not None)
