@@ -36,6 +36,7 @@ from diffcore.core.transition import (
     posterior_mean,
 )
 from diffcore.evaluation.likelihood.bits import Likelihood, to_bits
+from diffcore.evaluation.likelihood.density import check_points
 from diffcore.evaluation.likelihood.dequantisation import DRAW_BITS, bin_width, check_values
 from diffcore.guidance import CFG
 from diffcore.guidance.reference import Condition
@@ -216,11 +217,7 @@ def _sum(values: Tensor) -> Tensor:
 
 
 def _check(process: Process, x0: Tensor, bins: int | None, variance: float | None) -> None:
-    if not len(x0) or tuple(x0.shape[1:]) != process.shape:
-        raise ValueError(
-            f"the data has shape {tuple(x0.shape)}, expected at least one sample of the process's "
-            f"shape {process.shape}, stacked along the first axis"
-        )
+    check_points(process, x0)
     if variance is not None and not 0 <= variance <= 1:
         raise ValueError(f"variance is {variance}, expected v within [0, 1]: 0 is β̃, 1 is β")
     if bins is not None:
