@@ -121,14 +121,13 @@ def variational_bound(
         )
     given = check_sampling(process, knots, range(len(x0)), condition, CFG(1.0), batch_size)
     terms, device = [], denoiser.device
+    dtype = torch.float32 if device.type == "mps" else torch.float64
     bar = tqdm(total=len(x0), unit="sample", disable=not progress)
     with torch.no_grad(), evaluation_mode(denoiser), bar:
-        for rows in padded_chunks(len(x0), batch_size):
-            dtype = torch.float32 if device.type == "mps" else torch.float64
+        for rows, real in padded_chunks(len(x0), batch_size):
             x = x0[rows].to(device, dtype)
             chosen = None if given is None else given[rows].to(device)
             chain = _Chain(denoiser, x, chosen, seed, rows, variance, bins)
-            real = min(batch_size, len(x0) - int(rows[0]))
             terms.append(chain.terms(knots)[:, :real].double().cpu())
             bar.update(real)
     prior, transitions, decoder = to_bits(process, -torch.cat(terms, 1)).unbind()

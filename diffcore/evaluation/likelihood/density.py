@@ -135,7 +135,7 @@ def flow_log_density(
     values, latents, evaluations = [], [], 0
     bar = tqdm(total=len(y), unit="sample", disable=not progress)
     with torch.no_grad(), evaluation_mode(denoiser), bar:
-        for rows in padded_chunks(len(y), batch_size):
+        for rows, real in padded_chunks(len(y), batch_size):
             vectors = trace.vectors(math.prod(process.shape), seed, rows + offset)
             flow = _FlowWithDivergence(denoiser, trace, vectors.to(device, dtype))
             x = start.alpha * y[rows].to(device, dtype).flatten(1)
@@ -143,7 +143,6 @@ def flow_log_density(
             noise = Noise(rows, process.shape, device, dtype)
             chosen = None if given is None else given[rows].to(device)
             state, count = integrate(flow, solver, state, knots, noise, CFG(1.0), chosen)
-            real = min(batch_size, len(y) - int(rows[0]))
             values.append(_log_density(process, state, start, knots[-1])[:real].double().cpu())
             latents.append(state[:real, :-1].unflatten(1, process.shape).cpu())
             evaluations += count * real
