@@ -83,16 +83,16 @@ def describe_component(component: Any) -> str:
         return repr(component)
     shown = [field for field in fields(component) if field.repr]
     name = type(component).__name__
-    if not shown or not repr(component).startswith(f"{name}({shown[0].name}="):
+    every = ", ".join(f"{field.name}={getattr(component, field.name)!r}" for field in shown)
+    if repr(component) != f"{name}({every})":
         return repr(component)
     arguments = []
     for index, field in enumerate(shown):
         value = getattr(component, field.name)
         default = field.default if field.default_factory is MISSING else field.default_factory()
-        if not ((index == 0 and value) or value != default):
-            continue
-        text = describe_component(value)
-        arguments.append(text if index == 0 else f"{field.name}={text}")
+        if (index == 0 and value) or value != default:
+            text = describe_component(value)
+            arguments.append(text if index == 0 else f"{field.name}={text}")
     return f"{name}({', '.join(arguments)})"
 
 

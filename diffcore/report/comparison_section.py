@@ -5,7 +5,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffcore.io.files import hash_file
 from diffcore.io.plain_data import read_json
 from diffcore.report.charts import Curve, line_chart
 from diffcore.report.page import Section, chart_grid, picture_slider, value_table
@@ -49,11 +48,12 @@ class _Row(NamedTuple):
         return [self.guidance, self.sampler, *counts, distance, interval, seconds, self.reason]
 
 
-def comparison_section(run: Run) -> Section:
+def comparison_section(run: Run, weights: str) -> Section:
     """The charts, table and pictures of comparison.json.
 
     Args:
         run: folder of the run.
+        weights: hash of its averaged weights; "": unknown.
 
     Returns:
         The section, without a body if there is no comparison.
@@ -76,8 +76,7 @@ def comparison_section(run: Run) -> Section:
         "Distance to the accurately solved flow from the same noise, root mean square per element; "
         "seconds for each sample."
     )
-    hashed = record.get("weights")
-    if run.weights.is_file() and hashed is not None and hash_file(run.weights) != hashed:
+    if weights and record.get("weights") not in (None, weights):
         note += " Of other weights than those of the run now: compare again."
     return Section("Samplers", body, note)
 

@@ -144,7 +144,7 @@ def sample(
     chunks, evaluations = [], 0
     bar = tqdm(total=len(seeds), unit="sample", disable=not progress)
     with torch.no_grad(), evaluation_mode(denoiser, *find_networks(guidance)), bar:
-        for chunk in padded_chunks(len(seeds), batch_size):
+        for chunk, real in padded_chunks(len(seeds), batch_size):
             noise = Noise(all_seeds[chunk], process.shape, device, dtype, path)
             first = knots[0]
             x = (
@@ -166,7 +166,6 @@ def sample(
                 checked=True,
             )
             chunks.append(x.cpu())
-            real = min(batch_size, len(seeds) - int(chunk[0]))
             evaluations += count * real
             bar.update(real)
     x = torch.cat(chunks)[: len(seeds)]
@@ -345,7 +344,7 @@ def _images(process: Process, first: Level, count: int, image: Tensor) -> Tensor
     return image.expand(count, *process.shape)
 
 
-def padded_chunks(count: int, size: int) -> Iterator[Tensor]:
+def padded_chunks(count: int, size: int) -> Iterator[tuple[Tensor, int]]:
     """Indices of the samples of each chunk, always `size` of them: the last chunk repeats the last
     index.
 
@@ -354,7 +353,8 @@ def padded_chunks(count: int, size: int) -> Iterator[Tensor]:
         size: number of samples in a chunk.
 
     Returns:
-        An iterator over int64 tensors of shape (size,).
+        An iterator over int64 tensors of shape (size,), each with its number of samples without
+        repetitions.
     """
     for start in range(0, count, size):
-        yield torch.arange(start, start + size).clamp(max=count - 1)
+        yield torch.arange(start, start + size).clamp(max=count - 1), min(size, count - start)

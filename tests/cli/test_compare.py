@@ -72,6 +72,20 @@ def test_the_defaults_are_those_of_the_run(diffcore, run):
     assert not (run / "comparison").exists()
 
 
+def test_rules_of_weaker_networks_are_named_by_their_folders(diffcore, run):
+    folders = [str(run), f"{run}/."]
+    rules = [f"AutoGuidance(2.0, weaker={folder!r})" for folder in folders]
+    fast = ("--steps", 1, "--n=1", "--repeats=1", "--flow-steps=2")
+    ended = diffcore("compare", run, "--samplers", "DDIM", "--guidance", *rules, *fast)
+    assert ended.status == 0, ended.err
+    cases = json.loads((run / "comparison/comparison.json").read_text())["cases"]
+    assert [case["guidance"] for case in cases] == [
+        f"AutoGuidance(scale=2.0, weaker=WeakerNetwork({folder}))" for folder in folders
+    ]
+    assert [case["network_evaluations"] for case in cases] == [2, 2]
+    assert ended.out.count("guidance AutoGuidance") == 2
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

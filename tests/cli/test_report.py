@@ -235,3 +235,18 @@ def test_the_bits_per_dimension_are_shown_with_the_weights_that_they_belong_to(d
     shown = "2.718 ± 0.0123 (standard error), Digits: 3 of 9 items; weights:"
     assert f"<th>ode, a</th><td>{shown} those of the run" in html
     assert f"<th>bound, a</th><td>{shown} NOT those of the run" in html
+
+
+@pytest.mark.usefixtures("no_charts")
+def test_a_comparison_of_other_weights_is_marked(diffcore, run):
+    case = {"guidance": "CFG(1.0)", "sampler": "DDIM()", "evaluations": 4, "steps": 4}
+    case |= {"distance": None, "interval": None, "reason": "a stochastic sampler"}
+    record = {"cases": [case], "seconds": [{"seconds_per_sample": 0.5}]}
+    (run / "comparison").mkdir()
+    for weights, is_other in ((hash_file(run / "ema.safetensors"), False), ("0", True)):
+        content = json.dumps(record | {"weights": weights})
+        (run / "comparison/comparison.json").write_text(content)
+        assert diffcore("report", run).status == 0
+        html = (run / "report.html").read_text("utf-8")
+        assert "<td>a stochastic sampler</td>" in html
+        assert ("Of other weights than those of the run" in html) == is_other

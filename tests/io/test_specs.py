@@ -200,7 +200,7 @@ def test_the_command_line_fails_in_one_line_with_the_nearest_option(capsys):
 
 
 def test_a_component_is_described_without_the_arguments_that_are_defaults():
-    from diffcore.guidance import APG, CFG, Rescale, Sum
+    from diffcore.guidance import APG, CFG, AutoGuidance, Rescale, Sum
     from diffcore.samplers import DDIM, AdamsMoulton, Heun, UniPC
 
     for component, text in (
@@ -213,5 +213,6 @@ def test_a_component_is_described_without_the_arguments_that_are_defaults():
         (APG(3.0, momentum=0.0), "APG(3.0, momentum=0.0)"),
         (Rescale(CFG(2.0)), "Rescale(CFG(2.0))"),
         (Sum((CFG(2.0), APG(2.0))), "Sum((CFG(2.0), APG(2.0),))"),
+        (AutoGuidance(2.0, "weak"), "AutoGuidance(scale=2.0, weaker=WeakerNetwork(weak))"),
     ):
         assert describe_component(component) == text

@@ -1,7 +1,6 @@
 """`diffcore compare`: samplers, numbers of evaluations and guidance rules on one network."""
 
 import json
-import platform
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,17 +10,16 @@ from typing import Any
 
 import torch
 
-from diffcore import __version__
 from diffcore.cli.arguments import extract_option
 from diffcore.cli.commands.sample import find_device, read_rank
 from diffcore.cli.condition_files import NamedValues
-from diffcore.cli.evaluation.data import is_run
-from diffcore.cli.image_model import (
-    ImageModel,
-    is_pipeline,
-    load_image_model,
-    read_sampling_settings,
+from diffcore.cli.evaluation.record import (
+    default_out,
+    environment_facts,
+    weights_facts,
+    write_record,
 )
+from diffcore.cli.image_model import ImageModel, load_image_model, read_sampling_settings
 from diffcore.cli.run_defaults import parse_with_run_defaults
 from diffcore.cli.sample_request import MAXIMUM_COUNT, SampleRequest
 from diffcore.evaluation.flow.comparison_table import (
@@ -34,10 +32,8 @@ from diffcore.evaluation.flow.comparison_table import (
 )
 from diffcore.evaluation.flow.sampler_comparison import Case, SamplerComparison
 from diffcore.guidance import Guidance, load_weaker_networks
-from diffcore.io.files import hash_file, write_file
 from diffcore.io.parser import ComponentParser
 from diffcore.io.specs import describe_component, to_spec
-from diffcore.run import AVERAGED, Run
 from diffcore.samplers import DDIM, DPMSolverPP, Heun, Sampler, UniPC
 from diffcore.sampling.files import SampleKey
 from diffcore.sampling.generation import DEFAULT_SAMPLER
@@ -192,15 +188,17 @@ def _compare(
     device, options = find_device(sampling.device), sampling.pipeline_options
     model = load_image_model(folder, options, device, sampling.weights)
     picture_of(model.image_process, sampling.picture)
-    keys = _sample_keys(request, sampling, model)
+    labels = _labels(sampling, model)
     named = NamedValues.read(sampling.condition, model.denoiser.process)
+    keys = _sample_keys(request, labels or [model.denoiser.process.classes], named.count)
+    loaded = [_load(rule, sampling, device) for rule in rules]
     comparison = SamplerComparison(
         model.denoiser,
         [key.seed for key in keys],
         samplers,
         counts,
-        [_load(rule, sampling, device) for rule in rules],
-        named.condition(keys, _labels(sampling, model) is not None),
+        loaded,
+        named.condition(keys, labels is not None),
         sampling.grid,
         min(sampling.batch_size, request.n),
         sampling.micro_batch,
@@ -208,16 +206,21 @@ def _compare(
         request.flow_steps,
     )
     cases = comparison.run(lambda line: print(f"diffcore: {line}", file=sys.stderr, flush=True))
+    given = {id(each): rule for each, rule in zip(loaded, rules, strict=True)}
+    for case in cases:  # tables name the folders of weaker networks, which are loaded
+        case.guidance = given[id(case.guidance)]
     print("\n".join(format_cases(cases)))
-    out = Path(request.out or _default_out(folder))
-    written = _write_pictures(out, cases, keys, model, sampling)
+    out = Path(request.out or default_out(folder, "comparison"))
+    names = _column_names(keys, sampling, labels is not None)
+    view = View(model.image_process, sampling.picture, model.decode)
+    written = _write_pictures(out, cases, names, view)
     record = {
         "cases": [describe_case(case) for case in cases],
         **_describe_method(folder, request, sampling, model, keys),
         "pictures": [path.name for path in written],
         "seconds": [describe_seconds(case) for case in cases],
     }
-    write_file(out / "comparison.json", json.dumps(record, indent=1).encode())
+    write_record(out / "comparison.json", record)
     print(f"results -> {out / 'comparison.json'}, pictures -> {', '.join(map(str, written))}")
 
 
@@ -241,35 +244,17 @@ def _labels(sampling: SampleRequest, model: ImageModel) -> list[int] | None:
     return list(range(classes)) if classes else None
 
 
-def _sample_keys(
-    request: ComparisonRequest, sampling: SampleRequest, model: ImageModel
-) -> list[SampleKey]:
-    """Label, seed and value of the named conditions of each sample."""
-    process = model.denoiser.process
-    labels = _labels(sampling, model) or [process.classes]
-    values = NamedValues.read(sampling.condition, process).count
+def _sample_keys(request: ComparisonRequest, labels: Sequence[int], values: int) -> list[SampleKey]:
+    """Label, seed and value of the named conditions of each sample, in turn."""
     return [
         SampleKey(labels[i % len(labels)], request.seed + i, i % values) for i in range(request.n)
     ]
 
 
-def _default_out(folder: Path) -> Path:
-    """A folder in that of a run; beside a pipeline, which it must not change."""
-    if is_run(folder) and not is_pipeline(folder):
-        return Run(folder).comparison.parent
-    folder = folder.resolve()  # "." and ".." have no name
-    return folder.with_name(f"{folder.name}-comparison")
-
-
 def _write_pictures(
-    out: Path,
-    cases: Sequence[Case],
-    keys: Sequence[SampleKey],
-    model: ImageModel,
-    sampling: SampleRequest,
+    out: Path, cases: Sequence[Case], names: Sequence[str], view: View
 ) -> list[Path]:
     """A picture of each rule, and one of all rules if there are several."""
-    view = View(model.image_process, sampling.picture, model.decode)
     groups = [list(group) for _, group in groupby(cases, lambda c: describe_component(c.guidance))]
     images = {
         "samplers.png" if len(groups) == 1 else f"samplers-{number}.png": draw_samplers(group, view)
@@ -278,7 +263,6 @@ def _write_pictures(
     }
     if len(groups) > 1:
         first = [[case for case in group if case.sampler == cases[0].sampler] for group in groups]
-        names = _column_names(keys, sampling, model)
         images["guidance.png"] = draw_guidances([group[-1] for group in first], names, view)
     for name, image in images.items():
         save_image(image, out / name)
@@ -286,12 +270,11 @@ def _write_pictures(
 
 
 def _column_names(
-    keys: Sequence[SampleKey], sampling: SampleRequest, model: ImageModel
+    keys: Sequence[SampleKey], sampling: SampleRequest, has_labels: bool
 ) -> list[str]:
     """The label or prompt of each sample, or its seed."""
     if sampling.prompt:
         return [sampling.label_names[key.label] for key in keys]
-    has_labels = _labels(sampling, model) is not None
     return [str(key.label) if has_labels else f"seed {key.seed}" for key in keys]
 
 
@@ -303,8 +286,6 @@ def _describe_method(
     keys: Sequence[SampleKey],
 ) -> dict[str, Any]:
     """Plain data on which the numbers depend, beside samplers and rules."""
-    known = is_run(folder) and not is_pipeline(folder)
-    hashed = known and sampling.weights == AVERAGED and Run(folder).weights.is_file()
     return {
         "distance": "root mean square per element, median over the samples, to the solved flow of "
         "the guided network from the same noise",
@@ -316,13 +297,7 @@ def _describe_method(
         "flow_steps": request.flow_steps,
         "shape": list(model.denoiser.process.shape),
         "batch_size": min(sampling.batch_size, request.n),
-        "threads": torch.get_num_threads(),
         "device": str(model.denoiser.device),
-        "versions": {
-            "diffcore": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "selected_weights": sampling.weights,
-        **({"weights": hash_file(Run(folder).weights)} if hashed else {}),
+        **environment_facts(),
+        **weights_facts(folder, sampling.weights),
     }

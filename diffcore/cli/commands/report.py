@@ -85,6 +85,7 @@ def write_report(run: Run, out: Path) -> None:
         ["loss", "loss_current"], ["logsnr", "loss_by_level"]
     )
     steps = f"{reports[-1]['step']} steps" if reports else "no report yet"
+    weights = _hash_weights(run)
     sections = [
         Section("Run", facts_table(facts)),
         Section(
@@ -108,11 +109,15 @@ def write_report(run: Run, out: Path) -> None:
             picture_slider(_previews(run)),
             "Drawn from the same seeds by the averaged weights.",
         ),
-        Section("Evaluation", facts_table(_evaluation(run)), "The content of evaluation.json."),
-        comparison_section(run),
+        Section(
+            "Evaluation",
+            facts_table(_evaluation(run, weights)),
+            "The content of evaluation.json.",
+        ),
+        comparison_section(run, weights),
         Section(
             "Likelihood",
-            facts_table(_likelihood(run)),
+            facts_table(_likelihood(run, weights)),
             "Bits per dimension, by method and data: the content of likelihood.json.",
         ),
         Section("Noise levels", chart_grid(_level_charts(run))),
@@ -260,7 +265,14 @@ def _level_charts(run: Run) -> dict[str, str]:
     }
 
 
-def _evaluation(run: Run) -> dict[str, str]:
+def _hash_weights(run: Run) -> str:
+    """The hash of the averaged weights; "" without such a file, or without results to compare."""
+    results = (run.evaluation, run.comparison, run.likelihood)
+    is_needed = run.weights.is_file() and any(path.is_file() for path in results)
+    return hash_file(run.weights) if is_needed else ""
+
+
+def _evaluation(run: Run, weights: str) -> dict[str, str]:
     """The results in evaluation.json by their names, and whether they belong to the weights."""
     if not run.evaluation.is_file():
         return {}
@@ -269,25 +281,25 @@ def _evaluation(run: Run) -> dict[str, str]:
         str(name).replace("_", " "): describe_spec(value, _rounded)
         for name, value in results.items()
     }
-    if "weights" in facts and run.weights.is_file():
-        facts["weights"] = f"{_compare_weights(run, results)}; SHA-256 {facts['weights']}"
+    if "weights" in facts and weights:
+        facts["weights"] = f"{_compare_weights(results, weights)}; SHA-256 {facts['weights']}"
     return facts
 
 
-def _compare_weights(run: Run, results: Mapping[str, Any]) -> str:
+def _compare_weights(results: Mapping[str, Any], weights: str) -> str:
     """Whether results are those of the weights that the run has."""
-    is_current = run.weights.is_file() and hash_file(run.weights) == results.get("weights")
+    is_current = results.get("weights") == weights
     return "those of the run" if is_current else "NOT those of the run now: evaluate it again"
 
 
-def _likelihood(run: Run) -> dict[str, str]:
+def _likelihood(run: Run, weights: str) -> dict[str, str]:
     """The results in likelihood.json by method and data, and whether they belong to the weights."""
     if not run.likelihood.is_file():
         return {}
     return {
         str(name): f"{_rounded(found.get('bits_per_dimension'))} ± "
         f"{_rounded(found.get('standard_error'))} (standard error), {found.get('data')}; "
-        f"weights: {_compare_weights(run, found)}"
+        f"weights: {_compare_weights(found, weights)}"
         for name, found in read_json(run.likelihood).items()
         if isinstance(found, dict)
     }

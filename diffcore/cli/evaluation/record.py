@@ -22,20 +22,21 @@ def has_data(folder: Path) -> bool:
     return is_run(folder) and not is_pipeline(folder)
 
 
-def default_out(folder: Path) -> Path:
+def default_out(folder: Path, name: str = "evaluation") -> Path:
     """The folder of results: in that of a run; beside a pipeline or images, which it must not
     change.
 
     Args:
         folder: folder of the run, of the pipeline or of images.
+        name: name of the folder of results.
 
     Returns:
         The folder, which need not exist.
     """
     if has_data(folder):
-        return folder / "evaluation"
+        return folder / name
     folder = folder.resolve()  # "." and ".." have no name
-    return folder.with_name(f"{folder.name}-evaluation")
+    return folder.with_name(f"{folder.name}-{name}")
 
 
 def weights_facts(folder: Path, weights: str) -> dict[str, str]:

@@ -8,7 +8,11 @@ from torch import Tensor
 
 from diffcore.core.denoiser import DenoiserProtocol
 from diffcore.core.process import Process
-from diffcore.evaluation.likelihood.density import DEFAULT_SOLVER, flow_log_density
+from diffcore.evaluation.likelihood.density import (
+    DEFAULT_SOLVER,
+    check_points,
+    flow_log_density,
+)
 from diffcore.evaluation.likelihood.dequantisation import (
     DRAW_BITS,
     Dequantisation,
@@ -159,6 +163,7 @@ def _dequantise(
 
 
 def _check(process: Process, x0: Tensor, dequantisation: Dequantisation | None, draws: int) -> None:
+    check_points(process, x0)
     if draws < 1:
         raise ValueError(f"draws is {draws}, expected at least 1 draw of the noise")
     if dequantisation is not None:

@@ -36,6 +36,7 @@ from diffcore.core.transition import (
     posterior_mean,
 )
 from diffcore.evaluation.likelihood.bits import Likelihood, to_bits
+from diffcore.evaluation.likelihood.density import check_points
 from diffcore.evaluation.likelihood.dequantisation import DRAW_BITS, bin_width, check_values
 from diffcore.guidance import CFG
 from diffcore.guidance.reference import Condition
@@ -120,14 +121,13 @@ def variational_bound(
         )
     given = check_sampling(process, knots, range(len(x0)), condition, CFG(1.0), batch_size)
     terms, device = [], denoiser.device
+    dtype = torch.float32 if device.type == "mps" else torch.float64
     bar = tqdm(total=len(x0), unit="sample", disable=not progress)
     with torch.no_grad(), evaluation_mode(denoiser), bar:
-        for rows in padded_chunks(len(x0), batch_size):
-            dtype = torch.float32 if device.type == "mps" else torch.float64
+        for rows, real in padded_chunks(len(x0), batch_size):
             x = x0[rows].to(device, dtype)
             chosen = None if given is None else given[rows].to(device)
             chain = _Chain(denoiser, x, chosen, seed, rows, variance, bins)
-            real = min(batch_size, len(x0) - int(rows[0]))
             terms.append(chain.terms(knots)[:, :real].double().cpu())
             bar.update(real)
     prior, transitions, decoder = to_bits(process, -torch.cat(terms, 1)).unbind()
@@ -216,11 +216,7 @@ def _sum(values: Tensor) -> Tensor:
 
 
 def _check(process: Process, x0: Tensor, bins: int | None, variance: float | None) -> None:
-    if not len(x0) or tuple(x0.shape[1:]) != process.shape:
-        raise ValueError(
-            f"the data has shape {tuple(x0.shape)}, expected at least one sample of the process's "
-            f"shape {process.shape}, stacked along the first axis"
-        )
+    check_points(process, x0)
     if variance is not None and not 0 <= variance <= 1:
         raise ValueError(f"variance is {variance}, expected v within [0, 1]: 0 is β̃, 1 is β")
     if bins is not None:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from diffcore.core.conditions import BatchCondition
 from diffcore.core.denoiser import DenoiserProtocol, DenoiserWrapper
+from diffcore.core.gaussian import gaussian_log_density
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction, edm_norm
 from diffcore.core.process import Process
@@ -33,7 +34,14 @@ from diffcore.sampling.generation import check_sampling, evaluation_mode, padded
 from diffcore.sampling.loop import integrate
 from diffcore.schedules import Level, UniformBlend, Within
 
-__all__ = ["DEFAULT_SOLVER", "FIRST_LOGSNR", "FlowDensity", "first_level", "flow_log_density"]
+__all__ = [
+    "DEFAULT_SOLVER",
+    "FIRST_LOGSNR",
+    "FlowDensity",
+    "check_points",
+    "first_level",
+    "flow_log_density",
+]
 
 DEFAULT_SOLVER: Sampler = AdaptiveRungeKutta(rtol=1e-5, atol=1e-5)
 """Dormand and Prince's method with the tolerances that Song et al. 2020 (2011.13456) use."""
@@ -113,7 +121,7 @@ def flow_log_density(
             tolerance.
     """
     process, start = denoiser.process, level or first_level(denoiser.process)
-    _check_points(process, y)
+    check_points(process, y)
     knots = _knots(process, start, steps)
     if not solver.is_adaptive and solver.draws_noise(knots[::-1]):
         raise ValueError(
@@ -127,7 +135,7 @@ def flow_log_density(
     values, latents, evaluations = [], [], 0
     bar = tqdm(total=len(y), unit="sample", disable=not progress)
     with torch.no_grad(), evaluation_mode(denoiser), bar:
-        for rows in padded_chunks(len(y), batch_size):
+        for rows, real in padded_chunks(len(y), batch_size):
             vectors = trace.vectors(math.prod(process.shape), seed, rows + offset)
             flow = _FlowWithDivergence(denoiser, trace, vectors.to(device, dtype))
             x = start.alpha * y[rows].to(device, dtype).flatten(1)
@@ -135,7 +143,6 @@ def flow_log_density(
             noise = Noise(rows, process.shape, device, dtype)
             chosen = None if given is None else given[rows].to(device)
             state, count = integrate(flow, solver, state, knots, noise, CFG(1.0), chosen)
-            real = min(batch_size, len(y) - int(rows[0]))
             values.append(_log_density(process, state, start, knots[-1])[:real].double().cpu())
             latents.append(state[:real, :-1].unflatten(1, process.shape).cpu())
             evaluations += count * real
@@ -184,9 +191,9 @@ def _log_density(process: Process, state: Tensor, first: Level, last: Level) -> 
     """ln p(y) from the state at the end of the flow."""
     x, size = state[:, :-1], state.shape[1] - 1
     scale, norm = (float(value) for value in (_prior_std(process, last), last.alpha + last.sigma))
-    log_prior = -(x / scale).square().sum(1) / 2 - size * math.log(scale * math.sqrt(2 * math.pi))
+    log_prior = gaussian_log_density(x, x.new_zeros(()), x.new_tensor(2 * math.log(scale)))
     jacobian = math.log(norm) + math.log(first.alpha / (first.alpha + first.sigma))
-    return log_prior + size * jacobian + state[:, -1] / norm
+    return log_prior.sum(1) + size * jacobian + state[:, -1] / norm
 
 
 def _prior_std(process: Process, level: Level) -> float:
@@ -194,7 +201,16 @@ def _prior_std(process: Process, level: Level) -> float:
     return float(edm_norm(level, process.sigma_data))
 
 
-def _check_points(process: Process, y: Tensor) -> None:
+def check_points(process: Process, y: Tensor) -> None:
+    """Check the shape of data.
+
+    Args:
+        process: process with the shape of one sample.
+        y: (N, *shape) data, at least one sample.
+
+    Raises:
+        ValueError: there are no samples, or they have another shape.
+    """
     if not len(y) or tuple(y.shape[1:]) != process.shape:
         raise ValueError(
             f"the data has shape {tuple(y.shape)}, expected at least one sample of the process's "

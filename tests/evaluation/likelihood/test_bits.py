@@ -77,6 +77,12 @@ def test_data_with_other_values_are_refused():
         bits_per_dimension(GAUSSIAN, VALUES, Uniform(256))
 
 
+def test_data_that_would_broadcast_to_the_shape_of_the_process_are_refused():
+    for rule in (None, Uniform(BINS)):
+        with pytest.raises(ValueError, match=r"the data has shape \(3, 1\), expected .* \(2,\)"):
+            bits_per_dimension(GAUSSIAN, VALUES[:, :1], rule)
+
+
 def test_draws_need_a_dequantisation():
     with pytest.raises(ValueError, match="name a dequantisation"):
         bits_per_dimension(GAUSSIAN, VALUES, draws=2)
