@@ -221,12 +221,13 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
 def accuracy(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure the distance to the exact flow, and return facts for JSON."""
     from benchmarks import accuracy_report as report
-    from benchmarks.accuracy import COUNTS, measure_accuracy, measure_diffcore
+    from benchmarks.accuracy import COUNTS, measure_accuracy
     from benchmarks.sides.peers import available_sides
-    from benchmarks.sides.schedulers import measure_diffusers
+    from benchmarks.sides.samplers import diffcore_combinations
+    from benchmarks.sides.schedulers import diffusers_combinations
 
     others, absent = available_sides() if arguments.peers else ({}, [])
-    sides = {"ours": measure_diffcore, "diffusers": measure_diffusers, **others}
+    sides = {"ours": diffcore_combinations, "diffusers": diffusers_combinations, **others}
     counts = tuple(arguments.counts or COUNTS)
     measurements = list(measure_accuracy(sides, arguments.starts, counts))
     default, digit_starts = report.default_name(), 2 * arguments.starts

@@ -7,9 +7,10 @@ it. A sampler takes as many steps as its evaluations allow.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -20,38 +21,13 @@ from torch import Tensor
 from diffcore.core.noise import Noise
 from diffcore.core.oracle import EmpiricalDistribution, GaussianMixture, Oracle
 from diffcore.core.process import Process
-from diffcore.io.specs import describe_component
-from diffcore.samplers import (
-    DDIM,
-    AdamsBashforth,
-    AdamsMoulton,
-    AlphaBlending,
-    DPMSolverPP,
-    GradientEstimation,
-    Heun,
-    Sampler,
-    UniPC,
-)
-from diffcore.sampling.loop import integrate
-from diffcore.schedules import (
-    AlignYourSteps,
-    BetaSpacing,
-    CoordinateGrid,
-    Cosine,
-    Discrete,
-    Karras,
-    Level,
-    Quadratic,
-    Schedule,
-    Trailing,
-    UniformBlend,
-    UniformLogSNR,
-    Within,
-)
+from diffcore.schedules import Discrete, Level, Schedule
 from diffcore.training.data import Digits
 
 COUNTS = (5, 8, 10, 15, 20, 30, 50)
 START = Discrete().logsnr(1.0)
+LARGEST_SIGMA = math.exp(-START / 2)
+"""σ/α at START, 157."""
 NEARLY_CLEAN = 30.0
 """λ where the exact flow takes x_0; σ²/α² = 1e-13 over the data's smallest variance remains."""
 TOLERANCE = 1e-9
@@ -166,6 +142,17 @@ class Problem:
             )
         return math.hypot(float(level.alpha), float(level.sigma)) * self.known[logsnr]
 
+    def distances(self, x: Tensor) -> Tensor:
+        """The distances of the ends of a run to those of the exact flow.
+
+        Args:
+            x: (N, *shape) ends.
+
+        Returns:
+            (N,) Euclidean distances.
+        """
+        return (x - self.end).flatten(1).norm(dim=1)
+
     def measure_error(self, x: Tensor) -> FlowError:
         """Measure the ends of a run.
 
@@ -175,7 +162,7 @@ class Problem:
         Returns:
             The error.
         """
-        distance = (x - self.end).flatten(1).norm(dim=1).median().item()
+        distance = self.distances(x).median().item()
         if self.points is None:
             return FlowError(distance, None)
         ends, exact = (
@@ -276,118 +263,52 @@ def spectra(count: int = 6, size: int = 64) -> GaussianMixture:
     return GaussianMixture(means, (axes * variances) @ axes.mT, process=Process(shape=(size,)))
 
 
-# The side of diffcore -----------------------------------------------------------------------------
-
-SAMPLERS: tuple[Sampler, ...] = (
-    DDIM(),
-    Heun(),
-    AlphaBlending(2),
-    GradientEstimation(),
-    DPMSolverPP("2S"),
-    DPMSolverPP("2M"),
-    DPMSolverPP("3M"),
-    UniPC(1),
-    UniPC(2),
-    UniPC(3),
-    AdamsBashforth.lms(4),
-    AdamsBashforth.ipndm(4),
-    AdamsBashforth.deis(3),
-    AdamsBashforth.flow(2),
-    AdamsBashforth.flow(3),
-    AdamsBashforth.flow(4),
-    AdamsMoulton(1),
-    AdamsMoulton(2),
-    AdamsMoulton(3),
-    AdamsMoulton(3, every=10),
-    AdamsMoulton(2, "velocity", "logsnr"),
-    AdamsMoulton(2, "x0", "a"),
-    AdamsMoulton(2, "x0", "logsnr"),
-)
-LARGEST_SIGMA = math.exp(-START / 2)
-GRIDS: dict[str, tuple[CoordinateGrid, Schedule]] = {
-    "Trailing, Cosine": (Trailing(), Cosine()),
-    "Trailing, linear table": (Trailing(), Discrete()),
-    "UniformBlend()": (UniformBlend(), Cosine()),
-    "UniformBlend(1.25, 0.5)": (UniformBlend(1.25, 0.5), Cosine()),
-    "UniformBlend(1.5, 0.37)": (UniformBlend(1.5, 0.37), Cosine()),
-    "UniformLogSNR(high=7)": (UniformLogSNR(START, 7.0), Cosine()),
-    "Karras()": (Karras(sigma_max=LARGEST_SIGMA), Cosine()),
-    "Karras(0.01, rho=4)": (Karras(0.01, LARGEST_SIGMA, 4.0), Cosine()),
-    "Quadratic, Cosine": (Quadratic(), Cosine()),
-    "BetaSpacing, Cosine": (BetaSpacing(), Cosine()),
-    "AlignYourSteps('svd')": (AlignYourSteps("svd"), Cosine()),
-}
+Ends = tuple[Tensor, int]
+"""(N, *shape) x at the end of a run, and the number of its evaluations."""
 
 
-def knots_for(
-    sampler: Sampler, grid: CoordinateGrid, schedule: Schedule, count: int
-) -> tuple[Level, ...] | None:
-    """Place as many knots from START to clean as so many evaluations allow.
+class Combination(NamedTuple):
+    """A sampler on a grid, which a side of the comparison runs.
 
     Args:
-        sampler: the sampler.
-        grid: rule that places the knots.
-        schedule: schedule of the knots.
-        count: largest number of evaluations.
-
-    Returns:
-        The knots, or None if not even one step is possible.
+        method: name of the sampler.
+        grid: name of the grid.
+        run: function of a problem and the largest number of evaluations; it returns None if not
+            even one step is possible.
     """
-    grid = grid if isinstance(schedule, Discrete) else Within(grid, low=START)
-    for steps in range(count, 0, -1):
-        knots = grid.knots(schedule, steps)
-        if sampler.evaluations(knots) <= count:
-            return knots
-    return None
+
+    method: str
+    grid: str
+    run: Callable[[Problem, int], Ends | None]
 
 
-def measure_diffcore(
-    problem: Problem, counts: tuple[int, ...] = COUNTS
-) -> Iterator[tuple[str, str, int, int, FlowError]]:
-    """Measure all samplers of diffcore on all grids.
-
-    Args:
-        problem: exact denoiser and starts.
-        counts: numbers of evaluations.
-
-    Yields:
-        (sampler, grid, count, evaluations, error) of each run that is possible.
-    """
-    for sampler in SAMPLERS:
-        for name, (grid, schedule) in GRIDS.items():
-            for count in counts:
-                knots = knots_for(sampler, grid, schedule, count)
-                if knots is not None:
-                    x, evaluations = integrate(
-                        problem.oracle, sampler, problem.at(knots[0]), knots, problem.noise
-                    )
-                    yield (
-                        describe_component(sampler),
-                        name,
-                        count,
-                        evaluations,
-                        problem.measure_error(x),
-                    )
-
-
-Side = Callable[[Problem, tuple[int, ...]], Iterator[tuple[str, str, int, int, FlowError]]]
+# The measurement ---------------------------------------------------------------------------------
 
 
 def measure_accuracy(
-    sides: dict[str, Side], starts: int = 128, counts: tuple[int, ...] = COUNTS, **given: Problem
+    sides: Mapping[str, Callable[[], Iterable[Combination]]],
+    starts: int = 128,
+    counts: Sequence[int] = COUNTS,
+    **given: Problem,
 ) -> Iterator[Measurement]:
-    """Measure both sides.
+    """Measure the combinations of all sides.
 
     Args:
-        sides: function that measures a side, by name.
+        sides: function that returns the combinations of a side, by name.
         starts: number of starts of the standard problems.
         counts: numbers of evaluations.
         **given: problems by name; default: the standard problems.
 
     Yields:
-        The measurements.
+        The measurement of each run that is possible.
     """
     for oracle, problem in (given or problems(starts)).items():
-        for side, measure in sides.items():
-            for method, grid, count, evaluations, error in measure(problem, counts):
+        for side, combinations in sides.items():
+            for (method, grid, run), count in product(combinations(), counts):
+                ends = run(problem, count)
+                if ends is None:
+                    continue
+                x, evaluations = ends
+                assert evaluations <= count
+                error = problem.measure_error(x)
                 yield Measurement(side, method, grid, oracle, count, evaluations, *error)

@@ -6,7 +6,8 @@ from itertools import groupby
 from pathlib import Path
 from statistics import geometric_mean
 
-from benchmarks.accuracy import GRIDS, Measurement
+from benchmarks.accuracy import Measurement
+from benchmarks.sides.samplers import GRIDS
 from benchmarks.table import markdown_table
 from diffcore.io.specs import describe_component
 from diffcore.report.figures import create_figure

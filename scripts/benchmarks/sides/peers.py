@@ -15,14 +15,16 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.accuracy import COUNTS, LARGEST_SIGMA, FlowError, Problem, Side
+from benchmarks.accuracy import LARGEST_SIGMA, Combination, Ends, Problem
 from benchmarks.sides.bare_loop import BareLoop
 
 __all__ = ["LOOPS", "SIDES", "available_sides", "import_peer"]
@@ -87,20 +89,13 @@ def _placeholder(name: str) -> object:
 # Samplers on oracles ------------------------------------------------------------------------------
 
 
-def measure_k_diffusion(
-    problem: Problem, counts: tuple[int, ...] = COUNTS
-) -> Iterator[tuple[str, str, int, int, FlowError]]:
-    """Measure the samplers of k-diffusion that follow the flow.
-
-    Args:
-        problem: exact denoiser and starts.
-        counts: numbers of evaluations.
+def k_diffusion_combinations() -> Iterator[Combination]:
+    """The samplers of k-diffusion that follow the flow.
 
     Yields:
-        (sampler, spacing, count, evaluations, error) of each run that is possible.
+        The combinations of sampler and spacing.
     """
     library = import_peer("k_diffusion.sampling")
-    bounds = (SMALLEST_SIGMA, LARGEST_SIGMA)
     grids = {
         "Karras": library.get_sigmas_karras,
         "exponential": library.get_sigmas_exponential,
@@ -113,19 +108,18 @@ def measure_k_diffusion(
         "LMS": (library.sample_lms, 1),
         "DPM++ 2M": (library.sample_dpmpp_2m, 1),
     }
-    for method, (sampler, stages) in samplers.items():
-        for grid, space in grids.items():
-            for count in counts:
-                sigmas = space((count + stages - 1) // stages, *bounds).double()
-                x, evaluations = _run_k_diffusion(problem, sampler, sigmas)
-                assert evaluations <= count
-                yield method, grid, count, evaluations, problem.measure_error(x)
+    for (method, sampler), (grid, spacing) in product(samplers.items(), grids.items()):
+        yield Combination(method, grid, partial(_run_k_diffusion, *sampler, spacing))
 
 
 def _run_k_diffusion(
-    problem: Problem, sampler: Callable[..., Tensor], sigmas: Tensor
-) -> tuple[Tensor, int]:
-    """x at the end, and the number of evaluations; x = x_0 + σ ε."""
+    sampler: Callable[..., Tensor],
+    stages: int,
+    spacing: Callable[..., Tensor],
+    problem: Problem,
+    count: int,
+) -> Ends:
+    """x at the end, where x = x_0 + σ ε, and the number of evaluations."""
     calls = []
 
     def model(x: Tensor, sigma: Tensor) -> Tensor:
@@ -133,22 +127,18 @@ def _run_k_diffusion(
         level = problem.schedule.at(-2 * math.log(float(sigma[0])))
         return problem.oracle(float(level.alpha) * x, level).x0
 
+    steps = (count + stages - 1) // stages
+    sigmas = spacing(steps, SMALLEST_SIGMA, LARGEST_SIGMA).double()
     first = problem.schedule.at(-2 * math.log(float(sigmas[0])))
     x = sampler(model, problem.at(first) / float(first.alpha), sigmas, disable=True)
     return x, len(calls)
 
 
-def measure_azula(
-    problem: Problem, counts: tuple[int, ...] = COUNTS
-) -> Iterator[tuple[str, str, int, int, FlowError]]:
-    """Measure the samplers of azula that follow the flow.
-
-    Args:
-        problem: exact denoiser and starts.
-        counts: numbers of evaluations.
+def azula_combinations() -> Iterator[Combination]:
+    """The samplers of azula that follow the flow.
 
     Yields:
-        (sampler, schedule, count, evaluations, error) of each run that is possible.
+        The combinations of sampler and schedule.
     """
     library, noise = import_peer("azula.sample"), import_peer("azula.noise")
     schedules = {
@@ -158,25 +148,29 @@ def measure_azula(
         "VE": noise.VESchedule(sigma_max=LARGEST_SIGMA),
     }
     samplers = {
-        "DDIM": (library.DDIMSampler, {}, 1),
-        "Heun": (library.HeunSampler, {}, 2),
+        "DDIM": (library.DDIMSampler, 1),
+        "Heun": (library.HeunSampler, 2),
         **{
-            f"{name} {order}": (getattr(library, f"{name}Sampler"), {"order": order}, 1)
+            f"{name} {order}": (partial(getattr(library, f"{name}Sampler"), order=order), 1)
             for name in ("zAB", "vAB", "zEAB", "xEAB", "REAB")
             for order in (2, 3)
         },
     }
-    for method, (sampler, options, stages) in samplers.items():
-        for grid, schedule in schedules.items():
-            for count in counts:
-                steps = (count - 1) // stages
-                if not steps:
-                    continue
-                denoiser = _AzulaOracle(problem, schedule)
-                run = sampler(denoiser, steps=steps, silent=True, dtype=torch.float64, **options)
-                x = denoiser.denoise(run(denoiser.start()), torch.zeros((), dtype=torch.float64))
-                assert denoiser.calls <= count
-                yield method, grid, count, denoiser.calls, problem.measure_error(x)
+    for (method, sampler), (grid, schedule) in product(samplers.items(), schedules.items()):
+        yield Combination(method, grid, partial(_run_azula, *sampler, schedule))
+
+
+def _run_azula(
+    sampler: Callable[..., Any], stages: int, schedule: Any, problem: Problem, count: int
+) -> Ends | None:
+    """x_0 at the end and the number of evaluations, or None if not even one step is possible."""
+    steps = (count - 1) // stages
+    if not steps:
+        return None
+    denoiser = _AzulaOracle(problem, schedule)
+    run = sampler(denoiser, steps=steps, silent=True, dtype=torch.float64)
+    x = denoiser.denoise(run(denoiser.start()), torch.zeros((), dtype=torch.float64))
+    return x, denoiser.calls
 
 
 class _AzulaOracle:
@@ -208,27 +202,27 @@ class _AzulaOracle:
         return self.problem.oracle(x / math.hypot(alpha, sigma), level).x0
 
 
-SIDES: dict[str, tuple[str, Side]] = {
-    "k-diffusion": ("k_diffusion.sampling", measure_k_diffusion),
-    "azula": ("azula.sample", measure_azula),
+SIDES: dict[str, tuple[str, Callable[[], Iterator[Combination]]]] = {
+    "k-diffusion": ("k_diffusion.sampling", k_diffusion_combinations),
+    "azula": ("azula.sample", azula_combinations),
 }
-"""Name of a side -> module that it needs, and its function."""
+"""Name of a side -> module that it needs, and the function that returns its combinations."""
 
 
-def available_sides() -> tuple[dict[str, Side], list[str]]:
+def available_sides() -> tuple[dict[str, Callable[[], Iterator[Combination]]], list[str]]:
     """The sides that are installed.
 
     Returns:
-        Functions that measure a side, by name; and why others are left out.
+        Functions that return the combinations of a side, by name; and why others are left out.
     """
     found, absent = {}, []
-    for name, (module, measure) in SIDES.items():
+    for name, (module, combinations) in SIDES.items():
         try:
             import_peer(module)
         except ImportError as error:
             absent.append(f"{name} ({error})")
         else:
-            found[name] = measure
+            found[name] = combinations
     return found, absent
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import diffusers
 from torch import Tensor
 
-from benchmarks.accuracy import COUNTS, LARGEST_SIGMA, FlowError, Problem
+from benchmarks.accuracy import LARGEST_SIGMA, Combination, Ends, Problem
 from diffcore.core.prediction import PredictionType, target
 from diffcore.schedules import Cosine, Level, Scaling
 
@@ -81,17 +81,19 @@ class ConfiguredScheduler:
             -2 * math.log(ratio) if ratio < math.inf else -math.inf
         )
 
-    def run(self, problem: Problem, scheduler: Any) -> tuple[Tensor, int]:
+    def run(self, problem: Problem, count: int) -> Ends | None:
         """Run the loop of a pipeline.
 
         Args:
             problem: exact denoiser and starts.
-            scheduler: scheduler that `prepare` built.
+            count: largest number of evaluations.
 
         Returns:
-            x at the end, and the number of evaluations.
+            x at the end and the number of evaluations, or None if not even one step is possible.
         """
-        x, oracle = None, problem.oracle
+        scheduler, x, oracle = self.prepare(count), None, problem.oracle
+        if scheduler is None:
+            return None
         for i, t in enumerate(scheduler.timesteps):
             level = self.level(self.ratio(scheduler, i, t))
             x = problem.at(level) if x is None else x
@@ -105,24 +107,14 @@ class ConfiguredScheduler:
         return x, len(scheduler.timesteps) + (last > 0)
 
 
-def measure_diffusers(
-    problem: Problem, counts: tuple[int, ...] = COUNTS
-) -> Iterator[tuple[str, str, int, int, FlowError]]:
-    """Measure all schedulers of diffusers.
-
-    Args:
-        problem: exact denoiser and starts.
-        counts: numbers of evaluations.
+def diffusers_combinations() -> Iterator[Combination]:
+    """All schedulers of diffusers.
 
     Yields:
-        (scheduler, spacing, count, evaluations, error) of each run that is possible.
+        The combinations of scheduler and spacing.
     """
     for entry in SCHEDULERS:
-        for count in counts:
-            scheduler = entry.prepare(count)
-            if scheduler is not None:
-                x, evaluations = entry.run(problem, scheduler)
-                yield entry.method, entry.grid, count, evaluations, problem.measure_error(x)
+        yield Combination(entry.method, entry.grid, entry.run)
 
 
 # The list -----------------------------------------------------------------------------------------

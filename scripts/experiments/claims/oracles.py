@@ -7,12 +7,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from benchmarks.accuracy import Problem, knots_for, plane, spectra
+from benchmarks.accuracy import Problem, plane, spectra
+from benchmarks.sides.samplers import run_sampler
 from torch import Tensor
 
 from diffcore.samplers import DDIM, AlphaBlending, GradientEstimation, Sampler
-from diffcore.sampling.loop import integrate
 from diffcore.schedules import CoordinateGrid, Cosine, Discrete, Schedule, Trailing, UniformBlend
 from experiments.study import continue_study
 
@@ -83,10 +82,7 @@ def _distances(problem: Problem, method: Method) -> dict[int, Tensor]:
     """(N,) distances to the ends of the exact flow, by the largest number of evaluations."""
     found = {}
     for count in EVALUATIONS:
-        knots = knots_for(*method, count)
-        assert knots is not None
-        start = problem.at(knots[0])
-        with torch.no_grad():
-            x, _ = integrate(problem.oracle, method.sampler, start, knots, problem.noise)
-        found[count] = (x - problem.end).flatten(1).norm(dim=1)
+        ends = run_sampler(*method, problem, count)
+        assert ends is not None
+        found[count] = problem.distances(ends[0])
     return found

@@ -6,20 +6,17 @@ import pytest
 import torch
 from benchmarks import accuracy_report as report
 from benchmarks.accuracy import (
-    GRIDS,
-    SAMPLERS,
     START,
     FlowError,
     Measurement,
     Problem,
     flow,
-    knots_for,
     measure_accuracy,
-    measure_diffcore,
     problems,
     spectra,
 )
-from benchmarks.sides.schedulers import SCHEDULERS, measure_diffusers
+from benchmarks.sides.samplers import GRIDS, SAMPLERS, diffcore_combinations, knots_for
+from benchmarks.sides.schedulers import SCHEDULERS, diffusers_combinations
 
 from diffcore.core.oracle import EmpiricalDistribution, GaussianMixture
 from diffcore.core.process import Process
@@ -82,7 +79,7 @@ def test_every_scheduler_of_diffusers_comes_closer_with_more_evaluations(entry, 
     """A wrong level or output would prevent that; beta spacing errs at every count."""
     errors = []
     for count in (6, 24):
-        x, evaluations = entry.run(gaussian, entry.prepare(count))
+        x, evaluations = entry.run(gaussian, count)
         assert count - 2 < evaluations <= count
         errors.append(gaussian.measure_error(x).median)
     assert errors[1] < errors[0] / 1.25
@@ -103,11 +100,11 @@ def test_a_sampler_has_the_most_steps_that_its_evaluations_allow(count):
 
 
 def test_both_sides_are_measured_on_all_grids(gaussian, monkeypatch):
-    monkeypatch.setattr("benchmarks.accuracy.SAMPLERS", (DDIM(),))
+    monkeypatch.setattr("benchmarks.sides.samplers.SAMPLERS", (DDIM(),))
     monkeypatch.setattr("benchmarks.sides.schedulers.SCHEDULERS", SCHEDULERS[:2])
     rows = list(
         measure_accuracy(
-            {"ours": measure_diffcore, "diffusers": measure_diffusers},
+            {"ours": diffcore_combinations, "diffusers": diffusers_combinations},
             counts=(5, 10),
             gaussian=gaussian,
         )
