@@ -1,8 +1,9 @@
 """`python scripts/experiment.py NAME`: run a study of docs/experiments, or draw its pictures."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -101,14 +102,20 @@ def _add_claims_options(study: argparse.ArgumentParser) -> None:
     )
 
 
+def _measure(lines: Iterable[str], out: Path) -> list[dict[str, Any]]:
+    """Print the lines that a study appends to its file, and return all measurements of the file."""
+    from experiments.study import read_measurements
+
+    for line in lines:
+        print(line, flush=True)
+    return read_measurements(out)
+
+
 def training(arguments: argparse.Namespace) -> None:
     """Run the study of schedules, weights and objectives."""
-    from experiments.study import read_measurements
     from experiments.training import draw, format_table, run_study
 
-    for line in run_study(arguments.out, arguments.seeds):
-        print(line, flush=True)
-    measurements = read_measurements(arguments.out)
+    measurements = _measure(run_study(arguments.out, arguments.seeds), arguments.out)
     draw(measurements, arguments.out.with_suffix(".png"))
     for index, scans in enumerate(("training", "held-out")):
         table = format_table(measurements, index)
@@ -118,11 +125,8 @@ def training(arguments: argparse.Namespace) -> None:
 def guidance(arguments: argparse.Namespace) -> None:
     """Run the study of guidance rules over w."""
     from experiments import guidance as study
-    from experiments.study import read_measurements
 
-    for line in study.run_study(arguments.out, arguments.seeds):
-        print(line, flush=True)
-    measurements = read_measurements(arguments.out)
+    measurements = _measure(study.run_study(arguments.out, arguments.seeds), arguments.out)
     for quantity, title, digits in study.TABLES:
         print(f"\n{title}\n\n{study.format_table(measurements, quantity, digits)}")
     print(f"\nEvaluations that AdaptiveGuidance saves\n\n{study.format_savings(measurements)}")
@@ -161,11 +165,8 @@ def variance(arguments: argparse.Namespace) -> None:
 def zero_terminal_snr(arguments: argparse.Namespace) -> None:
     """Run the study of mean brightness."""
     from experiments import zero_terminal_snr as study
-    from experiments.study import read_measurements
 
-    for line in study.run_study(arguments.out, arguments.seeds):
-        print(line, flush=True)
-    measurements = read_measurements(arguments.out)
+    measurements = _measure(study.run_study(arguments.out, arguments.seeds), arguments.out)
     print(f"\n{study.format_table([study.measure_data(), *measurements])}")
     study.draw(measurements, PICTURES / "zero-terminal-snr.png")
 
@@ -185,13 +186,10 @@ def conditions(arguments: argparse.Namespace) -> None:
 def learned_variance(arguments: argparse.Namespace) -> None:
     """Run the study of DDPM's variances."""
     from experiments import learned_variance as study
-    from experiments.study import read_measurements
 
-    for line in study.run_study(arguments.out, arguments.seeds, arguments.steps):
-        print(line, flush=True)
-    measurements = [
-        row for row in read_measurements(arguments.out) if row["steps"] == arguments.steps
-    ]
+    lines = study.run_study(arguments.out, arguments.seeds, arguments.steps)
+    rows = _measure(lines, arguments.out)
+    measurements = [row for row in rows if row["steps"] == arguments.steps]
     for quantity, title in study.TABLES.items():
         print(f"\n{title}\n\n{study.format_table(measurements, quantity)}")
 
@@ -205,9 +203,8 @@ def claims(arguments: argparse.Namespace) -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     for name in arguments.only or list(STUDIES):
         out = arguments.folder / f"claims-{name}.jsonl"
-        for line in STUDIES[name](out, arguments.seeds):
-            print(line, flush=True)
-        print(f"\n{name}\n\n{REPORTS[name](read_measurements(out))}\n")
+        rows = _measure(STUDIES[name](out, arguments.seeds), out)
+        print(f"\n{name}\n\n{REPORTS[name](rows)}\n")
     measurements = read_measurements(Path("docs/experiments/training.jsonl"))
     print(f"training.jsonl\n\n{format_speed_ups(measurements, TRAINING_PAIRS, 400)}")
 

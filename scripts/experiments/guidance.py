@@ -18,8 +18,6 @@ from torch import Tensor
 
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.noise import Noise
-from diffcore.evaluation.digits import to_scan_units
-from diffcore.evaluation.frechet_distance import frechet_distance
 from diffcore.evaluation.label_accuracy import LabelClassifier
 from diffcore.guidance import (
     APG,
@@ -37,7 +35,7 @@ from diffcore.sampling.generation import evaluation_mode, sample
 from diffcore.sampling.loop import watch
 from diffcore.training.data import Digits
 from experiments.study import continue_study, sample_seeds, small_unet, train_averaged
-from experiments.training import KNOTS, VARIANTS, digits_trainer, digits_unet
+from experiments.training import KNOTS, VARIANTS, digits_trainer, digits_unet, scan_distances
 
 TABLES = (
     ("test", "Fréchet distance to the held-out scans", 0),
@@ -161,11 +159,11 @@ def measure_quality(x: Tensor, labels: Tensor) -> dict[str, float]:
         that a support vector machine assigns to their labels; saturation: share of pixels with
         |x| ≥ 1; excess: mean of max(|x| - 1, 0).
     """
-    train, test = Digits("train"), Digits("test")
-    classifier = LabelClassifier(train.x0, train.labels)
+    scans, (to_train, to_test) = Digits("train"), scan_distances(x)
+    classifier = LabelClassifier(scans.x0, scans.labels)
     return {
-        "train": frechet_distance(to_scan_units(x), to_scan_units(train.x0)),
-        "test": frechet_distance(to_scan_units(x), to_scan_units(test.x0)),
+        "train": to_train,
+        "test": to_test,
         "recognised": classifier.accuracy(x.clamp(-1, 1), labels),
         "saturation": float((x.abs() >= 1).float().mean()),
         "excess": float((x.abs() - 1).clamp(min=0).mean()),

@@ -16,9 +16,6 @@ import torch
 from benchmarks.table import markdown_table, mean_and_half_range
 
 from diffcore.core.denoiser import Denoiser
-from diffcore.core.process import Process
-from diffcore.evaluation.digits import to_scan_units
-from diffcore.evaluation.frechet_distance import frechet_distance
 from diffcore.evaluation.likelihood import variational_bound
 from diffcore.networks import Perceptron
 from diffcore.objectives.objective import Objective
@@ -31,9 +28,11 @@ from diffcore.training.data import Digits
 from experiments.study import (
     continue_study,
     create_trainer,
+    group_rows,
     sample_seeds,
     train_averaged,
 )
+from experiments.training import digits_process, scan_distances
 
 ARMS: dict[str, Variational | None] = {
     "mean alone": None,
@@ -80,15 +79,7 @@ def _measure_cell(name: str, seed: int, steps: int) -> list[Mapping[str, Any]]:
 
 def _train(variational: Variational | None, seed: int, folder: Path, steps: int) -> Denoiser:
     is_learned = variational is not None
-    process = Process(
-        Cosine(),
-        "v_prediction",
-        shape=(1, 8, 8),
-        sigma_data=0.75,
-        classes=10,
-        dropout=0.1,
-        variance="learned" if is_learned else "fixed",
-    )
+    process = digits_process(Cosine(), "v_prediction", "learned" if is_learned else "fixed")
     network = partial(Perceptron, (1, 8, 8), 256, 4, 10, is_learned)
     objective = Objective(MSE("v_prediction"), variational=variational)
     data = Digits("train")
@@ -118,11 +109,8 @@ def measure(
     bound = variational_bound(
         denoiser, held_out.x0, 17, steps=count, variance=variance, condition=held_out.labels
     )
-    distances = {
-        split: frechet_distance(to_scan_units(x), to_scan_units(Digits(split).x0))
-        for split in ("train", "test")
-    }
-    return {**distances, "bits": float(bound.bits.mean())}
+    train, test = scan_distances(x)
+    return {"train": train, "test": test, "bits": float(bound.bits.mean())}
 
 
 def format_table(measurements: list[dict[str, Any]], quantity: str) -> str:
@@ -137,8 +125,7 @@ def format_table(measurements: list[dict[str, Any]], quantity: str) -> str:
     """
     names = {0.0: "β̃ (v = 0)", 1.0: "β (v = 1)", None: "learned"}
     rows = []
-    for arm, v in dict.fromkeys((row["arm"], row["variance"]) for row in measurements):
-        found = [row for row in measurements if (row["arm"], row["variance"]) == (arm, v)]
+    for (arm, v), found in group_rows(measurements, "arm", "variance").items():
         cells = (
             mean_and_half_range([row[quantity] for row in found if row["count"] == count], 2)
             for count in COUNTS

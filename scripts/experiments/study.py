@@ -22,6 +22,7 @@ __all__ = [
     "BATCH",
     "continue_study",
     "create_trainer",
+    "group_rows",
     "read_measurements",
     "sample_seeds",
     "small_unet",
@@ -148,6 +149,24 @@ def read_measurements(path: Path) -> list[dict[str, Any]]:
         if path.is_file()
         else []
     )
+
+
+def group_rows(
+    rows: Iterable[dict[str, Any]], *names: str
+) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    """Group measurements, such as those of all seeds.
+
+    Args:
+        rows: measurements.
+        *names: keys of the values that the measurements of a group share.
+
+    Returns:
+        The groups by these values, in the order of their first measurements.
+    """
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return groups
 
 
 def continue_study(

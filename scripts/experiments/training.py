@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from benchmarks.table import markdown_table, mean_and_half_range
+from torch import Tensor
 
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.prediction import PredictionType
-from diffcore.core.process import Process
+from diffcore.core.process import Process, VarianceType
 from diffcore.evaluation.digits import to_scan_units
 from diffcore.evaluation.frechet_distance import frechet_distance
 from diffcore.objectives.coupling import OptimalTransport
@@ -86,6 +87,30 @@ VARIANTS: dict[str, TrainingVariant] = {
 }
 
 
+def digits_process(
+    schedule: Schedule, prediction: PredictionType, variance: VarianceType = "fixed"
+) -> Process:
+    """The process of a class-conditional network of the digits.
+
+    Args:
+        schedule: noise schedule.
+        prediction: output of the network.
+        variance: whether the network has a learned variance.
+
+    Returns:
+        The process.
+    """
+    return Process(
+        schedule,
+        prediction,
+        shape=(1, 8, 8),
+        sigma_data=0.75,
+        classes=10,
+        dropout=0.1,
+        variance=variance,
+    )
+
+
 digits_unet = partial(small_unet, 8, 1, (24, 56), 11)
 """The class-conditional network of the study, with half a million parameters."""
 
@@ -113,14 +138,7 @@ def digits_trainer(
     Returns:
         The trainer, which has not started.
     """
-    process = Process(
-        variant.schedule,
-        variant.prediction,
-        shape=(1, 8, 8),
-        sigma_data=0.75,
-        classes=10,
-        dropout=0.1,
-    )
+    process = digits_process(variant.schedule, variant.prediction)
     objective = replace(variant.objective, levels=levels)
     data = Digits("train")
     return create_trainer(network, data, process, objective, folder, seed, steps, resume=resume)
@@ -167,8 +185,20 @@ def measure_distances(denoiser: Denoiser, seed: int, per_label: int) -> tuple[fl
     labels = torch.arange(10).repeat_interleave(per_label)
     seeds = sample_seeds(seed, len(labels))
     samples = sample(denoiser, DDIM(), KNOTS, 20, seeds=seeds, condition=labels, batch_size=100).x
+    return scan_distances(samples)
+
+
+def scan_distances(x: Tensor) -> tuple[float, float]:
+    """The Fréchet distances of digits to the scans, in pixels from 0 to 16.
+
+    Args:
+        x: (N, 1, 8, 8) digits within [-1, 1].
+
+    Returns:
+        The distances to the training scans and to the held-out scans.
+    """
     to_train, to_test = (
-        frechet_distance(to_scan_units(samples), to_scan_units(Digits(split).x0))
+        frechet_distance(to_scan_units(x), to_scan_units(Digits(split).x0))
         for split in ("train", "test")
     )
     return to_train, to_test

@@ -33,6 +33,7 @@ from diffcore.schedules import Discrete, Grid, Leading, Schedule, Trailing, Zero
 from experiments.study import (
     continue_study,
     create_trainer,
+    group_rows,
     sample_seeds,
     small_unet,
     train_averaged,
@@ -231,8 +232,7 @@ def format_table(measurements: list[dict[str, Any]]) -> str:
     """
     header = ["schedule, network", "grid", "std", "beyond ±0.6", "beyond ±1", "distance"]
     rows = []
-    for name, grid in dict.fromkeys((row["arm"], row["grid"]) for row in measurements):
-        seeds = [row for row in measurements if (row["arm"], row["grid"]) == (name, grid)]
+    for (name, grid), seeds in group_rows(measurements, "arm", "grid").items():
         columns = [
             [row["std"] for row in seeds],
             [row["beyond"] for row in seeds],

@@ -28,7 +28,7 @@ from diffcore.schedules import Cosine, Discrete, Flow, Laplace, Schedule, Traili
 from diffcore.training.data import Digits
 from experiments.claims.network import Perceptron, digits_data, train
 from experiments.study import continue_study, sample_seeds
-from experiments.training import KNOTS, measure_distances
+from experiments.training import KNOTS, digits_process, measure_distances
 
 __all__ = [
     "ARMS",
@@ -79,14 +79,7 @@ class Arm:
     @property
     def process(self) -> Process:
         """The process of the network."""
-        return Process(
-            self.schedule,
-            self.prediction,
-            shape=(1, 8, 8),
-            sigma_data=0.75,
-            classes=10,
-            dropout=0.1,
-        )
+        return digits_process(self.schedule, self.prediction)
 
 
 ARMS = {

@@ -19,9 +19,10 @@ from diffcore.objectives.objective import Objective
 from diffcore.objectives.weighting import MSE
 from diffcore.samplers import DDIM
 from diffcore.sampling.generation import sample
-from diffcore.schedules import Cosine, Schedule, Shifted, Trailing
+from diffcore.schedules import Cosine, Shifted, Trailing
 from experiments.claims.network import Perceptron, TrainingData, batch_loss, digits_data, train
 from experiments.study import continue_study
+from experiments.training import digits_process
 
 __all__ = ["SCALES", "NormalizedInput", "measure", "run_study", "trajectory_difference"]
 
@@ -78,7 +79,8 @@ def measure(b: float, seed: int, steps: int = TRAINING_STEPS) -> dict[str, float
         ten batches after the trainings; plain: the same if the input of the network is not
         normalised.
     """
-    scaled, shifted = _process(Cosine()), _process(Shifted.by_input_scale(Cosine(), b))
+    scaled = digits_process(Cosine(), "epsilon")
+    shifted = digits_process(Shifted.by_input_scale(Cosine(), b), "epsilon")
     expected = _losses(Perceptron, shifted, 1.0, seed, steps)
     normalized = _losses(lambda: NormalizedInput(Perceptron(), scaled, b), scaled, b, seed, steps)
     plain = _losses(Perceptron, scaled, b, seed, steps)
@@ -114,10 +116,6 @@ def trajectory_difference(b: float, seed: int, count: int = 100) -> float:
         x = sample(oracle, DDIM(), Trailing(), 20, seeds=seeds, dtype=torch.float64).x
         ends.append(x / factor)
     return float((ends[0] - ends[1]).abs().max() / ends[1].abs().max())
-
-
-def _process(schedule: Schedule) -> Process:
-    return Process(schedule, "epsilon", shape=(1, 8, 8), sigma_data=0.75, classes=10, dropout=0.1)
 
 
 def _losses(

@@ -8,6 +8,8 @@ from typing import Any
 
 from benchmarks.table import markdown_table, mean_and_half_range
 
+from experiments.study import group_rows
+
 __all__ = ["REPORTS", "TRAINING_PAIRS", "format_speed_ups", "speed_up"]
 
 Rows = list[dict[str, Any]]
@@ -80,14 +82,6 @@ def _select(rows: Rows, **values: Any) -> Rows:
     return [row for row in rows if all(row[name] == value for name, value in values.items())]
 
 
-def _groups(rows: Rows, *names: str) -> dict[tuple[Any, ...], Rows]:
-    """Rows by the values of some names: those of all seeds together."""
-    groups: dict[tuple[Any, ...], Rows] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[name] for name in names), []).append(row)
-    return groups
-
-
 def format_arms(rows: Rows) -> str:
     """Format the distances, the samplers and the exposure bias of the arms.
 
@@ -116,7 +110,7 @@ def _format_distances(rows: Rows) -> str:
     points = sorted({int(point) for row in rows for point in row["distances"]})
     header = ["arm", *(f"{point} steps" for point in points), "held-out, last"]
     table = []
-    for (arm,), seeds in _groups(rows, "arm").items():
+    for (arm,), seeds in group_rows(rows, "arm").items():
         curves = [row["distances"] for row in seeds]
         cells = [[c[str(point)][0] for c in curves if str(point) in c] for point in points]
         cells.append([list(curve.values())[-1][1] for curve in curves])
@@ -133,7 +127,7 @@ def _format_samplers(rows: Rows) -> str:
             mean_and_half_range([row["samplers"][name][count] for row in seeds], 1)
             for count in counts
         )]
-        for (arm,), seeds in _groups(rows, "arm").items()
+        for (arm,), seeds in group_rows(rows, "arm").items()
         for name in names
     ]  # fmt: skip
     return markdown_table(["arm", "sampler", *(f"{count} evaluations" for count in counts)], table)
@@ -143,7 +137,7 @@ def _format_exposure(rows: Rows) -> str:
     """Mean over the knots of the deviation of a ratio from 1, in per cent."""
     rows = [row for row in rows if "exposure" in row]
     table = []
-    for (arm,), seeds in _groups(rows, "arm").items():
+    for (arm,), seeds in group_rows(rows, "arm").items():
         for sampler in seeds[0]["exposure"]:
             cells = [
                 [
@@ -168,7 +162,7 @@ def format_coupling(rows: Rows) -> str:
     header = ["data", "pairs", "gradient variance, first step", "after training", "curvature"]
     header += ["error of 5 steps", "distance", "distance, 5 steps"]
     table = []
-    for (problem, name), seeds in _groups(rows, "problem", "coupling").items():
+    for (problem, name), seeds in group_rows(rows, "problem", "coupling").items():
         cells = [list(values) for values in zip(
             *(row["gradient"].values() for row in seeds), strict=True
         )]  # fmt: skip
@@ -191,7 +185,7 @@ def format_input_scale(rows: Rows) -> str:
     keys = ("trajectories", "losses", "plain")
     table = [
         [f"{b:g}", *(f"{max(row[key] for row in seeds):.1e}" for key in keys)]
-        for (b,), seeds in _groups(rows, "b").items()
+        for (b,), seeds in group_rows(rows, "b").items()
     ]
     return markdown_table(["b", "trajectories", "losses", "losses, input not normalised"], table)
 
@@ -216,7 +210,7 @@ def format_guided(rows: Rows) -> str:
         "psnr": 1,
     }
     table = []
-    for (rule, scale), seeds in _groups(rows, "rule", "scale").items():
+    for (rule, scale), seeds in group_rows(rows, "rule", "scale").items():
         cells = [
             mean_and_half_range([row[key] for row in seeds if row[key] is not None], digits)
             for key, digits in columns.items()
@@ -235,7 +229,7 @@ def format_likelihood(rows: Rows) -> str:
         The table as Markdown.
     """
     table = []
-    for (data, steps, name), seeds in _groups(rows, "data", "steps", "dequantisation").items():
+    for (data, steps, name), seeds in group_rows(rows, "data", "steps", "dequantisation").items():
         cells = [
             mean_and_half_range([row[key] for row in seeds], digits)
             for key, digits in (("bits", 3), ("error", 3), ("evaluations", 0))
@@ -256,7 +250,7 @@ def format_oracles(rows: Rows) -> str:
     """
     counts = list(rows[0]["errors"])
     table = []
-    for (problem, method), groups in _groups(rows, "problem", "method").items():
+    for (problem, method), groups in group_rows(rows, "problem", "method").items():
         cells = [
             mean_and_half_range([row["errors"][count] for row in groups], 4) for count in counts
         ]
