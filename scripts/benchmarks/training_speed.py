@@ -91,23 +91,19 @@ def measure_training(pairs: int = 60, steps: int = 1) -> list[Comparison]:
     """
     from benchmarks.sides.diffusers_loop import DiffusersLoop
 
-    check_pairs(pairs)
-    if steps < 1:
-        raise ValueError(f"steps is {steps}, expected at least 1")
-    clock = perf_counter if torch.accelerator.is_available() else process_time
+    _check_steps(pairs, steps)
     with TemporaryDirectory() as folder:
         state = digits_state(Path(folder))
         bare = BareLoop(state.accelerator.device)
         example = DiffusersLoop()
-        ours = repeat(step_function(state), steps)
+        ours = step_function(state)
         found = []
         for name, bound, step in (
             ("bare PyTorch", round(1 / 0.98, 3), bare.step),
             ("diffusers' train_unconditional", 1.0, example.step),
         ):
-            seconds = time_pairs(ours, repeat(step, steps), pairs, clock=clock)
-            each = (tuple(value / steps for value in side) for side in seconds)
-            found.append(Comparison(f"training step beside {name}", bound, *each))
+            seconds = _time_steps(ours, step, pairs, steps, _processor_clock())
+            found.append(Comparison(f"training step beside {name}", bound, *seconds))
             state.window.restore(None)
             bare.history.clear()
         return found
@@ -129,23 +125,45 @@ def measure_loops(
     Raises:
         ValueError: a number is too small.
     """
-    check_pairs(pairs)
-    clock = perf_counter if torch.accelerator.is_available() else process_time
+    _check_steps(pairs, steps)
     found, absent = [], []
     with TemporaryDirectory() as folder:
         state = digits_state(Path(folder))
-        ours = repeat(step_function(state), steps)
+        ours = step_function(state)
         for name, build in loops.items():
             try:
                 loop = build()
             except ImportError as error:
                 absent.append(f"{name} ({error})")
                 continue
-            seconds = time_pairs(ours, repeat(loop.step, steps), pairs, clock=clock)
-            each = (tuple(value / steps for value in side) for side in seconds)
-            found.append(Comparison(f"training step beside {name}", 1.0, *each))
+            seconds = _time_steps(ours, loop.step, pairs, steps, _processor_clock())
+            found.append(Comparison(f"training step beside {name}", 1.0, *seconds))
             state.window.restore(None)
     return found, absent
+
+
+def _check_steps(pairs: int, steps: int) -> None:
+    check_pairs(pairs)
+    if steps < 1:
+        raise ValueError(f"steps is {steps}, expected at least 1")
+
+
+def _processor_clock() -> Callable[[], float]:
+    """Processor seconds, which other programs hardly change; with an accelerator, real seconds."""
+    return perf_counter if torch.accelerator.is_available() else process_time
+
+
+def _time_steps(
+    ours: Callable[[], object],
+    other: Callable[[], object],
+    pairs: int,
+    steps: int,
+    clock: Callable[[], float] = perf_counter,
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Seconds of one step of both sides in each pair of `steps` steps."""
+    seconds = time_pairs(repeat(ours, steps), repeat(other, steps), pairs, clock=clock)
+    each, others = (tuple(value / steps for value in side) for side in seconds)
+    return each, others
 
 
 def measure_memory(steps: int = 10) -> dict[str, float]:
@@ -203,9 +221,8 @@ def compare_training(state: TrainState, pairs: int, steps: int) -> Comparison:
         Seconds of one step.
     """
     bare = BareLoop(state.accelerator.device)
-    seconds = time_pairs(repeat(step_function(state), steps), repeat(bare.step, steps), pairs)
-    each = (tuple(value / steps for value in side) for side in seconds)
-    return Comparison(f"training step, batch {state.settings.batch_size}", 1.03, *each)
+    seconds = _time_steps(step_function(state), bare.step, pairs, steps)
+    return Comparison(f"training step, batch {state.settings.batch_size}", 1.03, *seconds)
 
 
 def compare_draws(state: TrainState, pairs: int, warmup: int = WARMUP_PAIRS) -> Comparison:

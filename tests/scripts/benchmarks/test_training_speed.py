@@ -1,5 +1,7 @@
 """Training beside bare PyTorch: both sides do the same work; no times are tested."""
 
+from functools import partial
+
 import pytest
 import torch
 from benchmarks.sides.bare_loop import BareLoop
@@ -7,7 +9,9 @@ from benchmarks.training_speed import (
     compare_draws,
     digits_state,
     measure_intervals,
+    measure_loops,
     measure_overhead,
+    measure_training,
     step_function,
 )
 
@@ -18,6 +22,13 @@ from diffcore.training.reports.reporting import SCALARS
 def test_bad_arguments_are_refused_before_training_is_prepared(wrong):
     with pytest.raises(ValueError, match="expected at least"):
         measure_overhead(**wrong)
+
+
+@pytest.mark.parametrize("wrong", ({"pairs": 29}, {"steps": 0}), ids=str)
+def test_bad_arguments_of_the_training_benchmarks_are_refused(wrong):
+    for measure in (measure_training, partial(measure_loops, {})):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} is"):
+            measure(**wrong)
 
 
 @pytest.mark.parametrize("wrong", ({"pairs": 29}, {"samples": 0}), ids=str)
