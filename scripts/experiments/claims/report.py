@@ -108,11 +108,12 @@ def format_arms(rows: Rows) -> str:
 
 def _format_distances(rows: Rows) -> str:
     points = sorted({int(point) for row in rows for point in row["distances"]})
-    header = ["arm", *(f"{point} steps" for point in points), "held-out, last"]
+    header = ["arm", *(f"{n} steps" for n in points), "held-out, 1000 steps", "held-out, last"]
     table = []
     for (arm,), seeds in group_rows(rows, "arm").items():
         curves = [row["distances"] for row in seeds]
         cells = [[c[str(point)][0] for c in curves if str(point) in c] for point in points]
+        cells.append([curve["1000"][1] for curve in curves])
         cells.append([list(curve.values())[-1][1] for curve in curves])
         table.append([arm, *(mean_and_half_range(cell, 1) for cell in cells)])
     return markdown_table(header, table)

@@ -1,9 +1,10 @@
 """The tables of claims."""
 
+import re
 from pathlib import Path
 
 import pytest
-from experiments.claims.report import REPORTS, format_speed_ups, speed_up
+from experiments.claims.report import REPORTS, TRAINING_PAIRS, format_speed_ups, speed_up
 from experiments.claims.studies import STUDIES
 from experiments.study import read_measurements
 
@@ -43,6 +44,32 @@ def test_the_stored_measurements_of_each_study_have_a_table(path):
     rows = read_measurements(path)
     assert {row["seed"] for row in rows} == {0, 1, 2}
     assert REPORTS[path.stem.removeprefix("claims-")](rows).startswith("| ")
+
+
+def numbers(text):
+    """All `mean ± half range` of a text, with the digits after their points."""
+    found = re.findall(r"(\d+(?:\.\d+)?)\s±\s(\d+(?:\.\d+)?)", text)
+    return {tuple((float(n), len(n.partition(".")[2])) for n in pair) for pair in found}
+
+
+def test_every_mean_of_the_page_is_that_of_the_measurements_or_of_another_page():
+    pages = [f"experiments/{name}.md" for name in ("training", "guidance", "zero-terminal-snr")]
+    texts = [(DOCS / page).read_text() for page in pages]
+    for name, report in REPORTS.items():
+        texts.append(report(read_measurements(DOCS / f"experiments/claims-{name}.jsonl")))
+    training = read_measurements(DOCS / "experiments/training.jsonl")
+    texts.append(format_speed_ups(training, TRAINING_PAIRS, 400))
+    known = numbers("\n".join(texts))
+
+    def is_rounded(cell, other):
+        return all(
+            digits <= places and abs(n - m) <= 0.5001 * 10**-digits
+            for (n, digits), (m, places) in zip(cell, other, strict=True)
+        )
+
+    page = numbers((DOCS / "claims.md").read_text())
+    assert len(page) > 150
+    assert [cell for cell in page if not any(is_rounded(cell, it) for it in known)] == []
 
 
 def test_every_study_has_a_report():
