@@ -1,17 +1,13 @@
 """Peak memory of fine-tuning by option, on a CPU.
 
-    python -m scripts.benchmarks.memory --network tiny
-    python -m scripts.benchmarks.memory --network large
-
 Each option runs in a process of its own, with one thread: the network of a pipeline is loaded, and
 two steps of its optimizer (AdamW unless another is named) are taken on random latents
 (2, 4, 32, 32) and random text states. Reported is the greatest resident set minus that before the
-network was loaded, as a row of a Markdown table. Before, the process takes the same steps with a
-network of 0.04 million parameters, so that the libraries of the option are imported. An option
-whose package is not installed is "not measured".
+network was loaded. Before, the process takes the same steps with a network of 0.04 million
+parameters, so that the libraries of the option are imported. An option whose package is not
+installed is "not measured".
 """
 
-import argparse
 import multiprocessing
 import resource
 import tempfile
@@ -179,18 +175,3 @@ def measure_options(network: str) -> tuple[float, dict[str, str]]:
             except (ImportError, RuntimeError, ValueError) as error:  # nf4 needs a GPU
                 found[option] = f"not measured: {error}".partition("\n")[0]
     return count / 1e6, found
-
-
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--network", choices=WIDTHS, default="tiny")
-    arguments = parser.parse_args()
-    millions, found = measure_options(arguments.network)
-    print(f"| {millions:.1f} million parameters | peak, MiB |\n|---|---|")
-    for option, peak in found.items():
-        print(f"| {option} | {peak} |")
-
-
-if __name__ == "__main__":
-    main()

@@ -56,7 +56,7 @@ PARTS = (
     Part("pipeline", "pipeline --threads 1 --pairs 200", "--pairs 30"),
     Part("guidance", "guidance --samples 16 --pairs 30 --threads 1", "--samples 1"),
     Part("folder", "folder --repeats 3", "--repeats 1 --images 2000"),
-    Part("memory", "memory", "--networks tiny"),
+    Part("memory", "memory --networks tiny large --threads 1", "--networks tiny"),
     Part("accuracy", "accuracy --starts 128 --threads 1 --peers", "--starts 4 --counts 5 10"),
 )
 
@@ -116,7 +116,6 @@ def _measure(part: Part, docs: Path, quick: bool) -> dict[str, Any]:
         command = [sys.executable, str(SCRIPT), *words, "--out", str(out)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         facts: dict[str, Any] = json.loads(out.read_text("utf-8"))
-    facts["command"] = "python scripts/benchmark.py " + " ".join(words)
     return facts
 
 
@@ -226,9 +225,7 @@ def draw_ratios(measured: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         measured: facts by the name of the benchmark.
         path: image to write.
     """
-    from matplotlib import pyplot
-
-    from diffcore.report.figures import create_figure
+    from diffcore.report.figures import create_figure, save_figure
 
     rows = [
         (f"{each['name']} ({name})", each)
@@ -248,6 +245,4 @@ def draw_ratios(measured: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     axis.set_yticks(range(len(rows)), [name for name, _ in reversed(rows)], fontsize=8)
     axis.axvline(1, color="0.8", zorder=0)
     axis.set(xlabel="time of diffcore over the other side; the red mark is the target")
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    save_figure(figure, path, dpi=110)

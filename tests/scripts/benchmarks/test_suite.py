@@ -52,6 +52,30 @@ def test_every_benchmark_has_a_command_that_the_script_accepts(monkeypatch):
             assert callable(parser.parse_args([*words.split(), "--out", "x.json"]).measure)
 
 
+def test_the_stored_measurements_are_plain_json_and_those_of_the_page():
+    """Start-up is not stored yet; the regressions of a run are not stored either."""
+
+    def refuse(name):
+        raise ValueError(f"{name} is not JSON")
+
+    page, measured = (ROOT / "docs/benchmarks.md").read_text(), {}
+    for part in suite.PARTS:
+        path = ROOT / f"docs/benchmarks/{part.name}.json"
+        if not path.is_file():
+            continue
+        stored = json.loads(path.read_text(), parse_constant=refuse)
+        assert stored["command"] == f"python scripts/benchmark.py {part.words}"
+        block = page.partition(f"<!-- benchmark {part.name} -->")[2].partition("<!-- end -->")[0]
+        for each in stored.get("comparisons", ()):
+            low, high = each["interval"]
+            cells = f" | {each['ratio']:.3f} | {low:.3f} to {high:.3f} | "
+            (row,) = (line for line in block.splitlines() if line.startswith(f"| {each['name']} |"))
+            assert cells in row, each["name"]
+            assert row.endswith(f" {each['verdict']} |") or part.name == "guidance", each["name"]
+        measured[part.name] = stored
+    assert suite._summary(measured, []) in page
+
+
 def test_a_block_is_replaced_between_its_markers():
     page = "a\n<!-- benchmark x -->\nold \\1\n<!-- end -->\nb\n<!-- benchmark y -->\n<!-- end -->\n"
     new = suite.replace_block(page, "x", "| \\d |\n")
