@@ -266,10 +266,10 @@ class LatentDataset(DataSource):
         """Read the text embeddings.
 
         Returns:
-            The bank that a label is an index into; its last row is the null condition. None if
-            `text` is tokens, which the network encodes.
+            The bank that a label is an index into; its last row is the null condition. None without
+            captions, or if `text` is tokens, which the network encodes.
         """
-        return self.encoding.bank(self.texts)
+        return self.encoding.bank(self.texts) if self.texts else None
 
     def label_wrapper(self, device: torch.device) -> Callable[[nn.Module], nn.Module]:
         """A function that wraps a text-conditional network so that it accepts labels.

@@ -201,7 +201,7 @@ class Mixture(DataSource):
             ValueError: the network encodes the captions of some data sets, and not of others.
         """
         banks = [source.prompts() for source in self.sources]
-        if not self.texts or all(bank is None for bank in banks):
+        if all(bank is None for bank in banks):
             return None
         if any(bank is None for bank in banks):
             raise ValueError(

@@ -184,6 +184,13 @@ def test_a_mixture_is_the_same_on_every_number_of_ranks():
     assert by_row(1) == by_row(2) == by_row(3)
 
 
+def test_a_mixture_of_latents_with_classes_leaves_the_network_as_it_is(captioned):
+    mixture = Mixture([latent_dataset(captioned, captions=False)] * 2)
+    network = torch.nn.Identity()
+    assert mixture.label_wrapper(torch.device("cpu"))(network) is network
+    assert mixture.prompts() is None
+
+
 def test_captions_of_a_mixture_are_joined_in_one_bank(captioned):
     first = latent_dataset(captioned)
     (captioned / "more").mkdir()
