@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from diffcore.core.denoiser import extract_tensor
-from diffcore.core.network import ExportableNetwork, keep_trained_state
+from diffcore.core.network import ExportableNetwork, keep_trained_state, leave_label_dropout
 from diffcore.core.process import Process, VarianceType
 from diffcore.integrations.diffusers.adapters.files import ADAPTER
 from diffcore.integrations.diffusers.adapters.lora import LoRA, TextLoRA
@@ -95,6 +95,7 @@ class PretrainedNetwork(ExportableNetwork):
             )
         self.base = base
         self.network: Any = read_base(self.index, base)
+        leave_label_dropout(self.network)
         self.config, self.variance = self.network.config, variance
         _check_variance(variance, self.config, pipeline)
         self.text_encoders = self._read_text_encoders() if trains_text else None
