@@ -55,6 +55,7 @@ class TextEncoders(nn.Module):
         self.tokenizers: dict[str, Any] = {
             name: index.read(name.replace("text_encoder", "tokenizer")) for name in self.names
         }
+        self.tokens: dict[tuple[str, ...], dict[str, Tensor]] = {}
         self.embeddings: dict[str, ExtendedEmbedding] = {}
         for name in self.names:
             encoder = index.read(name).requires_grad_(False)
@@ -67,7 +68,7 @@ class TextEncoders(nn.Module):
             self.add_module(name, encoder)
 
     def tokenize(self, texts: Sequence[str], negative: str = "") -> dict[str, Tensor]:
-        """Tokenise prompts as the pipeline does.
+        """Tokenise prompts as the pipeline does, once: validation and previews come back to them.
 
         Args:
             texts: K prompts.
@@ -77,9 +78,16 @@ class TextEncoders(nn.Module):
         Returns:
             `tokens.NAME` of each text encoder -> (K + 1, L) ids; `tokens.is_zero` -> (K + 1,).
         """
-        is_zero = torch.zeros(len(texts) + 1, dtype=torch.bool)
-        is_zero[-1] = self.has_zeros and not negative
-        prompts = [self.word.expand(text) for text in (*texts, negative)]
+        prompts = (*texts, negative)
+        if prompts not in self.tokens:
+            self.tokens[prompts] = self._tokenize(prompts)
+        return self.tokens[prompts]
+
+    def _tokenize(self, texts: tuple[str, ...]) -> dict[str, Tensor]:
+        """The tokens of texts, of which the last is that of the null condition."""
+        is_zero = torch.zeros(len(texts), dtype=torch.bool)
+        is_zero[-1] = self.has_zeros and not texts[-1]
+        prompts = [self.word.expand(text) for text in texts]
         tokens = {
             f"{TOKENS}.{name}": tokenizer(
                 prompts,
@@ -121,9 +129,8 @@ class TextEncoders(nn.Module):
             The pipeline.
         """
         for name in self.names:
-            setattr(
-                pipeline, name, self.get_submodule(name).cpu()
-            )  # as `read_text_pipeline` reads them
+            # On the host, as `read_text_pipeline` reads them.
+            setattr(pipeline, name, self.get_submodule(name).cpu())
             setattr(pipeline, name.replace("text_encoder", "tokenizer"), self.tokenizers[name])
         return pipeline
 

@@ -83,6 +83,15 @@ def test_encoded_tokens_are_what_the_pipeline_encodes(folder, name):
     assert bank.texts == tuple(texts)
 
 
+def test_prompts_are_tokenised_once_and_other_ones_anew(folder):
+    made = PretrainedNetwork(folder / "sd", word=WORD)
+    expected = made.tokenize(["a <cat>"], "", 16).tensors
+    made.text_encoders.tokenizers["text_encoder"] = None
+    assert_equal_arguments(made.tokenize(["a <cat>"], "", 16).tensors, expected, rtol=0, atol=0)
+    with pytest.raises(AttributeError, match="model_max_length"):  # there is no tokenizer
+        made.tokenize(["a <cat>"], "bad", 16)
+
+
 @pytest.mark.parametrize("name", ["sd", "sdxl"])
 def test_diffusers_loads_the_adapters_and_the_new_word_and_gives_the_same_outputs(
     folder, tmp_path, name
@@ -215,7 +224,7 @@ def test_the_frozen_hash_contains_the_text_encoders_that_are_trained(folder):
     index = PipelineIndex(folder / "sd")
     made = PretrainedNetwork(folder / "sd", LoRA(2), text_lora=TextLoRA(2))
     assert made.content_hash == index.weights_hash("unet", "text_encoder")
-    assert PretrainedNetwork(folder / "sd", LoRA(2)).content_hash == index.network_hash
+    assert PretrainedNetwork(folder / "sd", LoRA(2)).content_hash == index.weights_hash("unet")
 
 
 @pytest.mark.parametrize(
