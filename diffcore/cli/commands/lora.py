@@ -178,8 +178,9 @@ def _base(request: BaseRequest) -> None:
         raise ValueError(f"{run.folder} trained no network of a pipeline: it has no base")
     checkpoints = checkpoint_folders(run.checkpoints)
     expected = read_manifest(checkpoints[-1])["state"].get("network") if checkpoints else None
-    frozen = (index.network_hash, index.weights_hash(index.network_name, *index.text_encoders))
-    if expected and expected not in frozen:
+    # A generator: files of many gigabytes are hashed only until one of the two fits.
+    parts = ([index.network_name], [index.network_name, *index.text_encoders])
+    if expected and expected not in (index.weights_hash(*names) for names in parts):
         raise ValueError(
             f"the network in {index.folder} has other weights than the one that {run.folder} was "
             "trained for: name the folder to which its pipeline was moved"

@@ -146,8 +146,8 @@ def exact_pattern(layer: str, layers: Iterable[str]) -> str:
 
 
 def _models(index: PipelineIndex) -> Models:
-    encoders = sorted(name for name in index.parts if name.startswith("text_encoder"))
-    return {name: index.read_architecture(name) for name in (index.network_name, *encoders)}
+    names = (index.network_name, *index.text_encoders)
+    return {name: index.read_architecture(name) for name in names}
 
 
 def _place(models: Models, part: str, *layers: str) -> Place:

@@ -80,7 +80,7 @@ class TextCondition(ABC):
         """
         raise ValueError(
             f"the text encoders of a network conditioned on {self.summary} are not trained: train "
-            "a network of Stable Diffusion 1, 2 or XL, or leave text_lora and token out"
+            "a network of Stable Diffusion 1, 2 or XL, or leave text_lora and word out"
         )
 
     def unread_layers(self, name: str, encoder: nn.Module) -> tuple[str, ...]:

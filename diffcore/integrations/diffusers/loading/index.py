@@ -78,11 +78,6 @@ class PipelineIndex:
         """Names of the text encoders, sorted."""
         return sorted(name for name in self.parts if name.startswith("text_encoder"))
 
-    @property
-    def network_hash(self) -> str:
-        """Hashes of the files of the network's weights, in the order of their names."""
-        return self.weights_hash(self.network_name)
-
     def weights_hash(self, *names: str) -> str:
         """Hashes of the files of the weights of parts.
 
