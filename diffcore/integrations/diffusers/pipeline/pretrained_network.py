@@ -275,15 +275,12 @@ class PretrainedNetwork(ExportableNetwork):
     def _in_float32(self) -> nn.Module:
         """The network with the weights of the pipeline, which diffusers adds the adapter to."""
         network: nn.Module = self.network
-        if self.base != "float32":
-            made = PretrainedNetwork(
-                self.index.folder,
-                self.lora,
-                text_lora=self.text_lora,
-                word=self.word,
-                variance=self.variance,
-            )
-            made.load_state_dict(self.state_dict())
+        if self.base != "float32" and not self.lora.rank:
+            network = read_base(self.index, "float32")
+        elif self.base != "float32":
+            made = PretrainedNetwork(self.index.folder, self.lora)
+            state = self.state_dict()
+            made.load_state_dict({name: state[name] for name in made.state_dict()})
             network = made.network
         return network
 

@@ -218,6 +218,12 @@ def test_a_base_in_fewer_bits_keeps_the_text_encoders_in_float32(folder, tmp_pat
     assert_equal_arguments(made._encoded(tokens), exact._encoded(tokens), rtol=0, atol=0)
     difference = (made(X, TIME, **tokens) - exact(X, TIME, **tokens)).norm()
     assert 1e-4 < difference / exact(X, TIME, **tokens).norm() < 0.02
+    for own in (made, PretrainedNetwork(folder / "sd", word=WORD, base="bf16")):
+        expected = exact.network if own is made else PipelineIndex(folder / "sd").read("unet")
+        own.export(tmp_path, PROCESS)
+        sampled = own.exported_parts(tmp_path).network
+        states = torch.zeros(3, 12, 8)
+        assert torch.equal(sampled(X, TIME, states).sample, expected(X, TIME, states).sample)
 
 
 def test_the_frozen_hash_contains_the_text_encoders_that_are_trained(folder):
