@@ -334,7 +334,9 @@ def _build_modules(settings: "Trainer", label_wrapper: LabelWrapper) -> list[nn.
     if isinstance(modules[0], ExportableNetwork):
         modules[0].check_captions(settings.source.texts)
     check_network(modules[0], label_wrapper, settings.process)
-    if held_out := settings.validation.source:
+    held_out = settings.validation.source
+    # Without captions the network is evaluated with the arguments that were just checked.
+    if held_out is not None and (held_out.texts or settings.source.texts):
         wrapper = held_out.label_wrapper(torch.device("cpu"))
         check_network(modules[0], wrapper, settings.validation.process(settings.process))
     settings.compute.apply(modules[0])
