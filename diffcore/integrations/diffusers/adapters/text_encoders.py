@@ -119,20 +119,18 @@ class TextEncoders(nn.Module):
             for name, value in arguments.items()
         }
 
-    def put_into(self, pipeline: Any) -> Any:
-        """Replace the text encoders and tokenizers of a pipeline by these, on the host, in place.
-
-        Args:
-            pipeline: pipeline of diffusers.
+    def components(self) -> dict[str, Any]:
+        """The components of a pipeline that these are.
 
         Returns:
-            The pipeline.
+            Name -> text encoder, which is moved to the host, or tokenizer.
         """
+        found: dict[str, Any] = {}
         for name in self.names:
             # On the host, as `read_text_pipeline` reads them.
-            setattr(pipeline, name, self.get_submodule(name).cpu())
-            setattr(pipeline, name.replace("text_encoder", "tokenizer"), self.tokenizers[name])
-        return pipeline
+            found[name] = self.get_submodule(name).cpu()
+            found[name.replace("text_encoder", "tokenizer")] = self.tokenizers[name]
+        return found
 
     def adapter_arguments(self) -> dict[str, Any]:
         """The arguments of diffusers' `save_lora_weights` for the adapters of the text encoders.

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import diffusers
@@ -117,12 +118,17 @@ def network_of(pipeline: Any) -> nn.Module:
     return networks[0]
 
 
-def read_folder(folder: str | Path, network: nn.Module | None = None) -> PipelineParts:
+def read_folder(
+    folder: str | Path,
+    network: nn.Module | None = None,
+    text_parts: Mapping[str, Any] = MappingProxyType({}),
+) -> PipelineParts:
     """Read the parts of a saved pipeline.
 
     Args:
         folder: folder that `save_pretrained` wrote.
         network: network that takes the place of the folder's, whose weights are then not read.
+        text_parts: text encoders and tokenizers by name that take the place of the folder's.
 
     Returns:
         Network and VAE with their weights, and the scheduler's config.
@@ -143,7 +149,7 @@ def read_folder(folder: str | Path, network: nn.Module | None = None) -> Pipelin
         network,
         config,
         vae,
-        lambda: read_text_pipeline(folder, index, {name: network, "vae": vae}),
+        lambda: read_text_pipeline(folder, index, {name: network, "vae": vae, **text_parts}),
         _process_fields(index.get("_class_name"), index),
     )
 

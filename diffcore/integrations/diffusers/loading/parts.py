@@ -5,6 +5,7 @@ transformers, weights are safetensors.
 """
 
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +67,13 @@ def text_pipeline_class(folder: str | Path, index: dict[str, Any]) -> Any:
     return cls
 
 
-def read_text_pipeline(
-    folder: str | Path, index: dict[str, Any], parts: dict[str, nn.Module | None]
-) -> Any:
+def read_text_pipeline(folder: str | Path, index: dict[str, Any], parts: Mapping[str, Any]) -> Any:
     """Read the pipeline that an index names, with its text encoders and given parts alone.
 
     Args:
         folder: the pipeline's folder.
         index: content of its model_index.json.
-        parts: network and VAE by name.
+        parts: network and VAE by name, and text encoders and tokenizers that are then not read.
 
     Returns:
         The pipeline of diffusers.
@@ -93,11 +92,11 @@ def read_text_pipeline(
     text = {
         key: read_part(folder, key, index)
         for key in parameters
-        if key.startswith(TEXT_COMPONENTS) and is_present(index, key)
+        if key.startswith(TEXT_COMPONENTS) and is_present(index, key) and key not in parts
     }
     if "requires_safety_checker" in parameters:
         options["requires_safety_checker"] = False
-    return cls(**required | options | text | parts)
+    return cls(**required | options | text | dict(parts))
 
 
 def read_part(

@@ -266,11 +266,9 @@ class PretrainedNetwork(ExportableNetwork):
         """
         verify_folder(Path(folder) / "scheduler")
         scheduler = read_json(Path(folder) / "scheduler" / "scheduler_config.json")
-        parts = replace(read_folder(self.index.folder, self._in_float32()), scheduler=scheduler)
-        build, encoders = parts.pipeline, self.text_encoders
-        if build is None or encoders is None:
-            return parts
-        return replace(parts, pipeline=lambda: encoders.put_into(build()))
+        text = {} if self.text_encoders is None else self.text_encoders.components()
+        parts = read_folder(self.index.folder, self._in_float32(), text)
+        return replace(parts, scheduler=scheduler)
 
     def _in_float32(self) -> nn.Module:
         """The network with the weights of the pipeline, which diffusers adds the adapter to."""

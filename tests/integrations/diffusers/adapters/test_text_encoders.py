@@ -2,6 +2,7 @@
 diffusers loads what is written.
 """
 
+import shutil
 from functools import partial
 
 import diffusers
@@ -132,6 +133,17 @@ def test_diffusers_loads_the_adapters_and_the_new_word_and_gives_the_same_output
     assert_equal_arguments(
         encode_prompts(merged, *prompts).arguments(LABELS), expected, rtol=1e-5, atol=1e-5
     )
+
+
+def test_text_encoders_that_are_replaced_are_not_read_again(folder, tmp_path):
+    shutil.copytree(folder / "sdxl", tmp_path / "pipeline")
+    made = PretrainedNetwork(tmp_path / "pipeline", word=WORD)
+    shutil.copytree(folder / "sdxl/scheduler", tmp_path / "run/scheduler")
+    for path in (tmp_path / "pipeline").glob("text_encoder*/*.safetensors"):
+        path.unlink()
+    pipe = made.exported_parts(tmp_path / "run").pipeline()
+    assert pipe.text_encoder_2 is made.text_encoders.text_encoder_2
+    assert "<cat>_1" in pipe.tokenizer_2.get_vocab()
 
 
 def test_a_word_without_an_adapter_is_added_to_its_pipeline_and_to_no_other(folder, tmp_path):
