@@ -9,7 +9,12 @@ from torch import nn
 
 from diffcore.core.denoiser import DenoiserWrapper
 from diffcore.core.prediction import Prediction
-from diffcore.evaluation.flow.comparison_table import format_cases, name_sampler
+from diffcore.evaluation.flow.comparison_table import (
+    View,
+    draw_samplers,
+    format_cases,
+    name_sampler,
+)
 from diffcore.evaluation.flow.exact_flow import rms_distance, solve_flow
 from diffcore.evaluation.flow.sampler_comparison import SamplerComparison, steps_within
 from diffcore.guidance import APG, CFG, CFGPlusPlus, Interval
@@ -157,6 +162,19 @@ def test_the_flow_of_each_first_level_is_solved_once():
     assert first.distance.median < 0.05
     other = compare([UniPC(2)], counts=(12,), grid=UniformBlend(), flow_steps=4)[0]
     assert rms_distance(first.flow.x, other.flow.x).median() > 0.01
+
+
+def test_the_flow_that_samplers_share_is_decoded_once():
+    decoded = []
+
+    def decode(x):
+        decoded.append(x)
+        return x
+
+    cases = compare([DDIM(), Heun()], counts=(4,), flow_steps=4)
+    draw_samplers(cases, View(mixture().process, decode=decode))
+    assert len(decoded) == 3
+    assert sum(torch.equal(x, cases[0].flow.x.float()) for x in decoded) == 1
 
 
 class Broken(DenoiserWrapper):

@@ -152,10 +152,12 @@ def draw_samplers(cases: Sequence[Case], view: View) -> Image:
     columns = [str(case.count) for case in rows[0]]
     tiles = [[view.tile(case.x) for case in row] for row in rows]
     flows = [next((case.flow for case in reversed(row) if case.flow), None) for row in rows]
-    if any(flow is not None for flow in flows):
+    distinct = {id(flow): flow for flow in flows if flow is not None}  # the rows share theirs
+    drawn = {key: view.tile(flow.x) for key, flow in distinct.items()}
+    if drawn:
         columns.append("flow")
         for cells, flow in zip(tiles, flows, strict=True):
-            cells.append(None if flow is None else view.tile(flow.x))
+            cells.append(drawn.get(id(flow)))
     return draw_table(tiles, [_sampler(row[0]) for row in rows], columns, EVALUATIONS)
 
 
