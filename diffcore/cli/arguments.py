@@ -1,9 +1,10 @@
 """Command-line words before jsonargparse reads them: spelling of names, and repeated options."""
 
+import json
 import re
 from collections.abc import Sequence
 
-__all__ = ["extract_option", "normalize_options", "wants_help"]
+__all__ = ["extract_option", "join_option", "normalize_options", "wants_help"]
 
 
 def normalize_options(argv: Sequence[str]) -> list[str]:
@@ -50,6 +51,29 @@ def extract_option(
             raise ValueError(f"--{name} expects {expected}")
         values.append(following)
     return values, others
+
+
+def join_option(
+    argv: Sequence[str], name: str, expected: str, *, may_be_empty: bool = False
+) -> list[str]:
+    """Replace every `--NAME VALUE` by one option with the list of the values.
+
+    Args:
+        argv: command-line words.
+        name: name of the option, without dashes.
+        expected: what the option expects, for the error message.
+        may_be_empty: whether an empty text is a value.
+
+    Returns:
+        The words, with the list last.
+
+    Raises:
+        ValueError: an option has no value.
+    """
+    values, words = extract_option(argv, name, expected, may_be_empty=may_be_empty)
+    if values:
+        words.append(f"--{name}={json.dumps(values, ensure_ascii=False)}")
+    return words
 
 
 def wants_help(argv: Sequence[str]) -> bool:

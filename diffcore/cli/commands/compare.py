@@ -1,6 +1,5 @@
 """`diffcore compare`: samplers, numbers of evaluations and guidance rules on one network."""
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from diffcore.cli.arguments import extract_option
+from diffcore.cli.arguments import join_option
 from diffcore.cli.commands.sample import find_device, read_rank
 from diffcore.cli.condition_files import NamedValues
 from diffcore.cli.evaluation.record import (
@@ -93,12 +92,8 @@ def main(argv: Sequence[str]) -> None:
         argv: command-line words after `compare`.
     """
     parser = _parser()
-    prompts, words = extract_option(argv, "prompt", "a text", may_be_empty=True)
-    if prompts:
-        words.append(f"--prompt={json.dumps(prompts, ensure_ascii=False)}")
-    adapters, words = extract_option(words, "lora", "the file of an adapter")
-    if adapters:
-        words.append(f"--lora={json.dumps(adapters, ensure_ascii=False)}")
+    words = join_option(argv, "prompt", "a text", may_be_empty=True)
+    words = join_option(words, "lora", "the file of an adapter")
     words = ["CFG(1)" if word == "none" else word for word in words]
     arguments = parse_with_run_defaults(parser, words, lambda folder: _defaults(folder, parser))
     request = ComparisonRequest(

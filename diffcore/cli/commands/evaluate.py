@@ -1,13 +1,12 @@
 """`diffcore evaluate`: compare samples of a run, a pipeline or a folder with real images."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from diffcore.cli.arguments import extract_option
+from diffcore.cli.arguments import extract_option, join_option
 from diffcore.cli.commands.sample import find_device, read_rank
 from diffcore.cli.evaluation.data import is_run, read_images
 from diffcore.cli.evaluation.record import (
@@ -71,12 +70,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("folder", type=str, metavar="FOLDER", help="run, pipeline or images")
     parser.add_class_arguments(EvaluationRequest)
     parser.add_class_arguments(SampleRequest, skip=NOT_USED)
-    prompts, words = extract_option(argv, "prompt", "a text", may_be_empty=True)
+    words = join_option(argv, "prompt", "a text", may_be_empty=True)
     bounds, words = extract_option(words, "require", "a bound such as label_accuracy>=0.9")
     check_bounds(bounds)
     words = ["--force=true" if word == "--force" else word for word in words]
-    if prompts:
-        words.append(f"--prompt={json.dumps(prompts, ensure_ascii=False)}")
     arguments = parse_with_run_defaults(parser, words, _read_settings)
     names = EvaluationRequest.__dataclass_fields__
     request = EvaluationRequest(**{name: arguments.pop(name) for name in names})

@@ -1,6 +1,5 @@
 """`diffcore sample`: draw samples of a run or a diffusers pipeline by label, prompt and seed."""
 
-import json
 import math
 import os
 import sys
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from diffcore.cli.arguments import extract_option
+from diffcore.cli.arguments import join_option
 from diffcore.cli.condition_files import NamedValues
 from diffcore.cli.image_model import (
     ImageModel,
@@ -73,12 +72,8 @@ def main(argv: Sequence[str]) -> None:
         "run", type=str, metavar="RUN", help="folder of a run or of a diffusers pipeline"
     )
     parser.add_class_arguments(SampleRequest)
-    prompts, words = extract_option(argv, "prompt", "a text", may_be_empty=True)
-    if prompts:
-        words.append(f"--prompt={json.dumps(prompts, ensure_ascii=False)}")
-    adapters, words = extract_option(words, "lora", "the file of an adapter")
-    if adapters:
-        words.append(f"--lora={json.dumps(adapters, ensure_ascii=False)}")
+    words = join_option(argv, "prompt", "a text", may_be_empty=True)
+    words = join_option(words, "lora", "the file of an adapter")
     arguments = parse_with_run_defaults(parser, words, read_sampling_settings)
     arguments.pop("config", None)
     folder = Path(arguments.pop("run"))
