@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.network import ExportableNetwork
 from diffcore.core.process import Process
+from diffcore.guidance import Guidance, load_weaker_networks
 from diffcore.run import AVERAGED, Run
 from diffcore.sampling import images
 
@@ -22,6 +23,7 @@ __all__ = [
     "ImageModel",
     "PipelineOptions",
     "is_pipeline",
+    "load_guidance",
     "load_image_model",
     "read_sampling_settings",
 ]
@@ -174,6 +176,22 @@ def load_image_model(
             "leave them out"
         )
     return ImageModel(denoiser)
+
+
+def load_guidance(rule: Guidance, options: PipelineOptions, device: torch.device) -> Guidance:
+    """Load the weaker networks that a rule names.
+
+    Args:
+        rule: guidance rule.
+        options: prompts and image size, which those networks have too.
+        device: device of the networks.
+
+    Returns:
+        The rule with its networks.
+    """
+    return load_weaker_networks(
+        rule, lambda weaker: load_image_model(Path(weaker), options, device).denoiser
+    )
 
 
 def _pipeline_network(run: Run, weights: str) -> nn.Module:

@@ -18,7 +18,12 @@ from diffcore.cli.evaluation.record import (
     weights_facts,
     write_record,
 )
-from diffcore.cli.image_model import ImageModel, load_image_model, read_sampling_settings
+from diffcore.cli.image_model import (
+    ImageModel,
+    load_guidance,
+    load_image_model,
+    read_sampling_settings,
+)
 from diffcore.cli.run_defaults import parse_with_run_defaults
 from diffcore.cli.sample_request import MAXIMUM_COUNT, SampleRequest
 from diffcore.evaluation.flow.comparison_table import (
@@ -30,7 +35,7 @@ from diffcore.evaluation.flow.comparison_table import (
     format_cases,
 )
 from diffcore.evaluation.flow.sampler_comparison import Case, SamplerComparison
-from diffcore.guidance import Guidance, load_weaker_networks
+from diffcore.guidance import Guidance
 from diffcore.io.parser import ComponentParser
 from diffcore.io.specs import describe_component, to_spec
 from diffcore.samplers import DDIM, DPMSolverPP, Heun, Sampler, UniPC
@@ -186,7 +191,7 @@ def _compare(
     labels = _labels(sampling, model)
     named = NamedValues.read(sampling.condition, model.denoiser.process)
     keys = _sample_keys(request, labels or [model.denoiser.process.classes], named.count)
-    loaded = [_load(rule, sampling, device) for rule in rules]
+    loaded = [load_guidance(rule, options, device) for rule in rules]
     comparison = SamplerComparison(
         model.denoiser,
         [key.seed for key in keys],
@@ -217,14 +222,6 @@ def _compare(
     }
     write_record(out / "comparison.json", record)
     print(f"results -> {out / 'comparison.json'}, pictures -> {', '.join(map(str, written))}")
-
-
-def _load(rule: Guidance, sampling: SampleRequest, device: torch.device) -> Guidance:
-    """A rule with the weaker networks that it names."""
-    options = sampling.pipeline_options
-    return load_weaker_networks(
-        rule, lambda weaker: load_image_model(Path(weaker), options, device).denoiser
-    )
 
 
 def _labels(sampling: SampleRequest, model: ImageModel) -> list[int] | None:

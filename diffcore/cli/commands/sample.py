@@ -17,13 +17,14 @@ from diffcore.cli.arguments import join_option
 from diffcore.cli.condition_files import NamedValues
 from diffcore.cli.image_model import (
     ImageModel,
+    load_guidance,
     load_image_model,
     read_sampling_settings,
 )
 from diffcore.cli.run_defaults import parse_with_run_defaults
 from diffcore.cli.sample_request import IntegerList, SampleRequest
 from diffcore.core.process import Process
-from diffcore.guidance import Guidance, find_networks, load_weaker_networks
+from diffcore.guidance import Guidance, find_networks
 from diffcore.io.files import hash_file
 from diffcore.io.parser import ComponentParser
 from diffcore.sampling import images, pictures
@@ -155,11 +156,7 @@ class SamplePlan:
         Returns:
             The plan.
         """
-        options = request.pipeline_options
-        guidance = load_weaker_networks(
-            request.guidance,
-            lambda weaker: load_image_model(Path(weaker), options, device).denoiser,
-        )
+        guidance = load_guidance(request.guidance, request.pipeline_options, device)
         return cls(model, guidance, request)
 
     @property
