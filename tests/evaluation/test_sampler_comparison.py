@@ -59,6 +59,11 @@ def test_the_solved_flow_is_that_of_a_gaussian_and_its_error_is_not_understated(
     assert errors[1] / errors[2] == pytest.approx(4, rel=0.3)
 
 
+def test_the_distance_is_the_root_mean_square_over_the_elements_of_each_sample():
+    x = torch.tensor([[[3.0, 4.0]], [[1.0, 1.0]]])
+    assert rms_distance(x, torch.ones(2, 1, 2)).tolist() == pytest.approx([6.5**0.5, 0])
+
+
 def test_the_flow_of_guidance_starts_and_ends_where_the_sampler_does():
     oracle, rule = mixture(), CFG(2.0)
 
