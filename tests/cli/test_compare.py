@@ -150,10 +150,12 @@ def test_a_pipeline_is_compared_by_its_prompts_in_latents(diffcore, tmp_path):
         folder
     )
     words = ("--samplers", "DDIM", "--steps", 2, "--n=2", "--repeats=1", "--flow-steps=2")
-    ended = diffcore("compare", folder, *words, "--prompt=a red cat", "--prompt=dogs")
+    prompts = ("--prompt=a red cat", "--prompt=dogs", "--negative=blur")
+    ended = diffcore("compare", folder, *words, *prompts)
     assert ended.status == 0, ended.err
     record = json.loads((tmp_path / "pipeline-comparison/comparison.json").read_text())
     assert record["prompts"] == ["a red cat", "dogs"]
+    assert (record["negative"], record["adapters"]) == ("blur", [])
     assert record["cases"][0]["distance"] > 0
     assert record["shape"][0] == 4  # channels of the latents
     with Image.open(tmp_path / "pipeline-comparison/samplers.png") as picture:

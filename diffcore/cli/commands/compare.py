@@ -217,6 +217,7 @@ def _compare(
     record = {
         "cases": [describe_case(case) for case in cases],
         **_describe_method(folder, request, sampling, model, keys),
+        **named.settings,
         "pictures": [path.name for path in written],
         "seconds": [describe_seconds(case) for case in cases],
     }
@@ -285,6 +286,8 @@ def _describe_method(
         "seeds": f"{keys[0].seed}-{keys[-1].seed}",
         "labels": sorted({key.label for key in keys}),
         "prompts": list(sampling.prompt),
+        "negative": sampling.negative,
+        "adapters": list(sampling.lora),
         "grid": to_spec(sampling.grid),
         "flow_steps": request.flow_steps,
         "shape": list(model.denoiser.process.shape),
