@@ -60,6 +60,16 @@ def test_the_channels_are_those_of_the_modes(tmp_path, mode, colour, suffix, cha
     assert chosen(tmp_path)[0] == (3, 32, 32)
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_a_learned_variance_doubles_the_outputs_of_the_network(tmp_path, given):
+    write(tmp_path / "1.png", (1, 2, 3), "RGB", (40, 33))
+    options = {"data": "ImageFolder", "data.folder": str(tmp_path)}
+    record = {} if given else {"process": {"variance": "learned"}}
+    options |= {"process.variance": "learned"} if given else {}
+    network = complete_settings(SETTINGS | record, options)["network"]["init_args"]
+    assert (network["in_channels"], network["out_channels"]) == (3, 6)
+
+
 @pytest.mark.parametrize(
     ("names", "classes"),
     [

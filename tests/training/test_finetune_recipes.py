@@ -5,7 +5,6 @@ import pytest
 import torch
 import yaml
 
-from diffcore.core.network import leave_label_dropout
 from diffcore.core.process import Process
 from diffcore.integrations.diffusers.adapters.files import ADAPTER, read_adapters, write_adapters
 from diffcore.integrations.diffusers.loading.index import PipelineIndex
@@ -219,7 +218,6 @@ def test_labels_are_dropped_by_the_process_and_not_by_the_network(workspace, pip
     from diffcore.integrations.diffusers import PretrainedNetwork
 
     network = PretrainedNetwork("tiny-dit").train()
-    leave_label_dropout(network)  # as a trainer does
     x, time = torch.randn(64, 4, 8, 8), torch.full((64,), 7.0)
     label = torch.full((64,), 1)
     outputs = [network(x, time, class_labels=label) for _ in range(2)]

@@ -5,6 +5,7 @@ import shutil
 import diffusers
 import pytest
 
+from diffcore.cli.family_recipe import expand_options
 from diffcore.cli.finetuning import complete_settings
 from diffcore.core.process import Process
 from diffcore.io.specs import from_spec
@@ -50,6 +51,22 @@ def test_the_settings_of_a_file_take_precedence_over_the_pipeline(workspace):
     completed = complete_settings({"data": data, "network": "mine.Net"}, "pipeline")
     assert completed["data"]["init_args"] == {"pipeline": "other"}
     assert completed["network"] == "mine.Net"
+
+
+@pytest.mark.parametrize(
+    ("words", "peak"),
+    [
+        (["--lora=4"], "0.0001"),
+        (["--text_lora=4"], "0.0001"),
+        (["--token=<cat>=cat"], "0.0005"),
+        (["--token=<cat>=cat", "--lora=4"], "0.0001"),
+        (["--token=<cat>=cat", "--lora=0"], "0.0005"),
+        (["--lora=0"], None),
+    ],
+)
+def test_the_learning_rate_of_an_adapter_or_a_new_word_is_its_own(words, peak):
+    found = [word for word in expand_options(words) if word.startswith("--lr.peak")]
+    assert found == ([] if peak is None else [f"--lr.peak={peak}"])
 
 
 @pytest.mark.parametrize("given", [{}, {"process.variance": "learned"}])

@@ -24,6 +24,8 @@ __all__ = ["TextEncoders"]
 
 IS_ZERO = "is_zero"
 """Entry of the tokens that is True for prompts whose encoding is zero."""
+KEPT = 4
+"""Number of sets of prompts whose tokens are kept: of training, validation, previews, another."""
 
 
 class TextEncoders(nn.Module):
@@ -80,6 +82,8 @@ class TextEncoders(nn.Module):
         """
         prompts = (*texts, negative)
         if prompts not in self.tokens:
+            if len(self.tokens) == KEPT:
+                del self.tokens[next(iter(self.tokens))]
             self.tokens[prompts] = self._tokenize(prompts)
         return self.tokens[prompts]
 

@@ -86,11 +86,16 @@ def test_encoded_tokens_are_what_the_pipeline_encodes(folder, name):
 
 def test_prompts_are_tokenised_once_and_other_ones_anew(folder):
     made = PretrainedNetwork(folder / "sd", word=WORD)
+    made.tokenize(["forgotten"], "", 16)
     expected = made.tokenize(["a <cat>"], "", 16).tensors
+    for text in "abc":
+        made.tokenize([text], "", 16)
     made.text_encoders.tokenizers["text_encoder"] = None
     assert_equal_arguments(made.tokenize(["a <cat>"], "", 16).tensors, expected, rtol=0, atol=0)
     with pytest.raises(AttributeError, match="model_max_length"):  # there is no tokenizer
         made.tokenize(["a <cat>"], "bad", 16)
+    with pytest.raises(AttributeError, match="model_max_length"):
+        made.tokenize(["forgotten"], "", 16)
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl"])
