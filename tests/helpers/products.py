@@ -4,7 +4,7 @@ The remaining combinations carry the marker `thorough` and run with `make test-t
 """
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from itertools import product
 from typing import Any
 
@@ -54,17 +54,37 @@ def thinned(cases: Sequence[Sequence[Any]], count: int) -> list[Any]:
     ]
 
 
-def _sample(indices: list[tuple[int, ...]], count: int) -> set[tuple[int, ...]]:
+def covered(cases: Sequence[Sequence[Any]], count: int) -> list[Any]:
+    """Part of a cross product, of which about `count` cases are not `thorough`.
+
+    Values are told apart by their text, and every value of every parameter is in those cases.
+
+    Args:
+        cases: values of the parameters of each case.
+        count: number of cases that run by default; more if a parameter needs more to be covered.
+
+    Returns:
+        One `pytest.param` per case, in their order.
+    """
+    names = [tuple(map(str, case)) for case in cases]
+    kept = _sample(names, count)
+    return [
+        pytest.param(*case, marks=() if name in kept else pytest.mark.thorough)
+        for name, case in zip(names, cases, strict=True)
+    ]
+
+
+def _sample(indices: Sequence[tuple[Hashable, ...]], count: int) -> set[tuple[Hashable, ...]]:
     """A fixed choice of `count` combinations in which every value of every axis occurs."""
     shuffled = list(indices)
     random.Random(0).shuffle(shuffled)
-    kept: set[tuple[int, ...]] = set()
-    covered: set[tuple[int, int]] = set()
+    kept: set[tuple[Hashable, ...]] = set()
+    seen: set[tuple[int, Hashable]] = set()
     for index in shuffled:
         values = set(enumerate(index))
-        if values - covered:
+        if values - seen:
             kept.add(index)
-            covered |= values
+            seen |= values
     for index in shuffled:
         if len(kept) >= count:
             break

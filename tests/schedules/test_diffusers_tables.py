@@ -56,7 +56,7 @@ PARTIAL_CONFIGS = {
 
 def table_cases() -> list:
     """(class name, arguments) of each class with a table, without repetitions; every second
-    case is `thorough`.
+    case of a class is `thorough`.
     """
     cases: dict[str, object] = {}
     for name in sorted(TABLES):
@@ -70,9 +70,9 @@ def table_cases() -> list:
             for label, c in PARTIAL_CONFIGS.items()
             if has_forms and "beta_schedule" in known
         }
-        for label, arguments in (whole | partial).items():
+        for number, (label, arguments) in enumerate((whole | partial).items()):
             key = f"{name}-{sorted(arguments.items(), key=str)}"
-            marks = pytest.mark.thorough if len(cases) % 2 else ()
+            marks = pytest.mark.thorough if number % 2 else ()
             cases.setdefault(key, pytest.param(name, arguments, id=f"{name}-{label}", marks=marks))
     return list(cases.values())
 

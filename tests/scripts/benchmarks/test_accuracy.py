@@ -152,6 +152,23 @@ def test_the_summary_holds_the_closest_of_each_side_and_the_default():
     )  # (1/4 + 1/4) / (1/4)
 
 
+def test_further_sides_stand_beside_the_default_where_they_were_measured():
+    peers = [
+        Measurement("azula", "D", "g", "plain", 5, 5, 0.4, None),
+        Measurement("azula", "E", "h", "plain", 5, 5, 0.15, None),
+    ]
+    table = report.format_peers([*MEASUREMENTS, *peers], "A, g", ["azula"])
+    assert table.splitlines()[2:] == [
+        "| plain | 5 | 0.2 | 0.1 | E, h | 0.15 |",
+        "| points | 5 | 0.0% (0.5) | 0.0% (0.5) |  |  |",
+    ]
+
+
+def test_the_stored_error_of_the_default_has_a_resolution_of_one_start():
+    found = report.default_errors(MEASUREMENTS, "A, h", 4)
+    assert found == [("plain", 5, 0.1), ("points", 5, 0.5)]  # 1/4 + 1/4
+
+
 def test_the_ranking_is_over_all_cells():
     ranked = report.rank_combinations(MEASUREMENTS, 4)
     assert [name for _, _, name in ranked] == ["A, g", "A, h"]  # B is not finite; both means are √2

@@ -1,6 +1,7 @@
 """Training beside bare PyTorch: both sides do the same work; no times are tested."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,6 +51,26 @@ def test_an_interval_is_compared_at_its_share_of_the_evaluations(monkeypatch):
     assert "28 evaluations of 44" in found[0].name
     assert "25 evaluations of 44" in found[1].name
     assert [comparison.bound for comparison in found] == [round(28 / 44, 3), round(25 / 44, 3)]
+
+
+def test_the_seconds_are_those_of_one_step(monkeypatch):
+    calls = []
+
+    def time_once(ours, other, pairs, clock):
+        ours()
+        other()
+        return (8.0,) * pairs, (4.0,) * pairs
+
+    state = SimpleNamespace(window=SimpleNamespace(restore=calls.append))
+    loop = SimpleNamespace(step=lambda: calls.append("other"))
+    module = "benchmarks.training_speed"
+    monkeypatch.setattr(f"{module}.time_pairs", time_once)
+    monkeypatch.setattr(f"{module}.digits_state", lambda folder: state)
+    monkeypatch.setattr(f"{module}.step_function", lambda state: lambda: calls.append("ours"))
+    (found,), absent = measure_loops({"a library": lambda: loop}, 30, 4)
+    assert (found.ours, found.other, absent) == ((2.0,) * 30, (1.0,) * 30, [])
+    assert found.name == "training step beside a library"
+    assert calls == ["ours"] * 4 + ["other"] * 4 + [None]
 
 
 def test_both_sides_do_the_same_work(tmp_path):

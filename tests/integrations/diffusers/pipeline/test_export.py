@@ -176,7 +176,7 @@ EXPRESSED = {
 
 @pytest.mark.parametrize(
     ("make", "arguments", "pipeline", "scheduler"),
-    thinned(list(EXPRESSED.values()), 8),
+    thinned(list(EXPRESSED.values()), 12),
     ids=EXPRESSED,
 )
 def test_a_stock_pipeline_gives_the_samples_of_our_loop(

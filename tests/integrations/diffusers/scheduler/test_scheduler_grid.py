@@ -15,7 +15,7 @@ from diffcore.integrations.diffusers.scheduler.scheduler_grid import SchedulerGr
 from diffcore.io.specs import from_spec, to_spec
 from diffcore.samplers import DDIM, Heun
 from diffcore.schedules import Discrete, Flow, Karras, Leading, Shifted, Trailing, Within
-from tests.helpers.products import thinned
+from tests.helpers.products import covered
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array:DeprecationWarning"
@@ -70,7 +70,7 @@ def listed_sigmas(kind, scheduler, steps):
     return np.array(list(dict.fromkeys(sigmas.tolist())))
 
 
-@pytest.mark.parametrize(("kind", "options"), thinned(CASES, 14), ids=str)
+@pytest.mark.parametrize(("kind", "options"), covered(CASES, 14), ids=str)
 def test_the_levels_are_those_of_the_schedulers_own_list(kind, options):
     if kind == "PNDM":
         options = options | {"skip_prk_steps": True}

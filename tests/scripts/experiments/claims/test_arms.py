@@ -39,6 +39,15 @@ def test_an_exact_denoiser_has_little_exposure_bias():
         assert all(abs(ratio - 1) < 0.12 for values in quantities.values() for ratio in values)
 
 
+def test_samples_of_smaller_scans_have_smaller_inputs_than_training():
+    """At σ near 0 the mean squares are those of x_0, a quarter of those of the scans."""
+    scans = Digits("train")
+    smaller = EmpiricalDistribution(scans.x0 / 2, scans.labels, ARMS["cosine, v"].process)
+    for quantities in measure_exposure(smaller, 0, 10).values():
+        assert quantities["variance"][0] == pytest.approx(1, abs=0.12)
+        assert quantities["variance"][-1] == pytest.approx(0.25, abs=0.05)
+
+
 def test_samplers_are_measured_at_equal_evaluations():
     denoiser, calls = Denoiser(Perceptron(), ARMS["Flow, flow"].process), []
     denoiser.network.register_forward_pre_hook(lambda network, inputs: calls.append(inputs))

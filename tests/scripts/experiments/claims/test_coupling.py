@@ -37,9 +37,25 @@ def test_the_curvature_of_a_gaussian_is_that_of_its_closed_form():
     scale = ((1 - a) ** 2 * s**2 + a**2).sqrt()
     line = 1 - s
     curvature = (scale.diff() * 20000 - line).square().mean() / line**2
-    found = measure_paths(oracle, torch.randn(50, 2), 0, 200)
+    data = s * torch.randn(2000, 2, generator=torch.Generator().manual_seed(0))
+    found = measure_paths(oracle, data, 0, 1000)
     assert found["curvature"] == pytest.approx(float(curvature), rel=0.1)  # 100 steps
-    assert found["few"] > 0.01
+    end, few = (end_of_euler(s, steps) for steps in (100, 5))
+    line_length = found["cost"] ** 0.5 / (1 - end)  # root mean square |z(1)|
+    assert found["few"] == pytest.approx((end - few) * line_length, rel=1e-4)
+    for name, spread in (("distance", end), ("few_distance", few)):  # of N(0, spread²) to N(0, s²)
+        assert found[name] == pytest.approx(2 * (spread - s) ** 2, abs=0.01)
+    assert 2 * (few - s) ** 2 > 0.03
+
+
+def end_of_euler(s, steps):
+    """z(0)/z(1) of DDIM: x_0 = z (1-a) s² / ((1-a)² s² + a²) at each of the equal steps."""
+    z = 1.0
+    for i in range(steps, 0, -1):
+        a = i / steps
+        x0 = z * (1 - a) * s**2 / ((1 - a) ** 2 * s**2 + a**2)
+        z += (x0 - z) / i
+    return z
 
 
 @pytest.mark.parametrize("name", COUPLINGS)

@@ -5,6 +5,7 @@ from functools import partial
 import torch
 from experiments.claims.arms import ARMS
 from experiments.claims.network import Perceptron, TrainingData, batch_loss, digits_data, train
+from torch.nn.utils import parameters_to_vector
 
 from diffcore.core.process import Process
 from diffcore.objectives.objective import Objective
@@ -34,6 +35,22 @@ def test_training_lowers_the_loss_and_is_a_function_of_the_seed():
         runs.append(losses)
     assert runs[0] == runs[1] != runs[2]
     assert runs[0][1] < 0.95 * runs[0][0]
+
+
+def test_the_average_keeps_its_share_of_the_weights_before():
+    """average = 0.995 average + 0.005 weights; the first step sets it."""
+    data = TrainingData(torch.tensor([[1.0, 0.5], [-0.5, 1.0]], dtype=torch.float64))
+    process = Process(prediction="v_prediction", shape=(2,))
+    network, objective = Perceptron(2, 0, width=16).double(), Objective(MSE("v_prediction"))
+    found = []
+    for _, denoiser in train(lambda: network, process, objective, data, 0, [1, 2]):
+        pair = (denoiser.network, network)
+        found.append([parameters_to_vector(each.parameters()).detach().clone() for each in pair])
+    (average, weights), (new_average, new_weights) = found
+    torch.testing.assert_close(average, weights, rtol=0, atol=0)
+    moved = 0.995 * average + 0.005 * new_weights
+    torch.testing.assert_close(new_average, moved, rtol=0, atol=1e-14)
+    assert (new_weights - weights).abs().max() > 1e-5
 
 
 def test_a_batch_of_the_digits_has_its_labels():
