@@ -171,11 +171,20 @@ def zero_terminal_snr(arguments: argparse.Namespace) -> None:
     study.draw(measurements, PICTURES / "zero-terminal-snr.png")
 
 
+def _chosen(names: list[str] | None, known: Iterable[str]) -> list[str]:
+    """The names that --only gives, or all of them; one line for an unknown name."""
+    known = list(known)
+    for name in names or ():
+        if name not in known:
+            raise SystemExit(f"--only has {name!r}, expected some of {', '.join(known)}")
+    return names or known
+
+
 def conditions(arguments: argparse.Namespace) -> None:
     """Train, sample and guide by named conditions."""
     from experiments.conditions import PROBLEMS, format_table, run_study
 
-    names = arguments.only or list(PROBLEMS)
+    names = _chosen(arguments.only, PROBLEMS)
     measurements = []
     for row in run_study(names, arguments.steps):
         print(row, flush=True)
@@ -201,7 +210,7 @@ def claims(arguments: argparse.Namespace) -> None:
     from experiments.study import read_measurements
 
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    for name in arguments.only or list(STUDIES):
+    for name in _chosen(arguments.only, STUDIES):
         out = arguments.folder / f"claims-{name}.jsonl"
         rows = _measure(STUDIES[name](out, arguments.seeds), out)
         print(f"\n{name}\n\n{REPORTS[name](rows)}\n")
