@@ -79,6 +79,8 @@ class Level:
         alpha: α, the coefficient of x_0.
         sigma: σ, the coefficient of ε.
         schedule: schedule that the level belongs to; samplers compute further levels with it.
+        end: level to which a network of two times follows the flow from here
+            (`Process.estimate`); None where only this level matters.
     """
 
     logsnr: Real
@@ -86,6 +88,7 @@ class Level:
     alpha: Real
     sigma: Real
     schedule: "Schedule" = field(repr=False)
+    end: "Level | None" = field(default=None, repr=False)
 
     @property
     def blend(self) -> Real:
@@ -126,7 +129,8 @@ class Level:
             value.to(x) if isinstance(value, Tensor) else value
             for value in (self.logsnr, self.t, self.alpha, self.sigma)
         )
-        return Level(logsnr, t, alpha, sigma, self.schedule)
+        end = None if self.end is None else self.end.to(x)
+        return Level(logsnr, t, alpha, sigma, self.schedule, end)
 
 
 class Schedule(ABC):

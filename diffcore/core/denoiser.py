@@ -81,9 +81,10 @@ class Denoiser(nn.Module):
 
     The network is any module whose forward takes x (B, *shape), the time conditioning (B,) of the
     noise level, and, if the process has classes, the keyword `class_labels` (B,). A named condition
-    of the process is a further keyword (`condition_arguments`). It returns a tensor of the shape of
-    x, a tuple that begins with it, or an object with it as attribute
-    `sample`, as the networks of diffusers do. The network is evaluated in the dtype of its
+    of the process is a further keyword (`condition_arguments`). If the process estimates the mean
+    velocity, the keyword `end_time` (B,) is the time conditioning of `Level.end`. The network
+    returns a tensor of the shape of x, a tuple that begins with it, or an object with it as
+    attribute `sample`, as the networks of diffusers do. It is evaluated in the dtype of its
     parameters (`evaluation_dtype`), and the prediction has the dtype of x.
 
     If the variance of the process is learned, the network has 2C output channels for C channels of
@@ -177,6 +178,8 @@ class Denoiser(nn.Module):
         scaled = scaled.to(evaluation_dtype(self.network, x.dtype))
         arguments = condition_arguments(process, condition, scaled.dtype)
         time = _time_tensor(process.time(level), x)
+        if process.estimate == "mean_velocity":
+            arguments["end_time"] = _time_tensor(process.time(level.end or level), x)
         try:
             output = extract_tensor(self.network(scaled, time, **arguments))
         except IndexError as error:

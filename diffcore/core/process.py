@@ -22,18 +22,21 @@ from diffcore.io.specs import from_spec, to_spec
 from diffcore.schedules import Cosine, Level, Real, Schedule
 from diffcore.schedules.base import LEVEL_TOLERANCE
 
-__all__ = ["Process", "TimeConditioning", "TimeVariable", "VarianceType"]
+__all__ = ["Estimate", "Process", "TimeConditioning", "TimeVariable", "VarianceType"]
 
 FLOAT32_LOGSNR = 170.0
 """Bound of |λ| within which σ/α and α/σ are normal numbers of float32."""
 
-OPTIONAL = ("conditions", "variance")
+OPTIONAL = ("conditions", "variance", "estimate")
 """Fields that a record contains only if they differ from their defaults."""
 
 TimeVariable = Literal["index", "t", "blend", "logsnr", "sigma"]
 
 VarianceType = Literal["fixed", "learned"]
 """Whether a network also outputs the variance of a step."""
+
+Estimate = Literal["posterior_mean", "consistency", "mean_velocity"]
+"""What the pair (x_0, ε) of a network is: a mean over the data, or a point of the flow."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,12 @@ class Process:
         variance: fixed, or learned if the network has 2C output channels for C channels of x: the
             second half is 2v - 1, with v of the variance β̃^(1-v) β^v of a step (iDDPM's
             learned_range). `Variational` trains it and `DDPM` samples with it.
+        estimate: what the pair (x_0, ε) is. posterior_mean: E[x_0 | x] and E[ε | x], as of every
+            network that is trained by denoising. consistency: the clean end of the probability flow
+            through x, and the ε that makes x with it. mean_velocity: the line through x to the
+            point of the flow at a second level, which the network also receives (`Level.end`), so
+            that α_s x_0 + σ_s ε is that point; ε - x_0 is the mean of dz/da between both levels, in
+            z = x/(α+σ) and a = σ/(α+σ).
 
     Raises:
         ValueError: a field is out of range, or fields contradict each other; the message states the
@@ -157,6 +166,7 @@ class Process:
     dropout: float = 0.0
     conditions: dict[str, ConditionRecord] = field(default_factory=dict, hash=False)
     variance: VarianceType = "fixed"
+    estimate: Estimate = "posterior_mean"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))
@@ -172,6 +182,10 @@ class Process:
             )
         if self.variance not in get_args(VarianceType):
             raise ValueError(f"variance is {self.variance!r}, expected fixed or learned")
+        if self.estimate not in get_args(Estimate):
+            raise ValueError(
+                f"estimate is {self.estimate!r}, expected one of {', '.join(get_args(Estimate))}"
+            )
         if not self.shape or min(self.shape) < 1:
             raise ValueError(
                 f"shape is {self.shape}, expected the positive sizes of one x_0, such as (1, 8, 8)"
@@ -308,7 +322,7 @@ class Process:
         """Write the record to `path` as JSON, with the SHA-256 of its fields."""
         record = to_spec(self)
         for name in OPTIONAL:  # without them the record is that of versions without these fields
-            if not getattr(self, name) or getattr(self, name) == "fixed":
+            if getattr(self, name) in ({}, "fixed", "posterior_mean"):
                 del record[name]
         content = record | {"sha256": hash_data(record)}
         write_file(path, (json.dumps(content, indent=2) + "\n").encode())

@@ -9,10 +9,9 @@ density and divides by it, which changes the variance and not the expectation.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 from zlib import crc32
 
 import torch
@@ -24,60 +23,19 @@ from diffcore.core.prediction import Prediction, at_least_float32, predict, targ
 from diffcore.core.process import Process
 from diffcore.core.random import Stream, derive_seed, normal, uniform
 from diffcore.objectives.coupling import Coupling, IndependentCoupling
+from diffcore.objectives.draw import Draw, SampleKey
 from diffcore.objectives.level_sampling import Resampler, ResamplerState
 from diffcore.objectives.losses import Loss, SquaredError
+from diffcore.objectives.networks import Networks
 from diffcore.objectives.uncertainty import Uncertainty
 from diffcore.objectives.variational import Variational
 from diffcore.objectives.weighting import MSE, Weight
-from diffcore.schedules import Level, Schedule, Shifted
+from diffcore.schedules import Schedule, Shifted
 
-__all__ = ["Draw", "Objective", "SampleKey", "TimeSampling"]
+__all__ = ["Objective", "TimeSampling"]
 
 TimeSampling = Literal["stratified", "independent"]
 """Rule by which the times of a batch are drawn."""
-
-
-@dataclass(frozen=True)
-class SampleKey:
-    """The position of samples in a training run: the key of all their random numbers.
-
-    Args:
-        seed: 64-bit seed of the run.
-        step: number of the optimizer step.
-        index: index of each sample in the step's global batch, an int64 host tensor (B,).
-        batch: size of the global batch, the sum over ranks and accumulation.
-    """
-
-    seed: int
-    step: int
-    index: Tensor
-    batch: int
-
-    @property
-    def position(self) -> Tensor:
-        """The index of each sample in the whole run, of shape (B,)."""
-        return self.step * self.batch + self.index
-
-
-class Draw(NamedTuple):
-    """The random numbers of a training step.
-
-    Args:
-        level: noise levels on the host: one per sample, or a map of levels of the shape of x_0.
-        noise: ε (B, *shape), which the network's target contains.
-        dropout_mask: True (B,) for samples whose label is replaced by the null label.
-        importance: factor (B,) of the loss, float64 on the host: 1 over the density of the draw if
-            the objective is corrected for it.
-        perturbation: further noise (B, *shape) in x that the target lacks (DDPM-IP); None for none.
-        condition_masks: name of a condition -> True (B,) for samples without it.
-    """
-
-    level: Level
-    noise: Tensor
-    dropout_mask: Tensor
-    importance: Tensor
-    perturbation: Tensor | None = None
-    condition_masks: Mapping[str, Tensor] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -201,6 +159,39 @@ class Objective:
                 "perturbation, offset and coupling at their defaults, or variational out"
             )
 
+    def networks(self, denoiser: Denoiser, device: torch.device) -> Networks:
+        """Build the networks of the objective beside the one that it trains; by default none.
+
+        Args:
+            denoiser: network that is trained, with its initial weights, on the host.
+            device: device of the run.
+
+        Returns:
+            The teacher on the device, and the further networks on the host.
+        """
+        return Networks()
+
+    def network_losses(
+        self,
+        name: str,
+        denoiser: Denoiser,
+        x0: Tensor,
+        condition: BatchCondition | None,
+        draw: Draw,
+        networks: Networks,
+    ) -> Tensor:
+        """The loss of each sample that trains a further network, of shape (B,).
+
+        Args:
+            name: name of the network in `networks.trained`.
+            denoiser: network of the run; it is not trained by this loss.
+            x0: clean samples (B, *shape).
+            condition: class labels (B,), or `Conditions`; None for no condition.
+            draw: random numbers of the samples.
+            networks: networks of the objective.
+        """
+        raise NotImplementedError(f"{self} trains no further network, and so not {name}")
+
     def times(self, key: SampleKey, state: ResamplerState | None = None) -> Tensor:
         """Times t of shape (B,), float64, in (0, 1].
 
@@ -256,7 +247,7 @@ class Objective:
             name: _condition_mask(key, name, record.dropout).to(device)
             for name, record in process.conditions.items()
         }
-        return Draw(level, noise, dropout_mask.to(device), importance, extra, masks)
+        return Draw(level, noise, dropout_mask.to(device), importance, extra, masks, key)
 
     def schedule(self, process: Process) -> Schedule:
         """The schedule of the training levels for samples of the shape of a process.
@@ -292,6 +283,7 @@ class Objective:
         draw: Draw,
         log_variance: nn.Module | None = None,
         sample_weight: Tensor | None = None,
+        networks: Networks | None = None,
     ) -> Tensor:
         """The loss of each sample at α x_0 + σ ε, of shape (B,).
 
@@ -311,6 +303,7 @@ class Objective:
             log_variance: module u(λ) of `uncertainty`; None gives the loss without it.
             sample_weight: m ≥ 0, which broadcasts against x_0: (B, 1, H, W), a mask of each image,
                 or (B, 1, 1, 1), a weight of each sample; None for 1.
+            networks: networks of the objective, of which this one has none.
         """
         # Levels and errors of half-precision data are computed in float32.
         x0 = at_least_float32(x0)

@@ -12,6 +12,7 @@ continues without its memory.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -272,7 +273,10 @@ def current_step(
     """
     is_same = before is not None and before.index == state.step
     start = before.start if before is not None and is_same else state.level
-    return Step(process, state.level, start, state.remaining[0], state.step, len(knots) - 1)
+    level, end = state.level, state.remaining[0]
+    if process.estimate == "mean_velocity":
+        level = replace(level, end=end)
+    return Step(process, level, start, end, state.step, len(knots) - 1)
 
 
 def count_evaluations(

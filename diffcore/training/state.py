@@ -16,7 +16,7 @@ from diffcore.core.denoiser import Denoiser
 from diffcore.core.network import ExportableNetwork, frozen_hash, leave_label_dropout
 from diffcore.core.process import Process
 from diffcore.core.random import Stream, derive_seed
-from diffcore.objectives.objective import Draw, SampleKey
+from diffcore.objectives.draw import Draw, SampleKey
 from diffcore.training.averages.ema import EMA
 from diffcore.training.averages.power_ema import PowerFunction
 from diffcore.training.data.checks import prepare_data

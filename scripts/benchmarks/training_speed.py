@@ -25,7 +25,7 @@ from diffcore.core.denoiser import Denoiser
 from diffcore.core.noise import Noise
 from diffcore.guidance import CFG, Guidance, Interval
 from diffcore.io.parser import ComponentParser
-from diffcore.objectives.objective import SampleKey
+from diffcore.objectives.draw import SampleKey
 from diffcore.samplers import DDIM
 from diffcore.sampling.generation import insert_levels, sample
 from diffcore.sampling.loop import integrate

@@ -12,7 +12,8 @@ from diffcore.core.noise import Noise
 from diffcore.core.prediction import predict, target
 from diffcore.core.process import Process
 from diffcore.editing.inpainting import RePaint
-from diffcore.objectives.objective import Draw, Objective
+from diffcore.objectives.draw import Draw
+from diffcore.objectives.objective import Objective
 from diffcore.objectives.weighting import MinSNR
 from diffcore.samplers import DDIM, AdaptiveRungeKutta, Heun, Restart
 from diffcore.sampling.loop import integrate

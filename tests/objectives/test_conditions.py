@@ -8,7 +8,8 @@ from diffcore.core.conditions import ConditionRecord, batch_condition
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.process import Process
 from diffcore.objectives.coupling import OptimalTransport
-from diffcore.objectives.objective import Objective, SampleKey
+from diffcore.objectives.draw import SampleKey
+from diffcore.objectives.objective import Objective
 
 PROCESS = Process(
     shape=(1,),

@@ -12,7 +12,8 @@ from diffcore.core.denoiser import Denoiser
 from diffcore.core.process import Process
 from diffcore.core.random import Stream, normal
 from diffcore.objectives.coupling import IndependentCoupling, OptimalTransport
-from diffcore.objectives.objective import Objective, SampleKey
+from diffcore.objectives.draw import SampleKey
+from diffcore.objectives.objective import Objective
 from diffcore.objectives.weighting import MSE
 
 

@@ -9,8 +9,9 @@ import torch
 from scipy import stats
 
 from diffcore.core.process import Process, TimeConditioning
+from diffcore.objectives.draw import SampleKey
 from diffcore.objectives.level_sampling import LearnedSchedule, Resampler, SecondMoment
-from diffcore.objectives.objective import Objective, SampleKey
+from diffcore.objectives.objective import Objective
 from diffcore.schedules import Cosine, Discrete
 
 every_resampler = pytest.mark.parametrize("build", [SecondMoment, LearnedSchedule])

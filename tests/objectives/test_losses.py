@@ -10,8 +10,9 @@ from torch import nn
 
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.process import Process
+from diffcore.objectives.draw import SampleKey
 from diffcore.objectives.losses import Huber, PseudoHuber, SquaredError
-from diffcore.objectives.objective import Objective, SampleKey
+from diffcore.objectives.objective import Objective
 from diffcore.objectives.weighting import MSE, MinSNR
 
 ERRORS = np.concatenate((-np.logspace(-6, 4, 41)[::-1], [0.0], np.logspace(-6, 4, 41)))

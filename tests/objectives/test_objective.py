@@ -14,7 +14,8 @@ from diffcore.core.denoiser import Denoiser
 from diffcore.core.prediction import predict, target
 from diffcore.core.process import Process, TimeConditioning
 from diffcore.core.random import Stream, normal
-from diffcore.objectives.objective import Objective, SampleKey
+from diffcore.objectives.draw import SampleKey
+from diffcore.objectives.objective import Objective
 from diffcore.objectives.weighting import MSE, MinSNR, Weight
 from diffcore.schedules import Cosine, Discrete, Flow, Laplace, Normal, ZeroTerminalSNR
 from tests.helpers.oracles import PREDICTION_TYPES

@@ -12,8 +12,9 @@ from diffcore.core.denoiser import Denoiser
 from diffcore.core.prediction import target
 from diffcore.core.process import Process
 from diffcore.core.random import Stream, normal
+from diffcore.objectives.draw import SampleKey
 from diffcore.objectives.level_sampling import LearnedSchedule, SecondMoment
-from diffcore.objectives.objective import Objective, SampleKey
+from diffcore.objectives.objective import Objective
 from diffcore.objectives.weighting import ELBO, MSE, MinSNR
 from diffcore.schedules import (
     Beta,

@@ -13,8 +13,9 @@ from diffcore.core.denoiser import Denoiser
 from diffcore.core.process import Process
 from diffcore.core.random import Stream, normal
 from diffcore.objectives.coupling import OptimalTransport
+from diffcore.objectives.draw import Draw, SampleKey
 from diffcore.objectives.level_sampling import LearnedSchedule, SecondMoment
-from diffcore.objectives.objective import Draw, Objective, SampleKey
+from diffcore.objectives.objective import Objective
 from diffcore.objectives.uncertainty import Uncertainty
 from diffcore.objectives.weighting import EDM, ELBO, MSE, MinSNR
 from diffcore.schedules import (

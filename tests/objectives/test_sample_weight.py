@@ -10,7 +10,8 @@ from torch import nn
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.prediction import target
 from diffcore.core.process import Process, TimeConditioning
-from diffcore.objectives.objective import Objective, SampleKey
+from diffcore.objectives.draw import SampleKey
+from diffcore.objectives.objective import Objective
 from diffcore.objectives.uncertainty import Uncertainty
 from diffcore.objectives.weighting import MinSNR
 from diffcore.schedules import Cosine, Discrete, Flow, Shifted, Truncated

@@ -10,7 +10,8 @@ from torch import nn
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.process import Process
 from diffcore.core.random import Stream, normal, uniform
-from diffcore.objectives.objective import Objective, SampleKey
+from diffcore.objectives.draw import SampleKey
+from diffcore.objectives.objective import Objective
 from diffcore.objectives.uncertainty import LogVariance, Uncertainty
 from diffcore.objectives.weighting import MinSNR
 

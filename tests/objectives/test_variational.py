@@ -12,7 +12,8 @@ from diffcore.core.denoiser import Denoiser
 from diffcore.core.prediction import Prediction
 from diffcore.core.process import Process, TimeConditioning
 from diffcore.objectives.coupling import OptimalTransport
-from diffcore.objectives.objective import Objective, SampleKey
+from diffcore.objectives.draw import SampleKey
+from diffcore.objectives.objective import Objective
 from diffcore.objectives.variational import Variational
 from diffcore.schedules import Cosine, Discrete, Rescaled
 

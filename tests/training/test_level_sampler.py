@@ -13,8 +13,9 @@ from torch import nn
 from diffcore.core.process import Process, TimeConditioning
 from diffcore.io.safetensors import read_weights
 from diffcore.objectives.coupling import OptimalTransport
+from diffcore.objectives.draw import SampleKey
 from diffcore.objectives.level_sampling import LearnedSchedule, SecondMoment
-from diffcore.objectives.objective import Objective, SampleKey
+from diffcore.objectives.objective import Objective
 from diffcore.objectives.uncertainty import Uncertainty
 from diffcore.schedules import Cosine, Discrete
 from diffcore.training.data import Digits

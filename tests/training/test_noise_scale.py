@@ -8,7 +8,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffcore.core.process import Process
-from diffcore.objectives.objective import Objective, SampleKey
+from diffcore.objectives.draw import SampleKey
+from diffcore.objectives.objective import Objective
 from diffcore.training.loop import advance, training_batches
 from diffcore.training.optimization.lr import LearningRate
 from diffcore.training.reports.noise_scale import MicroBatchNorms, estimate_noise, mean_noise

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from diffcore.core.process import Process
+from diffcore.objectives.draw import SampleKey
 from diffcore.objectives.level_sampling import ResamplerState
-from diffcore.objectives.objective import Objective, SampleKey
+from diffcore.objectives.objective import Objective
 from diffcore.training.reports.window import LossWindow
 
 __all__ = ["DrawnLevels", "LevelSampler"]

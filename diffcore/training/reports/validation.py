@@ -23,7 +23,8 @@ from diffcore.core.denoiser import Denoiser
 from diffcore.core.process import Process
 from diffcore.core.random import Stream, derive_seed, permutation
 from diffcore.objectives.coupling import IndependentCoupling
-from diffcore.objectives.objective import Objective, SampleKey
+from diffcore.objectives.draw import SampleKey
+from diffcore.objectives.objective import Objective
 from diffcore.sampling.generation import evaluation_mode
 from diffcore.schedules import Schedule
 from diffcore.training.data.adapters import as_data_source

@@ -14,7 +14,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.process import Process
 from diffcore.core.random import Stream, derive_seed, uniform
-from diffcore.objectives.objective import Objective, SampleKey
+from diffcore.objectives.draw import SampleKey
+from diffcore.objectives.objective import Objective
 from diffcore.training.data import Digits
 from diffcore.training.optimization.lr import LearningRate
 
