@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as replace_field
+from fractions import Fraction
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -105,6 +106,42 @@ class ConditionRecord:
             )
         if not all(map(math.isfinite, self.null)):
             raise ValueError("null has numbers that are not finite, expected finite ones")
+
+    def resized(
+        self, name: str, before: tuple[int, ...], after: tuple[int, ...]
+    ) -> "ConditionRecord":
+        """The record for samples of another size.
+
+        A condition (c, h, w) whose sides have one ratio to those of x_0 (C, H, W) is an image of
+        x_0, and keeps this ratio. Other conditions keep their shapes.
+
+        Args:
+            name: name of the condition in messages.
+            before: shape of x_0 for which this record is.
+            after: shape of x_0 of the result.
+
+        Returns:
+            The record.
+
+        Raises:
+            ValueError: a side would not be a whole number, or the null value has one number for
+                each element.
+        """
+        if not len(self.shape) == len(before) == len(after) == 3:
+            return self
+        ratio, other = (Fraction(self.shape[axis], before[axis]) for axis in (1, 2))
+        if ratio != other or before == after:
+            return self
+        sides = [side * ratio for side in after[1:]]
+        if len(self.null) > 1 or any(side.denominator > 1 for side in sides):
+            number = "its null value has one number for each element"
+            reason = number if len(self.null) > 1 else f"its sides are {ratio} of theirs"
+            raise ValueError(
+                f"the condition {name} of shape {self.shape} has no size for images of "
+                f"{after[1]} x {after[2]}, because {reason}: use sizes that fit, or a null value "
+                "of one number"
+            )
+        return replace_field(self, shape=(self.shape[0], *map(int, sides)))
 
     def fill(self, value: Tensor, mask: Tensor) -> Tensor:
         """Put the absent value into some rows.

@@ -5,7 +5,7 @@ It is stored as JSON beside the weights.
 
 import json
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, get_args
@@ -230,6 +230,26 @@ class Process:
         """Name of each condition -> share of training samples without it; `label` is the class."""
         named = {name: record.dropout for name, record in self.conditions.items()}
         return ({LABEL: self.dropout} if self.classes else {}) | named
+
+    def resized(self, shape: tuple[int, ...]) -> "Process":
+        """The process for samples of another size, such as those of a bucket.
+
+        Args:
+            shape: shape of one x_0.
+
+        Returns:
+            The process with the shape, and conditions of this size (`ConditionRecord.resized`).
+
+        Raises:
+            ValueError: a condition has no such size.
+        """
+        if tuple(shape) == self.shape:
+            return self
+        conditions = {
+            name: record.resized(name, self.shape, shape)
+            for name, record in self.conditions.items()
+        }
+        return replace(self, shape=shape, conditions=conditions)
 
     def check_level(self, level: Level, name: str = "the first knot") -> None:
         """Raise ValueError if a network of this process cannot be evaluated at a level.

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -179,8 +179,7 @@ class TrainState:
         Returns:
             The process, with the shape of the samples.
         """
-        process, shape = self.settings.process, tuple(batch.x0.shape[1:])
-        return process if shape == process.shape else replace(process, shape=shape)
+        return self.settings.process.resized(tuple(batch.x0.shape[1:]))
 
     def losses(self, batch: Batch, draw: Draw) -> Tensor:
         """The weighted losses (B,) of a micro-batch.

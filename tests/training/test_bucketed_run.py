@@ -5,11 +5,14 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import interpolate
 
+from diffcore.core.conditions import ConditionRecord
 from diffcore.core.process import Process
 from diffcore.objectives.objective import Objective
-from diffcore.training.data import ImageFolder
+from diffcore.training.data import ImageFolder, LowResolution
 from diffcore.training.data.buckets.sizes import Buckets
+from diffcore.training.reports.validation import Validation
 from tests.helpers.mixed_images import write_mixed_images
 from tests.helpers.training_runs import crash_after, make_trainer, read_checkpoint, read_reports
 
@@ -23,7 +26,7 @@ class Convolution(nn.Module):
         super().__init__()
         self.layer = nn.Conv2d(3, 3, 3, padding=1)
 
-    def forward(self, x, time):
+    def forward(self, x, time=None):
         return self.layer(x)
 
 
@@ -54,6 +57,29 @@ def test_a_run_in_buckets_continues_bit_for_bit_after_a_crash(tmp_path):
         for name in ("straight", "crashed")
     ]
     assert losses[0][-5:] == losses[1][-5:]
+
+
+class SuperResolution(Convolution):
+    """A network whose condition has half of the height and of the width of x."""
+
+    def forward(self, x, time, low):
+        return super().forward(x) + interpolate(low, scale_factor=2)
+
+
+def test_conditions_of_the_size_of_the_images_are_trained_and_validated_in_buckets(tmp_path):
+    write_mixed_images(tmp_path / "images", 24)
+    images = ImageFolder(str(tmp_path / "images"), 16, buckets=Buckets((16,), 4), crop="random")
+    data = LowResolution(images, 2)
+    process = Process(shape=(3, 16, 16), conditions={"low": ConditionRecord((3, 8, 8), -1, 1, 0.5)})
+    options = {"network": SuperResolution, "process": process, "data": data}
+    options |= {"validation": Validation(data, every=8)}
+    straight = trainer(tmp_path / "straight", tmp_path / "images", **options).train()
+    crash_after(trainer(tmp_path / "crashed", tmp_path / "images", **options), 3)
+    resumed = trainer(tmp_path / "crashed", tmp_path / "images", resume=True, **options).train()
+    for one, other in zip(straight.network.parameters(), resumed.network.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert straight.held_out_losses == resumed.held_out_losses
+    assert len(images.groups.shapes) > 1
 
 
 def test_reports_state_the_levels_that_were_trained(tmp_path):

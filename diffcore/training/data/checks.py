@@ -55,7 +55,7 @@ def process_of_item(process: Process, data: DataSource, index: int) -> Process:
     """
     if data.groups is None or not data.groups.shapes:
         return process
-    return replace(process, shape=data.groups.shape(index))
+    return process.resized(data.groups.shape(index))
 
 
 def read_item(read: Callable[[], Any], index: int, process: Process) -> Item:

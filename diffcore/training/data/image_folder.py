@@ -86,7 +86,7 @@ class ImageFolder(DataSource):
         self.groups = self.items.groups(len(channels))  # "RGB", "L"
         self.masks = MaskFiles(self.images, masks, verify) if masks else None
         self.has_masks = self.masks is not None
-        self.conditions = ImagePairs(self.images, conditions or {}, buckets is not None, verify)
+        self.conditions = ImagePairs(self.images, conditions or {}, verify)
         self.class_names, labels = label_images(self.images)
         self.labels = labels[self.items.image]
 

@@ -127,7 +127,7 @@ class LatentDataset(DataSource):
         self.groups = self._groups()
         self.masks = MaskFiles(self.images, masks, verify) if masks else None
         self.has_masks = self.masks is not None
-        self.conditions = ImagePairs(self.images, conditions or {}, buckets is not None, verify)
+        self.conditions = ImagePairs(self.images, conditions or {}, verify)
         captions_of = read_captions(Path(folder), self.images.names) if captions else []
         texts = [(variants or CaptionVariants()).texts(own, i) for i, own in enumerate(captions_of)]
         self.texts = tuple(sorted({text for own in texts for text in own}))

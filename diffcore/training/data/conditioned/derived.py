@@ -23,7 +23,7 @@ class DerivedConditions(WrappedSource):
         data: data set of images.
 
     Raises:
-        ValueError: The data are latents, or have buckets.
+        ValueError: The data are latents.
     """
 
     def __init__(self, data: Dataset[Any]) -> None:
@@ -33,11 +33,6 @@ class DerivedConditions(WrappedSource):
             raise ValueError(
                 f"{name} computes conditions from pixels, but the data are latents: give the "
                 "conditions of latents in a folder of images (LatentDataset.conditions)"
-            )
-        if self.groups is not None and self.groups.shapes:
-            raise ValueError(
-                f"{name} of images in buckets is not supported, because a condition has one "
-                "shape: leave buckets out"
             )
 
     def __getitem__(self, index: int) -> Any:

@@ -41,26 +41,19 @@ class ImagePairs:
     Args:
         images: images of the data folder.
         folders: name of each condition -> its folder.
-        has_buckets: whether the images are read at the sizes of buckets.
         verify: True compares the hash of every file with the recorded scan.
 
     Raises:
-        ValueError: An image has no condition, several, or one of another size; a folder is inside
-            that of the images; or there are buckets.
+        ValueError: An image has no condition, several, or one of another size; or a folder is
+            inside that of the images.
     """
 
     def __init__(
         self,
         images: ImageFiles,
         folders: Mapping[str, ConditionFolder],
-        has_buckets: bool = False,
         verify: bool = False,
     ) -> None:
-        if folders and has_buckets:
-            raise ValueError(
-                "conditions of images in buckets are not supported, because a condition has one "
-                "shape: leave buckets or conditions out"
-            )
         self.pairs = {name: _Pair(images, name, spec, verify) for name, spec in folders.items()}
 
     def read(self, index: int, crop: Crop) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ class LowResolution(DerivedConditions):
         condition: name of the condition in the process.
 
     Raises:
-        ValueError: The factor is below 2, or the data are latents or have buckets.
+        ValueError: The factor is below 2, or the data are latents.
 
     Example:
         >>> import torch

@@ -32,7 +32,7 @@ class MaskedImages(DerivedConditions):
 
     Raises:
         ValueError: A number is out of range, both conditions have one name, or the data are
-            latents or have buckets.
+            latents.
 
     Example:
         >>> from torch.utils.data import TensorDataset

@@ -14,9 +14,7 @@ from diffcore.training.data import (
     Mixture,
     load_batches,
 )
-from diffcore.training.data.buckets.sizes import Buckets
 from diffcore.training.data.source import DataSource
-from tests.helpers.image_folders import write
 from tests.helpers.mixed_images import ramp
 
 X = torch.linspace(-1, 1, 3 * 2 * 8 * 12).view(3, 2, 8, 12)
@@ -147,7 +145,4 @@ def test_data_and_options_that_do_not_fit_are_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             make()
-    write(tmp_path / "0.png")
-    with pytest.raises(ValueError, match="in buckets is not supported"):
-        LowResolution(ImageFolder(str(tmp_path), 8, buckets=Buckets((8,), step=4)), 2)
     assert "low" in LowResolution(Mixture([images(), images()]), 2)[0][2]

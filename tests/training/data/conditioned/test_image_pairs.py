@@ -78,12 +78,22 @@ def test_a_missing_an_ambiguous_and_an_unfitting_partner_are_refused_by_name(fol
         paired(folder)
 
 
-def test_a_folder_inside_the_images_and_buckets_are_refused(folder):
+def test_a_folder_inside_the_images_is_refused(folder):
     inside = {"depth": ConditionFolder(str(folder / "images/cats"))}
     with pytest.raises(ValueError, match="is inside that of the images"):
         paired(folder, conditions=inside)
-    with pytest.raises(ValueError, match="images in buckets are not supported"):
-        paired(folder, buckets=Buckets((16,), step=4))
+
+
+def test_in_buckets_a_condition_has_the_size_and_the_crop_of_its_image(folder):
+    record = ConditionRecord((1, 16, 16), -1, 1)
+    process = Process(shape=(1, 16, 16), conditions={"depth": record})
+    data = paired(folder, flip=True, crop="random", buckets=Buckets((16,), step=4))
+    order = data.order(3, 3, 1, 0, 1).steps(0, 8)
+    shapes = set()
+    for batch in load_batches(data, order, process, 0):
+        assert torch.equal(batch.extras["depth"], batch.x0)
+        shapes.add(tuple(batch.x0.shape[1:]))
+    assert len(shapes) > 1
 
 
 def test_the_hash_has_contents_names_and_channels_of_conditions_but_no_folder(folder):
