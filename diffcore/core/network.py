@@ -3,7 +3,7 @@
 Optional capabilities of a network are export to another library, and a hash of frozen weights.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -15,6 +15,7 @@ from diffcore.core.process import Process
 
 __all__ = [
     "ExportableNetwork",
+    "LabelWrapper",
     "class_name",
     "evaluation_dtype",
     "find_blocks",
@@ -23,7 +24,11 @@ __all__ = [
     "leave_label_dropout",
     "network_config",
     "unwrap",
+    "without_labels",
 ]
+
+LabelWrapper = Callable[[nn.Module], nn.Module]
+"""Wraps a network so that it accepts the labels of the data."""
 
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 """Modules that evaluate the network in their attribute `module`."""
@@ -177,6 +182,15 @@ def unwrap(network: nn.Module) -> nn.Module:
             network = compiled
         else:
             return network
+
+
+def without_labels(network: nn.Module) -> nn.Module:
+    """The `LabelWrapper` that leaves a network as it is.
+
+    Returns:
+        The network itself.
+    """
+    return network
 
 
 def class_name(network: nn.Module) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from diffcore.core.conditions import LABEL, BatchCondition, drop, labels_of
 from diffcore.core.denoiser import Denoiser
+from diffcore.core.network import LabelWrapper
 from diffcore.core.prediction import Prediction, at_least_float32, predict, target
 from diffcore.core.process import Process
 from diffcore.core.random import Stream, derive_seed, normal, uniform
@@ -159,12 +160,19 @@ class Objective:
                 "perturbation, offset and coupling at their defaults, or variational out"
             )
 
-    def networks(self, denoiser: Denoiser, device: torch.device) -> Networks:
+    def networks(
+        self, denoiser: Denoiser, device: torch.device, label_wrapper: LabelWrapper
+    ) -> Networks:
         """Build the networks of the objective beside the one that it trains; by default none.
 
+        Random initial weights are those of torch's generator, which the trainer seeds.
+
         Args:
-            denoiser: network that is trained, with its initial weights, on the host.
+            denoiser: network that is trained, with its initial weights, on the host. It does not
+                accept the labels of the data yet.
             device: device of the run.
+            label_wrapper: wraps a network so that it accepts the labels of the data. The teacher
+                needs it, the further networks do not (`Networks.denoiser`).
 
         Returns:
             The teacher on the device, and the further networks on the host.

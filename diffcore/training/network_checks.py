@@ -1,18 +1,14 @@
 """Checks of a network before the first step of a run."""
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 
 from diffcore.core.conditions import condition_arguments, null_condition
 from diffcore.core.denoiser import Denoiser
+from diffcore.core.network import LabelWrapper
 from diffcore.core.process import Process
 
-__all__ = ["LabelWrapper", "check_dtype", "check_network"]
-
-LabelWrapper = Callable[[nn.Module], nn.Module]
-"""Wraps a network so that it accepts the labels of the data."""
+__all__ = ["check_dtype", "check_network"]
 
 
 def check_dtype(network: nn.Module) -> None:

@@ -13,7 +13,12 @@ from torch.distributed.fsdp import FSDPModule
 
 from diffcore.core.conditions import batch_condition
 from diffcore.core.denoiser import Denoiser
-from diffcore.core.network import ExportableNetwork, frozen_hash, leave_label_dropout
+from diffcore.core.network import (
+    ExportableNetwork,
+    LabelWrapper,
+    frozen_hash,
+    leave_label_dropout,
+)
 from diffcore.core.process import Process
 from diffcore.core.random import Stream, derive_seed
 from diffcore.objectives.draw import Draw, SampleKey
@@ -22,7 +27,7 @@ from diffcore.training.averages.power_ema import PowerFunction
 from diffcore.training.data.checks import prepare_data
 from diffcore.training.data.order import Batch, DataOrder
 from diffcore.training.data.source import WEIGHT, DataSource
-from diffcore.training.network_checks import LabelWrapper, check_dtype, check_network
+from diffcore.training.network_checks import check_dtype, check_network
 from diffcore.training.optimization.level_sampler import LevelSampler
 from diffcore.training.optimization.optimizers import build_optimizer, evaluation_weights
 from diffcore.training.optimization.quantised_state import is_quantised
