@@ -48,8 +48,11 @@ LOCATIONS = {
     "HuggingFaceData": {"path"},
     "HuggingFaceStream": {"path"},
     "ImageFolder": {"folder", "masks", "conditions", "verify"},
+    "FlowPairs": {"folder"},
     "LatentDataset": {"folder", "pipeline", "masks", "conditions", "cache", "verify"},
+    "PipelineTeacher": {"pipeline"},
     "PretrainedNetwork": {"pipeline"},
+    "RunTeacher": {"folder"},
     "TarShards": {"path"},
     "TarStream": {"paths"},
     "Tensors": {"path"},
@@ -71,8 +74,10 @@ def without_locations(spec: Any) -> Any:
     """
     if isinstance(spec, list):
         return [without_locations(part) for part in spec]
-    if not isinstance(spec, dict) or not isinstance(spec.get("init_args"), dict):
+    if not isinstance(spec, dict):
         return spec
+    if not isinstance(spec.get("init_args"), dict):
+        return {name: without_locations(value) for name, value in spec.items()}
     locations = LOCATIONS.get(str(spec.get("class_path")).rpartition(".")[2], set())
     arguments = {
         name: without_locations(value)

@@ -45,10 +45,23 @@ def _evaluate_together(
     if count == 1:
         return [_evaluate(denoiser, x, level, queries[0].condition, micro_batch)]
     condition = _concatenate_conditions(queries, x)
-    together = _evaluate(denoiser, torch.cat([x] * count), level, condition, micro_batch)
+    levels = _repeat(level, count, len(x))
+    together = _evaluate(denoiser, torch.cat([x] * count), levels, condition, micro_batch)
     x0, eps = (value.chunk(count) for value in together)
     v = [None] * count if together.variance is None else together.variance.chunk(count)
     return [Prediction(*values) for values in zip(x0, eps, v, strict=True)]
+
+
+def _repeat(level: Level, count: int, batch: int) -> Level:
+    """The levels of a batch that is repeated; a level that all samples share stays as it is."""
+    if not isinstance(level.logsnr, Tensor) or len(level.logsnr) != batch:
+        return level
+    logsnr, t, alpha, sigma = (
+        torch.cat([value] * count) if isinstance(value, Tensor) else value
+        for value in (level.logsnr, level.t, level.alpha, level.sigma)
+    )
+    end = None if level.end is None else _repeat(level.end, count, batch)
+    return Level(logsnr, t, alpha, sigma, level.schedule, end)
 
 
 def _concatenate_conditions(queries: Sequence[Query], x: Tensor) -> BatchCondition | None:

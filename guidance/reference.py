@@ -26,8 +26,7 @@ from diffcore.core.conditions import (
     replace_label,
     without,
 )
-from diffcore.core.denoiser import DenoiserProtocol, DenoiserWrapper
-from diffcore.core.prediction import Prediction, hypot
+from diffcore.core.denoiser import DenoiserProtocol, LevelMatchedDenoiser
 from diffcore.core.process import Process
 from diffcore.schedules import Level
 
@@ -314,25 +313,11 @@ class WeakerNetwork(Reference):
         self, denoiser: DenoiserProtocol, condition: BatchCondition | None, x: Tensor
     ) -> Query:
         assert not isinstance(self.network, str)  # `check` raises an error for a folder
-        return Query(_LevelMatchedDenoiser(self.network), condition)
+        return Query(LevelMatchedDenoiser(self.network), condition)
 
     def __repr__(self) -> str:
         name = self.network if isinstance(self.network, str) else type(self.network).__name__
         return f"WeakerNetwork({name})"
-
-
-class _LevelMatchedDenoiser(DenoiserWrapper):
-    """A denoiser that accepts x and levels of another process."""
-
-    def __call__(
-        self, x: Tensor, level: Level, condition: BatchCondition | None = None
-    ) -> Prediction:
-        if self.process.schedule == level.schedule:
-            return self.inner(x, level, condition)
-        matched = self.process.schedule.at(level.logsnr)
-        ratio = hypot(matched.alpha, matched.sigma) / hypot(level.alpha, level.sigma)
-        ratio = ratio.to(x) if isinstance(ratio, Tensor) else ratio
-        return self.inner(ratio * x, matched, condition)
 
 
 def load_weaker_networks(part: Part, load: Callable[[str], DenoiserProtocol]) -> Part:

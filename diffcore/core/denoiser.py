@@ -12,11 +12,17 @@ from torch import Tensor, nn
 
 from diffcore.core.conditions import BatchCondition, as_conditions, condition_arguments
 from diffcore.core.network import evaluation_dtype, network_config
-from diffcore.core.prediction import Prediction, predict, scale_input
+from diffcore.core.prediction import Prediction, hypot, predict, scale_input
 from diffcore.core.process import Process
 from diffcore.schedules import Level, Real
 
-__all__ = ["Denoiser", "DenoiserProtocol", "DenoiserWrapper", "extract_tensor"]
+__all__ = [
+    "Denoiser",
+    "DenoiserProtocol",
+    "DenoiserWrapper",
+    "LevelMatchedDenoiser",
+    "extract_tensor",
+]
 
 
 class DenoiserProtocol(Protocol):
@@ -72,6 +78,23 @@ class DenoiserWrapper(DenoiserProtocol):
     def network(self) -> nn.Module | None:
         """The network of the inner denoiser, or None."""
         return self.inner.network
+
+
+class LevelMatchedDenoiser(DenoiserWrapper):
+    """A denoiser that accepts x and levels of another schedule.
+
+    Levels are matched in λ, and x is multiplied by the ratio of √(α² + σ²).
+    """
+
+    def __call__(
+        self, x: Tensor, level: Level, condition: BatchCondition | None = None
+    ) -> Prediction:
+        if self.process.schedule == level.schedule:
+            return self.inner(x, level, condition)
+        matched = self.process.schedule.at(level.logsnr)
+        ratio = hypot(matched.alpha, matched.sigma) / hypot(level.alpha, level.sigma)
+        ratio = ratio.to(x) if isinstance(ratio, Tensor) else ratio
+        return self.inner(ratio * x, matched, condition)
 
 
 class Denoiser(nn.Module):

@@ -160,6 +160,14 @@ class Objective:
                 "perturbation, offset and coupling at their defaults, or variational out"
             )
 
+    @property
+    def content_hash(self) -> str:
+        """Hash of the frozen weights that the loss depends on, such as a teacher's; "" if none.
+
+        Training is resumed only if this hash is unchanged.
+        """
+        return ""
+
     def networks(
         self, denoiser: Denoiser, device: torch.device, label_wrapper: LabelWrapper
     ) -> Networks:

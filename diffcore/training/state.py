@@ -314,7 +314,11 @@ def _prepare_data(accelerator: Accelerator, data: DataSource, process: Process) 
 
 
 def _content_hashes(settings: "Trainer", network: nn.Module) -> dict[str, str]:
-    hashes = {"data": settings.source.content_hash, "network": frozen_hash(network)}
+    hashes = {
+        "data": settings.source.content_hash,
+        "network": frozen_hash(network),
+        "teacher": settings.objective.content_hash,
+    }
     return {name: value for name, value in hashes.items() if value}
 
 

@@ -211,7 +211,7 @@ def determining_settings(settings: "Trainer") -> dict[str, Any]:
     config = yaml.safe_load(settings.config) or {}
     left_out = {*CHANGEABLE, *FACTORIES, "config"}
     names = [field.name for field in fields(settings) if field.name not in left_out]
-    values = {name: to_spec(getattr(settings, name)) for name in names}
+    values = {name: without_locations(to_spec(getattr(settings, name))) for name in names}
     values["snapshots"] = {"lengths": values["snapshots"]["lengths"]}  # `every` may change
     values |= {name: without_locations(config[name]) for name in FACTORIES if name in config}
     plain: dict[str, Any] = json.loads(json.dumps(values, default=lambda value: repr(type(value))))
