@@ -157,3 +157,29 @@ def test_two_ranks_train_the_text_encoders_as_one_rank_does(workspace, captions)
     assert len(found["one"]) == 4
     assert found["two"] == pytest.approx(found["one"], rel=1e-5)
     assert found["sharded"] == pytest.approx(found["one"], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [text_networks.sd3, text_networks.flux])
+def test_a_flow_with_t5_trains_its_clip_encoders_and_is_sampled_with_them(workspace, make):
+    name = make.__name__
+    make(diffusers.FlowMatchEulerDiscreteScheduler()).save_pretrained(f"pipeline-{name}")
+    inputs = (f"--pipeline=pipeline-{name}", "--data.folder=images", "--trackers=[]")
+    words = ("train", "finetune", *inputs, *SHORT, "--lora=2", "--text_lora=2", "--batch-size=4")
+    words = (*words, "--resolution=16")
+    assert run_command(*words, f"--folder=runs/{name}") == 0
+    state = read_weights(Path(f"runs/{name}/ema.safetensors"))
+    trained = [key for key in state if "text_encoder" in key and ".lora_B." in key]
+    assert trained
+    assert all(state[key].any() for key in trained)
+    options = ("--prompt=a cat", "--seeds=5", "--sampler=DDIM", "--grid=Trailing", "--steps=2")
+    samples = []
+    size = ("--height=16", "--width=16", "--guidance.scale=3")
+    for adapters in (
+        (f"runs/{name}", *size),
+        (f"pipeline-{name}", "--lora", f"runs/{name}", *size),
+    ):
+        out = Path(f"{name}.safetensors")
+        assert run_command("sample", *adapters, *options, f"--out={out}") == 0
+        samples.append(read_weights(out)["x"])
+    torch.testing.assert_close(*samples, rtol=0, atol=1e-5)

@@ -19,11 +19,14 @@ from diffcore.integrations.diffusers.adapters.textual_inversion import (
 from diffcore.integrations.diffusers.families import TextCondition
 from diffcore.integrations.diffusers.loading.index import PipelineIndex
 from diffcore.integrations.diffusers.loading.prompts import TOKENS
+from diffcore.io.network_size import check_memory
 
 __all__ = ["TextEncoders"]
 
 IS_ZERO = "is_zero"
 """Entry of the tokens that is True for prompts whose encoding is zero."""
+FROZEN = "frozen"
+"""Entry of the tokens with the states of the text encoders that are not trained."""
 KEPT = 4
 """Number of sets of prompts whose tokens are kept: of training, validation, previews, another."""
 
@@ -34,7 +37,8 @@ class TextEncoders(nn.Module):
     All other weights are frozen, in float32.
 
     Args:
-        index: pipeline of Stable Diffusion 1, 2 or XL.
+        index: pipeline of Stable Diffusion or Flux. T5 is not trained: it encodes each prompt
+            once, when it is tokenised.
         lora: adapter of each text encoder; rank 0: none.
         word: new word whose embeddings are trained.
 
@@ -49,8 +53,14 @@ class TextEncoders(nn.Module):
         if not isinstance(condition, TextCondition) or not condition.trained_encoders:
             raise ValueError(
                 f"{index.folder} holds {index.family.name}, whose text encoders are not trained: "
-                "start from Stable Diffusion 1, 2 or XL, or leave text_lora and word out"
+                "start from Stable Diffusion or Flux, or leave text_lora and word out"
             )
+        if word.word and condition.has_frozen_encoders:
+            raise ValueError(
+                f"{index.folder} holds {index.family.name}, whose T5 is not trained and would not "
+                "know a new word: leave word out, or start from Stable Diffusion 1, 2 or XL"
+            )
+        self.index = index
         self.condition, self.lora, self.word = condition, lora, word
         self.names = condition.trained_encoders
         self.has_zeros = bool(index.content.get("force_zeros_for_empty_prompt"))
@@ -78,7 +88,8 @@ class TextEncoders(nn.Module):
                 prompt (zeros for many XL pipelines).
 
         Returns:
-            `tokens.NAME` of each text encoder -> (K + 1, L) ids; `tokens.is_zero` -> (K + 1,).
+            `tokens.NAME` of each text encoder -> (K + 1, L) ids; `tokens.is_zero` -> (K + 1,);
+            `tokens.frozen` -> (K + 1, L, D) states of text encoders that are not trained.
         """
         prompts = (*texts, negative)
         if prompts not in self.tokens:
@@ -102,20 +113,41 @@ class TextEncoders(nn.Module):
             )["input_ids"]
             for name, tokenizer in self.tokenizers.items()
         }
+        if self.condition.has_frozen_encoders:
+            tokens[f"{TOKENS}.{FROZEN}"] = self._frozen_states(texts)
         return tokens | {f"{TOKENS}.{IS_ZERO}": is_zero}
+
+    @torch.no_grad()
+    def _frozen_states(self, texts: tuple[str, ...]) -> Tensor:
+        """The states (K + 1, L, D) of the text encoders that are not trained."""
+        pipeline = self.index.read_text_pipeline()
+        states: list[Tensor] = []
+        for text in texts:
+            is_null = len(states) == len(texts) - 1
+            encoded = self.condition.encode(pipeline, text, is_null)
+            found = self.condition.frozen_states(pipeline, encoded)
+            assert found is not None
+            if not states:
+                size = len(texts) * found.numel() * found.element_size()
+                check_memory(size, f"the states of T5 for {len(texts)} prompts")
+            states.append(found.clone())
+        return torch.cat(states)
 
     def forward(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Encode tokenised prompts.
 
         Args:
-            tokens: (B, L) ids by the name of the text encoder, and `is_zero` (B,).
+            tokens: (B, L) ids by the name of the text encoder, `is_zero` (B,), and the states
+                `frozen` (B, L, D) if there are text encoders that are not trained.
 
         Returns:
             Argument of the network's forward -> value (B, ...); a dot in the name leads into a
             dictionary.
         """
         arguments = self.condition.encode_tokens(
-            [self.get_submodule(name) for name in self.names], [tokens[name] for name in self.names]
+            [self.get_submodule(name) for name in self.names],
+            [tokens[name] for name in self.names],
+            tokens.get(FROZEN),
         )
         is_zero = tokens[IS_ZERO]
         return {

@@ -42,6 +42,8 @@ class TextCondition(ABC):
     """What the network is conditioned on, for messages."""
     trained_encoders: ClassVar[tuple[str, ...]] = ()
     """Text encoders that can be trained together with the network, by `encode_tokens`."""
+    has_frozen_encoders: ClassVar[bool] = False
+    """Whether a pipeline of the family has further text encoders, which are not trained."""
     unsupported_config: ClassVar[Mapping[str, str]] = {}
     """Keys that the network's config must not set -> why a network that does is refused."""
 
@@ -63,14 +65,30 @@ class TextCondition(ABC):
             Argument of the network's forward -> value (1, ...).
         """
 
+    def frozen_states(self, pipeline: Any, encoded: Mapping[str, Tensor]) -> Tensor | None:
+        """The part of an encoded prompt that comes from text encoders that are not trained.
+
+        Args:
+            pipeline: pipeline of the family, with its text encoders.
+            encoded: result of `encode`.
+
+        Returns:
+            (1, L, D) states; None, the default, if every text encoder can be trained.
+        """
+        return None
+
     def encode_tokens(
-        self, encoders: Sequence[nn.Module], tokens: Sequence[Tensor]
+        self,
+        encoders: Sequence[nn.Module],
+        tokens: Sequence[Tensor],
+        frozen: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Encode a batch of tokenised prompts as `encode` encodes prompts, with gradients.
 
         Args:
             encoders: the text encoders of `trained_encoders`.
             tokens: (B, L) token ids for each of them.
+            frozen: (B, L, D) states of the other text encoders (`frozen_states`), if there are any.
 
         Returns:
             Argument of the network's forward -> value (B, ...).
@@ -80,7 +98,7 @@ class TextCondition(ABC):
         """
         raise ValueError(
             f"the text encoders of a network conditioned on {self.summary} are not trained: train "
-            "a network of Stable Diffusion 1, 2 or XL, or leave text_lora and word out"
+            "a network of Stable Diffusion or Flux, or leave text_lora and word out"
         )
 
     def unread_layers(self, name: str, encoder: nn.Module) -> tuple[str, ...]:

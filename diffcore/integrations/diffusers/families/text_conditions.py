@@ -1,7 +1,7 @@
 """How each family maps its pipeline's encoded prompts to the arguments of its network."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -45,8 +45,11 @@ class StableDiffusionText(TextCondition):
         return {"encoder_hidden_states": encoded[is_null]}
 
     def encode_tokens(
-        self, encoders: Sequence[nn.Module], tokens: Sequence[Tensor]
-    ) -> dict[str, Tensor]:
+        self,
+        encoders: Sequence[nn.Module],
+        tokens: Sequence[Tensor],
+        frozen: Tensor | None = None,
+    ) -> Arguments:
         (encoder,), (ids,) = encoders, tokens
         return {"encoder_hidden_states": encoder(ids)[0]}
 
@@ -73,12 +76,12 @@ class StableDiffusionXLText(StableDiffusionText):
         }
 
     def encode_tokens(
-        self, encoders: Sequence[nn.Module], tokens: Sequence[Tensor]
-    ) -> dict[str, Tensor]:
-        outputs = [
-            encoder(ids, output_hidden_states=True)
-            for encoder, ids in zip(encoders, tokens, strict=True)
-        ]
+        self,
+        encoders: Sequence[nn.Module],
+        tokens: Sequence[Tensor],
+        frozen: Tensor | None = None,
+    ) -> Arguments:
+        outputs = _outputs(encoders, tokens)
         return {
             "encoder_hidden_states": torch.cat([out.hidden_states[-2] for out in outputs], -1),
             "added_cond_kwargs.text_embeds": outputs[-1].text_embeds,
@@ -101,6 +104,8 @@ class StableDiffusion3Text(TextCondition):
     summary = "text: the states of two CLIP encoders and of T5, and two pooled ones"
 
     optional_encoders = ("text_encoder_3",)
+    trained_encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
+    has_frozen_encoders = True
 
     def encode(self, pipeline: Any, text: str, is_null: bool) -> Arguments:
         encoded = pipeline.encode_prompt(
@@ -109,6 +114,25 @@ class StableDiffusion3Text(TextCondition):
         return {
             "encoder_hidden_states": encoded[0 + is_null],
             "pooled_projections": encoded[2 + is_null],
+        }
+
+    def frozen_states(self, pipeline: Any, encoded: Mapping[str, Tensor]) -> Tensor:
+        # The states of T5, or zeros without it, follow those of CLIP.
+        return encoded["encoder_hidden_states"][:, pipeline.tokenizer_max_length :]
+
+    def encode_tokens(
+        self,
+        encoders: Sequence[nn.Module],
+        tokens: Sequence[Tensor],
+        frozen: Tensor | None = None,
+    ) -> Arguments:
+        assert frozen is not None
+        outputs = _outputs(encoders, tokens)
+        states = torch.cat([out.hidden_states[-2] for out in outputs], -1)
+        states = nn.functional.pad(states, (0, frozen.shape[-1] - states.shape[-1]))
+        return {
+            "encoder_hidden_states": torch.cat((states, frozen.to(states)), -2),
+            "pooled_projections": torch.cat([out.text_embeds for out in outputs], -1),
         }
 
 
@@ -120,9 +144,25 @@ class FluxText(TextCondition):
 
     summary = "text: the states of T5, CLIP's pooled one, and the guidance scale if it takes one"
 
+    trained_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    has_frozen_encoders = True
+
     def encode(self, pipeline: Any, text: str, is_null: bool) -> Arguments:
         states, pooled, _ = pipeline.encode_prompt(text, **_call_defaults(pipeline))
         return {"encoder_hidden_states": states, "pooled_projections": pooled}
+
+    def frozen_states(self, pipeline: Any, encoded: Mapping[str, Tensor]) -> Tensor:
+        return encoded["encoder_hidden_states"]
+
+    def encode_tokens(
+        self,
+        encoders: Sequence[nn.Module],
+        tokens: Sequence[Tensor],
+        frozen: Tensor | None = None,
+    ) -> Arguments:
+        assert frozen is not None
+        (encoder,), (ids,) = encoders, tokens
+        return {"encoder_hidden_states": frozen, "pooled_projections": encoder(ids).pooler_output}
 
     def shared_arguments(
         self, network: nn.Module, size: tuple[int, int], guidance_scale: float
@@ -157,6 +197,14 @@ class PixArtText(MaskedText):
             "added_cond_kwargs.resolution": target,
             "added_cond_kwargs.aspect_ratio": target[:, :1] / target[:, 1:],
         }
+
+
+def _outputs(encoders: Sequence[nn.Module], tokens: Sequence[Tensor]) -> list[Any]:
+    """The outputs of text encoders with the states of all layers."""
+    return [
+        encoder(ids, output_hidden_states=True)
+        for encoder, ids in zip(encoders, tokens, strict=True)
+    ]
 
 
 def _prompts(text: str, is_null: bool) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from diffcore.integrations.diffusers.loading.frozen_base import BasePrecision, r
 from diffcore.integrations.diffusers.loading.index import PipelineIndex
 from diffcore.integrations.diffusers.loading.parts import read_json
 from diffcore.integrations.diffusers.loading.prompts import TOKENS, Prompts, set_argument
+from diffcore.integrations.diffusers.loading.text_encoding import EMBEDDED_GUIDANCE_SCALE
 from diffcore.integrations.diffusers.pipeline.folder import write_pipeline
 from diffcore.integrations.diffusers.pipeline.trained_scheduler import build_scheduler
 from diffcore.io.extras import has_extra, missing
@@ -236,7 +237,8 @@ class PretrainedNetwork(ExportableNetwork):
         """
         if self.text_encoders is None:
             return None
-        shared = self.text_encoders.condition.shared_arguments(self.network, (size, size), 0.0)
+        condition, scale = self.text_encoders.condition, EMBEDDED_GUIDANCE_SCALE
+        shared = condition.shared_arguments(self.network, (size, size), scale)
         count = len(texts) + 1
         sizes = {name: value.expand(count, *value.shape) for name, value in shared.items()}
         tokens = self.text_encoders.tokenize(texts, negative)

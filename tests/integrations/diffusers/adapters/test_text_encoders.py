@@ -19,7 +19,7 @@ from diffcore.integrations.diffusers.adapters.textual_inversion import NewWord, 
 from diffcore.integrations.diffusers.loading.folder import read_folder
 from diffcore.integrations.diffusers.loading.index import PipelineIndex
 from diffcore.integrations.diffusers.pipeline.folder import merge_into_pipeline
-from diffcore.schedules import Discrete
+from diffcore.schedules import Discrete, Flow
 from diffcore.training.data import Mixture
 from tests.helpers import text_networks
 from tests.helpers.captioned_images import (
@@ -34,7 +34,10 @@ PIPELINES = {
     "sd": (text_networks.sd, {}),
     "sdxl": (text_networks.sdxl, {}),
     "sdxl without zeros": (text_networks.sdxl, {"force_zeros_for_empty_prompt": False}),
+    "sd3": (text_networks.sd3, {}),
+    "flux": (text_networks.flux, {}),
 }
+FLOWS = ("sd3", "flux")
 X, TIME = torch.randn(3, 4, 8, 8), torch.tensor([3.0, 500.0, 900.0])
 LABELS = torch.arange(3)
 PROCESS = Process(Discrete(), shape=(4, 8, 8), prediction="epsilon")
@@ -46,12 +49,14 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipelines")
     for name, (make, options) in PIPELINES.items():
         scheduler = diffusers.DDIMScheduler(steps_offset=1, clip_sample=False)
+        if name in FLOWS:
+            scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
         pipe = make(scheduler)
         if options:
             pipe.register_to_config(**options)
         pipe.save_pretrained(folder / name)
-    flow = diffusers.FlowMatchEulerDiscreteScheduler()
-    text_networks.sd3(flow).save_pretrained(folder / "sd3")
+    pixart = text_networks.pixart(diffusers.DPMSolverMultistepScheduler())
+    pixart.save_pretrained(folder / "pixart")
     return folder
 
 
@@ -138,6 +143,33 @@ def test_diffusers_loads_the_adapters_and_the_new_word_and_gives_the_same_output
     assert_equal_arguments(
         encode_prompts(merged, *prompts).arguments(LABELS), expected, rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_the_adapters_of_clip_beside_t5_are_read_by_diffusers_and_by_a_merge(
+    folder, tmp_path, name
+):
+    made, index = trained(folder / name, text_lora=TextLoRA(2)), PipelineIndex(folder / name)
+    made.export(tmp_path, Process(Flow(), shape=(4, 8, 8), prediction="flow_prediction"))
+    pipe = index.pipeline_class.from_pretrained(folder / name)
+    before = encode_prompts(pipe, ["a red cat"], "", (16, 16)).tensors
+    pipe.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
+    prompts = (["a red cat", "dog"], "bad", (16, 16))
+    expected = encode_prompts(pipe, *prompts).arguments(LABELS)
+    bank = made.tokenize(*prompts[:2], 16)
+    found = made._encoded(bank.arguments(LABELS))
+    expected.pop("guidance", None), found.pop("guidance", None)  # of Flux alone
+    assert_equal_arguments(found, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(expected["pooled_projections"][:1], before["pooled_projections"][:1])
+    merge_into_pipeline(tmp_path / "merged", index, [(read_adapters(tmp_path, index), 1.0)])
+    merged = PipelineIndex(tmp_path / "merged").read_text_pipeline()
+    own = encode_prompts(merged, *prompts).arguments(LABELS)
+    own.pop("guidance", None)
+    assert_equal_arguments(own, expected, rtol=1e-5, atol=1e-5)
+    found["pooled_projections"].square().mean().backward()
+    read = [n for n, p in made.text_encoders.named_parameters() if p.requires_grad]
+    without = [n for n in read if made.text_encoders.get_parameter(n).grad is None]
+    assert without == []
 
 
 def test_text_encoders_that_are_replaced_are_not_read_again(folder, tmp_path):
@@ -268,10 +300,11 @@ def test_options_without_meaning_are_refused(build, message):
     ("name", "options", "message"),
     [
         (
-            "sd3",
+            "pixart",
             {"text_lora": TextLoRA(2)},
-            "holds Stable Diffusion 3, whose text encoders are not",
+            "holds PixArt, whose text encoders are not trained",
         ),
+        ("sd3", {"word": WORD}, "whose T5 is not trained and would not know a new word"),
         ("sd", {"word": NewWord("<cat>", "cat")}, "which the tokenizer splits into 3 tokens"),
         ("sd", {"word": NewWord("b</w>", "c")}, "which the tokenizer has as a token"),
         ("sd", {"text_lora": TextLoRA(99)}, "rank is 99, but the largest adapted layer has 8"),
