@@ -174,7 +174,8 @@ def test_a_flow_with_t5_trains_its_clip_encoders_and_is_sampled_with_them(worksp
     assert all(state[key].any() for key in trained)
     options = ("--prompt=a cat", "--seeds=5", "--sampler=DDIM", "--grid=Trailing", "--steps=2")
     samples = []
-    size = ("--height=16", "--width=16", "--guidance.scale=3")
+    scale = "3" if name == "sd3" else "1"  # Flux is trained without dropped captions
+    size = ("--height=16", "--width=16", f"--guidance.scale={scale}")
     for adapters in (
         (f"runs/{name}", *size),
         (f"pipeline-{name}", "--lora", f"runs/{name}", *size),
