@@ -3,6 +3,7 @@
 from diffcore.samplers.adams import AdamsBashforth, AdamsMoulton
 from diffcore.samplers.base import Knots, Sampler, SamplerWrapper, State
 from diffcore.samplers.blending import AlphaBlending
+from diffcore.samplers.consistency import TCD, Consistency
 from diffcore.samplers.ddim import DDIM, DDPM, EulerAncestral
 from diffcore.samplers.dpm_solver import DPMSolverPP, DPMSolverSDE
 from diffcore.samplers.edm import Euler, Heun
@@ -16,10 +17,12 @@ from diffcore.samplers.unipc import UniPC
 __all__ = [
     "DDIM",
     "DDPM",
+    "TCD",
     "AdamsBashforth",
     "AdamsMoulton",
     "AdaptiveRungeKutta",
     "AlphaBlending",
+    "Consistency",
     "DPMSolverPP",
     "DPMSolverSDE",
     "Euler",

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
+from diffcore.core.process import Estimate
 from diffcore.core.transition import fresh_noise_share
 from diffcore.schedules import Level, Real
 
@@ -140,6 +141,18 @@ class Sampler(ABC, Generic[Memory]):
         Only such samplers accept predictions with x ≠ α x_0 + σ ε (CFG++).
         """
         return self.order == 1
+
+    @property
+    def estimates(self) -> tuple[Estimate, ...]:
+        """What the pair of the network may be (`Process.estimate`) for the result to be right.
+
+        By default posterior_mean alone: solvers of the flow read its slope from the pair.
+        """
+        return ("posterior_mean",)
+
+    def end(self, state: State[Memory]) -> Level:
+        """The level to which a step uses the pair of a network of two times; the next knot."""
+        return state.remaining[0]
 
     def uses_guidance(self, state: State[Memory]) -> bool:
         """Whether guidance acts on the prediction at this state; if not, w = 1 is used there."""

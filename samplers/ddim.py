@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction, hypot
+from diffcore.core.process import Estimate
 from diffcore.core.transition import fresh_noise_share
 from diffcore.samplers.base import (
     Sampler,
@@ -30,6 +31,10 @@ class DDIM(Sampler[None]):
     (2010.02502). η = 0 is the probability flow, η = 1 the ancestral sampler of DDPM. From α = 0,
     r = 0, so at η = 1 the step replaces all noise. Knots may be maps of levels.
 
+    With a network of two times (`Process.estimate` mean_velocity) and η = 0 it is the sampler of
+    MeanFlow (Geng et al. 2025, 2505.13447, Algorithm 2), z_s = z + (a_s - a) U, and of Shortcut
+    models.
+
     Args:
         eta: η within [0, 1], the amount of fresh noise; above 0 the knots must fall in noise.
     """
@@ -39,6 +44,10 @@ class DDIM(Sampler[None]):
 
     def __post_init__(self) -> None:
         check_eta(self.eta)
+
+    @property
+    def estimates(self) -> tuple[Estimate, ...]:
+        return ("posterior_mean",) if self.eta else ("posterior_mean", "mean_velocity")
 
     def advance(self, state: State[None], prediction: Prediction, noise: Noise) -> State[None]:
         t, s = state.level, state.remaining[0]

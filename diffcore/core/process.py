@@ -79,6 +79,11 @@ class TimeConditioning:
         """Whether the number is finite at λ = -inf."""
         return self.variable in ("index", "t", "blend") or self.clamp < math.inf
 
+    @property
+    def can_express_clean(self) -> bool:
+        """Whether the number is finite at λ = inf."""
+        return self.variable != "logsnr" or self.clamp < math.inf
+
     def __call__(self, level: Level) -> Real:
         """The conditioning number of a level, of the shape of the level."""
         match self.variable:
@@ -204,6 +209,40 @@ class Process:
         if not 0 <= self.dropout <= 1:
             raise ValueError(f"dropout is {self.dropout}, expected a probability within [0, 1]")
         self._check_conditions()
+        if self.estimate != "posterior_mean":
+            self._check_estimate()
+
+    def _check_estimate(self) -> None:
+        """Raise ValueError if no network of this process can give a point of the flow."""
+        if self.prediction == "sample":
+            raise ValueError(
+                f"estimate is {self.estimate} and prediction is sample, with which x_0 is not x at "
+                "the clean level: use v_prediction, flow_prediction, edm or epsilon"
+            )
+        if self.variance == "learned":
+            raise ValueError(
+                f"estimate is {self.estimate}, a point of the flow, which has no variance: set "
+                "variance to fixed"
+            )
+        if self.estimate == "mean_velocity" and not self.time.can_express_clean:
+            raise ValueError(
+                "estimate is mean_velocity, whose second level may be clean (λ = inf), which time "
+                f"conditioning by {self.time.variable} cannot express: set a clamp, or condition "
+                "on index, t, blend or sigma"
+            )
+
+    def require_posterior_mean(self, subject: str) -> None:
+        """Raise ValueError if the pair of the network is not E[x_0 | x] and E[ε | x].
+
+        Args:
+            subject: what needs the posterior mean; it begins the message.
+        """
+        if self.estimate != "posterior_mean":
+            raise ValueError(
+                f"{subject} needs E[x_0 | x] at each level, and the pair of this network is a "
+                f"point of the flow (estimate {self.estimate}): use the network that it was "
+                "distilled from, or one that is trained by denoising"
+            )
 
     def _check_conditions(self) -> None:
         for name in self.conditions:
@@ -327,7 +366,7 @@ class Process:
 
     def _check_clean(self, name: str) -> None:
         """Raise ValueError if a network of this process is undefined at λ = inf."""
-        unknown = self.time.variable == "logsnr" and self.time.clamp == math.inf
+        unknown = not self.time.can_express_clean
         if self.prediction == "sample" or unknown:
             why = (
                 f"time conditioning by {self.time.variable}"

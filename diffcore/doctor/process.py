@@ -118,6 +118,7 @@ def check_process(
     Raises:
         ValueError: the data is constant, or the network fails under every hypothesis.
     """
+    denoiser.process.require_posterior_mean("the identification of a process")
     claim, hypotheses = claimed_hypotheses(denoiser.process)
     scores = identify_process(denoiser.network, x0, hypotheses, levels=levels, condition=condition)
     return Identification(scores, claim, _verdict(claim, scores), _notes(scores))

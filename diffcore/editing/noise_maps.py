@@ -117,7 +117,7 @@ def extract(
     x0, state, step, memory, maps = x0.to(x), sampler.start(x, knots, noise), None, None, []
     with evaluation_mode(denoiser, *find_networks(guidance)):
         while not state.done:
-            step = current_step(denoiser.process, knots, state, step)
+            step = current_step(denoiser.process, sampler, knots, state, step)
             prediction, memory, _ = guided_prediction(
                 denoiser, guidance, state.x, state.level, condition, memory, step
             )

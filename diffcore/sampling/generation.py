@@ -16,7 +16,7 @@ from diffcore.core.noise import Noise
 from diffcore.core.process import Process
 from diffcore.guidance import CFG, Guidance, find_networks
 from diffcore.guidance.reference import Condition
-from diffcore.samplers import AdamsMoulton, Sampler
+from diffcore.samplers import DDIM, AdamsMoulton, Consistency, Sampler
 from diffcore.sampling.loop import (
     SAME_LEVEL,
     Callback,
@@ -35,6 +35,7 @@ __all__ = [
     "Samples",
     "add_noise",
     "check_sampling",
+    "default_sampler",
     "evaluation_mode",
     "insert_levels",
     "padded_chunks",
@@ -49,6 +50,20 @@ DEFAULT_SAMPLER: Sampler = AdamsMoulton(3, every=10)
 
 DEFAULT_GRID: Grid = UniformBlend(1.25, 0.5)
 """Default grid: from pure noise to clean, densest in λ at σ/α = 0.5."""
+
+
+def default_sampler(process: Process) -> Sampler:
+    """The sampler of a network of which no other is chosen.
+
+    Args:
+        process: process of the network.
+
+    Returns:
+        DEFAULT_SAMPLER; Consistency() for a consistency network, and DDIM() for one that estimates
+        the mean velocity.
+    """
+    few = {"consistency": Consistency(), "mean_velocity": DDIM()}
+    return few.get(process.estimate, DEFAULT_SAMPLER)
 
 
 class NonFiniteWarning(RuntimeWarning):
@@ -73,7 +88,7 @@ class Samples(NamedTuple):
 
 def sample(
     denoiser: DenoiserProtocol,
-    sampler: Sampler = DEFAULT_SAMPLER,
+    sampler: Sampler | None = None,
     grid: Grid = DEFAULT_GRID,
     steps: int = 25,
     *,
@@ -96,9 +111,9 @@ def sample(
 
     Args:
         denoiser: network with its process, or an exact denoiser.
-        sampler: numerical integrator.
+        sampler: numerical integrator; None: that of the process (`default_sampler`).
         grid: rule that places the knots.
-        steps: number of steps.
+        steps: number of steps; 1 to 4 are enough for a distilled network.
         seeds: N integers of 64 bits, one for each sample: a sequence, or an integer tensor (N,).
         condition: N class labels (the null label is no condition), or a table of values by the name
             of the condition, of which `label` is the class: {"label": [3, 3], "image": (N, C, H,
@@ -130,6 +145,7 @@ def sample(
         guidance=CFG(2.0))
     """
     process = denoiser.process
+    sampler = sampler or default_sampler(process)
     knots = insert_levels(grid.knots(process.schedule, steps), guidance.levels(process))
     given = check_sampling(process, knots, seeds, condition, guidance, batch_size, sampler)
     if micro_batch < 0:
@@ -252,7 +268,7 @@ def check_sampling(
         condition: one label for each sample, values by name, or None.
         guidance: guidance rule.
         batch_size: number of samples that are integrated together.
-        sampler: numerical integrator; None: not checked.
+        sampler: numerical integrator; None: an algorithm that needs the posterior mean.
 
     Returns:
         The labels (N,), the null label without a condition; `Conditions` if the process has named

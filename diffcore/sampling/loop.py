@@ -99,7 +99,7 @@ def integrate(
     state, step, memory, evaluations = sampler.start(x, knots, noise), None, None, 0
     while not state.done:
         rule = guidance if sampler.uses_guidance(state) else CFG(1.0)
-        step = current_step(denoiser.process, knots, state, step)
+        step = current_step(denoiser.process, sampler, knots, state, step)
         prediction, memory, count = guided_prediction(
             denoiser, rule, state.x, state.level, condition, memory, step, micro_batch
         )
@@ -145,7 +145,7 @@ def watch(
     while not state.done:
         with torch.no_grad(), evaluation_mode(denoiser, *find_networks(guidance)):
             rule = guidance if sampler.uses_guidance(state) else CFG(1.0)
-            step = current_step(denoiser.process, knots, state, step)
+            step = current_step(denoiser.process, sampler, knots, state, step)
             inputs = evaluate_references(denoiser, rule, state.x, condition, memory, step)
             prediction, memory = rule.guide(inputs, memory)
             state = sampler.advance(state, prediction, noise)
@@ -258,24 +258,29 @@ def evaluate_references(
 
 
 def current_step(
-    process: Process, knots: tuple[Level, ...], state: State, before: Step | None = None
+    process: Process,
+    sampler: Sampler,
+    knots: tuple[Level, ...],
+    state: State,
+    before: Step | None = None,
 ) -> Step:
     """The step of a state. All evaluations until the next knot belong to it.
 
     Args:
         process: process of the network.
+        sampler: numerical integrator.
         knots: levels between which the sampler steps.
         state: state before the evaluation.
         before: step of the previous evaluation, if any.
 
     Returns:
-        The step.
+        The step, whose level has an end if the network receives two times.
     """
     is_same = before is not None and before.index == state.step
     start = before.start if before is not None and is_same else state.level
     level, end = state.level, state.remaining[0]
     if process.estimate == "mean_velocity":
-        level = replace(level, end=end)
+        level = replace(level, end=sampler.end(state))
     return Step(process, level, start, end, state.step, len(knots) - 1)
 
 
@@ -297,7 +302,7 @@ def count_evaluations(
         return None
     step, total = None, 0
     for state in sampler.dry_run(knots):
-        step = current_step(process, knots, state, step)
+        step = current_step(process, sampler, knots, state, step)
         total += 1 + (
             len(guidance.required_references(step, None)) if sampler.uses_guidance(state) else 0
         )
@@ -336,7 +341,7 @@ def check_guidance(
         knots: levels between which the sampler steps.
         condition: labels, values by name, or None.
         guidance: guidance rule.
-        sampler: numerical integrator; None: not checked.
+        sampler: numerical integrator; None: an algorithm that needs the posterior mean.
     """
     required = [
         (reference, step.level)
@@ -348,8 +353,13 @@ def check_guidance(
     for reference, level in required:
         reference.check_level(level)
     guidance.check(process, _given_labels(condition))
+    if required:
+        process.require_posterior_mean(f"{guidance}, which extrapolates predictions,")
     if sampler is None:
+        process.require_posterior_mean("this algorithm")
         return
+    if process.estimate not in sampler.estimates:
+        raise ValueError(_wrong_sampler(process, sampler))
     if not guidance.is_consistent and not sampler.is_direct:
         raise ValueError(
             f"{guidance} breaks x = α x_0 + σ ε, which {sampler} relies on: use a sampler of "
@@ -362,6 +372,19 @@ def check_guidance(
             f"{guidance} requires one evaluation per step: use a sampler such as DDIM(), not "
             f"{sampler}"
         )
+
+
+def _wrong_sampler(process: Process, sampler: Sampler) -> str:
+    """The message for a sampler that reads something else from the pair than the network gives."""
+    remedies = {
+        "posterior_mean": "a solver of the flow such as DDIM(), or a distilled network",
+        "consistency": "Consistency(), or TCD()",
+        "mean_velocity": "DDIM(), or Consistency() or TCD()",
+    }
+    return (
+        f"the network's process has estimate {process.estimate}, and {sampler} works with "
+        f"{' or '.join(sampler.estimates)}: use {remedies[process.estimate]}"
+    )
 
 
 def _given_labels(condition: Condition) -> Condition:

@@ -14,10 +14,12 @@ import diffcore.samplers
 from diffcore.core.noise import Noise
 from diffcore.samplers import (
     DDIM,
+    TCD,
     AdamsBashforth,
     AdamsMoulton,
     AdaptiveRungeKutta,
     AlphaBlending,
+    Consistency,
     DPMSolverPP,
     Euler,
     GradientEstimation,
@@ -62,6 +64,8 @@ ADAPTIVE = {  # the tolerance accepts each step, so the steps are those of the k
     AdaptiveRungeKutta("BogackiShampine", rtol=1e6): 3,
     AdaptiveRungeKutta("DormandPrince", rtol=1e6): 5,
 }
+FEW_STEP = (Consistency(), TCD())
+"""Exact for any number of steps (test_consistency.py), and refused for denoisers."""
 COUNT, LOW, HIGH = 256, -6.0, 4.0
 SEEDED = 4
 """Knots before LOW at which a multistep method is given exact predictions: a first-order start caps
@@ -120,11 +124,11 @@ def error(sampler, steps):
 
 def test_each_sampler_has_a_declared_order_in_a_table():
     assert concrete_subclasses(Sampler) == {
-        type(sampler) for sampler in (*ORDERS, *ADAPTIVE, *WEAK)
+        type(sampler) for sampler in (*ORDERS, *ADAPTIVE, *WEAK, *FEW_STEP)
     }
 
 
-@pytest.mark.parametrize("sampler", [*ORDERS, *ADAPTIVE, *WEAK], ids=str)
+@pytest.mark.parametrize("sampler", [*ORDERS, *ADAPTIVE, *WEAK, *FEW_STEP], ids=str)
 def test_an_instance_has_no_attributes_except_its_fields(sampler):
     """YAML files contain the attributes of an instance, and are read back as fields."""
     assert vars(sampler).keys() == {field.name for field in dataclasses.fields(sampler)}

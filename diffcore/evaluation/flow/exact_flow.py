@@ -84,6 +84,7 @@ def solve_flow(
         )
     if steps < 2:
         raise ValueError(f"steps is {steps}, expected at least 2, to halve them")
+    denoiser.process.require_posterior_mean("the exact flow of a network")
     low, high = (-math.inf, math.inf) if ends is None else (float(level.logsnr) for level in ends)
     grid = Within(FLOW_GRID, low, high)
     # mps has no float64.

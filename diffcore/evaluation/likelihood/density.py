@@ -121,6 +121,7 @@ def flow_log_density(
             tolerance.
     """
     process, start = denoiser.process, level or first_level(denoiser.process)
+    process.require_posterior_mean("the likelihood of a flow")
     check_points(process, y)
     knots = _knots(process, start, steps)
     if not solver.is_adaptive and solver.draws_noise(knots[::-1]):

@@ -129,7 +129,8 @@ class GuidedForward:
             self.network, self.forward, process, x, args, kwargs, conditional_first
         )
         if state.evaluation is None or state.step is None:
-            state.step = current_step(process, state.knots, sampler_state, state.step)
+            sampler = call.plan.sampler
+            state.step = current_step(process, sampler, state.knots, sampler_state, state.step)
         is_guided = call.plan.sampler.uses_guidance(sampler_state)
         is_guided = is_guided and has_both == state.has_both  # else a callback has switched it off
         rule = self.guidance if is_guided else CFG(1.0)
@@ -169,7 +170,8 @@ class GuidedForward:
         has_both, knots = self._has_both_halves(x, labels), call.knots
         if has_both:
             self._check_options()
-        steps = (current_step(call.plan.process, knots, state) for state in call.plan.states)
+        plan = call.plan
+        steps = (current_step(plan.process, plan.sampler, knots, state) for state in plan.states)
         if not has_both and any(
             isinstance(reference, Unconditional)
             for step in steps

@@ -86,6 +86,7 @@ def export_scheduler(process: Process, settings: SchedulerSettings, steps: int) 
     Raises:
         ValueError: No scheduler of diffusers expresses it; the message contains the reason.
     """
+    process.require_posterior_mean("a scheduler of diffusers for a network that denoises")
     match process.prediction:
         case "edm":
             return _edm_scheduler(process, settings.knots(steps), settings.grid)

@@ -6,7 +6,7 @@ from typing import Any
 
 import diffusers
 
-from diffcore.core.process import Process
+from diffcore.core.process import Estimate, Process
 from diffcore.guidance import Guidance
 from diffcore.integrations.diffusers.loading.folder import NETWORKS
 from diffcore.integrations.diffusers.loading.parts import check_part, read_json
@@ -31,6 +31,7 @@ class PipelineSettings:
         dropout: share of training samples without their label.
         guidance: default guidance rule of a call.
         num_inference_steps: default number of steps of a call.
+        estimate: what the pair of the network is (`Process.estimate`).
     """
 
     shape: tuple[int, ...]
@@ -40,6 +41,7 @@ class PipelineSettings:
     dropout: float
     guidance: Guidance
     num_inference_steps: int
+    estimate: Estimate = "posterior_mean"
 
     def process_settings(self) -> dict[str, Any]:
         """The settings that are fields of a Process.

@@ -99,6 +99,7 @@ class DiffcorePipeline(DiffusionPipeline):
         dropout: share of training samples without their label.
         guidance: default guidance rule of a call, or its plain data.
         num_inference_steps: default number of steps of a call.
+        estimate: what the pair of the network is (`Process.estimate`).
 
     Raises:
         ValueError: Parts are missing, or contradict each other.
@@ -126,6 +127,7 @@ class DiffcorePipeline(DiffusionPipeline):
         dropout: float = 0.0,
         guidance: dict[str, Any] | Guidance = CFG(1.0),
         num_inference_steps: int = 25,
+        estimate: str = "posterior_mean",
     ) -> None:
         given = dict(locals())
         super().__init__()

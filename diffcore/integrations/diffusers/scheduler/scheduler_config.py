@@ -261,7 +261,7 @@ def scheduler_arguments(config: Config, given: Container[str] = ()) -> dict[str,
         raise ValueError(
             f"{config['_class_name']} samples a distilled network in a few steps by a rule of its "
             "own: keep this scheduler, or pass both sampler and grid, such as "
-            "sampler=DDIM(eta=1.0) and grid=Trailing()"
+            "sampler=Consistency() and grid=Trailing()"
         )
     readers: dict[str, Callable[[], Any]] = {
         "schedule": lambda: describe().schedule,

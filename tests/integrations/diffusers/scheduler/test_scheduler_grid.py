@@ -13,7 +13,7 @@ from diffcore.guidance import CFG
 from diffcore.integrations.diffusers import DiffcoreGuider, DiffcoreScheduler
 from diffcore.integrations.diffusers.scheduler.scheduler_grid import SchedulerGrid
 from diffcore.io.specs import from_spec, to_spec
-from diffcore.samplers import DDIM, Heun
+from diffcore.samplers import DDIM, Consistency, Heun
 from diffcore.schedules import Discrete, Flow, Karras, Leading, Shifted, Trailing, Within
 from tests.helpers.products import covered
 
@@ -146,7 +146,7 @@ GIVEN = [
     (FLOW_KARRAS | {"invert_sigmas": True}, ABSENT | {"grid": Within(Trailing(), high=5.0)}),
     ({"_class_name": "DDIMInverseScheduler"}, {"grid": Trailing()}),
     ({"_class_name": "ScoreSdeVpScheduler"}, ABSENT | {"grid": Trailing(), "last": None}),
-    ({"_class_name": "LCMScheduler"}, {"sampler": DDIM(eta=1.0), "grid": Trailing()}),
+    ({"_class_name": "LCMScheduler"}, {"sampler": Consistency(), "grid": Trailing()}),
     (
         {"_class_name": "EDMEulerScheduler", "final_sigmas_type": "sigma_min"},
         {"last": None},
