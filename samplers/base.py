@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, Generic, overload
 import torch
 from torch import Tensor
 
+from diffcore.core.estimate import Estimate
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
-from diffcore.core.process import Estimate
 from diffcore.core.transition import fresh_noise_share
 from diffcore.schedules import Level, Real
 
@@ -151,7 +151,14 @@ class Sampler(ABC, Generic[Memory]):
         return ("posterior_mean",)
 
     def end(self, state: State[Memory]) -> Level:
-        """The level to which a step uses the pair of a network of two times; the next knot."""
+        """The level to which a step uses the pair of a network of two times.
+
+        Args:
+            state: state before the evaluation.
+
+        Returns:
+            By default the next knot.
+        """
         return state.remaining[0]
 
     def uses_guidance(self, state: State[Memory]) -> bool:

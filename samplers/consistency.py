@@ -7,13 +7,14 @@ any distance. The samplers here go beyond the next knot and return to it with fr
 import math
 from dataclasses import dataclass
 
+from diffcore.core.estimate import Estimate
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
-from diffcore.core.process import Estimate
+from diffcore.core.process import Process
 from diffcore.samplers.base import Sampler, State, is_clean, raise_noise
 from diffcore.schedules import Level
 
-__all__ = ["TCD", "Consistency"]
+__all__ = ["TCD", "Consistency", "check_estimate"]
 
 
 @dataclass(frozen=True)
@@ -99,3 +100,22 @@ def _advance(state: State[None], end: Level, prediction: Prediction, noise: Nois
     if end is s or is_clean(s):
         return state.at_next_knot(x)
     return state.at_next_knot(raise_noise(x, end, s, noise.between(t, s, state.step)))
+
+
+def check_estimate(sampler: Sampler, process: Process) -> None:
+    """Raise ValueError if a sampler reads something else from the pair than the network gives.
+
+    Args:
+        sampler: numerical integrator.
+        process: process of the network.
+    """
+    remedies = {
+        "posterior_mean": "a solver of the flow such as DDIM(), or a distilled network",
+        "consistency": "Consistency(), or TCD()",
+        "mean_velocity": "DDIM(), or Consistency() or TCD()",
+    }
+    if process.estimate not in sampler.estimates:
+        raise ValueError(
+            f"the network's process has estimate {process.estimate}, and {sampler} works with "
+            f"{' or '.join(sampler.estimates)}: use {remedies[process.estimate]}"
+        )

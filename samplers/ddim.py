@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffcore.core.estimate import Estimate
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction, hypot
-from diffcore.core.process import Estimate
 from diffcore.core.transition import fresh_noise_share
 from diffcore.samplers.base import (
     Sampler,

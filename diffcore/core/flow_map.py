@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffcore.core.conditions import BatchCondition
 from diffcore.core.denoiser import DenoiserProtocol, DenoiserWrapper
+from diffcore.core.estimate import require_posterior_mean
 from diffcore.core.prediction import Prediction
 from diffcore.schedules import Level, Real
 
@@ -49,7 +50,7 @@ class FlowMap(DenoiserWrapper):
         steps: int = 64,
     ) -> None:
         super().__init__(inner)
-        inner.process.require_posterior_mean("a flow map")
+        require_posterior_mean(inner.process, "a flow map")
         if steps < 1:
             raise ValueError(f"steps is {steps}, expected at least 1 step of the integration")
         self.process, self.steps = replace(inner.process, estimate=estimate), steps

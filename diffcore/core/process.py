@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffcore.core.conditions import LABEL, RESERVED, ConditionRecord
+from diffcore.core.estimate import Estimate, check_point_of_flow
 from diffcore.core.prediction import PredictionType
 from diffcore.io.files import write_file
 from diffcore.io.network_size import check_memory
@@ -22,7 +23,7 @@ from diffcore.io.specs import from_spec, to_spec
 from diffcore.schedules import Cosine, Level, Real, Schedule
 from diffcore.schedules.base import LEVEL_TOLERANCE
 
-__all__ = ["Estimate", "Process", "TimeConditioning", "TimeVariable", "VarianceType"]
+__all__ = ["Process", "TimeConditioning", "TimeVariable", "VarianceType"]
 
 FLOAT32_LOGSNR = 170.0
 """Bound of |λ| within which σ/α and α/σ are normal numbers of float32."""
@@ -34,9 +35,6 @@ TimeVariable = Literal["index", "t", "blend", "logsnr", "sigma"]
 
 VarianceType = Literal["fixed", "learned"]
 """Whether a network also outputs the variance of a step."""
-
-Estimate = Literal["posterior_mean", "consistency", "mean_velocity"]
-"""What the pair (x_0, ε) of a network is: a mean over the data, or a point of the flow."""
 
 
 @dataclass(frozen=True)
@@ -210,39 +208,7 @@ class Process:
             raise ValueError(f"dropout is {self.dropout}, expected a probability within [0, 1]")
         self._check_conditions()
         if self.estimate != "posterior_mean":
-            self._check_estimate()
-
-    def _check_estimate(self) -> None:
-        """Raise ValueError if no network of this process can give a point of the flow."""
-        if self.prediction == "sample":
-            raise ValueError(
-                f"estimate is {self.estimate} and prediction is sample, with which x_0 is not x at "
-                "the clean level: use v_prediction, flow_prediction, edm or epsilon"
-            )
-        if self.variance == "learned":
-            raise ValueError(
-                f"estimate is {self.estimate}, a point of the flow, which has no variance: set "
-                "variance to fixed"
-            )
-        if self.estimate == "mean_velocity" and not self.time.can_express_clean:
-            raise ValueError(
-                "estimate is mean_velocity, whose second level may be clean (λ = inf), which time "
-                f"conditioning by {self.time.variable} cannot express: set a clamp, or condition "
-                "on index, t, blend or sigma"
-            )
-
-    def require_posterior_mean(self, subject: str) -> None:
-        """Raise ValueError if the pair of the network is not E[x_0 | x] and E[ε | x].
-
-        Args:
-            subject: what needs the posterior mean; it begins the message.
-        """
-        if self.estimate != "posterior_mean":
-            raise ValueError(
-                f"{subject} needs E[x_0 | x] at each level, and the pair of this network is a "
-                f"point of the flow (estimate {self.estimate}): use the network that it was "
-                "distilled from, or one that is trained by denoising"
-            )
+            check_point_of_flow(self)
 
     def _check_conditions(self) -> None:
         for name in self.conditions:

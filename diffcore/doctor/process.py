@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffcore.core.denoiser import Denoiser
+from diffcore.core.estimate import require_posterior_mean
 from diffcore.core.process import Process, TimeConditioning
 from diffcore.doctor.findings import Finding
 from diffcore.evaluation.identification import (
@@ -118,7 +119,7 @@ def check_process(
     Raises:
         ValueError: the data is constant, or the network fails under every hypothesis.
     """
-    denoiser.process.require_posterior_mean("the identification of a process")
+    require_posterior_mean(denoiser.process, "the identification of a process")
     claim, hypotheses = claimed_hypotheses(denoiser.process)
     scores = identify_process(denoiser.network, x0, hypotheses, levels=levels, condition=condition)
     return Identification(scores, claim, _verdict(claim, scores), _notes(scores))

@@ -21,12 +21,14 @@ from torch import Tensor, nn
 
 from diffcore.core.conditions import LABEL, BatchCondition, Conditions, labels_of
 from diffcore.core.denoiser import DenoiserProtocol
+from diffcore.core.estimate import require_posterior_mean
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
 from diffcore.core.process import Process
 from diffcore.guidance import CFG, Guidance, GuidanceInput, Step, evaluate_queries, find_networks
 from diffcore.guidance.reference import Condition, Query
 from diffcore.samplers import Sampler, State
+from diffcore.samplers.consistency import check_estimate
 from diffcore.schedules import Level
 
 __all__ = [
@@ -354,12 +356,11 @@ def check_guidance(
         reference.check_level(level)
     guidance.check(process, _given_labels(condition))
     if required:
-        process.require_posterior_mean(f"{guidance}, which extrapolates predictions,")
+        require_posterior_mean(process, f"{guidance}, which extrapolates predictions,")
     if sampler is None:
-        process.require_posterior_mean("this algorithm")
+        require_posterior_mean(process, "this algorithm")
         return
-    if process.estimate not in sampler.estimates:
-        raise ValueError(_wrong_sampler(process, sampler))
+    check_estimate(sampler, process)
     if not guidance.is_consistent and not sampler.is_direct:
         raise ValueError(
             f"{guidance} breaks x = α x_0 + σ ε, which {sampler} relies on: use a sampler of "
@@ -372,19 +373,6 @@ def check_guidance(
             f"{guidance} requires one evaluation per step: use a sampler such as DDIM(), not "
             f"{sampler}"
         )
-
-
-def _wrong_sampler(process: Process, sampler: Sampler) -> str:
-    """The message for a sampler that reads something else from the pair than the network gives."""
-    remedies = {
-        "posterior_mean": "a solver of the flow such as DDIM(), or a distilled network",
-        "consistency": "Consistency(), or TCD()",
-        "mean_velocity": "DDIM(), or Consistency() or TCD()",
-    }
-    return (
-        f"the network's process has estimate {process.estimate}, and {sampler} works with "
-        f"{' or '.join(sampler.estimates)}: use {remedies[process.estimate]}"
-    )
 
 
 def _given_labels(condition: Condition) -> Condition:

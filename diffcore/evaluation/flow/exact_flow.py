@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diffcore.core.denoiser import DenoiserProtocol
+from diffcore.core.estimate import require_posterior_mean
 from diffcore.guidance import Guidance
 from diffcore.guidance.reference import Condition
 from diffcore.samplers import AdamsMoulton, Sampler
@@ -84,7 +85,7 @@ def solve_flow(
         )
     if steps < 2:
         raise ValueError(f"steps is {steps}, expected at least 2, to halve them")
-    denoiser.process.require_posterior_mean("the exact flow of a network")
+    require_posterior_mean(denoiser.process, "the exact flow of a network")
     low, high = (-math.inf, math.inf) if ends is None else (float(level.logsnr) for level in ends)
     grid = Within(FLOW_GRID, low, high)
     # mps has no float64.

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from diffcore.core.conditions import BatchCondition
 from diffcore.core.denoiser import DenoiserProtocol, DenoiserWrapper
+from diffcore.core.estimate import require_posterior_mean
 from diffcore.core.gaussian import gaussian_log_density
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction, edm_norm
@@ -121,7 +122,7 @@ def flow_log_density(
             tolerance.
     """
     process, start = denoiser.process, level or first_level(denoiser.process)
-    process.require_posterior_mean("the likelihood of a flow")
+    require_posterior_mean(process, "the likelihood of a flow")
     check_points(process, y)
     knots = _knots(process, start, steps)
     if not solver.is_adaptive and solver.draws_noise(knots[::-1]):

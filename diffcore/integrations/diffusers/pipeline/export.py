@@ -17,6 +17,7 @@ import diffusers
 import torch
 from torch import nn
 
+from diffcore.core.estimate import require_posterior_mean
 from diffcore.core.network import class_name
 from diffcore.core.process import Process, TimeConditioning
 from diffcore.integrations.diffusers.families import family_of
@@ -86,7 +87,7 @@ def export_scheduler(process: Process, settings: SchedulerSettings, steps: int) 
     Raises:
         ValueError: No scheduler of diffusers expresses it; the message contains the reason.
     """
-    process.require_posterior_mean("a scheduler of diffusers for a network that denoises")
+    require_posterior_mean(process, "a scheduler of diffusers for a network that denoises")
     match process.prediction:
         case "edm":
             return _edm_scheduler(process, settings.knots(steps), settings.grid)

@@ -6,7 +6,8 @@ from typing import Any
 
 import diffusers
 
-from diffcore.core.process import Estimate, Process
+from diffcore.core.estimate import Estimate
+from diffcore.core.process import Process
 from diffcore.guidance import Guidance
 from diffcore.integrations.diffusers.loading.folder import NETWORKS
 from diffcore.integrations.diffusers.loading.parts import check_part, read_json
