@@ -28,6 +28,8 @@ def evaluate_queries(
     Returns:
         The prediction of each query, in the order of the queries.
     """
+    if len(queries) == 1:
+        return _evaluate_together(queries, x, level, micro_batch)
     predictions: dict[int, Prediction] = {}
     for i, query in enumerate(queries):
         if i not in predictions:

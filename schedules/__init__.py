@@ -15,6 +15,7 @@ from diffcore.schedules.transforms import (
     Shifted,
     Truncated,
 )
+from diffcore.schedules.tuned_grid import Tuned
 from diffcore.schedules.zero_terminal_snr import ZeroTerminalSNR
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "Sigmoid",
     "Trailing",
     "Truncated",
+    "Tuned",
     "UniformBlend",
     "UniformLogSNR",
     "Within",

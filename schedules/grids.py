@@ -17,6 +17,7 @@ and the last knot, at which no network is evaluated, stays where it is.
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -29,6 +30,8 @@ __all__ = ["CLEAN", "CoordinateGrid", "Explicit", "Grid", "GridSpan", "Within", 
 CLEAN = math.inf
 MAXIMUM_STEPS = 100_000
 """Largest number of steps: a file that declares more takes no memory."""
+MAXIMUM_CACHED_STEPS = 1000
+"""Largest number of steps whose knots are kept for the next call."""
 
 
 class Grid(ABC):
@@ -61,9 +64,28 @@ class Grid(ABC):
             raise ValueError(f"steps is {steps}, expected at least 1")
         if steps > MAXIMUM_STEPS:
             raise ValueError(f"steps is {steps}, expected at most {MAXIMUM_STEPS:,}")
-        knots = tuple(self._levels(schedule, steps))
-        _check_knots(self, schedule, knots)
-        return knots
+        if steps > MAXIMUM_CACHED_STEPS or not _is_hashable((self, schedule)):
+            return _compute_knots(self, schedule, steps)
+        return _cached_knots(self, schedule, steps)
+
+
+def _compute_knots(grid: Grid, schedule: Schedule, steps: int) -> tuple[Level, ...]:
+    knots = tuple(grid._levels(schedule, steps))
+    _check_knots(grid, schedule, knots)
+    return knots
+
+
+_cached_knots = lru_cache(64)(_compute_knots)
+"""The knots of equal arguments, which are frozen: a level takes about 50 µs to compute."""
+
+
+def _is_hashable(value: object) -> bool:
+    """Whether a value can be a key; a grid or schedule of a user may be no frozen dataclass."""
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 class GridSpan(NamedTuple):

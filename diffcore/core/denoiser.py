@@ -195,16 +195,16 @@ class Denoiser(nn.Module):
             ValueError: the output has another shape than x, or the network has no embedding of the
                 null label. Set the network's channels and size, or its number of embeddings.
         """
-        process = self.process
+        process, network = self.process, self.network
         scaled = scale_input(process.prediction, x, level.to(x), process.sigma_data)
-        condition = as_conditions(process, condition, len(x), x.device)
-        scaled = scaled.to(evaluation_dtype(self.network, x.dtype))
+        condition = as_conditions(process, condition, x.shape[0], x.device)
+        scaled = scaled.to(evaluation_dtype(network, x.dtype))
         arguments = condition_arguments(process, condition, scaled.dtype)
         time = _time_tensor(process.time(level), x)
         if process.estimate == "mean_velocity":
             arguments["end_time"] = _time_tensor(process.time(level.end or level), x)
         try:
-            output = extract_tensor(self.network(scaled, time, **arguments))
+            output = extract_tensor(network(scaled, time, **arguments))
         except IndexError as error:
             if not process.classes:
                 raise
@@ -220,8 +220,8 @@ class Denoiser(nn.Module):
         is_learned = self.process.variance == "learned"
         if output.shape != (_doubled(x.shape) if is_learned else x.shape):
             raise ValueError(_wrong_shape(output.shape, x.shape, self.process))
-        if not is_learned:
-            return output.to(x.dtype), None
+        if not is_learned:  # the comparison is quicker than `to`
+            return output if output.dtype == x.dtype else output.to(x.dtype), None
         mean, variance = output.to(x.dtype).chunk(2, 1)
         return mean, (variance + 1) / 2
 
@@ -234,7 +234,7 @@ def _time_tensor(time: Real, x: Tensor) -> Tensor:
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     if not isinstance(time, Tensor):
-        return torch.full((len(x),), time, dtype=dtype, device=x.device)
+        return torch.full((x.shape[0],), time, dtype=dtype, device=x.device)
     is_per_sample = time.ndim == x.ndim and len(time) == time.numel() == len(x)
     return (time.flatten() if is_per_sample else time).to(x.device, dtype)
 

@@ -271,6 +271,8 @@ def evaluation_dtype(network: nn.Module, default: torch.dtype) -> torch.dtype:
     Returns:
         The dtype to which the network's input is converted.
     """
+    if not network._parameters and not network._modules:
+        return default
     is_compiling = torch.compiler.is_compiling()  # then this is evaluated once, and needs no cache
     reference = None if is_compiling else _LARGEST.get(network)
     largest = None if reference is None else reference()

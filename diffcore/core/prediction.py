@@ -84,7 +84,7 @@ def add_scaled(x: Tensor, b: Real, y: Tensor) -> Tensor:
         b: factor, a number or a tensor that broadcasts against x.
         y: second term, of the shape of x.
     """
-    return x + b * y if isinstance(b, Tensor) else torch.add(x, y, alpha=b)
+    return x + b * y if isinstance(b, Tensor) else x.add(y, alpha=b)
 
 
 def predict(

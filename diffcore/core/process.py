@@ -230,7 +230,7 @@ class Process:
                 "the network: give the condition another name"
             )
 
-    @property
+    @cached_property
     def dropouts(self) -> dict[str, float]:
         """Name of each condition -> share of training samples without it; `label` is the class."""
         named = {name: record.dropout for name, record in self.conditions.items()}

@@ -1,6 +1,7 @@
 """The contract of a grid, its part between other bounds, and explicit knots."""
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from diffcore.schedules import (
     Linspace,
     Quadratic,
     Trailing,
+    Tuned,
     UniformBlend,
     UniformLogSNR,
     Within,
@@ -182,6 +184,38 @@ def test_explicit_knots_that_are_not_monotone_are_refused(values):
         ValueError, match=r"expected strictly monotone levels|has a knot at λ = nan"
     ):
         Explicit(values).knots(Cosine(), len(values) - 1)
+
+
+def test_a_tuned_grid_has_its_knots_for_one_number_of_steps_and_another_grid_otherwise():
+    grid = Tuned([-4.0, 1.0, math.inf], otherwise=Trailing())
+    assert grid.steps == 2
+    assert grid.knots(Cosine(), 2) == Explicit((-4.0, 1.0, math.inf)).knots(Cosine(), 2)
+    assert grid.knots(Cosine(), 7) == Trailing().knots(Cosine(), 7)
+    with pytest.raises(ValueError, match="logsnrs has 1 knots, expected at least 2"):
+        Tuned((1.0,))
+
+
+def test_knots_of_equal_arguments_are_computed_once():
+    count = 0
+
+    @dataclass(frozen=True)
+    class Counted(Trailing):
+        def _levels(self, schedule, steps):
+            nonlocal count
+            count += 1
+            return super()._levels(schedule, steps)
+
+    class Mutable(Counted):
+        __hash__ = None
+
+    first = Counted().knots(Cosine(), 12)
+    assert Counted().knots(Cosine(), 12) is first
+    assert count == 1
+    assert Counted().knots(Cosine(scale=2.0), 12) != first
+    assert Counted().knots(Cosine(), 13) != first
+    for _ in range(2):
+        assert Mutable().knots(Cosine(), 12) == first
+    assert count == 5
 
 
 def test_explicit_needs_two_knots_and_the_matching_number_of_steps():

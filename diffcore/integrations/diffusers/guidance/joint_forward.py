@@ -8,11 +8,13 @@ there on, and the network is evaluated for the condition alone, as without attac
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from diffcore.core.network import network_config
 from diffcore.core.prediction import Prediction, target
 from diffcore.core.process import Process
 from diffcore.guidance import (
@@ -62,6 +64,11 @@ class CallState:
     evaluation: Any = None
     waiting_rule: Guidance | None = None
     expected_batch: int | None = None
+
+    @cached_property
+    def process_of_halves(self) -> Process:
+        """The process of an evaluation with both halves, which is checked once in a call."""
+        return _process_of_halves(self.process)
 
     def finish_evaluation(self, count: int) -> None:
         """End the evaluation, as the scheduler makes its step.
@@ -113,20 +120,21 @@ class GuidedForward:
         self.family = family
         self.pipeline = pipeline
         self.detach = detach
+        self.channels: int | None = network_config(network).get("out_channels")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The guided output, in the form of the network's own."""
         x, args, kwargs = split_input(args, kwargs)
         call = self.scheduler.call
-        sampler_state = call.state_at(self._timestep(args, kwargs))
+        sampler_state = call.state or call.state_at(self._timestep(args, kwargs))
         if call.guidance_state is None:
             call.guidance_state = self._begin(call, x, kwargs.get("class_labels"))
         state: CallState = call.guidance_state
         has_both = self._still_has_both_halves(state, len(x))
-        process = _process_of_halves(state.process) if has_both else state.process
+        process = state.process_of_halves if has_both else state.process
         conditional_first = self.family.guidance_batching == "condition first"
         denoiser = PipelineDenoiser(
-            self.network, self.forward, process, x, args, kwargs, conditional_first
+            self.network, self.forward, process, x, args, kwargs, conditional_first, self.channels
         )
         if state.evaluation is None or state.step is None:
             sampler = call.plan.sampler

@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_map
 
 from diffcore.core.conditions import BatchCondition, labels_of
 from diffcore.core.denoiser import extract_tensor
-from diffcore.core.network import network_config
 from diffcore.core.prediction import (
     Prediction,
     at_least_float32,
@@ -47,6 +46,8 @@ class PipelineDenoiser:
         args: the forward's other positional arguments.
         kwargs: the forward's other keyword arguments.
         conditional_first: whether the first B samples are those with the condition.
+        channels: output channels of the network, or None; further channels of an image are no part
+            of x.
         output: the network's first output, which has the type that the pipeline expects.
     """
 
@@ -57,6 +58,7 @@ class PipelineDenoiser:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     conditional_first: bool
+    channels: int | None = None
     output: Any = None
 
     @property
@@ -75,7 +77,7 @@ class PipelineDenoiser:
         EDM's input scaling is undone, and channels that are no part of x, such as a mask and a
         masked image, are left out.
         """
-        channels = network_config(self.network).get("out_channels") if self.x.ndim > 3 else None
+        channels = self.channels if self.x.ndim > 3 else None
         x = at_least_float32(self.x[: self.batch_size, :channels])
         return unscale_input(self.process.prediction, x, level, self.process.sigma_data)
 
@@ -87,7 +89,9 @@ class PipelineDenoiser:
         indices = self._indices(labels_of(condition), len(x), x.device)
         args, kwargs = self._arguments(indices)
         scaled = scale_input(process.prediction, x, level, process.sigma_data)
-        full = torch.cat([scaled.to(self.x.dtype), self.x[indices, x.shape[1] :]], 1)
+        full = scaled.to(self.x.dtype)
+        if self.x.shape[1] > x.shape[1]:
+            full = torch.cat([full, self.x[indices, x.shape[1] :]], 1)
         output = self.forward(full, *args, **kwargs)
         self.output = output if self.output is None else self.output
         mean = extract_tensor(output)[:, : x.shape[1]].to(x.dtype)
@@ -104,26 +108,32 @@ class PipelineDenoiser:
             in its dtype, and with its variance channels.
         """
         output = extract_tensor(self.output)
-        variance = output[: self.batch_size, guided.shape[1] :]
-        full = torch.cat([guided.to(output.dtype), variance], 1)
+        full = guided.to(output.dtype)
+        if output.shape[1] > guided.shape[1]:
+            full = torch.cat([full, output[: self.batch_size, guided.shape[1] :]], 1)
         full = torch.cat([full] * (len(self.x) // self.batch_size))
         return (full,) if isinstance(self.output, tuple) else type(self.output)(sample=full)
 
     def _indices(self, condition: Tensor | None, count: int, device: torch.device) -> Tensor:
         """Indices into the pipeline's 2B samples, of `count` samples under their labels."""
-        within_half = torch.arange(count, device=device) % self.batch_size
+        size = self.batch_size
+        within_half = torch.arange(size, device=device).repeat(count // size)
         if condition is None:
             return within_half
         half = condition if self.conditional_first else 1 - condition
-        return within_half + half.to(device) * self.batch_size
+        return torch.add(within_half, half.to(device), alpha=size)
 
     def _arguments(self, indices: Tensor) -> Any:
         """The forward's other arguments for these samples."""
         total = len(self.x)
-        return tree_map(
-            lambda a: a[indices] if isinstance(a, Tensor) and a.ndim and len(a) == total else a,
-            (self.args, self.kwargs),
-        )
+
+        def select(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value[indices] if value.ndim and len(value) == total else value
+            return tree_map(select, value) if isinstance(value, (list, tuple, dict)) else value
+
+        args = tuple(select(value) for value in self.args)
+        return args, {name: select(value) for name, value in self.kwargs.items()}
 
 
 def split_input(
