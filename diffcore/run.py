@@ -131,7 +131,8 @@ def read_checkpoint_weights(folder: str | Path, weights: str = AVERAGED) -> Netw
     manifest = read_manifest(folder)
     tensors = read_part(folder, manifest, Path(file).stem)
     settings = manifest["state"].get("settings") or {}
-    if weights == RAW and (settings.get("objective") or {}).get("uncertainty"):
+    objective = settings.get("objective") or {}
+    if weights == RAW and (objective.get("init_args") or objective).get("uncertainty"):
         own = {name for name in tensors if name.startswith("network.")}
         tensors = {name.removeprefix("network."): tensors[name] for name in own}
     options = hash_options(settings["network"]) if "network" in settings else None

@@ -101,7 +101,8 @@ def from_spec(cls: type[T], settings: Mapping[str, Any]) -> T:
 
     Args:
         cls: dataclass to build.
-        settings: its arguments by name; a component is given as such or as its spec.
+        settings: its arguments by name; a component is given as such or as its spec. Or the spec of
+            an instance of a subclass, {class_path, init_args}.
 
     Returns:
         The instance.
@@ -114,7 +115,10 @@ def from_spec(cls: type[T], settings: Mapping[str, Any]) -> T:
         raise ValueError(f"got {settings!r}, expected the fields of a {cls.__name__}")
     arguments = {name: to_spec(value) for name, value in settings.items()}
     parser = ComponentParser(exit_on_error=False)
-    parser.add_class_arguments(cls, "value")
+    if "class_path" in settings:
+        parser.add_subclass_arguments(cls, "value")
+    else:
+        parser.add_class_arguments(cls, "value")
     try:
         return parser.instantiate(parser.parse_object({"value": arguments})).value
     except SpecError as error:

@@ -9,6 +9,7 @@ density and divides by it, which changes the variance and not the expectation.
 """
 
 import math
+from abc import ABC
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
@@ -40,7 +41,7 @@ TimeSampling = Literal["stratified", "independent"]
 
 
 @dataclass(frozen=True)
-class Objective:
+class Objective(ABC):  # noqa: B024  settings name its subclasses as components
     """The weighted error, one value per sample.
 
     Args:

@@ -26,8 +26,9 @@ def test_components_are_chosen_by_class_name_with_their_own_options(diffcore):
     ended = diffcore("train", "digits", *CHOSEN, "--print_config")
     assert ended.status == 0, ended.err
     settings = yaml.safe_load(ended.out)
-    assert settings["objective"]["weight"]["class_path"].endswith("MinSNR")
-    assert settings["objective"]["weight"]["init_args"] == {"gamma": 7}
+    weight = settings["objective"]["init_args"]["weight"]
+    assert weight["class_path"].endswith("MinSNR")
+    assert weight["init_args"] == {"gamma": 7}
     schedule = settings["process"]["schedule"]
     assert schedule["class_path"].endswith("Shifted")
     assert schedule["init_args"]["shift"] == -1
@@ -58,7 +59,7 @@ def test_the_options_of_the_objective_are_components(diffcore):
     """P2 has γ = 1, its own default; jsonargparse alone would keep the 5 of the recipe's MinSNR."""
     settings = yaml.safe_load(diffcore("train", "digits", *OBJECTIVE, "--print_config").out)[
         "objective"
-    ]
+    ]["init_args"]
     assert settings["weight"] == {
         "class_path": "diffcore.objectives.weighting.P2",
         "init_args": {"k": 2.0, "gamma": 1.0},
@@ -84,7 +85,7 @@ def test_a_component_keeps_the_options_of_the_file_unless_its_class_changes(
     def weight(*options):
         return yaml.safe_load(diffcore("train", "digits", *options, "--print_config").out)[
             "objective"
-        ]["weight"]
+        ]["init_args"]["weight"]
 
     assert weight("--objective.weight=SoftMinSNR")["init_args"] == {"gamma": 4.0}
     assert weight("--objective.weight=MinSNR")["init_args"] == {"gamma": 5.0}

@@ -68,7 +68,7 @@ def test_help_names_every_command(diffcore):
                 "--network",
                 "--data",
                 "--process.schedule",
-                "--objective.weight",
+                "--objective",
                 "--lr.peak",
                 "--resume",
             ),

@@ -20,6 +20,7 @@ from torch import Tensor
 from diffcore.io.files import check_links, remove_leftovers, write_file
 from diffcore.io.manifest import NAME, checkpoint_folders, empty_tensors, load_shards
 from diffcore.io.specs import to_spec
+from diffcore.objectives.objective import Objective
 from diffcore.run import AVERAGED, FILES, RAW, without_locations
 from diffcore.training.averages.ema import EMA
 from diffcore.training.checkpoints import checkpoint, outputs
@@ -212,6 +213,8 @@ def determining_settings(settings: "Trainer") -> dict[str, Any]:
     left_out = {*CHANGEABLE, *FACTORIES, "config"}
     names = [field.name for field in fields(settings) if field.name not in left_out]
     values = {name: without_locations(to_spec(getattr(settings, name))) for name in names}
+    if type(settings.objective) is Objective:  # as checkpoints had it before there were others
+        values["objective"] = values["objective"]["init_args"]
     values["snapshots"] = {"lengths": values["snapshots"]["lengths"]}  # `every` may change
     values |= {name: without_locations(config[name]) for name in FACTORIES if name in config}
     plain: dict[str, Any] = json.loads(json.dumps(values, default=lambda value: repr(type(value))))
