@@ -204,11 +204,24 @@ class SkippedLayers(AlteredNetwork):
 
 
 class _AlteredDenoiser(DenoiserWrapper):
-    """A denoiser whose network is altered during each evaluation."""
+    """A denoiser whose network is altered during each evaluation.
+
+    Two of them with one denoiser and one alteration are equal, so that their evaluations can share
+    a call.
+    """
 
     def __init__(self, denoiser: DenoiserProtocol, alteration: AlteredNetwork) -> None:
         super().__init__(denoiser)
         self.alteration = alteration
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _AlteredDenoiser) and (self.inner, self.alteration) == (
+            other.inner,
+            other.alteration,
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.inner, self.alteration))
 
     def __call__(
         self, x: Tensor, level: Level, condition: BatchCondition | None = None

@@ -83,8 +83,15 @@ class DenoiserWrapper(DenoiserProtocol):
 class LevelMatchedDenoiser(DenoiserWrapper):
     """A denoiser that accepts x and levels of another schedule.
 
-    Levels are matched in λ, and x is multiplied by the ratio of √(α² + σ²).
+    Levels are matched in λ, and x is multiplied by the ratio of √(α² + σ²). Two of them around the
+    same denoiser are equal, so that their evaluations can share a call.
     """
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LevelMatchedDenoiser) and self.inner == other.inner
+
+    def __hash__(self) -> int:
+        return hash(self.inner)
 
     def __call__(
         self, x: Tensor, level: Level, condition: BatchCondition | None = None
