@@ -18,7 +18,7 @@ from diffcore.guidance import (
 )
 from diffcore.samplers import DDIM, AdamsMoulton, AdaptiveRungeKutta, Heun, Restart
 from diffcore.sampling.generation import sample
-from diffcore.schedules import Trailing
+from diffcore.schedules import Flow, Trailing
 from diffcore.serving import SamplingLimits, SamplingRequest, SamplingService
 from diffcore.serving.request import QueueFullError
 from tests.helpers.oracles import mixture, process, unet
@@ -310,3 +310,22 @@ def test_the_text_of_the_counters_is_that_of_prometheus():
     assert "diffcore_latency_seconds_count 1" in lines
     types = [line.split()[2] for line in lines if line.startswith("# TYPE")]
     assert len(types) == len(set(types))
+
+
+class TwoTimes(torch.nn.Module):
+    """A network whose output depends on the level and on the end of the step."""
+
+    def forward(self, x, time, end_time):
+        return x * (1 + time - end_time / 2)[:, None] / 1000
+
+
+def test_a_network_of_two_times_receives_the_end_of_each_rows_step():
+    record = process(Flow(), classes=0, prediction="flow_prediction", estimate="mean_velocity")
+    denoiser = Denoiser(TwoTimes(), record)
+    service = SamplingService(denoiser, 3)
+    requests = [SamplingRequest([seed], None, DDIM(), Trailing(), seed) for seed in (2, 3, 4)]
+    futures = [service.submit(request) for request in requests]
+    run(service)
+    for seed, future in zip((2, 3, 4), futures, strict=True):
+        expected = sample(denoiser, DDIM(), Trailing(), seed, seeds=[seed])
+        torch.testing.assert_close(future.result().x, expected.x)
