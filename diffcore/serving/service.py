@@ -92,6 +92,11 @@ class SamplingService:
         self.close()
 
     @property
+    def is_running(self) -> bool:
+        """Whether a thread works on the requests."""
+        return self._thread is not None and self._thread.is_alive() and not self._is_closed
+
+    @property
     def gauges(self) -> dict[str, int]:
         """The present number of unfinished and of active samples."""
         with self._changed:

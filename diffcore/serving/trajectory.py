@@ -82,8 +82,8 @@ class Trajectory:
         self.queries = []
         if self.is_done:
             return
-        process = self.denoiser.process
-        self._step = current_step(process, self.plan.knots, self.state, self._step)
+        process, sampler = self.denoiser.process, self.plan.request.sampler
+        self._step = current_step(process, sampler, self.plan.knots, self.state, self._step)
         references = self._rule.required_references(self._step, self._memory)
         own = self._condition if process.dropouts else None  # labels may be for the rule alone
         self.queries = [
