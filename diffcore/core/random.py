@@ -62,6 +62,8 @@ class Stream(IntEnum):
     TRACE = 61
     DEQUANTISATION = 62
     BOUND = 63
+    PAIR = 80
+    PAIR_SEED = 81
 
 
 def philox(

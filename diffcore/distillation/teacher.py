@@ -125,6 +125,11 @@ class Teacher(ABC):
     ) -> DenoiserProtocol:
         """The denoiser without guidance, of a process that `process_for` returned."""
 
+    @property
+    def needs_prompts(self) -> bool:
+        """Whether the network is conditioned on text; its labels are then captions of the data."""
+        return False
+
     def process_for(self, student: Process) -> Process:
         """The process of the teacher's network under the conditions of a student.
 
@@ -277,6 +282,12 @@ class PipelineTeacher(Teacher):
     def process_for(self, student: Process) -> Process:
         fields = self._index.process_fields_of(shape=student.shape)
         return Process(**fields | {"classes": student.classes, "dropout": self._dropout(student)})
+
+    @property
+    def needs_prompts(self) -> bool:
+        from diffcore.integrations.diffusers.families import TextCondition
+
+        return isinstance(self._index.family.condition, TextCondition)
 
     def _dropout(self, student: Process) -> float:
         """The share of training samples without condition, which a config does not record."""

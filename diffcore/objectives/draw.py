@@ -55,3 +55,16 @@ class Draw(NamedTuple):
     perturbation: Tensor | None = None
     condition_masks: Mapping[str, Tensor] = MappingProxyType({})
     key: SampleKey | None = None
+
+    def paired(self, noise: Tensor | None) -> "Draw":
+        """The draw with the noise that the data pairs with x_0.
+
+        Args:
+            noise: ε (B, *shape) of the samples, on any device; None: the data pairs none.
+
+        Returns:
+            The draw with this noise, or the draw itself.
+        """
+        if noise is None:
+            return self
+        return self._replace(noise=noise.to(self.noise, non_blocking=True))

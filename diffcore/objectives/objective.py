@@ -161,6 +161,14 @@ class Objective(ABC):  # noqa: B024  settings name its subclasses as components
                 "perturbation, offset and coupling at their defaults, or variational out"
             )
 
+    def check_paired_noise(self) -> None:
+        """Raise ValueError if an option changes the noise that the data pairs with x_0."""
+        if self.perturbation or self.offset or self.coupling != IndependentCoupling():
+            raise ValueError(
+                "the data pairs each x_0 with its own noise: leave perturbation, offset and "
+                "coupling at their defaults"
+            )
+
     @property
     def content_hash(self) -> str:
         """Hash of the frozen weights that the loss depends on, such as a teacher's; "" if none.

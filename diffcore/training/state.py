@@ -26,7 +26,7 @@ from diffcore.training.averages.ema import EMA
 from diffcore.training.averages.power_ema import PowerFunction
 from diffcore.training.data.checks import prepare_data
 from diffcore.training.data.order import Batch, DataOrder
-from diffcore.training.data.source import WEIGHT, DataSource
+from diffcore.training.data.source import NOISE, WEIGHT, DataSource
 from diffcore.training.network_checks import check_dtype, check_network
 from diffcore.training.optimization.level_sampler import LevelSampler
 from diffcore.training.optimization.optimizers import build_optimizer, evaluation_weights
@@ -204,7 +204,7 @@ class TrainState:
             self.denoiser,
             batch.x0.to(device, non_blocking=True),
             condition,
-            draw,
+            draw.paired(batch.extras.get(NOISE)),
             self.uncertainty,
             None if weight is None else weight.to(device, non_blocking=True),
         )

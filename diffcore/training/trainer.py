@@ -203,6 +203,8 @@ class Trainer:
         object.__setattr__(self, "folder", Path(self.folder))
         object.__setattr__(self, "process", process_with_captions(self.process, self.source))
         self.objective.check(self.process, self.source.inputs)
+        if self.source.has_noise:
+            self.objective.check_paired_noise()
         check_data(self.source, self.process)
         check_held_out(self.validation.source, self.source)
         self.validation.check(self.process)

@@ -87,6 +87,7 @@ class WrappedSource(DataSource):
         self.source = source
         self.texts, self.class_names = source.texts, source.class_names
         self.is_latent, self.has_masks = source.is_latent, source.has_masks
+        self.has_noise = source.has_noise
         self.inputs = dict(source.inputs)  # a mapping proxy cannot be sent to a worker
         self.groups, self.labels = source.groups, source.labels
         self.is_stream = source.is_stream

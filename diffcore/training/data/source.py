@@ -18,10 +18,14 @@ from diffcore.training.data.buckets.groups import Groups
 if TYPE_CHECKING:
     from diffcore.training.data.order import DataOrder
 
-__all__ = ["SIZES", "WEIGHT", "DataSource"]
+__all__ = ["NOISE", "SIZES", "WEIGHT", "DataSource"]
 
 WEIGHT = "weight"
 """Name of the extra that is the weight of the loss of a sample or of its pixels."""
+
+
+NOISE = "noise"
+"""Name of the extra that is the noise ε which the data pairs with x_0."""
 
 
 SIZES = "sizes"
@@ -34,7 +38,8 @@ class DataSource(Dataset[Any]):
     x_0 is a float tensor of the shape and range of the process, or of the shape of its bucket in
     `groups`; the label is an integer in 0 .. classes - 1, or -1 for none. Extras are tensors by
     name, the same names in every item. The extra "weight" multiplies the loss: of shape (1, 1, 1)
-    for the whole sample, or (1, H, W) for its pixels, a mask. The named conditions of the process
+    for the whole sample, or (1, H, W) for its pixels, a mask. The extra "noise", of the shape of
+    x_0, is the ε of the sample in place of independent noise. The named conditions of the process
     are extras too. A subclass implements `__len__` and
     `__getitem__`; every other member has a default.
     """
@@ -62,6 +67,9 @@ class DataSource(Dataset[Any]):
 
     has_masks: bool = False
     """True if the extra `weight` of each item has one number for each pixel of x_0."""
+
+    has_noise: bool = False
+    """True if the extra `noise` of each item is its ε (`FlowPairs`)."""
 
     is_latent: bool = False
     """True if x_0 are latents; a data set of latents also overrides `decode`."""

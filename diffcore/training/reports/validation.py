@@ -34,7 +34,7 @@ from diffcore.training.data.checks import (
     process_with_captions,
     read_item,
 )
-from diffcore.training.data.source import WEIGHT, DataSource
+from diffcore.training.data.source import NOISE, WEIGHT, DataSource
 
 if TYPE_CHECKING:
     from diffcore.training.state import TrainState
@@ -241,7 +241,7 @@ def _batch_losses(
     process = process_of_item(denoiser.process, source, int(rows[0]))
     items = [read_item(partial(source.__getitem__, row), row, process) for row in rows.tolist()]
     x0, label, extras = default_collate(items)
-    draw = objective.draw(process, key, device)
+    draw = objective.draw(process, key, device).paired(extras.get(NOISE))
     condition = batch_condition(process, label, extras, device, source.inputs)
     weight = extras[WEIGHT].to(device) if WEIGHT in extras else None
     return objective(denoiser, x0.to(device), condition, draw, None, weight)
