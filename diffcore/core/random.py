@@ -62,6 +62,7 @@ class Stream(IntEnum):
     TRACE = 61
     DEQUANTISATION = 62
     BOUND = 63
+    NETWORK = 70
     PAIR = 80
     PAIR_SEED = 81
 

@@ -4,6 +4,7 @@ import math
 import shutil
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,6 +60,7 @@ def check_resources(settings: "Trainer", state: TrainState, timing: "Timing") ->
     else:
         peak, available = _process_peak(), machine_memory()
     optimizer = _optimizer_bytes(state.optimizer)
+    further = further_sizes(state)
     findings = _size_findings(
         settings,
         state.trained,
@@ -66,11 +68,41 @@ def check_resources(settings: "Trainer", state: TrainState, timing: "Timing") ->
         peak,
         available,
         "the host" if device.type == "cpu" else str(device),
+        further,
     )
-    return [
-        *findings,
-        _duration(settings, state, timing, _checkpoint_bytes(settings, state.trained, optimizer)),
-    ]
+    checkpoint = _checkpoint_bytes(settings, state.trained, optimizer) + further.checkpoint
+    return [*findings, _duration(settings, state, timing, checkpoint)]
+
+
+@dataclass(frozen=True)
+class FurtherSizes:
+    """Bytes of the networks of the objective beside that of the run.
+
+    Args:
+        teacher: weights of the frozen teacher.
+        trained: weights, gradients and optimizers of the further networks.
+        checkpoint: what a checkpoint holds of them: weights and optimizers.
+    """
+
+    teacher: int = 0
+    trained: int = 0
+    checkpoint: int = 0
+
+
+def further_sizes(state: TrainState) -> FurtherSizes:
+    """The memory of the networks of the objective, from their weights and optimizers.
+
+    Args:
+        state: state of the run after some steps.
+    """
+    teacher = None if state.networks.teacher is None else state.networks.teacher.network
+    tensors = [] if teacher is None else [*teacher.parameters(), *teacher.buffers()]
+    checkpoint = trained = 0
+    for name, network in state.further.items():
+        module = state.networks.module(name)
+        checkpoint += _bytes(module) + _optimizer_bytes(network.optimizer)
+        trained += sum(p.nbytes for p in module.parameters() if p.requires_grad)
+    return FurtherSizes(sum(value.nbytes for value in tensors), trained + checkpoint, checkpoint)
 
 
 def _process_peak() -> int:
@@ -109,13 +141,15 @@ def _size_findings(
     peak: int,
     available: int,
     device: str,
+    further: FurtherSizes | None = None,
 ) -> list[Finding]:
+    further = further or FurtherSizes()
     weights = _bytes(module)
     parameters = sum(p.numel() for p in module.parameters())
     gradients = sum(p.nbytes for p in module.parameters() if p.requires_grad)
     checkpoint = _checkpoint_bytes(settings, module, optimizer)
     averages = checkpoint - weights - optimizer
-    needed = weights + gradients + optimizer + averages
+    needed = weights + gradients + optimizer + averages + further.teacher + further.trained
     values = {
         "parameters": parameters,
         "weights": weights,
@@ -125,10 +159,16 @@ def _size_findings(
         "peak": peak,
         "available": available,
     }
+    if further.teacher or further.trained:
+        values |= {"teacher": further.teacher, "further networks": further.trained}
     text = (
         f"{parameters:,} parameters: weights {_size(weights)}, gradients {_size(gradients)}, "
         f"optimizer {_size(optimizer)}, averages {_size(averages)}"
     )
+    if further.teacher:
+        text += f", teacher {_size(further.teacher)}"
+    if further.trained:
+        text += f", further networks with optimizers {_size(further.trained)}"
     if peak:
         text += f"; the measured peak with activations is {_size(peak)}"
     text += f" of {_size(available)} on {device}"
@@ -141,7 +181,7 @@ def _size_findings(
         )
     else:
         memory = Finding("memory", "ok", f"{text}.", values)
-    return [memory, _disk(settings, checkpoint)]
+    return [memory, _disk(settings, checkpoint + further.checkpoint)]
 
 
 def _disk(settings: "Trainer", checkpoint: int) -> Finding:

@@ -20,10 +20,12 @@ from diffcore.core.conditions import (
 from diffcore.core.denoiser import Denoiser, extract_tensor
 from diffcore.doctor.findings import Finding
 from diffcore.sampling.generation import evaluation_mode
+from diffcore.training.construction import build_state
 from diffcore.training.data.order import Batch
-from diffcore.training.loop import advance, clip_gradient, training_batches
+from diffcore.training.loop import advance, training_batches
+from diffcore.training.optimization.gradients import clip_gradient, frozen
 from diffcore.training.optimization.optimizers import set_learning_rate
-from diffcore.training.state import TrainState, build_state
+from diffcore.training.state import TrainState
 
 if TYPE_CHECKING:
     from diffcore.training.trainer import Trainer
@@ -132,21 +134,19 @@ def overfit_batch(state: TrainState, steps: int = OVERFIT_STEPS) -> Overfit:
     """
     settings, accelerator = state.settings, state.accelerator
     batch = _first_samples(state)
-    key = state.sample_key(0, batch.batch_index)
-    draw = settings.objective.draw(
-        state.process_of(batch), key, accelerator.device, state.level_sampler.learned
-    )
+    draw = state.draw(batch, state.sample_key(0, batch.batch_index))
     named = [(name, p) for name, p in state.trained.named_parameters() if p.requires_grad]
     silent = {name for name, _ in named}
     losses, norms = [], []
     for step in range(steps + 1):
-        loss = state.losses(batch, draw).mean()
+        with frozen(state.further_modules()):
+            loss = state.losses(batch, draw).mean()
         losses.append(float(loss.detach()))
         if step == steps or not math.isfinite(losses[-1]):
             break
         set_learning_rate(state.optimizer.optimizer, settings.lr.peak * min(1.0, (step + 1) / 5))
         accelerator.backward(loss * settings.accumulation)
-        norms.append(float(clip_gradient(state)))
+        norms.append(float(clip_gradient(accelerator, state.modules, settings.clip)))
         silent -= {name for name, p in named if p.grad is not None and bool(p.grad.any())}
         state.optimizer.step()
         state.optimizer.zero_grad()
@@ -180,6 +180,14 @@ def _loss_fall(overfit: Overfit, settings: "Trainer") -> Finding:
         f"the loss of {len(overfit.batch.x0)} fixed samples goes from {first:.4g} to {last:.4g} in "
         f"{len(overfit.norms)} steps"
     )
+    if math.isfinite(last) and settings.objective.is_surrogate:
+        kind = type(settings.objective).__name__
+        return Finding(
+            name,
+            "ok",
+            f"{text}; only the gradient of {kind} has a meaning, so it need not fall.",
+            values,
+        )
     if not math.isfinite(last):
         return Finding(
             name,

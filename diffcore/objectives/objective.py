@@ -12,7 +12,7 @@ import math
 from abc import ABC
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 from zlib import crc32
 
 import torch
@@ -81,6 +81,10 @@ class Objective(ABC):  # noqa: B024  settings name its subclasses as components
     uncertainty: Uncertainty | None = None
     reference_size: float = 0.0
     variational: Variational | None = None
+
+    is_surrogate: ClassVar[bool] = False
+    """Whether only the gradient of the loss has a meaning: it need not fall as the network learns,
+    and there is no held-out loss."""
 
     def __post_init__(self) -> None:
         if self.levels not in get_args(TimeSampling):

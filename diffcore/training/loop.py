@@ -1,30 +1,42 @@
 """The training loop: optimizer steps, and when the run reports, draws previews and saves."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from signal import Signals
 
 import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch import Tensor, nn
 
-from diffcore.core.random import Stream, derive_seed
 from diffcore.io.signals import Interruption
 from diffcore.io.trust import trusted_modules
 from diffcore.training.averages.power_ema import write_snapshot
 from diffcore.training.checkpoints import checkpoint, outputs
 from diffcore.training.checkpoints.writer import CheckpointWriter
 from diffcore.training.data.order import Batch, load_batches
+from diffcore.training.further_networks import (
+    discard_statistics,
+    train_further_networks,
+    update_statistics,
+)
+from diffcore.training.optimization.gradients import (
+    accumulate,
+    clip_gradient,
+    copy_buffers,
+    frozen,
+    keep_finite_buffers,
+    zero_non_finite_gradient,
+)
 from diffcore.training.optimization.optimizers import set_learning_rate
 from diffcore.training.ranks.coordination import DelayedMaximum
-from diffcore.training.ranks.sharding import gather_tensors, local, set_gradient_reduction
+from diffcore.training.ranks.sharding import gather_tensors
 from diffcore.training.reports.noise_scale import estimate_noise
 from diffcore.training.reports.reporting import Reporter
 from diffcore.training.reports.validation import validate
 from diffcore.training.state import TrainState
 
-__all__ = ["advance", "clip_gradient", "run", "save", "training_batches"]
+__all__ = ["advance", "run", "save", "training_batches"]
 
 
 def run(state: TrainState, reporter: Reporter) -> int:
@@ -116,15 +128,26 @@ def _fix_gradient_buckets(state: TrainState) -> None:
     """
     if state.accelerator.num_processes == 1 or state.is_sharded:
         return
-    buffers = _copy_buffers(state)
     index = torch.arange(state.order.micro)
     x0 = torch.zeros(len(index), *state.settings.process.shape)
     records = state.settings.process.conditions.items()
     shapes = {name: record.shape for name, record in records} | dict(state.settings.source.inputs)
     extras = {name: torch.zeros(len(index), *shape) for name, shape in shapes.items()}
     batch = Batch(x0, torch.zeros_like(index), index, index, extras)
-    state.accelerator.backward(_losses(state, batch).mean())
-    state.modules.zero_grad()
+    with frozen(state.further_modules()):
+        _run_backward(state, state.modules, partial(_losses, state, 0, batch))
+    for name, network in state.further.items():
+        with frozen([state.modules, *state.further_modules(name)]):
+            losses = partial(state.network_losses, name, batch, 0)
+            _run_backward(state, network.modules, losses)
+    discard_statistics(state.further)
+
+
+def _run_backward(state: TrainState, modules: nn.ModuleList, losses: Callable[[], Tensor]) -> None:
+    """Run a backward pass and forget its gradient and its buffers."""
+    buffers = copy_buffers(modules)
+    state.accelerator.backward(losses().mean())
+    modules.zero_grad()
     for value, before in buffers:
         value.copy_(before)
 
@@ -154,6 +177,7 @@ def advance(state: TrainState, batches: Iterator[Batch]) -> None:
     """
     losses, *scalars = _optimize(state, islice(batches, state.settings.accumulation))
     state.step += 1
+    update_statistics(state.accelerator, state.further)
     with state.evaluation_weights():
         for average in (state.average, *state.further_averages.values()):
             average.update(state.step)
@@ -193,28 +217,29 @@ def _write_snapshots(state: TrainState) -> None:
 
 def _optimize(state: TrainState, batches: Iterator[Batch]) -> tuple[Tensor, ...]:
     """One optimizer step: losses (samples,) of this rank, gradient norm () before clipping, and
-    variance () and square () of the gradient noise, NaN if they cannot be estimated.
+    variance () and square () of the gradient noise, NaN if they cannot be estimated; then the
+    loss () and the gradient norm () of each further network, which are updated first.
     """
     settings, accelerator = state.settings, state.accelerator
+    parts = list(batches) if state.further else batches
+    further = train_further_networks(state, parts) if isinstance(parts, list) else []
     set_learning_rate(state.optimizer.optimizer, settings.lr(state.step, settings.steps))
-    losses, norm, recorder = [], torch.zeros(()), state.micro_batch_norms
-    noise: tuple[Tensor, ...] = ()
-    buffers = _copy_buffers(state)
-    with recorder.recording() if recorder else nullcontext():
-        for part, batch in enumerate(batches):
-            torch.manual_seed(_network_seed(state, part))
-            with accelerator.accumulate(*state.modules):
-                set_gradient_reduction(state.modules, accelerator.sync_gradients)
-                loss = _losses(state, batch)
-                accelerator.backward(loss.mean())
-                if accelerator.sync_gradients:
-                    norm = clip_gradient(state)
-                    noise = _gradient_noise(state, norm)  # the step may change the scale of fp16
-                    _zero_non_finite_gradient(state)
-                state.optimizer.step()
-                state.optimizer.zero_grad()
-            losses.append(loss.detach())
-    return torch.cat(losses), _keep_finite_buffers(buffers, norm), *noise
+    recorder = state.micro_batch_norms
+    measured: list[Tensor] = []
+    buffers = copy_buffers(state.modules)
+
+    def measure() -> None:
+        norm = clip_gradient(accelerator, state.modules, settings.clip)
+        # The step may change the scale of fp16.
+        measured.extend((norm, *_gradient_noise(state, norm)))
+        zero_non_finite_gradient(state.modules)
+
+    with recorder.recording() if recorder else nullcontext(), frozen(state.further_modules()):
+        losses = accumulate(
+            accelerator, state.modules, state.optimizer, parts, partial(_losses, state), measure
+        )
+    norm, *noise = measured
+    return losses, keep_finite_buffers(buffers, norm), *noise, *further
 
 
 def _gradient_noise(state: TrainState, norm: Tensor) -> tuple[Tensor, ...]:
@@ -225,68 +250,8 @@ def _gradient_noise(state: TrainState, norm: Tensor) -> tuple[Tensor, ...]:
     return estimate_noise(norm, micro_square, state.order.batch, state.order.micro)
 
 
-def clip_gradient(state: TrainState) -> Tensor:
-    """Scale the gradient of a step down to the largest norm of the settings.
-
-    Args:
-        state: state of the run; its gradients are changed in place.
-
-    Returns:
-        () norm before, over all ranks.
-    """
-    parameters, clip = state.modules.parameters(), state.settings.clip
-    norm: Tensor = state.accelerator.clip_grad_norm_(parameters, clip)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def _copy_buffers(state: TrainState) -> list[tuple[Tensor, Tensor]]:
-    """Every buffer, such as a running mean, and a copy of its present value."""
-    return [(value, value.clone()) for value in state.modules.buffers()]
-
-
-@torch.no_grad()
-def _keep_finite_buffers(buffers: list[tuple[Tensor, Tensor]], norm: Tensor) -> Tensor:
-    """Set the buffers back after a step that was not finite, without a synchronisation.
-
-    Args:
-        buffers: buffers and their values before the step.
-        norm: () gradient norm of the step.
-
-    Returns:
-        The norm; NaN if a buffer was not finite.
-    """
-    if not buffers:
-        return norm
-    is_finite = torch.stack([norm.isfinite(), *(value.isfinite().all() for value, _ in buffers)])
-    for value, before in buffers:
-        value.copy_(torch.where(is_finite.all(), value, before))
-    return torch.where(is_finite.all(), norm, torch.nan)
-
-
-def _losses(state: TrainState, batch: Batch) -> Tensor:
+def _losses(state: TrainState, part: int, batch: Batch) -> Tensor:
     """The weighted losses (B,) of a micro-batch."""
+    torch.manual_seed(state.network_seed(part, state.settings.seed))
     key = state.sample_key(state.step, batch.batch_index)
-    draw = state.settings.objective.draw(
-        state.process_of(batch), key, state.accelerator.device, state.level_sampler.learned
-    )
-    return state.losses(batch, draw)
-
-
-def _zero_non_finite_gradient(state: TrainState) -> None:
-    """Set a gradient whose norm is not finite to zero as a whole, without a synchronisation.
-
-    Clipping has multiplied it by clip/norm: NaN everywhere if the norm is NaN, zero and NaN if it
-    is infinite.
-    """
-    for parameter in state.modules.parameters():
-        if parameter.grad is not None:
-            local(parameter.grad).nan_to_num_(0.0, 0.0, 0.0)
-
-
-def _network_seed(state: TrainState, part: int) -> int:
-    """Seed of the random numbers inside the network, such as dropout, in a micro-batch."""
-    accelerator, accumulation = state.accelerator, state.settings.accumulation
-    micro_batch = state.step * accumulation + part
-    position = micro_batch * accelerator.num_processes + accelerator.process_index
-    # Position 0 keys the initial weights.
-    return derive_seed(state.settings.seed, Stream.MODEL, 1 + position)
+    return state.losses(batch, state.draw(batch, key))

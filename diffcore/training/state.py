@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,38 +10,32 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from diffcore.core.conditions import batch_condition
+from diffcore.core.conditions import BatchCondition, batch_condition
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.network import (
-    ExportableNetwork,
     LabelWrapper,
-    frozen_hash,
-    leave_label_dropout,
 )
 from diffcore.core.process import Process
 from diffcore.core.random import Stream, derive_seed
 from diffcore.objectives.draw import Draw, SampleKey
+from diffcore.objectives.networks import Networks
 from diffcore.training.averages.ema import EMA
-from diffcore.training.averages.power_ema import PowerFunction
-from diffcore.training.data.checks import prepare_data
 from diffcore.training.data.order import Batch, DataOrder
-from diffcore.training.data.source import NOISE, WEIGHT, DataSource
-from diffcore.training.network_checks import check_dtype, check_network
+from diffcore.training.data.source import NOISE, WEIGHT
+from diffcore.training.further_networks import (
+    FurtherNetwork,
+)
 from diffcore.training.optimization.level_sampler import LevelSampler
-from diffcore.training.optimization.optimizers import build_optimizer, evaluation_weights
-from diffcore.training.optimization.quantised_state import is_quantised
-from diffcore.training.ranks.accelerator import make_accelerator, wrap
-from diffcore.training.ranks.coordination import run_on_first_rank
-from diffcore.training.ranks.sharding import gather_tensors, shard
+from diffcore.training.optimization.optimizers import evaluation_weights
+from diffcore.training.ranks.sharding import gather_tensors
 from diffcore.training.reports.noise_scale import MicroBatchNorms
-from diffcore.training.reports.reporting import SCALARS
 from diffcore.training.reports.validation import stops_early
 from diffcore.training.reports.window import LossWindow
 
 if TYPE_CHECKING:
     from diffcore.training.trainer import Trainer
 
-__all__ = ["TrainState", "build_accelerator", "build_state"]
+__all__ = ["TrainState"]
 
 
 @dataclass
@@ -69,6 +62,9 @@ class TrainState:
         non_finite_steps: number of last checked steps in a row that were not finite.
         checked: number of steps of which is known whether they were finite.
         held_out_losses: losses of the averaged weights on the held-out data so far.
+        networks: networks of the objective beside that of the run, without what accelerate wrapped
+            around them.
+        further: those of them that are trained, by name.
     """
 
     settings: "Trainer"
@@ -88,6 +84,8 @@ class TrainState:
     non_finite_steps: int = 0
     checked: int = 0
     held_out_losses: list[float] = field(default_factory=list)
+    networks: Networks = field(default_factory=Networks)
+    further: dict[str, FurtherNetwork] = field(default_factory=dict)
 
     @property
     def network(self) -> nn.Module:
@@ -175,6 +173,14 @@ class TrainState:
         """Context in which the network has the weights with which the optimizer evaluates it."""
         return evaluation_weights(self.optimizer.optimizer)
 
+    def further_modules(self, without: str = "") -> list[nn.Module]:
+        """The further networks as accelerate wrapped them.
+
+        Args:
+            without: name of a network that is left out.
+        """
+        return [each.modules for name, each in self.further.items() if name != without]
+
     def process_of(self, batch: Batch) -> Process:
         """The process of the run for the samples of a batch.
 
@@ -197,17 +203,65 @@ class TrainState:
             The losses, on the device of this rank.
         """
         device = self.accelerator.device
-        process, inputs = self.settings.process, self.settings.source.inputs
-        condition = batch_condition(process, batch.label, batch.extras, device, inputs)
         weight = batch.extras.get(WEIGHT)
         return self.settings.objective(
             self.denoiser,
             batch.x0.to(device, non_blocking=True),
-            condition,
+            self._condition(batch),
             draw.paired(batch.extras.get(NOISE)),
             self.uncertainty,
             None if weight is None else weight.to(device, non_blocking=True),
+            self.networks,
         )
+
+    def network_losses(self, name: str, batch: Batch, seed: int) -> Tensor:
+        """The losses (B,) of a further network in a micro-batch of the present step.
+
+        Args:
+            name: name of the network.
+            batch: samples, on any device.
+            seed: seed of their random numbers.
+
+        Returns:
+            The losses, on the device of this rank.
+        """
+        device, networks = self.accelerator.device, self.further[name].networks
+        key = SampleKey(seed, self.step, batch.batch_index, self.settings.batch_size)
+        draw = self.draw(batch, key)
+        x0 = batch.x0.to(device, non_blocking=True)
+        denoiser = Denoiser(self.label_wrapper(self.network), self.settings.process)
+        return self.settings.objective.network_losses(
+            name, denoiser, x0, self._condition(batch), draw, networks
+        )
+
+    def draw(self, batch: Batch, key: SampleKey) -> Draw:
+        """The random numbers of the objective for a micro-batch.
+
+        Args:
+            batch: samples of one bucket.
+            key: key of the samples.
+        """
+        learned = self.level_sampler.learned
+        process, device = self.process_of(batch), self.accelerator.device
+        return self.settings.objective.draw(process, key, device, learned)
+
+    def _condition(self, batch: Batch) -> BatchCondition | None:
+        process, inputs = self.settings.process, self.settings.source.inputs
+        device = self.accelerator.device
+        return batch_condition(process, batch.label, batch.extras, device, inputs)
+
+    def network_seed(self, part: int, seed: int) -> int:
+        """Seed of the random numbers inside a network, such as dropout, in a micro-batch.
+
+        Args:
+            part: index of the micro-batch in the present step.
+            seed: seed of the run, or of the update of a further network.
+        """
+        accelerator, accumulation = self.accelerator, self.settings.accumulation
+        micro_batch = self.step * accumulation + part
+        position = micro_batch * accelerator.num_processes + accelerator.process_index
+        # Position 0 keys the initial weights.
+        return derive_seed(seed, Stream.MODEL, 1 + position)
 
     def sample_key(self, step: int, batch_index: Tensor) -> SampleKey:
         """Key of the random numbers of samples.
@@ -220,157 +274,3 @@ class TrainState:
             The key.
         """
         return SampleKey(self.settings.seed, step, batch_index, self.settings.batch_size)
-
-
-def build_accelerator(settings: "Trainer") -> Accelerator:
-    """The accelerator of this rank, checked against the settings of a run.
-
-    Args:
-        settings: settings of the run.
-
-    Returns:
-        The accelerator.
-
-    Raises:
-        ValueError: The batch cannot be split, or the launcher contradicts the settings.
-    """
-    accelerator = make_accelerator(
-        settings.precision,
-        settings.accumulation,
-        settings.trackers,
-        settings.run.folder,
-        settings.rank_timeout,
-    )
-    _check_batch(settings, accelerator.num_processes)
-    return accelerator
-
-
-def build_state(settings: "Trainer", accelerator: Accelerator | None = None) -> TrainState:
-    """Build everything that trains, on the device of this rank, at step 0.
-
-    Args:
-        settings: settings of the run.
-        accelerator: result of `build_accelerator(settings)`; by default it is built.
-
-    Returns:
-        The state. The initial weights are a function of the seed.
-
-    Raises:
-        ValueError: The batch cannot be split, the data cannot be prepared, the network does not
-            fit the process, or the launcher contradicts the settings.
-    """
-    accelerator = accelerator or build_accelerator(settings)
-    _prepare_data(accelerator, settings.source, settings.process)
-    if held_out := settings.validation.source:
-        _prepare_data(accelerator, held_out, settings.validation.process(settings.process))
-    label_wrapper = settings.source.label_wrapper(accelerator.device)
-    built = _build_modules(settings, label_wrapper)
-    hashes = _content_hashes(settings, built[0])
-    modules, optimizer = _prepare(settings, accelerator, built)
-    network = accelerator.unwrap_model(modules[0])
-    group = settings.objective.coupling.group
-    split = (settings.accumulation, accelerator.gather, group)
-    return TrainState(
-        settings,
-        accelerator,
-        nn.ModuleList(modules),
-        optimizer,
-        label_wrapper,
-        Denoiser(label_wrapper(modules[0]), settings.process).train(),
-        EMA(network, settings.ema),
-        {length: EMA(network, PowerFunction(length)) for length in settings.snapshots.lengths},
-        settings.source.order(
-            settings.seed,
-            settings.batch_size,
-            settings.accumulation,
-            accelerator.process_index,
-            accelerator.num_processes,
-        ).keep_together(group),
-        LevelSampler(
-            settings.objective, settings.process, settings.seed, settings.batch_size, *split
-        ),
-        LossWindow(*split, SCALARS),
-        hashes,
-        _micro_batch_norms(settings, accelerator, modules),
-    )
-
-
-def _micro_batch_norms(
-    settings: "Trainer", accelerator: Accelerator, modules: list[nn.Module]
-) -> MicroBatchNorms | None:
-    ranks, parts = accelerator.num_processes, settings.accumulation
-    is_sharded = any(isinstance(module, FSDPModule) for module in modules)
-    if ranks * parts == 1 or is_sharded:
-        return None
-    return MicroBatchNorms(nn.ModuleList(modules).parameters(), parts)
-
-
-def _prepare_data(accelerator: Accelerator, data: DataSource, process: Process) -> None:
-    """Make the data readable on the first rank, then on the others."""
-    prepare = partial(prepare_data, data, process, accelerator.device)
-    run_on_first_rank(accelerator, partial(prepare, True))
-    if not accelerator.is_main_process:
-        prepare(False)
-
-
-def _content_hashes(settings: "Trainer", network: nn.Module) -> dict[str, str]:
-    hashes = {
-        "data": settings.source.content_hash,
-        "network": frozen_hash(network),
-        "teacher": settings.objective.content_hash,
-    }
-    return {name: value for name, value in hashes.items() if value}
-
-
-def _check_batch(settings: "Trainer", ranks: int) -> None:
-    group = settings.objective.coupling.group
-    if settings.batch_size % (ranks * settings.accumulation * group):
-        coupling = settings.objective.coupling
-        groups = f" x groups of {group}, of {coupling}" if group > 1 else ""
-        raise ValueError(
-            f"batch_size is {settings.batch_size}, expected a multiple of {ranks} ranks x "
-            f"{settings.accumulation} micro-batches{groups}"
-        )
-
-
-def _build_modules(settings: "Trainer", label_wrapper: LabelWrapper) -> list[nn.Module]:
-    """The network with its initial weights, and the uncertainty if there is one."""
-    torch.manual_seed(derive_seed(settings.seed, Stream.MODEL, 0))
-    modules = [settings.network()]
-    leave_label_dropout(modules[0])
-    check_dtype(modules[0])
-    if isinstance(modules[0], ExportableNetwork):
-        modules[0].check_captions(settings.source.texts)
-    check_network(modules[0], label_wrapper, settings.process)
-    held_out = settings.validation.source
-    # Without captions the network is evaluated with the arguments that were just checked.
-    if held_out is not None and (held_out.texts or settings.source.texts):
-        wrapper = held_out.label_wrapper(torch.device("cpu"))
-        check_network(modules[0], wrapper, settings.validation.process(settings.process))
-    settings.compute.apply(modules[0])
-    if settings.objective.uncertainty:
-        modules.append(settings.objective.uncertainty.module())
-    return modules
-
-
-def _prepare(
-    settings: "Trainer", accelerator: Accelerator, modules: list[nn.Module]
-) -> tuple[list[nn.Module], Any]:
-    """Modules and optimizer as the ranks train them. An optimizer of shards holds shards."""
-    mesh = settings.sharding.mesh(accelerator.num_processes, accelerator.device.type)
-    build = partial(
-        build_optimizer,
-        settings.optimizer,
-        lr=settings.lr,
-        decay_only_matrices=settings.decay_only_matrices,
-    )
-    if mesh is None:
-        return wrap(accelerator, modules, build(modules))
-    modules = shard(accelerator, modules, mesh, settings.sharding.reshard)
-    optimizer = build(modules)
-    if is_quantised(optimizer):
-        raise ValueError(
-            f"sharding.strategy is {settings.sharding.strategy}, but the quantised state of "
-            f"{type(optimizer).__name__} cannot be sharded: use torch.optim.AdamW, or strategy none"
-        )
-    return modules, accelerator.prepare_optimizer(optimizer)

@@ -27,6 +27,7 @@ from diffcore.training.averages.power_ema import Snapshots
 from diffcore.training.checkpoints.checkpoint import Checkpoints
 from diffcore.training.checkpoints.initial_weights import check_source
 from diffcore.training.checkpoints.resume import start_or_resume
+from diffcore.training.construction import build_accelerator, build_state
 from diffcore.training.data.adapters import as_data_source
 from diffcore.training.data.checks import check_data, check_held_out, process_with_captions
 from diffcore.training.data.source import DataSource
@@ -38,7 +39,7 @@ from diffcore.training.reports.previews import Previews, check_drawable
 from diffcore.training.reports.reporting import Reporter
 from diffcore.training.reports.tracking import Tracking
 from diffcore.training.reports.validation import Validation
-from diffcore.training.state import TrainState, build_accelerator, build_state
+from diffcore.training.state import TrainState
 
 __all__ = ["Trainer"]
 
@@ -208,6 +209,12 @@ class Trainer:
         check_data(self.source, self.process)
         check_held_out(self.validation.source, self.source)
         self.validation.check(self.process)
+        if self.validation.data is not None and self.objective.is_surrogate:
+            raise ValueError(
+                f"validation.data is set, but only the gradient of the loss of "
+                f"{type(self.objective).__name__} has a meaning, which is not measured on held-out "
+                "data: leave validation.data out, and compare samples (diffcore evaluate)"
+            )
         if self.sample_every:
             self._check_previews()
 

@@ -30,8 +30,9 @@ from diffcore.samplers import DDIM
 from diffcore.sampling.generation import insert_levels, sample
 from diffcore.sampling.loop import integrate
 from diffcore.schedules import Trailing, UniformLogSNR
+from diffcore.training.construction import build_state
 from diffcore.training.loop import advance, training_batches
-from diffcore.training.state import TrainState, build_state
+from diffcore.training.state import TrainState
 from diffcore.training.trainer import Trainer
 
 __all__ = [

@@ -20,6 +20,7 @@ from diffcore.training.data import Digits
 from diffcore.training.data.source import DataSource
 from diffcore.training.ranks.sharding import Sharding
 from diffcore.training.reports.validation import Validation
+from tests.helpers.further_networks import ThreeNetworks
 from tests.helpers.training_runs import make_trainer
 
 
@@ -47,6 +48,8 @@ def run(folder: Path, name: str, **settings: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     sharding = Sharding(**settings.pop("sharding", {}))
     checkpoints = Checkpoints(**settings.pop("checkpoints", {}))
+    if settings.get("objective") == "three":
+        settings |= {"objective": ThreeNetworks(), "validation": Validation()}
     options = {
         "checkpoints": checkpoints,
         "data": SeenDigits(folder),

@@ -19,10 +19,11 @@ from diffcore.training import loop
 from diffcore.training.averages.ema import Decay
 from diffcore.training.checkpoints import checkpoint
 from diffcore.training.checkpoints.resume import start_or_resume
+from diffcore.training.construction import build_state
 from diffcore.training.data import Digits
 from diffcore.training.optimization.lr import LearningRate
 from diffcore.training.reports.reporting import Reporter
-from diffcore.training.state import TrainState, build_state
+from diffcore.training.state import TrainState
 from diffcore.training.trainer import Trainer
 
 STEPS = 6

@@ -18,13 +18,13 @@ from diffcore.integrations.diffusers.pipeline.pretrained_network import Pretrain
 from diffcore.objectives.coupling import OptimalTransport
 from diffcore.objectives.objective import Objective
 from diffcore.sampling.generation import sample
+from diffcore.training.construction import build_state
 from diffcore.training.data.adapters import as_data_source
 from diffcore.training.data.buckets.sizes import Buckets
 from diffcore.training.data.latents import LatentDataset
 from diffcore.training.data.mixture import Mixture
 from diffcore.training.data.order.batches import Batch
 from diffcore.training.reports.validation import Validation, validate
-from diffcore.training.state import build_state
 from tests.helpers import text_networks
 from tests.helpers.mixed_images import ramp
 from tests.helpers.text_networks import ddim

@@ -10,10 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diffcore.core.process import Process
 from diffcore.objectives.draw import SampleKey
 from diffcore.objectives.objective import Objective
+from diffcore.training.construction import build_state
 from diffcore.training.loop import advance, training_batches
 from diffcore.training.optimization.lr import LearningRate
 from diffcore.training.reports.noise_scale import MicroBatchNorms, estimate_noise, mean_noise
-from diffcore.training.state import build_state
 from tests.helpers.training_runs import (
     GREY,
     HUGE,

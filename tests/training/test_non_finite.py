@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from diffcore.training.state import build_state
+from diffcore.training.construction import build_state
 from tests.helpers.training_runs import (
     GREY,
     HUGE,

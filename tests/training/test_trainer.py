@@ -12,8 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from diffcore.core.process import Process
 from diffcore.io.safetensors import read_weights
 from diffcore.training.averages.ema import Decay
+from diffcore.training.construction import build_state
 from diffcore.training.optimization.lr import LearningRate
-from diffcore.training.state import build_state
 from tests.helpers.tiny_pipelines import GREY_DIT
 from tests.helpers.training_runs import (
     PROCESS,

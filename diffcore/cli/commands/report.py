@@ -77,8 +77,11 @@ def write_report(run: Run, out: Path) -> None:
         ValueError: the folder holds no run, or one without config.yaml.
     """
     facts = describe_run(run)
-    reports = Metrics(run.metrics).complete_reports(
-        [*TRAINING, "skipped"], optional=NOISE, optional_lists=["logsnr", "loss_by_level"]
+    metrics = Metrics(run.metrics)
+    reports = metrics.complete_reports(
+        [*TRAINING, "skipped"],
+        optional=[*NOISE, *_further_entries(metrics.reports())],
+        optional_lists=["logsnr", "loss_by_level"],
     )
     speeds = Metrics(run.speed).complete_reports(["images_per_second"], optional=list(MEMORY))
     held_out = Metrics(run.validation).complete_reports(
@@ -140,11 +143,33 @@ def _training_charts(reports: Reports) -> dict[str, str]:
         for name, title in TRAINING.items()
         if reports
     }
+    charts |= _further_charts(reports)
     charts |= _level_curves("loss by noise level", reports)
     charts |= _noise_chart(reports)
     if sum(report["skipped"] or 0 for report in reports):
         title = "steps that were not finite, since the report before"
         charts[title] = line_chart(title, {title: _over_steps(reports, "skipped")}, "step")
+    return charts
+
+
+def _further_entries(reports: Reports) -> list[str]:
+    """Entries of the networks that were trained beside that of the run, such as loss/fake."""
+    prefixes = tuple(f"{name}/" for name in TRAINING)
+    return sorted({key for report in reports for key in report if key.startswith(prefixes)})
+
+
+def _further_charts(reports: Reports) -> dict[str, str]:
+    """Losses, gradient norms and learning rates of the further networks of the run."""
+    charts = {}
+    for name, title in TRAINING.items():
+        entries = [key for key in _further_entries(reports) if key.startswith(f"{name}/")]
+        complete = [report for report in reports if all(key in report for key in entries)]
+        if entries and complete:
+            curves = {key.removeprefix(f"{name}/"): _over_steps(complete, key) for key in entries}
+            heading = f"{title} of {', '.join(curves)}"
+            values = [y for curve in curves.values() for y in curve.y if y is not None]
+            scale = _scale(name) if min(values, default=0) > 0 else "linear"
+            charts[heading] = line_chart(heading, curves, "step", scale)
     return charts
 
 

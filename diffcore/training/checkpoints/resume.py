@@ -42,6 +42,8 @@ AVERAGE = FILES[AVERAGED]
 TRAINING = "training.safetensors"
 """File of a checkpoint with the state of the optimizer, and the losses since the last report."""
 WINDOW = "window"
+NETWORKS = "networks"
+"""Entry of a checkpoint's state with the optimizer's groups of each further network."""
 CHANGEABLE = {
     "accumulation",
     "checkpoints",
@@ -180,11 +182,14 @@ def checkpoint_of(state: TrainState, is_gathered: bool = True) -> Checkpoint:
     gather = partial(gather_tensors, is_main_process=is_first) if is_gathered else dict
     captured = capture_state(state.trained, state.optimizer.optimizer, is_gathered)
     scaler = state.accelerator.scaler  # of fp16
+    further = {name: _capture_further(state, name, is_gathered) for name in state.further}
+    groups = {NETWORKS: {name: each.groups for name, each in further.items()}} if further else {}
     return Checkpoint(
         {
             FILES[RAW]: captured.network,
             **{name: gather(average.shadow) for name, average in _averages(state).items()},
             TRAINING: {**captured.optimizer, **levels, WINDOW: window},
+            **_further_files(further),
         },
         {
             "step": state.step,
@@ -192,11 +197,25 @@ def checkpoint_of(state: TrainState, is_gathered: bool = True) -> Checkpoint:
             "held_out": list(state.held_out_losses),  # which grows while it is written
             "groups": captured.groups,
             "gradient_scaler": scaler.state_dict() if scaler else {},
+            **groups,
             **_rounding(state),
             "settings": determining_settings(state.settings),
             **state.content_hashes,
         },
     )
+
+
+def _capture_further(state: TrainState, name: str, is_gathered: bool) -> CapturedState:
+    """The state of a further network and its optimizer. Every rank must call it."""
+    optimizer = state.further[name].optimizer.optimizer
+    return capture_state(state.networks.module(name), optimizer, is_gathered)
+
+
+def _further_files(captured: dict[str, CapturedState]) -> dict[str, dict[str, Tensor]]:
+    """The files of a checkpoint with the weights and the optimizers of further networks."""
+    weights = {f"{name}.safetensors": each.network for name, each in captured.items()}
+    optimizers = {f"{name}-training.safetensors": each.optimizer for name, each in captured.items()}
+    return weights | optimizers
 
 
 def determining_settings(settings: "Trainer") -> dict[str, Any]:
@@ -233,7 +252,7 @@ def _changes(then: Any, now: Any, name: str = "") -> Iterator[str]:
 def _load(state: TrainState, saved: Checkpoint) -> None:
     """Restore everything that `checkpoint_of` stored."""
     if saved.shards:
-        _load_shards(state, saved.shards, saved.state["groups"])
+        _load_shards(state, saved.shards, saved.state)
     else:
         _load_gathered(state, saved)
     if state.accelerator.scaler and (scaler := saved.state["gradient_scaler"]):
@@ -251,32 +270,45 @@ def _load_gathered(state: TrainState, saved: Checkpoint) -> None:
     state.level_sampler.restore(optimizer)
     captured = CapturedState(saved.tensors[FILES[RAW]], optimizer, saved.state["groups"])
     restore_state(state.trained, state.optimizer.optimizer, captured)
+    for name, network in state.further.items():
+        captured = CapturedState(
+            saved.tensors[f"{name}.safetensors"],
+            saved.tensors[f"{name}-training.safetensors"],
+            saved.state[NETWORKS][name],
+        )
+        restore_state(state.networks.module(name), network.optimizer.optimizer, captured)
     for name, average in _averages(state).items():
         average.load(saved.tensors[name])
 
 
-def _load_shards(state: TrainState, folder: str | Path, groups: list[dict[str, Any]]) -> None:
+def _load_shards(state: TrainState, folder: str | Path, saved: dict[str, Any]) -> None:
     """Read the shards of this rank into its tensors."""
     captured = capture_state(state.trained, state.optimizer.optimizer, is_gathered=False)
+    networks = {name: _capture_further(state, name, is_gathered=False) for name in state.further}
     own = flatten_parts(
         {
             FILES[RAW]: captured.network,
             TRAINING: captured.optimizer,
             **{name: average.shadow for name, average in _averages(state).items()},
+            **_further_files(networks),
         }
     )
     # Of changing shape: the losses since the last report, and those of the level sampler.
     stored = empty_tensors(folder, "")
-    further = {name: value for name, value in stored.items() if name not in own}
-    load_shards(folder, {**own, **further}, is_single=state.accelerator.num_processes == 1)
+    changing = {name: value for name, value in stored.items() if name not in own}
+    load_shards(folder, {**own, **changing}, is_single=state.accelerator.num_processes == 1)
     prefix = f"{Path(TRAINING).stem}/"
-    levels = {name.removeprefix(prefix): value for name, value in further.items()}
+    levels = {name.removeprefix(prefix): value for name, value in changing.items()}
     state.window.restore(levels.pop(WINDOW))
     state.level_sampler.restore(levels)
     if levels:
         raise KeyError(next(iter(levels)))
-    restored = CapturedState(captured.network, captured.optimizer, groups)
-    restore_state(state.trained, state.optimizer.optimizer, restored, is_gathered=False)
+    captured = captured._replace(groups=saved["groups"])
+    restore_state(state.trained, state.optimizer.optimizer, captured, is_gathered=False)
+    for name, each in networks.items():
+        own_optimizer = state.further[name].optimizer.optimizer
+        restored = each._replace(groups=saved[NETWORKS][name])
+        restore_state(state.networks.module(name), own_optimizer, restored, is_gathered=False)
 
 
 def _averages(state: TrainState) -> dict[str, EMA]:

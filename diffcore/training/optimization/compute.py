@@ -6,7 +6,7 @@ change them when it resumes.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -73,6 +73,21 @@ class Compute:
             _checkpoint_activations(network)
         if self.compile != "no":
             self._compile(network)
+
+    def fitting(self, network: nn.Module) -> "Compute":
+        """The settings for a further network, without those that it has no blocks or weights for.
+
+        Args:
+            network: network that is trained beside that of the run.
+        """
+        has_blocks = bool(find_blocks(network))
+        has_images = any(value.ndim == 4 for value in network.parameters())
+        return replace(
+            self,
+            compile="no" if self.compile == "blocks" and not has_blocks else self.compile,
+            checkpointing=self.checkpointing and has_blocks,
+            channels_last=self.channels_last and has_images,
+        )
 
     def uncompiled(self) -> AbstractContextManager[Any]:
         """Context in which a compiled network is evaluated as if it were not compiled."""

@@ -18,6 +18,7 @@ from diffcore.core.denoiser import Denoiser
 from diffcore.sampling import images
 from diffcore.sampling.generation import sample
 from diffcore.training.checkpoints.checkpoint import name as checkpoint_name
+from diffcore.training.further_networks import SCALARS as FURTHER_SCALARS
 from diffcore.training.reports.metrics import Metrics
 from diffcore.training.reports.noise_scale import mean_noise
 from diffcore.training.reports.previews import preview
@@ -117,7 +118,8 @@ class Reporter:
         """
         values, by_level = self._values(state)
         speed = self.usage.read()
-        self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+        shown = {name: f"{values[f'loss/{name}']:.4f}" for name in state.further}
+        self.bar.set_postfix(loss=f"{values['loss']:.4f}", **shown, refresh=False)
         levels = {f"loss/level {bin_}": loss for bin_, loss in enumerate(by_level)}
         self.trackers.log({**values, **levels, **speed}, state.step)
         if self.accelerator.is_main_process:
@@ -133,13 +135,18 @@ class Reporter:
     def _values(self, state: "TrainState") -> tuple[dict[str, float], list[float]]:
         """The numbers of a report, and the loss of each interval of levels."""
         settings, table = self.settings, state.window.gathered()
-        norms, losses = table[:, 0], table[:, SCALARS:]
+        losses = table[:, state.window.scalars :]
         values = {
             "loss": float(losses.double().mean()),
-            "grad_norm": float(norms.double().mean()),
+            "grad_norm": float(table[:, 0].double().mean()),
             "lr": settings.lr(state.step - 1, settings.steps),
-            "skipped": len(find_non_finite(norms, losses, 0)),
+            "skipped": len(find_non_finite(_all_norms(state, table), losses, 0)),
         }
+        for name, columns in _further_columns(state).items():
+            values[f"loss/{name}"], values[f"grad_norm/{name}"] = (
+                table[:, columns].double().mean(0).tolist()
+            )
+            values[f"lr/{name}"] = state.further[name].lr(state.step - 1, settings.steps)
         if noise := mean_noise(table[:, 1:SCALARS]):
             values["noise_scale"] = noise.scale
             values["grad_variance"] = float(noise.variance)
@@ -177,12 +184,12 @@ class Reporter:
         if first == state.step:
             return
         table = state.window.gathered()[first - state.step :]
-        norms, losses = table[:, 0], table[:, SCALARS:]
-        bad = find_non_finite(norms, losses, first)
+        norms, losses = table[:, 0], table[:, state.window.scalars :]
+        bad = find_non_finite(_all_norms(state, table), losses, first)
         if not bad:
             state.non_finite_steps = 0
             return
-        where = _describe(state, bad[0])
+        where = _describe(state, bad[0], table[bad[0].step - first])
         if self.accelerator.is_main_process:
             for found in bad:
                 row = found.step - first
@@ -191,7 +198,7 @@ class Reporter:
             f"{len(bad)} of the last {len(table)} steps were not finite and were skipped: {where}"
         )
         longest, is_searching = state.non_finite_steps, state.is_searching_scale
-        has_faults = ~losses.isfinite().all(1)
+        has_faults = ~(losses.isfinite().all(1) & _further_losses(state, table).isfinite().all(1))
         faults = {f.step for f in bad if not is_searching or has_faults[f.step - first]}
         for step in range(first, state.step):
             state.non_finite_steps = state.non_finite_steps + 1 if step in faults else 0
@@ -225,8 +232,32 @@ class Reporter:
         self.trackers.log_image("samples", image, state.step)
 
 
-def _describe(state: "TrainState", found: NonFinite) -> str:
-    """Step, sample, level and loss of a step that was not finite."""
+def _further_columns(state: "TrainState") -> dict[str, slice]:
+    """Columns of the window with the loss and the gradient norm of each further network."""
+    starts = range(SCALARS, state.window.scalars, FURTHER_SCALARS)
+    return {
+        name: slice(start, start + FURTHER_SCALARS)
+        for name, start in zip(state.further, starts, strict=True)
+    }
+
+
+def _further_losses(state: "TrainState", table: Tensor) -> Tensor:
+    """Losses (steps, networks) of the further networks."""
+    return table[:, SCALARS : state.window.scalars : FURTHER_SCALARS]
+
+
+def _all_norms(state: "TrainState", table: Tensor) -> Tensor:
+    """Gradient norms (steps,); NaN if the loss or the norm of a further network is not finite."""
+    further = table[:, SCALARS : state.window.scalars]
+    return table[:, 0].where(further.isfinite().all(1), torch.nan)
+
+
+def _describe(state: "TrainState", found: NonFinite, row: Tensor) -> str:
+    """Step, sample, level and loss of a step that was not finite, or the further network."""
+    for name, columns in _further_columns(state).items():
+        loss, norm = row[columns].tolist()
+        if not math.isfinite(loss + norm):
+            return f"step {found.step}, network {name}: loss {loss:g}, gradient norm {norm:g}"
     key = state.sample_key(found.step, torch.tensor([found.batch_index]))
     shape = state.order.shape(found.step)
     logsnr = float(state.level_sampler.logsnr(key, state.step, shape))

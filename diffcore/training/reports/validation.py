@@ -24,6 +24,7 @@ from diffcore.core.process import Process
 from diffcore.core.random import Stream, derive_seed, permutation
 from diffcore.objectives.coupling import IndependentCoupling
 from diffcore.objectives.draw import SampleKey
+from diffcore.objectives.networks import Networks
 from diffcore.objectives.objective import Objective
 from diffcore.sampling.generation import evaluation_mode
 from diffcore.schedules import Schedule
@@ -35,6 +36,7 @@ from diffcore.training.data.checks import (
     read_item,
 )
 from diffcore.training.data.source import NOISE, WEIGHT, DataSource
+from diffcore.training.optimization.gradients import frozen
 
 if TYPE_CHECKING:
     from diffcore.training.state import TrainState
@@ -147,6 +149,7 @@ def measure_loss(
     batch_size: int,
     ranks: tuple[int, int],
     gather: Callable[[Tensor], Tensor],
+    networks: Networks | None = None,
 ) -> HeldOutLoss:
     """The loss of a network on the held-out data. Every rank must call it.
 
@@ -158,6 +161,7 @@ def measure_loss(
         batch_size: number of samples in a network call.
         ranks: index of this rank, and number of ranks.
         gather: gathers a tensor (1, n) of each rank to (ranks, n).
+        networks: networks of the objective beside the one that it trains.
 
     Returns:
         The loss, the same on every rank, and equal to rounding for every number of ranks and batch
@@ -188,7 +192,12 @@ def measure_loss(
         losses = torch.cat(
             [
                 _batch_losses(
-                    denoiser, source, plain, SampleKey(key_seed, 0, index, total), rows[index]
+                    denoiser,
+                    source,
+                    plain,
+                    SampleKey(key_seed, 0, index, total),
+                    rows[index],
+                    networks,
                 )
                 for index in own.split(micro)
             ]
@@ -234,7 +243,12 @@ def level_bounds(schedule: Schedule, bins: int) -> list[float]:
 
 
 def _batch_losses(
-    denoiser: Denoiser, source: DataSource, objective: Objective, key: SampleKey, rows: Tensor
+    denoiser: Denoiser,
+    source: DataSource,
+    objective: Objective,
+    key: SampleKey,
+    rows: Tensor,
+    networks: Networks | None,
 ) -> Tensor:
     """The losses (B,) of items at the levels that a key indexes, on the device of the network."""
     device = denoiser.device
@@ -244,7 +258,7 @@ def _batch_losses(
     draw = objective.draw(process, key, device).paired(extras.get(NOISE))
     condition = batch_condition(process, label, extras, device, source.inputs)
     weight = extras[WEIGHT].to(device) if WEIGHT in extras else None
-    return objective(denoiser, x0.to(device), condition, draw, None, weight)
+    return objective(denoiser, x0.to(device), condition, draw, None, weight, networks)
 
 
 def validate(state: "TrainState") -> Measurement:
@@ -271,10 +285,11 @@ def validate(state: "TrainState") -> Measurement:
         settings.batch_size // accelerator.num_processes // settings.accumulation,
         (accelerator.process_index, accelerator.num_processes),
         accelerator.gather,
+        state.networks,
     )
-    with state.evaluation_weights():
+    with frozen(state.further_modules()), state.evaluation_weights():
         current = measure()
-    with state.average.applied():
+    with frozen(state.further_modules()), state.average.applied():
         averaged = measure()
     schedule = settings.objective.schedule(process)
     return Measurement(averaged, current, level_bounds(schedule, validation.bins))

@@ -9,10 +9,10 @@ import torch
 from diffcore.core.process import Process
 from diffcore.io.mistakes import is_mistake
 from diffcore.io.specs import to_spec
+from diffcore.training.construction import build_state
 from diffcore.training.data import DataOrder, Digits, as_data_source, load_batches
 from diffcore.training.data.order import batches as order_module
 from diffcore.training.loop import training_batches
-from diffcore.training.state import build_state
 from tests.helpers.training_runs import ListDataset, make_trainer
 
 SIZE, BATCH, SEED = 37, 8, 2**40 + 3
