@@ -94,6 +94,9 @@ def further_sizes(state: TrainState) -> FurtherSizes:
 
     Args:
         state: state of the run after some steps.
+
+    Returns:
+        The sizes in bytes.
     """
     teacher = None if state.networks.teacher is None else state.networks.teacher.network
     tensors = [] if teacher is None else [*teacher.parameters(), *teacher.buffers()]

@@ -70,6 +70,9 @@ class Networks:
 
         Args:
             name: its name in `trained`.
+
+        Returns:
+            The module, which accelerate has wrapped in its own updates.
         """
         return self.trained[name].module
 
@@ -79,6 +82,9 @@ class Networks:
         Args:
             name: its name in `trained`.
             process: process of the network.
+
+        Returns:
+            The denoiser, which shares the weights of the module.
         """
         return Denoiser(self.label_wrapper(self.module(name)), process)
 
@@ -107,7 +113,11 @@ class RunningStatistics(nn.Module, ABC):
         self._sums = sums if self._sums is None else self._sums + sums
 
     def take(self) -> Tensor | None:
-        """The sums since the last call, which are forgotten; None without any."""
+        """Take the sums since the last call.
+
+        Returns:
+            The sums, which are forgotten; None without any.
+        """
         sums, self._sums = self._sums, None
         return sums
 

@@ -178,6 +178,9 @@ class TrainState:
 
         Args:
             without: name of a network that is left out.
+
+        Returns:
+            One list of modules for each network.
         """
         return [each.modules for name, each in self.further.items() if name != without]
 
@@ -240,6 +243,9 @@ class TrainState:
         Args:
             batch: samples of one bucket.
             key: key of the samples.
+
+        Returns:
+            The draw, on the device of this rank.
         """
         learned = self.level_sampler.learned
         process, device = self.process_of(batch), self.accelerator.device
@@ -256,6 +262,9 @@ class TrainState:
         Args:
             part: index of the micro-batch in the present step.
             seed: seed of the run, or of the update of a further network.
+
+        Returns:
+            The seed, which depends on the rank too.
         """
         accelerator, accumulation = self.accelerator, self.settings.accumulation
         micro_batch = self.step * accumulation + part

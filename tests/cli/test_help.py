@@ -157,6 +157,7 @@ def test_every_option_that_a_message_names_exists(diffcore):
         diffcore("plot", what, "--help").out for what in ("schedules", "weights")
     )
     helps["doctor"] += diffcore("doctor", ".", "--help").out
+    helps["train"] += diffcore("train", "--objective.help", "Objective").out
     options = re.findall(r"--([\w.-]*\w)", "".join(helps.values()))
     known = {option.replace("-", "_") for option in options}
     known |= {"help", "trust", "version"}  # of all commands

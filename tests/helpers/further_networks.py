@@ -46,7 +46,7 @@ class ThreeNetworks(Objective):
         updates: updates of the second network in a step.
         options: options of both further networks.
         faulty: step from which the loss of the critic is infinite.
-        dropout: of the critic.
+        dropout: dropout of the critic.
     """
 
     updates: int = 2
@@ -54,7 +54,10 @@ class ThreeNetworks(Objective):
     faulty: int = 10**6
     dropout: float = 0.0
     is_surrogate = True
-    content_hash = "of the teacher"
+
+    @property
+    def content_hash(self):
+        return "first"
 
     def networks(self, denoiser, device, label_wrapper):
         teacher = LabelRecorder().eval().requires_grad_(False).to(device)

@@ -79,6 +79,9 @@ class Compute:
 
         Args:
             network: network that is trained beside that of the run.
+
+        Returns:
+            The settings, which `apply` accepts for the network.
         """
         has_blocks = bool(find_blocks(network))
         has_images = any(value.ndim == 4 for value in network.parameters())

@@ -98,6 +98,9 @@ def copy_buffers(modules: nn.Module) -> Buffers:
 
     Args:
         modules: modules that are trained.
+
+    Returns:
+        The buffers and their copies.
     """
     return [(value, value.clone()) for value in modules.buffers()]
 
