@@ -70,7 +70,7 @@ class ThreeNetworks(Objective):
                 "critic": TrainedNetwork(
                     Critic(self.dropout),
                     optimizer=partial(_adam, betas=(0.0, 0.9)),
-                    lr=lambda step, steps: 1e-3 * (1 + step / steps),
+                    lr=lambda step, steps: 1e-3 * (1 + step / 6),
                 ),
             },
         )

@@ -168,7 +168,7 @@ def _further_charts(reports: Reports) -> dict[str, str]:
             curves = {key.removeprefix(f"{name}/"): _over_steps(complete, key) for key in entries}
             heading = f"{title} of {', '.join(curves)}"
             values = [y for curve in curves.values() for y in curve.y if y is not None]
-            scale = _scale(name) if min(values, default=0) > 0 else "linear"
+            scale: Any = _scale(name) if min(values, default=0) > 0 else "linear"
             charts[heading] = line_chart(heading, curves, "step", scale)
     return charts
 
