@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -20,6 +21,7 @@ __all__ = [
     "CorruptFileError",
     "WriteError",
     "check_links",
+    "check_writable",
     "hash_file",
     "remove_leftovers",
     "replace_folder",
@@ -89,6 +91,23 @@ def _resolved(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
+def check_writable(path: str | Path) -> None:
+    """Check, before a long computation, that its result can be written.
+
+    Args:
+        path: file or folder that will be written; folders that do not exist are created then.
+
+    Raises:
+        WriteError: the folder that holds it, or will hold it, is read-only.
+    """
+    path = Path(path)
+    folder = path
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    if not os.access(folder, os.W_OK):
+        raise _write_error(path, PermissionError(errno.EACCES, f"{folder} is read-only"))
+
+
 def hash_file(path: str | Path) -> str:
     """SHA-256 of a file's content.
 
@@ -119,7 +138,8 @@ def write_file(path: str | Path, data: bytes) -> None:
         temporary.replace(path)
         sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # there is none, or it cannot be removed either
+            temporary.unlink()
         raise _write_error(path, error) from None
 
 

@@ -1,10 +1,12 @@
 """Atomic writes of files and folders, and hashes of files."""
 
+import errno
 import hashlib
 import json
 import os
 import subprocess
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,7 @@ from diffcore.io.files import (
     CorruptFileError,
     WriteError,
     check_links,
+    check_writable,
     hash_file,
     remove_leftovers,
     verify_folder,
@@ -170,6 +173,25 @@ def test_on_a_full_disk_the_old_file_is_kept_and_the_error_names_it(tmp_path):
         write_file(tmp_path / "file", bytes(2000))
     assert names(tmp_path) == {"file"}
     assert (tmp_path / "file").read_bytes() == b"old"
+
+
+def test_a_read_only_folder_is_refused_before_the_result_is_computed(tmp_path, monkeypatch):
+    check_writable(tmp_path / "new/folder/result.json")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write anyway
+    with pytest.raises(WriteError, match=rf"new/result.json cannot .*{tmp_path} is read-only"):
+        check_writable(tmp_path / "new/result.json")
+    (tmp_path / "own").mkdir()
+    check_writable(tmp_path / "own/result.json")
+
+
+def test_an_error_names_the_file_where_nothing_can_be_removed_either(tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise OSError(errno.EROFS, "Read-only file system", "a temporary name")
+
+    monkeypatch.setattr(files, "write_and_sync", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(WriteError, match=r"^\S*a\.png cannot be written \(Read-only"):
+        files.write_file(tmp_path / "a.png", b"")
 
 
 def test_a_link_to_itself_leads_out_of_no_folder(tmp_path):

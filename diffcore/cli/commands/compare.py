@@ -36,6 +36,7 @@ from diffcore.evaluation.flow.comparison_table import (
 )
 from diffcore.evaluation.flow.sampler_comparison import Case, SamplerComparison
 from diffcore.guidance import Guidance
+from diffcore.io.files import check_writable
 from diffcore.io.parser import ComponentParser
 from diffcore.io.specs import describe_component, to_spec
 from diffcore.samplers import DDIM, DPMSolverPP, Heun, Sampler, UniPC
@@ -185,6 +186,8 @@ def _compare(
         raise ValueError("samplers are compared by one process: leave the launcher out")
     if sampling.threads:
         torch.set_num_threads(sampling.threads)
+    out = Path(request.out or default_out(folder, "comparison"))
+    check_writable(out)
     device, options = find_device(sampling.device), sampling.pipeline_options
     model = load_image_model(folder, options, device, sampling.weights)
     picture_of(model.image_process, sampling.picture)
@@ -210,7 +213,6 @@ def _compare(
     for case in cases:  # tables name the folders of weaker networks, which are loaded
         case.guidance = given[id(case.guidance)]
     print("\n".join(format_cases(cases)))
-    out = Path(request.out or default_out(folder, "comparison"))
     names = _column_names(keys, sampling, labels is not None)
     view = View(model.image_process, sampling.picture, model.decode)
     written = _write_pictures(out, cases, names, view)

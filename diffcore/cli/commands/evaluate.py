@@ -27,6 +27,7 @@ from diffcore.evaluation.features.feature_table import FeatureCache
 from diffcore.evaluation.features.image_set import SourceImages
 from diffcore.evaluation.features.selection import load_features
 from diffcore.evaluation.results import Results, draw_closest_pairs, format_results, measure
+from diffcore.io.files import check_writable
 from diffcore.io.parser import ComponentParser
 from diffcore.io.plain_data import hash_data
 from diffcore.run import AVERAGED, Run
@@ -100,6 +101,7 @@ def _evaluate(folder: Path, request: EvaluationRequest, sampling: SampleRequest)
     rank, ranks = read_rank()
     extractor = load_features(request.features, find_device(sampling.device))
     out = Path(request.out or default_out(folder))
+    check_writable(out)
     if _is_model(folder):
         start_ranks(ranks)
         process, reals, drawn = _draw(folder, out, request, sampling, extractor)

@@ -35,6 +35,7 @@ from diffcore.evaluation.likelihood.dequantisation import (
     check_values,
     detect_bins,
 )
+from diffcore.io.files import check_writable
 from diffcore.io.parser import ComponentParser
 from diffcore.io.plain_data import read_json
 from diffcore.io.specs import describe_spec, to_spec
@@ -88,6 +89,7 @@ def _measure(folder: Path, name: str, request: LikelihoodRequest) -> None:
     """Measure, print and write."""
     if request.threads:
         torch.set_num_threads(request.threads)
+    check_writable(path := _record_path(folder, request))
     device = find_device(request.device)
     model = load_image_model(folder, PipelineOptions(), device, request.weights)
     if model.latents is not None or model.is_text_conditioned:
@@ -115,7 +117,6 @@ def _measure(folder: Path, name: str, request: LikelihoodRequest) -> None:
         "network_hash": hash_networks([denoiser.network]),
         "values": result.bits.tolist(),
     }
-    path = _record_path(folder, request)
     rule = type(dequantisation).__name__ if dequantisation else "density"
     _write(path, ", ".join((request.method, *[rule] * (request.method == "ode"), name)), facts)
     print("\n".join(_table(result)))
