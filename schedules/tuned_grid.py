@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from diffcore.schedules.base import Level, Schedule
 from diffcore.schedules.grids import Explicit, Grid
-from diffcore.schedules.level_grids import UniformBlend
 
 __all__ = ["Tuned"]
 
@@ -17,13 +16,13 @@ class Tuned(Grid):
 
     Args:
         logsnrs: n+1 values of λ = log α²/σ², strictly monotone; -inf is pure noise, inf is clean.
+        otherwise: grid for numbers of steps other than n.
         sampler: sampler that the knots were tuned for, as text; no effect on the knots.
         guidance: guidance rule that they were tuned for, as text; no effect on the knots.
-        otherwise: grid for numbers of steps other than n.
 
     Example:
-        >>> from diffcore.schedules import Flow
-        >>> grid = Tuned((-4.0, 1.0, 3.0))
+        >>> from diffcore.schedules import Flow, Trailing
+        >>> grid = Tuned((-4.0, 1.0, 3.0), otherwise=Trailing())
         >>> [len(grid.knots(Flow(), steps)) for steps in (2, 5)]
         [3, 6]
         >>> grid.knots(Flow(), 2)[1].logsnr
@@ -31,9 +30,9 @@ class Tuned(Grid):
     """
 
     logsnrs: tuple[float, ...]
+    otherwise: Grid
     sampler: str = ""
     guidance: str = ""
-    otherwise: Grid = UniformBlend(1.25, 0.5)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "logsnrs", Explicit(self.logsnrs).logsnrs)

@@ -29,6 +29,7 @@ def main() -> None:
         conditions: "whether samples obey their conditions, on problems with a known answer",
         learned_variance: "DDPM in few steps on digits with fixed and with learned variances",
         claims: "what papers claim, measured: the tables of docs/claims.md",
+        tuning: "how much closer tuned knots are, beside untuned ones and diffusers",
         fields: "pictures of guided fields and samples of a mixture in two dimensions",
         kill_drill: "whether a run that is killed again and again ends with the same bytes",
     }.items():
@@ -76,6 +77,12 @@ def _add_options(study: argparse.ArgumentParser, run: Callable[..., None], name:
             "--steps", type=int, default=1000, help="training steps of batch 64 (default 1000)"
         )
         study.add_argument("--only", nargs="+", help="names of problems (default: all)")
+    if run is tuning:
+        out = Path("docs/experiments/tuning.jsonl")
+        study.add_argument("--out", type=Path, default=out, help=f"measurements (default {out})")
+        study.add_argument("--only", nargs="+", help="names of problems (default: all)")
+        help_text = "folder of a run of the digits recipe (default runs/digits)"
+        study.add_argument("--run-folder", type=Path, default=Path("runs/digits"), help=help_text)
     if run is claims:
         _add_claims_options(study)
 
@@ -216,6 +223,18 @@ def claims(arguments: argparse.Namespace) -> None:
         print(f"\n{name}\n\n{REPORTS[name](rows)}\n")
     measurements = read_measurements(Path("docs/experiments/training.jsonl"))
     print(f"training.jsonl\n\n{format_speed_ups(measurements, TRAINING_PAIRS, 400)}")
+
+
+def tuning(arguments: argparse.Namespace) -> None:
+    """Run the study of tuned knots."""
+    from experiments import tuning as study
+
+    names = _chosen(arguments.only, study.SCALES)
+    measurements = _measure(
+        study.run_study(arguments.out, arguments.run_folder, names), arguments.out
+    )
+    print(f"\n{study.format_table(measurements)}")
+    study.draw(measurements, PICTURES / "tuning.png")
 
 
 def fields(arguments: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ COMMANDS = {
     "sample": "draw samples from a run or a diffusers pipeline, as images or arrays",
     "evaluate": "compare samples of a run, a pipeline or a folder with real images",
     "compare": "compare samplers, steps and guidance on the network of a run or a pipeline",
+    "tune": "find the closest sampler and knots for a network and few evaluations",
     "likelihood": "measure the bits per dimension of data under a run or a pipeline",
     "features": "train a classifier whose features evaluations compare",
     "export": "save the network of a run as a diffusers pipeline",

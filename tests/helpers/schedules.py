@@ -105,7 +105,7 @@ UNIFORM_GRIDS: list[CoordinateGrid] = [
 GRIDS: list[Grid] = [
     *UNIFORM_GRIDS,
     Explicit((-3.0, 0.0, math.inf)),
-    Tuned((-3.0, 0.0, math.inf), "DDIM()", "CFG(scale=3.0)", Trailing()),
+    Tuned((-3.0, 0.0, math.inf), Trailing(), "DDIM()", "CFG(scale=3.0)"),
     Within(Within(BetaSpacing(2.0, 0.5), -3.0), high=2.0),
 ]
 """Grids of every class."""

@@ -192,7 +192,7 @@ def test_a_tuned_grid_has_its_knots_for_one_number_of_steps_and_another_grid_oth
     assert grid.knots(Cosine(), 2) == Explicit((-4.0, 1.0, math.inf)).knots(Cosine(), 2)
     assert grid.knots(Cosine(), 7) == Trailing().knots(Cosine(), 7)
     with pytest.raises(ValueError, match="logsnrs has 1 knots, expected at least 2"):
-        Tuned((1.0,))
+        Tuned((1.0,), Trailing())
 
 
 def test_knots_of_equal_arguments_are_computed_once():

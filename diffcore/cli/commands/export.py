@@ -14,7 +14,7 @@ from diffcore.cli.image_model import (
     load_image_model,
     read_sampling_settings,
 )
-from diffcore.cli.run_defaults import parse_with_run_defaults
+from diffcore.cli.tuned_record import parse_with_tuned_defaults
 from diffcore.guidance import CFG, Guidance
 from diffcore.io.files import write_folder
 from diffcore.io.parser import ComponentParser
@@ -80,10 +80,12 @@ def main(argv: Sequence[str]) -> None:
         "run", type=str, metavar="RUN", help="folder of a run or of a DiffcorePipeline"
     )
     parser.add_class_arguments(ExportRequest)
-    arguments = parse_with_run_defaults(
+    arguments, note = parse_with_tuned_defaults(
         parser, argv, lambda folder: read_sampling_settings(_pipeline_or_run(folder))
     )
     folder = Path(arguments.pop("run"))
+    if note:
+        print(note)
     _export(folder, ExportRequest(**arguments))
 
 

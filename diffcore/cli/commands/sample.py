@@ -21,8 +21,8 @@ from diffcore.cli.image_model import (
     load_image_model,
     read_sampling_settings,
 )
-from diffcore.cli.run_defaults import parse_with_run_defaults
 from diffcore.cli.sample_request import IntegerList, SampleRequest
+from diffcore.cli.tuned_record import parse_with_tuned_defaults
 from diffcore.core.process import Process
 from diffcore.guidance import Guidance, find_networks
 from diffcore.io.files import hash_file
@@ -75,9 +75,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_class_arguments(SampleRequest)
     words = join_option(argv, "prompt", "a text", may_be_empty=True)
     words = join_option(words, "lora", "the file of an adapter")
-    arguments = parse_with_run_defaults(parser, words, read_sampling_settings)
+    arguments, note = parse_with_tuned_defaults(parser, words, read_sampling_settings)
     arguments.pop("config", None)
     folder = Path(arguments.pop("run"))
+    if note and read_rank()[0] == 0:
+        print(note)
     _sample(folder, SampleRequest(**arguments))
 
 

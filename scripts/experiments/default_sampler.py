@@ -1,0 +1,162 @@
+"""Which sampler and grid are closest to the flow in the median and in the tail, guided or not.
+
+Candidates for the default of `sample` on exact denoisers and networks, guided by CFG or not.
+The distance is the root mean square per element to the solved flow from the same noise. A sample is
+`far` if its distance exceeds 0.1, which at a standard deviation of the data of about 0.5 is mostly
+another mode.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.accuracy import plane, spectra
+from benchmarks.table import markdown_table
+
+from diffcore.core.denoiser import DenoiserProtocol
+from diffcore.core.oracle import GaussianMixture
+from diffcore.core.process import Process
+from diffcore.evaluation.flow.exact_flow import solve_flow
+from diffcore.evaluation.flow.knot_tuning import KnotProblem
+from diffcore.guidance import CFG
+from diffcore.io.specs import describe_component
+from diffcore.run import Run
+from diffcore.samplers import AdamsMoulton, DPMSolverPP, Sampler, UniPC
+from diffcore.schedules import BetaSpacing, Grid, UniformBlend
+from experiments.study import continue_study, group_rows
+from experiments.tuning import decades, tiny_pipeline
+
+FAR = 0.1
+COUNTS = (5, 8, 10, 20, 25)
+SAMPLERS: tuple[Sampler, ...] = (
+    AdamsMoulton(3, every=10),
+    AdamsMoulton(2, every=10),
+    AdamsMoulton(2, every=20),
+    AdamsMoulton(1),
+    UniPC(2),
+    DPMSolverPP("2M"),
+)
+GRIDS: tuple[Grid, ...] = (UniformBlend(1.25, 0.5), UniformBlend(1.5, 0.37), BetaSpacing())
+SCALES = {"mixture": (1.0,), "64-D": (1.0,), "decades": (1.0,), "classes": (1.0, 3.0, 7.5)}
+SCALES |= {"digits": (1.0, 3.0, 7.5), "tiny Stable Diffusion": (1.0, 7.5)}
+NETWORKS = {"digits": 40, "tiny Stable Diffusion": 40}
+"""Networks, and their number of samples; oracles have more."""
+STARTS = 128
+
+
+def classes() -> GaussianMixture:
+    """Create the mixture `decades` with its components in three classes.
+
+    Returns:
+        The exact denoiser.
+    """
+    mixture = decades()
+    covariances = (mixture.axes * mixture.eigenvalues[:, None]) @ mixture.axes.mT
+    process = Process(shape=(64,), classes=3, dropout=0.1)
+    return GaussianMixture(mixture.means, covariances, None, torch.arange(12) % 3, process)
+
+
+def run_study(out: Path, run: Path, only: Sequence[str] = ()) -> Iterator[str]:
+    """Measure the cells that the file of measurements lacks.
+
+    Args:
+        out: file of measurements.
+        run: folder of a run of the digits recipe.
+        only: names of problems; none: all.
+
+    Yields:
+        The lines that were appended.
+    """
+    builders: dict[str, Callable[[], DenoiserProtocol]] = {
+        "mixture": plane,
+        "64-D": spectra,
+        "decades": decades,
+        "classes": classes,
+        "digits": lambda: Run(run).denoiser(),
+        "tiny Stable Diffusion": tiny_pipeline,
+    }
+    cells = [
+        (name, scale, count)
+        for name in only or builders
+        for scale in SCALES[name]
+        for count in COUNTS
+    ]
+
+    @cache
+    def problem(name: str, scale: float) -> KnotProblem:
+        denoiser, count = builders[name](), NETWORKS.get(name, STARTS)
+        number = denoiser.process.classes
+        labels = torch.arange(count) % number if number else None
+        steps = 120 if name in NETWORKS else 400
+        flow = solve_flow(denoiser, range(count), labels, CFG(scale), steps, batch_size=count)
+        return KnotProblem(denoiser, CFG(scale), range(count), flow.x, labels, count)
+
+    def measure(name: str, scale: float, count: int) -> Iterable[Mapping[str, Any]]:
+        return [
+            measure_candidate(problem(name, scale), sampler, grid, count)
+            for sampler in SAMPLERS
+            for grid in GRIDS
+        ]
+
+    yield from continue_study(out, ("problem", "scale", "evaluations"), cells, measure)
+
+
+def measure_candidate(
+    problem: KnotProblem, sampler: Sampler, grid: Grid, count: int
+) -> dict[str, Any]:
+    """Measure a sampler on a grid.
+
+    Args:
+        problem: samples, and the ends of their flow.
+        sampler: numerical integrator of one evaluation in each step.
+        grid: rule that places the knots.
+        count: number of evaluations.
+
+    Returns:
+        Plain data: the name, the median, the 99th percentile and the share of far samples.
+    """
+    distances = problem.distances(sampler, grid, count)
+    return {
+        "method": f"{describe_component(sampler)}, {describe_component(grid)}",
+        "median": distances.median().item(),
+        "tail": distances.quantile(0.99).item(),
+        "far": (distances > FAR).double().mean().item(),
+    }
+
+
+def format_table(measurements: Sequence[Mapping[str, Any]]) -> str:
+    """The candidates, by the geometric mean of their ratios to the best of each row.
+
+    Args:
+        measurements: measurements of the study.
+
+    Returns:
+        The table as Markdown: geometric mean and maximum of the ratio of the median, the same of
+        the 99th percentile, and the mean share of far samples.
+    """
+    best: dict[Any, dict[str, float]] = {}
+    for key, rows in group_rows(measurements, "problem", "scale", "evaluations").items():
+        best[key] = {name: min(row[name] for row in rows) for name in ("median", "tail")}
+    lines = []
+    for method, rows in group_rows(measurements, "method").items():
+        keys = [(row["problem"], row["scale"], row["evaluations"]) for row in rows]
+        ratios = {
+            name: [row[name] / best[key][name] for row, key in zip(rows, keys, strict=True)]
+            for name in ("median", "tail")
+        }
+        means = {name: math.exp(sum(map(math.log, r)) / len(r)) for name, r in ratios.items()}
+        far = sum(row["far"] for row in rows) / len(rows)
+        numbers = [v for name, r in ratios.items() for v in (means[name], max(r))]
+        name = method if isinstance(method, str) else method[0]
+        lines.append((means["median"] * means["tail"], [name, *numbers, far]))
+    header = ["candidate", "median", "worst", "99th percentile", "worst", "far samples"]
+    return markdown_table(
+        header,
+        [
+            [str(cells[0]), *(f"{value:.2f}" for value in cells[1:-1]), f"{cells[-1]:.2%}"]
+            for _, cells in sorted(lines, key=lambda line: line[0])
+        ],
+    )
