@@ -16,6 +16,7 @@ __all__ = ["main"]
 
 COMMANDS = {
     "train": "train a network from a recipe or a YAML file of settings",
+    "distil": "train a generator of few steps from a run or a diffusers pipeline",
     "sample": "draw samples from a run or a diffusers pipeline, as images or arrays",
     "evaluate": "compare samples of a run, a pipeline or a folder with real images",
     "compare": "compare samplers, steps and guidance on the network of a run or a pipeline",

@@ -1,12 +1,13 @@
 """Training settings of a command line: recipes or YAML files, which options override."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import Namespace
 
+from diffcore import distillation  # noqa: F401  its components become known to the parser
 from diffcore.cli.arguments import extract_option, wants_help
 from diffcore.cli.completion import complete_settings
 from diffcore.cli.family_recipe import CHOICE, choose_recipe, expand_options
@@ -20,22 +21,23 @@ from diffcore.io.parser import ComponentParser
 from diffcore.run import Run
 from diffcore.training.trainer import Trainer
 
-__all__ = ["build_trainer", "parse_settings", "training_parser"]
+__all__ = ["build_trainer", "parse_content", "parse_settings", "training_parser"]
 
 
-def training_parser(prog: str, description: str) -> ComponentParser:
+def training_parser(prog: str, description: str, usage: str = "") -> ComponentParser:
     """Create the parser of a command that reads the settings of a training.
 
     Args:
         prog: name of the command.
         description: what the command does, for its help.
+        usage: usage of the command; "": that of a command whose first word is a recipe or a file.
 
     Returns:
         The parser, to which the command may add its own options.
     """
     parser = ComponentParser(
         prog=prog,
-        usage=f"{prog} [RECIPE | FILE.yaml] [--option value ...]",
+        usage=usage or f"{prog} [RECIPE | FILE.yaml] [--option value ...]",
         description=description,
         epilog="Trainings of a pipeline also take `--data IMAGES` for --data.folder, `--lora RANK` "
         "for --network.lora.rank with the learning rate and the steps of an adapter, "
@@ -74,7 +76,33 @@ def parse_settings(parser: ComponentParser, argv: Sequence[str]) -> Namespace:
     if not argv:
         names = ", ".join(recipe_names())
         raise ValueError(f"name a recipe ({names}) or a YAML file, or see --help")
-    settings = parser.parse_args(_move_files_first(argv))
+    return _parse(parser, _move_files_first(argv))
+
+
+def parse_content(
+    parser: ComponentParser, content: Mapping[str, Any], argv: Sequence[str], name: str
+) -> Namespace:
+    """Parse the settings of a training whose first file is content that a command has made.
+
+    Args:
+        parser: parser that `training_parser` created.
+        content: settings as plain data, which files and options override.
+        argv: command-line words, with --config for further files.
+        name: name of a recipe, or of the file that the content stands for.
+
+    Returns:
+        The settings as plain data.
+
+    Raises:
+        ValueError: a file is not found, or a pipeline is missing.
+    """
+    files, words = extract_option(argv, "config", "a YAML file")
+    further = [read_settings(find_settings(file)) for file in files]
+    return _parse(parser, _configs_first([dict(content), *further], words, name))
+
+
+def _parse(parser: ComponentParser, words: list[str]) -> Namespace:
+    settings = parser.parse_args(words)
     make_pipelines_absolute(settings)
     return settings
 
@@ -110,15 +138,19 @@ def _move_files_first(argv: Sequence[str]) -> list[str]:
         files[0] = choose_recipe(words)
     paths = [find_settings(file) for file in files]
     contents = [read_settings(path) for path in paths]
-    if contents and trains_pipeline(contents[0]):
+    if paths and _is_config_of_moved_run(paths[-1], contents[-1]):
+        words = [f"--folder={paths[-1].parent}", *words]
+    return _configs_first(contents, words, files[0]) if files else words
+
+
+def _configs_first(contents: list[dict[str, Any]], words: list[str], name: str) -> list[str]:
+    """The command line with the contents of files in front, of which the first is completed."""
+    if trains_pipeline(contents[0]):
         words = expand_options(words)
+    if not wants_help(words):
+        contents = [complete_settings(contents, words, name), *contents[1:]]
     # Not their paths: jsonargparse would read the files in the encoding of the locale.
     configs = [yaml.safe_dump(content, sort_keys=False) for content in contents]
-    if paths and _is_config_of_moved_run(paths[-1], contents[-1]):
-        words.insert(0, f"--folder={paths[-1].parent}")
-    if contents and not wants_help(words):
-        completed = complete_settings(contents, words, files[0])
-        configs[0] = yaml.safe_dump(completed, sort_keys=False)
     return [f"--config={config}" for config in configs] + words
 
 

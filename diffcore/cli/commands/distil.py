@@ -1,0 +1,157 @@
+"""`diffcore distil`: train a generator of few steps from a run or a diffusers pipeline."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+
+from diffcore.cli.arguments import extract_option, wants_help
+from diffcore.cli.distillation.methods import METHODS, REFLOW
+from diffcore.cli.distillation.student import (
+    DistillationRequest,
+    pipeline_settings,
+    report_student,
+    run_settings,
+)
+from diffcore.cli.family_recipe import choose_recipe
+from diffcore.cli.recipes import find_settings, read_settings
+from diffcore.cli.training_settings import build_trainer, parse_content, training_parser
+from diffcore.io.files import write_file
+from diffcore.io.parser import ComponentParser
+from diffcore.sampling.loop import check_guidance, check_levels
+from diffcore.training.data.scan import shared_scans
+from diffcore.training.trainer import Trainer
+
+__all__ = ["main"]
+
+OPTIONS = {
+    "method": f"the name of a method: {', '.join(METHODS)}",
+    "steps": "the number of sampling steps of the student",
+    "training_steps": "the number of optimizer steps",
+    "scale": "the scale w of the teacher's guidance",
+    "rounds": "the number of rounds of Reflow",
+    "folder": "the folder of the student",
+}
+"""Options of the command that are no settings of the training, and what each expects."""
+TRAJECTORIES = 256
+"""Number of trajectories of which the straightness is the mean."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Distil the run or the pipeline that the first word names.
+
+    Args:
+        argv: command-line words after `distil`.
+
+    Raises:
+        ValueError: the teacher is missing, or an option is out of range.
+    """
+    parser = training_parser(
+        "diffcore distil",
+        "Train a generator of few steps from a teacher: the run or the diffusers pipeline in a "
+        f"folder. --method is one of {', '.join(METHODS)}; --steps is the number of sampling steps "
+        "of the student, --training_steps that of its training, --scale the guidance of the "
+        "teacher, and --rounds the rounds of Reflow. All options of `diffcore train` override the "
+        "settings that the teacher and the method determine.",
+        "diffcore distil RUN | PIPELINE --method METHOD [--steps 4] [--option value ...]",
+    )
+    if wants_help(argv):
+        parser.parse_args(argv)
+    request, words = _read_request(argv)
+    for number in range(1, request.rounds):
+        folder = request.folder / "rounds" / str(number)
+        _train(parser, replace(request, folder=folder, rounds=1), [*words, "--resume=auto"])
+        request = replace(request, teacher=folder, scale=None)  # which its weights contain
+    _train(parser, request, words)
+
+
+def _read_request(argv: Sequence[str]) -> tuple[DistillationRequest, list[str]]:
+    """What is trained, and the options of the training."""
+    words: list[str] = list(argv)
+    given: dict[str, str] = {}
+    if not words or words[0].startswith("-"):
+        raise ValueError(
+            "the teacher comes first, the folder of a run or of a diffusers pipeline: "
+            "diffcore distil RUN --method METHOD"
+        )
+    teacher = Path(words.pop(0))
+    for name, expected in OPTIONS.items():
+        values, words = extract_option(words, name, expected)
+        if values:
+            given[name] = values[-1]
+    numbers: dict[str, Any] = {
+        name: _number(name, given[name], kind)
+        for name, kind in (
+            ("steps", int),
+            ("training_steps", int),
+            ("rounds", int),
+            ("scale", float),
+        )
+        if name in given
+    }
+    if numbers.get("training_steps") == 0:
+        raise ValueError("training_steps is 0, expected at least 1 optimizer step")
+    folder = {"folder": Path(given["folder"])} if "folder" in given else {}
+    return DistillationRequest(teacher, given.get("method", ""), **numbers, **folder), words
+
+
+def _number(name: str, text: str, kind: type) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        what = "an integer" if kind is int else "a number"
+        raise ValueError(f"{name} is {text!r}, expected {what}") from None
+
+
+def _train(parser: ComponentParser, request: DistillationRequest, words: list[str]) -> None:
+    """Train one student."""
+    with shared_scans():
+        settings = _parse(parser, request, words)
+        report_student(request, settings.as_dict())
+        trainer = build_trainer(parser, settings)
+        _check_sampling(trainer)
+    state = trainer.train()
+    if request.method == REFLOW and state.accelerator.is_main_process:
+        _report_straightness(trainer)
+
+
+def _parse(parser: ComponentParser, request: DistillationRequest, words: list[str]) -> Namespace:
+    if not request.is_pipeline:
+        return parse_content(parser, run_settings(request), words, str(request.teacher))
+    recipe = choose_recipe([f"--pipeline={request.teacher}"])
+    content = pipeline_settings(request, read_settings(find_settings(recipe)))
+    return parse_content(parser, content, words, recipe)
+
+
+def _check_sampling(trainer: Trainer) -> None:
+    """Raise ValueError if the student cannot be sampled as its settings define."""
+    process = trainer.process
+    knots = trainer.grid.knots(process.schedule, trainer.sample_steps)
+    check_levels(process, knots)
+    check_guidance(
+        process, knots, [0] if process.dropouts else None, trainer.guidance, trainer.sampler
+    )
+
+
+def _report_straightness(trainer: Trainer) -> None:
+    """Print and write the straightness of the flows of the teacher and of the student."""
+    from diffcore.distillation import FlowPairs
+    from diffcore.distillation.straightness import straightness
+
+    pairs = trainer.data
+    if not isinstance(pairs, FlowPairs):
+        return
+    labels = None if pairs.labels is None else pairs.labels[:TRAJECTORIES]
+    seeds = range(TRAJECTORIES if labels is None else len(labels))
+    flows = {"teacher": pairs.teacher.denoiser(), "student": trainer.run.denoiser()}
+    values = {name: straightness(flow, seeds, labels) for name, flow in flows.items()}
+    write_file(trainer.folder / "straightness.json", json.dumps(values, indent=2).encode())
+    print(
+        f"diffcore: straightness of the flow (0 is straight): {values['student']:.4g}, of the "
+        f"teacher's {values['teacher']:.4g}",
+        file=sys.stderr,
+    )
