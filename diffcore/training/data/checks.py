@@ -51,8 +51,11 @@ def process_of_item(process: Process, data: DataSource, index: int) -> Process:
         index: index of the item.
 
     Returns:
-        `process` itself if the data has no buckets.
+        `process` itself if the data has no buckets. Data that pairs x_0 with its noise has the
+        range of samples, which is not bounded.
     """
+    if data.has_noise:
+        process = replace(process, low=-math.inf, high=math.inf)
     if data.groups is None or not data.groups.shapes:
         return process
     return process.resized(data.groups.shape(index))

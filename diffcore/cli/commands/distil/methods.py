@@ -4,7 +4,6 @@ The learning rates and lengths are those with which the digits of docs/few-step.
 options override them.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,50 +77,8 @@ REFLOW = "Reflow"
 """Method whose training data are the teacher's flow."""
 EVEN: Spec = {"class_path": "UniformBlend", "init_args": {"rho": 1.0, "center": 1.0}}
 """Knots of equal steps in σ/(α+σ), on which straight flows are exact."""
-DENSE: Spec = {"class_path": "UniformBlend", "init_args": {"rho": 1.25, "center": 0.5}}
-"""Knots from pure noise to clean, densest in λ at σ/α = 0.5."""
-INTERVALS = 8
-"""Smallest number of intervals of the flow, between whose ends consistency is trained."""
-
-
-def _consistency(steps: int, is_pipeline: bool) -> Spec:
-    """Consistency distillation: of LCM for a pipeline, else on a multiple of the sampling knots."""
-    count = 50 if is_pipeline else steps * math.ceil(INTERVALS / steps)
-    intervals = {
-        "grid": "Trailing" if is_pipeline else DENSE,
-        "first": count,
-        "last": count,
-        "weighting": {"class_path": "MSE", "init_args": {"target": "sample"}},
-    }
-    spec = {"class_path": "KnotIntervals", "init_args": intervals}
-    return {"intervals": spec, "order": 1 if is_pipeline else 2}
-
 
 METHODS: dict[str, Method] = {
-    "Consistency": Method(
-        "each point of the teacher's flow is mapped to its clean end",
-        "consistency",
-        "Consistency",
-        DENSE,
-        _consistency,
-        {"lr": {"peak": 3e-4, "warmup": 20, "shape": "cosine"}, "steps": 300},
-    ),
-    "MeanFlow": Method(
-        "the mean velocity of the teacher's flow between two levels",
-        "mean_velocity",
-        "DDIM",
-        EVEN,
-        settings={"lr": {"peak": 3e-4, "warmup": 20, "shape": "cosine"}, "steps": 300},
-        accepts_pipelines=False,
-    ),
-    "Shortcut": Method(
-        "steps of the teacher's flow that agree with two steps of half the length",
-        "mean_velocity",
-        "DDIM",
-        EVEN,
-        settings={"lr": {"peak": 3e-4, "warmup": 20, "shape": "cosine"}, "steps": 300},
-        accepts_pipelines=False,
-    ),
     REFLOW: Method(
         "the straight lines between noise and the ends of the teacher's flow",
         "posterior_mean",

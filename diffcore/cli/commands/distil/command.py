@@ -1,4 +1,4 @@
-"""`diffcore distil`: train a generator of few steps from a run or a diffusers pipeline."""
+"""The command `diffcore distil`: it reads its options and trains the student."""
 
 import json
 import sys
@@ -10,8 +10,8 @@ from typing import Any
 from jsonargparse import Namespace
 
 from diffcore.cli.arguments import extract_option, wants_help
-from diffcore.cli.distillation.methods import METHODS, REFLOW
-from diffcore.cli.distillation.student import (
+from diffcore.cli.commands.distil.methods import METHODS, REFLOW
+from diffcore.cli.commands.distil.student import (
     DistillationRequest,
     pipeline_settings,
     report_student,
@@ -83,7 +83,7 @@ def _read_request(argv: Sequence[str]) -> tuple[DistillationRequest, list[str]]:
         values, words = extract_option(words, name, expected)
         if values:
             given[name] = values[-1]
-    numbers: dict[str, Any] = {
+    options: dict[str, Any] = {
         name: _number(name, given[name], kind)
         for name, kind in (
             ("steps", int),
@@ -93,10 +93,11 @@ def _read_request(argv: Sequence[str]) -> tuple[DistillationRequest, list[str]]:
         )
         if name in given
     }
-    if numbers.get("training_steps") == 0:
+    if options.get("training_steps") == 0:
         raise ValueError("training_steps is 0, expected at least 1 optimizer step")
-    folder = {"folder": Path(given["folder"])} if "folder" in given else {}
-    return DistillationRequest(teacher, given.get("method", ""), **numbers, **folder), words
+    if "folder" in given:
+        options["folder"] = Path(given["folder"])
+    return DistillationRequest(teacher, given.get("method", ""), **options), words
 
 
 def _number(name: str, text: str, kind: type) -> Any:

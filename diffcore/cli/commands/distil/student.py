@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffcore.cli.distillation.methods import (
+from diffcore.cli.commands.distil.methods import (
     REFLOW,
     Spec,
     check_teacher_process,
