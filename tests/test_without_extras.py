@@ -51,6 +51,7 @@ for name, words in json.loads(sys.argv[1]).items():
 NEEDS = {
     "plot": "plot schedules Cosine --out x.png",
     "diffusers": "train digits --steps 1 --folder new",
+    "serve": "serve run --trust=plain --port=0",
     "train": "train --network=plain.Shrink --trust=plain --optimizer=torch.optim.AdamW "
     "--data=Digits --process.shape=[1,8,8] --steps=1 --batch-size=4 --folder=new",
 }

@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "train a network from a recipe or a YAML file of settings",
     "distil": "train a generator of few steps from a run or a diffusers pipeline",
     "sample": "draw samples from a run or a diffusers pipeline, as images or arrays",
+    "serve": "draw samples for requests over HTTP, which share evaluations of the network",
     "evaluate": "compare samples of a run, a pipeline or a folder with real images",
     "compare": "compare samplers, steps and guidance on the network of a run or a pipeline",
     "tune": "find the closest sampler and knots for a network and few evaluations",

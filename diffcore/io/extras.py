@@ -10,6 +10,7 @@ EXTRAS = {
     "bitsandbytes": "optimizers",
     "datasets": "data",
     "diffusers": "diffusers",
+    "fastapi": "serve",
     "matplotlib": "plot",
     "peft": "lora",
     "schedulefree": "optimizers",
@@ -17,6 +18,7 @@ EXTRAS = {
     "tensorboard": "train",
     "torchao": "optimizers",
     "transformers": "diffusers",
+    "uvicorn": "serve",
 }
 """Import name of each optional dependency -> the extra of diffcore that installs it."""
 

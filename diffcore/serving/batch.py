@@ -48,7 +48,7 @@ def evaluate_rows(rows: Sequence[Row], size: int) -> list[Prediction]:
     """Evaluate rows of one network in one call.
 
     Args:
-        rows: at most `size` rows, whose queries have one denoiser.
+        rows: rows of one network, `size` or fewer.
         size: number of rows of the call; the last row is repeated to fill it.
 
     Returns:
