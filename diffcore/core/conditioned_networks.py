@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from diffcore.core.network import class_name, network_config
+from diffcore.core.network import NetworkAdapter, class_name, network_config
 
 __all__ = ["ConcatenatedChannels", "EmbeddedVectors"]
 
 
-class _ConditionedNetwork(nn.Module):
+class _ConditionedNetwork(NetworkAdapter):
     """A network that receives named conditions through this module.
 
     Args:

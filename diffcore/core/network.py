@@ -16,6 +16,7 @@ from diffcore.core.process import Process
 __all__ = [
     "ExportableNetwork",
     "LabelWrapper",
+    "NetworkAdapter",
     "class_name",
     "evaluation_dtype",
     "find_blocks",
@@ -109,6 +110,16 @@ class ExportableNetwork(nn.Module):
             The network and the other parts of the pipeline, ready for sampling.
         """
         raise NotImplementedError
+
+
+class NetworkAdapter(nn.Module):
+    """A network around another one, its submodule `network`, which it gives further inputs.
+
+    A run that trains it can start from the weights of the other network alone; its own weights then
+    stay at their initial values.
+    """
+
+    network: nn.Module
 
 
 def frozen_hash(network: nn.Module) -> str:

@@ -63,6 +63,7 @@ class Stream(IntEnum):
     DEQUANTISATION = 62
     BOUND = 63
     NETWORK = 70
+    END_LEVEL = 72
     PAIR = 80
     PAIR_SEED = 81
 

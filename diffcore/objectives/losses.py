@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Huber", "Loss", "PseudoHuber", "SquaredError"]
+__all__ = ["Huber", "Loss", "PseudoHuber", "RootMeanSquareHuber", "SquaredError"]
 
 
 class Loss(ABC):
@@ -77,6 +77,35 @@ class PseudoHuber(Loss):
     def __call__(self, error: Tensor) -> Tensor:
         # The difference of the definition would cancel where e is much smaller than δ.
         return 2 * error**2 / (1 + (1 + (error / self.delta) ** 2).sqrt())
+
+
+@dataclass(frozen=True)
+class RootMeanSquareHuber(Loss):
+    """√(mean e² + c²) - c of a sample, as the mean of its elements ρ(e) = e²/(√(mean e² + c²) + c).
+
+    It is the pseudo-Huber loss √(|e|² + c² D) - c √D of a whole sample of D elements, divided by
+    √D: a large element counts less only if the whole error is large.
+
+    Source: Song & Dhariwal 2023 (2310.14189, eq. 8), with c = 0.00054.
+
+    Args:
+        scale: c ≥ 0, the root mean square error from which the loss is linear; 0: it is the norm.
+
+    Raises:
+        ValueError: c is negative or not finite.
+    """
+
+    scale: float = 0.00054
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.scale < math.inf:
+            raise ValueError(f"scale is {self.scale}, expected a finite error of at least 0")
+
+    def __call__(self, error: Tensor) -> Tensor:
+        square = error**2
+        mean = square.mean(tuple(range(1, error.ndim)), keepdim=True)
+        tiny = torch.finfo(error.dtype).tiny  # the norm has no gradient at 0
+        return square / ((mean + max(self.scale**2, tiny)).sqrt() + self.scale)
 
 
 def _check(delta: float) -> None:

@@ -304,6 +304,44 @@ class Objective(ABC):  # noqa: B024  settings name its subclasses as components
             return torch.ones_like(times)
         return self.resampler.density(state, times, process.schedule.steps)
 
+    def inputs(
+        self, process: Process, x0: Tensor, condition: BatchCondition | None, draw: Draw
+    ) -> tuple[Tensor, BatchCondition | None]:
+        """The noise (B, *shape) and the condition of samples after the coupling and the dropout.
+
+        The arguments are those of the loss.
+        """
+        noise = self.coupling(x0, draw.noise, labels_of(condition))
+        if condition is not None:
+            masks = {LABEL: draw.dropout_mask, **draw.condition_masks}
+            condition = drop(process, condition, masks)
+        return noise, condition
+
+    def reduce(
+        self,
+        errors: Tensor,
+        draw: Draw,
+        log_variance: nn.Module | None = None,
+        sample_weight: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of each sample, of shape (B,), from the weighted loss of its elements.
+
+        Args:
+            errors: weighted loss of each element, of the shape of x_0.
+            draw: random numbers of the samples.
+            log_variance: as in the loss, and None for none.
+            sample_weight: as in the loss, and None for 1.
+        """
+        if sample_weight is not None:
+            errors = errors * sample_weight.to(errors)
+        losses = errors.flatten(1).mean(1) * draw.importance.to(errors)
+        if log_variance is None:
+            return losses
+        assert isinstance(draw.level.logsnr, Tensor)
+        u = log_variance(draw.level.logsnr.flatten(1).mean(1).to(errors))
+        share = 1 if sample_weight is None else sample_weight.to(u).flatten(1).mean(1)
+        return losses / u.exp() + share * u
+
     def __call__(
         self,
         denoiser: Denoiser,
@@ -337,10 +375,7 @@ class Objective(ABC):  # noqa: B024  settings name its subclasses as components
         # Levels and errors of half-precision data are computed in float32.
         x0 = at_least_float32(x0)
         process, level = denoiser.process, draw.level.to(x0)
-        noise = self.coupling(x0, draw.noise, labels_of(condition))
-        if condition is not None:
-            masks = {LABEL: draw.dropout_mask, **draw.condition_masks}
-            condition = drop(process, condition, masks)
+        noise, condition = self.inputs(process, x0, condition, draw)
         noisy = noise if draw.perturbation is None else noise + draw.perturbation
         x = level.alpha * x0 + level.sigma * noisy
         output, v = denoiser.outputs(x, draw.level, condition)
@@ -349,13 +384,7 @@ class Objective(ABC):  # noqa: B024  settings name its subclasses as components
         weight = self.weight.target_weight(
             process.prediction, draw.level.logsnr, process.sigma_data
         ).to(x0)
-        if sample_weight is not None:
-            error = error * sample_weight.to(error)
-        losses = (weight * error).flatten(1).mean(1) * draw.importance.to(x0)
-        if log_variance is not None:
-            u = log_variance(draw.level.logsnr.flatten(1).mean(1).to(x0))
-            share = 1 if sample_weight is None else sample_weight.to(u).flatten(1).mean(1)
-            losses = losses / u.exp() + share * u
+        losses = self.reduce(weight * error, draw, log_variance, sample_weight)
         if self.variational is None:
             return losses
         estimate = predict(process.prediction, output.detach(), x, level, process.sigma_data)

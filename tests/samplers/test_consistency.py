@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diffcore.core.flow_map import FlowMap
 from diffcore.core.noise import Noise
 from diffcore.core.process import Process
+from diffcore.distillation.flow_map import FlowMap
 from diffcore.evaluation.flow.exact_flow import solve_flow
 from diffcore.evaluation.likelihood import flow_log_density
 from diffcore.guidance import CFG

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import diffcore.editing.inpainting
-from diffcore.core.flow_map import FlowMap
 from diffcore.core.noise import Noise
+from diffcore.distillation.flow_map import FlowMap
 from diffcore.editing.inpainting import RePaint
 from diffcore.samplers import DDIM, EulerAncestral, GradientEstimation, Heun, Sampler
 from diffcore.sampling.generation import sample

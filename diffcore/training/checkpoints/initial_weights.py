@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-from diffcore.core.network import class_name, unwrap
+from diffcore.core.network import NetworkAdapter, class_name, unwrap
 from diffcore.core.process import Process
 from diffcore.io.files import CorruptFileError, check_links, verify_folder
 from diffcore.io.manifest import MANIFEST, read_manifest
@@ -30,6 +30,8 @@ NAMED = 3
 """Number of tensors of each kind that a message names."""
 COMPARED = ("prediction", "schedule", "time")
 """Fields of the process that are compared with those of the weights."""
+INNER = "network."
+"""Prefix of the names of an adapter's inner network."""
 PIPELINE_INDEX = "model_index.json"
 
 
@@ -88,7 +90,8 @@ def load_initial_weights(state: "TrainState", message: Callable[[str], None]) ->
     """
     settings, network = state.settings, state.network
     source = _read(Path(settings.init), settings.init_weights, network)
-    fitting = _fitting(source.tensors, network, settings.init, settings.init_partial, message)
+    tensors = _complete(source.tensors, network, message)
+    fitting = _fitting(tensors, network, settings.init, settings.init_partial, message)
     # Sharded parameters receive their part of each tensor.
     options = StateDictOptions(full_state_dict=True, strict=False)
     set_model_state_dict(network, cast("Any", fitting), options=options)
@@ -154,6 +157,22 @@ def _read_pipeline(folder: Path, network: nn.Module) -> _Source:
         fields = {}
     tensors = {prefix + name: value for name, value in found.state_dict().items()}
     return _Source(tensors, fields)
+
+
+def _complete(
+    tensors: dict[str, Tensor], network: nn.Module, message: Callable[[str], None]
+) -> dict[str, Tensor]:
+    """The weights of an adapter from those of the network inside of it; others as they are."""
+    own = network.state_dict()
+    if not isinstance(network, NetworkAdapter) or own.keys() & tensors.keys():
+        return tensors
+    inner = {f"{INNER}{name}": value for name, value in tensors.items()}
+    added = {name: value for name, value in own.items() if not name.startswith(INNER)}
+    message(
+        f"init: the weights are those of the network inside of {class_name(network)}, of which "
+        f"{len(added)} tensors stay at their initial values: {_first(sorted(added))}"
+    )
+    return inner | added
 
 
 def _fitting(

@@ -16,6 +16,10 @@ from diffcore.schedules import Level, Real
 __all__ = ["FlowMap"]
 
 
+MARGIN = 1e-8
+"""Distance in θ from the clean level and from pure noise at which the flow begins there."""
+
+
 class FlowMap(DenoiserWrapper):
     """The pair of a few-step network that is exact for a denoiser, by integration of its flow.
 
@@ -91,7 +95,8 @@ class FlowMap(DenoiserWrapper):
 
     def _slope(self, x: Tensor, angle: Tensor, condition: BatchCondition | None) -> Tensor:
         """dx'/dθ at an angle of each sample, within [0, π/2] up to rounding."""
-        angle = angle.clamp(0, math.pi / 2)
+        # λ is finite and has a derivative at both ends.
+        angle = angle.clamp(MARGIN, math.pi / 2 - MARGIN)
         level = self.process.schedule.at((-2 * angle.tan().log()).cpu())
         x0, eps = self.inner(x * _norm(level, x), level, condition)
         return angle.cos() * eps - angle.sin() * x0

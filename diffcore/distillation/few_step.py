@@ -1,0 +1,203 @@
+"""What the objectives of few-step networks share: samples at a level, and targets of the network.
+
+The target of a few-step network is an evaluation of the network itself, without gradient and with
+the same random numbers: dropout that differs between both would be an error of the target.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from diffcore.core.conditions import BatchCondition
+from diffcore.core.denoiser import Denoiser, DenoiserProtocol
+from diffcore.core.estimate import Estimate
+from diffcore.core.network import LabelWrapper
+from diffcore.core.prediction import Prediction, at_least_float32
+from diffcore.core.process import Process
+from diffcore.distillation.teacher import Teacher
+from diffcore.objectives.draw import Draw
+from diffcore.objectives.networks import Networks
+from diffcore.objectives.objective import Objective
+from diffcore.schedules import Level
+
+__all__ = ["FewStepObjective", "NoisySample", "RandomState"]
+
+
+@dataclass(frozen=True, eq=False)
+class NoisySample:
+    """Samples at their noise levels, and the networks that are evaluated there.
+
+    Args:
+        denoiser: network that is trained, with its process.
+        teacher: frozen denoiser; None to train from the data.
+        x0: clean samples (B, *shape).
+        noise: ε of the samples, of the shape of x_0.
+        draw: random numbers of the samples, with their levels.
+        condition: condition of the samples, some of which are dropped; None for none.
+        given: condition before any is dropped.
+    """
+
+    denoiser: Denoiser
+    teacher: DenoiserProtocol | None
+    x0: Tensor
+    noise: Tensor
+    draw: Draw
+    condition: BatchCondition | None
+    given: BatchCondition | None = None
+
+    @property
+    def level(self) -> Level:
+        """Noise level of each sample on the host; its `end` is the level of the target."""
+        return self.draw.level
+
+    @property
+    def end(self) -> Level:
+        """The level that the objective compares with, on the host."""
+        assert self.level.end is not None
+        return self.level.end
+
+    @cached_property
+    def x(self) -> Tensor:
+        """α x_0 + σ ε at the level."""
+        return self.at(self.level)
+
+    def at(self, level: Level) -> Tensor:
+        """α x_0 + σ ε at another level, of the shape of x_0."""
+        return Prediction(self.x0, self.noise).at(level)
+
+    @torch.no_grad()
+    def pair(self) -> Prediction:
+        """The pair (x_0, ε) at the level: that of the teacher, or of the data.
+
+        Returns:
+            The pair, whose ε - x_0 is the velocity of the flow, or has it as its mean.
+        """
+        if self.teacher is None:
+            return Prediction(self.x0, self.noise)
+        return self.teacher(self.x, self.level, self.condition)
+
+
+class RandomState:
+    """The state of torch's generators before an evaluation, to repeat it with the same dropout.
+
+    Args:
+        x: tensor on the device of the evaluation.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.devices = [x.device] if x.device.type == "cuda" else []
+        self.host = torch.get_rng_state()
+        self.device = [torch.cuda.get_rng_state(device) for device in self.devices]
+
+    @contextmanager
+    def repeated(self) -> Iterator[None]:
+        """Context without gradients in which the generators start from the state.
+
+        Yields:
+            None; the generators continue afterwards as if nothing had been drawn.
+        """
+        with torch.no_grad(), torch.random.fork_rng(self.devices):
+            torch.set_rng_state(self.host)
+            for device, state in zip(self.devices, self.device, strict=True):
+                torch.cuda.set_rng_state(state, device)
+            yield
+
+
+@dataclass(frozen=True)
+class FewStepObjective(Objective):
+    """Base of the objectives of few-step networks.
+
+    Args:
+        teacher: frozen denoiser whose flow is distilled; None to train from the data alone.
+    """
+
+    teacher: Teacher | None = None
+
+    ESTIMATE: ClassVar[Estimate]
+    """What the pair of the trained network is."""
+    UNREAD: ClassVar[tuple[str, ...]] = (
+        "weight",
+        "corrected",
+        "resampler",
+        "loss",
+        "perturbation",
+        "offset",
+        "reference_size",
+        "variational",
+    )
+    """Options of Objective that this one does not read."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        defaults = {f.name: _default(f.default, f.default_factory) for f in fields(Objective)}
+        for name in self.UNREAD:
+            if (value := getattr(self, name)) != defaults[name]:
+                raise ValueError(
+                    f"{name} is {value}, which {type(self).__name__} does not read: it has a "
+                    f"weight and levels of its own; leave {name} out"
+                )
+
+    def check(self, process: Process, inputs: Iterable[str] = ()) -> None:
+        """Raise ValueError if the process, the teacher and the objective do not fit together.
+
+        Args:
+            process: process of the network.
+            inputs: names of further inputs of the network (`DataSource.inputs`).
+        """
+        super().check(process, inputs)
+        if process.estimate != self.ESTIMATE:
+            raise ValueError(
+                f"process.estimate is {process.estimate}, and {type(self).__name__} trains a "
+                f"network that gives the {self.ESTIMATE}: set process.estimate to {self.ESTIMATE}"
+            )
+        if self.teacher is not None:
+            self.teacher.check(process)
+
+    @property
+    def content_hash(self) -> str:
+        return "" if self.teacher is None else self.teacher.content_hash
+
+    def networks(
+        self, denoiser: Denoiser, device: torch.device, label_wrapper: LabelWrapper
+    ) -> Networks:
+        if self.teacher is None:
+            return Networks()
+        return Networks(self.teacher.denoiser(device, denoiser.process, label_wrapper))
+
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        x0: Tensor,
+        condition: BatchCondition | None,
+        draw: Draw,
+        log_variance: nn.Module | None = None,
+        sample_weight: Tensor | None = None,
+        networks: Networks | None = None,
+    ) -> Tensor:
+        """The loss of each sample, of shape (B,); see `Objective`."""
+        x0 = at_least_float32(x0)
+        noise, dropped = self.inputs(denoiser.process, x0, condition, draw)
+        teacher = None if networks is None else networks.teacher
+        if self.teacher is not None and teacher is None:
+            raise ValueError(f"{type(self).__name__} has a teacher: pass networks that contain it")
+        sample = NoisySample(denoiser, teacher, x0, noise, draw, dropped, condition)
+        return self.reduce(self.errors(sample), draw, log_variance, sample_weight)
+
+    @abstractmethod
+    def errors(self, sample: NoisySample) -> Tensor:
+        """The weighted loss of each element, of the shape of x_0; its mean is that of a sample.
+
+        Args:
+            sample: samples at their levels.
+        """
+
+
+def _default(value: Any, factory: Any) -> Any:
+    """The default of a dataclass field."""
+    return value if factory is MISSING else factory()
