@@ -307,10 +307,7 @@ class Objective(ABC):  # noqa: B024  settings name its subclasses as components
     def inputs(
         self, process: Process, x0: Tensor, condition: BatchCondition | None, draw: Draw
     ) -> tuple[Tensor, BatchCondition | None]:
-        """The noise (B, *shape) and the condition of samples after the coupling and the dropout.
-
-        The arguments are those of the loss.
-        """
+        """The noise (B, *shape) and the condition, after the coupling and the dropout of a loss."""
         noise = self.coupling(x0, draw.noise, labels_of(condition))
         if condition is not None:
             masks = {LABEL: draw.dropout_mask, **draw.condition_masks}
@@ -329,8 +326,8 @@ class Objective(ABC):  # noqa: B024  settings name its subclasses as components
         Args:
             errors: weighted loss of each element, of the shape of x_0.
             draw: random numbers of the samples.
-            log_variance: as in the loss, and None for none.
-            sample_weight: as in the loss, and None for 1.
+            log_variance: module u(λ) of the loss, or None.
+            sample_weight: factor m of the loss, or None.
         """
         if sample_weight is not None:
             errors = errors * sample_weight.to(errors)
@@ -390,9 +387,7 @@ class Objective(ABC):  # noqa: B024  settings name its subclasses as components
         estimate = predict(process.prediction, output.detach(), x, level, process.sigma_data)
         estimate, truth = replace(estimate, variance=v), Prediction(x0, noise)
         bound = self.variational(process, estimate, truth, draw.level)
-        if sample_weight is not None:
-            bound = bound * sample_weight.to(bound)
-        return losses + bound.flatten(1).mean(1) * draw.importance.to(x0)
+        return losses + self.reduce(bound, draw, None, sample_weight)
 
 
 def _check_shift(process: Process) -> None:
