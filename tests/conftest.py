@@ -24,11 +24,13 @@ TINY = (
 )
 
 ABSENT = [
-    package for package, extra in EXTRAS.items() if extra != "optimizers" and not has_extra(package)
+    package
+    for package, extra in EXTRAS.items()
+    if extra not in ("optimizers", "ui") and not has_extra(package)
 ]
 """Optional dependencies that are not installed: in the environment `core` of CI, all of them.
 
-Tests of optional optimizers are skipped one by one.
+Tests of optional optimizers and of the page of the playground are skipped one by one.
 """
 
 

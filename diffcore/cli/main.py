@@ -31,6 +31,7 @@ COMMANDS = {
     "doctor": "find faults of a training before it starts, or of the config of a pipeline",
     "plot": "draw noise schedules, loss weights, and effective weights of training settings",
     "report": "write the report of a run as one page of HTML",
+    "playground": "try schedules, samplers and guidance in the browser",
     "info": "describe a run, or this machine",
 }
 

@@ -16,9 +16,20 @@ from diffcore.core.denoiser import DenoiserProtocol
 from diffcore.core.prediction import Prediction
 from diffcore.core.process import Process
 from diffcore.core.random import Stream, normal, uniform
-from diffcore.schedules import Level, Real
+from diffcore.schedules import Cosine, Level, Real, Schedule
 
-__all__ = ["EmpiricalDistribution", "GaussianMixture", "Oracle"]
+__all__ = [
+    "PLANE_NAMES",
+    "EmpiricalDistribution",
+    "GaussianMixture",
+    "Oracle",
+    "plane_distribution",
+]
+
+PLANE_NAMES = ("moons", "mixture", "ring", "points")
+"""Names of the distributions in the plane."""
+ARC = 32
+"""Number of Gaussians along a half circle of the moons, about a standard deviation apart."""
 
 
 class Oracle(DenoiserProtocol, ABC):
@@ -247,6 +258,93 @@ class EmpiricalDistribution(Oracle):
         y, alpha, sigma = self._centred(x, level)
         log_likelihood = alpha / sigma**2 * (y @ self.points.T - alpha * self.half_norms)
         return log_likelihood + self._log_prior(len(x), condition)
+
+
+def plane_distribution(name: str, schedule: Schedule | None = None) -> Oracle:
+    """The exact denoiser of a distribution in the plane with two classes.
+
+        mixture   three Gaussians, of which the first is class 0
+        moons     two interleaved half circles, a class each: 64 Gaussians along them
+        ring      eight Gaussians on a circle, classes in turn
+        points    a data set of twelve points: its exact denoiser remembers them
+
+    Args:
+        name: moons, mixture, ring or points.
+        schedule: noise levels; default: Cosine().
+
+    Returns:
+        The denoiser, whose process has the standard deviation of the distribution and the shape
+        (2,).
+
+    Raises:
+        ValueError: there is no distribution of this name.
+
+    Example:
+        >>> moons = plane_distribution("moons")
+        >>> moons.sample(torch.arange(5), torch.tensor([0, 0, 1, 1, 2])).shape
+        torch.Size([5, 2])
+    """
+    schedule = Cosine() if schedule is None else schedule
+    match name:
+        case "moons":
+            return _mixture(*_half_circles(), schedule)
+        case "mixture":
+            return _mixture(*_three_gaussians(), schedule)
+        case "ring":
+            return _mixture(*_ring(), schedule)
+        case "points":
+            points, labels = _twelve_points()
+            return EmpiricalDistribution(
+                points, labels, _plane_process(schedule, float(points.var(0, correction=0).mean()))
+            )
+    raise ValueError(f"the distribution is {name!r}, expected one of {', '.join(PLANE_NAMES)}")
+
+
+def _plane_process(schedule: Schedule, variance: float) -> Process:
+    return Process(schedule, shape=(2,), sigma_data=math.sqrt(variance), classes=2, dropout=0.1)
+
+
+def _mixture(means: Tensor, covariances: Tensor, labels: Tensor, schedule: Schedule) -> Oracle:
+    """A mixture of equal weights."""
+    spread = means.var(0, correction=0) + covariances.diagonal(dim1=1, dim2=2).mean(0)
+    process = _plane_process(schedule, float(spread.mean()))
+    return GaussianMixture(means, covariances, labels=labels, process=process)
+
+
+def _circle(angles: Tensor) -> Tensor:
+    """Points (N, 2) of the unit circle."""
+    return torch.stack((angles.cos(), angles.sin()), 1)
+
+
+def _half_circles() -> tuple[Tensor, Tensor, Tensor]:
+    """Means, covariances and labels along the half circles of the data set `TwoMoons`."""
+    upper = _circle(math.pi * (torch.arange(ARC, dtype=torch.float64) + 0.5) / ARC)
+    lower = torch.tensor((1.0, 0.5)) - upper
+    means = (torch.cat((upper, lower)) - torch.tensor((0.5, 0.25))) / math.sqrt(2)
+    covariances = 0.005 * torch.eye(2, dtype=torch.float64).expand(2 * ARC, 2, 2)
+    return means, covariances, torch.arange(2).repeat_interleave(ARC)
+
+
+def _three_gaussians() -> tuple[Tensor, Tensor, Tensor]:
+    deviations = torch.tensor([(0.6, 0.15), (0.4, 0.2), (0.5, 0.15)], dtype=torch.float64)
+    axes = _circle(torch.tensor((0.4, -1.0, 2.0), dtype=torch.float64))
+    rotations = torch.stack((axes, axes.flip(1) * torch.tensor((-1, 1))), 2)  # columns are axes
+    covariances = rotations @ deviations.square().diag_embed() @ rotations.mT
+    means = torch.tensor([(1.0, 0.5), (-1.0, 0.8), (0.2, -1.2)], dtype=torch.float64)
+    return means, covariances, torch.tensor([0, 1, 1])
+
+
+def _ring() -> tuple[Tensor, Tensor, Tensor]:
+    means = 1.2 * _circle(math.pi / 4 * torch.arange(8, dtype=torch.float64))
+    covariances = 0.015 * torch.eye(2, dtype=torch.float64).expand(8, 2, 2)
+    return means, covariances, torch.arange(8) % 2
+
+
+def _twelve_points() -> tuple[Tensor, Tensor]:
+    """Points of a sunflower, whose golden angle spreads them evenly, in classes in turn."""
+    index = torch.arange(12, dtype=torch.float64)
+    radius = 1.5 * ((index + 0.5) / 12).sqrt()
+    return radius[:, None] * _circle(index * math.pi * (3 - math.sqrt(5))), index.long() % 2
 
 
 def _process(data: Tensor, labels: Tensor | None) -> Process:

@@ -11,6 +11,7 @@ EXTRAS = {
     "datasets": "data",
     "diffusers": "diffusers",
     "fastapi": "serve",
+    "gradio": "ui",
     "matplotlib": "plot",
     "peft": "lora",
     "schedulefree": "optimizers",

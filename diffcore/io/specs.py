@@ -68,8 +68,8 @@ def describe_spec(spec: Any, leaf: Callable[[Any], str] = str) -> str:
 def describe_component(component: Any) -> str:
     """A component as its constructor call, without the arguments that are defaults.
 
-    The first argument is named even if it is the default, unless it is 0: `UniPC(2)`, `Heun()`. A
-    class with a text of its own keeps it.
+    The first argument is stated even if it is the default, unless it is 0 or has to be named:
+    `UniPC(2)`, `Heun()`, `Cosine()`. A class with a text of its own keeps it.
 
     Args:
         component: component, or another value, which is printed by `repr`.
@@ -90,9 +90,10 @@ def describe_component(component: Any) -> str:
     for index, field in enumerate(shown):
         value = getattr(component, field.name)
         default = field.default if field.default_factory is MISSING else field.default_factory()
-        if (index == 0 and value) or value != default:
+        is_first = index == 0 and not field.kw_only
+        if (is_first and value) or value != default:
             text = describe_component(value)
-            arguments.append(text if index == 0 else f"{field.name}={text}")
+            arguments.append(text if is_first else f"{field.name}={text}")
     return f"{name}({', '.join(arguments)})"
 
 

@@ -16,8 +16,9 @@ from diffcore.samplers import (
     Sampler,
     UniPC,
 )
-from diffcore.schedules import Explicit
+from diffcore.schedules import Cosine, Explicit, Schedule
 from tests.helpers.guidance_rules import LEAVES, WRAPPED
+from tests.helpers.schedules import SCHEDULES
 
 
 def read(text):
@@ -49,6 +50,23 @@ def test_a_printed_sampler_is_read_back(sampler):
 
     for text in (describe_component(sampler), repr(sampler)):
         assert from_spec(Holder, {"sampler": read(text)}).sampler == sampler
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=describe_component)
+def test_a_printed_schedule_is_read_back(schedule):
+    class Holder:
+        def __init__(self, schedule: Schedule):
+            self.schedule = schedule
+
+    for text in (describe_component(schedule), repr(schedule)):
+        assert from_spec(Holder, {"schedule": read(text)}).schedule == schedule
+
+
+def test_an_argument_that_has_to_be_named_is_printed_only_if_it_is_no_default():
+    assert describe_component(Cosine()) == "Cosine()"
+    assert describe_component(Cosine(scaling="flow", shift=1.0)) == (
+        "Cosine(scaling='flow', shift=1.0)"
+    )
 
 
 @pytest.mark.parametrize("name", ["CFG", "APG", "Interval", "Rescale"])
