@@ -202,6 +202,25 @@ class Denoiser(nn.Module):
             ValueError: the output has another shape than x, or the network has no embedding of the
                 null label. Set the network's channels and size, or its number of embeddings.
         """
+        return self._split(self.raw_output(x, level, condition), x)
+
+    def raw_output(
+        self, x: Tensor, level: Level, condition: BatchCondition | None = None
+    ) -> Tensor:
+        """The output of the network at x, of whatever shape and dtype it has.
+
+        Args:
+            x: noisy samples (B, *shape), not scaled.
+            level: noise level of all samples, or levels that broadcast against x.
+            condition: int64 class labels (B,), or `Conditions` of a process with named conditions;
+                None for the absent value of each.
+
+        Returns:
+            The tensor in the output (`extract_tensor`).
+
+        Raises:
+            ValueError: the network has no embedding of the null label.
+        """
         process, network = self.process, self.network
         scaled = scale_input(process.prediction, x, level.to(x), process.sigma_data)
         condition = as_conditions(process, condition, x.shape[0], x.device)
@@ -211,7 +230,7 @@ class Denoiser(nn.Module):
         if process.estimate == "mean_velocity":
             arguments["end_time"] = _time_tensor(process.time(level.end or level), x)
         try:
-            output = extract_tensor(network(scaled, time, **arguments))
+            return extract_tensor(network(scaled, time, **arguments))
         except IndexError as error:
             if not process.classes:
                 raise
@@ -220,7 +239,6 @@ class Denoiser(nn.Module):
                 f"{process.classes} (IndexError: {error}). It needs {process.classes + 1} label "
                 f"embeddings: {process.classes} classes and the null label {process.classes}"
             ) from error
-        return self._split(output, x)
 
     def _split(self, output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """F and v, in the dtype of x, from the network's output."""

@@ -66,6 +66,9 @@ class Stream(IntEnum):
     END_LEVEL = 72
     PAIR = 80
     PAIR_SEED = 81
+    ROLLOUT = 90
+    ROLLOUT_STEP = 91
+    GUIDANCE_SCALE = 92
 
 
 def philox(

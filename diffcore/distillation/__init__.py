@@ -3,6 +3,18 @@
 from diffcore.distillation.consistency import Consistency, ContinuousConsistency
 from diffcore.distillation.flow_pairs import FlowPairs
 from diffcore.distillation.intervals import KnotIntervals, ShrinkingIntervals
+from diffcore.distillation.matching.discriminator import (
+    Discriminator,
+    FeatureDiscriminator,
+    NetworkDiscriminator,
+)
+from diffcore.distillation.matching.distribution_matching import (
+    DistributionMatching,
+    ScoreIdentity,
+)
+from diffcore.distillation.matching.divergence import Divergence
+from diffcore.distillation.matching.network_training import NetworkTraining
+from diffcore.distillation.matching.student import Student
 from diffcore.distillation.mean_flow import MeanFlow
 from diffcore.distillation.shortcut import Shortcut
 from diffcore.distillation.teacher import OracleTeacher, PipelineTeacher, RunTeacher, Teacher
@@ -10,13 +22,21 @@ from diffcore.distillation.teacher import OracleTeacher, PipelineTeacher, RunTea
 __all__ = [
     "Consistency",
     "ContinuousConsistency",
+    "Discriminator",
+    "DistributionMatching",
+    "Divergence",
+    "FeatureDiscriminator",
     "FlowPairs",
     "KnotIntervals",
     "MeanFlow",
+    "NetworkDiscriminator",
+    "NetworkTraining",
     "OracleTeacher",
     "PipelineTeacher",
     "RunTeacher",
+    "ScoreIdentity",
     "Shortcut",
     "ShrinkingIntervals",
+    "Student",
     "Teacher",
 ]

@@ -1,0 +1,139 @@
+"""Students of distribution matching in two dimensions: trained, interrupted, and measured."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from diffcore.core.oracle import GaussianMixture
+from diffcore.core.process import Process
+from diffcore.distillation import (
+    DistributionMatching,
+    Divergence,
+    FeatureDiscriminator,
+    NetworkDiscriminator,
+    NetworkTraining,
+    OracleTeacher,
+    ScoreIdentity,
+    Student,
+)
+from diffcore.evaluation.energy_distance import energy_distance
+from diffcore.networks import Perceptron
+from diffcore.samplers import Consistency
+from diffcore.sampling.generation import sample
+from diffcore.schedules import Cosine, Trailing
+from diffcore.training.averages.ema import Decay
+from diffcore.training.optimization.lr import LearningRate
+from diffcore.training.trainer import Trainer
+from tests.helpers.oracles import COVARIANCES, MEANS, WEIGHTS
+from tests.helpers.training_runs import crash_after, hashes, read_checkpoint, read_reports
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+PROCESS = Process(Cosine(), shape=(2,), low=-6.0, high=6.0, sigma_data=1.0, estimate="consistency")
+TEACHER = GaussianMixture(
+    MEANS, COVARIANCES, WEIGHTS, process=replace(PROCESS, estimate="posterior_mean")
+)
+
+
+def trainer(folder, objective, **options):
+    data = TEACHER.sample(torch.arange(2048)).float()
+    defaults = {
+        "network": partial(Perceptron, [2], width=64, layers=3),
+        "data": TensorDataset(data),
+        "process": PROCESS,
+        "optimizer": torch.optim.AdamW,
+        "folder": folder,
+        "objective": objective,
+        "lr": LearningRate(5e-4, warmup=20),
+        "ema": Decay(0.99),
+        "batch_size": 128,
+        "log_every": 1,
+        "trackers": [],
+        "sampler": Consistency(),
+        "grid": Trailing(),
+    }
+    return Trainer(**(defaults | options))
+
+
+OBJECTIVES = {
+    "plain": DistributionMatching(teacher=OracleTeacher(TEACHER)),
+    "three networks": DistributionMatching(
+        teacher=OracleTeacher(TEACHER),
+        student=Student(2),
+        fake=NetworkTraining(2),
+        divergence=Divergence("js", decay=0.5),
+        discriminator=FeatureDiscriminator(backbone="fake", width=16, r1=0.1),
+        adversarial=0.1,
+    ),
+    "own discriminator": DistributionMatching(
+        teacher=OracleTeacher(TEACHER),
+        fake=NetworkTraining(1, lr=LearningRate(2e-3)),
+        discriminator=NetworkDiscriminator(network=partial(Perceptron, [2], width=16), r1=0.1),
+        adversarial=0.1,
+    ),
+    "score identity": ScoreIdentity(teacher=OracleTeacher(TEACHER), alpha=1.0),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_network_of_an_objective_is_trained(tmp_path, name):
+    state = trainer(tmp_path, OBJECTIVES[name], steps=3, batch_size=16, save_every=1).train()
+    first, last = (read_checkpoint(tmp_path, step) for step in (2, 3))
+    for network in state.further:
+        tensors = first[f"{network}.safetensors"]
+        changed = [
+            key for key in tensors if not tensors[key].equal(last[f"{network}.safetensors"][key])
+        ]
+        assert len(changed) > 0.7 * len(tensors), network
+    for line in read_reports(tmp_path):
+        assert line["skipped"] == 0
+        assert all(line[f"loss/{network}"] > 0 for network in state.further)
+
+
+def test_a_resumed_run_with_a_divergence_and_a_discriminator_writes_the_same_bytes(tmp_path):
+    options = {"steps": 6, "batch_size": 16, "save_every": 2, "log_every": 3}
+    build = partial(trainer, objective=OBJECTIVES["three networks"], **options)
+    build(tmp_path / "straight").train()
+    crash_after(build(tmp_path / "resumed"), 4)
+    build(tmp_path / "resumed", resume=True).train()
+    assert hashes(tmp_path / "resumed") == hashes(tmp_path / "straight")
+    means = read_checkpoint(tmp_path / "resumed", 6)["discriminator.safetensors"]
+    assert means["mean_weight.share"].max() > 0.5
+
+
+def test_accumulation_changes_a_run_of_three_networks_by_rounding_alone(tmp_path):
+    build = partial(trainer, objective=OBJECTIVES["three networks"], steps=5, batch_size=16)
+    build(tmp_path / "whole").train()
+    build(tmp_path / "parts", accumulation=4).train()
+    for line, true in zip(
+        *map(read_reports, (tmp_path / "parts", tmp_path / "whole")), strict=True
+    ):
+        for name in ("loss", "loss/fake", "loss/discriminator"):
+            assert line[name] == pytest.approx(true[name], rel=1e-5, abs=1e-5), name
+
+
+def distance(state, steps):
+    """Energy distance of the averaged student's samples to exact ones."""
+    truth = TEACHER.sample(torch.arange(10**6, 10**6 + 4096)).float()
+    with state.average.applied():
+        denoiser = state.denoiser.eval()
+        found = sample(
+            denoiser, Consistency(), Trailing(), steps, seeds=range(4096), batch_size=4096
+        )
+    return energy_distance(found.x, truth)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "steps"), [("plain", 1), ("three networks", 2), ("score identity", 1)]
+)
+def test_the_student_of_an_exact_teacher_comes_near_the_truth(tmp_path, name, steps):
+    state = trainer(tmp_path, OBJECTIVES[name], steps=1500, log_every=100).train()
+    exact = energy_distance(
+        TEACHER.sample(torch.arange(4096)).float(),
+        TEACHER.sample(torch.arange(10**6, 10**6 + 4096)).float(),
+    )
+    print(name, distance(state, steps), exact)
+    assert distance(state, steps) < 0.02
