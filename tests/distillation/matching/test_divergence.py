@@ -6,7 +6,11 @@ from typing import get_args
 import pytest
 import torch
 
-from diffcore.distillation.matching.divergence import Divergence, DivergenceName, MeanDivergenceWeight
+from diffcore.distillation.matching.divergence import (
+    Divergence,
+    DivergenceName,
+    MeanDivergenceWeight,
+)
 
 NAMES = get_args(DivergenceName)
 RATIOS = torch.tensor([0.1, 0.5, 1.0, 2.0, 7.0], dtype=torch.float64)
