@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from diffcore.core.prediction import at_least_float32
+
 __all__ = ["ConditionEmbedding", "sinusoids"]
 
 LONGEST = 10_000
@@ -23,14 +25,15 @@ def sinusoids(number: Tensor, count: int) -> Tensor:
         count: even number of features.
 
     Returns:
-        (B, count) float32 features.
+        (B, count) features in the dtype of the numbers, at least float32.
 
     Example:
         >>> sinusoids(torch.tensor([0.0]), 4)
         tensor([[1., 1., 0., 0.]])
     """
-    exponent = torch.arange(count // 2, device=number.device) / (count // 2)
-    angle = number.float()[:, None] * torch.exp(-math.log(LONGEST) * exponent)
+    number = at_least_float32(number)
+    exponent = torch.arange(count // 2, device=number.device, dtype=number.dtype) / (count // 2)
+    angle = number[:, None] * torch.exp(-math.log(LONGEST) * exponent)
     return torch.cat((angle.cos(), angle.sin()), 1)
 
 

@@ -10,6 +10,9 @@ from diffcore.core.process import Process
 
 __all__ = ["check_dtype", "check_network"]
 
+TWO_TIMES = "; a network of one time receives the second one inside of diffcore.networks.TwoTimes"
+"""Remedy for a network without the argument end_time."""
+
 
 def check_dtype(network: nn.Module) -> None:
     """Refuse trained weights in which small updates are lost by rounding.
@@ -49,7 +52,8 @@ def check_network(network: nn.Module, label_wrapper: LabelWrapper, process: Proc
         raise ValueError(
             f"the network cannot be evaluated for x of shape {tuple(x.shape)}, and takes (x, time"
             f"{', class_labels=' if process.classes else ''}{_named(process)}): set its "
-            f"channels and size to the process's shape {process.shape}, or its forward "
+            f"channels and size to the process's shape {process.shape}, or its forward"
+            f"{TWO_TIMES if process.estimate == 'mean_velocity' else ''} "
             f"({type(error).__name__}: {error})"
         ) from error
     network.train()
@@ -59,4 +63,5 @@ def _named(process: Process) -> str:
     """The keyword arguments of the named conditions, for messages."""
     null = null_condition(process, 1)
     names = condition_arguments(process, null, torch.float32).keys() - {"class_labels"}
-    return "".join(f", {name}=" for name in sorted(names))
+    end = ["end_time"] if process.estimate == "mean_velocity" else []
+    return "".join(f", {name}=" for name in [*sorted(names), *end])

@@ -5,13 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
-from diffcore.core.denoiser import Denoiser
-from diffcore.core.network import find_blocks
+from diffcore.core.denoiser import Denoiser, extract_tensor
+from diffcore.core.network import find_blocks, network_config
 from diffcore.core.process import Process
-from diffcore.networks import Perceptron, UNet3d
+from diffcore.networks import Perceptron, TwoTimes, UNet3d
 from diffcore.networks.embedding import ConditionEmbedding, sinusoids
+from tests.helpers.oracles import unet
 
 NETWORKS = {
     "Perceptron": (lambda classes: Perceptron([2], 8, 2, classes), (2,)),
@@ -123,3 +125,91 @@ def test_the_condition_scales_and_shifts_the_second_norm_of_a_block():
     hidden = block.norm2(block.conv1(functional.silu(block.norm1(x))))
     expected = x + block.conv2(functional.silu(hidden + hidden * scale + shift))
     torch.testing.assert_close(block(x, condition), expected)
+
+
+def two_times(build, classes=0):
+    torch.manual_seed(0)
+    return TwoTimes(lambda: randomised(build(classes)))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_of_two_times_starts_as_that_of_one_time_and_learns_from_the_second(name):
+    build, shape = NETWORKS[name]
+    network = two_times(build)
+    x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    ends = torch.tensor([0.0, 100.0, 999.0])
+    start = network(x, TIME, end_time=ends)
+    embedding = next(m for m in network.modules() if isinstance(m, ConditionEmbedding))
+    hooks, embedding._forward_hooks = embedding._forward_hooks, type(embedding._forward_hooks)()
+    torch.testing.assert_close(start, network.network(x, TIME))
+    embedding._forward_hooks = hooks
+    nn.init.normal_(network.second.weight)
+    changed = network(x, TIME, end_time=ends)
+    assert not torch.allclose(changed[:2], start[:2])
+    assert not torch.allclose(network(x, TIME, end_time=ends.flip(0)), changed)
+    with pytest.raises(RuntimeError, match=r"call the TwoTimes itself"):
+        network.network(x, TIME)
+    assert torch.equal(copy.deepcopy(network)(x, TIME, end_time=ends), changed)
+
+
+def test_diffusers_networks_receive_a_second_time():
+    from diffusers import DiTTransformer2DModel, UNet2DConditionModel
+
+    def dit():
+        return DiTTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=8,
+            in_channels=1,
+            num_layers=2,
+            sample_size=8,
+            patch_size=2,
+            num_embeds_ada_norm=11,
+        )
+
+    def conditional():
+        return UNet2DConditionModel(
+            sample_size=8,
+            in_channels=1,
+            out_channels=1,
+            block_out_channels=(8, 8),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            norm_num_groups=4,
+            cross_attention_dim=8,
+            attention_head_dim=4,
+        )
+
+    x, time = torch.randn(2, 1, 8, 8), torch.tensor([999.0, 500.0])
+    text = {"encoder_hidden_states": torch.randn(2, 3, 8)}
+    labels = torch.tensor([1, 2])
+    cases = ((unet, {"class_labels": labels}), (conditional, text), (dit, {"class_labels": labels}))
+    for build, arguments in cases:
+        network = TwoTimes(build).eval()
+        assert network.config == network_config(network.network)
+        with torch.no_grad():
+            start = extract_tensor(network(x, time, end_time=time, **arguments))
+            same = extract_tensor(network(x, time, end_time=0 * time, **arguments))
+            assert torch.equal(start, same)
+            plain = build().eval()
+            plain.load_state_dict(network.network.state_dict())
+            torch.testing.assert_close(start, extract_tensor(plain(x, time, **arguments)))
+            nn.init.normal_(network.second.weight)
+            changed = extract_tensor(network(x, time, end_time=0 * time, **arguments))
+        if build is not dit:  # whose modulation starts at zero
+            assert not torch.allclose(changed, start)
+
+
+def test_a_network_without_a_known_embedding_of_the_time_names_it():
+    def build():
+        return nn.ModuleDict({"time": nn.Linear(1, 8)})
+
+    assert TwoTimes(build, ["time"]).first.in_features == 8
+    with pytest.raises(ValueError, match=r"has no module time_embedding or timestep_embedder"):
+        TwoTimes(build)
+    with pytest.raises(ValueError, match=r"embeddings has 'clock'"):
+        TwoTimes(build, ["clock"])
+    with pytest.raises(ValueError, match=r"scale is 0"):
+        TwoTimes(build, ["time"], scale=0.0)
+    with pytest.raises(ValueError, match=r"one even number"):
+        TwoTimes(lambda: nn.ModuleDict({"time": nn.Linear(1, 7)}), ["time"])
