@@ -28,6 +28,7 @@ def main() -> None:
         zero_terminal_snr: "mean brightness of samples with and without zero terminal SNR",
         conditions: "whether samples obey their conditions, on problems with a known answer",
         learned_variance: "DDPM in few steps on digits with fixed and with learned variances",
+        learned_levels: "the bound of digits with one level for all pixels and with learned ones",
         claims: "what papers claim, measured: the tables of docs/claims.md",
         tuning: "how much closer tuned knots are, beside untuned ones and diffusers",
         fields: "pictures of guided fields and samples of a mixture in two dimensions",
@@ -47,18 +48,18 @@ def main() -> None:
 def _add_options(study: argparse.ArgumentParser, run: Callable[..., None], name: str) -> None:
     """Add the options of one study."""
     study.add_argument("--threads", type=int, default=1, help="processor threads (default 1)")
-    if run in (training, guidance, zero_terminal_snr, learned_variance, claims):
+    if run in (training, guidance, zero_terminal_snr, learned_variance, learned_levels, claims):
         study.add_argument(
             "--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default 0 1 2)"
         )
-    if run in (training, guidance, zero_terminal_snr, learned_variance):
+    if run in (training, guidance, zero_terminal_snr, learned_variance, learned_levels):
         study.add_argument(
             "--out",
             type=Path,
             default=Path(f"docs/experiments/{name}.jsonl"),
             help=f"file of measurements (default docs/experiments/{name}.jsonl)",
         )
-    if run in (inversion, samplers, identification, learned_variance):
+    if run in (inversion, samplers, identification, learned_variance, learned_levels):
         study.add_argument(
             "--steps", type=int, default=400, help="training steps of batch 64 (default 400)"
         )
@@ -208,6 +209,17 @@ def learned_variance(arguments: argparse.Namespace) -> None:
     measurements = [row for row in rows if row["steps"] == arguments.steps]
     for quantity, title in study.TABLES.items():
         print(f"\n{title}\n\n{study.format_table(measurements, quantity)}")
+
+
+def learned_levels(arguments: argparse.Namespace) -> None:
+    """Run the study of the learned levels of pixels."""
+    from experiments import learned_levels as study
+
+    lines = study.run_study(arguments.out, arguments.seeds, arguments.steps)
+    rows = _measure(lines, arguments.out)
+    measurements = [row for row in rows if row["steps"] == arguments.steps]
+    for count in study.COUNTS:
+        print(f"\nBits per dimension, {count} steps\n\n{study.format_table(measurements, count)}")
 
 
 def claims(arguments: argparse.Namespace) -> None:

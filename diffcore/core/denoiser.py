@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffcore.core.conditions import BatchCondition, as_conditions, condition_arguments
+from diffcore.core.learned_levels import find_learned_levels
 from diffcore.core.network import evaluation_dtype, network_config
 from diffcore.core.prediction import Prediction, hypot, predict, scale_input
 from diffcore.core.process import Process
@@ -128,7 +129,8 @@ class Denoiser(nn.Module):
         ValueError: a diffusers network embeds fewer labels than the classes and the null label, or
             labels that the process does not have (set its `num_class_embeds` to classes + 1), or
             it cannot halve the height and width of x as often as its levels require, or it has as
-            many output channels as x and the variance of the process is learned.
+            many output channels as x and the variance of the process is learned, or it contains
+            learned levels and the process has shared ones, or the reverse.
 
     Example:
         >>> process = Process(shape=(1, 8, 8), prediction="sample")
@@ -145,6 +147,7 @@ class Denoiser(nn.Module):
         _check_embeddings(network, process)
         _check_size(network, process)
         _check_channels(network, process)
+        _check_learned_levels(network, process)
         self.network = network
         self.process = process
 
@@ -200,7 +203,8 @@ class Denoiser(nn.Module):
 
         Raises:
             ValueError: the output has another shape than x, or the network has no embedding of the
-                null label. Set the network's channels and size, or its number of embeddings.
+                null label. Set the network's channels and size, or its number of embeddings. Or the
+                levels of the elements are learned, and the level is not a map of them.
         """
         return self._split(self.raw_output(x, level, condition), x)
 
@@ -222,6 +226,8 @@ class Denoiser(nn.Module):
             ValueError: the network has no embedding of the null label.
         """
         process, network = self.process, self.network
+        if process.levels == "learned":
+            _check_map(level, x)
         scaled = scale_input(process.prediction, x, level.to(x), process.sigma_data)
         condition = as_conditions(process, condition, x.shape[0], x.device)
         scaled = scaled.to(evaluation_dtype(network, x.dtype))
@@ -306,6 +312,29 @@ def _check_channels(network: nn.Module, process: Process) -> None:
             f"the variance of the process is learned, which needs {2 * channels} output channels, "
             f"and the network has {outputs}: set its out_channels to {2 * channels}, or the "
             f"process's variance to fixed"
+        )
+
+
+def _check_learned_levels(network: nn.Module, process: Process) -> None:
+    """Raise ValueError if a network contains no learned levels and should, or the reverse."""
+    is_found = find_learned_levels(network) is not None
+    if is_found != (process.levels == "learned"):
+        raise ValueError(
+            f"the levels of the process are {process.levels}, and the network contains "
+            f"{'learned' if is_found else 'no learned'} levels: set process.levels to learned with "
+            "a LearnedLevelsNetwork, and to shared with any other network"
+        )
+
+
+def _check_map(level: Level, x: Tensor) -> None:
+    """Raise ValueError if a level is not one of each element."""
+    logsnr = level.logsnr
+    if not isinstance(logsnr, Tensor) or logsnr.shape[1:] != x.shape[1:]:
+        raise ValueError(
+            "the levels of the process are learned, one for each element of x, and the network is "
+            "evaluated at one level for all: use sample() or diffcore sample with a sampler such "
+            "as DDIM, and variational_bound() or diffcore likelihood --method bound, which compute "
+            "the levels; other functions need a process with shared levels"
         )
 
 

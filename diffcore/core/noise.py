@@ -126,7 +126,8 @@ class Noise:
             level: first level of the grid.
             sigma_data: standard deviation s of the data.
         """
-        return edm_norm(level, sigma_data) * self.start()
+        z, scale = self.start(), edm_norm(level, sigma_data)
+        return (scale.to(z) if isinstance(scale, Tensor) else scale) * z
 
     def _normals(self, indices: Sequence[int]) -> Iterator[Tensor]:
         """Yield the normals (B, *shape) at each index, drawn in blocks that bound the memory."""

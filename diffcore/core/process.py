@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffcore.core.conditions import LABEL, RESERVED, ConditionRecord
 from diffcore.core.estimate import Estimate, check_point_of_flow
+from diffcore.core.level_type import LevelType, check_level_type
 from diffcore.core.prediction import PredictionType
 from diffcore.io.files import write_file
 from diffcore.io.network_size import check_memory
@@ -28,7 +29,7 @@ __all__ = ["Process", "TimeConditioning", "TimeVariable", "VarianceType"]
 FLOAT32_LOGSNR = 170.0
 """Bound of |λ| within which σ/α and α/σ are normal numbers of float32."""
 
-OPTIONAL = ("conditions", "variance", "estimate")
+OPTIONAL = ("conditions", "variance", "estimate", "levels")
 """Fields that a record contains only if they differ from their defaults."""
 
 TimeVariable = Literal["index", "t", "blend", "logsnr", "sigma"]
@@ -152,6 +153,8 @@ class Process:
             point of the flow at a second level, which the network also receives (`Level.end`), so
             that α_s x_0 + σ_s ε is that point; ε - x_0 is the mean of dz/da between both levels, in
             z = x/(α+σ) and a = σ/(α+σ).
+        levels: shared: one level for all elements of x. learned: one for each, between the ends of
+            a LogLinear schedule; the network contains them (`LearnedLevelsNetwork`).
 
     Raises:
         ValueError: a field is out of range, or fields contradict each other; the message states the
@@ -170,6 +173,7 @@ class Process:
     conditions: dict[str, ConditionRecord] = field(default_factory=dict, hash=False)
     variance: VarianceType = "fixed"
     estimate: Estimate = "posterior_mean"
+    levels: LevelType = "shared"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))
@@ -189,6 +193,7 @@ class Process:
             raise ValueError(
                 f"estimate is {self.estimate!r}, expected one of {', '.join(get_args(Estimate))}"
             )
+        check_level_type(self)
         if not self.shape or min(self.shape) < 1:
             raise ValueError(
                 f"shape is {self.shape}, expected the positive sizes of one x_0, such as (1, 8, 8)"
@@ -347,7 +352,7 @@ class Process:
         """Write the record to `path` as JSON, with the SHA-256 of its fields."""
         record = to_spec(self)
         for name in OPTIONAL:  # without them the record is that of versions without these fields
-            if getattr(self, name) in ({}, "fixed", "posterior_mean"):
+            if getattr(self, name) in ({}, "fixed", "posterior_mean", "shared"):
                 del record[name]
         content = record | {"sha256": hash_data(record)}
         write_file(path, (json.dumps(content, indent=2) + "\n").encode())

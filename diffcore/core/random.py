@@ -56,6 +56,7 @@ class Stream(IntEnum):
     SHARD = 33
     MASK = 34
     CONDITION = 40
+    LEVEL_LATENT = 41
     ITEM = 50
     ITEM_NOISE = 51
     EVALUATION = 60

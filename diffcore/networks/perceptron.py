@@ -25,6 +25,8 @@ class Perceptron(nn.Module):
         classes: number of classes, equal to `process.classes`; 0: no labels.
         learns_variance: whether the output has a second half of channels, for a process whose
             variance is learned.
+        inputs: number of channels of its input; 0: those of x_0. Further channels follow those of
+            x, such as conditions (`ConcatenatedChannels`) or the times of learned levels.
 
     Raises:
         ValueError: a size is out of range.
@@ -44,15 +46,18 @@ class Perceptron(nn.Module):
         layers: int = 4,
         classes: int = 0,
         learns_variance: bool = False,
+        inputs: int = 0,
     ) -> None:
         super().__init__()
         if not shape or min(shape) < 1:
             raise ValueError(f"shape is {list(shape)}, expected the positive sizes of one x_0")
+        if inputs and inputs < shape[0]:
+            raise ValueError(f"inputs is {inputs}, expected 0 or at least {shape[0]} channels")
         if layers < 1:
             raise ValueError(f"layers is {layers}, expected at least 1")
         size = math.prod(shape)
         self.condition = ConditionEmbedding(width, classes)
-        self.first = nn.Linear(size, width)
+        self.first = nn.Linear(size // shape[0] * (inputs or shape[0]), width)
         self.layers = nn.ModuleList(_Layer(width) for _ in range(layers))
         self.last = nn.Linear(width, size * (2 if learns_variance else 1))
         for parameter in self.last.parameters():
@@ -62,7 +67,7 @@ class Perceptron(nn.Module):
         """The output at a noise level.
 
         Args:
-            x: (B, *shape) noisy data.
+            x: (B, *shape) noisy data, with further channels if `inputs` is above those of x_0.
             time: (B,) index of the noise level.
             class_labels: (B,) labels, if there are classes.
 

@@ -26,6 +26,7 @@ from diffcore.core.process import Process
 from diffcore.core.random import Stream, derive_seed, normal, uniform
 from diffcore.objectives.coupling import Coupling, IndependentCoupling
 from diffcore.objectives.draw import Draw, SampleKey
+from diffcore.objectives.learned_levels import check_learned_levels, spread_draw
 from diffcore.objectives.level_sampling import Resampler, ResamplerState
 from diffcore.objectives.losses import Loss, SquaredError
 from diffcore.objectives.networks import Networks
@@ -121,6 +122,7 @@ class Objective(ABC):  # noqa: B024  settings name its subclasses as components
         if self.reference_size:
             _check_shift(process)
         self._check_variance(process)
+        check_learned_levels(self, process)
         assert isinstance(level.logsnr, Tensor)
         assert isinstance(level.sigma, Tensor)
         weight = self.weight.target_weight(process.prediction, level.logsnr, process.sigma_data)
@@ -353,7 +355,8 @@ class Objective(ABC):  # noqa: B024  settings name its subclasses as components
 
             L = mean of m (w_F ρ(F̂ - F)),   with u(λ): mean of m (w_F ρ(F̂ - F) e^-u + u)
 
-        `variational` adds the mean of m times its terms.
+        `variational` adds the mean of m times its terms. If the levels of the elements are
+        learned, L is their bound (`diffcore.objectives.learned_levels`).
 
         The mean is over all elements of x_0, also where m is 0: the gradient of such an element is
         exactly zero, and images with a small mask contribute in proportion to its area.
@@ -371,6 +374,7 @@ class Objective(ABC):  # noqa: B024  settings name its subclasses as components
         """
         # Levels and errors of half-precision data are computed in float32.
         x0 = at_least_float32(x0)
+        draw, sample_weight, divergence = spread_draw(denoiser, x0, draw, sample_weight)
         process, level = denoiser.process, draw.level.to(x0)
         noise, condition = self.inputs(process, x0, condition, draw)
         noisy = noise if draw.perturbation is None else noise + draw.perturbation
@@ -382,6 +386,8 @@ class Objective(ABC):  # noqa: B024  settings name its subclasses as components
             process.prediction, draw.level.logsnr, process.sigma_data
         ).to(x0)
         losses = self.reduce(weight * error, draw, log_variance, sample_weight)
+        if divergence is not None:
+            losses = losses + divergence
         if self.variational is None:
             return losses
         estimate = predict(process.prediction, output.detach(), x, level, process.sigma_data)

@@ -72,13 +72,14 @@ class Weight(ABC):
             sigma_data: standard deviation s of the data; only edm weights and targets depend on it.
 
         Returns:
-            w_F, float64 on the host: 0, finite, or inf.
+            w_F: 0, finite, or inf. float64 on the host; on another device in the dtype of λ there,
+            as for learned levels, whose gradient it has.
         """
 
         def log_weight(logsnr: Tensor) -> Tensor:
             return self.log(logsnr, sigma_data) + log_gain(prediction_type, logsnr, sigma_data)
 
-        logsnr = logsnr.to("cpu", torch.float64)
+        logsnr = logsnr.double() if logsnr.device.type == "cpu" else logsnr
         end = logsnr.sign() * FAR
         last = log_weight(end)
         slope = log_weight(end + logsnr.sign()) - last  # of ln w towards λ = ±inf

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from diffcore.core.condition_values import resolve
 from diffcore.core.conditions import LABEL, BatchCondition, Conditions, null_condition
 from diffcore.core.denoiser import DenoiserProtocol
+from diffcore.core.learned_levels import find_learned_levels
 from diffcore.core.noise import Noise
 from diffcore.core.process import Process
 from diffcore.guidance import CFG, Guidance, find_networks
@@ -75,7 +76,8 @@ class Samples(NamedTuple):
 
     Args:
         x: (N, *shape) samples on the host, one for each seed.
-        knots: levels between which the sampler stepped, including those that guidance adds.
+        knots: levels between which the sampler stepped, including those that guidance adds. Learned
+            levels of the elements are functions of their times.
         evaluations: mean number of network evaluations for each sample.
         planned: number of evaluations if no rule stops early; None for an adaptive sampler.
     """
@@ -157,12 +159,18 @@ def sample(
         raise ValueError(f"dtype is {dtype}, expected a floating-point type such as torch.float32")
     image = None if image is None else _images(process, knots[0], len(seeds), image)
     device, all_seeds = denoiser.device, torch.tensor([int(seed) for seed in seeds])
+    learned = find_learned_levels(denoiser.network)
     chunks, evaluations = [], 0
     bar = tqdm(total=len(seeds), unit="sample", disable=not progress)
     with torch.no_grad(), evaluation_mode(denoiser, *find_networks(guidance)), bar:
         for chunk, real in padded_chunks(len(seeds), batch_size):
             noise = Noise(all_seeds[chunk], process.shape, device, dtype, path)
-            first = knots[0]
+            levels = (
+                knots
+                if learned is None
+                else learned.knots(knots, learned.sample_latent(all_seeds[chunk]))
+            )
+            first = levels[0]
             x = (
                 noise.first_sample(first, process.sigma_data)
                 if image is None
@@ -173,7 +181,7 @@ def sample(
                 denoiser,
                 sampler,
                 x,
-                knots,
+                levels,
                 noise,
                 guidance,
                 chosen,
@@ -278,6 +286,8 @@ def check_sampling(
         ValueError: An argument is out of range, or the arguments do not fit together.
     """
     check_levels(process, knots)
+    if process.levels == "learned":
+        _check_learned_levels(process, knots, guidance, sampler)
     if not len(seeds):
         raise ValueError("seeds is empty, expected one integer a sample")
     for seed in seeds:
@@ -289,6 +299,25 @@ def check_sampling(
     condition = None if isinstance(condition, Mapping) and not condition else condition
     check_guidance(process, knots, condition, guidance, sampler)
     return _condition(process, len(seeds), condition, guidance.reads_condition)
+
+
+def _check_learned_levels(
+    process: Process, knots: tuple[Level, ...], guidance: Guidance, sampler: Sampler | None
+) -> None:
+    """Raise ValueError if a rule or a sampler needs one level for all elements of x."""
+    if guidance.levels(process):
+        raise ValueError(
+            f"{guidance} changes at levels, and the levels of the process are learned, one for "
+            "each element of x: use a rule for all levels, such as CFG"
+        )
+    if sampler is None:
+        return
+    if sampler.is_adaptive or not {*map(id, sampler.evaluation_levels(knots))} <= {*map(id, knots)}:
+        raise ValueError(
+            f"{sampler} evaluates the network between its knots, where the learned levels of the "
+            "process are unknown to it: use a sampler of one evaluation for each step, such as "
+            "DDIM, DDPM or AdamsMoulton"
+        )
 
 
 def _is_seed(seed: object) -> bool:

@@ -5,6 +5,7 @@ from torch import nn
 
 from diffcore.core.conditions import condition_arguments, null_condition
 from diffcore.core.denoiser import Denoiser
+from diffcore.core.learned_levels import find_learned_levels
 from diffcore.core.network import LabelWrapper
 from diffcore.core.process import Process
 
@@ -44,10 +45,12 @@ def check_network(network: nn.Module, label_wrapper: LabelWrapper, process: Proc
     Raises:
         ValueError: the network cannot be evaluated on data and conditions of the process.
     """
-    x = torch.zeros(2, *process.shape)
+    x, level = torch.zeros(2, *process.shape), process.schedule.level(0.5)
     denoiser = Denoiser(label_wrapper(network.eval()), process)
     try:
-        denoiser.output(x, process.schedule.level(0.5))
+        if learned := find_learned_levels(network):
+            (level,) = learned.knots((level,), learned.sample_latent(torch.arange(2)))
+        denoiser.output(x, level)
     except (RuntimeError, TypeError) as error:
         raise ValueError(
             f"the network cannot be evaluated for x of shape {tuple(x.shape)}, and takes (x, time"

@@ -62,7 +62,8 @@ def describe_run(run: Run) -> dict[str, object]:
         "network": f"{_class_path(settings['network'])}, {parameters:,} parameters",
         **(network.facts if isinstance(network, ExportableNetwork) else {}),
         "schedule": schedule,
-        "levels": f"λ from {schedule.logsnr(1.0):g} to {schedule.logsnr(0.0):g}",
+        "levels": f"λ from {schedule.logsnr(1.0):g} to {schedule.logsnr(0.0):g}"
+        + ", learned for each element" * (process.levels == "learned"),
         "prediction": process.prediction
         + ", and a learned variance" * (process.variance == "learned"),
         "time": process.time,

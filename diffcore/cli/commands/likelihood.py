@@ -197,7 +197,7 @@ def _parts(result: Likelihood) -> dict[str, Tensor]:
     """The parts of a bound by name, whose sum it is."""
     if not isinstance(result, Bound):
         return {}
-    names = ("prior", "transitions", "decoder")
+    names = ("prior", "transitions", "decoder", *["latent"] * bool(result.latent.any()))
     return {name: getattr(result, name) for name in names}
 
 

@@ -8,11 +8,13 @@ With knots t_n > ... > t_1 > clean, x_i at t_i, and the steps p(x_s | x_t) = N(�
     L_0 = -ln P(bin of x_0 under N(x̂_0(x_1), V))         the last step, for quantised data
     L_0 = -ln N(x_0; x̂_0(x_1), V)                        for continuous data
 
+Where each element has its own, learned level, the knots are those of the elements at
+z ~ q(z | x_0), and the bound contains KL(q(z | x_0) || N(0, I)) (Sahoo et al. 2024, 2312.13236).
+
 Each term is estimated at one x_t = α x_0 + σ ε, so that the sum takes one evaluation for each knot.
 Ho et al. 2020 (2006.11239, eq. 5 and 13).
 """
 
-import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -27,6 +29,7 @@ from diffcore.core.gaussian import (
     gaussian_divergence,
     gaussian_log_density,
 )
+from diffcore.core.learned_levels import LearnedLevelsNetwork, find_learned_levels
 from diffcore.core.prediction import Prediction, edm_norm
 from diffcore.core.process import Process
 from diffcore.core.random import Stream, normal
@@ -41,7 +44,7 @@ from diffcore.evaluation.likelihood.dequantisation import DRAW_BITS, bin_width, 
 from diffcore.guidance import CFG
 from diffcore.guidance.reference import Condition
 from diffcore.sampling.generation import check_sampling, evaluation_mode, padded_chunks
-from diffcore.schedules import Grid, Level, Trailing
+from diffcore.schedules import Grid, Level, Real, Trailing
 
 __all__ = ["CONTINUOUS_STEPS", "FIXED_VARIANCE", "Bound", "variational_bound"]
 
@@ -53,7 +56,7 @@ FIXED_VARIANCE = 1.0
 
 @dataclass(frozen=True, eq=False)
 class Bound(Likelihood):
-    """The variational bound in bits per dimension, and its three parts, whose sum it is.
+    """The variational bound in bits per dimension, and its parts, whose sum it is.
 
     Args:
         bits: (N,) bound of each sample, float64.
@@ -61,11 +64,13 @@ class Bound(Likelihood):
         prior: (N,) L_T in bits per dimension.
         transitions: (N,) sum of the divergences of the steps in bits per dimension.
         decoder: (N,) L_0 in bits per dimension.
+        latent: (N,) divergence of q(z | x_0) in bits per dimension; 0 without a latent.
     """
 
     prior: Tensor
     transitions: Tensor
     decoder: Tensor
+    latent: Tensor
 
 
 def variational_bound(
@@ -122,16 +127,33 @@ def variational_bound(
     given = check_sampling(process, knots, range(len(x0)), condition, CFG(1.0), batch_size)
     terms, device = [], denoiser.device
     dtype = torch.float32 if device.type == "mps" else torch.float64
+    learned = find_learned_levels(denoiser.network)
     bar = tqdm(total=len(x0), unit="sample", disable=not progress)
     with torch.no_grad(), evaluation_mode(denoiser), bar:
         for rows, real in padded_chunks(len(x0), batch_size):
             x = x0[rows].to(device, dtype)
             chosen = None if given is None else given[rows].to(device)
             chain = _Chain(denoiser, x, chosen, seed, rows, variance, bins)
-            terms.append(chain.terms(knots)[:, :real].double().cpu())
+            levels, divergence = _spread(learned, knots, x, seed, rows)
+            found = torch.cat([chain.terms(levels), divergence[None]])
+            terms.append(found[:, :real].double().cpu())
             bar.update(real)
-    prior, transitions, decoder = to_bits(process, -torch.cat(terms, 1)).unbind()
-    return Bound(prior + transitions + decoder, len(knots) - 1, prior, transitions, decoder)
+    parts = to_bits(process, -torch.cat(terms, 1))
+    return Bound(parts.sum(0), len(knots) - 1, *parts.unbind())
+
+
+def _spread(
+    learned: LearnedLevelsNetwork | None,
+    knots: tuple[Level, ...],
+    x0: Tensor,
+    seed: int,
+    position: Tensor,
+) -> tuple[tuple[Level, ...], Tensor]:
+    """The knots of the elements of data, and the divergence (B,) of their latents in nats."""
+    if learned is None:
+        return knots, x0.new_zeros(len(x0))
+    latent = learned.encode(x0, seed, position)
+    return learned.knots(knots, latent.z), latent.divergence
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,24 +187,26 @@ class _Chain:
 
     def _prior(self, level: Level) -> Tensor:
         """KL(q(x_n | x_0) || N(0, α² s² + σ²))."""
-        scale = float(edm_norm(level, self.denoiser.process.sigma_data))
-        own, other = (self._number(2 * math.log(std)) for std in (float(level.sigma), scale))
-        return _sum(gaussian_divergence(level.alpha * self.x0, own, self._number(0.0), other))
+        scale = edm_norm(level, self.denoiser.process.sigma_data)
+        own, other = (2 * self._tensor(std).log() for std in (level.sigma, scale))
+        mean = self._tensor(level.alpha) * self.x0
+        return _sum(gaussian_divergence(mean, own, self._tensor(0.0), other))
 
     def _transition(self, t: Level, s: Level, index: int) -> Tensor:
         """KL(q(x_s | x_t, x_0) || N(μ, V))."""
         truth, prediction = self._predict(t, index)
-        lower, upper = (float(bound) for bound in log_variance_bounds(t, s))
+        lower, upper = (self._tensor(bound) for bound in log_variance_bounds(t, s))
         means = (posterior_mean(pair, t, s) for pair in (truth, prediction))
         log_variance = lower + self._v(prediction) * (upper - lower)
         true_mean, mean = means
-        return _sum(gaussian_divergence(true_mean, self._number(lower), mean, log_variance))
+        return _sum(gaussian_divergence(true_mean, lower, mean, log_variance))
 
     def _decoder(self, knots: tuple[Level, ...]) -> Tensor:
         """-ln of the probability or density of x_0 given x at the last noisy level."""
         before, level, _ = knots[-3:]
         _, prediction = self._predict(level, len(knots) - 2)
-        lower, upper = (float(bound) for bound in last_log_variance_bounds(before, level))
+        bounds = last_log_variance_bounds(before, level)
+        lower, upper = (self._tensor(bound) for bound in bounds)
         log_variance = lower + self._v(prediction) * (upper - lower)
         if self.bins is None:
             return -_sum(gaussian_log_density(self.x0, prediction.x0, log_variance))
@@ -204,10 +228,11 @@ class _Chain:
         """v of the variance of a step, a number or of the shape of x."""
         if self.variance is None and prediction.variance is not None:
             return prediction.variance
-        return self._number(FIXED_VARIANCE if self.variance is None else self.variance)
+        return self._tensor(FIXED_VARIANCE if self.variance is None else self.variance)
 
-    def _number(self, value: float) -> Tensor:
-        return self.x0.new_tensor(value)
+    def _tensor(self, value: Real) -> Tensor:
+        """A number, or a map of the host, in the dtype and on the device of x."""
+        return torch.as_tensor(value, dtype=torch.float64).to(self.x0)
 
 
 def _sum(values: Tensor) -> Tensor:

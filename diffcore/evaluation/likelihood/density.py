@@ -118,12 +118,17 @@ def flow_log_density(
         The densities in nats, the ends of the flow, and the number of evaluations.
 
     Raises:
-        ValueError: the arguments do not fit together, or the solver adds noise or does not meet its
-            tolerance.
+        ValueError: the arguments do not fit together, the solver adds noise or does not meet its
+            tolerance, or the levels of the elements are learned.
     """
     process, start = denoiser.process, level or first_level(denoiser.process)
     require_posterior_mean(process, "the likelihood of a flow")
     check_points(process, y)
+    if process.levels == "learned":
+        raise ValueError(
+            "the density of the flow needs one level for all elements, and the levels of the "
+            "process are learned, one for each: use variational_bound, or --method bound"
+        )
     knots = _knots(process, start, steps)
     if not solver.is_adaptive and solver.draws_noise(knots[::-1]):
         raise ValueError(
