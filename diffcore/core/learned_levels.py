@@ -17,26 +17,32 @@ hold both.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from diffcore.core.gaussian import gaussian_divergence
-from diffcore.core.network import network_config
 from diffcore.core.random import Stream, normal
 from diffcore.schedules import Level, LogLinear, Schedule, alpha_sigma
+
+if TYPE_CHECKING:
+    from diffcore.core.process import Process
 
 __all__ = [
     "ElementLevels",
     "Latent",
     "LatentEncoder",
     "LearnedLevelsNetwork",
+    "LevelType",
     "PixelPolynomial",
+    "check_level_type",
     "find_learned_levels",
 ]
 
+LevelType = Literal["shared", "learned"]
+"""Levels of the elements of x; see `Process.levels`."""
 SMALLEST = 1e-3
 """Lower bound of c, so that τ is strictly monotone at t = 0."""
 UNIT = math.log(math.expm1(1 - SMALLEST))
@@ -197,6 +203,8 @@ class LearnedLevelsNetwork(nn.Module):
                 f"latent is {latent}, width {width} and scale {scale}, expected at least 0 "
                 "elements of z, at least 1 feature, and a scale other than 0"
             )
+        from diffcore.core.network import network_config  # imports the process, which imports this
+
         self.network = network()
         self.config = network_config(self.network)
         inputs, outputs = (self.config.get(f"{end}_channels") for end in ("in", "out"))
@@ -321,3 +329,25 @@ def find_learned_levels(network: nn.Module | None) -> LearnedLevelsNetwork | Non
     """
     modules = network.modules() if isinstance(network, nn.Module) else ()
     return next((each for each in modules if isinstance(each, LearnedLevelsNetwork)), None)
+
+
+def check_level_type(process: "Process") -> None:
+    """Raise ValueError if the levels of a process are unknown, or learned where they cannot be.
+
+    Args:
+        process: process with its other fields.
+    """
+    if process.levels not in get_args(LevelType):
+        raise ValueError(f"levels is {process.levels!r}, expected shared or learned")
+    if process.levels == "shared":
+        return
+    if not isinstance(process.schedule, LogLinear):
+        raise ValueError(
+            f"levels are learned on {process.schedule}, expected a LogLinear schedule, between "
+            "whose ends the levels are learned"
+        )
+    if (process.variance, process.estimate) != ("fixed", "posterior_mean"):
+        raise ValueError(
+            f"levels are learned, and variance is {process.variance} and estimate "
+            f"{process.estimate}: expected fixed and posterior_mean, or shared levels"
+        )

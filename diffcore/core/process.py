@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffcore.core.conditions import LABEL, RESERVED, ConditionRecord
 from diffcore.core.estimate import Estimate, check_point_of_flow
-from diffcore.core.level_type import LevelType, check_level_type
+from diffcore.core.learned_levels import LevelType, check_level_type
 from diffcore.core.prediction import PredictionType
 from diffcore.io.files import write_file
 from diffcore.io.network_size import check_memory

@@ -98,6 +98,7 @@ def test_streams_keep_their_numbers():
         "SHARD": 33,
         "MASK": 34,
         "CONDITION": 40,
+        "LEVEL_LATENT": 41,
         "ITEM": 50,
         "ITEM_NOISE": 51,
         "EVALUATION": 60,

@@ -3,17 +3,16 @@
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
+from tqdm import tqdm
 
-from diffcore.cli.commands.sample import find_device
-from diffcore.cli.evaluation.data import read_source
+from diffcore.cli.commands.sample import find_device, read_rank
+from diffcore.cli.evaluation.likelihood_data import LikelihoodData, read_data
 from diffcore.cli.evaluation.likelihood_request import LikelihoodRequest
 from diffcore.cli.evaluation.record import (
     default_out,
@@ -22,18 +21,16 @@ from diffcore.cli.evaluation.record import (
     weights_facts,
     write_record,
 )
+from diffcore.cli.evaluation.samples import end_ranks, start_ranks
 from diffcore.cli.image_model import PipelineOptions, load_image_model
-from diffcore.core.conditions import BatchCondition, batch_condition
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.process import Process
-from diffcore.evaluation.likelihood.bits import Likelihood, bits_per_dimension
+from diffcore.evaluation.likelihood.bits import Likelihood, bits_per_dimension, join_likelihoods
 from diffcore.evaluation.likelihood.bound import FIXED_VARIANCE, Bound, variational_bound
 from diffcore.evaluation.likelihood.density import first_level
 from diffcore.evaluation.likelihood.dequantisation import (
     Dequantisation,
     TruncatedNormal,
-    check_values,
-    detect_bins,
 )
 from diffcore.io.files import check_writable
 from diffcore.io.parser import ComponentParser
@@ -41,26 +38,8 @@ from diffcore.io.plain_data import read_json
 from diffcore.io.specs import describe_spec, to_spec
 from diffcore.run import AVERAGED, Run
 from diffcore.sampling.files import hash_networks
-from diffcore.training.data.checks import read_item
-from diffcore.training.data.source import DataSource
 
 __all__ = ["main"]
-
-
-class _Data(NamedTuple):
-    """The items that are measured.
-
-    Args:
-        x0: (N, *shape) clean data.
-        condition: their labels or conditions; None if the network has none.
-        bins: number of their values; None if they are continuous.
-        total: number of items of the data set.
-    """
-
-    x0: Tensor
-    condition: BatchCondition | None
-    bins: int | None
-    total: int
 
 
 def main(argv: Sequence[str]) -> None:
@@ -73,9 +52,11 @@ def main(argv: Sequence[str]) -> None:
         prog="diffcore likelihood",
         usage="diffcore likelihood RUN DATA [--option value ...]",
         description="Measure the bits per dimension of DATA under the network of a run or of a "
-        "diffusers pipeline without latents, by its probability flow or by the variational bound "
-        "of its steps. DATA is a folder of images, a run (its data), a .npy or .safetensors file, "
-        "or a data set such as Digits. The result is written to likelihood.json.",
+        "diffusers pipeline without text, by its probability flow or by the variational bound "
+        "of its steps; the bits per latent dimension if the network works on latents. DATA is a "
+        "folder of images, a run (its data), a .npy or .safetensors file, or a data set such as "
+        "Digits. The ranks of a launcher share the items. The result is written to "
+        "likelihood.json.",
     )
     parser.add_argument("run", type=str, metavar="RUN", help="folder of a run or of a pipeline")
     parser.add_argument("data", type=str, metavar="DATA", help="data to measure")
@@ -90,18 +71,20 @@ def _measure(folder: Path, name: str, request: LikelihoodRequest) -> None:
     if request.threads:
         torch.set_num_threads(request.threads)
     check_writable(path := _record_path(folder, request))
+    start_ranks(read_rank()[1])
     device = find_device(request.device)
     model = load_image_model(folder, PipelineOptions(), device, request.weights)
-    if model.latents is not None or model.is_text_conditioned:
-        what = "text" if model.is_text_conditioned else "latents"
+    if model.is_text_conditioned:
         raise ValueError(
-            f"the network of {folder} works on {what}, whose likelihood is not that of images: "
-            "name a run or pipeline of pixels, with labels or without"
+            f"the network of {folder} is conditioned on text, and the likelihood of an image "
+            "depends on its prompt: name a run or pipeline with labels or without"
         )
     denoiser = model.denoiser
-    data = _read(read_source(name, denoiser.process), denoiser.process, request)
+    data = read_data(name, model, request)
     dequantisation = request.resolve_dequantisation(data.bins)
-    result = _evaluate(denoiser, data, dequantisation, request)
+    result = _gather(_evaluate_chunks(denoiser, data, dequantisation, request))
+    if result is None:
+        return
     if bad := int((~result.bits.isfinite()).sum()):
         raise ValueError(
             f"the bits of {bad} of {len(result.bits)} items are not finite: check the weights, or "
@@ -109,7 +92,8 @@ def _measure(folder: Path, name: str, request: LikelihoodRequest) -> None:
         )
     facts = {
         **_summarize(result),
-        "data": f"{name}: {len(data.x0)} of {data.total} items",
+        "dimensions": _dimensions(data),
+        "data": f"{name}: {data.origin}",
         "data_hash": hashlib.sha256(data.x0.contiguous().numpy().tobytes()).hexdigest(),
         **_describe(denoiser.process, data, dequantisation, request),
         **environment_facts(),
@@ -118,67 +102,85 @@ def _measure(folder: Path, name: str, request: LikelihoodRequest) -> None:
         "values": result.bits.tolist(),
     }
     rule = type(dequantisation).__name__ if dequantisation else "density"
-    _write(path, ", ".join((request.method, *[rule] * (request.method == "ode"), name)), facts)
-    print("\n".join(_table(result)))
+    words = (request.method, *[rule] * (request.method == "ode"), *["latents"] * data.is_latent)
+    _write(path, ", ".join((*words, name)), facts)
+    print("\n".join(_table(result, f"bits per {_dimensions(data)}")))
     print(f"{facts['data']}; {_explain(denoiser.process, facts)}")
     print(f"{result.evaluations:g} network evaluations for each item; result -> {path}")
 
 
-def _read(source: DataSource, process: Process, request: LikelihoodRequest) -> _Data:
-    """Items spread evenly over the data, with what they condition the network on."""
-    if source.is_latent or source.is_stream or source.texts:
-        what = "latents" if source.is_latent else "a stream" if source.is_stream else "captions"
-        raise ValueError(
-            f"the data is or has {what}, expected items of x_0, or x_0 and a label, that can be "
-            "read in any order: name the folder of the images, or a file of arrays"
-        )
-    total = len(source)
-    count = min(request.n, total) if request.n else total
-    rows = [index * total // count for index in range(count)]
-    known = (
-        process if request.conditional else replace(process, classes=0, dropout=0, conditions={})
-    )
-    items = [read_item(partial(source.__getitem__, row), row, known) for row in rows]
-    x0, label, extras = default_collate(items)
-    condition = batch_condition(known, label, extras)
-    if request.bins:
-        check_values(process, x0, request.bins)
-    return _Data(x0, condition, request.bins or detect_bins(process, x0), total)
+def _evaluate_chunks(
+    denoiser: Denoiser,
+    data: LikelihoodData,
+    dequantisation: Dequantisation | None,
+    request: LikelihoodRequest,
+) -> list[Likelihood]:
+    """The likelihoods of the chunks of `batch_size` items that this rank measures."""
+    rank, ranks = read_rank()
+    chunks = torch.arange(len(data.x0)).split(request.batch_size)[rank::ranks]
+    found = []
+    is_shown = sys.stderr.isatty() and not rank
+    with tqdm(total=sum(map(len, chunks)), unit="sample", disable=not is_shown) as bar:
+        for rows in chunks:
+            found.append(_evaluate(denoiser, data, rows, dequantisation, request))
+            bar.update(len(rows))
+    return found
 
 
 def _evaluate(
     denoiser: Denoiser,
-    data: _Data,
+    data: LikelihoodData,
+    rows: Tensor,
     dequantisation: Dequantisation | None,
     request: LikelihoodRequest,
 ) -> Likelihood:
-    progress = sys.stderr.isatty()
+    """The likelihood of one chunk of consecutive items."""
+    condition = None if data.condition is None else data.condition[rows]
     if request.method == "bound":
         return variational_bound(
             denoiser,
-            data.x0,
+            data.x0[rows],
             data.bins,
             grid=request.grid,
             steps=request.steps,
             variance=request.variance,
-            condition=data.condition,
+            condition=condition,
             seed=request.seed,
+            first=int(rows[0]),
             batch_size=request.batch_size,
-            progress=progress,
         )
     return bits_per_dimension(
         denoiser,
-        data.x0,
+        data.x0[rows],
         dequantisation,
         draws=request.importance,
         trace=request.resolve_trace(data.x0[0].numel()),
         solver=request.solver,
         steps=request.steps or 1,
-        condition=data.condition,
+        condition=condition,
         seed=request.seed,
+        first=int(rows[0]),
         batch_size=request.batch_size,
-        progress=progress,
     )
+
+
+def _gather(own: list[Likelihood]) -> Likelihood | None:
+    """The likelihood of all items on the first rank, in their order; None on the others."""
+    rank, ranks = read_rank()
+    if ranks == 1:
+        return join_likelihoods(own)
+    shares: list[Any] = [None] * ranks
+    torch.distributed.all_gather_object(shares, own)
+    end_ranks(ranks)
+    if rank:
+        return None
+    rounds = zip_longest(*shares)  # chunk k is that of rank k modulo the number of ranks
+    return join_likelihoods([part for each in rounds for part in each if part is not None])
+
+
+def _dimensions(data: LikelihoodData) -> str:
+    """The dimensions of which a result has bits."""
+    return "latent dimension" if data.is_latent else "dimension"
 
 
 def _summarize(result: Likelihood) -> dict[str, Any]:
@@ -201,19 +203,19 @@ def _parts(result: Likelihood) -> dict[str, Tensor]:
     return {name: getattr(result, name) for name in names}
 
 
-def _table(result: Likelihood) -> list[str]:
+def _table(result: Likelihood, title: str) -> list[str]:
     """The result as a table: mean, standard error and standard deviation over the items."""
-    rows = {"bits per dimension": result.bits, **_parts(result)}
-    lines = [f"{'':<20}{'mean':>12}{'standard error':>17}{'spread':>12}"]
+    rows = {title: result.bits, **_parts(result)}
+    lines = [f"{'':<26}{'mean':>12}{'standard error':>17}{'spread':>12}"]
     for name, bits in rows.items():
         row = Likelihood(bits, result.evaluations)
-        lines.append(f"{name:<20}{row.mean:>12.4f}{row.standard_error:>17.4f}{row.spread:>12.4f}")
+        lines.append(f"{name:<26}{row.mean:>12.4f}{row.standard_error:>17.4f}{row.spread:>12.4f}")
     return lines
 
 
 def _describe(
     process: Process,
-    data: _Data,
+    data: LikelihoodData,
     dequantisation: Dequantisation | None,
     request: LikelihoodRequest,
 ) -> dict[str, Any]:
@@ -253,6 +255,11 @@ def _tau(dequantisation: Dequantisation | None, process: Process) -> dict[str, f
 def _explain(process: Process, facts: Mapping[str, Any]) -> str:
     """The values of the data and the method in one line."""
     values = "continuous values, whose density depends on their unit"
+    if facts["dimensions"] == "latent dimension":
+        values = (
+            "latents as the network sees them; their density says nothing of the decoder, and is "
+            "not comparable with bits of pixels or of another encoder"
+        )
     if facts["bins"]:
         origin = "found in the data" if facts["bins_are_detected"] else "as given"
         span = f"from {process.low:g} to {process.high:g}"

@@ -28,7 +28,8 @@ class LikelihoodRequest:
     Args:
         method: ode, the density of the probability flow; or bound, the variational bound of the
             steps of DDPM.
-        n: number of items of the data, spread evenly over it; 0: all of them.
+        n: number of items of the data, spread evenly over it; 0: all of them. Of a stream, number
+            of its first items, at most its `window`.
         dequantisation: noise that turns the density into a probability of quantised data:
             truncated_normal (at the level whose noise fills the bin), uniform, or none for the
             density of continuous data. auto: truncated_normal if the data are quantised. It has no

@@ -1,6 +1,6 @@
 """Likelihood: the bits per dimension of data under a network, by its flow or by a bound."""
 
-from diffcore.evaluation.likelihood.bits import Likelihood, bits_per_dimension
+from diffcore.evaluation.likelihood.bits import Likelihood, bits_per_dimension, join_likelihoods
 from diffcore.evaluation.likelihood.bound import Bound, variational_bound
 from diffcore.evaluation.likelihood.density import FlowDensity, flow_log_density
 from diffcore.evaluation.likelihood.dequantisation import TruncatedNormal, Uniform
@@ -16,5 +16,6 @@ __all__ = [
     "Uniform",
     "bits_per_dimension",
     "flow_log_density",
+    "join_likelihoods",
     "variational_bound",
 ]

@@ -1,7 +1,9 @@
 """Bits per dimension of data under a network's probability flow."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,7 +24,9 @@ from diffcore.evaluation.likelihood.trace import Trace
 from diffcore.guidance.reference import Condition
 from diffcore.samplers import Sampler
 
-__all__ = ["Likelihood", "bits_per_dimension", "to_bits"]
+__all__ = ["Likelihood", "bits_per_dimension", "join_likelihoods", "to_bits"]
+
+Result = TypeVar("Result", bound="Likelihood")
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +71,7 @@ def bits_per_dimension(
     steps: int = 1,
     condition: Condition = None,
     seed: int = 0,
+    first: int = 0,
     batch_size: int = 64,
     progress: bool = False,
 ) -> Likelihood:
@@ -93,6 +98,8 @@ def bits_per_dimension(
         steps: number of steps of a solver that is not adaptive; 1 is best for an adaptive one.
         condition: N labels, a table of values by name, or None, as of `sample`.
         seed: 64-bit seed of the noise and of the random vectors.
+        first: position of the first sample, below 2^32. The noise of a sample is a function of the
+            seed and its position, so that parts of a data set can be measured apart.
         batch_size: number of samples that are integrated together.
         progress: True shows a progress bar.
 
@@ -115,7 +122,7 @@ def bits_per_dimension(
     level = dequantisation.level(process) if dequantisation else None
     evaluations, log_weights = 0.0, []
     for draw in range(draws):
-        y, log_q = _dequantise(process, x0, dequantisation, seed, draw, draws)
+        y, log_q = _dequantise(process, x0, dequantisation, (seed, first), draw, draws)
         found = flow_log_density(
             denoiser,
             y,
@@ -125,7 +132,7 @@ def bits_per_dimension(
             steps=steps,
             condition=condition,
             seed=seed,
-            offset=draw << DRAW_BITS,
+            offset=first + (draw << DRAW_BITS),
             batch_size=batch_size,
             progress=progress,
         )
@@ -145,18 +152,37 @@ def to_bits(process: Process, log_probability: Tensor) -> Tensor:
     return -log_probability / (math.prod(process.shape) * math.log(2))
 
 
+def join_likelihoods(parts: Sequence[Result]) -> Result:
+    """The likelihood of the samples of several parts of a data set.
+
+    Args:
+        parts: likelihoods of one class, in the order of their samples; at least one.
+
+    Returns:
+        One likelihood of this class, whose evaluations are the mean over the samples.
+    """
+    counts = [len(part.bits) for part in parts]
+    total = sum(count * part.evaluations for count, part in zip(counts, parts, strict=True))
+    names = [each.name for each in fields(parts[0]) if each.name != "evaluations"]
+    joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    return replace(parts[0], evaluations=total / sum(counts), **joined)
+
+
 def _dequantise(
     process: Process,
     x0: Tensor,
     dequantisation: Dequantisation | None,
-    seed: int,
+    key: tuple[int, int],
     draw: int,
     draws: int,
 ) -> tuple[Tensor, Tensor | float]:
-    """y (N, *shape) and ln q(y); for a single draw the expectation of ln q, -H."""
+    """y (N, *shape) and ln q(y), keyed by the seed and the position of the first sample; for a
+    single draw the expectation of ln q, -H.
+    """
     if dequantisation is None:
         return x0, 0.0
-    y, log_q = dequantisation.draw(process, x0, seed, torch.arange(len(x0)), draw)
+    seed, first = key
+    y, log_q = dequantisation.draw(process, x0, seed, first + torch.arange(len(x0)), draw)
     if draws > 1:
         return y, log_q
     return y, -math.prod(process.shape) * dequantisation.entropy(process)

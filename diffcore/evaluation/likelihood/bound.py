@@ -83,6 +83,7 @@ def variational_bound(
     variance: float | None = None,
     condition: Condition = None,
     seed: int = 0,
+    first: int = 0,
     batch_size: int = 64,
     progress: bool = False,
 ) -> Bound:
@@ -107,6 +108,7 @@ def variational_bound(
             the variance of its process is learned, else 1.
         condition: N labels, a table of values by name, or None, as of `sample`.
         seed: 64-bit seed of the noise.
+        first: position of the first sample, below 2^32, see `bits_per_dimension`.
         batch_size: number of samples in a call of the network.
         progress: True shows a progress bar.
 
@@ -133,8 +135,8 @@ def variational_bound(
         for rows, real in padded_chunks(len(x0), batch_size):
             x = x0[rows].to(device, dtype)
             chosen = None if given is None else given[rows].to(device)
-            chain = _Chain(denoiser, x, chosen, seed, rows, variance, bins)
-            levels, divergence = _spread(learned, knots, x, seed, rows)
+            chain = _Chain(denoiser, x, chosen, seed, first + rows, variance, bins)
+            levels, divergence = _spread(learned, knots, x, seed, first + rows)
             found = torch.cat([chain.terms(levels), divergence[None]])
             terms.append(found[:, :real].double().cpu())
             bar.update(real)

@@ -7,7 +7,7 @@ import torch
 from scipy.stats import norm
 
 from diffcore.core.process import Process
-from diffcore.evaluation.likelihood.bits import bits_per_dimension
+from diffcore.evaluation.likelihood.bits import bits_per_dimension, join_likelihoods
 from diffcore.evaluation.likelihood.dequantisation import TruncatedNormal, Uniform
 from diffcore.evaluation.likelihood.trace import Hutchinson
 from diffcore.samplers import AdaptiveRungeKutta
@@ -111,3 +111,26 @@ def test_each_draw_has_noise_and_random_vectors_of_its_own(monkeypatch):
     assert torch.equal(one, torch.cat(drawn[4:6], 1))
     single = bits_per_dimension(oracle, x0, Uniform(BINS), **options).bits
     assert not torch.allclose(first, single, atol=1e-3)
+
+
+@pytest.mark.parametrize("bins", [None, BINS])
+def test_parts_of_a_data_set_have_the_bits_of_the_whole(bins):
+    def measure(values, size, first=0):
+        return bits_per_dimension(
+            GAUSSIAN,
+            values,
+            TruncatedNormal(bins, 2.0) if bins else None,
+            draws=2 if bins else 1,
+            trace=Hutchinson(),
+            solver=SOLVER,
+            first=first,
+            batch_size=size,
+        )
+
+    values = torch.cat((VALUES, -VALUES))[:5]
+    whole = measure(values, 3)
+    joined = join_likelihoods([measure(values[:3], 3), measure(values[3:], 3, 3)])
+    assert torch.equal(joined.bits, whole.bits)
+    assert joined.evaluations == pytest.approx(whole.evaluations)
+    if bins:
+        assert not torch.equal(measure(values[3:], 3).bits, whole.bits[3:])
