@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffcore.core.conditions import BatchCondition, as_conditions, condition_arguments
-from diffcore.core.learned_levels import find_learned_levels
-from diffcore.core.network import evaluation_dtype, network_config
+from diffcore.core.network import evaluation_dtype, find_learned_levels, network_config
 from diffcore.core.prediction import Prediction, hypot, predict, scale_input
 from diffcore.core.process import Process
 from diffcore.schedules import Level, Real

@@ -1,25 +1,30 @@
 """What is read from a network beside its output: its config, its dtype, its blocks.
 
-Optional capabilities of a network are export to another library, and a hash of frozen weights.
+Optional capabilities of a network are export to another library, a hash of frozen weights, and
+learned noise levels.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffcore.core.process import Process
+from diffcore.schedules import Level, Schedule
 
 __all__ = [
     "ExportableNetwork",
     "LabelWrapper",
+    "Latent",
+    "LearnedLevels",
     "NetworkAdapter",
     "class_name",
     "evaluation_dtype",
     "find_blocks",
+    "find_learned_levels",
     "frozen_hash",
     "keep_trained_state",
     "leave_label_dropout",
@@ -33,6 +38,96 @@ LabelWrapper = Callable[[nn.Module], nn.Module]
 
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 """Modules that evaluate the network in their attribute `module`."""
+
+
+class Latent(NamedTuple):
+    """A draw of z for each sample.
+
+    Args:
+        z: (B, L) latents; None for levels that do not depend on the data.
+        divergence: (B,) KL(q(z | x_0) || N(0, I)) in nats; 0 without z.
+    """
+
+    z: Tensor | None
+    divergence: Tensor
+
+
+class LearnedLevels(nn.Module):
+    """A network that contains the learned noise levels of its process, one for each element of x.
+
+    It is evaluated at maps of levels (`process.levels`). A subclass implements `spread`,
+    `sample_latent` and `encode`.
+
+    Args:
+        shape: shape of one x_0.
+    """
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+
+    def spread(self, schedule: Schedule, t: Tensor, z: Tensor | None) -> tuple[Level, Tensor]:
+        """The levels of the elements at times of the schedule.
+
+        Args:
+            schedule: schedule of the process, a `LogLinear`.
+            t: (B, 1, ..., 1) or (1, 1, ..., 1) times in [0, 1], of the dtype of the result.
+            z: (B, L) latents; None without them.
+
+        Returns:
+            A map of levels that broadcasts against (B, *shape), on the device of t, and dτ/dt of
+            each element: -dλ_i/dt over the range of λ. Both have the gradient of parameters and z.
+        """
+        raise NotImplementedError
+
+    def sample_latent(self, seeds: Tensor) -> Tensor | None:
+        """z ~ N(0, I) of samples.
+
+        Args:
+            seeds: (B,) 64-bit seeds.
+
+        Returns:
+            (B, L) latents on the device of the network; None without them.
+        """
+        raise NotImplementedError
+
+    def encode(self, x0: Tensor, seed: int, position: Tensor) -> Latent:
+        """z ~ q(z | x_0) of clean data, with the gradient of the encoder.
+
+        Args:
+            x0: (B, *shape) clean data on the device of the network.
+            seed: 64-bit seed.
+            position: (B,) position of each sample; its z is a function of it.
+
+        Returns:
+            The latents, and their divergence from N(0, I).
+
+        Raises:
+            ValueError: the data has another shape than the levels.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def knots(self, knots: tuple[Level, ...], z: Tensor | None) -> tuple[Level, ...]:
+        """The levels of the elements at knots of the schedule.
+
+        Args:
+            knots: levels of the schedule of the process.
+            z: (B, L) latents; None without them.
+
+        Returns:
+            One map of levels for each knot, float64 on the host, without gradient. A knot that is
+            cleaner than the schedule stays as it is.
+        """
+        shape = (1,) * (1 + len(self.shape))
+        return tuple(
+            knot
+            if knot.is_beyond_training
+            else self.spread(
+                knot.schedule, torch.full(shape, float(knot.t), dtype=torch.float64), z
+            )[0]
+            for knot in knots
+        )
 
 
 class ExportableNetwork(nn.Module):
@@ -120,6 +215,19 @@ class NetworkAdapter(nn.Module):
     """
 
     network: nn.Module
+
+
+def find_learned_levels(network: nn.Module | None) -> LearnedLevels | None:
+    """The part of a network that contains learned levels.
+
+    Args:
+        network: network of a denoiser, possibly inside wrappers.
+
+    Returns:
+        The module, or None if the elements of the network's x share one level.
+    """
+    modules = network.modules() if isinstance(network, nn.Module) else ()
+    return next((each for each in modules if isinstance(each, LearnedLevels)), None)
 
 
 def frozen_hash(network: nn.Module) -> str:

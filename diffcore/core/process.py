@@ -15,16 +15,15 @@ from torch import Tensor
 
 from diffcore.core.conditions import LABEL, RESERVED, ConditionRecord
 from diffcore.core.estimate import Estimate, check_point_of_flow
-from diffcore.core.learned_levels import LevelType, check_level_type
 from diffcore.core.prediction import PredictionType
 from diffcore.io.files import write_file
 from diffcore.io.network_size import check_memory
 from diffcore.io.plain_data import hash_data, read_json
 from diffcore.io.specs import from_spec, to_spec
-from diffcore.schedules import Cosine, Level, Real, Schedule
+from diffcore.schedules import Cosine, Level, LogLinear, Real, Schedule
 from diffcore.schedules.base import LEVEL_TOLERANCE
 
-__all__ = ["Process", "TimeConditioning", "TimeVariable", "VarianceType"]
+__all__ = ["LevelType", "Process", "TimeConditioning", "TimeVariable", "VarianceType"]
 
 FLOAT32_LOGSNR = 170.0
 """Bound of |λ| within which σ/α and α/σ are normal numbers of float32."""
@@ -33,6 +32,9 @@ OPTIONAL = ("conditions", "variance", "estimate", "levels")
 """Fields that a record contains only if they differ from their defaults."""
 
 TimeVariable = Literal["index", "t", "blend", "logsnr", "sigma"]
+
+LevelType = Literal["shared", "learned"]
+"""Whether the elements of x share one noise level, or each has its own, which is learned."""
 
 VarianceType = Literal["fixed", "learned"]
 """Whether a network also outputs the variance of a step."""
@@ -182,18 +184,15 @@ class Process:
             self.check_level(self.schedule.level(1.0), "the table's last level")
 
     def _check_fields(self) -> None:
-        if self.prediction not in get_args(PredictionType):
-            raise ValueError(
-                f"prediction is {self.prediction!r}, expected one of "
-                f"{', '.join(get_args(PredictionType))}"
-            )
-        if self.variance not in get_args(VarianceType):
-            raise ValueError(f"variance is {self.variance!r}, expected fixed or learned")
-        if self.estimate not in get_args(Estimate):
-            raise ValueError(
-                f"estimate is {self.estimate!r}, expected one of {', '.join(get_args(Estimate))}"
-            )
-        check_level_type(self)
+        kinds = {"prediction": PredictionType, "variance": VarianceType, "estimate": Estimate}
+        for name, kind in (kinds | {"levels": LevelType}).items():
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, expected one of "
+                    f"{', '.join(get_args(kind))}"
+                )
+        if self.levels == "learned":
+            self._check_levels()
         if not self.shape or min(self.shape) < 1:
             raise ValueError(
                 f"shape is {self.shape}, expected the positive sizes of one x_0, such as (1, 8, 8)"
@@ -214,6 +213,18 @@ class Process:
         self._check_conditions()
         if self.estimate != "posterior_mean":
             check_point_of_flow(self)
+
+    def _check_levels(self) -> None:
+        if not isinstance(self.schedule, LogLinear):
+            raise ValueError(
+                f"levels are learned on {self.schedule}, expected a LogLinear schedule, between "
+                "whose ends they are learned"
+            )
+        if (self.variance, self.estimate) != ("fixed", "posterior_mean"):
+            raise ValueError(
+                f"levels are learned, and variance is {self.variance} and estimate "
+                f"{self.estimate}: expected fixed and posterior_mean, or shared levels"
+            )
 
     def _check_conditions(self) -> None:
         for name in self.conditions:

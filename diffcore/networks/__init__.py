@@ -1,7 +1,8 @@
-"""Small networks for data that are not images: points, volumes and video."""
+"""Small networks for points, volumes and video, and learned noise levels around any network."""
 
+from diffcore.networks.learned_levels import LearnedLevelsNetwork
 from diffcore.networks.perceptron import Perceptron
 from diffcore.networks.two_times import TwoTimes
 from diffcore.networks.unet3d import UNet3d
 
-__all__ = ["Perceptron", "TwoTimes", "UNet3d"]
+__all__ = ["LearnedLevelsNetwork", "Perceptron", "TwoTimes", "UNet3d"]

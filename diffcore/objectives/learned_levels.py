@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 
 from diffcore.core.denoiser import Denoiser
-from diffcore.core.learned_levels import find_learned_levels
+from diffcore.core.network import find_learned_levels
 from diffcore.core.process import Process
 from diffcore.objectives.coupling import IndependentCoupling
 from diffcore.objectives.draw import Draw

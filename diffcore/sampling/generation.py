@@ -12,7 +12,7 @@ from tqdm import tqdm
 from diffcore.core.condition_values import resolve
 from diffcore.core.conditions import LABEL, BatchCondition, Conditions, null_condition
 from diffcore.core.denoiser import DenoiserProtocol
-from diffcore.core.learned_levels import find_learned_levels
+from diffcore.core.network import find_learned_levels
 from diffcore.core.noise import Noise
 from diffcore.core.process import Process
 from diffcore.guidance import CFG, Guidance, find_networks

@@ -5,8 +5,7 @@ from torch import nn
 
 from diffcore.core.conditions import condition_arguments, null_condition
 from diffcore.core.denoiser import Denoiser
-from diffcore.core.learned_levels import find_learned_levels
-from diffcore.core.network import LabelWrapper
+from diffcore.core.network import LabelWrapper, find_learned_levels
 from diffcore.core.process import Process
 
 __all__ = ["check_dtype", "check_network"]

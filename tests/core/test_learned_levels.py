@@ -5,11 +5,11 @@ import torch
 from scipy.integrate import quad
 
 from diffcore.core.denoiser import Denoiser
-from diffcore.core.learned_levels import LearnedLevelsNetwork, PixelPolynomial
 from diffcore.core.process import Process
 from diffcore.evaluation.likelihood import bits_per_dimension
 from diffcore.guidance import CFG, Interval
 from diffcore.networks import Perceptron
+from diffcore.networks.learned_levels import LearnedLevelsNetwork, PixelPolynomial
 from diffcore.samplers import DDIM, DDPM, AdaptiveRungeKutta, AlphaBlending
 from diffcore.sampling.generation import sample
 from diffcore.schedules import Cosine, LogLinear, Trailing
@@ -124,7 +124,7 @@ def test_the_divergence_of_z_is_that_of_normals():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"levels": "own"}, "levels is 'own', expected shared or learned"),
+        ({"levels": "own"}, "levels is 'own', expected one of shared, learned"),
         ({"levels": "learned", "schedule": Cosine()}, "expected a LogLinear schedule"),
         ({"levels": "learned", "variance": "learned"}, "variance is learned.*expected fixed"),
     ],

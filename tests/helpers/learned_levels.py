@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from diffcore.core.denoiser import Denoiser
-from diffcore.core.learned_levels import LearnedLevelsNetwork
 from diffcore.core.process import LevelType, Process, TimeConditioning
+from diffcore.networks.learned_levels import LearnedLevelsNetwork
 from diffcore.schedules import LogLinear
 
 SCHEDULE = LogLinear(-7.0, 6.0)

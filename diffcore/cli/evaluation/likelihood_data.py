@@ -31,7 +31,7 @@ class LikelihoodData(NamedTuple):
         x0: (N, *shape) clean data, or latents.
         condition: their labels or conditions; None if the network has none.
         bins: number of their values; None if they are continuous.
-        origin: which items of the data they are, in words.
+        origin: description of the choice of the items, such as "64 of 297 items".
         is_latent: whether x_0 are latents of images.
     """
 
@@ -104,7 +104,7 @@ def _prepare(source: DataSource, device: torch.device) -> None:
 
 
 def _choose(source: DataSource, request: LikelihoodRequest) -> tuple[list[int], str]:
-    """The indices of the items, and which ones they are."""
+    """The indices of the items, and a description of the choice."""
     total = len(source)
     if not source.is_stream:
         count = min(request.n, total) if request.n else total

@@ -29,7 +29,7 @@ from diffcore.core.gaussian import (
     gaussian_divergence,
     gaussian_log_density,
 )
-from diffcore.core.learned_levels import LearnedLevelsNetwork, find_learned_levels
+from diffcore.core.network import LearnedLevels, find_learned_levels
 from diffcore.core.prediction import Prediction, edm_norm
 from diffcore.core.process import Process
 from diffcore.core.random import Stream, normal
@@ -145,7 +145,7 @@ def variational_bound(
 
 
 def _spread(
-    learned: LearnedLevelsNetwork | None,
+    learned: LearnedLevels | None,
     knots: tuple[Level, ...],
     x0: Tensor,
     seed: int,

@@ -17,60 +17,23 @@ hold both.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from diffcore.core.gaussian import gaussian_divergence
+from diffcore.core.network import Latent, LearnedLevels, network_config
 from diffcore.core.random import Stream, normal
 from diffcore.schedules import Level, LogLinear, Schedule, alpha_sigma
 
-if TYPE_CHECKING:
-    from diffcore.core.process import Process
+__all__ = ["LatentEncoder", "LearnedLevelsNetwork", "PixelPolynomial"]
 
-__all__ = [
-    "ElementLevels",
-    "Latent",
-    "LatentEncoder",
-    "LearnedLevelsNetwork",
-    "LevelType",
-    "PixelPolynomial",
-    "check_level_type",
-    "find_learned_levels",
-]
-
-LevelType = Literal["shared", "learned"]
-"""Levels of the elements of x; see `Process.levels`."""
 SMALLEST = 1e-3
 """Lower bound of c, so that τ is strictly monotone at t = 0."""
 UNIT = math.log(math.expm1(1 - SMALLEST))
 """Value of the parameter of c at which c = 1."""
-
-
-class ElementLevels(NamedTuple):
-    """The levels of all elements at one time of each sample.
-
-    Args:
-        level: map of levels, which broadcasts against x.
-        slope: dτ/dt of each element, of the shape of the map. -dλ_i/dt is the range of λ times it.
-    """
-
-    level: Level
-    slope: Tensor
-
-
-class Latent(NamedTuple):
-    """A draw of z for each sample.
-
-    Args:
-        z: (B, L) latents; None for levels that do not depend on the data.
-        divergence: (B,) KL(q(z | x_0) || N(0, I)) in nats; 0 without z.
-    """
-
-    z: Tensor | None
-    divergence: Tensor
 
 
 class PixelPolynomial(nn.Module):
@@ -161,7 +124,7 @@ class LatentEncoder(nn.Module):
         return mean, log_variance
 
 
-class LearnedLevelsNetwork(nn.Module):
+class LearnedLevelsNetwork(LearnedLevels):
     """A network with the learned levels of its process, for `process.levels: learned`.
 
         F = network(x, t̄),   t̄ the mean over the elements of the time conditioning of their levels
@@ -182,9 +145,10 @@ class LearnedLevelsNetwork(nn.Module):
 
     Example:
         >>> from diffcore.networks import Perceptron
+        >>> from diffcore.schedules import LogLinear
         >>> network = LearnedLevelsNetwork(lambda: Perceptron([2], width=8), [2])
-        >>> levels = network.spread(LogLinear(), torch.tensor([[0.5]]), None)
-        >>> levels.level.t.detach(), levels.slope.detach()
+        >>> level, slope = network.spread(LogLinear(), torch.tensor([[0.5]]), None)
+        >>> level.t.detach(), slope.detach()
         (tensor([[0.5000, 0.5000]]), tensor([[1., 1.]]))
     """
 
@@ -197,14 +161,12 @@ class LearnedLevelsNetwork(nn.Module):
         scale: float = 1000.0,
         width: int = 128,
     ) -> None:
-        super().__init__()
+        super().__init__(shape)
         if latent < 0 or width < 1 or not scale:
             raise ValueError(
                 f"latent is {latent}, width {width} and scale {scale}, expected at least 0 "
                 "elements of z, at least 1 feature, and a scale other than 0"
             )
-        from diffcore.core.network import network_config  # imports the process, which imports this
-
         self.network = network()
         self.config = network_config(self.network)
         inputs, outputs = (self.config.get(f"{end}_channels") for end in ("in", "out"))
@@ -230,79 +192,25 @@ class LearnedLevelsNetwork(nn.Module):
         """
         if time.ndim == 1:  # of data with one element
             time = time[:, None]
-        time = time.expand(len(x), *self.levels.shape)
+        time = time.expand(len(x), *self.shape)
         inputs = torch.cat((x, (time / self.scale).to(x)), 1) if self.channels else x
         return self.network(inputs, time.flatten(1).mean(1), **arguments)
 
-    def spread(self, schedule: Schedule, t: Tensor, z: Tensor | None) -> ElementLevels:
-        """The levels of the elements at times of the schedule.
-
-        Args:
-            schedule: schedule of the process, a `LogLinear`.
-            t: (B, 1, ..., 1) or (1, 1, ..., 1) times in [0, 1], of the dtype of the result.
-            z: (B, L) latents; None without them.
-
-        Returns:
-            Levels that broadcast against (B, *shape), on the device of t, with the gradient of the
-            parameters and of z.
-        """
+    def spread(self, schedule: Schedule, t: Tensor, z: Tensor | None) -> tuple[Level, Tensor]:
         assert isinstance(schedule, LogLinear)
         time, slope = self.levels(t, z)
         logsnr = schedule.high + (schedule.low - schedule.high) * time
         level = Level(logsnr, time, *alpha_sigma(logsnr, schedule.scaling), schedule=schedule)
-        return ElementLevels(level, slope)
-
-    @torch.no_grad()
-    def knots(self, knots: tuple[Level, ...], z: Tensor | None) -> tuple[Level, ...]:
-        """The levels of the elements at knots of the schedule.
-
-        Args:
-            knots: levels of the schedule of the process.
-            z: (B, L) latents; None without them.
-
-        Returns:
-            One map of levels for each knot, float64 on the host, without gradient. A knot that is
-            cleaner than the schedule stays as it is.
-        """
-        shape = (1,) * (1 + len(self.levels.shape))
-        return tuple(
-            knot
-            if knot.is_beyond_training
-            else self.spread(
-                knot.schedule, torch.full(shape, float(knot.t), dtype=torch.float64), z
-            ).level
-            for knot in knots
-        )
+        return level, slope
 
     def sample_latent(self, seeds: Tensor) -> Tensor | None:
-        """z ~ N(0, I) of samples.
-
-        Args:
-            seeds: (B,) 64-bit seeds.
-
-        Returns:
-            (B, L) latents on the device of the network; None without them.
-        """
         return self._normal(seeds, torch.zeros_like(seeds)) if self.levels.latent else None
 
     def encode(self, x0: Tensor, seed: int, position: Tensor) -> Latent:
-        """z ~ q(z | x_0) of clean data, with the gradient of the encoder.
-
-        Args:
-            x0: (B, *shape) clean data on the device of the network.
-            seed: 64-bit seed.
-            position: (B,) position of each sample; its z is a function of it.
-
-        Returns:
-            The latents, and their divergence from N(0, I).
-
-        Raises:
-            ValueError: the data has another shape than the levels.
-        """
-        if x0.shape[1:] != self.levels.shape:
+        if x0.shape[1:] != self.shape:
             raise ValueError(
                 f"x_0 has the shape {tuple(x0.shape[1:])}, and the learned levels have "
-                f"{self.levels.shape}: set shape of LearnedLevelsNetwork to that of the data, "
+                f"{self.shape}: set shape of LearnedLevelsNetwork to that of the data, "
                 "which cannot be in buckets of several sizes"
             )
         if self.encoder is None:
@@ -316,38 +224,3 @@ class LearnedLevelsNetwork(nn.Module):
         weight = self.levels.last.weight
         z = normal(seed, Stream.LEVEL_LATENT, position, (self.levels.latent,))
         return z.to(weight)
-
-
-def find_learned_levels(network: nn.Module | None) -> LearnedLevelsNetwork | None:
-    """The part of a network that contains learned levels.
-
-    Args:
-        network: network of a denoiser, possibly inside wrappers.
-
-    Returns:
-        The module, or None if the elements of the network's x share one level.
-    """
-    modules = network.modules() if isinstance(network, nn.Module) else ()
-    return next((each for each in modules if isinstance(each, LearnedLevelsNetwork)), None)
-
-
-def check_level_type(process: "Process") -> None:
-    """Raise ValueError if the levels of a process are unknown, or learned where they cannot be.
-
-    Args:
-        process: process with its other fields.
-    """
-    if process.levels not in get_args(LevelType):
-        raise ValueError(f"levels is {process.levels!r}, expected shared or learned")
-    if process.levels == "shared":
-        return
-    if not isinstance(process.schedule, LogLinear):
-        raise ValueError(
-            f"levels are learned on {process.schedule}, expected a LogLinear schedule, between "
-            "whose ends the levels are learned"
-        )
-    if (process.variance, process.estimate) != ("fixed", "posterior_mean"):
-        raise ValueError(
-            f"levels are learned, and variance is {process.variance} and estimate "
-            f"{process.estimate}: expected fixed and posterior_mean, or shared levels"
-        )
