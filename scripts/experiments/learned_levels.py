@@ -15,10 +15,11 @@ import torch
 from benchmarks.table import markdown_table, mean_and_half_range
 
 from diffcore.core.denoiser import Denoiser
-from diffcore.core.learned_levels import LearnedLevelsNetwork, find_learned_levels
+from diffcore.core.network import find_learned_levels
 from diffcore.core.process import Process
 from diffcore.evaluation.likelihood import variational_bound
 from diffcore.networks import Perceptron
+from diffcore.networks.learned_levels import LearnedLevelsNetwork
 from diffcore.objectives.objective import Objective
 from diffcore.objectives.weighting import ELBO
 from diffcore.schedules import LogLinear

@@ -205,7 +205,7 @@ def test_a_stream_is_measured_by_its_first_items(run, tmp_path, one_thread, caps
             buffer.seek(0)
             shard.addfile(member, buffer)
     path = tmp_path / "a.tar"
-    stream = f"{{paths: [{path}], size: 8, channels: L, window: 4}}"
+    stream = f"{{paths: [{path}], size: 8, channels: L, label: '', window: 4}}"
     data = f"{{class_path: TarStream, init_args: {stream}}}"
     options = ("--conditional=false", "--method=bound", "--steps=2")
     (found,) = likelihood(run, *options, data=data).values()

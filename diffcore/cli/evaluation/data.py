@@ -98,9 +98,12 @@ def _component(spec: object, text: str) -> DataSource:
     try:
         settings = parser.parse_object({"data": spec})
     except SpecError as error:
+        # Of a plain word the parser knows only that it is no class, and proposes unlike ones.
+        reason = f" ({error})" if isinstance(spec, dict) else ": there is nothing of this name"
         raise ValueError(
-            f"{text} names no data: expected a folder, a run, a .npy or .safetensors file, or a "
-            f"data set such as Digits ({error})"
+            f"{text} names no data{reason}; expected a folder, a run, a .npy or .safetensors file, "
+            "a data set such as Digits, or its class and options, such as "
+            "'{class_path: Digits, init_args: {split: test}}'"
         ) from None
     return as_data_source(parser.instantiate(settings).data)
 
