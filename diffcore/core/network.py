@@ -55,8 +55,7 @@ class Latent(NamedTuple):
 class LearnedLevels(nn.Module):
     """A network that contains the learned noise levels of its process, one for each element of x.
 
-    It is evaluated at maps of levels (`process.levels`). A subclass implements `spread`,
-    `sample_latent` and `encode`.
+    It is evaluated at maps of levels (`process.levels`).
 
     Args:
         shape: shape of one x_0.
@@ -84,10 +83,7 @@ class LearnedLevels(nn.Module):
         """z ~ N(0, I) of samples.
 
         Args:
-            seeds: (B,) 64-bit seeds.
-
-        Returns:
-            (B, L) latents on the device of the network; None without them.
+            seeds: (B,) 64-bit seeds of the latents (B, L), which are None without them.
         """
         raise NotImplementedError
 
@@ -101,9 +97,6 @@ class LearnedLevels(nn.Module):
 
         Returns:
             The latents, and their divergence from N(0, I).
-
-        Raises:
-            ValueError: the data has another shape than the levels.
         """
         raise NotImplementedError
 
@@ -221,10 +214,7 @@ def find_learned_levels(network: nn.Module | None) -> LearnedLevels | None:
     """The part of a network that contains learned levels.
 
     Args:
-        network: network of a denoiser, possibly inside wrappers.
-
-    Returns:
-        The module, or None if the elements of the network's x share one level.
+        network: network of a denoiser, possibly inside wrappers; None if it shares one level.
     """
     modules = network.modules() if isinstance(network, nn.Module) else ()
     return next((each for each in modules if isinstance(each, LearnedLevels)), None)
