@@ -83,7 +83,10 @@ class LearnedLevels(nn.Module):
         """z ~ N(0, I) of samples.
 
         Args:
-            seeds: (B,) 64-bit seeds of the latents (B, L), which are None without them.
+            seeds: (B,) 64-bit seeds.
+
+        Returns:
+            (B, L) latents, or None without them.
         """
         raise NotImplementedError
 
@@ -112,13 +115,9 @@ class LearnedLevels(nn.Module):
             One map of levels for each knot, float64 on the host, without gradient. A knot that is
             cleaner than the schedule stays as it is.
         """
-        shape = (1,) * (1 + len(self.shape))
+        one = torch.ones(1, *[1] * len(self.shape), dtype=torch.float64)
         return tuple(
-            knot
-            if knot.is_beyond_training
-            else self.spread(
-                knot.schedule, torch.full(shape, float(knot.t), dtype=torch.float64), z
-            )[0]
+            knot if knot.is_beyond_training else self.spread(knot.schedule, knot.t * one, z)[0]
             for knot in knots
         )
 
@@ -214,7 +213,10 @@ def find_learned_levels(network: nn.Module | None) -> LearnedLevels | None:
     """The part of a network that contains learned levels.
 
     Args:
-        network: network of a denoiser, possibly inside wrappers; None if it shares one level.
+        network: network of a denoiser, possibly inside wrappers.
+
+    Returns:
+        The module, or None for shared levels.
     """
     modules = network.modules() if isinstance(network, nn.Module) else ()
     return next((each for each in modules if isinstance(each, LearnedLevels)), None)

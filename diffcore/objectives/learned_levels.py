@@ -31,12 +31,12 @@ class SpreadDraw(NamedTuple):
     Args:
         draw: the draw, with a map of levels on the device of x_0.
         weight: weight of the error of each element; None: 1.
-        divergence: (B,) KL(q(z | x_0) || N(0, I)) in nats for each element of x_0; None without.
+        divergence: (B,) KL(q(z | x_0) || N(0, I)) in nats for each element of x_0; 0 without z.
     """
 
     draw: Draw
     weight: Tensor | None
-    divergence: Tensor | None
+    divergence: Tensor | float
 
 
 def spread_draw(
@@ -51,10 +51,10 @@ def spread_draw(
         sample_weight: weight of the error, which broadcasts against x_0; None for 1.
 
     Returns:
-        The draw, the weight and the divergence; unchanged and None for shared levels.
+        The draw, the weight and the divergence; unchanged and 0 for shared levels.
     """
     if denoiser.process.levels == "shared":
-        return SpreadDraw(draw, sample_weight, None)
+        return SpreadDraw(draw, sample_weight, 0.0)
     learned, key = find_learned_levels(denoiser.network), draw.key
     assert learned is not None
     assert key is not None

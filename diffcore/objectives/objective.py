@@ -124,7 +124,6 @@ class Objective(ABC):  # noqa: B024  settings name its subclasses as components
         self._check_variance(process)
         check_learned_levels(self, process)
         assert isinstance(level.logsnr, Tensor)
-        assert isinstance(level.sigma, Tensor)
         weight = self.weight.target_weight(process.prediction, level.logsnr, process.sigma_data)
         infinite = level.logsnr[weight.float().isinf()].tolist()
         if infinite:
@@ -133,7 +132,7 @@ class Objective(ABC):  # noqa: B024  settings name its subclasses as components
                 f"{schedule} draws that level: use a bounded weight (MinSNR) or a schedule that "
                 "ends at a finite λ (Truncated)"
             )
-        if level.sigma.float().isinf().any():
+        if torch.as_tensor(level.sigma).float().isinf().any():
             raise ValueError(
                 f"{schedule} draws levels where the ve scaling has σ = inf: use Truncated, or vp "
                 "or flow"
@@ -355,8 +354,7 @@ class Objective(ABC):  # noqa: B024  settings name its subclasses as components
 
             L = mean of m (w_F ρ(F̂ - F)),   with u(λ): mean of m (w_F ρ(F̂ - F) e^-u + u)
 
-        `variational` adds the mean of m times its terms. If the levels of the elements are
-        learned, L is their bound (`diffcore.objectives.learned_levels`).
+        `variational` adds the mean of m times its terms. Learned levels add KL(q(z | x_0) || p(z)).
 
         The mean is over all elements of x_0, also where m is 0: the gradient of such an element is
         exactly zero, and images with a small mask contribute in proportion to its area.
@@ -381,13 +379,9 @@ class Objective(ABC):  # noqa: B024  settings name its subclasses as components
         x = level.alpha * x0 + level.sigma * noisy
         output, v = denoiser.outputs(x, draw.level, condition)
         error = self.loss(output - target(process.prediction, x0, noise, level, process.sigma_data))
-        assert isinstance(draw.level.logsnr, Tensor)
-        weight = self.weight.target_weight(
-            process.prediction, draw.level.logsnr, process.sigma_data
-        ).to(x0)
-        losses = self.reduce(weight * error, draw, log_variance, sample_weight)
-        if divergence is not None:
-            losses = losses + divergence
+        logsnr = torch.as_tensor(draw.level.logsnr)
+        weight = self.weight.target_weight(process.prediction, logsnr, process.sigma_data).to(x0)
+        losses = self.reduce(weight * error, draw, log_variance, sample_weight) + divergence
         if self.variational is None:
             return losses
         estimate = predict(process.prediction, output.detach(), x, level, process.sigma_data)
