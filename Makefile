@@ -12,7 +12,7 @@ WORKERS ?= auto
 # The byte code of tests is kept, which saves each worker and each command in a process of its own its compilation.
 PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_OPTIONS)
 
-.PHONY: help demo test test-slow test-thorough coverage lint typecheck format pictures docs bench clean
+.PHONY: help demo test test-slow test-thorough coverage lint typecheck format gallery docs bench clean
 
 help:                            ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -62,13 +62,14 @@ format: $(VENV)/installed        ## repair style and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-pictures: $(VENV)/installed      ## draw the pictures of docs/ that need no training, by the commands in docs/
-	grep -h '^diffcore plot .*--out docs/pictures/' docs/*.md | while read -r line; do $(BIN)/$$line || exit 1; done
-	$(BIN)/python scripts/experiment.py fields
+gallery: $(VENV)/installed       ## draw the pictures of docs/, in light and dark; trains the demo if runs/digits is missing
+	$(BIN)/diffcore train digits --resume auto
+	$(BIN)/python scripts/gallery.py
 
 docs: $(VENV)/installed          ## build the documentation in build/site
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/python scripts/check_site.py build/site
 
 clean:                           ## remove what was built; the environment stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .coverage

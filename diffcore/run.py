@@ -38,7 +38,8 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter], float], torch.optim.Optimiz
 NetworkFactory = Callable[[], nn.Module]
 """Builds a network with newly initialised weights."""
 
-AVERAGED, RAW = "averaged", "raw"
+AVERAGED = "averaged"
+RAW = "raw"
 """Names of the exponential moving average of the weights, and of the trained weights themselves."""
 FILES = {AVERAGED: "ema.safetensors", RAW: "model.safetensors"}
 """Their files in a checkpoint."""

@@ -7,6 +7,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -225,6 +226,7 @@ def accuracy(arguments: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.sides.peers import available_sides
     from benchmarks.sides.samplers import diffcore_combinations
     from benchmarks.sides.schedulers import diffusers_combinations
+    from pictures.themes import draw_themes
 
     others, absent = available_sides() if arguments.peers else ({}, [])
     sides = {"ours": diffcore_combinations, "diffusers": diffusers_combinations, **others}
@@ -238,7 +240,7 @@ def accuracy(arguments: argparse.Namespace) -> dict[str, Any]:
         blocks["accuracy-peers"] = "\n\n".join([table, *(f"Not measured: {it}." for it in absent)])
     blocks["accuracy-methods"] = report.format_all(measurements, digit_starts)
     if arguments.picture:
-        report.draw(measurements, default, arguments.picture)
+        draw_themes(partial(report.draw, measurements, default), arguments.picture)
     return {
         "blocks": blocks,
         "starts_of_oracles": arguments.starts,

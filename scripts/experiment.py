@@ -31,7 +31,6 @@ def main() -> None:
         learned_levels: "the bound of digits with one level for all pixels and with learned ones",
         claims: "what papers claim, measured: the tables of docs/claims.md",
         tuning: "how much closer tuned knots are, beside untuned ones and diffusers",
-        fields: "pictures of guided fields and samples of a mixture in two dimensions",
         kill_drill: "whether a run that is killed again and again ends with the same bytes",
     }.items():
         name = run.__name__.replace("_", "-")
@@ -124,7 +123,7 @@ def training(arguments: argparse.Namespace) -> None:
     from experiments.training import draw, format_table, run_study
 
     measurements = _measure(run_study(arguments.out, arguments.seeds), arguments.out)
-    draw(measurements, arguments.out.with_suffix(".png"))
+    draw(measurements, PICTURES / "training.png")
     for index, scans in enumerate(("training", "held-out")):
         table = format_table(measurements, index)
         print(f"\nFréchet distance to the {scans} scans\n\n{table}")
@@ -247,14 +246,6 @@ def tuning(arguments: argparse.Namespace) -> None:
     )
     print(f"\n{study.format_table(measurements)}")
     study.draw(measurements, PICTURES / "tuning.png")
-
-
-def fields(arguments: argparse.Namespace) -> None:
-    """Draw the pictures of docs/guidance.md."""
-    from experiments.guidance_fields import draw_fields, draw_samples
-
-    draw_fields(PICTURES)
-    draw_samples(PICTURES)
 
 
 def kill_drill(arguments: argparse.Namespace) -> None:

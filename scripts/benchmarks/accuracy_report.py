@@ -6,11 +6,12 @@ from itertools import groupby
 from pathlib import Path
 from statistics import geometric_mean
 
+from pictures.accuracy import draw_errors
+
 from benchmarks.accuracy import Measurement
 from benchmarks.sides.samplers import GRIDS
 from benchmarks.table import markdown_table
 from diffcore.io.specs import describe_component
-from diffcore.report.figures import create_figure
 from diffcore.sampling.generation import DEFAULT_GRID, DEFAULT_SAMPLER
 
 TITLES = {
@@ -243,54 +244,24 @@ def rank_combinations(
 
 
 def draw(measurements: Sequence[Measurement], default: str, path: Path) -> None:
-    """Draw the error over evaluations: the best of each side, the default, and DDIM.
+    """Draw the error over evaluations: the best of each side, and the default.
 
     Args:
         measurements: measurements of both sides.
         default: name of the default sampler and grid.
         path: image to write.
     """
-    from matplotlib import pyplot
-
-    cells = group_cells(measurements)
-    oracles = list(dict.fromkeys(oracle for oracle, _ in cells))
-    figure, axes = create_figure(len(oracles), width=4, height=3.6)
-    lines: dict[str, tuple[Callable[[list[Measurement]], Measurement], dict[str, object]]] = {
-        "closest of ours": (
-            lambda cell: find_best(cell, "ours"),
-            {"color": "black", "marker": "o"},
-        ),
-        "default": (
-            lambda cell: _find_named(cell, default),
-            {"color": "black", "marker": "s", "linestyle": ":"},
-        ),
-        "closest of diffusers": (
-            lambda cell: find_best(cell, "diffusers"),
-            {"color": "0.45", "marker": "^", "linestyle": "--"},
-        ),
-        "DDIM, Trailing": (
-            lambda cell: _find_named(cell, "DDIM(), Trailing, Cosine"),
-            {"color": "0.7", "marker": "x", "linestyle": "-."},
-        ),
+    lines: dict[str, Callable[[list[Measurement]], Measurement]] = {
+        "closest of ours": lambda cell: find_best(cell, "ours"),
+        "default": lambda cell: _find_named(cell, default),
+        "closest of diffusers": lambda cell: find_best(cell, "diffusers"),
     }
-    for oracle, axis in zip(oracles, axes, strict=True):
-        counts = [count for name, count in cells if name == oracle]
-        for label, (select, style) in lines.items():
-            errors = [select(cells[oracle, count]).error for count in counts]
-            axis.plot(counts, errors, label=label, **style)
-        axis.set(title=oracle, xlabel="network evaluations", xscale="log")
-        axis.set_xticks(counts, [str(count) for count in counts])
-        axis.minorticks_off()
-        if cells[oracle, counts[0]][0].flips is None:
-            axis.set_ylabel("median distance to the exact flow's end")
-            axis.set_yscale("log")
-        else:
-            axis.set_ylabel("share of basin flips")
-            axis.set_yscale("symlog", linthresh=0.005)
-            axis.set_ylim(bottom=0)
-    axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    curves: dict[str, dict[str, dict[int, float]]] = {}
+    for (oracle, count), cell in group_cells(measurements).items():
+        for name, select in lines.items():
+            points = curves.setdefault(oracle, {}).setdefault(name, {})
+            points[count] = select(cell).error
+    draw_errors(curves, path)
 
 
 def _find_named(measurements: Iterable[Measurement], name: str) -> Measurement:

@@ -16,9 +16,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+from pictures.themes import draw_themes
 
 from benchmarks.table import markdown_table
 
@@ -99,7 +102,7 @@ def run_suite(
         path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     measured = {path.stem: json.loads(path.read_text("utf-8")) for path in stored.glob("*.json")}
     _replace_in_pages(docs, "summary", _summary(measured, regressions, failed))
-    draw_ratios(measured, docs / "pictures" / "ratios.png")
+    draw_themes(partial(draw_ratios, measured), docs / "pictures" / "ratios.png")
     report(f"{time.monotonic() - begin:6.0f} s: end")
     if failed:
         raise ValueError(f"these benchmarks failed, and their tables are old: {', '.join(failed)}")
@@ -235,11 +238,14 @@ def draw_ratios(measured: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     ]
     if not rows:
         return
+    from matplotlib import rcParams
+
+    ink = rcParams["text.color"]
     figure, (axis,) = create_figure(1, width=9, height=1 + 0.28 * len(rows))
     for place, (_, each) in enumerate(reversed(rows)):
         low, high = each["interval"]
-        axis.plot([low, high], [place, place], color="black", linewidth=2)
-        axis.plot([each["ratio"]], [place], "o", color="black", markersize=4)
+        axis.plot([low, high], [place, place], color=ink, linewidth=2)
+        axis.plot([each["ratio"]], [place], "o", color=ink, markersize=4)
         if each["bound"] is not None:
             axis.plot([each["bound"]], [place], "|", color="#d62728", markersize=12)
     axis.set_yticks(range(len(rows)), [name for name, _ in reversed(rows)], fontsize=8)

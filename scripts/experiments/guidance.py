@@ -315,19 +315,25 @@ def draw(measurements: list[dict[str, Any]], folder: Path) -> None:
         measurements: content of the study's file.
         folder: folder of the pictures.
     """
+    for quantity in TITLES:
+        draw_quantity(measurements, quantity, folder / f"guidance-{quantity}.png")
+
+
+def draw_quantity(measurements: list[dict[str, Any]], quantity: str, path: Path) -> None:
+    """Draw a quantity over w, a line for each rule.
+
+    Args:
+        measurements: content of the study's file.
+        quantity: name of the quantity, a key of `TITLES`.
+        path: image to write.
+    """
     scales = sorted({row["scale"] for row in measurements})
-    for quantity, title in TITLES.items():
-        figure, (axis,) = create_figure(1)
-        for name, style, marker in zip(RULES, line_styles(len(RULES)), MARKERS, strict=True):
-            values = {scale: values_of(measurements, name, scale, quantity) for scale in scales}
-            curve = {scale: mean(each) for scale, each in values.items() if each}
-            axis.plot(list(curve), list(curve.values()), label=name, marker=marker, **style)
-        axis.set(
-            title=title,
-            xlabel="w",
-            xscale="log",
-            xticks=scales,
-            xticklabels=[f"{scale:g}" for scale in scales],
-        )
-        axis.minorticks_off()
-        save_figure(figure, folder / f"guidance-{quantity}.png")
+    figure, (axis,) = create_figure(1)
+    for name, style, marker in zip(RULES, line_styles(len(RULES)), MARKERS, strict=True):
+        values = {scale: values_of(measurements, name, scale, quantity) for scale in scales}
+        curve = {scale: mean(each) for scale, each in values.items() if each}
+        axis.plot(list(curve), list(curve.values()), label=name, marker=marker, **style)
+    labels = [f"{scale:g}" for scale in scales]
+    axis.set(title=TITLES[quantity], xlabel="w", xscale="log", xticks=scales, xticklabels=labels)
+    axis.minorticks_off()
+    save_figure(figure, path)

@@ -92,39 +92,63 @@ PANELS = {
 }
 
 
-def draw_fields(folder: Path, logsnr: float = 0.0) -> None:
-    """Write guidance-fields.png: the change of points x/α by a step to half of the noise.
+def draw_fields(path: Path, logsnr: float = 0.0) -> None:
+    """Write the change of points x/α by a step to half of the noise, for each rule.
 
     Args:
-        folder: folder of the pictures.
+        path: image to write.
         logsnr: λ of the points.
     """
-    here, there = (PROCESS.schedule.at(value) for value in (logsnr, logsnr + 2 * math.log(2)))
-    y = _lattice(13)
     figure, axes = _panels()
     for axis, (title, panel) in zip(axes, PANELS.items(), strict=True):
-        change = _next(panel.rule, y, here, there) - y
-        _contours(axis, here)
-        axis.quiver(
-            *y.T, *change.T, angles="xy", scale_units="xy", scale=2.5, width=0.004, color="black"
-        )
+        plot_field(axis, panel, PROCESS.schedule.at(logsnr))
         axis.set_title(title, fontsize=9)
-    save_figure(figure, folder / "guidance-fields.png", dpi=80)
+    save_figure(figure, path, dpi=80)
 
 
-def draw_samples(folder: Path) -> None:
-    """Write guidance-samples.png: samples of class 0 by each rule from common seeds.
+def draw_samples(path: Path) -> None:
+    """Write samples of class 0 by each rule from common seeds.
 
     Args:
-        folder: folder of the pictures.
+        path: image to write.
     """
     figure, axes = _panels()
     for axis, (title, panel) in zip(axes, PANELS.items(), strict=True):
-        x = draw_class_0(panel)
-        _contours(axis, CLEAN)
-        axis.plot(*x.T, ".", color="black", markersize=2.5)
-        axis.set_title(f"{title}: {float((x[:, 0] > 0.5).float().mean()):.0%} rare", fontsize=9)
-    save_figure(figure, folder / "guidance-samples.png", dpi=80)
+        axis.set_title(f"{title}: {plot_samples(axis, panel):.0%} rare", fontsize=9)
+    save_figure(figure, path, dpi=80)
+
+
+def plot_field(axis: Any, panel: GuidedSampler, here: Level) -> None:
+    """Draw the change of points x/α by a first-order step to half of the noise.
+
+    Args:
+        axis: axes of matplotlib.
+        panel: guidance rule.
+        here: noise level of the points.
+    """
+    there = PROCESS.schedule.at(float(here.logsnr) + 2 * math.log(2))
+    y = _lattice(13)
+    change = _next(panel.rule, y, here, there) - y
+    _contours(axis, here)
+    axis.quiver(
+        *y.T, *change.T, angles="xy", scale_units="xy", scale=2.5, width=0.004, color=_ink()
+    )
+
+
+def plot_samples(axis: Any, panel: GuidedSampler) -> float:
+    """Draw samples of class 0.
+
+    Args:
+        axis: axes of matplotlib.
+        panel: guidance rule with its sampler.
+
+    Returns:
+        The share of samples in the rare component.
+    """
+    x = draw_class_0(panel)
+    _contours(axis, CLEAN)
+    axis.plot(*x.T, ".", color=_ink(), markersize=2.5)
+    return float((x[:, 0] > 0.5).float().mean())
 
 
 def draw_class_0(panel: GuidedSampler) -> Tensor:
@@ -153,19 +177,24 @@ def _next(rule: Guidance, y: Tensor, here: Level, there: Level) -> Tensor:
 
 def _panels() -> tuple[Any, Any]:
     figure, axes = create_figure(5, math.ceil(len(PANELS) / 5), width=3.1, height=3.2)
-    axes = axes[: len(PANELS)]
-    for axis in axes:
-        axis.set(xlim=(-SPAN, SPAN), ylim=(-SPAN, SPAN), aspect="equal")
-    return figure, axes
+    return figure, axes[: len(PANELS)]
+
+
+def _ink() -> str:
+    from matplotlib import rcParams
+
+    return str(rcParams["text.color"])
 
 
 def _contours(axis: Any, level: Level) -> None:
     """Draw the densities of y = x/α: class 0 filled, class 1 dashed."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    greys = LinearSegmentedColormap.from_list("", [axis.get_facecolor(), _ink()])
+    filled = {"colors": [greys(share) for share in (0.12, 0.25, 0.4)]}
+    lines = {"colors": [greys(0.65)], "linestyles": "dashed" if level.sigma else "solid"}
     y = _lattice(81)
-    for label, draw, style in (
-        (0, axis.contourf, {"cmap": "Greys", "alpha": 0.6}),
-        (1, axis.contour, {"colors": "0.4"}),
-    ):
+    for label, draw, style in ((0, axis.contourf, filled), (1, axis.contour, lines)):
         density = (
             MIXTURE.log_density(level.alpha * y, level, torch.full((len(y),), label))
             .exp()
@@ -173,8 +202,7 @@ def _contours(axis: Any, level: Level) -> None:
         )
         levels = float(density.max()) * torch.tensor([0.05, 0.3, 0.7, 1.0])
         draw(*(c.view(81, 81) for c in y.T), density, levels=levels, **style)
-    if level.sigma:
-        axis.collections[-1].set_linestyle("dashed")
+    axis.set(xlim=(-SPAN, SPAN), ylim=(-SPAN, SPAN), aspect="equal")
 
 
 def _lattice(count: int) -> Tensor:

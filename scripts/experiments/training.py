@@ -263,12 +263,15 @@ def draw(measurements: list[dict[str, Any]], out: Path) -> None:
         out: image to write.
     """
     names = list(dict.fromkeys(row["arm"] for row in measurements))
+    from matplotlib import rcParams
+
     figure, axes = create_figure(4, -(-len(names) // 4), width=3, height=2.6)
+    ink, faint = rcParams["text.color"], rcParams["grid.color"]
     for axis, name in zip(axes, names, strict=False):
         for other in sorted(names, key=lambda each: each == name):
             for levels, style in (("stratified", "-"), ("independent", "--")):
                 curve = _mean_distances(measurements, other, levels)
-                look = {"color": "k", "lw": 2} if other == name else {"color": "0.8", "lw": 1}
+                look = {"color": ink, "lw": 2} if other == name else {"color": faint, "lw": 1}
                 label = levels if other == name == names[0] else None
                 axis.plot(list(curve), list(curve.values()), style, label=label, **look)
         axis.set(title=name, xscale="log", yscale="log", xlabel="steps", ylim=(90, 250))

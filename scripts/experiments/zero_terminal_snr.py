@@ -258,10 +258,13 @@ def draw(measurements: list[dict[str, Any]], out: Path) -> None:
         measurements: content of the study's file.
         out: image to write.
     """
+    from matplotlib import rcParams
+
     figure, axes = create_figure(len(VARIANTS), width=3.2, height=3.4)
+    ink = rcParams["text.color"]
     edges = torch.linspace(-SPAN, SPAN, BINS + 1).tolist()
     for axis, name in zip(axes, VARIANTS, strict=True):
-        for grid, colour in zip(GRIDS, ("0.75", "k"), strict=True):
+        for grid, colour in zip(GRIDS, ("0.6", ink), strict=True):
             counts = torch.tensor(
                 [
                     row["histogram"]
@@ -272,8 +275,8 @@ def draw(measurements: list[dict[str, Any]], out: Path) -> None:
             ).sum(0)
             density = (counts / counts.sum() * BINS / (2 * SPAN)).tolist()
             label = grid if name == next(iter(VARIANTS)) else None
-            axis.stairs(density, edges, fill=colour != "k", color=colour, label=label, lw=1.5)
-        axis.plot([-1, -1, 1, 1], [0, 0.5, 0.5, 0], "--", color="0.4", lw=1)
+            axis.stairs(density, edges, fill=colour != ink, color=colour, label=label, lw=1.5)
+        axis.plot([-1, -1, 1, 1], [0, 0.5, 0.5, 0], "--", color=ink, lw=1)
         axis.set(title=name, xlabel="mean brightness", ylim=(0, 1.4))
     axes[0].set_ylabel("density")
     save_figure(figure, out)

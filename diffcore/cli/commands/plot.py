@@ -1,6 +1,7 @@
 """`diffcore plot`: draw any number of noise schedules or loss weights into one figure."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,10 +12,16 @@ from diffcore.cli.recipes import find_settings, read_settings
 from diffcore.core.prediction import PredictionType
 from diffcore.core.process import Process
 from diffcore.io.parser import ComponentParser
-from diffcore.io.specs import from_spec
+from diffcore.io.specs import describe_component, from_spec
 from diffcore.objectives.objective import Objective
 from diffcore.objectives.weighting import Weight
-from diffcore.report.figures import create_figure, line_styles, save_figure
+from diffcore.report.figures import (
+    Theme,
+    create_figure,
+    figure_theme,
+    line_styles,
+    save_figure,
+)
 from diffcore.schedules import Schedule
 
 __all__ = [
@@ -90,7 +97,8 @@ def _plot_schedules(argv: Sequence[str]) -> None:
         help=COMPONENTS.format("schedule", "Laplace", "scale: 0.75"),
     )
     arguments = parser.instantiate(parser.parse_args(list(argv)))
-    draw_schedules(arguments.components, _checked(arguments.out))
+    with figure_theme(arguments.theme):
+        draw_schedules(arguments.components, _checked(arguments.out))
     print(f"{len(arguments.components)} schedules -> {arguments.out}")
 
 
@@ -129,9 +137,9 @@ def _plot_weights(argv: Sequence[str]) -> None:
     trainings = [read_training_levels(name) for name in arguments.configs.split(",") if name]
     if not (arguments.components or trainings):
         raise ValueError("name a weight (MinSNR), or a training config with --configs digits")
-    draw_weights(
-        arguments.components, trainings, arguments.on, arguments.sigma_data, _checked(arguments.out)
-    )
+    out = _checked(arguments.out)
+    with figure_theme(arguments.theme):
+        draw_weights(arguments.components, trainings, arguments.on, arguments.sigma_data, out)
     print(
         f"{len(arguments.components)} weights, {len(trainings)} training configs -> {arguments.out}"
     )
@@ -141,6 +149,12 @@ def _parser(command: str, description: str) -> ComponentParser:
     parser = ComponentParser(prog=f"diffcore plot {command}", description=description)
     parser.add_argument(
         "--out", type=Path, default=Path(f"{command}.png"), help="file to write: .png, .svg or .pdf"
+    )
+    parser.add_argument(
+        "--theme",
+        type=Theme,
+        default="light",
+        help="dark lines on white, or light lines on a dark page",
     )
     return parser
 
@@ -203,10 +217,10 @@ def draw_schedules(schedules: Sequence[Schedule], out: Path) -> None:
     t = torch.linspace(0, 1, 1001, dtype=torch.float64)
     for schedule, style in zip(schedules, line_styles(len(schedules)), strict=True):
         level = schedule.level(t)
-        left.plot(t, level.logsnr, label=_legend(schedule), **style)
+        left.plot(t, level.logsnr, **style)
         middle.plot(t, level.alpha, **style)
         middle.plot(t, level.sigma, **{**style, "lw": 1})
-        right.plot(LOGSNR, schedule.density(LOGSNR), **style)
+        right.plot(LOGSNR, schedule.density(LOGSNR), label=_name(schedule), **style)
     left.set(title="noise level", xlabel=TIME_LABEL, ylabel=LOGSNR_LABEL, ylim=LOGSNR_RANGE)
     middle.set(title="α (thick) and σ (thin)", xlabel=TIME_LABEL, ylim=(-0.03, 1.1))
     right.set(
@@ -239,7 +253,7 @@ def draw_weights(
     if weights:
         for weight, style in zip(weights, styles, strict=False):
             axes[0].plot(
-                LOGSNR, weight.target_weight(on, LOGSNR, sigma_data), label=_legend(weight), **style
+                LOGSNR, weight.target_weight(on, LOGSNR, sigma_data), label=_name(weight), **style
             )
         title = f"weight on the squared error of {TARGETS[on]}"
         axes[0].set(title=title, ylabel="w(λ)", xlabel=LOGSNR_LABEL)
@@ -253,6 +267,11 @@ def draw_weights(
     save_figure(figure, out)
 
 
-def _legend(component: object) -> str:
-    """The constructor call without the default scaling, vp."""
-    return repr(component).replace("scaling='vp', ", "").replace("scaling='vp'", "")
+def _name(component: object) -> str:
+    """The constructor call without defaults: `Cosine`, `Laplace(scale=0.75)`."""
+    arguments = [
+        f"{field.name}={describe_component(value)}"
+        for field in fields(component)  # type: ignore[arg-type]
+        if (value := getattr(component, field.name)) != field.default
+    ]
+    return type(component).__name__ + (f"({', '.join(arguments)})" if arguments else "")

@@ -191,8 +191,8 @@ def test_pictures_are_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(
         fields, "PANELS", {name: fields.PANELS[name] for name in list(fields.PANELS)[-2:]}
     )
-    fields.draw_fields(tmp_path)
-    fields.draw_samples(tmp_path)
+    fields.draw_fields(tmp_path / "guidance-fields.png")
+    fields.draw_samples(tmp_path / "guidance-samples.png")
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {
         f"guidance-{what}.png" for what in (*guidance_study.TITLES, "fields", "samples")

@@ -1,0 +1,1 @@
+"""Pictures of the documentation, each in light and dark; `python scripts/gallery.py` draws them."""
