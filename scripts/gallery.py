@@ -84,7 +84,7 @@ def measured() -> Mapping[str, Drawing]:
         Drawings by name.
     """
     from benchmarks.suite import draw_ratios
-    from experiments import guidance, training, zero_terminal_snr
+    from experiments import guidance, training, tuning, zero_terminal_snr
     from experiments.study import read_measurements
     from pictures.accuracy import draw_errors, read_summary
 
@@ -98,6 +98,7 @@ def measured() -> Mapping[str, Drawing]:
         "ratios": partial(draw_ratios, facts),
         "accuracy": partial(draw_errors, read_summary(page)),
         "training": lambda path: training.draw(rows("training"), path),
+        "tuning": lambda path: tuning.draw(rows("tuning"), path),
         "zero-terminal-snr": lambda path: zero_terminal_snr.draw(rows("zero-terminal-snr"), path),
         **{
             f"guidance-{quantity}": partial(guidance.draw_quantity, rows("guidance"), quantity)

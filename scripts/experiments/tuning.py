@@ -28,6 +28,7 @@ from diffcore.evaluation.flow.exact_flow import rms_distance, solve_flow
 from diffcore.evaluation.flow.grid_tuning import Candidate, GridTuning, HeldOut
 from diffcore.evaluation.flow.knot_tuning import KnotProblem
 from diffcore.guidance import CFG
+from diffcore.report.figures import create_figure, line_styles, save_figure
 from diffcore.run import Run
 from diffcore.sampling.generation import DEFAULT_GRID, DEFAULT_SAMPLER
 from diffcore.sampling.loop import guided_prediction
@@ -322,18 +323,15 @@ def draw(measurements: Sequence[Mapping[str, Any]], path: Path) -> None:
         measurements: measurements of the study.
         path: file of the picture.
     """
-    from matplotlib.figure import Figure
-
+    sides = ("chosen", "untuned", "default", "diffusers")
     keys = list(dict.fromkeys((row["problem"], row["scale"]) for row in measurements))
-    figure = Figure(figsize=(3.4 * len(keys), 3.2), layout="constrained")
-    for index, (name, scale) in enumerate(keys):
-        axes = figure.add_subplot(1, len(keys), index + 1)
+    figure, all_axes = create_figure(len(keys), width=3.4, height=3.2)
+    for axes, (name, scale) in zip(all_axes, keys, strict=True):
         rows = [row for row in measurements if (row["problem"], row["scale"]) == (name, scale)]
-        for side in ("chosen", "untuned", "default", "diffusers"):
+        for side, style in zip(sides, line_styles(len(sides)), strict=True):
             points = [(r["evaluations"], r["errors"][side]) for r in rows if r["errors"][side]]
-            label = "tuned" if side == "chosen" else side
-            axes.plot(*zip(*((x, y["median"]) for x, y in points), strict=True), "o-", label=label)
+            x, y = zip(*((count, error["median"]) for count, error in points), strict=True)
+            axes.plot(x, y, label="tuned" if side == "chosen" else side, marker="o", **style)
         axes.set(title=f"{name}, w = {scale:g}", xlabel="evaluations", yscale="log")
-    figure.axes[0].set_ylabel("median distance to the flow")
-    figure.axes[0].legend()
-    figure.savefig(path, dpi=110)
+    all_axes[0].set_ylabel("median distance to the flow")
+    save_figure(figure, path, dpi=110)

@@ -279,4 +279,5 @@ def draw(measurements: list[dict[str, Any]], out: Path) -> None:
         axis.plot([-1, -1, 1, 1], [0, 0.5, 0.5, 0], "--", color=ink, lw=1)
         axis.set(title=name, xlabel="mean brightness", ylim=(0, 1.4))
     axes[0].set_ylabel("density")
+    axes[0].legend(loc="upper left", fontsize=8)
     save_figure(figure, out)
