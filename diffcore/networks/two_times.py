@@ -62,8 +62,9 @@ class TwoTimes(NetworkAdapter):
         self.config = network_config(self.network)
         modules = _time_embeddings(self.network, embeddings)
         width = _width(modules)
-        self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
-        for parameter in self.second.parameters():
+        first, last = nn.Linear(width, width), nn.Linear(width, width)
+        self.interval = nn.Sequential(first, nn.SiLU(), last)
+        for parameter in last.parameters():
             nn.init.zeros_(parameter)
         for module in modules:
             module.register_forward_hook(_add)
@@ -80,9 +81,9 @@ class TwoTimes(NetworkAdapter):
         Returns:
             The output of the network, of the shape of x.
         """
-        features = sinusoids(self.scale * (timestep - end_time), self.first.in_features)
-        hidden = nn.functional.silu(self.first(features.to(self.first.weight.dtype)))
-        token = _ADDED.set(self.second(hidden))
+        weight = self.interval[0].weight
+        features = sinusoids(self.scale * (timestep - end_time), weight.shape[1])
+        token = _ADDED.set(self.interval(features.to(weight.dtype)))
         try:
             return self.network(x, timestep, **arguments)
         finally:

@@ -143,7 +143,7 @@ def test_a_network_of_two_times_starts_as_that_of_one_time_and_learns_from_the_s
     hooks, embedding._forward_hooks = embedding._forward_hooks, type(embedding._forward_hooks)()
     torch.testing.assert_close(start, network.network(x, TIME))
     embedding._forward_hooks = hooks
-    nn.init.normal_(network.second.weight)
+    nn.init.normal_(network.interval[-1].weight)
     changed = network(x, TIME, end_time=ends)
     assert not torch.allclose(changed[:2], start[:2])
     assert not torch.allclose(network(x, TIME, end_time=ends.flip(0)), changed)
@@ -194,7 +194,7 @@ def test_diffusers_networks_receive_a_second_time():
             plain = build().eval()
             plain.load_state_dict(network.network.state_dict())
             torch.testing.assert_close(start, extract_tensor(plain(x, time, **arguments)))
-            nn.init.normal_(network.second.weight)
+            nn.init.normal_(network.interval[-1].weight)
             changed = extract_tensor(network(x, time, end_time=0 * time, **arguments))
         if build is not dit:  # whose modulation starts at zero
             assert not torch.allclose(changed, start)
@@ -204,7 +204,7 @@ def test_a_network_without_a_known_embedding_of_the_time_names_it():
     def build():
         return nn.ModuleDict({"time": nn.Linear(1, 8)})
 
-    assert TwoTimes(build, ["time"]).first.in_features == 8
+    assert TwoTimes(build, ["time"]).interval[0].in_features == 8
     with pytest.raises(ValueError, match=r"has no module time_embedding or timestep_embedder"):
         TwoTimes(build)
     with pytest.raises(ValueError, match=r"embeddings has 'clock'"):

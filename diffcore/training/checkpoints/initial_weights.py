@@ -164,7 +164,8 @@ def _complete(
 ) -> dict[str, Tensor]:
     """The weights of an adapter from those of the network inside of it; others as they are."""
     own = network.state_dict()
-    if not isinstance(network, NetworkAdapter) or own.keys() & tensors.keys():
+    is_whole = any(name.startswith(INNER) for name in tensors)
+    if not isinstance(network, NetworkAdapter) or is_whole:
         return tensors
     inner = {f"{INNER}{name}": value for name, value in tensors.items()}
     added = {name: value for name, value in own.items() if not name.startswith(INNER)}
