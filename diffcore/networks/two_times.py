@@ -81,7 +81,7 @@ class TwoTimes(NetworkAdapter):
         Returns:
             The output of the network, of the shape of x.
         """
-        weight = self.interval[0].weight
+        weight = next(self.interval.parameters())
         features = sinusoids(self.scale * (timestep - end_time), weight.shape[1])
         token = _ADDED.set(self.interval(features.to(weight.dtype)))
         try:
