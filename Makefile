@@ -5,6 +5,8 @@ BENCH ?= .venv-bench
 BIN = $(VENV)/bin
 RUN ?= runs/digits
 STEPS ?= 450
+EMOJI ?= runs/data/emoji
+COLOR ?= runs/emoji
 # How the demo is sampled for its score, whatever the settings of the recipe, so that scores can be compared.
 SAMPLING = --sampler DDIM --grid Trailing --steps 25 --guidance CFG --guidance.scale 1.5
 # Test workers: one for each core that is visible, each with one thread.
@@ -12,7 +14,7 @@ WORKERS ?= auto
 # The byte code of tests is kept, which saves each worker and each command in a process of its own its compilation.
 PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_OPTIONS)
 
-.PHONY: help demo test test-slow test-thorough coverage lint typecheck format gallery docs bench clean
+.PHONY: help demo demo-color test test-slow test-thorough coverage lint typecheck format gallery docs bench clean
 
 help:                            ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -27,6 +29,13 @@ demo: $(VENV)/installed          ## train on real digits, sample a labelled grid
 	$(BIN)/diffcore train digits --steps $(STEPS) --folder $(RUN) --resume auto
 	$(BIN)/diffcore sample $(RUN) --labels 0-9 --per-label 8 --seeds 0-79 --out $(RUN)/samples.png
 	$(BIN)/diffcore evaluate $(RUN) --features pixels --n 500 --reference '{class_path: Digits, init_args: {split: test}}' $(SAMPLING) $(BOUNDS)
+
+demo-color: $(VENV)/installed    ## train on emoji pictures that npm fetches, sample each category, score it
+	test -f $(EMOJI)/content.json || $(BIN)/python scripts/prepare_emoji.py --out $(EMOJI)
+	$(BIN)/diffcore train emoji --data.folder $(EMOJI)/train --validation.data.folder $(EMOJI)/test --folder $(COLOR) --resume auto
+	$(BIN)/diffcore sample $(COLOR) --labels 0-8 --per-label 10 --seeds 0-89 --out $(COLOR)/samples.png
+	$(BIN)/diffcore features train $(EMOJI)/train --out $(COLOR)/features.safetensors
+	$(BIN)/diffcore evaluate $(COLOR) --features $(COLOR)/features.safetensors --reference $(EMOJI)/test --n 320
 
 test: $(VENV)/installed          ## run the tests (about 6 minutes on two cores)
 	$(PYTEST)
