@@ -1,4 +1,7 @@
-"""The page of the playground in headless Chromium; skipped without gradio or a browser."""
+"""The page of the playground in headless Chromium; skipped without gradio or a browser.
+
+`apt-get install chromium` brings the browser on Debian.
+"""
 
 import os
 import re
@@ -13,9 +16,12 @@ import pytest
 from diffcore.io.extras import has_extra
 from tests.helpers.browser import find_browser, open_browser
 
-pytestmark = pytest.mark.skipif(
-    not has_extra("gradio") or find_browser() is None, reason="needs gradio and Chromium"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not has_extra("gradio") or find_browser() is None, reason="needs gradio and Chromium"
+    ),
+]
 
 PICTURE = "[...document.querySelectorAll('#pictures img')].map(x => x.complete && x.src).join()"
 CODE = "[...document.querySelectorAll('.cm-content')].map(x => x.innerText).join('\\n')"

@@ -22,6 +22,7 @@ from diffcore.cli.commands.playground.drawing import BATCH, draw
 from diffcore.cli.commands.playground.page import Address, answer_controls, serve
 from diffcore.cli.commands.playground.panels import draw_panels
 from diffcore.cli.commands.playground.request import parse_request
+from diffcore.core.oracle import PLANE_NAMES
 from diffcore.io.extras import has_extra
 from diffcore.io.specs import describe_component
 
@@ -82,7 +83,7 @@ def test_each_choice_of_the_lists_gives_pictures():
 @pytest.fixture(scope="module")
 def before():
     """The answer to the controls of the moons as they are at the start."""
-    return answer_controls(controls(), CPU)
+    return answer_controls(controls(), PLANE_NAMES, CPU)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ def before():
     ids=lambda change: next(iter(change)),
 )
 def test_each_control_changes_pictures_and_commands(before, change):
-    after = answer_controls(controls(**change), CPU)
+    after = answer_controls(controls(**change), PLANE_NAMES, CPU)
     assert len(pictures(before)) == len(pictures(after)) == 3
     assert not all(
         np.array_equal(*pair) for pair in zip(pictures(before), pictures(after), strict=True)
@@ -144,7 +145,8 @@ def test_trajectories_are_those_of_the_first_batch(trained):
 
 
 def test_a_run_shows_predictions_and_samples(trained):
-    answer = answer_controls(controls(str(trained), "--steps=3", "--labels=1,2"), CPU)
+    values = controls(str(trained), "--steps=3", "--labels=1,2")
+    answer = answer_controls(values, [str(trained)], CPU)
     _, predictions, samples = pictures(answer)
     assert predictions.std() > 0 < samples.std()
     assert "diffcore sample" in answer.command
@@ -168,6 +170,7 @@ def test_a_run_begins_with_its_own_settings(trained):
         ({"steps": 10_000}, "steps is 10000, expected 1 to 1,000"),
         ({"per_label": 5000}, "at most 2,048 samples in all"),
         ({"rule": "Mine"}, "the rule is"),
+        ({"model": "ring"}, "the model is 'ring', expected one of moons, /nowhere"),
         ({"model": "/nowhere"}, "/nowhere is not a run's folder"),
         ({"prompt": "a cat", "labels": []}, "moons is not conditioned on text"),
         ({"seed": -1}, "seed is -1, expected 0 or more"),
@@ -175,7 +178,7 @@ def test_a_run_begins_with_its_own_settings(trained):
     ],
 )
 def test_a_wrong_value_is_explained_in_place_of_the_pictures(change, message):
-    answer = answer_controls(controls()._replace(**change), CPU)
+    answer = answer_controls(controls()._replace(**change), ["moons", "/nowhere"], CPU)
     assert 'role="alert"' in answer.pictures
     assert message in answer.pictures.replace("&#x27;", "'")
     assert "<b>" not in answer.pictures

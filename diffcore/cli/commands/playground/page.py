@@ -76,17 +76,19 @@ class Answer(NamedTuple):
     code: str
 
 
-def answer_controls(controls: Controls, device: torch.device) -> Answer:
+def answer_controls(controls: Controls, models: Sequence[str], device: torch.device) -> Answer:
     """Draw the picture for values of the controls.
 
     Args:
         controls: values of the controls.
+        models: models that the page offers; a request with another one need not come from the page.
         device: device of the network.
 
     Returns:
         The parts of the page; a wrong value is explained in place of the pictures.
     """
     try:
+        _check_offered(controls.model, models)
         drawing = draw(controls.model, parse_request(controls.model, controls.words), device)
     except Exception as error:
         if not is_mistake(error, []):
@@ -94,6 +96,12 @@ def answer_controls(controls: Controls, device: torch.device) -> Answer:
         message = html.escape(one_line(str(error)))
         return Answer(f'<p class="problem" role="alert">{message}</p>', "", "")
     return Answer(_pictures(drawing), command_line(drawing), python_code(drawing))
+
+
+def _check_offered(model: str, models: Sequence[str]) -> None:
+    """Raise ValueError if the command did not name a model."""
+    if model not in models:
+        raise ValueError(f"the model is {model!r}, expected one of {', '.join(models)}")
 
 
 def _pictures(drawing: Drawing) -> str:
@@ -125,7 +133,7 @@ def build_page(models: Sequence[str], first: Controls, device: torch.device) -> 
         The `Blocks` of gradio.
     """
     gr = import_extra("gradio", "The playground")
-    answer = answer_controls(first, device)
+    answer = answer_controls(first, models, device)
     with gr.Blocks(title="diffcore playground", analytics_enabled=False) as page:
         with gr.Row():
             with gr.Column(scale=3, min_width=320, elem_id="answer"):
@@ -135,13 +143,11 @@ def build_page(models: Sequence[str], first: Controls, device: torch.device) -> 
 
         def update(*values: Any) -> list[str]:
             """The parts of the page for values of the controls."""
-            chosen = Controls(*values)
-            if chosen.model not in models:  # a request need not come from the page
-                return ['<p class="problem" role="alert">unknown model</p>', "", ""]
-            return list(answer_controls(chosen, device))
+            return list(answer_controls(Controls(*values), models, device))
 
         def choose(model: str) -> list[Any]:
             """The controls with the settings of a model."""
+            _check_offered(model, models)
             values = Controls.of(model, parse_request(model, []))
             return [gr.update(**settings) for settings in _control_settings(values, device)[1:]]
 
