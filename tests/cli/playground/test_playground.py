@@ -23,6 +23,7 @@ from diffcore.cli.commands.playground.page import Address, answer_controls, serv
 from diffcore.cli.commands.playground.panels import draw_panels
 from diffcore.cli.commands.playground.request import parse_request
 from diffcore.core.oracle import PLANE_NAMES
+from diffcore.core.process import Process
 from diffcore.io.extras import has_extra
 from diffcore.io.specs import describe_component
 
@@ -157,6 +158,14 @@ def test_a_run_begins_with_its_own_settings(trained):
     request = parse_request(str(trained), [])
     assert describe_component(request.guidance) == "CFG(1.5)"
     assert request.steps == 25
+    assert (list(request.labels), request.per_label) == ([0, 1, 2, 3], 4)
+
+
+def test_a_run_of_points_begins_with_many_samples(tmp_path):
+    Process(shape=(2,), classes=2, dropout=0.1).save(tmp_path / "process.json")
+    (tmp_path / "config.yaml").write_text("sample_steps: 5\nnetwork: mine.Network\n")
+    request = parse_request(str(tmp_path), [])
+    assert (request.steps, list(request.labels), request.per_label) == (5, [0, 1], 128)
 
 
 @pytest.mark.parametrize(

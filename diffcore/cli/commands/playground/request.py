@@ -118,8 +118,11 @@ def default_request(model: str) -> dict[str, Any]:
         return {"labels": "0,1", "per_label": POINTS}
     settings, record = read_sampling_settings(Path(model)), Run(Path(model)).process
     options = {option: settings[name] for name, option in RUN_OPTIONS.items() if name in settings}
-    classes = Process.load(record).classes if record.is_file() else 0
-    return options | {"labels": list(range(min(classes, ROWS)))}
+    if not record.is_file():
+        return options
+    process = Process.load(record)
+    count = POINTS if len(process.shape) == 1 else IMAGES
+    return options | {"labels": list(range(min(process.classes, ROWS))), "per_label": count}
 
 
 def parse_request(model: str, words: Sequence[str]) -> PictureRequest:
