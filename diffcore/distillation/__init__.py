@@ -3,6 +3,8 @@
 from diffcore.distillation.consistency import Consistency, ContinuousConsistency
 from diffcore.distillation.flow_pairs import FlowPairs
 from diffcore.distillation.intervals import KnotIntervals, ShrinkingIntervals
+from diffcore.distillation.matching.adversarial import DiffusionGAN, SelfCooperative
+from diffcore.distillation.matching.denoising_gan import DenoisingGAN, NoiseChannels
 from diffcore.distillation.matching.discriminator import (
     Discriminator,
     FeatureDiscriminator,
@@ -14,6 +16,7 @@ from diffcore.distillation.matching.distribution_matching import (
 )
 from diffcore.distillation.matching.divergence import Divergence
 from diffcore.distillation.matching.network_training import NetworkTraining
+from diffcore.distillation.matching.reward import RewardTuning
 from diffcore.distillation.matching.student import Student
 from diffcore.distillation.mean_flow import MeanFlow
 from diffcore.distillation.shortcut import Shortcut
@@ -22,6 +25,8 @@ from diffcore.distillation.teacher import OracleTeacher, PipelineTeacher, RunTea
 __all__ = [
     "Consistency",
     "ContinuousConsistency",
+    "DenoisingGAN",
+    "DiffusionGAN",
     "Discriminator",
     "DistributionMatching",
     "Divergence",
@@ -31,10 +36,13 @@ __all__ = [
     "MeanFlow",
     "NetworkDiscriminator",
     "NetworkTraining",
+    "NoiseChannels",
     "OracleTeacher",
     "PipelineTeacher",
+    "RewardTuning",
     "RunTeacher",
     "ScoreIdentity",
+    "SelfCooperative",
     "Shortcut",
     "ShrinkingIntervals",
     "Student",

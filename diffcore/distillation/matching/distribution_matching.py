@@ -66,14 +66,14 @@ class DistributionMatching(StudentObjective):
 
     The loss of a sample is ½ mean |x_0 - sg(x_0 - g)|², whose gradient in x_0 is g / D for D
     numbers: g = w h (x̂_0^fake - x̂_0^teacher), divided by the mean of |x_0 - x̂_0^teacher| if
-    `normalised` is set (Yin et al. 2024, 2311.18828, eq. 8). Its value is ½ mean g².
+    `normalised` is set (Yin et al. 2023, DMD, 2311.18828). Its value is ½ mean g².
 
     The inherited `weight`, `levels` and `corrected` are those of the fake network's denoising loss,
     whose levels are those of the comparison too. The fake network begins with the teacher's weights
     if it has the student's network and process, else with those of the student.
 
-    Defaults that worked on digits and on points: 5 updates of the fake network, the student's
-    learning rate for both networks, and a student that begins with the weights of the teacher.
+    Start from the defaults: 5 updates of the fake network, the student's learning rate for both
+    networks, and, if the teacher is a network, a student with its weights (`init`).
 
     Sources: Yin et al. 2024 (DMD2, 2405.14867); Xu et al. 2025 (f-distill, 2502.15681) for the
     weight h(r); Nguyen et al. 2024 (SNOOPI, 2412.02687, PG-SB) for random guidance scales.
@@ -306,7 +306,7 @@ class ScoreIdentity(DistributionMatching):
     It needs no data without a discriminator, and one update of the fake network in a step. The loss
     may be negative.
 
-    Source: Zhou et al. 2024 (2404.04057, eq. 23, α = 1 or 1.2).
+    Source: Zhou et al. 2024 (SiD, 2404.04057), α = 1 or 1.2.
 
     Args:
         alpha: α.

@@ -10,13 +10,17 @@ from torch.utils.data import TensorDataset
 from diffcore.core.oracle import GaussianMixture
 from diffcore.core.process import Process
 from diffcore.distillation import (
+    DenoisingGAN,
+    DiffusionGAN,
     DistributionMatching,
     Divergence,
     FeatureDiscriminator,
     NetworkDiscriminator,
     NetworkTraining,
+    NoiseChannels,
     OracleTeacher,
     ScoreIdentity,
+    SelfCooperative,
     Student,
 )
 from diffcore.evaluation.energy_distance import energy_distance
@@ -75,11 +79,19 @@ OBJECTIVES = {
     ),
     "score identity": ScoreIdentity(teacher=OracleTeacher(TEACHER), alpha=1.0),
 }
+CRITIC = NetworkDiscriminator(network=partial(Perceptron, [2], width=16), r1=0.1)
+PAIRS = NetworkDiscriminator(network=partial(Perceptron, [4], width=16), r1=0.1)
+ADVERSARIAL = {
+    "self-cooperative": SelfCooperative(discriminator=CRITIC, student=Student(2)),
+    "diffusion": DiffusionGAN(discriminator=CRITIC, speed=0.1),
+    "denoising": DenoisingGAN(discriminator=PAIRS, student=Student(2)),
+}
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", OBJECTIVES | ADVERSARIAL)
 def test_every_network_of_an_objective_is_trained(tmp_path, name):
-    state = trainer(tmp_path, OBJECTIVES[name], steps=3, batch_size=16, save_every=1).train()
+    objective = (OBJECTIVES | ADVERSARIAL)[name]
+    state = trainer(tmp_path, objective, steps=3, batch_size=16, save_every=1).train()
     first, last = (read_checkpoint(tmp_path, step) for step in (2, 3))
     for network in state.further:
         tensors = first[f"{network}.safetensors"]
@@ -92,15 +104,21 @@ def test_every_network_of_an_objective_is_trained(tmp_path, name):
         assert all(line[f"loss/{network}"] > 0 for network in state.further)
 
 
-def test_a_resumed_run_with_a_divergence_and_a_discriminator_writes_the_same_bytes(tmp_path):
+@pytest.mark.parametrize("name", ["three networks", "diffusion", "denoising"])
+def test_a_resumed_run_of_students_and_discriminators_writes_the_same_bytes(tmp_path, name):
     options = {"steps": 6, "batch_size": 16, "save_every": 2, "log_every": 3}
-    build = partial(trainer, objective=OBJECTIVES["three networks"], **options)
+    if name == "denoising":
+        options["network"] = partial(NoiseChannels, partial(Perceptron, [4], width=16), 2)
+    build = partial(trainer, objective=(OBJECTIVES | ADVERSARIAL)[name], **options)
     build(tmp_path / "straight").train()
     crash_after(build(tmp_path / "resumed"), 4)
     build(tmp_path / "resumed", resume=True).train()
     assert hashes(tmp_path / "resumed") == hashes(tmp_path / "straight")
-    means = read_checkpoint(tmp_path / "resumed", 6)["discriminator.safetensors"]
-    assert means["mean_weight.share"].max() > 0.5
+    statistics = read_checkpoint(tmp_path / "resumed", 6)["discriminator.safetensors"]
+    if name == "three networks":
+        assert statistics["mean_weight.share"].max() > 0.5
+    if name == "diffusion":
+        assert 0.1 <= statistics["reach"] <= 1
 
 
 def test_accumulation_changes_a_run_of_three_networks_by_rounding_alone(tmp_path):
