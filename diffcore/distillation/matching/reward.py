@@ -55,7 +55,8 @@ class RewardTuning(StudentObjective):
     Args:
         reference: run of the student before the tuning, with the same process; start from its
             weights too (`init`).
-        reward: function of x_0, by its import path.
+        reward: function of x_0, by its import path in settings, which need its annotation:
+            `def reward(x0: Tensor) -> Tensor`.
         strength: β, positive.
         divergence: kl (δ²/2), jeffreys (δ²), hellinger (1 - exp(-δ²/8)), or js.
         end: σ/α of the divergence of the last step.
