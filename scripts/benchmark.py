@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         (start_up, "seconds until a program starts, beside torch and diffusers", 12),
         (folder, "second start of training on a folder of images, beside a small one", None),
         (memory, "peak memory of fine-tuning by option", None),
+        (serve, "mixed requests to a service, together and one at a time", None),
         (accuracy, "distance to the exact flow by evaluations, beside diffusers", None),
         (all_benchmarks, "all of them, which rewrites docs/benchmarks.md", None),
     ):
@@ -96,6 +97,9 @@ def _parser() -> argparse.ArgumentParser:
             benchmark.add_argument("--counts", type=int, nargs="+", default=[], help=help_text)
             help_text = "measure k-diffusion and azula too, if they are installed"
             benchmark.add_argument("--peers", action="store_true", help=help_text)
+        if measure is serve:
+            options["--requests"] = (int, 200, "mixed requests (default 200)")
+            options["--rows"] = (int, 16, "rows of each call of the network (default 16)")
         if measure is memory:
             benchmark.add_argument("--networks", nargs="+", default=["tiny", "large"])
         if measure is all_benchmarks:
@@ -248,6 +252,29 @@ def accuracy(arguments: argparse.Namespace) -> dict[str, Any]:
         "default_errors": report.default_errors(measurements, default, digit_starts),
         "rows": [vars(measurement) for measurement in measurements],
     }
+
+
+def serve(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure the service of continuous batching, and return facts for JSON."""
+    from benchmarks.serving import measure_serving
+
+    facts = measure_serving(arguments.requests, arguments.rows)
+    rows = [
+        [name, f"{value:.1f}", f"{facts.samples / value:.2f}"]
+        for name, value in facts.seconds.items()
+    ]
+    blocks = _blocks(arguments, ["all requests", "seconds", "samples a second"], rows)
+    loads = [[f"{rate:.2f}", f"{p50:.2f}", f"{p99:.2f}"] for rate, p50, p99 in facts.latencies]
+    header = ["requests a second", "p50, seconds", "p99, seconds"]
+    statuses = ", ".join(f"{n} of status {status}" for status, n in facts.statuses.items())
+    blocks["table"] += (
+        f"\n\n{markdown_table(header, loads)}\n\n"
+        f"Of {facts.requests} mixed requests ({facts.samples} samples, {facts.rows} rows), "
+        f"{facts.equal} have the bits that they get alone; {facts.used:.0%} of the rows were used. "
+        f"Bad requests: {statuses}; a good request among them "
+        f"{'kept' if facts.unchanged else 'lost'} its bits."
+    )
+    return {"blocks": blocks, "serving": facts._asdict()}
 
 
 def folder(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -60,6 +60,7 @@ PARTS = (
     Part("guidance", "guidance --samples 16 --pairs 30 --threads 1", "--samples 1"),
     Part("folder", "folder --repeats 3", "--repeats 1 --images 2000"),
     Part("memory", "memory --networks tiny large --threads 1", "--networks tiny"),
+    Part("serve", "serve --threads 1", "--requests 4"),
     Part("accuracy", "accuracy --starts 128 --threads 1 --peers", "--starts 4 --counts 5 10"),
 )
 

@@ -15,7 +15,7 @@ import uvicorn
 from PIL import Image
 from safetensors.torch import load
 
-from diffcore.cli.commands.serve import _listen
+from diffcore.cli.commands.serve import listen
 from diffcore.cli.image_model import ImageModel
 from diffcore.cli.serving.application import ServedModel, create_application
 from diffcore.cli.serving.messages import RequestDefaults
@@ -66,7 +66,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server():
-    listener = _listen("127.0.0.1", 0)
+    listener = listen("127.0.0.1", 0)
     with listener, SamplingService(NETWORK, 4, LIMITS) as service:
         application = create_application(
             ServedModel("tiny", ImageModel(NETWORK), service, DEFAULTS, 60.0)
@@ -250,7 +250,7 @@ def test_bad_options_are_one_line(diffcore, trained, words, message):
 
 
 def test_a_port_in_use_is_named():
-    with _listen("127.0.0.1", 0) as listener:
+    with listen("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
         with pytest.raises(ValueError, match=f"port {port}"):
-            _listen("127.0.0.1", port)
+            listen("127.0.0.1", port)

@@ -26,7 +26,7 @@ from diffcore.sampling import DEFAULT_GRID, DEFAULT_SAMPLER
 from diffcore.schedules import Grid
 from diffcore.serving import SamplingLimits, SamplingService
 
-__all__ = ["ServeRequest", "main"]
+__all__ = ["ServeRequest", "listen", "main"]
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _serve(folder: Path, request: ServeRequest) -> None:
     device, options = find_device(request.device), request.pipeline_options
     model = load_image_model(folder, options, device, request.weights)
     guidance = load_guidance(request.guidance, options, device)
-    listener = _listen(request.host, request.port)
+    listener = listen(request.host, request.port)
     with listener, SamplingService(model.denoiser, request.rows, request.limits) as service:
         application = _create_application(folder, request, model, guidance, service)
         settings = uvicorn.Config(
@@ -151,8 +151,19 @@ def _create_application(
     return create_application(ServedModel(folder.name, model, service, defaults, request.timeout))
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A socket that listens on an address, so that connections wait for the start."""
+def listen(host: str, port: int) -> socket.socket:
+    """Open a socket that listens on an address, so that connections wait for the start.
+
+    Args:
+        host: address.
+        port: port; 0: a free one.
+
+    Returns:
+        The socket.
+
+    Raises:
+        ValueError: another program listens there, or the address is not one of this machine.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
