@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from diffcore.caches.integration import part
 from diffcore.core.conditions import BatchCondition, as_conditions, concatenate
 from diffcore.core.denoiser import DenoiserProtocol
 from diffcore.core.prediction import Prediction
@@ -86,7 +87,8 @@ def _evaluate(
     if not micro_batch:
         return denoiser(x, level, condition)
     parts = []
-    for start in range(0, len(x), micro_batch):
+    for index, start in enumerate(range(0, len(x), micro_batch)):
+        part(index)
         # The last sample fills the last call: bits then do not depend on the number of samples.
         samples = torch.arange(start, start + micro_batch, device=x.device).clamp(max=len(x) - 1)
         labels = None if condition is None else condition[samples]

@@ -18,6 +18,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from diffcore.caches.integration import no_integration
 from diffcore.core.conditions import BatchCondition
 from diffcore.core.denoiser import DenoiserProtocol, DenoiserWrapper
 from diffcore.core.network import unwrap
@@ -231,7 +232,7 @@ class _AlteredDenoiser(DenoiserWrapper):
                 f"{self.alteration} needs a network with layers: use Unconditional, Label or "
                 f"WeakerNetwork"
             )
-        with self.alteration.apply(network):
+        with self.alteration.apply(network), no_integration():
             return self.inner(x, level, condition)
 
 

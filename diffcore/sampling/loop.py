@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffcore.caches.integration import integration
 from diffcore.core.conditions import LABEL, BatchCondition, Conditions, labels_of
 from diffcore.core.denoiser import DenoiserProtocol
 from diffcore.core.estimate import require_posterior_mean
@@ -58,6 +59,7 @@ SAME_LEVEL = 1e-9
 """Tolerance in λ: a level nearer than this to a knot is the knot."""
 
 
+@integration()
 def integrate(
     denoiser: DenoiserProtocol,
     sampler: Sampler,
