@@ -1,6 +1,7 @@
 """`python scripts/experiment.py NAME`: run a study of docs/experiments, or draw its pictures."""
 
 import argparse
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ def main() -> None:
         learned_levels: "the bound of digits with one level for all pixels and with learned ones",
         claims: "what papers claim, measured: the tables of docs/claims.md",
         tuning: "how much closer tuned knots are, beside untuned ones and diffusers",
+        caches: "error of samples over the work that caches save, on two networks of digits",
         kill_drill: "whether a run that is killed again and again ends with the same bytes",
     }.items():
         name = run.__name__.replace("_", "-")
@@ -70,6 +72,13 @@ def _add_options(study: argparse.ArgumentParser, run: Callable[..., None], name:
             default=count,
             help=f"images of each measurement (default {count})",
         )
+    if run is caches:
+        study.add_argument("--unet", type=Path, required=True, help="run of a U-Net")
+        study.add_argument("--dit", type=Path, required=True, help="run of a transformer")
+        study.add_argument("--count", type=int, default=40, help="samples (default 40)")
+        study.add_argument("--steps", type=int, default=24, help="sampler steps (default 24)")
+        out = Path("docs/experiments/caches.json")
+        study.add_argument("--out", type=Path, default=out, help=f"measurements (default {out})")
     if run is kill_drill:
         _add_drill_options(study)
     if run is conditions:
@@ -246,6 +255,20 @@ def tuning(arguments: argparse.Namespace) -> None:
     )
     print(f"\n{study.format_table(measurements)}")
     study.draw(measurements, PICTURES / "tuning.png")
+
+
+def caches(arguments: argparse.Namespace) -> None:
+    """Measure the error of caches over the work that they save."""
+    from experiments.caches import draw_errors, format_rows, measure_caches
+
+    rows = measure_caches(
+        {"U-Net": arguments.unet, "DiT": arguments.dit}, arguments.count, arguments.steps
+    )
+    arguments.out.write_text(
+        json.dumps([row._asdict() for row in rows], indent=1) + "\n", encoding="utf-8"
+    )
+    draw_errors(rows, PICTURES / "caches.png")
+    print(format_rows(rows))
 
 
 def kill_drill(arguments: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
 """Caches: features of a network that are reused at neighbouring noise levels of one integration."""
 
-from diffcore.caches.base import Cache, CachedDenoiser
+from diffcore.caches.base import Cache, CachedDenoiser, cached, describe_reuse
 from diffcore.caches.deep_cache import DeepCache
 from diffcore.caches.first_block import FirstBlockCache
 
-__all__ = ["Cache", "CachedDenoiser", "DeepCache", "FirstBlockCache"]
+__all__ = ["Cache", "CachedDenoiser", "DeepCache", "FirstBlockCache", "cached", "describe_reuse"]

@@ -23,7 +23,7 @@ from diffcore.core.network import unwrap
 from diffcore.core.prediction import Prediction
 from diffcore.schedules import Level
 
-__all__ = ["Cache", "CacheCounts", "CachedDenoiser", "CachedEvaluation"]
+__all__ = ["Cache", "CacheCounts", "CachedDenoiser", "CachedEvaluation", "cached", "describe_reuse"]
 
 
 class CachedEvaluation(NamedTuple):
@@ -147,6 +147,36 @@ class CachedDenoiser(DenoiserWrapper):
             computed, reused = self._counts
             self._counts = CacheCounts(computed + (not result.is_reused), reused + result.is_reused)
         return result.prediction
+
+
+def cached(denoiser: DenoiserProtocol, cache: Cache | None) -> DenoiserProtocol:
+    """A denoiser whose network is evaluated with a cache.
+
+    Args:
+        denoiser: denoiser of a network.
+        cache: rule that decides what is reused; None: the denoiser itself is returned.
+
+    Returns:
+        The denoiser.
+
+    Raises:
+        ValueError: as `CachedDenoiser`.
+
+    Example:
+        sample(cached(Run("runs/digits").denoiser(), DeepCache(every=3)), seeds=range(16))
+    """
+    return denoiser if cache is None else CachedDenoiser(denoiser, cache)
+
+
+def describe_reuse(denoiser: DenoiserProtocol) -> str:
+    """The share of the calls of a network that reused features, as a part of a line.
+
+    Returns:
+        Text that begins with a comma; empty for a denoiser without a cache.
+    """
+    if not isinstance(denoiser, CachedDenoiser):
+        return ""
+    return f", {denoiser.counts.reused_share:.0%} with features of {denoiser.cache}"
 
 
 def _is_same(a: BatchCondition | None, b: BatchCondition | None) -> bool:

@@ -14,7 +14,7 @@ from inspect import isclass, ismethod, signature
 from pathlib import Path
 from typing import Any
 
-from diffcore import guidance, samplers, schedules
+from diffcore import caches, guidance, samplers, schedules
 from diffcore.cli.arguments import wants_help
 from diffcore.io.parser import ComponentParser
 from diffcore.io.specs import to_spec
@@ -33,11 +33,11 @@ OPTIONS = {
 
 CLASSES = {
     name: value
-    for package in (schedules, samplers, guidance)
+    for package in (schedules, samplers, guidance, caches)
     for name, value in vars(package).items()
     if isclass(value) and is_dataclass(value)
 }
-"""Name -> class of schedules, grids, samplers and guidance rules."""
+"""Name -> class of schedules, grids, samplers, guidance rules and caches."""
 
 
 def parse_with_run_defaults(

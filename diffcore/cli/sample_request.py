@@ -10,6 +10,7 @@ from typing import Any
 
 from jsonargparse.typing import register_type
 
+from diffcore.caches import Cache
 from diffcore.cli.image_model import PipelineOptions
 from diffcore.guidance import CFG, Guidance
 from diffcore.run import AVERAGED
@@ -98,12 +99,16 @@ class SampleRequest:
         height: height of a pipeline's images in pixels; 0: the network's default.
         width: width of a pipeline's images in pixels; 0: the network's default.
         per_label: number of samples for each label or prompt.
+        n: number of samples in all, such as 50000, written to a folder: sample k has seed k, and the
+            labels or prompts take turns. 0: per_label samples of each label.
         seeds: one 64-bit seed for each sample, such as 0-79, label after label; default: 0, 1, 2,
             ...
         sampler: numerical integrator.
         grid: rule that places the noise levels (knots).
         steps: number of sampler steps.
         guidance: rule that strengthens the condition.
+        cache: rule by which features of the network are reused at neighbouring noise levels, such as
+            DeepCache; evaluations are cheaper and samples approximate. null: none.
         image: image file to start from; every seed adds other noise to it.
         start: noise level σ/α of the noise added to the image; 0: the first level of the grid.
         batch_size: number of samples drawn together. Another batch size changes samples by rounding
@@ -134,11 +139,13 @@ class SampleRequest:
     height: int = 0
     width: int = 0
     per_label: int = 1
+    n: int = 0
     seeds: IntegerList = field(default_factory=IntegerList)
     sampler: Sampler = field(default_factory=lambda: DEFAULT_SAMPLER)
     grid: Grid = field(default_factory=lambda: DEFAULT_GRID)
     steps: int = 25
     guidance: Guidance = field(default_factory=CFG)
+    cache: Cache | None = None
     image: Path | None = None
     start: float = 0.0
     batch_size: int = 64
@@ -163,6 +170,7 @@ class SampleRequest:
             raise ValueError(
                 f"per_label is {self.per_label}, expected at most {MAXIMUM_COUNT:,} samples in all"
             )
+        self._check_count()
         self._check_start()
         self._check_arrays()
         if self.labels and self.prompt:
@@ -171,10 +179,22 @@ class SampleRequest:
                 "a label"
             )
         name, expected = "prompts" if self.prompt else "labels", len(self.sample_labels or ())
-        if self.seeds and expected and len(self.seeds) != expected:
+        if self.seeds and (expected or self.n) and len(self.seeds) != (expected or self.n):
+            product = f"{len(self.unique_labels)} {name} x {self.per_label}"
             raise ValueError(
-                f"seeds are {len(self.seeds)}, expected {expected}: "
-                f"{len(self.unique_labels)} {name} x {self.per_label}"
+                f"seeds are {len(self.seeds)}, expected {expected or self.n}: "
+                f"{f'n is {self.n}' if self.n else product}"
+            )
+
+    def _check_count(self) -> None:
+        if not 0 <= self.n <= MAXIMUM_COUNT:
+            raise ValueError(f"n is {self.n}, expected a number of samples up to {MAXIMUM_COUNT:,}")
+        if self.n and self.per_label != 1:
+            raise ValueError(f"n is {self.n} and per_label {self.per_label}: give one of them")
+        if self.n and self.out.suffix in pictures.SUFFIXES:
+            raise ValueError(
+                f"n is {self.n}, and out is {self.out}, one picture: set --out to a folder, or to "
+                "a file of arrays"
             )
 
     def _check_start(self) -> None:
@@ -232,12 +252,16 @@ class SampleRequest:
     @property
     def sample_labels(self) -> list[int] | None:
         """The label of each sample, or None for unconditional samples."""
+        if self.n and self.unique_labels:
+            labels = self.unique_labels
+            return [labels[index % len(labels)] for index in range(self.n)]
         return [label for label in self.unique_labels for _ in range(self.per_label)] or None
 
     @property
     def sample_seeds(self) -> list[int]:
         """The seed of each sample."""
-        return list(self.seeds) or list(range(len(self.sample_labels or range(self.per_label))))
+        count = len(self.sample_labels or range(self.n or self.per_label))
+        return list(self.seeds) or list(range(count))
 
     def sample_keys(self, null_label: int, values: int = 1) -> list[SampleKey]:
         """Label, seed and value of the named conditions of each sample.
@@ -252,23 +276,22 @@ class SampleRequest:
         Raises:
             ValueError: there is not one value for each label, or not one seed for each sample.
         """
-        if values == 1:
+        if values == 1 or self.n:
             seeds = self.sample_seeds
             labels = self.sample_labels or [null_label] * len(seeds)
-            return [SampleKey(label, seed) for label, seed in zip(labels, seeds, strict=True)]
+            pairs = enumerate(zip(labels, seeds, strict=True))
+            return [SampleKey(label, seed, index % values) for index, (label, seed) in pairs]
         labels = list(self.unique_labels) or [null_label] * values
         if len(labels) != values:
             raise ValueError(
                 f"the conditions have {values} values for {len(labels)} labels or prompts, "
                 "expected one value for each, or one for all"
             )
-        pairs = [(row, label) for row, label in enumerate(labels) for _ in range(self.per_label)]
-        seeds = list(self.seeds) or list(range(len(pairs)))
-        if len(seeds) != len(pairs):
+        rows = [(row, label) for row, label in enumerate(labels) for _ in range(self.per_label)]
+        seeds = list(self.seeds) or list(range(len(rows)))
+        if len(seeds) != len(rows):
             raise ValueError(
-                f"seeds are {len(seeds)}, expected {len(pairs)}: {values} values of the conditions "
+                f"seeds are {len(seeds)}, expected {len(rows)}: {values} values of the conditions "
                 f"x {self.per_label}"
             )
-        return [
-            SampleKey(label, seed, row) for (row, label), seed in zip(pairs, seeds, strict=True)
-        ]
+        return [SampleKey(label, seed, row) for (row, label), seed in zip(rows, seeds, strict=True)]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from diffcore.caches import cached, describe_reuse
 from diffcore.cli.arguments import join_option
 from diffcore.cli.condition_files import NamedValues
 from diffcore.cli.image_model import (
@@ -116,7 +117,7 @@ def _sample(folder: Path, request: SampleRequest) -> None:
     print(
         f"{name}{existing}{len(wanted)} samples of {evaluations:g} network evaluations each, "
         f"{_planned(plan.planned_evaluations)} ({request.sampler}, {request.started_grid}, "
-        f"{len(plan.knots) - 1} steps, {request.guidance}) -> {request.out}"
+        f"{len(plan.knots) - 1} steps, {request.guidance}){describe_reuse(plan.denoiser)} -> {request.out}"
     )
     if bad:
         written = "kept in" if request.out.suffix else "left out of"
@@ -138,6 +139,7 @@ class SamplePlan:
 
     def __init__(self, model: ImageModel, guidance: Guidance, request: SampleRequest) -> None:
         self.model, self.guidance, self.request = model, guidance, request
+        self.denoiser = cached(model.denoiser, request.cache)
         process = model.denoiser.process
         knots = request.started_grid.knots(process.schedule, request.steps)
         self.knots = insert_levels(knots, guidance.levels(process))
@@ -193,7 +195,7 @@ class SamplePlan:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NonFiniteWarning)  # the command counts them
             samples = sample(
-                self.model.denoiser,
+                self.denoiser,
                 request.sampler,
                 request.started_grid,
                 request.steps,
@@ -236,6 +238,7 @@ class SamplePlan:
             "adapters": list(request.lora),
             "shape": list(model.image_process.shape),
             "image": image,
+            **({} if request.cache is None else {"cache": str(request.cache)}),
             **self.named.settings,
             "names": "the seed of a file and its label or prompt determine its noise",
         }
