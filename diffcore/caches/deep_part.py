@@ -26,7 +26,11 @@ class DeepPart(ABC):
 
     @abstractmethod
     def computing(self) -> Mapping[nn.Module, Replacement]:
-        """Replacements that compute the deep part and record its feature."""
+        """Replacements that compute the deep part and record its feature.
+
+        Returns:
+            Module -> replacement of its forward.
+        """
 
     @abstractmethod
     def reusing(self, feature: Tensor, before: "DeepPart") -> Mapping[nn.Module, Replacement]:
@@ -35,6 +39,9 @@ class DeepPart(ABC):
         Args:
             feature: the feature.
             before: a deep part that was computed, whose outputs have the same shapes.
+
+        Returns:
+            Module -> replacement of its forward.
         """
 
 
@@ -114,12 +121,19 @@ def _constant(output: Any) -> Replacement:
 
 
 def hidden_states(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The tokens among the arguments of a block: the first one."""
+    """The tokens among the arguments of a block: the first one.
+
+    Returns:
+        Tokens (B, N, C).
+    """
     return args[0] if args else kwargs["hidden_states"]
 
 
 def require_tokens(output: Any, block: nn.Module) -> Tensor:
     """The output of a block, if it is a tensor.
+
+    Returns:
+        Tokens (B, N, C).
 
     Raises:
         ValueError: it is not; the message has the remedy.
@@ -127,7 +141,7 @@ def require_tokens(output: Any, block: nn.Module) -> Tensor:
     if not isinstance(output, Tensor):
         raise ValueError(
             f"a block {class_name(block)} returns {type(output).__name__}, and a cache needs one "
-            "that returns a tensor: use the caches of diffusers, network.enable_cache(...)"
+            "that returns a tensor: sample without it, or use a cache of diffusers in its pipeline"
         )
     return output
 

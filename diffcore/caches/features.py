@@ -29,13 +29,21 @@ class Features:
     values: tuple[tuple[float, Tensor], ...] = ()
 
     def add(self, level: Level, value: Tensor, degree: int) -> "Features":
-        """The features with a further value, of which those that degree d needs are kept."""
+        """The features with a further value, of which those that degree d needs are kept.
+
+        Returns:
+            The features, the further value first.
+        """
         a = require_one_level(level.blend)
         kept = tuple((b, old) for b, old in self.values if b != a)[:degree]
         return Features(((a, value), *kept))
 
     def at(self, level: Level) -> Tensor:
-        """The extrapolated value at a level."""
+        """The extrapolated value at a level.
+
+        Returns:
+            F, of the shape of the values.
+        """
         a, nodes = require_one_level(level.blend), [b for b, _ in self.values]
         total: Any = 0.0
         for i, (node, value) in enumerate(self.values):
@@ -48,6 +56,9 @@ class Features:
 
 def require_one_level(value: Real) -> float:
     """A value of a level that is the same for the whole batch.
+
+    Returns:
+        The value.
 
     Raises:
         TypeError: the level is a map.

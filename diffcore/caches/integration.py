@@ -27,13 +27,21 @@ _CURRENT: ContextVar[Integration | None] = ContextVar("integration", default=Non
 
 
 def current_integration() -> Integration | None:
-    """The integration of this thread, or None outside of one."""
+    """The integration that this thread is in.
+
+    Returns:
+        The integration; None outside of one.
+    """
     return _CURRENT.get()
 
 
 @contextmanager
 def integration() -> Iterator[None]:
-    """Open an integration in this thread, for a `with` block or as decorator of a function."""
+    """Open an integration in this thread, for a `with` block or as decorator of a function.
+
+    Yields:
+        None.
+    """
     token = _CURRENT.set(Integration())
     try:
         yield
@@ -43,7 +51,11 @@ def integration() -> Iterator[None]:
 
 @contextmanager
 def no_integration() -> Iterator[None]:
-    """Evaluate whole networks in a `with` block, such as one whose layers are altered."""
+    """Evaluate whole networks in a `with` block, such as one whose layers are altered.
+
+    Yields:
+        None.
+    """
     token = _CURRENT.set(None)
     try:
         yield

@@ -99,16 +99,16 @@ class SampleRequest:
         height: height of a pipeline's images in pixels; 0: the network's default.
         width: width of a pipeline's images in pixels; 0: the network's default.
         per_label: number of samples for each label or prompt.
-        n: number of samples in all, such as 50000, written to a folder: sample k has seed k, and the
-            labels or prompts take turns. 0: per_label samples of each label.
+        n: number of samples in all, such as 50000, written to a folder: sample k has seed k, and
+            the labels or prompts take turns. 0: per_label samples of each label.
         seeds: one 64-bit seed for each sample, such as 0-79, label after label; default: 0, 1, 2,
             ...
         sampler: numerical integrator.
         grid: rule that places the noise levels (knots).
         steps: number of sampler steps.
         guidance: rule that strengthens the condition.
-        cache: rule by which features of the network are reused at neighbouring noise levels, such as
-            DeepCache; evaluations are cheaper and samples approximate. null: none.
+        cache: rule by which features of the network are reused at neighbouring noise levels, such
+            as DeepCache; evaluations are cheaper and samples approximate. null: none.
         image: image file to start from; every seed adds other noise to it.
         start: noise level σ/α of the noise added to the image; 0: the first level of the grid.
         batch_size: number of samples drawn together. Another batch size changes samples by rounding

@@ -40,7 +40,11 @@ class Row:
 
 
 def pending_rows(trajectory: Trajectory) -> list[Row]:
-    """The rows that the trajectory's next step needs, one for each query."""
+    """The rows that a trajectory needs for its next step.
+
+    Returns:
+        One row for each query.
+    """
     return [Row(trajectory, index) for index in range(len(trajectory.queries))]
 
 

@@ -61,7 +61,7 @@ class ServingFacts(NamedTuple):
         rows: rows of each call of the network.
         seconds: seconds of all requests by the way of serving them.
         used: share of the rows of all calls that a sample needed, in the mixed service.
-        latencies: for each load: requests a second, and p50 and p99 of the seconds.
+        latencies: requests a second, and p50 and p99 of the seconds, at each load.
         statuses: number of bad HTTP requests by status.
         unchanged: whether a good request beside the bad ones has the bits that it had before.
     """

@@ -117,7 +117,8 @@ def _sample(folder: Path, request: SampleRequest) -> None:
     print(
         f"{name}{existing}{len(wanted)} samples of {evaluations:g} network evaluations each, "
         f"{_planned(plan.planned_evaluations)} ({request.sampler}, {request.started_grid}, "
-        f"{len(plan.knots) - 1} steps, {request.guidance}){describe_reuse(plan.denoiser)} -> {request.out}"
+        f"{len(plan.knots) - 1} steps, {request.guidance}){describe_reuse(plan.denoiser)} "
+        f"-> {request.out}"
     )
     if bad:
         written = "kept in" if request.out.suffix else "left out of"
