@@ -3,9 +3,10 @@ levels.
 """
 
 from diffcore.objectives.coupling import Coupling, IndependentCoupling, OptimalTransport
+from diffcore.objectives.draw import Draw, SampleKey
 from diffcore.objectives.level_sampling import LearnedSchedule, Resampler, SecondMoment
 from diffcore.objectives.losses import Huber, Loss, PseudoHuber, SquaredError
-from diffcore.objectives.objective import Draw, Objective, SampleKey
+from diffcore.objectives.objective import Objective
 from diffcore.objectives.uncertainty import Uncertainty
 from diffcore.objectives.variational import Variational
 from diffcore.objectives.weighting import (
