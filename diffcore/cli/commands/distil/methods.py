@@ -4,6 +4,7 @@ The learning rates and lengths are those with which the digits of docs/few-step.
 options override them.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,7 +63,7 @@ class Method:
         return {"class_path": name, "init_args": given | self.arguments(steps, is_pipeline)}
 
     def process(self, teacher: Spec) -> Spec:
-        """The fields of the student's process.
+        """The fields of the student's process, whose condition is not dropped: it is not guided.
 
         Args:
             teacher: fields of the teacher's process.
@@ -70,21 +71,87 @@ class Method:
         Returns:
             Plain data by name.
         """
-        return teacher | {"estimate": self.estimate}
+        return teacher | {"estimate": self.estimate, "dropout": 0.0}
 
 
 REFLOW = "Reflow"
 """Method whose training data are the teacher's flow."""
 EVEN: Spec = {"class_path": "UniformBlend", "init_args": {"rho": 1.0, "center": 1.0}}
 """Knots of equal steps in σ/(α+σ), on which straight flows are exact."""
+DENSE: Spec = {"class_path": "UniformBlend", "init_args": {"rho": 1.25, "center": 0.5}}
+"""Knots from pure noise to clean, densest in λ at σ/α = 0.5."""
+SHORT: Spec = {
+    "lr": {"peak": 3e-4, "warmup": 20, "shape": "cosine"},
+    "ema": {"decay": 0.97},
+    "steps": 240,
+}
+"""Training that starts from the weights of the teacher."""
+INTERVALS = 8
+"""Smallest number of intervals of the flow, between whose ends consistency is trained."""
+
+
+def _consistency(steps: int, is_pipeline: bool) -> Spec:
+    """Consistency distillation: of LCM for a pipeline, else on a multiple of the sampling knots."""
+    count = 50 if is_pipeline else steps * math.ceil(INTERVALS / steps)
+    intervals = {
+        "grid": "Trailing" if is_pipeline else DENSE,
+        "first": count,
+        "last": count,
+        "weighting": {"class_path": "MSE", "init_args": {"target": "sample"}},
+    }
+    spec = {"class_path": "KnotIntervals", "init_args": intervals}
+    return {"intervals": spec, "order": 1 if is_pipeline else 2}
+
+
+def _mean_flow(steps: int, is_pipeline: bool) -> Spec:
+    """MeanFlow with a derivative that needs no forward mode, which diffusers' UNets lack."""
+    return {"share": 0.75, "derivative": {"method": "difference"}}
+
+
+def _distribution_matching(steps: int, is_pipeline: bool) -> Spec:
+    return {"student": {"steps": steps, "grid": "Trailing" if is_pipeline else DENSE}}
+
 
 METHODS: dict[str, Method] = {
+    "Consistency": Method(
+        "each point of the teacher's flow is mapped to its clean end",
+        "consistency",
+        "Consistency",
+        DENSE,
+        _consistency,
+        SHORT,
+    ),
+    "DistributionMatching": Method(
+        "samples are to be distributed as the teacher's, by the difference of two scores",
+        "consistency",
+        "Consistency",
+        DENSE,
+        _distribution_matching,
+        SHORT | {"lr": {"peak": 1e-4, "warmup": 10, "shape": "cosine"}, "steps": 100},
+    ),
+    "MeanFlow": Method(
+        "the mean velocity of the teacher's flow between two levels",
+        "mean_velocity",
+        "DDIM",
+        EVEN,
+        _mean_flow,
+        SHORT,
+        accepts_pipelines=False,
+    ),
+    "Shortcut": Method(
+        "steps of the teacher's flow that agree with two steps of half the length",
+        "mean_velocity",
+        "DDIM",
+        EVEN,
+        settings=SHORT,
+        accepts_pipelines=False,
+    ),
     REFLOW: Method(
         "the straight lines between noise and the ends of the teacher's flow",
         "posterior_mean",
         "DDIM",
         EVEN,
-        settings={"lr": {"peak": 3e-4, "warmup": 20, "shape": "cosine"}, "steps": 300},
+        settings=SHORT,
         has_teacher=False,
         accepts_pipelines=False,
     ),

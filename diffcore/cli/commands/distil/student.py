@@ -133,7 +133,7 @@ def run_settings(request: DistillationRequest) -> dict[str, Any]:
     }
     if method.estimate == "mean_velocity":
         student["network"] = {
-            "class_path": "TwoTimes",
+            "class_path": "diffcore.networks.TwoTimes",
             "init_args": {"network": settings["network"]},
         }
     if request.method == REFLOW:
