@@ -95,6 +95,8 @@ def _read_request(argv: Sequence[str]) -> tuple[DistillationRequest, list[str]]:
     }
     if options.get("training_steps") == 0:
         raise ValueError("training_steps is 0, expected at least 1 optimizer step")
+    if "training_steps" in options:  # which --lora would change otherwise
+        words.append(f"--steps={options['training_steps']}")
     if "folder" in given:
         options["folder"] = Path(given["folder"])
     return DistillationRequest(teacher, given.get("method", ""), **options), words

@@ -86,13 +86,15 @@ SHORT: Spec = {
     "steps": 240,
 }
 """Training that starts from the weights of the teacher."""
+LATENT_INTERVALS = 40
+"""Number of intervals of a pipeline; their ends contain the knots of 1, 2, 4 and 8 steps."""
 INTERVALS = 8
 """Smallest number of intervals of the flow, between whose ends consistency is trained."""
 
 
 def _consistency(steps: int, is_pipeline: bool) -> Spec:
     """Consistency distillation: of LCM for a pipeline, else on a multiple of the sampling knots."""
-    count = 50 if is_pipeline else steps * math.ceil(INTERVALS / steps)
+    count = LATENT_INTERVALS if is_pipeline else steps * math.ceil(INTERVALS / steps)
     intervals = {
         "grid": "Trailing" if is_pipeline else DENSE,
         "first": count,

@@ -58,7 +58,8 @@ class DistillationRequest:
         teacher: folder of a run or of a diffusers pipeline.
         method: name of the method.
         steps: number of sampling steps of the student.
-        training_steps: number of optimizer steps; 0: that of the method.
+        training_steps: number of optimizer steps, which the command passes on; 0: that of the
+            method.
         scale: scale w of the teacher's guidance; None: that with which the run is sampled by
             default, or that of the recipe that fine-tunes the pipeline.
         rounds: number of rounds of Reflow.
@@ -212,10 +213,7 @@ def _reflow(request: DistillationRequest, teacher: Spec) -> dict[str, Any]:
 
 
 def _training(request: DistillationRequest) -> dict[str, Any]:
-    settings = dict(find_method(request.method).settings)
-    if request.training_steps:
-        settings["steps"] = request.training_steps
-    return settings | {"folder": str(request.folder)}
+    return dict(find_method(request.method).settings) | {"folder": str(request.folder)}
 
 
 def _sampling(request: DistillationRequest) -> dict[str, Any]:

@@ -26,12 +26,15 @@ from diffcore.integrations.diffusers.loading.parts import (
 )
 from diffcore.integrations.diffusers.loading.vae import downsampling_factor
 from diffcore.integrations.diffusers.scheduler.scheduler_config import DISTILLED
+from diffcore.integrations.diffusers.scheduler.scheduler_grid import SchedulerGrid
 from diffcore.io.files import check_links, verify_folder
 from diffcore.io.specs import from_spec, to_spec
+from diffcore.samplers import Consistency
 
 __all__ = [
     "NETWORKS",
     "PipelineParts",
+    "estimate_fields",
     "latent_shape",
     "network_name",
     "network_of",
@@ -42,6 +45,14 @@ __all__ = [
 
 NETWORKS = ("unet", "transformer")
 """Names of a pipeline's component that is its network."""
+CONSISTENCY = "LCMScheduler"
+"""Scheduler of a consistency network."""
+CONSISTENCY_SAMPLING = {
+    "sampler": to_spec(Consistency()),
+    "sample_steps": 4,
+    "guidance": to_spec(CFG(1.0)),
+}
+"""How the pipeline of a consistency network is sampled by default."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +97,20 @@ def parts_of(pipeline: diffusers.DiffusionPipeline) -> PipelineParts:
         lambda: pipeline,
         _process_fields(type(pipeline).__name__, pipeline.config),  # type: ignore[attr-defined]
     )
+
+
+def estimate_fields(scheduler: Any) -> dict[str, Any]:
+    """The field `estimate` of the Process of a network whose scheduler is LCMScheduler.
+
+    Args:
+        scheduler: scheduler of diffusers, or its config with `_class_name`.
+
+    Returns:
+        The field by its name; empty for other schedulers.
+    """
+    is_config = isinstance(scheduler, Mapping)
+    name = scheduler.get("_class_name") if is_config else type(scheduler).__name__
+    return {"estimate": "consistency"} if name == CONSISTENCY else {}
 
 
 def _process_fields(class_name: Any, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,7 +175,7 @@ def read_folder(
         config,
         vae,
         lambda: read_text_pipeline(folder, index, {name: network, "vae": vae, **text_parts}),
-        _process_fields(index.get("_class_name"), index),
+        _process_fields(index.get("_class_name"), index) | estimate_fields(config),
     )
 
 
@@ -220,7 +245,7 @@ def sampling_defaults(folder: str | Path) -> dict[str, Any]:
     Returns:
         Option -> spec. `guidance` is CFG at the default scale of the pipeline's call; `sampler` and
         `grid` are given by a DiffcoreScheduler; `sample_steps` by a DiffcorePipeline, which also
-        has its own `guidance`.
+        has its own `guidance`. A pipeline with LCMScheduler is sampled in 4 steps without guidance.
 
     Raises:
         ValueError: the folder is no pipeline's.
@@ -228,6 +253,9 @@ def sampling_defaults(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     index = read_json(folder / "model_index.json")
     config = read_json(folder / "scheduler" / "scheduler_config.json")
+    if estimate_fields(config):
+        grid = to_spec(SchedulerGrid.of(config))
+        return dict(CONSISTENCY_SAMPLING) | {"grid": grid}
     if (name := config.get("_class_name")) in DISTILLED:
         raise ValueError(
             f"{folder} has a {name}, which samples a distilled network in a few steps by a rule of "

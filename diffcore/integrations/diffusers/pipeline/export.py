@@ -2,6 +2,7 @@
 
     network                            scheduler                 pipeline of a UNet2DModel
     vp, time input i < T               DDIM or DDPM, by betas    DDIMPipeline or DDPMPipeline
+    the same, a consistency network    LCM                       that of a text-conditioned network
     flow, time input T σ/(α+σ)         FlowMatchEulerDiscrete    DDPMPipeline
     edm, time input ln(σ/α)/4          EDMEuler                  ConsistencyModelPipeline
     vp or edm, with class labels       as above                  ConsistencyModelPipeline
@@ -39,7 +40,12 @@ from diffcore.schedules import (
     ZeroTerminalSNR,
 )
 
-__all__ = ["build_pipeline", "export_pipeline", "export_scheduler"]
+__all__ = [
+    "build_pipeline",
+    "export_consistency_scheduler",
+    "export_pipeline",
+    "export_scheduler",
+]
 
 ANCESTRAL = (DDPM(), DDPM(0.0), DDIM(1.0), EulerAncestral(1.0))
 """Samplers that diffusers calls DDPM; equal if the variance of the process is fixed."""
@@ -121,7 +127,44 @@ def build_pipeline(
     return target.build(network, process, scheduler, vae)
 
 
+def export_consistency_scheduler(process: Process) -> Any:
+    """Export the process of a consistency network: the LCMScheduler that samples it.
+
+    Its timesteps for n steps are those of the grid Trailing if n divides T, and its c_skip and
+    c_out are 0 and 1 to 1e-5 at them.
+
+    Args:
+        process: process whose estimate is consistency, on a table of T levels.
+
+    Returns:
+        The scheduler of diffusers.
+
+    Raises:
+        ValueError: LCMScheduler does not express the process; the message contains the reason.
+    """
+    if process.prediction not in ("epsilon", "sample", "v_prediction"):
+        raise ValueError(f"LCMScheduler has no prediction type {process.prediction}: {ALTERNATIVE}")
+    options = _table_options(process)
+    cls: Any = diffusers.LCMScheduler
+    return cls(**options, original_inference_steps=options["num_train_timesteps"])
+
+
 def _table_scheduler(process: Process, sampler: Sampler, grid: Grid) -> Any:
+    options = _table_options(process) | {
+        "timestep_spacing": "leading" if isinstance(grid, Leading) else "trailing",
+        "steps_offset": grid.offset if isinstance(grid, Leading) else 0,
+    }
+    cls: Any = diffusers.DDIMScheduler
+    if sampler in ANCESTRAL:
+        cls = diffusers.DDPMScheduler
+        if process.variance == "learned" and sampler == DDPM():
+            _check_last_step(grid)
+            options["variance_type"] = "learned_range"
+    return cls(**options)
+
+
+def _table_options(process: Process) -> dict[str, Any]:
+    """The options of a scheduler of diffusers with a table of noise levels."""
     schedule, time = process.schedule, process.time
     entries = _entries(time, "index")
     if schedule.scaling != "vp":
@@ -135,20 +178,12 @@ def _table_scheduler(process: Process, sampler: Sampler, grid: Grid) -> Any:
             f"of {entries}: {ALTERNATIVE}"
         )
     process.check_level(schedule.level(1.0), "the last entry of diffusers' table")
-    options: dict[str, Any] = {
+    return {
         "num_train_timesteps": entries,
         "prediction_type": process.prediction,
         "clip_sample": False,
-        "timestep_spacing": "leading" if isinstance(grid, Leading) else "trailing",
-        "steps_offset": grid.offset if isinstance(grid, Leading) else 0,
+        **_betas(schedule, entries),
     }
-    cls: Any = diffusers.DDIMScheduler
-    if sampler in ANCESTRAL:
-        cls = diffusers.DDPMScheduler
-        if process.variance == "learned" and sampler == DDPM():
-            _check_last_step(grid)
-            options["variance_type"] = "learned_range"
-    return cls(**options, **_betas(schedule, entries))
 
 
 def _check_last_step(grid: Grid) -> None:

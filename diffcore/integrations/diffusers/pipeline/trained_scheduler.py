@@ -7,17 +7,21 @@ from typing import Any
 import diffusers
 from torch import nn
 
-from diffcore.core.process import Process
+from diffcore.core.prediction import PredictionType
+from diffcore.core.process import Process, TimeConditioning
 from diffcore.integrations.diffusers.families import family_of
-from diffcore.integrations.diffusers.pipeline.export import export_scheduler
+from diffcore.integrations.diffusers.pipeline.export import (
+    export_consistency_scheduler,
+    export_scheduler,
+)
 from diffcore.integrations.diffusers.scheduler.scheduler import DiffcoreScheduler
 from diffcore.integrations.diffusers.scheduler.scheduler_config import (
     describe_process,
     dynamic_shift,
 )
 from diffcore.integrations.diffusers.scheduler.settings import SchedulerSettings
-from diffcore.samplers import DDIM
-from diffcore.schedules import Trailing
+from diffcore.samplers import DDIM, Consistency
+from diffcore.schedules import Schedule, Trailing
 
 __all__ = ["build_scheduler"]
 
@@ -30,7 +34,7 @@ def build_scheduler(
     It is the scheduler of the pipeline if this describes the process (a flow), else the one of
     diffusers that expresses the process, else a DiffcoreScheduler. A DDIM scheduler of diffusers
     starts at the last level (trailing) and ends at the clean level, which zero terminal SNR
-    requires.
+    requires. That of a consistency network is LCMScheduler.
 
     Args:
         config: config of the pipeline's scheduler.
@@ -41,17 +45,37 @@ def build_scheduler(
     Returns:
         The scheduler.
     """
+    if process.estimate == "consistency":
+        return _build_consistency_scheduler(process)
     if process.prediction == "flow_prediction" and _describes(config, process, network):
         return getattr(diffusers, config["_class_name"]).from_config(dict(config))
-    description = (process.schedule, process.prediction, process.time, process.sigma_data)
+    description = _describe(process)
     try:
         scheduler = export_scheduler(
             process, SchedulerSettings(DDIM(), Trailing(), *description), 1
         )
     except ValueError:
         return DiffcoreScheduler(DDIM(), Trailing(), *description)
+    return _with_offset(scheduler)
+
+
+def _build_consistency_scheduler(process: Process) -> Any:
+    """LCMScheduler, or if it does not express the process, a DiffcoreScheduler."""
+    try:
+        return _with_offset(export_consistency_scheduler(process))
+    except ValueError:
+        return DiffcoreScheduler(Consistency(), Trailing(), *_describe(process))
+
+
+def _describe(process: Process) -> tuple[Schedule, PredictionType, TimeConditioning, float]:
+    """The arguments of a DiffcoreScheduler that the process determines."""
+    return process.schedule, process.prediction, process.time, process.sigma_data
+
+
+def _with_offset(scheduler: Any) -> Any:
+    """The scheduler with the steps_offset that a StableDiffusionPipeline requires."""
     if "steps_offset" in scheduler.config:
-        # StableDiffusionPipeline requires 1; trailing spacing ignores it.
+        # Trailing spacing and LCMScheduler ignore it.
         scheduler.register_to_config(steps_offset=1)
     return scheduler
 

@@ -7,6 +7,8 @@ import torch
 from diffcore.cli.image_model import read_sampling_settings
 from diffcore.integrations.diffusers import from_diffusers
 from diffcore.integrations.diffusers.loading.index import PipelineIndex
+from diffcore.io.specs import from_spec
+from diffcore.schedules import Grid
 from tests.helpers.tiny_pipelines import quiet, unet
 
 
@@ -39,9 +41,23 @@ def test_a_single_file_is_refused_with_the_conversion(tmp_path):
             read(path)
 
 
-@pytest.mark.parametrize("kind", ("LCM", "TCD"))
-def test_the_folder_of_a_consistency_model_is_not_sampled_by_another_rule(tmp_path, pipe, kind):
-    pipe.scheduler = getattr(diffusers, f"{kind}Scheduler")()
+def test_the_folder_of_a_network_of_tcd_is_not_sampled_by_another_rule(tmp_path, pipe):
+    pipe.scheduler = diffusers.TCDScheduler()
     pipe.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"has a {kind}Scheduler, which samples a distilled"):
+    with pytest.raises(ValueError, match="has a TCDScheduler, which samples a distilled"):
         read_sampling_settings(tmp_path)
+
+
+def test_the_folder_of_a_consistency_network_is_sampled_by_its_rule_and_timesteps(tmp_path, pipe):
+    pipe.scheduler = diffusers.LCMScheduler()
+    pipe.save_pretrained(tmp_path)
+    settings = read_sampling_settings(tmp_path)
+    assert settings["sampler"]["class_path"] == "Consistency"
+    assert settings["sample_steps"] == 4
+    assert settings["guidance"]["init_args"]["scale"] == 1.0
+    grid = from_spec(Grid, settings["grid"])
+    process = from_diffusers(tmp_path).process
+    assert process.estimate == "consistency"
+    pipe.scheduler.set_timesteps(4)
+    times = [process.time(knot) for knot in grid.knots(process.schedule, 4)[:-1]]
+    assert times == pytest.approx(pipe.scheduler.timesteps.tolist())

@@ -1,0 +1,137 @@
+"""Students of a tiny text-to-image pipeline: diffusers alone samples them as diffcore does."""
+
+import json
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+
+from diffcore.cli.main import main
+from diffcore.core.denoiser import Denoiser
+from diffcore.core.noise import Noise
+from diffcore.integrations.diffusers import PromptNetwork
+from diffcore.run import Run
+from diffcore.samplers import Consistency
+from diffcore.sampling.generation import sample
+from diffcore.schedules import Trailing
+from diffcore.training.data.latents import LatentDataset
+from tests.conftest import forget_accelerate
+from tests.helpers.captioned_images import DISTINCT_CAPTIONS, write_images, write_pipeline
+from tests.helpers.tiny_pipelines import quiet
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SHORT = (
+    "--training-steps=2",
+    "--batch-size=4",
+    "--save-every=2",
+    "--log-every=1",
+    "--trackers=[]",
+    "--lr.peak=1e-2",
+    "--lr.warmup=0",
+)
+STEPS, LABEL, SEED = 4, 1, 5
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("distil")
+    write_pipeline(folder / "pipeline")
+    write_images(folder / "images")
+    return folder
+
+
+def distil(*options):
+    """The exit status of `diffcore distil pipeline`, in this process."""
+    forget_accelerate()
+    return main(["distil", "pipeline", "--data=images", *SHORT, *options])
+
+
+def own_sample(run):
+    """Latents of the averaged student by diffcore's sampler."""
+    denoiser = Run(run).denoiser()
+    prompts = LatentDataset("images", "pipeline").prompts()
+    network = PromptNetwork(denoiser.network, prompts)
+    return sample(
+        Denoiser(network, denoiser.process),
+        Consistency(),
+        Trailing(),
+        STEPS,
+        seeds=[SEED],
+        condition=[LABEL],
+        batch_size=1,
+    ).x
+
+
+def diffusers_sample(pipe, monkeypatch):
+    """Latents by the pipeline of diffusers, whose noise is that of `own_sample`."""
+    noise = Noise(torch.tensor([SEED]), (4, 8, 8))
+    steps = iter(range(STEPS))
+    module = diffusers.schedulers.scheduling_lcm
+    monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: noise.step(next(steps)))
+    return quiet(pipe)(
+        DISTINCT_CAPTIONS[LABEL],
+        num_inference_steps=STEPS,
+        guidance_scale=1.0,
+        latents=noise.start(),
+        output_type="latent",
+    ).images
+
+
+METHODS = {
+    "Consistency": ("--method=Consistency", "--lora=2"),
+    "DistributionMatching": (
+        "--method=DistributionMatching",
+        "--objective.fake.updates=1",
+        "--training-steps=1",
+    ),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_student_of_a_pipeline_is_sampled_by_diffusers_alone_as_by_us(place, monkeypatch, method):
+    """The adapter of LCM-LoRA on the pipeline, and the whole pipeline of DMD2."""
+    monkeypatch.chdir(place)
+    run = Path(f"runs/{method}")
+    assert distil(*METHODS[method], f"--folder={run}", f"--steps={STEPS}") == 0
+    own = own_sample(run)
+    if method == "Consistency":
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained("pipeline")
+        before = diffusers_sample(with_lcm(pipe, run), monkeypatch)
+        assert (before - own).abs().max() > 1e-3  # the adapter changes the samples
+        pipe.load_lora_weights(str(run))
+    else:
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(run / "pipeline")
+    assert isinstance(pipe.scheduler, diffusers.LCMScheduler)
+    torch.testing.assert_close(diffusers_sample(pipe, monkeypatch), own, rtol=1e-4, atol=1e-4)
+
+
+def with_lcm(pipe, run):
+    pipe.scheduler = diffusers.LCMScheduler.from_pretrained(run / "scheduler")
+    return pipe
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_student_is_sampled_by_the_command_with_its_own_defaults(
+    place, monkeypatch, capsys, method
+):
+    monkeypatch.chdir(place)
+    run = Path(f"runs/{method}")
+    if not run.exists():
+        assert distil(*METHODS[method], f"--folder={run}", f"--steps={STEPS}") == 0
+    config = json.loads(next(run.rglob("scheduler_config.json")).read_text())
+    assert config["_class_name"] == "LCMScheduler"
+    assert config["original_inference_steps"] == config["num_train_timesteps"] == 1000
+    capsys.readouterr()
+    folder = run if method == "Consistency" else run / "pipeline"
+    words = ["sample", str(folder), "--prompt=a dog", "--out=x.npy", "--threads=1"]
+    assert main(words) == 0
+    assert "1 samples of 4 network evaluations each" in capsys.readouterr().out
+
+
+def test_methods_without_a_student_of_a_pipeline_are_refused(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    for method in ("Reflow", "MeanFlow"):
+        assert distil(f"--method={method}", "--folder=runs/none") == 1
+        assert "use Consistency or DistributionMatching" in capsys.readouterr().err
