@@ -31,6 +31,7 @@ def main() -> None:
         learned_variance: "DDPM in few steps on digits with fixed and with learned variances",
         learned_levels: "the bound of digits with one level for all pixels and with learned ones",
         claims: "what papers claim, measured: the tables of docs/claims.md",
+        few_step: "distance of digits from students of one to four steps, and pictures of them",
         tuning: "how much closer tuned knots are, beside untuned ones and diffusers",
         caches: "error of samples over the work that caches save, on two networks of digits",
         kill_drill: "whether a run that is killed again and again ends with the same bytes",
@@ -86,6 +87,8 @@ def _add_options(study: argparse.ArgumentParser, run: Callable[..., None], name:
             "--steps", type=int, default=1000, help="training steps of batch 64 (default 1000)"
         )
         study.add_argument("--only", nargs="+", help="names of problems (default: all)")
+    if run is few_step:
+        _add_few_step_options(study)
     if run is tuning:
         out = Path("docs/experiments/tuning.jsonl")
         study.add_argument("--out", type=Path, default=out, help=f"measurements (default {out})")
@@ -94,6 +97,15 @@ def _add_options(study: argparse.ArgumentParser, run: Callable[..., None], name:
         study.add_argument("--run-folder", type=Path, default=Path("runs/digits"), help=help_text)
     if run is claims:
         _add_claims_options(study)
+
+
+def _add_few_step_options(study: argparse.ArgumentParser) -> None:
+    out = Path("docs/experiments/few-step.jsonl")
+    study.add_argument("--out", type=Path, default=out, help=f"measurements (default {out})")
+    study.add_argument("--only", nargs="+", help="names of methods (default: all)")
+    study.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(0 1 2)")
+    for name, folder in (("teacher", "runs/digits"), ("folder", "runs/few-step")):
+        study.add_argument(f"--{name}", type=Path, default=Path(folder), help=f"({folder})")
 
 
 def _add_drill_options(study: argparse.ArgumentParser) -> None:
@@ -269,6 +281,16 @@ def caches(arguments: argparse.Namespace) -> None:
     )
     draw_errors(rows, PICTURES / "caches.png")
     print(format_rows(rows))
+
+
+def few_step(arguments: argparse.Namespace) -> None:
+    """Run the study of students of few steps."""
+    from experiments import few_step as study
+
+    names = _chosen(arguments.only, study.METHODS)
+    study.measure(arguments.teacher, arguments.folder, arguments.out, names, arguments.seeds)
+    print(f"\n{study.table(arguments.out)}")
+    study.draw(arguments.teacher, arguments.folder, PICTURES / "few-step.png", names)
 
 
 def kill_drill(arguments: argparse.Namespace) -> None:
