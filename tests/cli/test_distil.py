@@ -34,7 +34,13 @@ def distil(diffcore):
     return command
 
 
-@pytest.mark.parametrize("method", METHODS)
+QUICK = "Consistency"
+
+
+@pytest.mark.parametrize(
+    "method",
+    [QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS if name != QUICK)],
+)
 def test_a_student_of_each_method_is_trained_and_sampled_as_it_was_trained(
     distil, diffcore, trained, method
 ):
@@ -88,6 +94,7 @@ def test_a_student_resumes_and_refuses_a_teacher_that_was_trained_further(distil
     assert "guidance" in other.err
 
 
+@pytest.mark.slow
 def test_rounds_of_reflow_start_from_the_round_before(distil, trained):
     ended = distil(trained, *options("Reflow"), "--rounds=2", "--folder=student")
     assert ended.status == 0, ended.err

@@ -89,7 +89,10 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+WITH_SLOW = ["Consistency", pytest.param("DistributionMatching", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("method", WITH_SLOW)
 def test_a_student_of_a_pipeline_is_sampled_by_diffusers_alone_as_by_us(place, monkeypatch, method):
     """The adapter of LCM-LoRA on the pipeline, and the whole pipeline of DMD2."""
     monkeypatch.chdir(place)
@@ -112,7 +115,7 @@ def with_lcm(pipe, run):
     return pipe
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WITH_SLOW)
 def test_a_student_is_sampled_by_the_command_with_its_own_defaults(
     place, monkeypatch, capsys, method
 ):
