@@ -48,22 +48,22 @@ def _evaluate_together(
     if count == 1:
         return [_evaluate(denoiser, x, level, queries[0].condition, micro_batch)]
     condition = _concatenate_conditions(queries, x)
-    levels = _repeat(level, count, len(x))
+    levels = _select(level, torch.arange(len(x)).repeat(count), len(x))
     together = _evaluate(denoiser, torch.cat([x] * count), levels, condition, micro_batch)
     x0, eps = (value.chunk(count) for value in together)
     v = [None] * count if together.variance is None else together.variance.chunk(count)
     return [Prediction(*values) for values in zip(x0, eps, v, strict=True)]
 
 
-def _repeat(level: Level, count: int, batch: int) -> Level:
-    """The levels of a batch that is repeated; a level that all samples share stays as it is."""
+def _select(level: Level, rows: Tensor, batch: int) -> Level:
+    """The levels of some rows of a batch; a level that all samples share stays as it is."""
     if not isinstance(level.logsnr, Tensor) or len(level.logsnr) != batch:
         return level
     logsnr, t, alpha, sigma = (
-        torch.cat([value] * count) if isinstance(value, Tensor) else value
+        value[rows] if isinstance(value, Tensor) else value
         for value in (level.logsnr, level.t, level.alpha, level.sigma)
     )
-    end = None if level.end is None else _repeat(level.end, count, batch)
+    end = None if level.end is None else _select(level.end, rows, batch)
     return Level(logsnr, t, alpha, sigma, level.schedule, end)
 
 
@@ -90,9 +90,10 @@ def _evaluate(
     for index, start in enumerate(range(0, len(x), micro_batch)):
         part(index)
         # The last sample fills the last call: bits then do not depend on the number of samples.
-        samples = torch.arange(start, start + micro_batch, device=x.device).clamp(max=len(x) - 1)
+        rows = torch.arange(start, start + micro_batch).clamp(max=len(x) - 1)
+        samples = rows.to(x.device)
         labels = None if condition is None else condition[samples]
-        parts.append(denoiser(x[samples], level, labels))
+        parts.append(denoiser(x[samples], _select(level, rows, len(x)), labels))
     x0, eps = (torch.cat(values)[: len(x)] for values in zip(*parts, strict=True))
     v = [part.variance for part in parts if part.variance is not None]
     return Prediction(x0, eps, torch.cat(v)[: len(x)] if v else None)

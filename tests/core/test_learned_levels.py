@@ -99,6 +99,29 @@ def test_samples_of_levels_that_were_not_learned_yet_are_those_of_the_schedule()
     torch.testing.assert_close(x, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_levels_of_a_latent_are_those_of_each_sample_under_guidance_and_in_small_calls(scale):
+    network = LearnedLevelsNetwork(
+        lambda: Perceptron([2], 8, classes=2, inputs=4), [2], 2, channels=True, width=4
+    )
+    helper.randomize(network, 0)
+    torch.nn.init.normal_(network.network.last.weight)
+    process = Process(LogLinear(), shape=(2,), classes=2, dropout=0.1, levels="learned")
+    denoiser, options = Denoiser(network, process), {"guidance": CFG(scale), "steps": 3}
+    whole = sample(denoiser, DDIM(), seeds=range(5), condition=[0, 1, 0, 1, 2], **options).x
+    for micro_batch, rows in ((2, range(5)), (0, [3])):
+        x = sample(
+            denoiser,
+            DDIM(),
+            seeds=rows,
+            condition=[[0, 1, 0, 1, 2][row] for row in rows],
+            micro_batch=micro_batch,
+            batch_size=5,
+            **options,
+        ).x
+        torch.testing.assert_close(x, whole[list(rows)], rtol=1e-4, atol=1e-5)
+
+
 def test_z_is_normal_and_a_function_of_the_seed():
     network = helper.denoiser(COVARIANCE, latent=2).network
     z = network.sample_latent(torch.arange(4000))
