@@ -18,6 +18,7 @@ from diffcore.core.process import Process
 from diffcore.guidance import CFG, Guidance, find_networks
 from diffcore.guidance.reference import Condition
 from diffcore.samplers import DDIM, AdamsMoulton, Consistency, Sampler
+from diffcore.sampling.graph import check_graph, graph_of_loop
 from diffcore.sampling.loop import (
     SAME_LEVEL,
     Callback,
@@ -104,6 +105,7 @@ def sample(
     path: bool = False,
     progress: bool = False,
     callback: Callback | None = None,
+    graph: bool = False,
 ) -> Samples:
     """Draw one sample for each seed. A sample is a function of its seed and its condition alone.
 
@@ -133,6 +135,8 @@ def sample(
             each seed (see Noise), so that the same seed with more steps gives a nearby sample.
         progress: True shows a progress bar.
         callback: receives each step of each chunk of `batch_size` samples, and can stop that chunk.
+        graph: True captures the loop of a deterministic sampler as a CUDA graph, which is replayed
+            for each chunk.
 
     Returns:
         The samples, their knots, and the number of network evaluations. A NonFiniteWarning counts
@@ -160,6 +164,10 @@ def sample(
     image = None if image is None else _images(process, knots[0], len(seeds), image)
     device, all_seeds = denoiser.device, torch.tensor([int(seed) for seed in seeds])
     learned = find_learned_levels(denoiser.network)
+    captured = None
+    if graph:
+        check_graph(denoiser, sampler, knots, callback is not None)
+        captured = graph_of_loop(denoiser, sampler, knots, guidance, micro_batch)
     chunks, evaluations = [], 0
     bar = tqdm(total=len(seeds), unit="sample", disable=not progress)
     with torch.no_grad(), evaluation_mode(denoiser, *find_networks(guidance)), bar:
@@ -177,18 +185,21 @@ def sample(
                 else add_noise(image[chunk], first, noise)
             )
             chosen = None if given is None else given[chunk].to(device)
-            x, count = integrate(
-                denoiser,
-                sampler,
-                x,
-                levels,
-                noise,
-                guidance,
-                chosen,
-                micro_batch,
-                callback,
-                checked=True,
-            )
+            if captured is not None:
+                x, count = captured(x, chosen)
+            else:
+                x, count = integrate(
+                    denoiser,
+                    sampler,
+                    x,
+                    levels,
+                    noise,
+                    guidance,
+                    chosen,
+                    micro_batch,
+                    callback,
+                    checked=True,
+                )
             chunks.append(x.cpu())
             evaluations += count * real
             bar.update(real)

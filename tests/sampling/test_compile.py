@@ -2,18 +2,25 @@
 capture it.
 """
 
+from dataclasses import dataclass, field
+
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffcore.core.denoiser import Denoiser
+from diffcore.core.denoiser import Denoiser, DenoiserWrapper
 from diffcore.core.noise import Noise
 from diffcore.core.process import Process
-from diffcore.samplers import DDIM, AdamsBashforth, AdamsMoulton, DPMSolverPP, UniPC
-from diffcore.sampling.loop import integrate
-from diffcore.schedules import Cosine, Trailing
-from tests.helpers.oracles import PREDICTION_TYPES
+from diffcore.guidance import CFG, Interval
+from diffcore.samplers import DDIM, AdamsBashforth, AdamsMoulton, DPMSolverPP, Heun, UniPC
+from diffcore.sampling.compiled import CompiledDenoiser
+from diffcore.sampling.generation import sample
+from diffcore.sampling.graph import LoopGraph, check_graph
+from diffcore.sampling.loop import guided_prediction, integrate
+from diffcore.schedules import Cosine, Trailing, Truncated
+from tests.helpers.oracles import PREDICTION_TYPES, process
 
 NOISE = Noise(torch.arange(4), (2,))
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -101,3 +108,143 @@ def test_a_cuda_graph_captures_the_loop(sampler):
     graph.replay()
     torch.testing.assert_close(captured, moved)
     assert not torch.allclose(captured, expected)
+
+
+@pytest.mark.parametrize("prediction", PREDICTION_TYPES)
+def test_a_compiled_denoiser_is_one_graph_for_all_levels_and_numbers_of_steps(prediction):
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    plain = denoiser(prediction)
+    compiled = CompiledDenoiser(plain, backend=counter)
+    schedule = Truncated(Cosine(), -8.0, 8.0)  # at α = 0 a network of ε cannot be evaluated
+    with torch.no_grad():
+        for steps in (11, 7):
+            knots = Trailing().knots(schedule, steps)
+            x, count = integrate(compiled, DDIM(), NOISE.start(), knots, NOISE)
+            expected = integrate(plain, DDIM(), NOISE.start(), knots, NOISE)[0]
+            torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-4)
+            assert count == steps
+    assert counter.frame_count == 1
+
+
+def test_guidance_adds_one_graph_of_twice_as_many_rows():
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = CompiledDenoiser(Denoiser(ClassNetwork(), process(classes=2)).eval(), counter)
+    rule = Interval(CFG(3.0), logsnr=(-1.0, 2.0))
+    sample(compiled, DDIM(), steps=9, seeds=range(4), condition=[0, 1, 1, 0], guidance=rule)
+    assert counter.frame_count == 2
+
+
+class ClassNetwork(nn.Module):
+    """A small network with labels."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x, time, class_labels):
+        return self.layer(torch.cat((x, (time / 1000 + class_labels)[:, None]), 1))
+
+
+class NoReading(TorchDispatchMode):
+    """Raises an error if the host reads the value of a tensor, for which it would wait on a GPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        reads = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        assert func not in reads, f"{func} reads a value"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sampler", (*DETERMINISTIC, Heun(), DDIM(1.0)), ids=str)
+def test_no_step_of_the_loop_reads_a_value_of_the_samples(sampler):
+    """A double for a GPU: the schedule's own values, on the host, are computed before."""
+    model = Denoiser(ClassNetwork(), process(classes=2)).eval()
+    knots, labels = Trailing().knots(Cosine(), 6), torch.tensor([0, 1, 1, 0])
+    x = NOISE.start()
+    states = []
+
+    def callback(step, state, prediction):
+        states.append((state, prediction))
+
+    with torch.no_grad():
+        rule = CFG(2.0)
+        integrate(model, sampler, x, knots, NOISE, rule, labels, callback=callback)
+        z = {state.step: NOISE.step(state.step) for state, _ in states}
+        drawn = _DrawnNoise(NOISE.seeds, NOISE.shape, drawn=z)
+        with NoReading():
+            for state, _ in states:
+                prediction = guided_prediction(model, rule, state.x, state.level, labels, None)[0]
+                sampler.advance(state, prediction, drawn)
+
+
+@dataclass(frozen=True)
+class _DrawnNoise(Noise):
+    """Noise that was drawn before, on the host."""
+
+    drawn: dict = field(default_factory=dict)
+
+    def step(self, index):
+        return self.drawn[index]
+
+
+def eager_capture(calls):
+    """A double of a CUDA graph: a replay repeats the call and writes into its first result."""
+
+    def capture(call):
+        result, count = call()
+        calls.append("capture")
+
+        def replay():
+            calls.append("replay")
+            result.copy_(call()[0])
+
+        return (result, count), replay
+
+    return capture
+
+
+def test_a_captured_loop_is_replayed_on_the_values_of_each_batch():
+    model = Denoiser(ClassNetwork(), process(classes=2)).eval()
+    knots, calls = Trailing().knots(Cosine(), 4), []
+
+    def loop(x, labels):
+        return integrate(model, DDIM(), x, knots, NOISE, CFG(2.0), labels)
+
+    graph = LoopGraph(loop, eager_capture(calls))
+    with torch.no_grad():
+        batches = [(torch.randn(4, 2), torch.tensor(labels)) for labels in ([0, 1, 1, 0], [1] * 4)]
+        found = [graph(*batch) for batch in batches]
+        for batch, (x, count) in zip(batches, found, strict=True):
+            assert torch.equal(x, loop(*batch)[0])
+            assert count == 8
+    assert calls == ["capture", "replay", "replay"]
+
+
+def test_a_graph_needs_a_cuda_device():
+    with pytest.raises(ValueError, match="the network is on cpu: a CUDA graph needs"):
+        sample(denoiser(), DDIM(), steps=3, seeds=[1], graph=True)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "has_callback", "message"),
+    [(DDIM(1.0), False, "draws noise"), (DDIM(), True, "calls no callback")],
+)
+def test_a_graph_needs_a_loop_that_is_always_the_same(sampler, has_callback, message):
+    class OnCuda(DenoiserWrapper):
+        device = torch.device("cuda")
+
+    knots = Trailing().knots(Cosine(), 3)
+    with pytest.raises(ValueError, match=message):
+        check_graph(OnCuda(denoiser()), sampler, knots, has_callback)
+
+
+@ON_GPU
+@pytest.mark.parametrize("sampler", DETERMINISTIC, ids=str)
+def test_samples_by_a_cuda_graph_are_those_of_the_loop(sampler):
+    model = Denoiser(ClassNetwork(), process(classes=2)).eval().cuda()
+    options = {"seeds": range(10), "condition": [0, 1] * 5, "guidance": CFG(2.0), "batch_size": 4}
+    expected = sample(model, sampler, steps=8, **options)
+    found = sample(model, sampler, steps=8, graph=True, **options)
+    torch.testing.assert_close(found.x, expected.x)
+    assert found.evaluations == expected.evaluations
