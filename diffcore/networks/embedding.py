@@ -67,7 +67,15 @@ class ConditionEmbedding(nn.Module):
 
         Returns:
             (B, width) vectors.
+
+        Raises:
+            ValueError: there are labels, and the embedding has no classes.
         """
+        if class_labels is not None and self.label is None:
+            raise ValueError(
+                "the process has classes, and the network was built without them: set the "
+                "network's classes to process.classes, or process.classes to 0"
+            )
         features = sinusoids(time, self.width).to(self.first.weight.dtype)
         vector: Tensor = self.second(nn.functional.silu(self.first(features)))
         if self.label is None:

@@ -102,6 +102,12 @@ def test_a_volume_whose_sizes_cannot_be_halved_is_refused():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
+        (
+            lambda: Perceptron([2], 8)(
+                torch.zeros(1, 2), torch.zeros(1), class_labels=torch.ones(1)
+            ),
+            "the process has classes, and the network was built without them",
+        ),
         (lambda: Perceptron([]), r"shape is \[\], expected the positive sizes"),
         (lambda: Perceptron([2, 0]), r"shape is \[2, 0\]"),
         (lambda: Perceptron(layers=0), "layers is 0, expected at least 1"),
