@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ __all__ = [
     "WARMUP_PAIRS",
     "Comparison",
     "check_pairs",
+    "processor_clock",
     "repeat",
     "synchronize",
     "time_pairs",
@@ -124,6 +125,15 @@ def time_pairs(
             (ours, other)[side]()
             seconds[side].append(clock() - start)
     return tuple(seconds[0][warmup:]), tuple(seconds[1][warmup:])
+
+
+def processor_clock() -> Callable[[], float]:
+    """The clock of processor seconds, which other programs hardly change.
+
+    Returns:
+        The clock; with an accelerator, that of real seconds.
+    """
+    return perf_counter if torch.accelerator.is_available() else process_time
 
 
 def check_pairs(pairs: int) -> None:

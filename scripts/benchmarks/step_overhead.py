@@ -1,7 +1,7 @@
 """The cost of a step without its network: 50 DDIM steps by diffcore and by diffusers.
 
 Both sides call the same network in the same order and make equal samples to rounding; knots and
-timesteps are computed before the measurement.
+timesteps are computed before the measurement, which is in seconds of the processor.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
-from benchmarks.comparison import Comparison, check_pairs, time_pairs
+from benchmarks.comparison import Comparison, check_pairs, processor_clock, time_pairs
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import PredictionType
@@ -65,7 +65,7 @@ def _compare(
     name = f"{'x'.join(map(str, shape))}, {'ε' if prediction == 'epsilon' else 'v'}"
     bound = 0.5 if prod(shape) <= LARGE else float("inf")
     sides = diffcore_loop(shape, prediction, sampler), diffusers_loop(shape, prediction)
-    return Comparison(name, bound, *time_pairs(*sides, pairs))
+    return Comparison(name, bound, *time_pairs(*sides, pairs, clock=processor_clock()))
 
 
 def diffcore_loop(

@@ -7,7 +7,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import perf_counter, process_time
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from benchmarks.comparison import (
     WARMUP_PAIRS,
     Comparison,
     check_pairs,
+    processor_clock,
     repeat,
     synchronize,
     time_pairs,
@@ -103,7 +104,7 @@ def measure_training(pairs: int = 60, steps: int = 1) -> list[Comparison]:
             ("bare PyTorch", round(1 / 0.98, 3), bare.step),
             ("diffusers' train_unconditional", 1.0, example.step),
         ):
-            seconds = _time_steps(ours, step, pairs, steps, _processor_clock())
+            seconds = _time_steps(ours, step, pairs, steps, processor_clock())
             found.append(Comparison(f"training step beside {name}", bound, *seconds))
             state.window.restore(None)
             bare.history.clear()
@@ -137,7 +138,7 @@ def measure_loops(
             except ImportError as error:
                 absent.append(f"{name} ({error})")
                 continue
-            seconds = _time_steps(ours, loop.step, pairs, steps, _processor_clock())
+            seconds = _time_steps(ours, loop.step, pairs, steps, processor_clock())
             found.append(Comparison(f"training step beside {name}", 1.0, *seconds))
             state.window.restore(None)
     return found, absent
@@ -147,11 +148,6 @@ def _check_steps(pairs: int, steps: int) -> None:
     check_pairs(pairs)
     if steps < 1:
         raise ValueError(f"steps is {steps}, expected at least 1")
-
-
-def _processor_clock() -> Callable[[], float]:
-    """Processor seconds, which other programs hardly change; with an accelerator, real seconds."""
-    return perf_counter if torch.accelerator.is_available() else process_time
 
 
 def _time_steps(
@@ -261,7 +257,7 @@ def compare_sampling(state: TrainState, pairs: int, samples: int) -> Comparison:
         samples: samples of one measurement.
 
     Returns:
-        Seconds of all samples.
+        Processor seconds of all samples.
     """
     settings, device, network = state.settings, state.accelerator.device, state.network.eval()
     process, steps = settings.process, settings.sample_steps
@@ -293,7 +289,7 @@ def compare_sampling(state: TrainState, pairs: int, samples: int) -> Comparison:
         synchronize()
 
     name = f"sampling, {samples} samples, {steps} steps of {2 * samples} rows"
-    return Comparison(name, 1.02, *time_pairs(ours, bare, pairs))
+    return Comparison(name, 1.02, *time_pairs(ours, bare, pairs, clock=processor_clock()))
 
 
 def measure_intervals(pairs: int = 30, samples: int = 64) -> list[Comparison]:

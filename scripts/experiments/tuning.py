@@ -25,14 +25,21 @@ from diffcore.core.oracle import GaussianMixture
 from diffcore.core.prediction import Prediction
 from diffcore.core.process import Process
 from diffcore.evaluation.flow.exact_flow import rms_distance, solve_flow
-from diffcore.evaluation.flow.grid_tuning import Candidate, GridTuning, HeldOut
+from diffcore.evaluation.flow.grid_tuning import (
+    GRIDS,
+    SAMPLERS,
+    Candidate,
+    GridTuning,
+    HeldOut,
+)
 from diffcore.evaluation.flow.knot_tuning import KnotProblem
 from diffcore.guidance import CFG
 from diffcore.report.figures import create_figure, line_styles, save_figure
 from diffcore.run import Run
+from diffcore.samplers import AdamsBashforth, AdamsMoulton, Sampler, UniPC
 from diffcore.sampling.generation import DEFAULT_GRID, DEFAULT_SAMPLER
 from diffcore.sampling.loop import guided_prediction
-from diffcore.schedules import Discrete, Level
+from diffcore.schedules import BetaSpacing, Discrete, Grid, Level, Trailing
 from experiments.study import continue_study
 
 COUNTS = (4, 5, 6, 8, 10)
@@ -53,17 +60,34 @@ class Sizes:
         flow_steps: number of steps of the solved flow.
         starts: number of samplers whose knots are tuned.
         iterations: number of steps of each fit.
+        samplers: samplers to try.
+        grids: grids to try.
+        methods: beginnings of the names of diffusers' methods that are measured.
     """
 
     fitted: int = 24
     held_out: int = 32
     test: int = 64
     flow_steps: int = 200
-    starts: int = 3
+    starts: int = 6
     iterations: int = 8
+    samplers: tuple[Sampler, ...] = SAMPLERS
+    grids: tuple[Grid, ...] = GRIDS
+    methods: tuple[str, ...] = DIFFUSERS
 
 
-NETWORK = Sizes(fitted=16, held_out=24, test=40, flow_steps=100, starts=1, iterations=5)
+NETWORK = Sizes(
+    fitted=12,
+    held_out=16,
+    test=24,
+    flow_steps=60,
+    starts=1,
+    iterations=4,
+    samplers=(AdamsMoulton(1), AdamsMoulton(2), AdamsBashforth.flow(2), UniPC(2)),
+    grids=(DEFAULT_GRID, Trailing(), BetaSpacing()),
+    methods=("UniPC", "flow Heun", "DPM++ 2M midpoint"),
+)
+"""Networks cost more: fewer samples, samplers and grids."""
 
 
 def decades() -> GaussianMixture:
@@ -200,13 +224,15 @@ class TuningProblem:
         tuning = GridTuning(
             self.fitted,
             self.held_out,
+            self.sizes.samplers,
+            self.sizes.grids,
             starts=self.sizes.starts,
             iterations=self.sizes.iterations,
         ).tune(count)
         others = {
             f"{entry.method}, {entry.grid}": self.measure_scheduler(entry, count)
             for entry in SCHEDULERS
-            if entry.method.startswith(DIFFUSERS)
+            if entry.method.startswith(self.sizes.methods)
         }
         finite = {name: value for name, value in others.items() if value is not None}
         best = min(finite, key=lambda name: finite[name].median) if finite else ""

@@ -130,7 +130,7 @@ class Tuning:
         tuned, untuned = self.tuned.held_out, self.untuned.held_out
         assert tuned is not None
         assert untuned is not None
-        return tuned.median < untuned.median and tuned.percentile <= TAIL * untuned.percentile
+        return tuned.median < untuned.median and _tail(self.tuned) <= TAIL * _tail(self.untuned)
 
     @property
     def chosen(self) -> Candidate:
@@ -188,7 +188,8 @@ class GridTuning:
             found = self._tune(candidate, report)
             report(f"{evaluations} evaluations: tuned {_describe(found)}")
             tuned.append(self._measure(found))
-        return Tuning(evaluations, _closest(untuned), _closest(tuned))
+        best = _closest(untuned)
+        return Tuning(evaluations, best, _closest(_without_tail(tuned, best) or tuned))
 
     def _rank(self, evaluations: int) -> list[Candidate]:
         """The combinations that can be run, the closest on the fitted samples first."""
@@ -245,6 +246,16 @@ def _of_different_samplers(ranked: Iterable[Candidate], count: int) -> list[Cand
     for candidate in ranked:
         first.setdefault(candidate.sampler, candidate)
     return list(first.values())[:count]
+
+
+def _without_tail(candidates: Iterable[Candidate], untuned: Candidate) -> list[Candidate]:
+    """The candidates whose 90th percentile is within the bound of the untuned one."""
+    return [candidate for candidate in candidates if _tail(candidate) <= TAIL * _tail(untuned)]
+
+
+def _tail(candidate: Candidate) -> float:
+    assert candidate.held_out is not None
+    return candidate.held_out.percentile
 
 
 def _closest(candidates: Iterable[Candidate]) -> Candidate:
