@@ -33,6 +33,7 @@ def main() -> None:
         claims: "what papers claim, measured: the tables of docs/claims.md",
         few_step: "distance of digits from students of one to four steps, and pictures of them",
         tuning: "how much closer tuned knots are, beside untuned ones and diffusers",
+        default_sampler: "samplers and grids in the median and the tail, guided or not",
         caches: "error of samples over the work that caches save, on two networks of digits",
         kill_drill: "whether a run that is killed again and again ends with the same bytes",
     }.items():
@@ -89,8 +90,8 @@ def _add_options(study: argparse.ArgumentParser, run: Callable[..., None], name:
         study.add_argument("--only", nargs="+", help="names of problems (default: all)")
     if run is few_step:
         _add_few_step_options(study)
-    if run is tuning:
-        out = Path("docs/experiments/tuning.jsonl")
+    if run in (tuning, default_sampler):
+        out = Path(f"docs/experiments/{name}.jsonl")
         study.add_argument("--out", type=Path, default=out, help=f"measurements (default {out})")
         study.add_argument("--only", nargs="+", help="names of problems (default: all)")
         help_text = "folder of a run of the digits recipe (default runs/digits)"
@@ -267,6 +268,18 @@ def tuning(arguments: argparse.Namespace) -> None:
     )
     print(f"\n{study.format_table(measurements)}")
     study.draw(measurements, PICTURES / "tuning.png")
+
+
+def default_sampler(arguments: argparse.Namespace) -> None:
+    """Run the study of candidates for the default sampler and grid."""
+    from experiments import default_sampler as study
+
+    names = _chosen(arguments.only, study.SCALES)
+    measurements = _measure(
+        study.run_study(arguments.out, arguments.run_folder, names), arguments.out
+    )
+    for text, rows in study.group_problems(measurements).items():
+        print(f"\n{text}\n\n{study.format_table(rows)}")
 
 
 def caches(arguments: argparse.Namespace) -> None:

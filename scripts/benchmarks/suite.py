@@ -56,7 +56,7 @@ PARTS = (
     Part("training", "training --pairs 60 --threads 1", "--pairs 30"),
     Part("training-two-threads", "training --pairs 60 --threads 2", "--pairs 30"),
     Part("peers", "peers --pairs 40 --threads 1", "--pairs 30"),
-    Part("pipeline", "pipeline --threads 1 --pairs 200", "--pairs 30"),
+    Part("pipeline", "pipeline --threads 1 --pairs 60", "--pairs 30"),
     Part("guidance", "guidance --samples 16 --pairs 30 --threads 1", "--samples 1"),
     Part("folder", "folder --repeats 3", "--repeats 1 --images 2000"),
     Part("memory", "memory --networks tiny large --threads 1", "--networks tiny"),

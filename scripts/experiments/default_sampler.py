@@ -24,27 +24,33 @@ from diffcore.evaluation.flow.knot_tuning import KnotProblem
 from diffcore.guidance import CFG
 from diffcore.io.specs import describe_component
 from diffcore.run import Run
-from diffcore.samplers import AdamsMoulton, DPMSolverPP, Sampler, UniPC
+from diffcore.samplers import AdamsMoulton, Sampler
 from diffcore.schedules import BetaSpacing, Grid, UniformBlend
 from experiments.study import continue_study, group_rows
 from experiments.tuning import decades, tiny_pipeline
 
 FAR = 0.1
-COUNTS = (5, 8, 10, 20, 25)
-SAMPLERS: tuple[Sampler, ...] = (
-    AdamsMoulton(3, every=10),
-    AdamsMoulton(2, every=10),
-    AdamsMoulton(2, every=20),
-    AdamsMoulton(1),
-    UniPC(2),
-    DPMSolverPP("2M"),
+COUNTS = (5, 6, 8, 10, 15, 20, 25, 30)
+CANDIDATES: tuple[tuple[Sampler, Grid], ...] = tuple(
+    (AdamsMoulton(3, every=10), grid)
+    for grid in (
+        UniformBlend(1.25, 0.5),
+        UniformBlend(1.25, 0.6),
+        UniformBlend(1.25, 0.7),
+        UniformBlend(1.2, 0.65),
+        UniformBlend(1.1, 0.5),
+        UniformBlend(1.1, 0.6),
+        UniformBlend(1.1, 0.7),
+        UniformBlend(1.0, 0.5),
+        BetaSpacing(),
+    )
 )
-GRIDS: tuple[Grid, ...] = (UniformBlend(1.25, 0.5), UniformBlend(1.5, 0.37), BetaSpacing())
+"""Samplers on grids; the first is the default."""
 SCALES = {"mixture": (1.0,), "64-D": (1.0,), "decades": (1.0,), "classes": (1.0, 3.0, 7.5)}
 SCALES |= {"digits": (1.0, 3.0, 7.5), "tiny Stable Diffusion": (1.0, 7.5)}
 NETWORKS = {"digits": 40, "tiny Stable Diffusion": 40}
 """Networks, and their number of samples; oracles have more."""
-STARTS = 128
+STARTS = 256
 
 
 def classes() -> GaussianMixture:
@@ -97,8 +103,7 @@ def run_study(out: Path, run: Path, only: Sequence[str] = ()) -> Iterator[str]:
     def measure(name: str, scale: float, count: int) -> Iterable[Mapping[str, Any]]:
         return [
             measure_candidate(problem(name, scale), sampler, grid, count)
-            for sampler in SAMPLERS
-            for grid in GRIDS
+            for sampler, grid in CANDIDATES
         ]
 
     yield from continue_study(out, ("problem", "scale", "evaluations"), cells, measure)
@@ -125,6 +130,26 @@ def measure_candidate(
         "tail": distances.quantile(0.99).item(),
         "far": (distances > FAR).double().mean().item(),
     }
+
+
+def group_problems(
+    measurements: Sequence[dict[str, Any]],
+) -> dict[str, list[dict[str, Any]]]:
+    """The measurements by what the tables separate.
+
+    Args:
+        measurements: measurements of the study.
+
+    Returns:
+        Title -> measurements, without empty groups.
+    """
+    groups = {
+        "All": measurements,
+        "Fewer than 10 evaluations": [row for row in measurements if row["evaluations"] < 10],
+        "20 evaluations or more": [row for row in measurements if row["evaluations"] >= 20],
+        "Guided, w above 1": [row for row in measurements if row["scale"] > 1],
+    }
+    return {title: list(rows) for title, rows in groups.items() if rows}
 
 
 def format_table(measurements: Sequence[Mapping[str, Any]]) -> str:

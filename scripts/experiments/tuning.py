@@ -12,9 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from benchmarks.accuracy import plane, spectra
-from benchmarks.pipeline_overhead import build_unet
 from benchmarks.sides.schedulers import SCHEDULERS, ConfiguredScheduler
 from benchmarks.table import markdown_table
 from torch import Tensor, nn
@@ -111,7 +111,16 @@ class Prompted(nn.Module):
         generator = torch.Generator().manual_seed(0)
         state = torch.random.get_rng_state()
         torch.manual_seed(0)
-        self.unet = build_unet()
+        self.unet: Any = diffusers.UNet2DConditionModel(  # type: ignore[no-untyped-call]
+            sample_size=16,
+            block_out_channels=(8, 16),
+            norm_num_groups=4,
+            layers_per_block=1,
+            attention_head_dim=2,
+            cross_attention_dim=8,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        )
         torch.random.set_rng_state(state)
         self.register_buffer("embeddings", torch.randn(2, 5, 8, generator=generator))
 

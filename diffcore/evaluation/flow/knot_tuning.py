@@ -29,8 +29,8 @@ from diffcore.schedules import Explicit, Grid, Level
 __all__ = ["KnotProblem", "Objective", "TunedKnots", "tune_knots"]
 
 DIFFERENCE = 0.3
-"""Change of a parameter θ over which a derivative is taken. It averages over the fine structure in t
-of a network, which smaller changes of the knots would follow.
+"""Change of a parameter θ over which a derivative is taken. It averages over the fine structure in
+t of a network, which smaller changes of the knots would follow.
 """
 FLOOR = 1e-7
 """Distance below which a sample weighs no more: the rounding of float32."""
