@@ -298,7 +298,7 @@ def caches(arguments: argparse.Namespace) -> None:
 
 def few_step(arguments: argparse.Namespace) -> None:
     """Run the study of students of few steps."""
-    from experiments import few_step as study
+    from experiments.students import few_step as study
 
     names = _chosen(arguments.only, study.METHODS)
     study.measure(arguments.teacher, arguments.folder, arguments.out, names, arguments.seeds)
