@@ -6,6 +6,7 @@ CASES is a JSON list of objects: the name of the run's folder and settings of th
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from diffcore.training.data.source import DataSource
 from diffcore.training.ranks.sharding import Sharding
 from diffcore.training.reports.validation import Validation
 from tests.helpers.further_networks import ThreeNetworks
-from tests.helpers.training_runs import make_trainer
+from tests.helpers.training_runs import PROCESS, LabelRecorder, make_trainer
 
 
 class SeenDigits(DataSource):
@@ -42,14 +43,42 @@ class SeenDigits(DataSource):
         return self[index]
 
 
+def matching() -> dict[str, Any]:
+    """Settings of distribution matching with a divergence and a discriminator with R1."""
+    from diffcore.core.denoiser import Denoiser
+    from diffcore.distillation import (
+        DistributionMatching,
+        Divergence,
+        FeatureDiscriminator,
+        NetworkTraining,
+        OracleTeacher,
+        Student,
+    )
+
+    torch.manual_seed(0)
+    objective = DistributionMatching(
+        teacher=OracleTeacher(Denoiser(LabelRecorder(), PROCESS)),
+        student=Student(2),
+        fake=NetworkTraining(2),
+        divergence=Divergence("js", decay=0.5),
+        discriminator=FeatureDiscriminator(r1=0.1, width=16),
+        adversarial=0.1,
+    )
+    return {"objective": objective, "process": replace(PROCESS, estimate="consistency")}
+
+
+OBJECTIVES = {"three": lambda: {"objective": ThreeNetworks()}, "matching": matching}
+"""Settings of objectives with further networks, by the name in a case."""
+
+
 def run(folder: Path, name: str, **settings: Any) -> None:
     """Train a case in folder/name."""
     folder = folder / name
     folder.mkdir(parents=True, exist_ok=True)
     sharding = Sharding(**settings.pop("sharding", {}))
     checkpoints = Checkpoints(**settings.pop("checkpoints", {}))
-    if settings.get("objective") == "three":
-        settings |= {"objective": ThreeNetworks(), "validation": Validation()}
+    if settings.get("objective") in OBJECTIVES:
+        settings |= OBJECTIVES[settings["objective"]]() | {"validation": Validation()}
     options = {
         "checkpoints": checkpoints,
         "data": SeenDigits(folder),

@@ -135,7 +135,7 @@ def assert_equal_losses(run, expected, count=5):
     """The first losses of all networks agree to 1e-5."""
     for line, true in list(zip(read_reports(run), read_reports(expected), strict=True))[:count]:
         names = [name for name in true if name.startswith("loss") and name != "loss_by_level"]
-        assert names == ["loss", "loss/fake", "loss/critic"]
+        assert len(names) == 3
         for name in names:
             assert line[name] == pytest.approx(true[name], rel=1e-5, abs=1e-5), name
 
@@ -248,8 +248,9 @@ def test_the_doctor_counts_the_memory_of_all_networks(tmp_path):
 
 
 @pytest.mark.slow
-def test_ranks_and_accumulation_change_no_network_but_for_rounding(tmp_path):
-    case = {"objective": "three", "steps": 5, "sample_every": 0}
+@pytest.mark.parametrize("objective", ["three", "matching"])
+def test_ranks_and_accumulation_change_no_network_but_for_rounding(tmp_path, objective):
+    case = {"objective": objective, "steps": 5, "sample_every": 0}
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     rank_runs.run(tmp_path, "single", **case)
     cases = [{"name": "ranks", "accumulation": 2} | case]
@@ -266,6 +267,8 @@ def test_ranks_and_accumulation_change_no_network_but_for_rounding(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert_equal_losses(tmp_path / "ranks", tmp_path / "single")
-    assert read_checkpoint(tmp_path / "ranks", 5).keys() >= FILES
+    assert {"fake.safetensors", "fake-training.safetensors"} <= read_checkpoint(
+        tmp_path / "ranks", 5
+    ).keys()
     first, second = (hashes(tmp_path / name / "checkpoints") for name in ("ranks", "resumed"))
     assert first["step-00000005/manifest.json"] == second["step-00000005/manifest.json"]
