@@ -29,6 +29,7 @@ from diffcore.samplers import Consistency
 from diffcore.sampling.generation import sample
 from diffcore.schedules import Cosine, Trailing
 from diffcore.training.averages.ema import Decay
+from diffcore.training.optimization.compute import Compute
 from diffcore.training.optimization.lr import LearningRate
 from diffcore.training.trainer import Trainer
 from tests.helpers.oracles import COVARIANCES, MEANS, WEIGHTS
@@ -155,3 +156,22 @@ def test_the_student_of_an_exact_teacher_comes_near_the_truth(tmp_path, name, st
     )
     print(name, distance(state, steps), exact)
     assert distance(state, steps) < 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of dynamo
+@pytest.mark.parametrize(
+    "compute",
+    [Compute(compile="blocks", backend="eager"), Compute(checkpointing=True)],
+    ids=["compiled", "checkpointed"],
+)
+def test_compiled_and_checkpointed_networks_give_the_same_losses(tmp_path, compute):
+    """The student, the fake network and the hooks that read its features."""
+    build = partial(trainer, objective=OBJECTIVES["three networks"], steps=3, batch_size=16)
+    build(tmp_path / "plain").train()
+    build(tmp_path / "changed", compute=compute).train()
+    for line, true in zip(
+        *map(read_reports, (tmp_path / "changed", tmp_path / "plain")), strict=True
+    ):
+        for name in ("loss", "loss/fake", "loss/discriminator"):
+            assert line[name] == pytest.approx(true[name], rel=1e-5, abs=1e-6), name
