@@ -148,6 +148,20 @@ def test_the_gradient_is_zero_at_the_teachers_distribution_alone(objective_class
     assert (away.abs() > 5 * error + 1e-2).any()
 
 
+@pytest.mark.parametrize("objective_class", [DistributionMatching, ScoreIdentity])
+def test_gradient_descent_with_exact_scores_ends_at_the_teachers_distribution(objective_class):
+    a, b = A.clone(), B.clone()
+    for step in range(60):
+        objective, student, networks = setup(objective_class, a, b)
+        draw = objective.draw(PROCESS, SampleKey(3, step, torch.arange(500), 500))
+        losses = objective(student, torch.zeros(500, 2), None, draw, networks=networks)
+        losses.mean().backward()
+        a, b = (value.detach() - 0.3 * value.grad for value in student.parameters())
+    assert (A @ A.T - COVARIANCE).abs().max() > 0.3
+    assert (a @ a.T - COVARIANCE).abs().max() < 0.01
+    assert (b - MEAN).abs().max() < 0.01
+
+
 @pytest.mark.parametrize("name", ["kl", "js", "softened-rkl", "neyman", "hellinger", "jeffreys"])
 def test_equal_distributions_have_a_constant_weight(name):
     a, b = EXACT
