@@ -69,6 +69,13 @@ def test_quick_does_not_train_and_out_receives_findings_and_a_figure(diffcore, t
     assert {"wrong", "ok"} == {finding["mark"] for finding in findings}
 
 
+def test_a_recipe_is_meant_also_beside_a_folder_of_its_name(diffcore, tmp_path):
+    (tmp_path / "digits").mkdir()
+    ended = diffcore("doctor", "digits", "--batch_size", "0", "--quick")
+    assert "no model_index.json" not in ended.err + ended.out
+    assert "the training refuses to start" in ended.out
+
+
 def test_settings_that_training_refuses_are_wrong(diffcore):
     ended = diffcore("doctor", "digits", "--quick", "--process.low", 0)
     assert ended.status == 1

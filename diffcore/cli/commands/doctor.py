@@ -45,7 +45,8 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         SystemExit: a finding is wrong (status 1).
     """
-    if argv and not argv[0].startswith("-") and Path(argv[0]).is_dir():
+    is_recipe = bool(argv) and argv[0] in recipe_names()  # also beside a folder of its name
+    if argv and not argv[0].startswith("-") and not is_recipe and Path(argv[0]).is_dir():
         from diffcore.cli.network_doctor import examine_folder
 
         findings = examine_folder(argv)
