@@ -18,7 +18,7 @@ from diffcore.core.process import Process
 from diffcore.guidance import CFG, Guidance, find_networks
 from diffcore.guidance.reference import Condition
 from diffcore.samplers import DDIM, AdamsMoulton, Consistency, Sampler
-from diffcore.sampling.graph import check_graph, graph_of_loop
+from diffcore.sampling.graph import graph_of_loop
 from diffcore.sampling.loop import (
     SAME_LEVEL,
     Callback,
@@ -154,20 +154,13 @@ def sample(
     sampler = sampler or default_sampler(process)
     knots = insert_levels(grid.knots(process.schedule, steps), guidance.levels(process))
     given = check_sampling(process, knots, seeds, condition, guidance, batch_size, sampler)
-    if micro_batch < 0:
-        raise ValueError(
-            f"micro_batch is {micro_batch}, expected a number of samples, or 0 for one call of the "
-            "network"
-        )
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype is {dtype}, expected a floating-point type such as torch.float32")
+    _check_computation(micro_batch, dtype)
     image = None if image is None else _images(process, knots[0], len(seeds), image)
     device, all_seeds = denoiser.device, torch.tensor([int(seed) for seed in seeds])
     learned = find_learned_levels(denoiser.network)
     captured = None
     if graph:
-        check_graph(denoiser, sampler, knots, callback is not None)
-        captured = graph_of_loop(denoiser, sampler, knots, guidance, micro_batch)
+        captured = graph_of_loop(denoiser, sampler, knots, guidance, micro_batch, callback)
     chunks, evaluations = [], 0
     bar = tqdm(total=len(seeds), unit="sample", disable=not progress)
     with torch.no_grad(), evaluation_mode(denoiser, *find_networks(guidance)), bar:
@@ -211,6 +204,17 @@ def sample(
         evaluations / len(seeds),
         count_evaluations(process, sampler, knots, guidance),
     )
+
+
+def _check_computation(micro_batch: int, dtype: torch.dtype) -> None:
+    """Raise ValueError if the size of a call of the network or the dtype of samples is wrong."""
+    if micro_batch < 0:
+        raise ValueError(
+            f"micro_batch is {micro_batch}, expected a number of samples, or 0 for one call of the "
+            "network"
+        )
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype}, expected a floating-point type such as torch.float32")
 
 
 def warn_of_non_finite(x: Tensor) -> None:

@@ -15,7 +15,7 @@ from diffcore.core.network import find_learned_levels
 from diffcore.core.noise import Noise
 from diffcore.guidance import Guidance
 from diffcore.samplers import Knots, Sampler
-from diffcore.sampling.loop import integrate
+from diffcore.sampling.loop import Callback, integrate
 
 __all__ = ["Loop", "LoopGraph", "Replay", "capture_on_cuda", "check_graph", "graph_of_loop"]
 
@@ -122,6 +122,7 @@ def graph_of_loop(
     knots: Knots,
     guidance: Guidance,
     micro_batch: int = 0,
+    callback: Callback | None = None,
 ) -> LoopGraph:
     """The loop of a deterministic sampler, which is captured at its first call.
 
@@ -131,10 +132,15 @@ def graph_of_loop(
         knots: levels between which the sampler steps.
         guidance: guidance rule.
         micro_batch: number of samples in each call of the network; 0 for one call.
+        callback: refused, since a replayed loop calls none.
 
     Returns:
         The graph, for batches of the shape of the first one.
+
+    Raises:
+        ValueError: as `check_graph`.
     """
+    check_graph(denoiser, sampler, knots, callback is not None)
 
     def loop(x: Tensor, condition: BatchCondition | None) -> tuple[Tensor, int]:
         seeds = torch.zeros(len(x), dtype=torch.int64)  # a deterministic sampler draws no noise
