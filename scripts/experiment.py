@@ -28,6 +28,7 @@ def main() -> None:
         variance: "variance of the loss with independent levels over that with stratified levels",
         zero_terminal_snr: "mean brightness of samples with and without zero terminal SNR",
         conditions: "whether samples obey their conditions, on problems with a known answer",
+        flow_maps: "few-step networks beside the denoiser that they are distilled from",
         learned_variance: "DDPM in few steps on digits with fixed and with learned variances",
         learned_levels: "the bound of digits with one level for all pixels and with learned ones",
         claims: "what papers claim, measured: the tables of docs/claims.md",
@@ -51,11 +52,14 @@ def main() -> None:
 def _add_options(study: argparse.ArgumentParser, run: Callable[..., None], name: str) -> None:
     """Add the options of one study."""
     study.add_argument("--threads", type=int, default=1, help="processor threads (default 1)")
-    if run in (training, guidance, zero_terminal_snr, learned_variance, learned_levels, claims):
+    if run is flow_maps:
+        study.add_argument("--steps", type=int, default=500, help="training steps (default 500)")
+    with_file = (training, guidance, zero_terminal_snr, learned_variance, learned_levels, flow_maps)
+    if run in (*with_file, claims):
         study.add_argument(
             "--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default 0 1 2)"
         )
-    if run in (training, guidance, zero_terminal_snr, learned_variance, learned_levels):
+    if run in with_file:
         study.add_argument(
             "--out",
             type=Path,
@@ -88,7 +92,7 @@ def _add_options(study: argparse.ArgumentParser, run: Callable[..., None], name:
             "--steps", type=int, default=1000, help="training steps of batch 64 (default 1000)"
         )
         study.add_argument("--only", nargs="+", help="names of problems (default: all)")
-    if run is few_step:
+    if run is flow_maps:
         _add_few_step_options(study)
     if run in (tuning, default_sampler):
         out = Path(f"docs/experiments/{name}.jsonl")
@@ -243,6 +247,16 @@ def learned_levels(arguments: argparse.Namespace) -> None:
         print(f"\nBits per dimension, {count} steps\n\n{study.format_table(measurements, count)}")
 
 
+def flow_maps(arguments: argparse.Namespace) -> None:
+    """Train and measure few-step networks on mixtures of Gaussians."""
+    from experiments import flow_maps as study
+
+    lines = study.run_study(arguments.out, arguments.seeds, arguments.steps)
+    rows = [row for row in _measure(lines, arguments.out) if row["steps"] == arguments.steps]
+    for size in study.SIZES:
+        print(f"\n{size} dimensions\n\n{study.format_table(rows, size)}")
+
+
 def claims(arguments: argparse.Namespace) -> None:
     """Run the studies of what papers claim."""
     from experiments.claims.report import REPORTS, TRAINING_PAIRS, format_speed_ups
@@ -296,7 +310,7 @@ def caches(arguments: argparse.Namespace) -> None:
     print(format_rows(rows))
 
 
-def few_step(arguments: argparse.Namespace) -> None:
+def flow_maps(arguments: argparse.Namespace) -> None:
     """Run the study of students of few steps."""
     from experiments.students import few_step as study
 

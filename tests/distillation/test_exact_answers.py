@@ -62,7 +62,7 @@ def test_with_an_exact_teacher_the_exact_answer_has_no_gradient(name):
     assert ratio < tolerance
 
 
-@pytest.mark.parametrize("schedule", ("vp", "ve"))
+@pytest.mark.parametrize("schedule", ("vp", pytest.param("ve", marks=pytest.mark.slow)))
 @pytest.mark.parametrize("name", ("knots", "continuous", "mean flow"))
 def test_the_exact_answer_has_no_gradient_in_every_scaling(name, schedule):
     objective, tolerance = DISTILLED[name]

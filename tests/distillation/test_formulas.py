@@ -26,7 +26,7 @@ from diffcore.objectives.draw import SampleKey
 from diffcore.objectives.losses import RootMeanSquareHuber, SquaredError
 from diffcore.objectives.weighting import MSE
 from diffcore.schedules import Cosine, Flow, Karras, Normal, Trailing
-from tests.helpers.oracles import SCALINGS, gaussian, mixture, process
+from tests.helpers.oracles import SCALINGS, gaussian, mixture, process, unet
 from tests.networks.test_networks import randomised
 
 COUNT = 16
@@ -340,3 +340,42 @@ def test_an_exact_flow_map_of_a_gaussian_equals_its_closed_form():
     x0, eps = FlowMap(oracle, "consistency")(X0, t)
     torch.testing.assert_close(x0, clean, rtol=1e-7, atol=1e-8)
     torch.testing.assert_close(t.alpha * x0 + t.sigma * eps, X0)
+
+
+def test_a_unet_with_attention_and_group_norms_has_a_derivative_in_forward_mode():
+    process = Process(Flow(), "flow_prediction", TimeConditioning("blend", 5.0), shape=(1, 8, 8))
+    network = unet().double()
+    x, v = (
+        torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
+        for k in range(2)
+    )
+    denoiser = Denoiser(network, replace(process, classes=2, dropout=0.1))
+    level = process.schedule.level(torch.tensor([0.2, 0.4, 0.6, 0.8]).view(-1, 1, 1, 1).double())
+
+    def evaluate(x, level):
+        return denoiser.output(x, level, torch.tensor([0, 1, 2, 0]))
+
+    exact = Derivative()(evaluate, x, level, v)
+    difference = Derivative("difference", 0.001)(evaluate, x, level, v)
+    assert (exact - difference).norm() < 1e-3 * exact.norm()
+
+
+class Cube(torch.autograd.Function):
+    """A function with a derivative in backward mode alone."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x**3
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def test_a_network_without_forward_mode_is_refused_with_the_remedy():
+    level = Flow().level(torch.full((2, 1), 0.5, dtype=torch.float64))
+    x = torch.ones(2, 2)
+    with pytest.raises(ValueError, match=r"set the method of the derivative to difference"):
+        Derivative()(lambda x, level: Cube.apply(x), x, level, x)
+    found = Derivative("difference")(lambda x, level: Cube.apply(x), x, level, x)
+    torch.testing.assert_close(found, 3 * x**2 * 0.25, rtol=1e-3, atol=1e-3)

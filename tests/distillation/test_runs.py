@@ -78,7 +78,14 @@ def teacher(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "consistency",
+        "mean flow",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("continuous", "shortcut")),
+    ],
+)
 def test_a_resumed_run_with_a_teacher_and_a_curriculum_writes_the_same_bytes(
     tmp_path, teacher, name
 ):
