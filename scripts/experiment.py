@@ -92,7 +92,7 @@ def _add_options(study: argparse.ArgumentParser, run: Callable[..., None], name:
             "--steps", type=int, default=1000, help="training steps of batch 64 (default 1000)"
         )
         study.add_argument("--only", nargs="+", help="names of problems (default: all)")
-    if run is flow_maps:
+    if run is few_step:
         _add_few_step_options(study)
     if run in (tuning, default_sampler):
         out = Path(f"docs/experiments/{name}.jsonl")
@@ -310,7 +310,7 @@ def caches(arguments: argparse.Namespace) -> None:
     print(format_rows(rows))
 
 
-def flow_maps(arguments: argparse.Namespace) -> None:
+def few_step(arguments: argparse.Namespace) -> None:
     """Run the study of students of few steps."""
     from experiments.students import few_step as study
 

@@ -44,7 +44,9 @@ def test_the_exact_mean_velocity_has_no_error(problem):
     assert flow_maps.velocity_error(exact, problem) < 1e-9
     process = replace(create_process(2), estimate="mean_velocity")
     network = flow_maps.TwoTimes(lambda: flow_maps.Perceptron((2,), 8, 1))
-    assert flow_maps.velocity_error(Denoiser(network, process), problem) == pytest.approx(1, abs=0.1)
+    assert flow_maps.velocity_error(Denoiser(network, process), problem) == pytest.approx(
+        1, abs=0.1
+    )
 
 
 def test_the_table_has_the_spread_of_the_seeds():
