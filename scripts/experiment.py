@@ -53,7 +53,10 @@ def _add_options(study: argparse.ArgumentParser, run: Callable[..., None], name:
     """Add the options of one study."""
     study.add_argument("--threads", type=int, default=1, help="processor threads (default 1)")
     if run is flow_maps:
-        study.add_argument("--steps", type=int, default=500, help="training steps (default 500)")
+        study.add_argument("--steps", type=int, default=300, help="training steps (default 300)")
+        study.add_argument(
+            "--sizes", type=int, nargs="+", default=[2, 64], help="dimensions (default 2 64)"
+        )
     with_file = (training, guidance, zero_terminal_snr, learned_variance, learned_levels, flow_maps)
     if run in (*with_file, claims):
         study.add_argument(
@@ -251,9 +254,10 @@ def flow_maps(arguments: argparse.Namespace) -> None:
     """Train and measure few-step networks on mixtures of Gaussians."""
     from experiments import flow_maps as study
 
-    lines = study.run_study(arguments.out, arguments.seeds, arguments.steps)
+    settings = (arguments.seeds, arguments.steps, arguments.sizes)
+    lines = study.run_study(arguments.out, *settings)
     rows = [row for row in _measure(lines, arguments.out) if row["steps"] == arguments.steps]
-    for size in study.SIZES:
+    for size in arguments.sizes:
         print(f"\n{size} dimensions\n\n{study.format_table(rows, size)}")
 
 
