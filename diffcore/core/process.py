@@ -16,6 +16,7 @@ from torch import Tensor
 from diffcore.core.conditions import LABEL, RESERVED, ConditionRecord
 from diffcore.core.estimate import Estimate, check_point_of_flow
 from diffcore.core.prediction import PredictionType
+from diffcore.core.process_record import OPTIONAL, without_defaults
 from diffcore.io.files import write_file
 from diffcore.io.network_size import check_memory
 from diffcore.io.plain_data import hash_data, read_json
@@ -27,9 +28,6 @@ __all__ = ["LevelType", "Process", "TimeConditioning", "TimeVariable", "Variance
 
 FLOAT32_LOGSNR = 170.0
 """Bound of |λ| within which σ/α and α/σ are normal numbers of float32."""
-
-OPTIONAL = ("conditions", "variance", "estimate", "levels")
-"""Fields that a record contains only if they differ from their defaults."""
 
 TimeVariable = Literal["index", "t", "blend", "logsnr", "sigma"]
 
@@ -361,10 +359,7 @@ class Process:
 
     def save(self, path: str | Path) -> None:
         """Write the record to `path` as JSON, with the SHA-256 of its fields."""
-        record = to_spec(self)
-        for name in OPTIONAL:  # without them the record is that of versions without these fields
-            if getattr(self, name) in ({}, "fixed", "posterior_mean", "shared"):
-                del record[name]
+        record = without_defaults(to_spec(self))
         content = record | {"sha256": hash_data(record)}
         write_file(path, (json.dumps(content, indent=2) + "\n").encode())
 

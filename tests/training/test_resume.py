@@ -12,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from diffcore.core.process_record import OPTIONAL
 from diffcore.guidance import CFG
 from diffcore.io.files import WriteError
 from diffcore.io.safetensors import read_weights
@@ -216,6 +217,23 @@ def test_a_changed_setting_is_refused_with_both_values_and_a_remedy_that_works(t
     assert remedy in str(error.value)
     new = {"init": str(tmp_path / "run"), name: value}
     train(tmp_path / "new", steps=1, **new)
+
+
+def test_a_checkpoint_from_before_the_optional_fields_of_a_process_resumes(tmp_path):
+    train(tmp_path, steps=2)
+    path = max((tmp_path / "checkpoints").iterdir())
+    saved = checkpoint.read(path)
+    process = saved.state["settings"]["process"]
+    for name, default in OPTIONAL.items():
+        assert process.pop(name) == default
+    checkpoint.write(path, saved)
+    train(tmp_path, steps=3, resume=True)
+    process["variance"] = "learned"
+    checkpoint.write(path, saved)
+    prune = max((tmp_path / "checkpoints").iterdir())
+    shutil.rmtree(prune)
+    with pytest.raises(ValueError, match=r"process.variance \(learned, now None\)"):
+        train(tmp_path, steps=3, resume=True)
 
 
 def test_settings_that_do_not_enter_the_weights_may_change(tmp_path):

@@ -7,7 +7,7 @@ checkpoint holds these settings, so that a changed config.yaml is detected.
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from diffcore.core.process_record import without_defaults
 from diffcore.io.files import check_links, remove_leftovers, write_file
 from diffcore.io.manifest import NAME, checkpoint_folders, empty_tensors, load_shards
 from diffcore.io.specs import to_spec
@@ -240,6 +241,11 @@ def determining_settings(settings: "Trainer") -> dict[str, Any]:
     return plain
 
 
+def _comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as versions without the optional fields of a process would store them."""
+    return {**settings, "process": without_defaults(settings["process"])}
+
+
 def _changes(then: Any, now: Any, name: str = "") -> Iterator[str]:
     """Describe the entries in which two settings differ."""
     if isinstance(then, dict) and isinstance(now, dict):
@@ -324,7 +330,8 @@ def _check_checkpoint(
     """Refuse other settings, other data or a checkpoint beyond the end; announce other rounding."""
     settings, run = state.settings, state.settings.run
     anew = f"start a new run from its weights with --init {run.folder} and another --folder"
-    if changes := list(_changes(saved["settings"], determining_settings(settings))):
+    now = determining_settings(settings)
+    if changes := list(_changes(*map(_comparable, (saved["settings"], now)))):
         raise ValueError(
             f"the run in {run.folder} was started with another {', '.join(changes)}: set the first "
             f"value, or {anew}"
