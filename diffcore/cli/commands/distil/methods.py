@@ -106,7 +106,7 @@ def _consistency(steps: int, is_pipeline: bool) -> Spec:
 
 
 def _mean_flow(steps: int, is_pipeline: bool) -> Spec:
-    """MeanFlow with a derivative that needs no forward mode, which diffusers' UNets lack."""
+    """MeanFlow with the derivative as a difference, which needs no forward mode."""
     return {"share": 0.75, "derivative": {"method": "difference"}}
 
 
