@@ -252,7 +252,7 @@ def learned_levels(arguments: argparse.Namespace) -> None:
 
 def flow_maps(arguments: argparse.Namespace) -> None:
     """Train and measure few-step networks on mixtures of Gaussians."""
-    from experiments import flow_maps as study
+    from experiments.students import flow_maps as study
 
     settings = (arguments.seeds, arguments.steps, arguments.sizes)
     lines = study.run_study(arguments.out, *settings)

@@ -4,8 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from experiments import flow_maps
-from experiments.flow_maps import METHODS, create_problem, create_process, format_table, train
+from experiments.students import flow_maps
+from experiments.students.flow_maps import (
+    METHODS,
+    create_problem,
+    create_process,
+    format_table,
+    train,
+)
 
 from diffcore.core.denoiser import Denoiser
 from diffcore.distillation import OracleTeacher
