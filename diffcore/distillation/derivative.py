@@ -104,7 +104,7 @@ class Derivative:
 def _contiguous_group_norms() -> Iterator[None]:
     """Context in which group norms copy their input, whose tangent torch views as contiguous."""
 
-    def copy(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def copy(module: nn.Module, arguments: Any) -> Any:
         if not isinstance(module, nn.GroupNorm):
             return None
         return (arguments[0].clone(memory_format=torch.contiguous_format), *arguments[1:])
