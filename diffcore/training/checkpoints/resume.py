@@ -331,7 +331,7 @@ def _check_checkpoint(
     settings, run = state.settings, state.settings.run
     anew = f"start a new run from its weights with --init {run.folder} and another --folder"
     now = determining_settings(settings)
-    if changes := list(_changes(*map(_comparable, (saved["settings"], now)))):
+    if changes := list(_changes(_comparable(saved["settings"]), _comparable(now))):
         raise ValueError(
             f"the run in {run.folder} was started with another {', '.join(changes)}: set the first "
             f"value, or {anew}"
