@@ -7,8 +7,9 @@ from typing import Any
 
 import yaml
 
-from diffcore.cli import finetuning, image_settings
+from diffcore.cli import image_settings
 from diffcore.cli.arguments import extract_option
+from diffcore.cli.training import finetuning
 
 __all__ = ["complete_settings"]
 

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,18 +16,25 @@ from torch import Tensor
 from diffcore.core.conditions import LABEL, RESERVED, ConditionRecord
 from diffcore.core.estimate import Estimate, check_point_of_flow
 from diffcore.core.prediction import PredictionType
-from diffcore.core.process_record import OPTIONAL, without_defaults
 from diffcore.io.files import write_file
 from diffcore.io.network_size import check_memory
-from diffcore.io.plain_data import hash_data, read_json
+from diffcore.io.plain_data import hash_data, read_json, without_defaults
 from diffcore.io.specs import from_spec, to_spec
 from diffcore.schedules import Cosine, Level, LogLinear, Real, Schedule
 from diffcore.schedules.base import LEVEL_TOLERANCE
 
-__all__ = ["LevelType", "Process", "TimeConditioning", "TimeVariable", "VarianceType"]
+__all__ = ["OPTIONAL", "LevelType", "Process", "TimeConditioning", "TimeVariable", "VarianceType"]
 
 FLOAT32_LOGSNR = 170.0
 """Bound of |λ| within which σ/α and α/σ are normal numbers of float32."""
+
+OPTIONAL: dict[str, Any] = {
+    "conditions": {},
+    "variance": "fixed",
+    "estimate": "posterior_mean",
+    "levels": "shared",
+}
+"""Fields that a record contains only if they differ from these defaults."""
 
 TimeVariable = Literal["index", "t", "blend", "logsnr", "sigma"]
 
@@ -359,7 +366,7 @@ class Process:
 
     def save(self, path: str | Path) -> None:
         """Write the record to `path` as JSON, with the SHA-256 of its fields."""
-        record = without_defaults(to_spec(self))
+        record = without_defaults(to_spec(self), OPTIONAL)
         content = record | {"sha256": hash_data(record)}
         write_file(path, (json.dumps(content, indent=2) + "\n").encode())
 

@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-__all__ = ["hash_data", "read_json", "read_text", "read_yaml"]
+__all__ = ["hash_data", "read_json", "read_text", "read_yaml", "without_defaults"]
 
 MAXIMUM_BYTES = 1 << 24
 """Largest file of JSON; the data in memory take up to twenty times as much."""
@@ -30,6 +30,23 @@ def hash_data(data: Any) -> str:
     """
     content = json.dumps(data, sort_keys=True, default=str)  # YAML has dates
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+def without_defaults(record: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A record without the entries that equal their defaults.
+
+    Args:
+        record: entries by name.
+        defaults: default of each entry that may be left out.
+
+    Returns:
+        The record of versions that had no such entries.
+    """
+    return {
+        name: value
+        for name, value in record.items()
+        if name not in defaults or value != defaults[name]
+    }
 
 
 def read_text(path: str | Path, maximum: int = MAXIMUM_BYTES) -> str:

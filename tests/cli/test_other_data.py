@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from diffcore.cli.main import main
-from diffcore.cli.recipes import find_settings
+from diffcore.cli.training.recipes import find_settings
 from diffcore.io.safetensors import read_weights
 from tests.conftest import forget_accelerate
 

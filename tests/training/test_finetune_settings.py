@@ -5,8 +5,8 @@ import shutil
 import diffusers
 import pytest
 
-from diffcore.cli.family_recipe import expand_options
-from diffcore.cli.finetuning import complete_settings
+from diffcore.cli.training.family_recipe import expand_options
+from diffcore.cli.training.finetuning import complete_settings
 from diffcore.core.process import Process
 from diffcore.io.specs import from_spec
 from diffcore.schedules import Cosine, Discrete, Shifted, ZeroTerminalSNR

@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from diffcore.core.process_record import OPTIONAL
+from diffcore.core.process import OPTIONAL
 from diffcore.guidance import CFG
 from diffcore.io.files import WriteError
 from diffcore.io.safetensors import read_weights

@@ -8,8 +8,8 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from diffcore.cli.arguments import extract_option, wants_help
-from diffcore.cli.recipes import recipe_names
-from diffcore.cli.training_settings import build_trainer, parse_settings, training_parser
+from diffcore.cli.training.recipes import recipe_names
+from diffcore.cli.training.training_settings import build_trainer, parse_settings, training_parser
 from diffcore.doctor.examination import examine_training
 from diffcore.doctor.findings import (
     Finding,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffcore.cli.recipes import find_settings, read_settings
+from diffcore.cli.training.recipes import find_settings, read_settings
 from diffcore.core.prediction import PredictionType
 from diffcore.core.process import Process
 from diffcore.io.parser import ComponentParser

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from diffcore.cli.family_recipe import CHOICE
-from diffcore.cli.recipes import recipe_names
-from diffcore.cli.training_settings import build_trainer, parse_settings, training_parser
+from diffcore.cli.training.family_recipe import CHOICE
+from diffcore.cli.training.recipes import recipe_names
+from diffcore.cli.training.training_settings import build_trainer, parse_settings, training_parser
 from diffcore.training.data.scan import shared_scans
 
 __all__ = ["main"]

@@ -17,9 +17,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from diffcore.core.process_record import without_defaults
+from diffcore.core.process import OPTIONAL
 from diffcore.io.files import check_links, remove_leftovers, write_file
 from diffcore.io.manifest import NAME, checkpoint_folders, empty_tensors, load_shards
+from diffcore.io.plain_data import without_defaults
 from diffcore.io.specs import to_spec
 from diffcore.objectives.objective import Objective
 from diffcore.run import AVERAGED, FILES, RAW, without_locations
@@ -243,7 +244,7 @@ def determining_settings(settings: "Trainer") -> dict[str, Any]:
 
 def _comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as versions without the optional fields of a process would store them."""
-    return {**settings, "process": without_defaults(settings["process"])}
+    return {**settings, "process": without_defaults(settings["process"], OPTIONAL)}
 
 
 def _changes(then: Any, now: Any, name: str = "") -> Iterator[str]:

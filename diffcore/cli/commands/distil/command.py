@@ -17,9 +17,9 @@ from diffcore.cli.commands.distil.student import (
     report_student,
     run_settings,
 )
-from diffcore.cli.family_recipe import choose_recipe
-from diffcore.cli.recipes import find_settings, read_settings
-from diffcore.cli.training_settings import build_trainer, parse_content, training_parser
+from diffcore.cli.training.family_recipe import choose_recipe
+from diffcore.cli.training.recipes import find_settings, read_settings
+from diffcore.cli.training.training_settings import build_trainer, parse_content, training_parser
 from diffcore.io.files import write_file
 from diffcore.io.parser import ComponentParser
 from diffcore.sampling.loop import check_guidance, check_levels

@@ -10,13 +10,13 @@ from jsonargparse import Namespace
 from diffcore import distillation  # noqa: F401  its components become known to the parser
 from diffcore.cli.arguments import extract_option, wants_help
 from diffcore.cli.completion import complete_settings
-from diffcore.cli.family_recipe import CHOICE, choose_recipe, expand_options
-from diffcore.cli.finetuning import (
+from diffcore.cli.training.family_recipe import CHOICE, choose_recipe, expand_options
+from diffcore.cli.training.finetuning import (
     localize_pipeline,
     make_pipelines_absolute,
     trains_pipeline,
 )
-from diffcore.cli.recipes import find_settings, read_settings, recipe_names
+from diffcore.cli.training.recipes import find_settings, read_settings, recipe_names
 from diffcore.io.parser import ComponentParser
 from diffcore.run import Run
 from diffcore.training.trainer import Trainer

@@ -10,7 +10,7 @@ from jsonargparse import Namespace
 
 from diffcore import schedules
 from diffcore.cli.arguments import extract_option
-from diffcore.cli.family_recipe import check_recipe, report_choice
+from diffcore.cli.training.family_recipe import check_recipe, report_choice
 from diffcore.io.specs import to_spec
 
 if TYPE_CHECKING:
