@@ -54,8 +54,8 @@ COMPONENTS = (
     "{0}, each as a class name, as a call such as {1}, or as {{class_path: ..., init_args: ...}}"
 )
 SKIPPED = {
-    *("sampler", "guidance", "steps", "per_label", "seeds", "image", "start", "path"),
-    *("out", "arrays", "print_knots"),
+    *("sampler", "guidance", "steps", "per_label", "n", "seeds", "image", "start", "path"),
+    *("out", "arrays", "print_knots", "cache"),
 }
 """Options of `diffcore sample` that a comparison sets itself."""
 

@@ -35,7 +35,7 @@ from diffcore.sampling.images import check_image
 
 __all__ = ["main"]
 
-NOT_USED = {"labels", "per_label", "seeds", "image", "start", "out", "path", "print_knots"}
+NOT_USED = {"labels", "per_label", "n", "seeds", "image", "start", "out", "path", "print_knots"}
 """Options of `diffcore sample` that an evaluation sets itself."""
 RATIO = 5
 """Smallest number of images for each feature without --force."""

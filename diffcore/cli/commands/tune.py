@@ -45,7 +45,7 @@ __all__ = ["TuneRequest", "main"]
 MOST_EVALUATIONS = 100
 SKIPPED = {
     *("sampler", "grid", "guidance", "steps", "per_label", "seeds", "image", "start", "path"),
-    *("out", "arrays", "print_knots", "picture", "weights"),
+    *("out", "arrays", "print_knots", "picture", "weights", "n", "cache"),
 }
 """Options of `diffcore sample` that have no meaning for tuning."""
 
