@@ -99,6 +99,7 @@ def draw_sets(
             "grid": to_spec(sampling.grid),
             "steps": sampling.steps,
             "guidance": to_spec(sampling.guidance),
+            **({} if sampling.cache is None else {"cache": to_spec(sampling.cache)}),
             "planned_evaluations": plan.planned_evaluations,
             "batch_size": sampling.batch_size,
             "prompts": list(sampling.prompt),
