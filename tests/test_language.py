@@ -8,6 +8,7 @@ import inspect
 import pkgutil
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -152,13 +153,11 @@ def test_no_test_name_is_a_code():
 
 def test_folders_of_the_package_hold_at_most_fourteen_modules():
     """Apart from the commands, which are one module each."""
-    folders = [path.parent for path in sources("*.py") if "tests" not in path.parts]
-    counts = {
-        str(folder.relative_to(ROOT)): sum(
-            path.parent == folder and path.name != "__init__.py" for path in sources("*.py")
-        )
-        for folder in folders
-    }
+    counts = Counter(
+        str(path.parent.relative_to(ROOT))
+        for path in sources("*.py")
+        if "tests" not in path.parts and path.name != "__init__.py"
+    )
     del counts["diffcore/cli/commands"]
     assert {name: count for name, count in counts.items() if count > 14} == {}
     assert counts["diffcore"] <= 4

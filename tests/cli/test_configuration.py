@@ -61,7 +61,7 @@ def test_the_options_of_the_objective_are_components(diffcore):
         "objective"
     ]["init_args"]
     assert settings["weight"] == {
-        "class_path": "diffcore.objectives.weighting.P2",
+        "class_path": "diffcore.objectives.P2",
         "init_args": {"k": 2.0, "gamma": 1.0},
     }
     assert settings["coupling"]["init_args"] == {"group": 32}

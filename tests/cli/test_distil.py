@@ -80,6 +80,7 @@ def test_the_teacher_is_guided_as_its_run_is_sampled_and_the_student_is_not(dist
     assert chosen == (0.5, 3, 7, 4)
 
 
+@pytest.mark.slow
 def test_a_student_resumes_and_refuses_a_teacher_that_was_trained_further(distil, trained):
     command = (trained, *options("Reflow"), "--folder=student")
     assert distil(*command).status == 0

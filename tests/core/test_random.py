@@ -105,6 +105,13 @@ def test_streams_keep_their_numbers():
         "TRACE": 61,
         "DEQUANTISATION": 62,
         "BOUND": 63,
+        "NETWORK": 70,
+        "END_LEVEL": 72,
+        "PAIR": 80,
+        "PAIR_SEED": 81,
+        "ROLLOUT": 90,
+        "ROLLOUT_STEP": 91,
+        "GUIDANCE_SCALE": 92,
     }
 
 

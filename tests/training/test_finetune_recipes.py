@@ -180,7 +180,7 @@ def test_print_config_shows_the_whole_choice(workspace, pipelines, capsys):
     assert settings["data"]["init_args"]["size"] == 32
     assert settings["process"]["shape"] == [4, 16, 16]
     assert settings["process"]["prediction"] == "v_prediction"
-    assert settings["objective"]["weight"]["class_path"].endswith("MinSNR")
+    assert settings["objective"]["init_args"]["weight"]["class_path"].endswith("MinSNR")
     assert settings["compute"]["checkpointing"] is True
     assert (settings["lr"]["peak"], settings["steps"]) == (0.0001, 2)
 

@@ -70,6 +70,7 @@ def test_a_rule_that_the_controls_cannot_show_stays_as_the_model_brings_it(guida
     assert not [word for word in values.words if word.startswith("--guidance")]
 
 
+@pytest.mark.slow
 def test_each_choice_of_the_lists_gives_pictures():
     for name, choices in {"schedule": SCHEDULES, "sampler": SAMPLERS, "grid": GRIDS}.items():
         for choice in choices:
