@@ -88,7 +88,9 @@ def reference(tmp_path_factory):
         "steps": 2,
         "batch_size": 8,
         "trackers": [],
-        "config": "network:\n  class_path: diffcore.networks.Perceptron\n  init_args: {shape: [2], width: 16}\n",
+        "config": "network:\n"
+        "  class_path: diffcore.networks.Perceptron\n"
+        "  init_args: {shape: [2], width: 16}\n",
     }
     Trainer(folder=folder, objective=Objective(), **options).train()
     PROCESS.save(folder / "process.json")
