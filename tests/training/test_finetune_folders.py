@@ -36,6 +36,7 @@ def test_an_adapter_finds_its_pipeline_from_every_folder(workspace, tmp_path, mo
     assert facts["condition"].startswith("4 distinct captions, dropped in 10%")
 
 
+@pytest.mark.slow
 def test_a_pipeline_that_was_moved_is_named_in_the_config(workspace, tmp_path, capsys):
     shutil.copytree(workspace / "pipeline", tmp_path / "pipeline")
     run = tmp_path / "run"

@@ -97,6 +97,7 @@ def change_frozen_weights(folder):
 CHANGES = (change_caption, change_label, change_image, change_vae, change_frozen_weights)
 
 
+@pytest.mark.slow
 def test_a_run_is_not_resumed_on_files_that_changed_in_place(
     workspace, tmp_path, monkeypatch, capsys
 ):

@@ -94,6 +94,7 @@ def test_a_run_with_trained_text_encoders_resumes_exactly(workspace, captions):
     assert all(torch.equal(result[key], expected[key]) for key in expected)
 
 
+@pytest.mark.slow
 def test_textual_inversion_trains_the_embeddings_alone_without_cached_captions(
     workspace, captions, monkeypatch
 ):

@@ -113,6 +113,7 @@ def still(folder, **options):
     return report["grad_variance"], report["grad_square"], report["noise_scale"]
 
 
+@pytest.mark.slow
 def test_a_run_reports_the_covariance_of_the_gradients_of_its_samples(tmp_path):
     """Beside the gradients of 1024 single samples at independent levels."""
     objective = Objective(levels="independent")

@@ -221,6 +221,7 @@ def test_without_gradio_the_command_names_the_extra(diffcore):
 
 
 @pytest.mark.skipif(not has_extra("gradio"), reason="gradio is not installed")
+@pytest.mark.slow
 def test_a_port_in_use_is_named():
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = Address(port=server.getsockname()[1])

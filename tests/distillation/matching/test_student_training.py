@@ -122,6 +122,7 @@ def test_a_resumed_run_of_students_and_discriminators_writes_the_same_bytes(tmp_
         assert 0.1 <= statistics["reach"] <= 1
 
 
+@pytest.mark.slow
 def test_accumulation_changes_a_run_of_three_networks_by_rounding_alone(tmp_path):
     build = partial(trainer, objective=OBJECTIVES["three networks"], steps=5, batch_size=16)
     build(tmp_path / "whole").train()

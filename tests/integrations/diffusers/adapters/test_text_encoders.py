@@ -260,6 +260,7 @@ def test_the_ratio_of_lora_plus_is_that_of_each_adapter(folder):
     }
 
 
+@pytest.mark.slow
 def test_a_base_in_fewer_bits_keeps_the_text_encoders_in_float32(folder, tmp_path):
     made = trained(folder / "sd", **BOTH, base="bf16")
     exact = trained(folder / "sd", **BOTH)
