@@ -12,9 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from diffcore.core.conditions import BatchCondition, batch_condition
 from diffcore.core.denoiser import Denoiser
-from diffcore.core.network import (
-    LabelWrapper,
-)
+from diffcore.core.network import LabelWrapper
 from diffcore.core.process import Process
 from diffcore.core.random import Stream, derive_seed
 from diffcore.objectives.draw import Draw, SampleKey
@@ -22,9 +20,7 @@ from diffcore.objectives.networks import Networks
 from diffcore.training.averages.ema import EMA
 from diffcore.training.data.order import Batch, DataOrder
 from diffcore.training.data.source import NOISE, WEIGHT
-from diffcore.training.further_networks import (
-    FurtherNetwork,
-)
+from diffcore.training.further_networks import FurtherNetwork
 from diffcore.training.optimization.level_sampler import LevelSampler
 from diffcore.training.optimization.optimizers import evaluation_weights
 from diffcore.training.ranks.sharding import gather_tensors

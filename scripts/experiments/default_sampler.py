@@ -7,27 +7,24 @@ another mode.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.accuracy import plane, spectra
 from benchmarks.table import markdown_table
 
-from diffcore.core.denoiser import DenoiserProtocol
 from diffcore.core.oracle import GaussianMixture
 from diffcore.core.process import Process
 from diffcore.evaluation.flow.exact_flow import solve_flow
 from diffcore.evaluation.flow.knot_tuning import KnotProblem
 from diffcore.guidance import CFG
 from diffcore.io.specs import describe_component
-from diffcore.run import Run
 from diffcore.samplers import AdamsMoulton, Sampler
 from diffcore.schedules import BetaSpacing, Grid, UniformBlend
 from experiments.study import continue_study, group_rows
-from experiments.tuning import decades, tiny_pipeline
+from experiments.tuning import decades, problem_builders, study_cells
 
 FAR = 0.1
 COUNTS = (5, 6, 8, 10, 15, 20, 25, 30)
@@ -76,20 +73,8 @@ def run_study(out: Path, run: Path, only: Sequence[str] = ()) -> Iterator[str]:
     Yields:
         The lines that were appended.
     """
-    builders: dict[str, Callable[[], DenoiserProtocol]] = {
-        "mixture": plane,
-        "64-D": spectra,
-        "decades": decades,
-        "classes": classes,
-        "digits": lambda: Run(run).denoiser(),
-        "tiny Stable Diffusion": tiny_pipeline,
-    }
-    cells = [
-        (name, scale, count)
-        for name in only or builders
-        for scale in SCALES[name]
-        for count in COUNTS
-    ]
+    builders = problem_builders(run) | {"classes": classes}
+    cells = study_cells(only or list(SCALES), SCALES, COUNTS)
 
     @cache
     def problem(name: str, scale: float) -> KnotProblem:

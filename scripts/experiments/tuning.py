@@ -142,6 +142,40 @@ def tiny_pipeline() -> Denoiser:
     return Denoiser(Prompted(), process).eval()
 
 
+def problem_builders(run: Path) -> dict[str, Callable[[], DenoiserProtocol]]:
+    """The exact denoisers and networks of the studies of knots.
+
+    Args:
+        run: folder of a run of the digits recipe.
+
+    Returns:
+        Name -> function that builds the denoiser.
+    """
+    return {
+        "mixture": plane,
+        "64-D": spectra,
+        "decades": decades,
+        "digits": lambda: Run(run).denoiser(),
+        "tiny Stable Diffusion": tiny_pipeline,
+    }
+
+
+def study_cells(
+    names: Sequence[str], scales: Mapping[str, Sequence[float]], counts: Sequence[int]
+) -> list[tuple[str, float, int]]:
+    """The cells of a study of knots, in the order in which they are measured.
+
+    Args:
+        names: names of problems.
+        scales: guidance scales of each problem.
+        counts: numbers of evaluations.
+
+    Returns:
+        Problem, scale and number of evaluations of each cell.
+    """
+    return [(name, scale, count) for name in names for scale in scales[name] for count in counts]
+
+
 def run_study(out: Path, run: Path, only: Sequence[str] = ()) -> Iterator[str]:
     """Measure the cells that the file of measurements lacks.
 
@@ -153,19 +187,8 @@ def run_study(out: Path, run: Path, only: Sequence[str] = ()) -> Iterator[str]:
     Yields:
         The lines that were appended.
     """
-    builders: dict[str, Callable[[], DenoiserProtocol]] = {
-        "mixture": plane,
-        "64-D": spectra,
-        "decades": decades,
-        "digits": lambda: Run(run).denoiser(),
-        "tiny Stable Diffusion": tiny_pipeline,
-    }
-    cells = [
-        (name, scale, count)
-        for name in only or builders
-        for scale in SCALES[name]
-        for count in COUNTS
-    ]
+    builders = problem_builders(run)
+    cells = study_cells(only or list(builders), SCALES, COUNTS)
 
     @cache
     def problem(name: str, scale: float) -> "TuningProblem":

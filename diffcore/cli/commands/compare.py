@@ -18,6 +18,7 @@ from diffcore.cli.evaluation.record import (
     weights_facts,
     write_record,
 )
+from diffcore.cli.evaluation.sample_keys import labels_in_turn, sample_keys
 from diffcore.cli.image_model import (
     ImageModel,
     load_guidance,
@@ -191,9 +192,9 @@ def _compare(
     device, options = find_device(sampling.device), sampling.pipeline_options
     model = load_image_model(folder, options, device, sampling.weights)
     picture_of(model.image_process, sampling.picture)
-    labels = _labels(sampling, model)
+    labels = labels_in_turn(sampling, model)
     named = NamedValues.read(sampling.condition, model.denoiser.process)
-    keys = _sample_keys(request, labels or [model.denoiser.process.classes], named.count)
+    keys = sample_keys(model, labels, named.count, request.seed, request.n)
     loaded = [load_guidance(rule, options, device) for rule in rules]
     comparison = SamplerComparison(
         model.denoiser,
@@ -225,25 +226,6 @@ def _compare(
     }
     write_record(out / "comparison.json", record)
     print(f"results -> {out / 'comparison.json'}, pictures -> {', '.join(map(str, written))}")
-
-
-def _labels(sampling: SampleRequest, model: ImageModel) -> list[int] | None:
-    """The labels or prompts that the samples have in turn; None: unconditional samples."""
-    classes = model.denoiser.process.classes
-    if model.is_text_conditioned and sampling.labels:
-        raise ValueError("the network is conditioned on text, not on labels: use --prompt TEXT")
-    if sampling.unique_labels:
-        return list(sampling.unique_labels)
-    if model.is_text_conditioned:
-        raise ValueError("the network is conditioned on text: give prompts, --prompt TEXT")
-    return list(range(classes)) if classes else None
-
-
-def _sample_keys(request: ComparisonRequest, labels: Sequence[int], values: int) -> list[SampleKey]:
-    """Label, seed and value of the named conditions of each sample, in turn."""
-    return [
-        SampleKey(labels[i % len(labels)], request.seed + i, i % values) for i in range(request.n)
-    ]
 
 
 def _write_pictures(

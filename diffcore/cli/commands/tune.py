@@ -13,6 +13,7 @@ from diffcore.cli.arguments import join_option
 from diffcore.cli.commands.sample import find_device, read_rank
 from diffcore.cli.condition_files import NamedValues
 from diffcore.cli.evaluation.record import environment_facts, weights_facts
+from diffcore.cli.evaluation.sample_keys import labels_in_turn, sample_keys
 from diffcore.cli.image_model import (
     ImageModel,
     load_guidance,
@@ -37,7 +38,6 @@ from diffcore.io.parser import ComponentParser
 from diffcore.io.specs import describe_component, to_spec
 from diffcore.run import AVERAGED
 from diffcore.samplers import Sampler
-from diffcore.sampling.files import SampleKey
 from diffcore.schedules import Grid
 
 __all__ = ["TuneRequest", "main"]
@@ -183,7 +183,7 @@ def _tune(
     model = load_image_model(folder, options, device)
     rule = load_guidance(guidance, options, device)
     named = NamedValues.read(sampling.condition, model.denoiser.process)
-    labels = _labels(sampling, model)
+    labels = labels_in_turn(sampling, model)
     start = perf_counter()
     fitted, held_out = (
         _problem(model, rule, sampling, request, named, labels, offset, count)
@@ -217,7 +217,7 @@ def _problem(
     their flow.
     """
     _report(f"flow of {count} samples: {request.flow_steps} steps, and half as many")
-    keys = _keys(model, labels, named.count, request.seed + offset, count)
+    keys = sample_keys(model, labels, named.count, request.seed + offset, count)
     seeds, condition = [key.seed for key in keys], named.condition(keys, labels is not None)
     size = min(sampling.batch_size, len(keys))
     flow = solve_flow(
@@ -232,26 +232,6 @@ def _problem(
     return KnotProblem(
         model.denoiser, guidance, seeds, flow.x, condition, size, sampling.micro_batch, flow.error
     )
-
-
-def _labels(sampling: SampleRequest, model: ImageModel) -> list[int] | None:
-    """The labels or prompts that the samples have in turn; None: unconditional samples."""
-    classes = model.denoiser.process.classes
-    if model.is_text_conditioned and sampling.labels:
-        raise ValueError("the network is conditioned on text, not on labels: use --prompt TEXT")
-    if sampling.unique_labels:
-        return list(sampling.unique_labels)
-    if model.is_text_conditioned:
-        raise ValueError("the network is conditioned on text: give prompts, --prompt TEXT")
-    return list(range(classes)) if classes else None
-
-
-def _keys(
-    model: ImageModel, labels: Sequence[int] | None, values: int, first: int, count: int
-) -> list[SampleKey]:
-    """Label, seed and value of the named conditions of each sample, in turn."""
-    given = labels or [model.denoiser.process.classes]
-    return [SampleKey(given[i % len(given)], first + i, i % values) for i in range(count)]
 
 
 def _report(line: str) -> None:

@@ -28,7 +28,6 @@ from diffcore.distillation.matching.student import (
     denoising_process,
     drop_conditions,
     noised,
-    refuse_sample_weight,
     rollout_noise,
 )
 from diffcore.distillation.teacher import Teacher
@@ -139,33 +138,27 @@ class AdversarialObjective(StudentObjective):
         process = denoising_process(denoiser.process)
         with torch.no_grad():
             pair = self.compare(denoiser, x0, condition, draw, networks)
+            self._observe(networks, process, pair, condition)
         x = (pair.real, pair.fake)
         return self.discriminator.losses(networks, process, x, pair.level, condition)
 
-    def __call__(
+    def _observe(
+        self,
+        networks: Networks,
+        process: Process,
+        pair: Comparison,
+        condition: BatchCondition | None,
+    ) -> None:
+        """Record statistics of what the discriminator is about to be trained on, if there are."""
+
+    def student_losses(
         self,
         denoiser: Denoiser,
         x0: Tensor,
         condition: BatchCondition | None,
         draw: Draw,
-        log_variance: nn.Module | None = None,
-        sample_weight: Tensor | None = None,
-        networks: Networks | None = None,
+        networks: Networks,
     ) -> Tensor:
-        """softplus(-D(x̃)) and the further loss of each sample, of shape (B,).
-
-        Args:
-            denoiser: network of the student with its process.
-            x0: data (B, *shape).
-            condition: class labels (B,), or `Conditions`, of the samples.
-            draw: random numbers of the samples, from `draw`.
-            log_variance: None, since the objective has no uncertainty.
-            sample_weight: None: samples of the student have no masks.
-            networks: teacher and discriminator.
-        """
-        assert networks is not None
-        refuse_sample_weight(sample_weight)
-        condition = drop_conditions(denoiser.process, condition, draw)
         process = denoising_process(denoiser.process)
         pair = self.compare(denoiser, x0, condition, draw, networks)
         logits = self.discriminator.logits(networks, process, pair.fake, pair.level, condition)
@@ -326,24 +319,16 @@ class DiffusionGAN(AdversarialObjective):
         fake = level.alpha * sample + level.sigma * rollout_noise(draw, self.student.steps)
         return Comparison(real, fake, level)
 
-    def network_losses(
+    def _observe(
         self,
-        name: str,
-        denoiser: Denoiser,
-        x0: Tensor,
-        condition: BatchCondition | None,
-        draw: Draw,
         networks: Networks,
-    ) -> Tensor:
-        condition = drop_conditions(denoiser.process, condition, draw)
-        process = denoising_process(denoiser.process)
-        with torch.no_grad():
-            pair = self.compare(denoiser, x0, condition, draw, networks)
-            logits = self.discriminator.logits(networks, process, pair.real, pair.level, condition)
-            signs = logits.sign()
-            _adaptive(networks).record(torch.stack((signs.sum(), torch.ones_like(signs).sum())))
-        x = (pair.real, pair.fake)
-        return self.discriminator.losses(networks, process, x, pair.level, condition)
+        process: Process,
+        pair: Comparison,
+        condition: BatchCondition | None,
+    ) -> None:
+        logits = self.discriminator.logits(networks, process, pair.real, pair.level, condition)
+        signs = logits.sign()
+        _adaptive(networks).record(torch.stack((signs.sum(), torch.ones_like(signs).sum())))
 
 
 def _adaptive(networks: Networks) -> AdaptiveDiscriminator:

@@ -32,7 +32,6 @@ from diffcore.distillation.matching.student import (
     drop_conditions,
     key_of,
     noised,
-    refuse_sample_weight,
 )
 from diffcore.distillation.teacher import Teacher, predict_guided
 from diffcore.guidance import CFG
@@ -209,30 +208,14 @@ class DistributionMatching(StudentObjective):
         x = (noised(x0.to(sample), draw), noised(sample, draw))
         return self.discriminator.losses(networks, process, x, draw.level, condition)
 
-    def __call__(
+    def student_losses(
         self,
         denoiser: Denoiser,
         x0: Tensor,
         condition: BatchCondition | None,
         draw: Draw,
-        log_variance: nn.Module | None = None,
-        sample_weight: Tensor | None = None,
-        networks: Networks | None = None,
+        networks: Networks,
     ) -> Tensor:
-        """The loss of each sample of the student, of shape (B,); see the class.
-
-        Args:
-            denoiser: network of the student with its process.
-            x0: data, of which only the shape is used.
-            condition: class labels (B,), or `Conditions`, of the samples.
-            draw: random numbers of the samples, from `draw`.
-            log_variance: None, since the objective has no uncertainty.
-            sample_weight: None: samples of the student have no masks.
-            networks: teacher, fake network and discriminator.
-        """
-        assert networks is not None
-        refuse_sample_weight(sample_weight)
-        condition = drop_conditions(denoiser.process, condition, draw)
         process = denoising_process(denoiser.process)
         sample = self.student.sample(denoiser, condition, draw)
         if self.discriminator is None:

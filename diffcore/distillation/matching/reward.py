@@ -13,19 +13,14 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import softplus
 
 from diffcore.core.conditions import BatchCondition
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.network import LabelWrapper
 from diffcore.core.process import Process
-from diffcore.distillation.matching.student import (
-    StudentObjective,
-    drop_conditions,
-    refuse_sample_weight,
-    rollout_noise,
-)
+from diffcore.distillation.matching.student import StudentObjective, rollout_noise
 from diffcore.distillation.teacher import RunTeacher
 from diffcore.objectives.draw import Draw
 from diffcore.objectives.networks import Networks
@@ -109,34 +104,15 @@ class RewardTuning(StudentObjective):
     ) -> Networks:
         return Networks(self.reference.denoiser(device, None, label_wrapper))
 
-    def __call__(
+    def student_losses(
         self,
         denoiser: Denoiser,
         x0: Tensor,
         condition: BatchCondition | None,
         draw: Draw,
-        log_variance: nn.Module | None = None,
-        sample_weight: Tensor | None = None,
-        networks: Networks | None = None,
+        networks: Networks,
     ) -> Tensor:
-        """-R(x_0) + β Σ D of each sample, of shape (B,).
-
-        Args:
-            denoiser: network of the student with its process.
-            x0: data, of which only the shape is used.
-            condition: class labels (B,), or `Conditions`, of the samples.
-            draw: random numbers of the samples, from `draw`.
-            log_variance: None, since the objective has no uncertainty.
-            sample_weight: None: samples of the student have no masks.
-            networks: the reference.
-
-        Raises:
-            ValueError: the reward has not one number for each sample.
-        """
-        assert networks is not None
         assert networks.teacher is not None
-        refuse_sample_weight(sample_weight)
-        condition = drop_conditions(denoiser.process, condition, draw)
         knots = self.student.knots(denoiser.process.schedule)
         x, total = self.student.start(denoiser.process, draw), torch.zeros((), device=x0.device)
         sample = x

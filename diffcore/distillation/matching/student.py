@@ -6,13 +6,14 @@
 It is the multistep sampler `Consistency` on the knots of a grid.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffcore.core.conditions import LABEL, BatchCondition, drop
 from diffcore.core.denoiser import Denoiser
@@ -20,6 +21,7 @@ from diffcore.core.prediction import edm_norm
 from diffcore.core.process import Process
 from diffcore.core.random import Stream, normal, uniform
 from diffcore.objectives.draw import Draw, SampleKey
+from diffcore.objectives.networks import Networks
 from diffcore.objectives.objective import Objective
 from diffcore.samplers.base import is_clean
 from diffcore.schedules import Grid, Level, Schedule, Trailing
@@ -266,3 +268,48 @@ class StudentObjective(Objective):
         """
         self.student.check(process)
         super().check(replace(process, estimate="posterior_mean"), inputs)
+
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        x0: Tensor,
+        condition: BatchCondition | None,
+        draw: Draw,
+        log_variance: nn.Module | None = None,
+        sample_weight: Tensor | None = None,
+        networks: Networks | None = None,
+    ) -> Tensor:
+        """The loss of each sample of the student, of shape (B,); see `student_losses`.
+
+        Args:
+            denoiser: network of the student with its process.
+            x0: data (B, *shape).
+            condition: class labels (B,), or `Conditions`, of the samples.
+            draw: random numbers of the samples, from `draw`.
+            log_variance: None, since the objective has no uncertainty.
+            sample_weight: None: samples of the student have no masks.
+            networks: networks of the objective.
+        """
+        assert networks is not None
+        refuse_sample_weight(sample_weight)
+        condition = drop_conditions(denoiser.process, condition, draw)
+        return self.student_losses(denoiser, x0, condition, draw, networks)
+
+    @abstractmethod
+    def student_losses(
+        self,
+        denoiser: Denoiser,
+        x0: Tensor,
+        condition: BatchCondition | None,
+        draw: Draw,
+        networks: Networks,
+    ) -> Tensor:
+        """The loss of each sample of the student, of shape (B,); see the class.
+
+        Args:
+            denoiser: network of the student with its process.
+            x0: data (B, *shape).
+            condition: conditions of the samples, without those that the draw drops.
+            draw: random numbers of the samples.
+            networks: networks of the objective.
+        """

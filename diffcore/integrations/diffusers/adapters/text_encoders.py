@@ -122,9 +122,8 @@ class TextEncoders(nn.Module):
         """The states (K + 1, L, D) of the text encoders that are not trained."""
         pipeline = self.index.read_text_pipeline()
         states: list[Tensor] = []
-        for text in texts:
-            is_null = len(states) == len(texts) - 1
-            encoded = self.condition.encode(pipeline, text, is_null)
+        for number, text in enumerate(texts, 1):
+            encoded = self.condition.encode(pipeline, text, number == len(texts))
             found = self.condition.frozen_states(pipeline, encoded)
             assert found is not None
             if not states:
