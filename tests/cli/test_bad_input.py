@@ -320,7 +320,7 @@ def test_damaged_weights_are_named_and_not_sampled(diffcore, trained, damage):
     sampled(
         [truncate, flip, Path.unlink],
         ["model.safetensors", "training.safetensors", "manifest.json"],
-        count=4,
+        count=3,
     ),
 )
 def test_a_damaged_newest_checkpoint_is_named_before_the_previous_one_is_used(

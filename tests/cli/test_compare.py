@@ -21,6 +21,7 @@ def run(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_the_tables_the_record_and_the_pictures_are_equal_each_time(diffcore, run):
     printed, records, images = [], [], []
     for _ in range(2):
@@ -125,8 +126,8 @@ def test_no_run_is_one_line(diffcore, tmp_path):
     "change",
     [
         {"cases": 3},
-        {"seconds": [{}]},
-        {"cases": [{"sampler": "DDIM()"}], "seconds": [{}]},
+        pytest.param({"seconds": [{}]}, marks=pytest.mark.slow),
+        pytest.param({"cases": [{"sampler": "DDIM()"}], "seconds": [{}]}, marks=pytest.mark.slow),
     ],
 )
 def test_a_damaged_record_is_named_by_the_report(diffcore, run, change):

@@ -79,6 +79,7 @@ def test_a_flow_that_receives_the_time_before_its_shift_reveals_it():
     assert shifted in found.finding.values["best"]  # and e^1.15, which is 3.16
 
 
+@pytest.mark.slow
 def test_a_process_of_ones_own_is_a_hypothesis_with_every_prediction():
     claim = replace(BASE, schedule=ZeroTerminalSNR(Discrete("cosine")), prediction="sample")
     name, names = claimed_hypotheses(claim)
@@ -106,6 +107,7 @@ def test_an_untrained_network_is_a_warning():
     assert not found.notes
 
 
+@pytest.mark.slow
 def test_the_table_marks_the_config_and_the_figure_is_written(tmp_path):
     claim = "sample, cosine, conditioned on t"
     found = judge(HYPOTHESES[LINEAR], HYPOTHESES[claim])

@@ -20,6 +20,7 @@ def run_with_snapshots(tmp_path_factory, tiny):
     return folder
 
 
+@pytest.mark.slow
 def test_a_reconstruction_equals_the_average_that_the_run_tracked(
     diffcore, run_with_snapshots, tmp_path
 ):

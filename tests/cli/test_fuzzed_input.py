@@ -11,7 +11,7 @@ from diffcore.io.mistakes import MAXIMUM_LENGTH
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-COUNT, DEFAULT = 400, 60
+COUNT, DEFAULT = 400, 30
 VALUES = (
     *("", "-1", "0", "1.5", "nan", ".inf", "-.inf", "1e400", "99999999999999999999", "true"),
     *("null", "[]", "[1,2]", "[[1],[2]]", "{}", "{a: 1}", "{class_path: DDIM}", "DDIM", "Cosine"),

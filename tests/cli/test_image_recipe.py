@@ -212,11 +212,16 @@ def test_what_contradicts_the_folder_is_refused_before_training(diffcore, words,
     ("recipe", "network"),
     [
         ("emoji", ["--network.block_out_channels=[16,16,16]", "--network.attention_head_dim=8"]),
-        (
+        pytest.param(
             "emoji-gpu",
             ["--network.block_out_channels=[32,32,32]", "--network.attention_head_dim=8"],
+            marks=pytest.mark.slow,
         ),
-        ("cifar10", ["--network.block_out_channels=[16,16,16]", "--network.attention_head_dim=8"]),
+        pytest.param(
+            "cifar10",
+            ["--network.block_out_channels=[16,16,16]", "--network.attention_head_dim=8"],
+            marks=pytest.mark.slow,
+        ),
         ("cifar10-dit", ["--network.num_layers=1", "--network.num_attention_heads=1"]),
     ],
 )

@@ -92,17 +92,22 @@ def before():
     "change",
     [
         {"model": "ring"},
-        {"schedule": "Laplace()"},
         {"sampler": "Heun()"},
-        {"grid": "Trailing()"},
         {"steps": 3},
-        {"rule": "Rescale"},
         {"scale": 5.0},
-        {"low": 0.5},
-        {"high": 1.0},
         {"labels": [1]},
-        {"per_label": 9},
-        {"seed": 4},
+        *(
+            pytest.param(change, marks=pytest.mark.slow)
+            for change in (
+                {"schedule": "Laplace()"},
+                {"grid": "Trailing()"},
+                {"rule": "Rescale"},
+                {"low": 0.5},
+                {"high": 1.0},
+                {"per_label": 9},
+                {"seed": 4},
+            )
+        ),
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -138,6 +143,7 @@ def test_the_trajectories_begin_at_the_noise_and_pass_the_knots():
     assert torch.allclose(last, drawing.samples.x, atol=1e-6)  # Euler to the clean level gives x_0
 
 
+@pytest.mark.slow
 def test_trajectories_are_those_of_the_first_batch(trained):
     words = ["--steps=2", f"--per_label={BATCH + 3}", "--labels=1"]
     drawing = draw(str(trained), parse_request(str(trained), words), CPU)

@@ -54,6 +54,7 @@ def test_a_distribution_is_drawn_again(diffcore, name):
     ],
     ids=["unconditional", "labels"],
 )
+@pytest.mark.slow
 def test_a_run_is_drawn_again(diffcore, trained, tmp_path, words):
     folder = shutil.copytree(trained, tmp_path / "a run's")
     drawing = draw(str(folder), parse_request(str(folder), ["--steps=3", *words]), CPU)
@@ -63,6 +64,7 @@ def test_a_run_is_drawn_again(diffcore, trained, tmp_path, words):
 
 
 @pytest.mark.parametrize("kind", ["text", "classes"])
+@pytest.mark.slow
 def test_a_pipeline_is_drawn_again(diffcore, tmp_path, kind):
     scheduler = diffusers.DDIMScheduler(clip_sample=False, steps_offset=1)
     if kind == "text":
