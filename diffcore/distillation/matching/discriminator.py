@@ -328,7 +328,7 @@ def _channels_last(feature: Tensor, process: Process) -> Tensor:
 
 def _unguided(denoiser: DenoiserProtocol) -> DenoiserProtocol:
     """The denoiser inside of guidance, which evaluates each sample once."""
-    from diffcore.distillation.teacher import GuidedDenoiser
+    from diffcore.distillation.guided_denoiser import GuidedDenoiser
 
     while isinstance(denoiser, GuidedDenoiser):
         denoiser = denoiser.inner
