@@ -63,7 +63,7 @@ def resolve(
         process: process of the network, which has named conditions.
         count: number of samples, N.
         given: name -> values (N, *shape), or one value (*shape) for all samples. A condition that
-            is left out is absent.
+            is left out has its default value, or is absent.
         label: class labels (N,); None: the null label.
 
     Returns:
@@ -103,7 +103,7 @@ def _as_tensor(value: Any) -> Any:
 
 
 def _check_droppable(name: str, record: ConditionRecord) -> None:
-    if not record.dropout:
+    if not record.dropout and not record.has_default:
         raise ValueError(
             f"condition {name} is missing, without which the network was never trained: pass "
             f"values of shape {record.shape}"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from diffcore.core.process import Process
 
 __all__ = [
+    "GUIDANCE_SCALE",
     "LABEL",
     "AbsentValue",
     "BatchCondition",
@@ -33,10 +34,13 @@ __all__ = [
     "null_condition",
     "replace_label",
     "without",
+    "without_value",
 ]
 
 LABEL = "label"
 """Name of the class label among the conditions."""
+GUIDANCE_SCALE = "guidance_scale"
+"""Name of the condition by which a distilled network receives the scale w of guidance."""
 RESERVED = (LABEL, "weight", "self", "x", "time", "timestep", "sample", "return_dict")
 """Names that a condition cannot have: those of other arguments, and of the weight of an item."""
 
@@ -56,7 +60,8 @@ class ConditionRecord:
             dropped independently of the others.
         absent: value of a dropped condition: zeros, null (the numbers of `null`), or learned (the
             network receives zeros, and the flags `NAME_absent` (B,), by which it puts a learned
-            value in their place).
+            value in their place). With null and dropout 0, `null` is the default value: that of
+            samples and data items for which no value is given.
         null: numbers of the null value: one number for all elements, or the elements in row-major
             order; only for absent: null.
 
@@ -106,6 +111,16 @@ class ConditionRecord:
             )
         if not all(map(math.isfinite, self.null)):
             raise ValueError("null has numbers that are not finite, expected finite ones")
+
+    @property
+    def has_default(self) -> bool:
+        """Whether `null` is the value of samples for which none is given."""
+        return self.absent == "null" and not self.dropout
+
+    def default(self) -> Tensor:
+        """The value `null`, float32 of the shape of one value on the host."""
+        null = torch.tensor(self.null)
+        return null.reshape(self.shape) if len(null) > 1 else null.expand(self.shape)
 
     def resized(
         self, name: str, before: tuple[int, ...], after: tuple[int, ...]
@@ -327,6 +342,23 @@ def without(process: "Process", condition: BatchCondition, names: Sequence[str])
     )
     mask = torch.ones(len(condition), dtype=torch.bool, device=reference.device)
     return drop(process, condition, dict.fromkeys(names, mask))
+
+
+def without_value(condition: BatchCondition | None, name: str) -> BatchCondition | None:
+    """The conditions of a process that lacks a named condition.
+
+    Args:
+        condition: conditions of B samples.
+        name: name of the condition that is removed.
+
+    Returns:
+        `Conditions` without the name; the labels, or None, if there are no others.
+    """
+    if not isinstance(condition, Conditions) or name not in condition.values:
+        return condition
+    values = {key: value for key, value in condition.values.items() if key != name}
+    absent = {key: mask for key, mask in condition.absent.items() if key != name}
+    return Conditions(values, absent, condition.label) if values else condition.label
 
 
 def labels_of(condition: BatchCondition | None) -> Tensor | None:

@@ -4,24 +4,29 @@ The target of a few-step network is an evaluation of the network itself, without
 the same random numbers: dropout that differs between both would be an error of the target.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from diffcore.core.conditions import BatchCondition
+from diffcore.core.conditions import GUIDANCE_SCALE, BatchCondition
 from diffcore.core.denoiser import Denoiser, DenoiserProtocol
 from diffcore.core.estimate import Estimate
 from diffcore.core.network import LabelWrapper
 from diffcore.core.prediction import Prediction, at_least_float32
 from diffcore.core.process import Process
+from diffcore.core.random import Stream, uniform
+from diffcore.distillation.guided_denoiser import ScaledDenoiser
 from diffcore.distillation.teacher import Teacher
-from diffcore.objectives.draw import Draw
+from diffcore.guidance import CFG
+from diffcore.objectives.draw import Draw, SampleKey
+from diffcore.objectives.level_sampling import ResamplerState
 from diffcore.objectives.networks import Networks
 from diffcore.objectives.objective import Objective
 from diffcore.schedules import Level
@@ -115,9 +120,13 @@ class FewStepObjective(Objective):
 
     Args:
         teacher: frozen denoiser whose flow is distilled; None to train from the data alone.
+        guidance_range: interval of the scale w of the teacher's classifier-free guidance, which is
+            drawn uniformly for each sample (Luo et al. 2023, 2310.04378, Algorithm 1) and is the
+            condition `guidance_scale` of the student; None for the teacher's own guidance.
     """
 
     teacher: Teacher | None = None
+    guidance_range: tuple[float, float] | None = None
 
     ESTIMATE: ClassVar[Estimate]
     """What the pair of the trained network is."""
@@ -142,6 +151,22 @@ class FewStepObjective(Objective):
                     f"{name} is {value}, which {type(self).__name__} does not read: it has a "
                     f"weight and levels of its own; leave {name} out"
                 )
+        if self.guidance_range is not None:
+            object.__setattr__(self, "guidance_range", tuple(self.guidance_range))
+            self._check_guidance_range(*self.guidance_range)
+
+    def _check_guidance_range(self, low: float, high: float) -> None:
+        if not 0 <= low < high < math.inf:
+            raise ValueError(
+                f"guidance_range is {self.guidance_range}, expected finite w with 0 <= low < high"
+            )
+        if self.teacher is None or self.teacher.guidance != CFG(1.0):
+            guidance = None if self.teacher is None else self.teacher.guidance
+            raise ValueError(
+                f"guidance_range is {self.guidance_range}, and the guidance of the teacher is "
+                f"{guidance}: set a teacher without guidance of its own, or leave guidance_range "
+                "out"
+            )
 
     def check(self, process: Process, inputs: Iterable[str] = ()) -> None:
         """Raise ValueError if the process, the teacher and the objective do not fit together.
@@ -156,8 +181,28 @@ class FewStepObjective(Objective):
                 f"process.estimate is {process.estimate}, and {type(self).__name__} trains a "
                 f"network that gives the {self.ESTIMATE}: set process.estimate to {self.ESTIMATE}"
             )
+        if self.guidance_range is not None:
+            self._check_guidance_condition(process, *self.guidance_range)
         if self.teacher is not None:
-            self.teacher.check(process)
+            drawn = None if self.guidance_range is None else CFG(self.guidance_range[1])
+            self.teacher.check(self._teacher_process(process), drawn)
+
+    def _check_guidance_condition(self, process: Process, low: float, high: float) -> None:
+        record = process.conditions.get(GUIDANCE_SCALE)
+        if record is None or record.shape != (1,) or record.low > low or record.high < high:
+            raise ValueError(
+                f"guidance_range is {self.guidance_range}, and the condition {GUIDANCE_SCALE} of "
+                f"the process is {record}: give process.conditions a {GUIDANCE_SCALE} of shape [1] "
+                "whose range contains guidance_range, with absent: null and null: [w] for the "
+                "default w of samples"
+            )
+
+    def _teacher_process(self, process: Process) -> Process:
+        """The process of the student without the scale of guidance, if that is drawn."""
+        if self.guidance_range is None:
+            return process
+        names = [name for name in process.conditions if name != GUIDANCE_SCALE]
+        return replace(process, conditions={name: process.conditions[name] for name in names})
 
     @property
     def content_hash(self) -> str:
@@ -168,7 +213,23 @@ class FewStepObjective(Objective):
     ) -> Networks:
         if self.teacher is None:
             return Networks()
-        return Networks(self.teacher.denoiser(device, denoiser.process, label_wrapper))
+        process = self._teacher_process(denoiser.process)
+        teacher = self.teacher.denoiser(device, process, label_wrapper)
+        return Networks(teacher if self.guidance_range is None else ScaledDenoiser(teacher))
+
+    def draw(
+        self,
+        process: Process,
+        key: SampleKey,
+        device: torch.device | None = None,
+        state: ResamplerState | None = None,
+    ) -> Draw:
+        draw = super().draw(process, key, device, state)
+        if self.guidance_range is None:
+            return draw
+        low, high = self.guidance_range
+        scale = low + (high - low) * uniform(key.seed, Stream.GUIDANCE_SCALE, key.position)
+        return draw._replace(conditions={GUIDANCE_SCALE: scale.float()})
 
     def __call__(
         self,

@@ -16,37 +16,29 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from diffcore.core.conditions import BatchCondition
 from diffcore.core.denoiser import (
     Denoiser,
     DenoiserProtocol,
-    DenoiserWrapper,
     LevelMatchedDenoiser,
 )
 from diffcore.core.network import LabelWrapper, without_labels
-from diffcore.core.prediction import Prediction
 from diffcore.core.process import Process
-from diffcore.guidance import CFG, Guidance, Step, evaluate_queries
-from diffcore.guidance.cfg import extrapolate_linearly
-from diffcore.guidance.reference import Query, Unconditional
+from diffcore.distillation.guided_denoiser import GuidedDenoiser
+from diffcore.guidance import CFG, Guidance, Step
 from diffcore.io.plain_data import hash_data
 from diffcore.io.safetensors import hash_tensors
 from diffcore.io.specs import to_spec
 from diffcore.run import AVERAGED, Run
-from diffcore.sampling.loop import guided_prediction
-from diffcore.schedules import Level
 
 if TYPE_CHECKING:
     from diffcore.integrations.diffusers.loading.index import PipelineIndex
 
 __all__ = [
-    "GuidedDenoiser",
     "OracleTeacher",
     "PipelineTeacher",
     "RunTeacher",
     "Teacher",
     "check_same_process",
-    "predict_guided",
 ]
 
 NOISIEST = 1 - 1e-9
@@ -54,51 +46,6 @@ NOISIEST = 1 - 1e-9
 
 _shared: WeakValueDictionary[tuple[str, ...], nn.Module] = WeakValueDictionary()
 """Networks of teachers that are in use, by what they are loaded from."""
-
-
-class GuidedDenoiser(DenoiserWrapper):
-    """A denoiser whose pair (x_0, ε) is the guided one.
-
-    Args:
-        inner: denoiser that is guided.
-        guidance: rule without state, such as CFG(2.0).
-    """
-
-    def __init__(self, inner: DenoiserProtocol, guidance: Guidance) -> None:
-        super().__init__(inner)
-        self.guidance = guidance
-
-    def __call__(
-        self, x: Tensor, level: Level, condition: BatchCondition | None = None
-    ) -> Prediction:
-        return guided_prediction(self.inner, self.guidance, x, level, condition, None)[0]
-
-
-def predict_guided(
-    denoiser: DenoiserProtocol,
-    x: Tensor,
-    level: Level,
-    condition: BatchCondition | None,
-    scale: Tensor,
-) -> Prediction:
-    """The prediction of classifier-free guidance with a scale of its own for each sample.
-
-        guided = ref + w (cond - ref),   ref without the condition; one forward of 2B rows
-
-    Args:
-        denoiser: denoiser without guidance, of a network that was trained with condition dropout.
-        x: noisy samples (B, *shape).
-        level: noise level of all samples, or levels that broadcast against x.
-        condition: class labels (B,), or `Conditions`.
-        scale: w of shape (B,); 1 is the conditional prediction.
-
-    Returns:
-        The guided prediction, of the shape and dtype of x.
-    """
-    queries = [Query(denoiser, condition), Unconditional().query(denoiser, condition, x)]
-    conditional, reference = evaluate_queries(queries, x, level)
-    w = scale.to(x).view(-1, *[1] * (x.ndim - 1))
-    return extrapolate_linearly(reference, conditional, w)
 
 
 class Teacher(ABC):
@@ -141,11 +88,12 @@ class Teacher(ABC):
         """
         return self.process
 
-    def check(self, student: Process) -> None:
+    def check(self, student: Process, guidance: Guidance | None = None) -> None:
         """Check that a student can be distilled from the teacher.
 
         Args:
             student: process of the student.
+            guidance: rule by which the objective guides the teacher; None: `self.guidance`.
 
         Raises:
             ValueError: the processes do not fit together (`check_same_process`), or the guidance
@@ -153,7 +101,7 @@ class Teacher(ABC):
         """
         process = self.process_for(student)
         check_same_process(student, process)
-        _check_guidance(self.guidance, process)
+        _check_guidance(guidance or self.guidance, process)
 
     def denoiser(
         self,

@@ -46,6 +46,8 @@ class Draw(NamedTuple):
         perturbation: further noise (B, *shape) in x that the target lacks (DDPM-IP); None for none.
         condition_masks: name of a condition -> True (B,) for samples without it.
         key: key of the samples, from which an objective derives further random numbers.
+        conditions: name of a condition -> its values (B, *shape), which the trainer puts in place
+            of those of the data.
     """
 
     level: Level
@@ -55,6 +57,7 @@ class Draw(NamedTuple):
     perturbation: Tensor | None = None
     condition_masks: Mapping[str, Tensor] = MappingProxyType({})
     key: SampleKey | None = None
+    conditions: Mapping[str, Tensor] = MappingProxyType({})
 
     def paired(self, noise: Tensor | None) -> "Draw":
         """The draw with the noise that the data pairs with x_0.

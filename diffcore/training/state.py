@@ -206,7 +206,7 @@ class TrainState:
         return self.settings.objective(
             self.denoiser,
             batch.x0.to(device, non_blocking=True),
-            self._condition(batch),
+            self._condition(batch, draw),
             draw.paired(batch.extras.get(NOISE)),
             self.uncertainty,
             None if weight is None else weight.to(device, non_blocking=True),
@@ -230,7 +230,7 @@ class TrainState:
         x0 = batch.x0.to(device, non_blocking=True)
         denoiser = Denoiser(self.label_wrapper(self.network), self.settings.process)
         return self.settings.objective.network_losses(
-            name, denoiser, x0, self._condition(batch), draw, networks
+            name, denoiser, x0, self._condition(batch, draw), draw, networks
         )
 
     def draw(self, batch: Batch, key: SampleKey) -> Draw:
@@ -247,10 +247,10 @@ class TrainState:
         process, device = self.process_of(batch), self.accelerator.device
         return self.settings.objective.draw(process, key, device, learned)
 
-    def _condition(self, batch: Batch) -> BatchCondition | None:
+    def _condition(self, batch: Batch, draw: Draw) -> BatchCondition | None:
         process, inputs = self.settings.process, self.settings.source.inputs
-        device = self.accelerator.device
-        return batch_condition(process, batch.label, batch.extras, device, inputs)
+        device, values = self.accelerator.device, {**batch.extras, **draw.conditions}
+        return batch_condition(process, batch.label, values, device, inputs)
 
     def network_seed(self, part: int, seed: int) -> int:
         """Seed of the random numbers inside a network, such as dropout, in a micro-batch.

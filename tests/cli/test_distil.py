@@ -80,6 +80,29 @@ def test_the_teacher_is_guided_as_its_run_is_sampled_and_the_student_is_not(dist
     assert chosen == (0.5, 3, 7, 4)
 
 
+def test_a_student_whose_input_is_the_scale_of_guidance_is_sampled_at_any_scale(
+    distil, diffcore, trained
+):
+    ended = distil(
+        trained, *options(QUICK), "--guidance-range=1,4", "--sample-every=2", "--folder=student"
+    )
+    assert ended.status == 0, ended.err
+    settings = Run(Path("student")).settings()
+    assert settings["network"]["class_path"] == "diffcore.networks.GuidanceEmbedding"
+    assert settings["objective"]["init_args"]["guidance_range"] == [1.0, 4.0]
+    record = Process.load(Path("student/process.json")).conditions["guidance_scale"]
+    assert (record.low, record.high, record.null) == (1.0, 4.0, (1.5,))  # that of the run
+    found = {}
+    for word in ("", "--condition.guidance_scale=1.5", "--condition.guidance_scale=4"):
+        words = ("student", "--labels=0-1", "--out=s.npy", "--threads=1", *filter(None, [word]))
+        assert diffcore("sample", *words).status == 0
+        found[word] = Path("s.npy").read_bytes()
+    assert len(set(found.values())) == 2  # the default is 1.5
+    ended = diffcore("sample", "student", "--condition.guidance_scale=5", "--threads=1")
+    assert ended.status == 1
+    assert "expected within the range [1, 4]" in ended.err
+
+
 @pytest.mark.slow
 def test_a_student_resumes_and_refuses_a_teacher_that_was_trained_further(distil, trained):
     command = (trained, *options("Reflow"), "--folder=student")
@@ -117,6 +140,16 @@ REFUSED = {
     "text": (("{run}", "--method=Reflow", "--steps=x"), "steps is 'x', expected an integer"),
     "untrained": (("{run}", "--method=Reflow", "--training-steps=0"), "training_steps is 0"),
     "scale": (("{run}", "--method=Reflow", "--scale=-1"), "scale is -1.0, expected a finite w"),
+    "scales of one": (
+        ("{run}", "--method=DistributionMatching", "--guidance-range=1,8"),
+        "use Consistency, MeanFlow, Shortcut, or --scale",
+    ),
+    "scales": (("{run}", "--method=MeanFlow", "--guidance-range=8"), "such as 1,8"),
+    "no range": (("{run}", "--method=MeanFlow", "--guidance-range=8,1"), "0 <= low < high"),
+    "default scale": (
+        ("{run}", "--method=MeanFlow", "--guidance-range=2,3", "--scale=4"),
+        "scale is 4, the default w of samples, expected within guidance_range 2,3",
+    ),
     "rounds": (("{run}", "--method=Reflow", "--rounds=0"), "rounds is 0, expected 1"),
     "shape": (
         ("{run}", "--method=Reflow", "--data.count=2", "--data.steps=1", "--process.shape=[1,4,4]"),

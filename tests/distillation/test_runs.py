@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 
+from diffcore.core.conditions import ConditionRecord
 from diffcore.core.denoiser import Denoiser, extract_tensor
 from diffcore.core.noise import Noise
 from diffcore.core.process import TimeConditioning
@@ -18,7 +19,7 @@ from diffcore.distillation import (
     RunTeacher,
     Shortcut,
 )
-from diffcore.networks import Perceptron, TwoTimes
+from diffcore.networks import GuidanceEmbedding, Perceptron, TwoTimes
 from diffcore.objectives.weighting import MSE
 from diffcore.run import Run
 from diffcore.samplers import DDIM
@@ -39,6 +40,7 @@ from tests.helpers.training_runs import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 ONE = partial(Perceptron, [1, 8, 8], 16, 1, 10)
 TWO = partial(TwoTimes, ONE)
+SCALED = partial(GuidanceEmbedding, ONE)
 DENOISED = replace(
     PROCESS, schedule=Flow(), prediction="flow_prediction", time=TimeConditioning("blend", 20.0)
 )
@@ -53,7 +55,9 @@ METHODS = {
     "continuous": (ContinuousConsistency(warmup=4), ONE),
     "mean flow": (MeanFlow(share=0.5), TWO),
     "shortcut": (Shortcut(), TWO),
+    "scales": (Consistency(intervals=KNOTS), SCALED),
 }
+SCALES = {"guidance_scale": ConditionRecord((1,), 1.0, 4.0, absent="null", null=(2.0,))}
 
 
 def options(name):
@@ -62,7 +66,7 @@ def options(name):
     return {
         "objective": objective,
         "network": network,
-        "process": replace(DENOISED, estimate=few),
+        "process": replace(DENOISED, estimate=few, conditions=SCALES if network is SCALED else {}),
         "sampler": DDIM() if few == "mean_velocity" else ConsistencySampler(),
         "grid": Trailing(),
         "sample_steps": 2,
@@ -83,14 +87,17 @@ def teacher(tmp_path_factory):
     [
         "consistency",
         "mean flow",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("continuous", "shortcut")),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("continuous", "shortcut", "scales")),
     ],
 )
 def test_a_resumed_run_with_a_teacher_and_a_curriculum_writes_the_same_bytes(
     tmp_path, teacher, name
 ):
     settings = options(name)
-    settings["objective"] = replace(settings["objective"], teacher=RunTeacher(str(teacher)))
+    scales = {"guidance_range": (1.0, 4.0)} if name == "scales" else {}
+    settings["objective"] = replace(
+        settings["objective"], teacher=RunTeacher(str(teacher)), **scales
+    )
     settings["init"] = str(teacher)
     train(tmp_path / "straight", **settings)
     crash_after(make_trainer(tmp_path / "resumed", **settings), 3)

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from diffcore.core.process import Process
+from diffcore.distillation.guided_denoiser import predict_guided
 from diffcore.distillation.teacher import (
     OracleTeacher,
     PipelineTeacher,
     RunTeacher,
     check_same_process,
-    predict_guided,
 )
 from diffcore.guidance import APG, CFG, Interval
 from diffcore.guidance.cfg import extrapolate_linearly

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 
@@ -48,7 +49,7 @@ def distil(*options):
     return main(["distil", "pipeline", "--data=images", *SHORT, *options])
 
 
-def own_sample(run):
+def own_sample(run, **conditions):
     """Latents of the averaged student by diffcore's sampler."""
     denoiser = Run(run).denoiser()
     prompts = LatentDataset("images", "pipeline").prompts()
@@ -59,12 +60,12 @@ def own_sample(run):
         Trailing(),
         STEPS,
         seeds=[SEED],
-        condition=[LABEL],
+        condition={"label": [LABEL], **conditions} if conditions else [LABEL],
         batch_size=1,
     ).x
 
 
-def diffusers_sample(pipe, monkeypatch):
+def diffusers_sample(pipe, monkeypatch, guidance_scale=1.0):
     """Latents by the pipeline of diffusers, whose noise is that of `own_sample`."""
     noise = Noise(torch.tensor([SEED]), (4, 8, 8))
     steps = iter(range(STEPS))
@@ -73,7 +74,7 @@ def diffusers_sample(pipe, monkeypatch):
     return quiet(pipe)(
         DISTINCT_CAPTIONS[LABEL],
         num_inference_steps=STEPS,
-        guidance_scale=1.0,
+        guidance_scale=guidance_scale,
         latents=noise.start(),
         output_type="latent",
     ).images
@@ -131,6 +132,56 @@ def test_a_student_is_sampled_by_the_command_with_its_own_defaults(
     words = ["sample", str(folder), "--prompt=a dog", "--out=x.npy", "--threads=1"]
     assert main(words) == 0
     assert "1 samples of 4 network evaluations each" in capsys.readouterr().out
+
+
+GUIDED = ("--method=Consistency", "--guidance-range=1,9", f"--steps={STEPS}", "--folder=runs/w")
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [
+        diffusers.LatentConsistencyModelPipeline,
+        pytest.param(diffusers.StableDiffusionPipeline, marks=pytest.mark.slow),
+    ],
+)
+def test_diffusers_samples_a_student_at_every_scale_of_guidance_as_we_do(place, monkeypatch, cls):
+    """The scale is an input of the network, `timestep_cond` of diffusers' latent consistency."""
+    monkeypatch.chdir(place)
+    if not Path("runs/w").exists():
+        assert distil(*GUIDED) == 0
+    pipe = cls.from_pretrained("runs/w/pipeline")
+    assert isinstance(pipe.scheduler, diffusers.LCMScheduler)
+    assert pipe.unet.config.time_cond_proj_dim == 256
+    own = {w: own_sample("runs/w", guidance_scale=[w]) for w in (2.0, 7.0)}
+    assert (own[2.0] - own[7.0]).abs().max() > 1e-2
+    for w, expected in own.items():
+        found = diffusers_sample(pipe, monkeypatch, guidance_scale=w)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_command_samples_a_student_at_a_scale_of_guidance(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    if not Path("runs/w").exists():
+        assert distil(*GUIDED) == 0
+    shared = ("--prompt=a dog", "--threads=1", "--sampler=Consistency", "--steps=4")
+    found = {}
+    for name, words in {
+        "run": ("runs/w", "--condition.guidance_scale=3"),
+        "pipeline": ("runs/w/pipeline", "--condition.guidance_scale=3"),
+        "default": ("runs/w/pipeline",),
+    }.items():
+        assert main(["sample", *words, *shared, f"--out={name}.npy"]) == 0, capsys.readouterr().err
+        found[name] = np.load(f"{name}.npy")
+    np.testing.assert_allclose(found["run"], found["pipeline"], atol=1e-5)
+    assert np.abs(found["default"] - found["pipeline"]).max() > 1e-3
+
+
+@pytest.mark.slow
+def test_an_adapter_has_no_input_for_the_scale_of_guidance(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    assert distil(*GUIDED[:2], "--lora=2", "--folder=runs/none") == 1
+    assert "an adapter is trained, whose file does not hold it" in capsys.readouterr().err
 
 
 def test_methods_without_a_student_of_a_pipeline_are_refused(place, monkeypatch, capsys):

@@ -153,7 +153,7 @@ def test_a_network_of_two_times_starts_as_that_of_one_time_and_learns_from_the_s
     changed = network(x, TIME, end_time=ends)
     assert not torch.allclose(changed[:2], start[:2])
     assert not torch.allclose(network(x, TIME, end_time=ends.flip(0)), changed)
-    with pytest.raises(RuntimeError, match=r"call the TwoTimes itself"):
+    with pytest.raises(RuntimeError, match=r"call the adapter itself"):
         network.network(x, TIME)
     assert torch.equal(copy.deepcopy(network)(x, TIME, end_time=ends), changed)
 

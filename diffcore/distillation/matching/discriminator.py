@@ -9,12 +9,13 @@ of Mescheder et al. (2018, 1801.04406).
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import softplus
 
 from diffcore.core.conditions import BatchCondition
@@ -118,7 +119,9 @@ class Discriminator(ABC):
         """
         real, fake = x
         real = real.detach().requires_grad_(bool(self.r1))
-        true = self.logits(networks, process, real, level, condition)
+        # The fast kernels of attention have no second derivative.
+        with sdpa_kernel(SDPBackend.MATH) if self.r1 else nullcontext():
+            true = self.logits(networks, process, real, level, condition)
         false = self.logits(networks, process, fake, level, condition)
         return discriminator_losses(true, false, real if self.r1 else None, self.r1)
 
@@ -328,7 +331,7 @@ def _channels_last(feature: Tensor, process: Process) -> Tensor:
 
 def _unguided(denoiser: DenoiserProtocol) -> DenoiserProtocol:
     """The denoiser inside of guidance, which evaluates each sample once."""
-    from diffcore.distillation.teacher import GuidedDenoiser
+    from diffcore.distillation.guided_denoiser import GuidedDenoiser
 
     while isinstance(denoiser, GuidedDenoiser):
         denoiser = denoiser.inner

@@ -19,6 +19,7 @@ from diffcore.core.denoiser import Denoiser
 from diffcore.core.network import LabelWrapper
 from diffcore.core.process import Process
 from diffcore.core.random import Stream, uniform
+from diffcore.distillation.guided_denoiser import predict_guided
 from diffcore.distillation.matching.discriminator import (
     DISCRIMINATOR,
     Discriminator,
@@ -33,7 +34,7 @@ from diffcore.distillation.matching.student import (
     key_of,
     noised,
 )
-from diffcore.distillation.teacher import Teacher, predict_guided
+from diffcore.distillation.teacher import Teacher
 from diffcore.guidance import CFG
 from diffcore.objectives.draw import Draw, SampleKey
 from diffcore.objectives.level_sampling import ResamplerState

@@ -164,10 +164,11 @@ def _complete(
 ) -> dict[str, Tensor]:
     """The weights of an adapter from those of the network inside of it; others as they are."""
     own = network.state_dict()
-    is_whole = any(name.startswith(INNER) for name in tensors)
+    is_whole = any(name in own for name in tensors)
     if not isinstance(network, NetworkAdapter) or is_whole:
         return tensors
-    inner = {f"{INNER}{name}": value for name, value in tensors.items()}
+    inside = _complete(tensors, network.network, message)
+    inner = {f"{INNER}{name}": value for name, value in inside.items()}
     added = {name: value for name, value in own.items() if not name.startswith(INNER)}
     message(
         f"init: the weights are those of the network inside of {class_name(network)}, of which "

@@ -123,16 +123,21 @@ def split_item(item: Any, index: int) -> Item:
 
 
 def _conditions(extras: Mapping[str, Any], index: int, process: Process) -> dict[str, Tensor]:
-    """The conditions of the process among the extras of an item, which must have each of them."""
-    where = f"item {index} of the data"
-    if missing := [name for name in process.conditions if name not in extras]:
+    """The conditions of the process among the extras of an item, or their default values.
+
+    Raises:
+        ValueError: the item lacks a condition without default, or a value does not fit.
+    """
+    where, records = f"item {index} of the data", process.conditions
+    defaults = {name: each.default() for name, each in records.items() if each.has_default}
+    extras = {**defaults, **extras}
+    if missing := [name for name in records if name not in extras]:
         raise ValueError(
             f"{where} has no condition {missing[0]} (it has {', '.join(extras) or 'none'}): return "
             f"(x_0, label, {{{missing[0]!r}: tensor}}), or leave it out of process.conditions"
         )
     return {
-        name: check_value(name, record, extras[name], where)
-        for name, record in process.conditions.items()
+        name: check_value(name, record, extras[name], where) for name, record in records.items()
     }
 
 

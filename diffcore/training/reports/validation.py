@@ -256,7 +256,8 @@ def _batch_losses(
     items = [read_item(partial(source.__getitem__, row), row, process) for row in rows.tolist()]
     x0, label, extras = default_collate(items)
     draw = objective.draw(process, key, device).paired(extras.get(NOISE))
-    condition = batch_condition(process, label, extras, device, source.inputs)
+    values = {**extras, **draw.conditions}
+    condition = batch_condition(process, label, values, device, source.inputs)
     weight = extras[WEIGHT].to(device) if WEIGHT in extras else None
     return objective(denoiser, x0.to(device), condition, draw, None, weight, networks)
 

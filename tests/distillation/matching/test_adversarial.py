@@ -132,6 +132,34 @@ def test_the_losses_are_those_of_logistic_regression_with_the_r1_penalty():
     assert torch.autograd.grad(losses.sum(), x)[0].abs().min() > 0
 
 
+class Attention(nn.Module):
+    """Attention over four tokens of x, by torch's kernels or spelled out."""
+
+    def __init__(self, is_fused=True):
+        super().__init__()
+        self.linear, self.is_fused = nn.Linear(2, 32), is_fused
+
+    def forward(self, x, time):
+        q = self.linear(x).sin().view(-1, 1, 4, 8)
+        if self.is_fused:
+            return nn.functional.scaled_dot_product_attention(q, q, q)
+        return ((q @ q.mT) / 8**0.5).softmax(-1) @ q
+
+
+def test_the_r1_penalty_is_differentiated_through_attention():
+    """Its fast kernels have no second derivative."""
+    x, gradients = torch.linspace(-1, 1, 12).view(6, 2), []
+    for is_fused in (True, False):
+        torch.manual_seed(0)
+        discriminator = NetworkDiscriminator(network=partial(Attention, is_fused), r1=3.0)
+        module = discriminator.module({}, PROCESS)
+        networks = Networks(None, {DISCRIMINATOR: TrainedNetwork(module)})
+        level = PROCESS.schedule.level(0.5)
+        discriminator.losses(networks, PROCESS, (x, -x), level, None).sum().backward()
+        gradients.append(module.linear.weight.grad)
+    torch.testing.assert_close(*gradients)
+
+
 def test_the_reach_grows_while_the_discriminator_is_too_good():
     module = AdaptiveDiscriminator(nn.Identity(), Cosine(), target=0.6, speed=0.05)
     for _ in range(3):

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ OPTIONS = {
     "steps": "the number of sampling steps of the student",
     "training_steps": "the number of optimizer steps",
     "scale": "the scale w of the teacher's guidance",
+    "guidance_range": "the smallest and the largest scale w, such as 1,8",
     "rounds": "the number of rounds of Reflow",
     "folder": "the folder of the student",
 }
@@ -55,8 +56,9 @@ def main(argv: Sequence[str]) -> None:
         "Train a generator of few steps from a teacher: the run or the diffusers pipeline in a "
         f"folder. --method is one of {', '.join(METHODS)}; --steps is the number of sampling steps "
         "of the student, --training_steps that of its training, --scale the guidance of the "
-        "teacher, and --rounds the rounds of Reflow. All options of `diffcore train` override the "
-        "settings that the teacher and the method determine.",
+        "teacher, and --rounds the rounds of Reflow. --guidance_range 1,8 makes the scale w an "
+        "input of the student, --condition.guidance_scale of `diffcore sample`. All options of "
+        "`diffcore train` override the settings that the teacher and the method determine.",
         "diffcore distil RUN | PIPELINE --method METHOD [--steps 4] [--option value ...]",
     )
     if wants_help(argv):
@@ -90,6 +92,7 @@ def _read_request(argv: Sequence[str]) -> tuple[DistillationRequest, list[str]]:
             ("training_steps", int),
             ("rounds", int),
             ("scale", float),
+            ("guidance_range", _range),
         )
         if name in given
     }
@@ -102,12 +105,18 @@ def _read_request(argv: Sequence[str]) -> tuple[DistillationRequest, list[str]]:
     return DistillationRequest(teacher, given.get("method", ""), **options), words
 
 
-def _number(name: str, text: str, kind: type) -> Any:
+def _number(name: str, text: str, kind: Callable[[str], Any]) -> Any:
     try:
         return kind(text)
     except ValueError:
-        what = "an integer" if kind is int else "a number"
+        what = "an integer" if kind is int else "a number" if kind is float else OPTIONS[name]
         raise ValueError(f"{name} is {text!r}, expected {what}") from None
+
+
+def _range(text: str) -> tuple[float, float]:
+    """Two numbers such as 1,8."""
+    low, high = text.strip("[]()").split(",")
+    return float(low), float(high)
 
 
 def _train(parser: ComponentParser, request: DistillationRequest, words: list[str]) -> None:

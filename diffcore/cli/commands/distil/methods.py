@@ -36,6 +36,8 @@ class Method:
         settings: settings of the training of a student of a run.
         has_teacher: whether the objective evaluates the teacher.
         accepts_pipelines: whether the network of a diffusers pipeline can be the student.
+        accepts_guidance_range: whether the scale of the teacher's guidance can be an input of the
+            student.
     """
 
     summary: str
@@ -46,6 +48,7 @@ class Method:
     settings: Mapping[str, Any] = field(default_factory=dict)
     has_teacher: bool = True
     accepts_pipelines: bool = True
+    accepts_guidance_range: bool = False
 
     def objective(self, name: str, teacher: Spec, steps: int, is_pipeline: bool) -> Spec:
         """The spec of the objective.
@@ -122,6 +125,7 @@ METHODS: dict[str, Method] = {
         DENSE,
         _consistency,
         SHORT,
+        accepts_guidance_range=True,
     ),
     "DistributionMatching": Method(
         "samples are to be distributed as the teacher's, by the difference of two scores",
@@ -139,6 +143,7 @@ METHODS: dict[str, Method] = {
         _mean_flow,
         SHORT,
         accepts_pipelines=False,
+        accepts_guidance_range=True,
     ),
     "Shortcut": Method(
         "steps of the teacher's flow that agree with two steps of half the length",
@@ -147,6 +152,7 @@ METHODS: dict[str, Method] = {
         EVEN,
         settings=SHORT,
         accepts_pipelines=False,
+        accepts_guidance_range=True,
     ),
     REFLOW: Method(
         "the straight lines between noise and the ends of the teacher's flow",

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from diffcore.cli.commands.distil.methods import (
+    METHODS,
     REFLOW,
     Spec,
     check_teacher_process,
     find_method,
 )
 from diffcore.cli.image_model import is_pipeline
+from diffcore.core.conditions import GUIDANCE_SCALE
 from diffcore.core.process import Process
 from diffcore.io.specs import describe_spec, to_spec
 from diffcore.run import Run
@@ -48,6 +50,8 @@ KEPT = (
     "workers",
 )
 """Settings of the teacher's run that the student keeps."""
+LCM_FEATURES = 256
+"""Number of sinusoids of the scale of guidance in latent consistency models."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,8 @@ class DistillationRequest:
             method.
         scale: scale w of the teacher's guidance; None: that with which the run is sampled by
             default, or that of the recipe that fine-tunes the pipeline.
+        guidance_range: smallest and largest w, which the student receives as an input; None: the
+            teacher has one scale. `scale` is then the default w of samples.
         rounds: number of rounds of Reflow.
         folder: folder of the student.
 
@@ -75,6 +81,7 @@ class DistillationRequest:
     steps: int = 4
     training_steps: int = 0
     scale: float | None = None
+    guidance_range: tuple[float, float] | None = None
     rounds: int = 1
     folder: Path = Path("runs/student")
 
@@ -96,6 +103,25 @@ class DistillationRequest:
         if self.rounds < 1 or (self.rounds > 1 and self.method != REFLOW):
             raise ValueError(
                 f"rounds is {self.rounds}, expected 1, or more for the method {REFLOW}"
+            )
+        if self.guidance_range is not None:
+            self._check_guidance_range(*self.guidance_range)
+
+    def _check_guidance_range(self, low: float, high: float) -> None:
+        if not find_method(self.method).accepts_guidance_range:
+            names = [name for name, each in METHODS.items() if each.accepts_guidance_range]
+            raise ValueError(
+                f"guidance_range is {low:g},{high:g}, but a student of {self.method} has one "
+                f"scale: use {', '.join(names)}, or --scale"
+            )
+        if not 0 <= low < high < float("inf"):
+            raise ValueError(
+                f"guidance_range is {low:g},{high:g}, expected finite w with 0 <= low < high"
+            )
+        if self.scale is not None and not low <= self.scale <= high:
+            raise ValueError(
+                f"scale is {self.scale:g}, the default w of samples, expected within "
+                f"guidance_range {low:g},{high:g}"
             )
 
     @property
@@ -143,7 +169,15 @@ def run_settings(request: DistillationRequest) -> dict[str, Any]:
         student["objective"] = method.objective(
             request.method, teacher, request.steps, request.is_pipeline
         )
-    return kept | student | _training(request) | _sampling(request)
+    settings = kept | student | _training(request) | _sampling(request)
+    if request.guidance_range is None:
+        return settings
+    inner = settings["network"]
+    settings["network"] = {
+        "class_path": "diffcore.networks.GuidanceEmbedding",
+        "init_args": {"network": inner},
+    }
+    return settings | _scaled_student(request, settings, guidance)
 
 
 def pipeline_settings(request: DistillationRequest, recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,7 +210,13 @@ def pipeline_settings(request: DistillationRequest, recipe: Mapping[str, Any]) -
         "objective": method.objective(request.method, teacher, request.steps, request.is_pipeline),
     }
     trained = _training(request) | {"lr": {"peak": 1e-5, "warmup": 100}}
-    return dict(recipe) | student | trained | _sampling(request)
+    settings = dict(recipe) | student | trained | _sampling(request)
+    if request.guidance_range is None:
+        return settings
+    network = settings["network"]
+    options = dict(network.get("init_args") or {}) | {"guidance_embedding": LCM_FEATURES}
+    settings["network"] = dict(network) | {"init_args": options}
+    return settings | _scaled_student(request, settings, guidance)
 
 
 def report_student(request: DistillationRequest, settings: Mapping[str, Any]) -> None:
@@ -209,6 +249,32 @@ def _reflow(request: DistillationRequest, teacher: Spec) -> dict[str, Any]:
     return {
         "data": {"class_path": "FlowPairs", "init_args": pairs},
         "objective": {"class_path": "Objective", "init_args": {"weight": weight}},
+    }
+
+
+def _scaled_student(
+    request: DistillationRequest, settings: Mapping[str, Any], guidance: Any
+) -> dict[str, Any]:
+    """The process and the objective of a student whose input is the scale of guidance."""
+    assert request.guidance_range is not None
+    low, high = request.guidance_range
+    usual = (guidance.get("init_args") or {}).get("scale")  # of any rule
+    scale = usual if isinstance(usual, int | float) else (low + high) / 2
+    record = {
+        "shape": [1],
+        "low": low,
+        "high": high,
+        "absent": "null",
+        "null": [min(max(scale, low), high)],
+    }
+    process, objective = settings["process"], settings["objective"]
+    conditions = dict(process.get("conditions") or {}) | {GUIDANCE_SCALE: record}
+    teacher = objective["init_args"]["teacher"]
+    unguided = teacher | {"init_args": teacher["init_args"] | {"guidance": _scaled(1.0)}}
+    arguments = {"teacher": unguided, "guidance_range": [low, high]}
+    return {
+        "process": process | {"conditions": conditions},
+        "objective": objective | {"init_args": objective["init_args"] | arguments},
     }
 
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from diffcore.core.conditions import ConditionRecord
 from diffcore.core.network import class_name, network_config
 from diffcore.core.prediction import PredictionType
 from diffcore.core.process import Process
@@ -210,6 +211,11 @@ def _unwrapped(network: nn.Module) -> nn.Module:
     return network
 
 
+def _no_conditions(config: Config) -> dict[str, ConditionRecord]:
+    """No named conditions."""
+    return {}
+
+
 def config_shape(config: Config) -> tuple[int, ...] | None:
     """Shape (C, H, W) of one x_0 by `in_channels` and `sample_size` of a network's config.
 
@@ -252,6 +258,7 @@ class ModelFamily:
             not determine it. Default: `config_shape`.
         wrap: function (network) -> module with forward (x, timestep, **condition) -> output of
             the shape of x, or with a variance in channels C to 2C. Default: the network itself.
+        named_conditions: function (config) -> the named conditions of the network.
         export_target: how a trained network is exported to a pipeline that needs no diffcore;
             None: it is not.
         recipes: names of the recipes of `diffcore train` that are made for the family; the first
@@ -276,6 +283,7 @@ class ModelFamily:
     patch_size: int | str = "patch_size"
     sample_shape: Callable[[Config], tuple[int, ...] | None] = config_shape
     wrap: Callable[[nn.Module], nn.Module] = _unwrapped
+    named_conditions: Callable[[Config], dict[str, ConditionRecord]] = _no_conditions
     export_target: ExportTarget | None = None
     recipes: tuple[str, ...] = ()
 

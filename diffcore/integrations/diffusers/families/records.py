@@ -26,6 +26,10 @@ from diffcore.integrations.diffusers.families.family import (
     ExportTarget,
     ModelFamily,
 )
+from diffcore.integrations.diffusers.families.guidance_input import (
+    guidance_conditions,
+    with_guidance_input,
+)
 from diffcore.integrations.diffusers.families.packing import PackedTransformer, packed_shape
 from diffcore.integrations.diffusers.families.text_conditions import (
     FluxText,
@@ -75,6 +79,8 @@ FAMILIES = [
             "StableDiffusionControlNetInpaintPipeline",
         ),
         condition=StableDiffusionText(),
+        wrap=with_guidance_input,
+        named_conditions=guidance_conditions,
         recipes=("finetune-sd", "finetune-text-to-image"),
     ),
     ModelFamily(
@@ -94,6 +100,8 @@ FAMILIES = [
             "StableDiffusionXLControlNetUnionInpaintPipeline",
         ),
         condition=StableDiffusionXLText(),
+        wrap=with_guidance_input,
+        named_conditions=guidance_conditions,
         recipes=("finetune-sdxl", "finetune-text-to-image"),
     ),
     ModelFamily(

@@ -35,7 +35,6 @@ class StableDiffusionText(TextCondition):
         "encoder_hid_dim_type": "its text states are projected together with another condition",
         "num_class_embeds": "it is conditioned on a class label beside the text",
         "class_embed_type": "it is conditioned on an embedding beside the text",
-        "time_cond_proj_dim": "it takes the guidance scale as an input beside the noise level",
     }
 
     def encode(self, pipeline: Any, text: str, is_null: bool) -> Arguments:

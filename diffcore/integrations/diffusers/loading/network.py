@@ -188,7 +188,9 @@ def _conditioned(
         raise ValueError(
             "negative was given beside Prompts, which contain a null condition: leave it out"
         )
+    named = family.named_conditions(network_config(network))
     return PromptNetwork(family.wrap(network), prompts), {
+        **({"conditions": named} if named else {}),
         "classes": len(prompts),
         "dropout": family.dropout if len(prompts) else 0.0,
     }

@@ -26,6 +26,7 @@ from diffcore.integrations.diffusers.adapters.textual_inversion import (
     write_word,
 )
 from diffcore.integrations.diffusers.families import family_of
+from diffcore.integrations.diffusers.families.guidance_input import add_guidance_input
 from diffcore.integrations.diffusers.loading.folder import (
     PipelineParts,
     estimate_fields,
@@ -63,6 +64,9 @@ class PretrainedNetwork(ExportableNetwork):
             every training step; rank 0 leaves them as they are.
         word: new word whose embeddings are trained (textual inversion).
         variance: learned to output the network's variance too, as `process.variance` requires.
+        guidance_embedding: number of features of the scale of guidance w, the condition
+            `guidance_scale`, that a UNet2DConditionModel receives as a new input: 256 as in latent
+            consistency models. 0: the network has the inputs of the pipeline.
 
     Raises:
         ValueError: The folder holds no complete pipeline, no layer fits the adapter, or diffusers
@@ -80,6 +84,7 @@ class PretrainedNetwork(ExportableNetwork):
         text_lora: TextLoRA = TextLoRA(),
         word: NewWord = NewWord(),
         variance: VarianceType = "fixed",
+        guidance_embedding: int = 0,
     ) -> None:
         super().__init__()
         if not Path(pipeline).is_dir():
@@ -100,6 +105,13 @@ class PretrainedNetwork(ExportableNetwork):
             )
         self.base = base
         self.network: Any = read_base(self.index, base)
+        if guidance_embedding:
+            if self.is_adapter:
+                raise ValueError(
+                    f"guidance_embedding is {guidance_embedding}, but an adapter is trained, whose "
+                    "file does not hold it: train all weights, or distil one scale"
+                )
+            add_guidance_input(self.network, guidance_embedding)
         leave_label_dropout(self.network)
         self.config, self.variance = self.network.config, variance
         _check_variance(variance, self.config, pipeline)

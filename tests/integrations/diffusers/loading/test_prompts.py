@@ -322,10 +322,6 @@ REFUSED = {
         lambda p: from_diffusers(*other_text(addition_embed_type="image", encoder_hid_dim=4)),
         "addition_embed_type",
     ),
-    "LCM": (
-        lambda p: from_diffusers(*other_text(time_cond_proj_dim=8)),
-        "takes the guidance scale as an input",
-    ),
     "a flow's": (
         lambda p: from_diffusers(text_networks.flux(ddim()), prompts=TEXTS),
         "predicts flow_prediction, but the config",
