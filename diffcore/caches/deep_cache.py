@@ -43,9 +43,9 @@ class DeepCache(Cache):
     In a U-Net the deep part are the levels below the first, whose cost is most of the network (Ma
     et al. 2023, 2312.00858, at the granularity of blocks). In a transformer they are the blocks
     after the first, of which the sum of the residuals is reused (Chen et al. 2024, Δ-DiT,
-    2406.01125). With `order` above 0 the feature is extrapolated by a polynomial through its last
-    values, as TaylorSeer does over steps (Liu et al. 2025, 2503.06923); here over σ/(α+σ), for any
-    grid. The decision needs no data, so a sample does not depend on the others of its batch.
+    2406.01125). With `order` above 0 the feature is extrapolated by the polynomial through its last
+    values over σ/(α+σ), for any grid. TaylorSeer (Liu et al. 2025, 2503.06923) does so over steps,
+    by backward differences: the same at order 1 and uniform steps. The decision needs no data, so a sample does not depend on the others of its batch.
 
     Args:
         every: N ≥ 1, number of evaluations from one computed feature to the next; 1 reuses nothing.

@@ -37,9 +37,10 @@ class FirstBlockCache(Cache):
         ‖r - r'‖₁ / ‖r'‖₁ < threshold,   r = first block's output - its input
 
     r' is the residual at the last evaluation that computed all blocks (ParaAttention's first-block
-    cache). With `accumulate`, r' is that of the last evaluation, and the changes since all blocks
-    were computed are summed: the criterion of TeaCache (Liu et al. 2024, 2411.19108), on the
-    residual in place of the modulated input, and without its fitted polynomial.
+    cache; diffusers' FirstBlockCacheConfig decides alike). With `accumulate`, r' is that of the last
+    evaluation, and the changes since all blocks were computed are summed. Only this sum is that of
+    TeaCache (Liu et al. 2024, 2411.19108), which compares the modulated input of the first block
+    in place of its residual, and maps each change by a polynomial that is fitted to the model.
 
     The norms are those of the whole batch, as in diffusers, so the decision depends on the other
     samples: use `batch_size` 1 where a sample must be a function of its seed alone. Each evaluation

@@ -5,22 +5,42 @@ forgotten at its end, and is not shared by threads. Outside of an integration th
 reuse, and caches evaluate the whole network.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-__all__ = ["Integration", "current_integration", "integration", "no_integration", "part"]
+from diffcore.schedules import Level
+
+__all__ = [
+    "Integration",
+    "LevelPlan",
+    "current_integration",
+    "integration",
+    "no_integration",
+    "part",
+    "plan_levels",
+]
+
+LevelPlan = Callable[[], Sequence[Level] | None]
+"""Lists the levels at which an integration evaluates the network, in order; None: not known."""
 
 
 class Integration:
-    """One integration from the first knot to the last."""
+    """One integration from the first knot to the last.
 
-    def __init__(self) -> None:
+    Args:
+        plan: lists the levels of its evaluations.
+    """
+
+    def __init__(self, plan: LevelPlan = lambda: None) -> None:
+        self.plan = plan
         self.memory: dict[object, Any] = {}
         """What caches keep, by cache and part of the batch."""
         self.part = 0
         """Number of the call of the network among those that evaluate one batch in parts."""
+        self.resources = ExitStack()
+        """What caches hold open until the end of the integration."""
 
 
 _CURRENT: ContextVar[Integration | None] = ContextVar("integration", default=None)
@@ -36,17 +56,24 @@ def current_integration() -> Integration | None:
 
 
 @contextmanager
-def integration() -> Iterator[None]:
-    """Open an integration in this thread, for a `with` block or as decorator of a function.
+def integration(opened: Integration | None = None) -> Iterator[None]:
+    """Enter an integration in this thread, for a `with` block or as decorator of a function.
+
+    Args:
+        opened: integration whose evaluations are in several blocks; its owner ends it by closing
+            its resources. None: a new one, which ends with the block.
 
     Yields:
         None.
     """
-    token = _CURRENT.set(Integration())
+    entered = Integration() if opened is None else opened
+    token = _CURRENT.set(entered)
     try:
         yield
     finally:
         _CURRENT.reset(token)
+        if opened is None:
+            entered.resources.close()
 
 
 @contextmanager
@@ -72,3 +99,14 @@ def part(index: int) -> None:
     current = _CURRENT.get()
     if current is not None:
         current.part = index
+
+
+def plan_levels(plan: LevelPlan) -> None:
+    """Set what the integration of this thread will evaluate; it is listed only if a cache needs it.
+
+    Args:
+        plan: lists the levels of the evaluations.
+    """
+    current = _CURRENT.get()
+    if current is not None:
+        current.plan = plan

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffcore.caches.integration import integration
+from diffcore.caches.integration import integration, plan_levels
 from diffcore.core.conditions import LABEL, BatchCondition, Conditions, labels_of
 from diffcore.core.denoiser import DenoiserProtocol
 from diffcore.core.estimate import require_posterior_mean
@@ -100,6 +100,7 @@ def integrate(
         check_levels(denoiser.process, knots)
         check_guidance(denoiser.process, knots, condition, guidance, sampler)
     mode_changes = find_mode_changes(knots, guidance.levels(denoiser.process))
+    plan_levels(lambda: None if sampler.is_adaptive else sampler.evaluation_levels(knots))
     state, step, memory, evaluations = sampler.start(x, knots, noise), None, None, 0
     while not state.done:
         rule = guidance if sampler.uses_guidance(state) else CFG(1.0)

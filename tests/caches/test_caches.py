@@ -138,6 +138,53 @@ def test_features_are_extrapolated_exactly_if_they_are_polynomials_of_the_order(
         torch.testing.assert_close(features.at(LEVELS[4]), feature(LEVELS[4], degree))
 
 
+@pytest.mark.parametrize("degree", (1, 2, 3))
+def test_a_network_whose_deep_residual_is_a_polynomial_is_reused_exactly_at_its_degree(degree):
+    network, now = dit(), [LEVELS[0]]
+
+    def block(hidden_states, *args, **kwargs):
+        a = now[0].blend
+        change = sum((k + 1) * (3 * a) ** k for k in range(degree + 1))
+        return hidden_states + change * torch.linspace(-1, 1, 16) ** 2
+
+    for deep in network.transformer_blocks[1:]:
+        deep.forward = block
+    denoiser = Denoiser(network, RECORD).eval()
+    levels = [Cosine().level(0.9 - 0.05 * i) for i in range(2 * degree + 2)]
+
+    def run(denoiser):
+        with torch.no_grad(), integration():
+            for now[0] in levels:
+                yield denoiser(X, now[0], torch.tensor([0, 1])).x0
+
+    cached, lower = (
+        CachedDenoiser(denoiser, DeepCache(2, order)) for order in (degree, degree - 1)
+    )
+    exact, found, rough = (torch.stack(list(run(it))) for it in (denoiser, cached, lower))
+    assert cached.counts == (degree + 1, degree + 1)
+    torch.testing.assert_close(found[-1], exact[-1], rtol=1e-4, atol=1e-5)
+    assert (rough[-1] - exact[-1]).abs().max() > 1e-3
+
+
+def test_order_1_is_taylorseer_on_uniform_steps_and_order_2_is_exact_where_it_is_not():
+    """TaylorSeer takes backward differences for derivatives; ours is the polynomial through them."""
+    from diffusers.hooks.taylorseer_cache import TaylorSeerState
+
+    levels = [Cosine().at_blend(0.9 - 0.1 * i) for i in range(8)]
+    values = [torch.tensor([1 + 3 * level.blend + 2 * level.blend**2]) for level in levels]
+    for order in (1, 2):
+        theirs, ours = TaylorSeerState(torch.float32, order), Features()
+        for step in (0, 3, 6):
+            theirs.current_step = step
+            theirs.update((values[step],))
+            ours = ours.add(levels[step], values[step], order)
+        theirs.current_step = 7
+        (predicted,), extrapolated = theirs.predict(), ours.at(levels[7])
+        is_equal = torch.allclose(predicted, extrapolated, atol=1e-5)
+        is_exact = torch.allclose(extrapolated, values[7], atol=1e-5)
+        assert (is_equal, is_exact) == ((True, False) if order == 1 else (False, True))
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_cache_that_reuses_nothing_is_exact(name):
     cached = CachedDenoiser(NETWORKS[name], DeepCache(1))

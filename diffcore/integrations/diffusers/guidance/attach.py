@@ -11,6 +11,8 @@ from typing import Any, Self
 
 from diffusers import DiffusionPipeline
 
+from diffcore.caches import Cache
+from diffcore.caches.cached_network import CacheCounts
 from diffcore.core.network import unwrap
 from diffcore.guidance import CFG, Guidance
 from diffcore.integrations.diffusers.families import ModelFamily, family_of_pipeline
@@ -35,6 +37,7 @@ def attach(
     guidance: Guidance = CFG(1.0),
     sampler: Sampler | None = None,
     grid: Grid | None = None,
+    cache: Cache | None = None,
 ) -> "Attachment":
     """Give a pipeline a guidance rule, a sampler and a grid within a `with`, or until `detach`.
 
@@ -55,6 +58,8 @@ def attach(
             `Unconditional` is the pipeline's negative prompt or null label.
         sampler: the integrator; default: that of the pipeline's DiffcoreScheduler, or DDIM.
         grid: rule that places the knots; default: the one of the pipeline's scheduler.
+        cache: rule by which features of the network are reused within a call, such as DeepCache(3);
+            `cache_counts` of the handle has the numbers of calls. None: none.
 
     Returns:
         A handle with `detach`, which is also a context manager; `detach(pipe)` needs no handle.
@@ -63,7 +68,7 @@ def attach(
         ValueError: the pipeline is in no record, or the rule cannot be used in it; the message has
             the remedy.
     """
-    return Attachment(pipe, guidance, sampler, grid)
+    return Attachment(pipe, guidance, sampler, grid, cache)
 
 
 def detach(pipe: DiffusionPipeline) -> None:
@@ -84,10 +89,16 @@ class Attachment:
         guidance: the rule.
         sampler: the integrator; None: see `attach`.
         grid: rule that places the knots; None: see `attach`.
+        cache: rule by which features are reused; None: see `attach`.
     """
 
     def __init__(
-        self, pipe: Any, guidance: Guidance, sampler: Sampler | None, grid: Grid | None
+        self,
+        pipe: Any,
+        guidance: Guidance,
+        sampler: Sampler | None,
+        grid: Grid | None,
+        cache: Cache | None,
     ) -> None:
         self.pipe = pipe
         family = _family(pipe, guidance)
@@ -102,7 +113,7 @@ class Attachment:
         scheduler = _scheduler(self._scheduler, guidance, sampler, grid)
         is_sequential = family.guidance_batching == "separate calls"
         forward_class = SequentialGuidedForward if is_sequential else GuidedForward
-        self.network.forward = forward_class(
+        self._forward = forward_class(
             self.network,
             self.network.forward,
             scheduler,
@@ -110,14 +121,22 @@ class Attachment:
             family,
             pipe,
             self.detach,
+            cache,
         )
+        self.network.forward = self._forward
         pipe.scheduler = scheduler
         pipe.save_pretrained = self._save
+
+    @property
+    def cache_counts(self) -> CacheCounts:
+        """Calls of the network so far that computed all features, and that reused some."""
+        return CacheCounts() if self._forward.cached is None else self._forward.cached.counts
 
     def detach(self) -> None:
         """Restore the network's forward and the pipeline's scheduler; again, it does nothing."""
         if not isinstance(vars(self.network).get("forward"), GuidedForward):
             return
+        self._forward.close()
         del self.network.forward
         if self._instance_forward is not None:  # of another library, such as a hook of accelerate
             self.network.forward = self._instance_forward

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffcore.caches import Cache
+from diffcore.caches.cached_network import CachedNetwork
+from diffcore.caches.integration import Integration, integration
 from diffcore.core.network import network_config
 from diffcore.core.prediction import Prediction, target
 from diffcore.core.process import Process
@@ -101,6 +104,7 @@ class GuidedForward:
         family: the record of the pipeline's family.
         pipeline: the pipeline, whose options of the call in progress are read.
         detach: function that restores the network's forward and the pipeline's scheduler.
+        cache: rule by which features of the network are reused in a call; None: none.
     """
 
     def __init__(
@@ -112,6 +116,7 @@ class GuidedForward:
         family: ModelFamily,
         pipeline: Any,
         detach: Callable[[], None],
+        cache: Cache | None = None,
     ) -> None:
         self.network = network
         self.forward = forward
@@ -121,6 +126,12 @@ class GuidedForward:
         self.pipeline = pipeline
         self.detach = detach
         self.channels: int | None = network_config(network).get("out_channels")
+        self.cached = None if cache is None else CachedNetwork(network, cache)
+        self._integration = Integration()
+
+    def close(self) -> None:
+        """Release what the cache holds for the last call."""
+        self._integration.resources.close()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The guided output, in the form of the network's own."""
@@ -129,12 +140,21 @@ class GuidedForward:
         sampler_state = call.state or call.state_at(self._timestep(args, kwargs))
         if call.guidance_state is None:
             call.guidance_state = self._begin(call, x, kwargs.get("class_labels"))
+            self._open_integration(call)
         state: CallState = call.guidance_state
         has_both = self._still_has_both_halves(state, len(x))
         process = state.process_of_halves if has_both else state.process
         conditional_first = self.family.guidance_batching == "condition first"
         denoiser = PipelineDenoiser(
-            self.network, self.forward, process, x, args, kwargs, conditional_first, self.channels
+            self.network,
+            self.forward,
+            process,
+            x,
+            args,
+            kwargs,
+            conditional_first,
+            self.channels,
+            self.cached,
         )
         if state.evaluation is None or state.step is None:
             sampler = call.plan.sampler
@@ -142,7 +162,8 @@ class GuidedForward:
         is_guided = call.plan.sampler.uses_guidance(sampler_state)
         is_guided = is_guided and has_both == state.has_both  # else a callback has switched it off
         rule = self.guidance if is_guided else CFG(1.0)
-        return self._evaluate(rule, denoiser, state.step, state)
+        with integration(self._integration):
+            return self._evaluate(rule, denoiser, state.step, state)
 
     def _evaluate(
         self, rule: Guidance, denoiser: PipelineDenoiser, step: Step, state: CallState
@@ -162,6 +183,12 @@ class GuidedForward:
         )
         given = evaluate_references(denoiser, rule, x, condition, state.memory, step)
         return denoiser.pipeline_output(guided_output(rule, given, state))
+
+    def _open_integration(self, call: PipelineCall) -> None:
+        """Open an integration for a call, in which a cache keeps nothing of the last one."""
+        self.close()
+        states = call.plan.states[call.begin or 0 :]
+        self._integration = Integration(lambda: [state.level for state in states])
 
     def _timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The scheduler's timestep, from the network's time input."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from diffcore.caches.cached_network import CachedNetwork
 from diffcore.core.conditions import BatchCondition, labels_of
 from diffcore.core.denoiser import extract_tensor
 from diffcore.core.prediction import (
@@ -48,6 +49,7 @@ class PipelineDenoiser:
         conditional_first: whether the first B samples are those with the condition.
         channels: output channels of the network, or None; further channels of an image are no part
             of x.
+        cached: the network with its cache; None without a cache.
         output: the network's first output, which has the type that the pipeline expects.
     """
 
@@ -59,6 +61,7 @@ class PipelineDenoiser:
     kwargs: dict[str, Any]
     conditional_first: bool
     channels: int | None = None
+    cached: CachedNetwork | None = None
     output: Any = None
 
     @property
@@ -85,6 +88,13 @@ class PipelineDenoiser:
         self, x: Tensor, level: Level, condition: BatchCondition | None = None
     ) -> Prediction:
         """Predictions for any number of these samples, under label 0 or 1."""
+        if self.cached is None:
+            return self._evaluate(x, level, condition)
+        return self.cached.evaluate(
+            lambda: self._evaluate(x, level, condition), x.shape, level, condition
+        )
+
+    def _evaluate(self, x: Tensor, level: Level, condition: BatchCondition | None) -> Prediction:
         process = self.process
         indices = self._indices(labels_of(condition), len(x), x.device)
         args, kwargs = self._arguments(indices)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffcore.caches.integration import part
 from diffcore.core.denoiser import extract_tensor
 from diffcore.core.prediction import Prediction
 from diffcore.guidance import Guidance, GuidanceInput, Step, Unconditional, evaluate_queries
@@ -67,6 +68,7 @@ class SequentialGuidedForward(GuidedForward):
             Query(denoiser, None),
             *(references[i].query(denoiser, None, x) for i in indices),
         ]
+        part(0)
         conditional, *others = evaluate_queries(queries, x, step.level)
         half = ConditionalHalf(None, conditional, dict(zip(indices, others, strict=True)))
         if len(indices) == len(references):
@@ -85,6 +87,7 @@ class SequentialGuidedForward(GuidedForward):
         if state.waiting_rule is None:
             return half.output
         x = denoiser.sample(step.level)
+        part(1)  # a cache keeps the features of each half
         negative = denoiser(x, step.level)
         indices = range(len(rule.required_references(step, state.memory)))
         references = tuple(half.references.get(i, negative) for i in indices)
