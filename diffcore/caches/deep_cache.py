@@ -45,7 +45,8 @@ class DeepCache(Cache):
     after the first, of which the sum of the residuals is reused (Chen et al. 2024, Δ-DiT,
     2406.01125). With `order` above 0 the feature is extrapolated by the polynomial through its last
     values over σ/(α+σ), for any grid. TaylorSeer (Liu et al. 2025, 2503.06923) does so over steps,
-    by backward differences: the same at order 1 and uniform steps. The decision needs no data, so a sample does not depend on the others of its batch.
+    by backward differences: the same at order 1 and uniform steps. The decision needs no data, so a
+    sample does not depend on the others of its batch.
 
     Args:
         every: N ≥ 1, number of evaluations from one computed feature to the next; 1 reuses nothing.

@@ -37,7 +37,7 @@ class FirstBlockCache(Cache):
         ‖r - r'‖₁ / ‖r'‖₁ < threshold,   r = first block's output - its input
 
     r' is the residual at the last evaluation that computed all blocks (ParaAttention's first-block
-    cache; diffusers' FirstBlockCacheConfig decides alike). With `accumulate`, r' is that of the last
+    cache, as diffusers' FirstBlockCacheConfig). With `accumulate`, r' is that of the last
     evaluation, and the changes since all blocks were computed are summed. Only this sum is that of
     TeaCache (Liu et al. 2024, 2411.19108), which compares the modulated input of the first block
     in place of its residual, and maps each change by a polynomial that is fitted to the model.

@@ -162,12 +162,12 @@ def test_a_network_whose_deep_residual_is_a_polynomial_is_reused_exactly_at_its_
     )
     exact, found, rough = (torch.stack(list(run(it))) for it in (denoiser, cached, lower))
     assert cached.counts == (degree + 1, degree + 1)
-    torch.testing.assert_close(found[-1], exact[-1], rtol=1e-4, atol=1e-5)
-    assert (rough[-1] - exact[-1]).abs().max() > 1e-3
+    torch.testing.assert_close(found[-1], exact[-1], rtol=1e-6, atol=2e-6)
+    assert (rough[-1] - exact[-1]).abs().max() > 2e-5  # of a polynomial of lower degree
 
 
 def test_order_1_is_taylorseer_on_uniform_steps_and_order_2_is_exact_where_it_is_not():
-    """TaylorSeer takes backward differences for derivatives; ours is the polynomial through them."""
+    """TaylorSeer takes backward differences for derivatives, and ours is a polynomial of values."""
     from diffusers.hooks.taylorseer_cache import TaylorSeerState
 
     levels = [Cosine().at_blend(0.9 - 0.1 * i) for i in range(8)]
