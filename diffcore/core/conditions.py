@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from diffcore.core.process import Process
 
 __all__ = [
-    "GUIDANCE_SCALE",
     "LABEL",
     "AbsentValue",
     "BatchCondition",
@@ -34,13 +33,10 @@ __all__ = [
     "null_condition",
     "replace_label",
     "without",
-    "without_value",
 ]
 
 LABEL = "label"
 """Name of the class label among the conditions."""
-GUIDANCE_SCALE = "guidance_scale"
-"""Name of the condition by which a distilled network receives the scale w of guidance."""
 RESERVED = (LABEL, "weight", "self", "x", "time", "timestep", "sample", "return_dict")
 """Names that a condition cannot have: those of other arguments, and of the weight of an item."""
 
@@ -342,23 +338,6 @@ def without(process: "Process", condition: BatchCondition, names: Sequence[str])
     )
     mask = torch.ones(len(condition), dtype=torch.bool, device=reference.device)
     return drop(process, condition, dict.fromkeys(names, mask))
-
-
-def without_value(condition: BatchCondition | None, name: str) -> BatchCondition | None:
-    """The conditions of a process that lacks a named condition.
-
-    Args:
-        condition: conditions of B samples.
-        name: name of the condition that is removed.
-
-    Returns:
-        `Conditions` without the name; the labels, or None, if there are no others.
-    """
-    if not isinstance(condition, Conditions) or name not in condition.values:
-        return condition
-    values = {key: value for key, value in condition.values.items() if key != name}
-    absent = {key: mask for key, mask in condition.absent.items() if key != name}
-    return Conditions(values, absent, condition.label) if values else condition.label
 
 
 def labels_of(condition: BatchCondition | None) -> Tensor | None:

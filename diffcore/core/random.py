@@ -70,6 +70,8 @@ class Stream(IntEnum):
     ROLLOUT = 90
     ROLLOUT_STEP = 91
     GUIDANCE_SCALE = 92
+    INPUT_SEED = 93
+    INPUT_NOISE = 94
 
 
 def philox(

@@ -8,15 +8,16 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from diffcore.core.conditions import GUIDANCE_SCALE, BatchCondition
+from diffcore.core.conditions import BatchCondition
 from diffcore.core.denoiser import Denoiser, DenoiserProtocol
+from diffcore.core.drawn_conditions import GUIDANCE_SCALE, process_without
 from diffcore.core.estimate import Estimate
 from diffcore.core.network import LabelWrapper
 from diffcore.core.prediction import Prediction, at_least_float32
@@ -199,10 +200,8 @@ class FewStepObjective(Objective):
 
     def _teacher_process(self, process: Process) -> Process:
         """The process of the student without the scale of guidance, if that is drawn."""
-        if self.guidance_range is None:
-            return process
-        names = [name for name in process.conditions if name != GUIDANCE_SCALE]
-        return replace(process, conditions={name: process.conditions[name] for name in names})
+        is_fixed = self.guidance_range is None
+        return process if is_fixed else process_without(process, GUIDANCE_SCALE)
 
     @property
     def content_hash(self) -> str:
@@ -229,7 +228,7 @@ class FewStepObjective(Objective):
             return draw
         low, high = self.guidance_range
         scale = low + (high - low) * uniform(key.seed, Stream.GUIDANCE_SCALE, key.position)
-        return draw._replace(conditions={GUIDANCE_SCALE: scale.float()})
+        return draw._replace(conditions={**draw.conditions, GUIDANCE_SCALE: scale.float()})
 
     def __call__(
         self,

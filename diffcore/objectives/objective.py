@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from diffcore.core.conditions import LABEL, BatchCondition, drop, labels_of
 from diffcore.core.denoiser import Denoiser
+from diffcore.core.drawn_conditions import draw_seeds
 from diffcore.core.network import LabelWrapper
 from diffcore.core.prediction import Prediction, at_least_float32, predict, target
 from diffcore.core.process import Process
@@ -264,20 +265,19 @@ class Objective(ABC):  # noqa: B024  settings name its subclasses as components
         noise = normal(key.seed, Stream.NOISE, key.position, process.shape, device)
         if self.offset:
             flat = (process.shape[0], *[1] * (len(process.shape) - 1))
-            noise = noise + self.offset * normal(
-                key.seed, Stream.OFFSET, key.position, flat, device
-            )
+            z = normal(key.seed, Stream.OFFSET, key.position, flat, device)
+            noise = noise + self.offset * z
         extra = None
         if self.perturbation:
-            extra = self.perturbation * normal(
-                key.seed, Stream.PERTURBATION, key.position, process.shape, device
-            )
+            z = normal(key.seed, Stream.PERTURBATION, key.position, process.shape, device)
+            extra = self.perturbation * z
         dropout_mask = uniform(key.seed, Stream.DROPOUT, key.position)[:, 0] < process.dropout
         masks = {
             name: _condition_mask(key, name, record.dropout).to(device)
             for name, record in process.conditions.items()
         }
-        return Draw(level, noise, dropout_mask.to(device), importance, extra, masks, key)
+        given = draw_seeds(process, key.seed, key.position)
+        return Draw(level, noise, dropout_mask.to(device), importance, extra, masks, key, given)
 
     def schedule(self, process: Process) -> Schedule:
         """The schedule of the training levels for samples of the shape of a process.

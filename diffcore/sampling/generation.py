@@ -12,6 +12,7 @@ from tqdm import tqdm
 from diffcore.core.condition_values import resolve
 from diffcore.core.conditions import LABEL, BatchCondition, Conditions, null_condition
 from diffcore.core.denoiser import DenoiserProtocol
+from diffcore.core.drawn_conditions import with_seeds
 from diffcore.core.network import find_learned_levels
 from diffcore.core.noise import Noise
 from diffcore.core.process import Process
@@ -46,10 +47,7 @@ __all__ = [
 ]
 
 DEFAULT_SAMPLER: Sampler = AdamsMoulton(3, every=10)
-"""Default sampler. With DEFAULT_GRID it ends nearest to the exact flow at equal evaluations
-(docs/benchmarks.md).
-"""
-
+"""Default sampler; with DEFAULT_GRID nearest to the exact flow (docs/benchmarks.md)."""
 DEFAULT_GRID: Grid = UniformBlend(1.25, 0.5)
 """Default grid: from pure noise to clean, densest in λ at σ/α = 0.5."""
 
@@ -313,7 +311,8 @@ def check_sampling(
         raise ValueError(f"batch_size is {batch_size}, expected at least 1")
     condition = None if isinstance(condition, Mapping) and not condition else condition
     check_guidance(process, knots, condition, guidance, sampler)
-    return _condition(process, len(seeds), condition, guidance.reads_condition)
+    given = _condition(process, len(seeds), condition, guidance.reads_condition)
+    return with_seeds(process, given, torch.tensor([int(seed) for seed in seeds]))
 
 
 def _check_learned_levels(

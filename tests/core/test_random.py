@@ -112,6 +112,8 @@ def test_streams_keep_their_numbers():
         "ROLLOUT": 90,
         "ROLLOUT_STEP": 91,
         "GUIDANCE_SCALE": 92,
+        "INPUT_SEED": 93,
+        "INPUT_NOISE": 94,
     }
 
 

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from diffcore.core.conditions import BatchCondition
 from diffcore.core.denoiser import Denoiser, extract_tensor
+from diffcore.core.drawn_conditions import SEED_BYTES, seeds_of_bytes
 from diffcore.core.process import Process
+from diffcore.core.random import Stream, normal
 from diffcore.distillation.matching.adversarial import AdversarialObjective, Comparison
 from diffcore.distillation.matching.discriminator import NetworkDiscriminator
 from diffcore.distillation.matching.student import rollout_noise
@@ -29,9 +31,9 @@ class NoiseChannels(nn.Module):
 
         F(x, t) = network([x, z], t), the first C channels,   z ~ N(0, I) of k channels
 
-    z is drawn in each evaluation from torch's generator, which the trainer seeds by step and
-    micro-batch. Samples of such a network depend on torch's seed beside their own: set it with
-    `torch.manual_seed` to repeat them.
+    z is a function of the sample's seed and of the time, so that each step of a sample has its own.
+    The process has the condition `seed_bytes`, which sampling and training fill: a shape of (8,)
+    in [0, 255], with absent: null and null: [0].
 
     Args:
         network: network for C + k channels.
@@ -39,6 +41,14 @@ class NoiseChannels(nn.Module):
 
     Raises:
         ValueError: `channels` is below 1.
+
+    Example:
+        >>> from diffcore.core.drawn_conditions import seed_bytes
+        >>> from diffcore.networks import Perceptron
+        >>> network = NoiseChannels(lambda: Perceptron([3]))
+        >>> x, time, seeds = torch.zeros(2, 2), torch.ones(2), torch.tensor([5, 6])
+        >>> network(x, time, seed_bytes=seed_bytes(seeds)).shape
+        torch.Size([2, 2])
     """
 
     def __init__(self, network: NetworkFactory, channels: int = 1) -> None:
@@ -47,15 +57,30 @@ class NoiseChannels(nn.Module):
             raise ValueError(f"channels is {channels}, expected at least 1")
         self.network, self.channels = network(), channels
 
-    def forward(self, x: Tensor, time: Tensor, **conditions: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, time: Tensor, seed_bytes: Tensor | None = None, **conditions: Tensor
+    ) -> Tensor:
         """The first C channels of the output.
 
         Args:
             x: (B, C, ...) noisy samples.
             time: time conditioning (B,).
+            seed_bytes: (B, 8) bytes of the seed of each sample, from 0 to 255.
             **conditions: conditions of the network.
+
+        Raises:
+            ValueError: the seeds are missing.
         """
-        z = torch.randn(len(x), self.channels, *x.shape[2:], device=x.device, dtype=x.dtype)
+        if seed_bytes is None:
+            raise ValueError(
+                f"the process has no condition {SEED_BYTES}, from which NoiseChannels draws z: "
+                f"give process.conditions a {SEED_BYTES} of shape [8], low: 0, high: 255, absent: "
+                "null and null: [0]"
+            )
+        position = time.float().view(torch.int32)
+        shape = (self.channels, *x.shape[2:])
+        seeds = seeds_of_bytes(seed_bytes)
+        z = normal(seeds, Stream.INPUT_NOISE, position, shape, x.device, x.dtype)
         output = extract_tensor(self.network(torch.cat((x, z), 1), time, **conditions))
         return output[:, : x.shape[1]]
 

@@ -20,6 +20,7 @@ from torch.nn.functional import softplus
 
 from diffcore.core.conditions import BatchCondition
 from diffcore.core.denoiser import Denoiser, DenoiserProtocol
+from diffcore.core.drawn_conditions import SEED_BYTES, process_without, without_value
 from diffcore.core.network import class_name, find_blocks
 from diffcore.core.process import Process
 from diffcore.distillation.matching.network_training import NetworkTraining
@@ -163,7 +164,9 @@ class NetworkDiscriminator(Discriminator):
         condition: BatchCondition | None,
     ) -> Tensor:
         network = networks.label_wrapper(networks.module(DISCRIMINATOR))
-        output = Denoiser(network, process).raw_output(x, level, condition)
+        # A discriminator does not know what is random in the student.
+        denoiser = Denoiser(network, process_without(process, SEED_BYTES))
+        output = denoiser.raw_output(x, level, without_value(condition, SEED_BYTES))
         return output.flatten(1).mean(1)
 
 

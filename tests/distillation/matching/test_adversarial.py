@@ -1,13 +1,17 @@
 """Adversarial students: at the exact answer both compared samples are equally distributed."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
+from diffcore.core.conditions import ConditionRecord
 from diffcore.core.denoiser import Denoiser
+from diffcore.core.drawn_conditions import seed_bytes, seeds_of_bytes
 from diffcore.core.process import Process
+from diffcore.core.random import Stream, normal
 from diffcore.distillation import (
     DenoisingGAN,
     DiffusionGAN,
@@ -27,7 +31,9 @@ from diffcore.distillation.matching.discriminator import (
 from diffcore.networks import Perceptron
 from diffcore.objectives.draw import SampleKey
 from diffcore.objectives.networks import Networks, TrainedNetwork
-from diffcore.schedules import Cosine
+from diffcore.samplers import Consistency
+from diffcore.sampling.generation import sample
+from diffcore.schedules import Cosine, Trailing
 
 BATCH = 40_000
 PROCESS = Process(Cosine(), prediction="v_prediction", shape=(2,), estimate="consistency")
@@ -187,19 +193,56 @@ def test_the_levels_of_the_reach_are_those_of_the_schedule():
         )
 
 
-def test_noise_channels_give_other_samples_in_each_evaluation():
+def test_noise_channels_draw_z_by_the_seed_of_the_sample_and_by_the_time():
     network = NoiseChannels(partial(Perceptron, [4], width=16), channels=2)
     nn.init.normal_(network.network.last.weight)
-    x, time = torch.zeros(5, 2), torch.zeros(5)
-    first, second = network(x, time), network(x, time)
+    seeds = torch.tensor([3, 4, 2**40 + 3, -1, 3])
+    x, time = torch.zeros(5, 2), torch.tensor([9.0, 9.0, 9.0, 9.0, 8.5])
+    first = network(x, time, seed_bytes=seed_bytes(seeds))
     assert first.shape == (5, 2)
-    assert not first.equal(second)
-    torch.manual_seed(0)
-    third = network(x, time)
-    torch.manual_seed(0)
-    assert third.equal(network(x, time))
+    assert len(first.unique(dim=0)) == 5
+    seen = []
+    network.network.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    network(x, time, seed_bytes=seed_bytes(seeds).bfloat16())
+    network(x[3:], time[3:], seed_bytes=seed_bytes(seeds[3:]))
+    assert torch.equal(seen[0][3:], seen[1])
+    position = time[3:].view(torch.int32)
+    expected = normal(seeds[3:], Stream.INPUT_NOISE, position, (2,))
+    assert torch.equal(seen[1][:, 2:], expected)
+    with pytest.raises(ValueError, match=r"give process.conditions a seed_bytes of shape"):
+        network(x, time)
     with pytest.raises(ValueError, match="channels is 0"):
         NoiseChannels(partial(Perceptron, [4]), channels=0)
+
+
+def test_the_bytes_of_a_seed_give_the_seed():
+    seeds = torch.tensor([0, 1, 255, 256, -1, 2**62 + 12345, -(2**63), 2**63 - 1])
+    numbers = seed_bytes(seeds)
+    assert numbers.shape == (8, 8)
+    assert numbers.min() == 0
+    assert numbers.max() == 255
+    assert torch.equal(seeds_of_bytes(numbers.bfloat16()), seeds)
+
+
+def test_samples_of_a_network_with_latents_depend_on_their_seeds_alone():
+    record = ConditionRecord((8,), 0.0, 255.0, absent="null", null=(0.0,))
+    process = replace(PROCESS, conditions={"seed_bytes": record})
+    network = NoiseChannels(partial(Perceptron, [4], width=16), channels=2)
+    nn.init.normal_(network.network.last.weight)
+    draw = partial(sample, Denoiser(network, process), Consistency(), Trailing(), 3)
+    together = draw(seeds=range(6), batch_size=4).x
+    torch.manual_seed(1)
+    alone = draw(seeds=[4, 2], batch_size=4).x
+    assert torch.equal(alone, together[[4, 2]])
+    torch.testing.assert_close(draw(seeds=[4], batch_size=1).x, together[4:5])
+    ignored = draw(seeds=[4], batch_size=4, condition={"seed_bytes": torch.full((8,), 7.0)}).x
+    assert torch.equal(ignored, together[4:5])
+    objective = DenoisingGAN(discriminator=NETWORK, student=Student(2))
+    key = SampleKey(0, 5, torch.arange(3), 8)
+    given = objective.draw(process, key).conditions["seed_bytes"]
+    part = objective.draw(process, SampleKey(0, 5, torch.arange(1, 3), 8)).conditions["seed_bytes"]
+    assert torch.equal(given[1:], part)
+    assert len(given.unique(dim=0)) == 3
 
 
 @pytest.mark.parametrize(

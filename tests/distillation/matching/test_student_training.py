@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
+from diffcore.core.conditions import ConditionRecord
 from diffcore.core.oracle import GaussianMixture
 from diffcore.core.process import Process
 from diffcore.distillation import (
@@ -89,6 +90,16 @@ ADVERSARIAL = {
 }
 
 
+LATENT = {
+    "network": partial(NoiseChannels, partial(Perceptron, [4], width=16), 2),
+    "process": replace(
+        PROCESS,
+        conditions={"seed_bytes": ConditionRecord((8,), 0, 255, absent="null", null=(0,))},
+    ),
+}
+"""A student with the latent z of a denoising diffusion GAN."""
+
+
 @pytest.mark.parametrize("name", OBJECTIVES | ADVERSARIAL)
 def test_every_network_of_an_objective_is_trained(tmp_path, name):
     objective = (OBJECTIVES | ADVERSARIAL)[name]
@@ -109,7 +120,7 @@ def test_every_network_of_an_objective_is_trained(tmp_path, name):
 def test_a_resumed_run_of_students_and_discriminators_writes_the_same_bytes(tmp_path, name):
     options = {"steps": 6, "batch_size": 16, "save_every": 2, "log_every": 3}
     if name == "denoising":
-        options["network"] = partial(NoiseChannels, partial(Perceptron, [4], width=16), 2)
+        options |= LATENT
     build = partial(trainer, objective=(OBJECTIVES | ADVERSARIAL)[name], **options)
     build(tmp_path / "straight").train()
     crash_after(build(tmp_path / "resumed"), 4)
@@ -120,6 +131,17 @@ def test_a_resumed_run_of_students_and_discriminators_writes_the_same_bytes(tmp_
         assert statistics["mean_weight.share"].max() > 0.5
     if name == "diffusion":
         assert 0.1 <= statistics["reach"] <= 1
+
+
+def test_accumulation_changes_a_run_with_latents_by_rounding_alone(tmp_path):
+    build = partial(trainer, objective=ADVERSARIAL["denoising"], steps=4, batch_size=16, **LATENT)
+    build(tmp_path / "whole").train()
+    build(tmp_path / "parts", accumulation=4).train()
+    for line, true in zip(
+        *map(read_reports, (tmp_path / "parts", tmp_path / "whole")), strict=True
+    ):
+        for name in ("loss", "loss/discriminator"):
+            assert line[name] == pytest.approx(true[name], rel=1e-5, abs=1e-5), name
 
 
 @pytest.mark.slow
