@@ -23,7 +23,7 @@ from diffcore.sampling.generation import evaluation_mode
 from diffcore.training.construction import build_state
 from diffcore.training.data.order import Batch
 from diffcore.training.loop import advance, training_batches
-from diffcore.training.optimization.gradients import clip_gradient, frozen
+from diffcore.training.optimization.gradients import apply_gradient, frozen
 from diffcore.training.optimization.optimizers import set_learning_rate
 from diffcore.training.state import TrainState
 
@@ -138,6 +138,13 @@ def overfit_batch(state: TrainState, steps: int = OVERFIT_STEPS) -> Overfit:
     named = [(name, p) for name, p in state.trained.named_parameters() if p.requires_grad]
     silent = {name for name, _ in named}
     losses, norms = [], []
+
+    def watch(norm: Tensor) -> None:
+        norms.append(float(norm))
+        silent.difference_update(
+            name for name, p in named if p.grad is not None and bool(p.grad.any())
+        )
+
     for step in range(steps + 1):
         with frozen(state.further_modules()):
             loss = state.losses(batch, draw).mean()
@@ -146,10 +153,7 @@ def overfit_batch(state: TrainState, steps: int = OVERFIT_STEPS) -> Overfit:
             break
         set_learning_rate(state.optimizer.optimizer, settings.lr.peak * min(1.0, (step + 1) / 5))
         accelerator.backward(loss * settings.accumulation)
-        norms.append(float(clip_gradient(accelerator, state.modules, settings.clip)))
-        silent -= {name for name, p in named if p.grad is not None and bool(p.grad.any())}
-        state.optimizer.step()
-        state.optimizer.zero_grad()
+        apply_gradient(accelerator, state.optimizer, settings.clip, watch)
     return Overfit(losses, norms, [name for name, _ in named if name in silent], batch)
 
 

@@ -20,14 +20,7 @@ from diffcore.core.random import Stream, derive_seed
 from diffcore.objectives.networks import Networks, RunningStatistics, TrainedNetwork
 from diffcore.training.data.order import Batch
 from diffcore.training.network_checks import check_dtype
-from diffcore.training.optimization.gradients import (
-    accumulate,
-    clip_gradient,
-    copy_buffers,
-    frozen,
-    keep_finite_buffers,
-    zero_non_finite_gradient,
-)
+from diffcore.training.optimization.gradients import frozen, take_step
 from diffcore.training.optimization.lr import LearningRate
 from diffcore.training.optimization.optimizers import (
     AveragingOptimizer,
@@ -188,23 +181,16 @@ def train_further_networks(state: "TrainState", batches: list[Batch]) -> list[Te
 
 def _update(state: "TrainState", name: str, update: int, batches: list[Batch]) -> Tensor:
     """Update a network once; its mean loss and its gradient norm, of shape (2,)."""
-    network, accelerator = state.further[name], state.accelerator
+    network = state.further[name]
     seed = derive_seed(state.settings.seed, Stream.NETWORK, (crc32(name.encode()) << 16) + update)
-    buffers, norms = copy_buffers(network.modules), []
-
-    def drop_non_finite() -> None:
-        norms.append(clip_gradient(accelerator, network.modules, state.settings.clip))
-        zero_non_finite_gradient(network.modules)
-
-    losses = accumulate(
-        accelerator,
+    losses, norm = take_step(
+        state.accelerator,
         network.modules,
         network.optimizer,
         batches,
         partial(_losses, state, name, seed),
-        drop_non_finite,
+        state.settings.clip,
     )
-    norm = keep_finite_buffers(buffers, norms[0])
     return torch.stack((losses.float().mean(), norm.detach().float()))
 
 

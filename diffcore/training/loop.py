@@ -20,14 +20,7 @@ from diffcore.training.further_networks import (
     train_further_networks,
     update_statistics,
 )
-from diffcore.training.optimization.gradients import (
-    accumulate,
-    clip_gradient,
-    copy_buffers,
-    frozen,
-    keep_finite_buffers,
-    zero_non_finite_gradient,
-)
+from diffcore.training.optimization.gradients import copy_buffers, frozen, take_step
 from diffcore.training.optimization.optimizers import set_learning_rate
 from diffcore.training.ranks.coordination import DelayedMaximum
 from diffcore.training.ranks.sharding import gather_tensors
@@ -220,26 +213,27 @@ def _optimize(state: TrainState, batches: Iterator[Batch]) -> tuple[Tensor, ...]
     variance () and square () of the gradient noise, NaN if they cannot be estimated; then the
     loss () and the gradient norm () of each further network, which are updated first.
     """
-    settings, accelerator = state.settings, state.accelerator
+    settings = state.settings
     parts = list(batches) if state.further else batches
     further = train_further_networks(state, parts) if isinstance(parts, list) else []
     set_learning_rate(state.optimizer.optimizer, settings.lr(state.step, settings.steps))
     recorder = state.micro_batch_norms
-    measured: list[Tensor] = []
-    buffers = copy_buffers(state.modules)
+    noise: list[Tensor] = []
 
-    def measure() -> None:
-        norm = clip_gradient(accelerator, state.modules, settings.clip)
-        # The step may change the scale of fp16.
-        measured.extend((norm, *_gradient_noise(state, norm)))
-        zero_non_finite_gradient(state.modules)
+    def measure(norm: Tensor) -> None:  # the step may change the scale of fp16
+        noise.extend(_gradient_noise(state, norm))
 
     with recorder.recording() if recorder else nullcontext(), frozen(state.further_modules()):
-        losses = accumulate(
-            accelerator, state.modules, state.optimizer, parts, partial(_losses, state), measure
+        losses, norm = take_step(
+            state.accelerator,
+            state.modules,
+            state.optimizer,
+            parts,
+            partial(_losses, state),
+            settings.clip,
+            measure,
         )
-    norm, *noise = measured
-    return losses, keep_finite_buffers(buffers, norm), *noise, *further
+    return losses, norm, *noise, *further
 
 
 def _gradient_noise(state: TrainState, norm: Tensor) -> tuple[Tensor, ...]:

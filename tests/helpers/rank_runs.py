@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,8 @@ def run(folder: Path, name: str, **settings: Any) -> None:
     checkpoints = Checkpoints(**settings.pop("checkpoints", {}))
     if settings.get("objective") in OBJECTIVES:
         settings |= OBJECTIVES[settings["objective"]]() | {"validation": Validation()}
+    if settings.get("optimizer") == "fused":
+        settings["optimizer"] = partial(torch.optim.AdamW, fused=True)
     options = {
         "checkpoints": checkpoints,
         "data": SeenDigits(folder),

@@ -108,6 +108,7 @@ def test_every_number_of_ranks_accumulation_workers_and_sharding(tmp_path, singl
             assert_equal_runs(tmp_path / case["name"], single)
 
 
+FUSED = {"optimizer": "fused"}
 SHARDED = {"checkpoints": {"format": "sharded"}}
 BESIDE = {"checkpoints": {"format": "sharded", "asynchronous": True}}
 """Every rank writes its own part, and training does not wait for it."""
@@ -122,6 +123,7 @@ PASSES = {
     "2 full sharded, 4 hybrid beside": ((2, FULL_SHARDED), (4, HYBRID_BESIDE)),
     "2 full sharded, 1": ((2, FULL_SHARDED), (1, {})),
     "1 sharded, 2 full sharded": ((1, SHARDED), (2, FULL_SHARDED)),
+    "2 full sharded, 1, fused": ((2, FULL_SHARDED | FUSED), (1, FUSED)),
 }
 """Ranks and settings of the run that writes a checkpoint, and of the run that resumes from it."""
 FURTHER_PASSES = {
@@ -165,6 +167,7 @@ def test_runs_on_several_ranks_and_their_checkpoints_are_those_of_one(tmp_path, 
     part = {"save_every": 10, "sharding": FULL}
     two = (
         {"name": "full", "sharding": FULL, "accumulation": 2},
+        {"name": "fused", "sharding": FULL} | FUSED,
         {"name": "sync"} | part | SHARDED,
         {"name": "beside"} | part | BESIDE,
         {"name": "gathered"} | part,
@@ -174,6 +177,7 @@ def test_runs_on_several_ranks_and_their_checkpoints_are_those_of_one(tmp_path, 
     assert_checkpoints_pass(tmp_path, single, PASSES, {2: two}, {4: four})
     assert_run_that_shares_weights_equals(tmp_path / "full", single)
     assert_run_that_shares_weights_equals(tmp_path / "hybrid", single)
+    assert_run_that_shares_weights_equals(tmp_path / "fused", single)
     assert_every_rank_has_written_its_own_part(tmp_path)
     assert_gradient_noise_of_two_ranks_is_that_of_two_micro_batches(tmp_path)
 

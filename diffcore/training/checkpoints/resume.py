@@ -7,7 +7,7 @@ checkpoint holds these settings, so that a changed config.yaml is detected.
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,12 @@ from diffcore.training.checkpoints import checkpoint, outputs
 from diffcore.training.checkpoints.checkpoint import Checkpoint
 from diffcore.training.checkpoints.initial_weights import load_initial_weights
 from diffcore.training.checkpoints.sharded import flatten_parts
-from diffcore.training.ranks.captured_state import CapturedState, capture_state, restore_state
+from diffcore.training.ranks.captured_state import (
+    IMPLEMENTATION,
+    CapturedState,
+    capture_state,
+    restore_state,
+)
 from diffcore.training.ranks.sharding import gather_tensors
 from diffcore.training.reports.metrics import Metrics
 from diffcore.training.state import TrainState
@@ -243,8 +248,15 @@ def determining_settings(settings: "Trainer") -> dict[str, Any]:
 
 
 def _comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as versions without the optional fields of a process would store them."""
-    return {**settings, "process": without_defaults(settings["process"], OPTIONAL)}
+    """Settings as versions without the optional fields of a process would store them, and without
+    the implementation of the optimizer, which enters only the rounding.
+    """
+    found = {**settings, "process": without_defaults(settings["process"], OPTIONAL)}
+    if isinstance(optimizer := settings.get("optimizer"), dict):
+        options = optimizer.get("init_args", {}).items()
+        kept = {name: value for name, value in options if name not in IMPLEMENTATION}
+        found["optimizer"] = {**optimizer, "init_args": kept}
+    return found
 
 
 def _changes(then: Any, now: Any, name: str = "") -> Iterator[str]:
@@ -350,6 +362,7 @@ def _check_checkpoint(
             f"under an adapter changed since; restore them, or {anew}"
         )
     rounding = _rounding(state).items()
+    saved = saved | {"fused": _is_fused(saved["groups"])}
     if other := {
         name: (saved.get(name), now) for name, now in rounding if saved.get(name, now) != now
     }:
@@ -364,4 +377,10 @@ def _rounding(state: TrainState) -> dict[str, Any]:
         "processes": state.accelerator.num_processes,
         "threads": torch.get_num_threads(),
         "compute": asdict(state.settings.compute),
+        "fused": _is_fused(state.optimizer.param_groups),
     }
+
+
+def _is_fused(groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the kernels of torch's fused optimizers update the parameters."""
+    return all(group.get("fused") for group in groups)

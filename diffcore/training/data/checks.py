@@ -87,6 +87,8 @@ def read_item(read: Callable[[], Any], index: int, process: Process) -> Item:
     _check_label(found.label, index, process)
     if WEIGHT in found.extras:
         _check_weight(found.extras[WEIGHT], index, process)
+    if not process.conditions:  # the quickest way, as this is done for every item
+        return found
     return found._replace(extras={**found.extras, **_conditions(found.extras, index, process)})
 
 

@@ -24,10 +24,12 @@ from diffcore.training.optimization.quantised_state import (
 )
 from diffcore.training.ranks.sharding import local
 
-__all__ = ["CapturedState", "capture_state", "restore_state"]
+__all__ = ["IMPLEMENTATION", "CapturedState", "capture_state", "restore_state"]
 
 GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
 IN_PLACE = StateDictOptions()
+IMPLEMENTATION = ("foreach", "fused")
+"""Options of torch's optimizers that choose an implementation of the same formula."""
 NamedTensors = dict[str, Tensor]
 
 
@@ -126,6 +128,8 @@ def restore_state(
 ) -> None:
     """Restore the state of a network and its optimizer. Every rank must call it.
 
+    The optimizer keeps its own implementation, such as a fused one.
+
     Args:
         network: network, possibly sharded.
         optimizer: optimizer of its parameters.
@@ -148,10 +152,13 @@ def restore_state(
     for name, value in sorted(state.optimizer.items()):
         parameter, key = name.rsplit(".", 1)
         by_parameter.setdefault(parameter, {})[key] = value
+    own = optimizer.param_groups[0]
+    implementation = {key: own[key] for key in IMPLEMENTATION if key in own}
+    groups = [group | implementation for group in state.groups]
     set_state_dict(
         network,
         optimizer,
         model_state_dict=weights,
-        optim_state_dict=cast("Any", {"state": by_parameter, "param_groups": state.groups}),
+        optim_state_dict=cast("Any", {"state": by_parameter, "param_groups": groups}),
         options=options,
     )

@@ -20,17 +20,17 @@ class BareLoop:
 
     Args:
         device: device of the network and the data.
+        fused: implementation of AdamW; None is torch's default.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, fused: bool | None = None) -> None:
         recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
         self.recipe, self.batch, self.device = recipe, recipe["batch_size"], device
         digits = Digits()
         self.x0, self.labels = digits.x0.to(device), digits.labels.to(device)
         self.network = build_network(recipe).to(device).train()
-        self.optimizer = torch.optim.AdamW(
-            self.network.parameters(), **recipe["optimizer"]["init_args"]
-        )
+        options = recipe["optimizer"]["init_args"] | {"fused": fused}
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), **options)
         self.shadow = [parameter.detach().clone() for parameter in self.network.parameters()]
         self.steps, self.order = 0, torch.zeros(0, dtype=torch.int64)
         self.history: list[tuple[Tensor, Tensor]] = []

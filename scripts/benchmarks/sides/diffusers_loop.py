@@ -50,9 +50,8 @@ class DiffusersLoop:
         self.average = EMAModel(
             network.parameters(), decay=recipe["ema"]["decay"], use_ema_warmup=True, power=0.75
         )
-        optimizer = torch.optim.AdamW(
-            network.parameters(), lr=recipe["lr"]["peak"], **recipe["optimizer"]["init_args"]
-        )
+        options = recipe["optimizer"]["init_args"] | {"fused": None}  # torch's default
+        optimizer = torch.optim.AdamW(network.parameters(), lr=recipe["lr"]["peak"], **options)
         loader = DataLoader(_Items(), batch_size=recipe["batch_size"], shuffle=True, drop_last=True)
         lr = get_scheduler(
             "cosine",
