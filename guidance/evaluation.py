@@ -1,6 +1,7 @@
 """The evaluation of a network under several conditions, which share one forward."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -96,4 +97,4 @@ def _evaluate(
         parts.append(denoiser(x[samples], _select(level, rows, len(x)), labels))
     x0, eps = (torch.cat(values)[: len(x)] for values in zip(*parts, strict=True))
     v = [part.variance for part in parts if part.variance is not None]
-    return Prediction(x0, eps, torch.cat(v)[: len(x)] if v else None)
+    return replace(parts[0], x0=x0, eps=eps, variance=torch.cat(v)[: len(x)] if v else None)

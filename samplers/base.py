@@ -312,7 +312,7 @@ def renoise_prediction(prediction: Prediction, share: Real, z: Tensor) -> Predic
         The prediction with the same x_0.
     """
     share = share.to(z) if isinstance(share, Tensor) else share
-    return Prediction(prediction.x0, (1 - share) ** 0.5 * prediction.eps + share**0.5 * z)
+    return replace(prediction, eps=(1 - share) ** 0.5 * prediction.eps + share**0.5 * z)
 
 
 def raise_noise(x: Tensor, level: Level, noisier: Level, z: Tensor) -> Tensor:

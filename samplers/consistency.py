@@ -113,6 +113,7 @@ def check_estimate(sampler: Sampler, process: Process) -> None:
         "posterior_mean": "a solver of the flow such as DDIM(), or a distilled network",
         "consistency": "Consistency(), or TCD()",
         "mean_velocity": "DDIM(), or Consistency() or TCD()",
+        "encoded_mean": "DDPM(), or DDIM(eta=1.0)",
     }
     if process.estimate not in sampler.estimates:
         raise ValueError(

@@ -33,7 +33,7 @@ class DDIM(Sampler[None]):
 
     With a network of two times (`Process.estimate` mean_velocity) and η = 0 it is the sampler of
     MeanFlow (Geng et al. 2025, 2505.13447, Algorithm 2), z_s = z + (a_s - a) U, and of Shortcut
-    models.
+    models. With a learned encoder of x_0 (encoded_mean) η must be 1.
 
     Args:
         eta: η within [0, 1], the amount of fresh noise; above 0 the knots must fall in noise.
@@ -47,6 +47,8 @@ class DDIM(Sampler[None]):
 
     @property
     def estimates(self) -> tuple[Estimate, ...]:
+        if self.eta == 1:
+            return ("posterior_mean", "encoded_mean")
         return ("posterior_mean",) if self.eta else ("posterior_mean", "mean_velocity")
 
     def advance(self, state: State[None], prediction: Prediction, noise: Noise) -> State[None]:
@@ -88,6 +90,10 @@ class DDPM(Sampler[None]):
                 f"variance is {self.variance}, expected v within [0, 1]: 0 is β̃ (small), 1 is β "
                 "(large)"
             )
+
+    @property
+    def estimates(self) -> tuple[Estimate, ...]:
+        return ("posterior_mean", "encoded_mean")
 
     def advance(self, state: State[None], prediction: Prediction, noise: Noise) -> State[None]:
         t, s = state.level, state.remaining[0]

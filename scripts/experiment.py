@@ -31,6 +31,7 @@ def main() -> None:
         flow_maps: "few-step networks beside the denoiser that they are distilled from",
         learned_variance: "DDPM in few steps on digits with fixed and with learned variances",
         learned_levels: "the bound of digits with one level for all pixels and with learned ones",
+        learned_encoder: "the bound of digits without and with a learned encoder of x_0",
         claims: "what papers claim, measured: the tables of docs/claims.md",
         few_step: "distance of digits from students of one to four steps, and pictures of them",
         tuning: "how much closer tuned knots are, beside untuned ones and diffusers",
@@ -57,7 +58,8 @@ def _add_options(study: argparse.ArgumentParser, run: Callable[..., None], name:
         study.add_argument(
             "--sizes", type=int, nargs="+", default=[2, 64], help="dimensions (default 2 64)"
         )
-    with_file = (training, guidance, zero_terminal_snr, learned_variance, learned_levels, flow_maps)
+    bounds = (learned_variance, learned_levels, learned_encoder)
+    with_file = (training, guidance, zero_terminal_snr, flow_maps, *bounds)
     if run in (*with_file, claims):
         study.add_argument(
             "--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default 0 1 2)"
@@ -69,7 +71,7 @@ def _add_options(study: argparse.ArgumentParser, run: Callable[..., None], name:
             default=Path(f"docs/experiments/{name}.jsonl"),
             help=f"file of measurements (default docs/experiments/{name}.jsonl)",
         )
-    if run in (inversion, samplers, identification, learned_variance, learned_levels):
+    if run in (inversion, samplers, identification, *bounds):
         study.add_argument(
             "--steps", type=int, default=400, help="training steps of batch 64 (default 400)"
         )
@@ -242,6 +244,17 @@ def learned_variance(arguments: argparse.Namespace) -> None:
 def learned_levels(arguments: argparse.Namespace) -> None:
     """Run the study of the learned levels of pixels."""
     from experiments import learned_levels as study
+
+    lines = study.run_study(arguments.out, arguments.seeds, arguments.steps)
+    rows = _measure(lines, arguments.out)
+    measurements = [row for row in rows if row["steps"] == arguments.steps]
+    for count in study.COUNTS:
+        print(f"\nBits per dimension, {count} steps\n\n{study.format_table(measurements, count)}")
+
+
+def learned_encoder(arguments: argparse.Namespace) -> None:
+    """Run the study of learned encoders of x_0."""
+    from experiments import learned_encoder as study
 
     lines = study.run_study(arguments.out, arguments.seeds, arguments.steps)
     rows = _measure(lines, arguments.out)

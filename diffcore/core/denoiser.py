@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffcore.core.conditions import BatchCondition, as_conditions, condition_arguments
+from diffcore.core.encoded_mean import check_mean_encoder, decode_prediction
 from diffcore.core.network import evaluation_dtype, find_learned_levels, network_config
 from diffcore.core.prediction import Prediction, hypot, predict, scale_input
 from diffcore.core.process import Process
@@ -129,7 +130,8 @@ class Denoiser(nn.Module):
             labels that the process does not have (set its `num_class_embeds` to classes + 1), or
             it cannot halve the height and width of x as often as its levels require, or it has as
             many output channels as x and the variance of the process is learned, or it contains
-            learned levels and the process has shared ones, or the reverse.
+            learned levels and the process has shared ones, or the reverse, or it contains an
+            encoder of x_0 and the process has none, or the reverse.
 
     Example:
         >>> process = Process(shape=(1, 8, 8), prediction="sample")
@@ -147,6 +149,7 @@ class Denoiser(nn.Module):
         _check_size(network, process)
         _check_channels(network, process)
         _check_learned_levels(network, process)
+        check_mean_encoder(network, process)
         self.network = network
         self.process = process
 
@@ -167,8 +170,10 @@ class Denoiser(nn.Module):
                 None for the absent value of each.
         """
         output, variance = self.outputs(x, level, condition)
-        process = self.process
-        prediction = predict(process.prediction, output, x, level.to(x), process.sigma_data)
+        process, level = self.process, level.to(x)
+        prediction = predict(process.prediction, output, x, level, process.sigma_data)
+        if process.estimate == "encoded_mean":
+            return decode_prediction(self.network, prediction, level)
         return prediction if variance is None else replace(prediction, variance=variance)
 
     def output(self, x: Tensor, level: Level, condition: BatchCondition | None = None) -> Tensor:

@@ -1,22 +1,47 @@
 """What the pair (x_0, ε) of a network is: a mean over the data, or a point of the flow."""
 
+import math
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from diffcore.core.process import Process
 
-__all__ = ["Estimate", "check_point_of_flow", "require_posterior_mean"]
+__all__ = ["Estimate", "check_estimate_of_process", "require_posterior_mean"]
 
-Estimate = Literal["posterior_mean", "consistency", "mean_velocity"]
+Estimate = Literal["posterior_mean", "consistency", "mean_velocity", "encoded_mean"]
 """What the pair of a network is; see `Process.estimate`."""
 
 
-def check_point_of_flow(process: "Process") -> None:
-    """Raise ValueError if the output of no network of a process gives a point of the flow.
+def check_estimate_of_process(process: "Process") -> None:
+    """Raise ValueError if the output of no network of a process gives its estimate.
 
     Args:
-        process: process whose estimate is consistency or mean_velocity.
+        process: process with any estimate.
     """
+    if process.estimate == "encoded_mean":
+        _check_encoded_mean(process)
+    elif process.estimate != "posterior_mean":
+        _check_point_of_flow(process)
+
+
+def _check_encoded_mean(process: "Process") -> None:
+    """Raise ValueError if a process has no derivative by λ, or another learned part."""
+    schedule = process.schedule
+    ends = schedule.logsnr(0.0), schedule.logsnr(1.0)
+    if schedule.steps is not None or not all(map(math.isfinite, ends)):
+        raise ValueError(
+            f"estimate is encoded_mean and the schedule {schedule}, expected continuous levels "
+            "between finite λ: use LogLinear, or Truncated"
+        )
+    if process.variance == "learned":
+        raise ValueError(
+            "estimate is encoded_mean and variance learned, and no objective trains both: set "
+            "variance to fixed"
+        )
+
+
+def _check_point_of_flow(process: "Process") -> None:
+    """Raise ValueError if the output of no network of a process gives a point of the flow."""
     if process.prediction == "sample":
         raise ValueError(
             f"estimate is {process.estimate} and prediction is sample, with which x_0 is not x at "
@@ -42,6 +67,13 @@ def require_posterior_mean(process: "Process", subject: str) -> None:
         process: process of the network.
         subject: what needs the posterior mean; it begins the message.
     """
+    if process.estimate == "encoded_mean":
+        raise ValueError(
+            f"{subject} needs E[x_0 | x] at each level, and the pair of this network is the mean "
+            "of an ancestral step (estimate encoded_mean): sample without guidance with DDPM() or "
+            "DDIM(eta=1.0), measure the variational bound (--method bound), or use a network that "
+            "is trained by denoising"
+        )
     if process.estimate != "posterior_mean":
         raise ValueError(
             f"{subject} needs E[x_0 | x] at each level, and the pair of this network is a "

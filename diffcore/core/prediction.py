@@ -13,7 +13,7 @@ standard deviation of the data) the formulas hold in every scaling.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -51,11 +51,14 @@ class Prediction:
         eps: estimate of ε, of the shape of x.
         variance: v of the variance β̃^(1-v) β^v of a step (`diffcore.core.transition`), of the shape
             of x; None for a network whose process has no learned variance.
+        encoding: what x contains of x_0 at a level, as a function of x_0 and the level
+            (`MeanEncoder`); None: x_0 itself.
     """
 
     x0: Tensor
     eps: Tensor
     variance: Tensor | None = None
+    encoding: Callable[[Tensor, Level], Tensor] | None = None
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.pair)
@@ -66,9 +69,13 @@ class Prediction:
         return self.x0, self.eps
 
     def at(self, level: Level) -> Tensor:
-        """α x_0 + σ ε at another level, of the shape of x: the first-order step of samplers."""
+        """α x_0 + σ ε at another level, of the shape of x: the first-order step of samplers.
+
+        With an `encoding`, x_0 is replaced by its value there.
+        """
         level = level.to(self.x0)
-        return add_scaled(level.alpha * self.x0, level.sigma, self.eps)
+        x0 = self.x0 if self.encoding is None else self.encoding(self.x0, level)
+        return add_scaled(level.alpha * x0, level.sigma, self.eps)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffcore.core.conditions import LABEL, RESERVED, ConditionRecord
-from diffcore.core.estimate import Estimate, check_point_of_flow
+from diffcore.core.estimate import Estimate, check_estimate_of_process
 from diffcore.core.prediction import PredictionType
 from diffcore.io.files import write_file
 from diffcore.io.network_size import check_memory
@@ -159,7 +159,9 @@ class Process:
             through x, and the ε that makes x with it. mean_velocity: the line through x to the
             point of the flow at a second level, which the network also receives (`Level.end`), so
             that α_s x_0 + σ_s ε is that point; ε - x_0 is the mean of dz/da between both levels, in
-            z = x/(α+σ) and a = σ/(α+σ).
+            z = x/(α+σ) and a = σ/(α+σ). encoded_mean: x contains an encoded x_0, which depends on
+            the level and is learned (`MeanEncoderNetwork`); the pair is that whose ancestral step
+            has the mean of the process.
         levels: shared: one level for all elements of x. learned: one for each, between the ends of
             a LogLinear schedule; the network contains them (`LearnedLevelsNetwork`).
 
@@ -216,8 +218,7 @@ class Process:
         if not 0 <= self.dropout <= 1:
             raise ValueError(f"dropout is {self.dropout}, expected a probability within [0, 1]")
         self._check_conditions()
-        if self.estimate != "posterior_mean":
-            check_point_of_flow(self)
+        check_estimate_of_process(self)
 
     def _check_levels(self) -> None:
         if not isinstance(self.schedule, LogLinear):

@@ -9,6 +9,7 @@ at most unit variance; iDDPM learns it as β̃^(1-v) β^v (Nichol & Dhariwal 202
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ def posterior_mean(prediction: Prediction, t: Level, s: Level) -> Tensor:
     """
     share = fresh_noise_share(t, s)
     share = share.to(prediction.eps) if isinstance(share, Tensor) else share
-    return Prediction(prediction.x0, (1 - share) ** 0.5 * prediction.eps).at(s)
+    return replace(prediction, eps=(1 - share) ** 0.5 * prediction.eps).at(s)
 
 
 def log_variance_bounds(t: Level, s: Level) -> tuple[Tensor, Tensor]:

@@ -6,18 +6,14 @@ the logarithm of u = σ/α, which is smooth from clean to pure noise:
     d/d ln u = a (1-a) d/da = -2 d/dλ
 """
 
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch import Tensor
 
+from diffcore.core.forward_mode import differentiate_forward
 from diffcore.schedules import Level
 from diffcore.schedules.base import alpha_sigma
 
@@ -74,18 +70,13 @@ class Derivative:
 
         rate = 2 * level.schedule.density(level.logsnr)  # dt/d ln u
         tangents = slope, torch.full_like(level.logsnr, -2.0), rate
-        _load_forward_mode()
         try:
-            # The fast kernels of attention have no forward mode.
-            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _contiguous_group_norms():
-                return torch.func.jvp(output, (z, level.logsnr, level.t), tangents)[1]
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise ValueError(
-                f"the network has no derivative in forward mode ({error}): set the method of the "
-                "derivative to difference"
-            ) from error
+            with torch.no_grad():
+                return differentiate_forward(output, (z, level.logsnr, level.t), tangents)[1]
+        except ValueError as error:
+            if not isinstance(error.__cause__, RuntimeError):
+                raise
+            raise ValueError(f"{error}: set the method of the derivative to difference") from error
 
     @torch.no_grad()
     def _difference(self, evaluate: Evaluate, z: Tensor, level: Level, slope: Tensor) -> Tensor:
@@ -98,30 +89,6 @@ class Derivative:
                 _evaluate(evaluate, z + h * slope, logsnr, level.schedule.time(logsnr), level)
             )
         return (ends[0] - ends[1]) / (2 * self.step)
-
-
-@contextmanager
-def _contiguous_group_norms() -> Iterator[None]:
-    """Context in which group norms copy their input, whose tangent torch views as contiguous."""
-
-    def copy(module: nn.Module, arguments: Any) -> Any:
-        if not isinstance(module, nn.GroupNorm):
-            return None
-        return (arguments[0].clone(memory_format=torch.contiguous_format), *arguments[1:])
-
-    handle = register_module_forward_pre_hook(copy)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@cache
-def _load_forward_mode() -> None:
-    """Let torch load its rules of forward mode, whose scripts warn of a deprecation, once."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        torch.func.jvp(torch.sin, (torch.zeros(1),), (torch.zeros(1),))
 
 
 def _evaluate(evaluate: Evaluate, z: Tensor, logsnr: Tensor, t: Tensor, level: Level) -> Tensor:

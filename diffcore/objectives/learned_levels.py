@@ -22,7 +22,7 @@ from diffcore.objectives.weighting import ELBO
 if TYPE_CHECKING:
     from diffcore.objectives.objective import Objective
 
-__all__ = ["SpreadDraw", "check_learned_levels", "spread_draw"]
+__all__ = ["SpreadDraw", "check_learned_process", "spread_draw"]
 
 
 class SpreadDraw(NamedTuple):
@@ -66,18 +66,23 @@ def spread_draw(
     return SpreadDraw(draw._replace(level=level), weight, latent.divergence / x0[0].numel())
 
 
-def check_learned_levels(objective: "Objective", process: Process) -> None:
-    """Raise ValueError if learned levels would be trained by something else than their bound.
+def check_learned_process(objective: "Objective", process: Process) -> None:
+    """Raise ValueError if learned levels, or an encoder, would be trained by another loss than the
+    bound.
 
     Args:
         objective: training objective.
         process: process of the network.
     """
-    if process.levels == "shared":
+    if process.estimate == "encoded_mean":
+        part = "the encoder of the process is"
+    elif process.levels == "learned":
+        part = "the levels of the process are"
+    else:
         return
     if objective.weight != ELBO() or not objective.corrected:
         raise ValueError(
-            "the levels of the process are learned, and trained by the variational bound: set "
+            f"{part} learned, and trained by the variational bound: set "
             f"objective.weight to ELBO and objective.corrected to true, not {objective.weight} and "
             f"{str(objective.corrected).lower()}"
         )
@@ -93,6 +98,6 @@ def check_learned_levels(objective: "Objective", process: Process) -> None:
     changed = [name for name, value in plain.items() if getattr(objective, name) != value]
     if changed:
         raise ValueError(
-            "the levels of the process are learned by a bound, which is that of the plain error: "
+            f"{part} learned by a bound, which is that of the plain error: "
             f"leave objective.{changed[0]} at its default"
         )

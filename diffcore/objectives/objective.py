@@ -27,7 +27,8 @@ from diffcore.core.process import Process
 from diffcore.core.random import Stream, derive_seed, normal, uniform
 from diffcore.objectives.coupling import Coupling, IndependentCoupling
 from diffcore.objectives.draw import Draw, SampleKey
-from diffcore.objectives.learned_levels import check_learned_levels, spread_draw
+from diffcore.objectives.encoded_mean import training_pair
+from diffcore.objectives.learned_levels import check_learned_process, spread_draw
 from diffcore.objectives.level_sampling import Resampler, ResamplerState
 from diffcore.objectives.losses import Loss, SquaredError
 from diffcore.objectives.networks import Networks
@@ -123,7 +124,7 @@ class Objective(ABC):  # noqa: B024  settings name its subclasses as components
         if self.reference_size:
             _check_shift(process)
         self._check_variance(process)
-        check_learned_levels(self, process)
+        check_learned_process(self, process)
         assert isinstance(level.logsnr, Tensor)
         weight = self.weight.target_weight(process.prediction, level.logsnr, process.sigma_data)
         infinite = level.logsnr[weight.float().isinf()].tolist()
@@ -354,7 +355,8 @@ class Objective(ABC):  # noqa: B024  settings name its subclasses as components
 
             L = mean of m (w_F ρ(F̂ - F)),   with u(λ): mean of m (w_F ρ(F̂ - F) e^-u + u)
 
-        `variational` adds the mean of m times its terms. Learned levels add KL(q(z | x_0) || p(z)).
+        `variational` adds the mean of m times its terms. Learned levels add KL(q(z | x_0) || p(z)),
+        and an encoder replaces x_0 and adds the divergence at the noisiest level (`training_pair`).
 
         The mean is over all elements of x_0, also where m is 0: the gradient of such an element is
         exactly zero, and images with a small mask contribute in proportion to its area.
@@ -376,17 +378,19 @@ class Objective(ABC):  # noqa: B024  settings name its subclasses as components
         process, level = denoiser.process, draw.level.to(x0)
         noise, condition = self.inputs(process, x0, condition, draw)
         noisy = noise if draw.perturbation is None else noise + draw.perturbation
-        x = level.alpha * x0 + level.sigma * noisy
+        pair = training_pair(denoiser, x0, noise, level)
+        x = level.alpha * pair.mean + level.sigma * noisy
         output, v = denoiser.outputs(x, draw.level, condition)
-        error = self.loss(output - target(process.prediction, x0, noise, level, process.sigma_data))
+        truth = target(process.prediction, pair.x0, pair.eps, level, process.sigma_data)
         logsnr = torch.as_tensor(draw.level.logsnr)
         weight = self.weight.target_weight(process.prediction, logsnr, process.sigma_data).to(x0)
-        losses = self.reduce(weight * error, draw, log_variance, sample_weight) + divergence
+        errors = pair.weight * weight * self.loss(output - truth)
+        losses = self.reduce(errors, draw, log_variance, sample_weight) + divergence + pair.prior
         if self.variational is None:
             return losses
         estimate = predict(process.prediction, output.detach(), x, level, process.sigma_data)
-        estimate, truth = replace(estimate, variance=v), Prediction(x0, noise)
-        bound = self.variational(process, estimate, truth, draw.level)
+        estimate = replace(estimate, variance=v)
+        bound = self.variational(process, estimate, Prediction(x0, noise), draw.level)
         return losses + self.reduce(bound, draw, None, sample_weight)
 
 

@@ -18,7 +18,7 @@ from diffcore.core.noise import Noise
 from diffcore.core.process import Process
 from diffcore.guidance import CFG, Guidance, find_networks
 from diffcore.guidance.reference import Condition
-from diffcore.samplers import DDIM, AdamsMoulton, Consistency, Sampler
+from diffcore.samplers import DDIM, DDPM, AdamsMoulton, Consistency, Sampler
 from diffcore.sampling.graph import graph_of_loop
 from diffcore.sampling.loop import (
     SAME_LEVEL,
@@ -59,11 +59,11 @@ def default_sampler(process: Process) -> Sampler:
         process: process of the network.
 
     Returns:
-        DEFAULT_SAMPLER; Consistency() for a consistency network, and DDIM() for one that estimates
-        the mean velocity.
+        DEFAULT_SAMPLER; Consistency() for a consistency network, DDIM() for one that estimates the
+        mean velocity, and DDPM() for one with a learned encoder.
     """
-    few = {"consistency": Consistency(), "mean_velocity": DDIM()}
-    return few.get(process.estimate, DEFAULT_SAMPLER)
+    others = {"consistency": Consistency(), "mean_velocity": DDIM(), "encoded_mean": DDPM()}
+    return others.get(process.estimate, DEFAULT_SAMPLER)
 
 
 class NonFiniteWarning(RuntimeWarning):
@@ -394,6 +394,11 @@ def _images(process: Process, first: Level, count: int, image: Tensor) -> Tensor
         raise ValueError(
             f"image has shape {tuple(image.shape)}, expected {process.shape}, or one of these for "
             f"each of {count} seeds"
+        )
+    if process.estimate == "encoded_mean":
+        raise ValueError(
+            "the process has a learned encoder, so that α image + σ z is not x at its levels: "
+            "leave image out, or use a network without an encoder"
         )
     if first.alpha == 0:
         raise ValueError(

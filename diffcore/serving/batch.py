@@ -7,7 +7,7 @@ of rows; its last row is repeated if there are too few.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -65,7 +65,10 @@ def evaluate_rows(rows: Sequence[Row], size: int) -> list[Prediction]:
     prediction = denoiser(x, level, _concatenate_conditions(denoiser, padded, x.device))
     x0, eps = (value.split(1) for value in prediction)
     v = [None] * size if prediction.variance is None else prediction.variance.split(1)
-    return [Prediction(*values) for values in zip(x0, eps, v, strict=True)][: len(rows)]
+    return [
+        replace(prediction, x0=values[0], eps=values[1], variance=values[2])
+        for values in zip(x0, eps, v, strict=True)
+    ][: len(rows)]
 
 
 def _stack_levels(levels: Sequence[Level], axes: int) -> Level:

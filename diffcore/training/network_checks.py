@@ -5,6 +5,7 @@ from torch import nn
 
 from diffcore.core.conditions import condition_arguments, null_condition
 from diffcore.core.denoiser import Denoiser
+from diffcore.core.encoded_mean import find_mean_encoder
 from diffcore.core.network import LabelWrapper, find_learned_levels
 from diffcore.core.process import Process
 
@@ -50,6 +51,8 @@ def check_network(network: nn.Module, label_wrapper: LabelWrapper, process: Proc
         if learned := find_learned_levels(network):
             (level,) = learned.knots((level,), learned.sample_latent(torch.arange(2)))
         denoiser.output(x, level)
+        if encoder := find_mean_encoder(network):
+            encoder.target(x, level.to(x))
     except (RuntimeError, TypeError) as error:
         raise ValueError(
             f"the network cannot be evaluated for x of shape {tuple(x.shape)}, and takes (x, time"

@@ -206,10 +206,11 @@ class Trainer:
         self.objective.check(self.process, self.source.inputs)
         if self.source.has_noise:
             self.objective.check_paired_noise()
-        if self.process.levels == "learned" and self.sharding.strategy != "none":
+        is_learned = self.process.levels == "learned" or self.process.estimate == "encoded_mean"
+        if is_learned and self.sharding.strategy != "none":
             raise ValueError(
-                f"sharding.strategy is {self.sharding.strategy}, but learned levels are computed "
-                "outside of the network's forward, from whole weights: set it to none"
+                f"sharding.strategy is {self.sharding.strategy}, but learned levels and encoders "
+                "are computed outside of the network's forward, from whole weights: set it to none"
             )
         check_data(self.source, self.process)
         check_held_out(self.validation.source, self.source)

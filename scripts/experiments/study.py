@@ -14,6 +14,7 @@ from diffcore.core.denoiser import Denoiser
 from diffcore.core.process import Process
 from diffcore.objectives.objective import Objective
 from diffcore.run import Run
+from diffcore.sampling.generation import default_sampler
 from diffcore.training.averages.ema import Decay
 from diffcore.training.optimization.lr import LearningRate
 from diffcore.training.trainer import Trainer
@@ -106,6 +107,7 @@ def create_trainer(
         seed=seed,
         trackers=[],
         resume=resume,
+        sampler=default_sampler(process),
     )
 
 

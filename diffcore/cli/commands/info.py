@@ -65,7 +65,8 @@ def describe_run(run: Run) -> dict[str, object]:
         "levels": f"λ from {schedule.logsnr(1.0):g} to {schedule.logsnr(0.0):g}"
         + ", learned for each element" * (process.levels == "learned"),
         "prediction": process.prediction
-        + ", and a learned variance" * (process.variance == "learned"),
+        + ", and a learned variance" * (process.variance == "learned")
+        + ", of x with a learned encoder of x_0" * (process.estimate == "encoded_mean"),
         "time": process.time,
         "data": f"shape {process.shape}, range [{process.low:g}, {process.high:g}]",
         "condition": f"{process.classes} {classes}, dropped in {process.dropout:.0%} of samples"

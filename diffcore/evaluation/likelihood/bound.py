@@ -8,6 +8,9 @@ With knots t_n > ... > t_1 > clean, x_i at t_i, and the steps p(x_s | x_t) = N(�
     L_0 = -ln P(bin of x_0 under N(x̂_0(x_1), V))         the last step, for quantised data
     L_0 = -ln N(x_0; x̂_0(x_1), V)                        for continuous data
 
+With a learned encoder (DiffEnc), x contains x_φ(x_0, λ), also in q, and μ is the mean of its steps
+(`diffcore.core.encoded_mean`; Nielsen et al. 2024, 2310.19789).
+
 Where each element has its own, learned level, the knots are those of the elements at
 z ~ q(z | x_0), and the bound contains KL(q(z | x_0) || N(0, I)) (Sahoo et al. 2024, 2312.13236).
 
@@ -24,6 +27,8 @@ from tqdm import tqdm
 
 from diffcore.core.conditions import BatchCondition
 from diffcore.core.denoiser import DenoiserProtocol
+from diffcore.core.encoded_mean import MeanEncoder, find_mean_encoder
+from diffcore.core.estimate import require_posterior_mean
 from diffcore.core.gaussian import (
     discretised_log_likelihood,
     gaussian_divergence,
@@ -43,6 +48,7 @@ from diffcore.evaluation.likelihood.density import check_points
 from diffcore.evaluation.likelihood.dequantisation import DRAW_BITS, bin_width, check_values
 from diffcore.guidance import CFG
 from diffcore.guidance.reference import Condition
+from diffcore.samplers import DDPM
 from diffcore.sampling.generation import check_sampling, evaluation_mode, padded_chunks
 from diffcore.schedules import Grid, Level, Real, Trailing
 
@@ -126,16 +132,17 @@ def variational_bound(
             f"{grid} has {len(knots) - 1} steps to λ = {knots[-1].logsnr:g}, expected at least 2, "
             "the last one to the clean level: use more steps, or a grid that ends clean"
         )
-    given = check_sampling(process, knots, range(len(x0)), condition, CFG(1.0), batch_size)
+    given = check_sampling(process, knots, range(len(x0)), condition, CFG(1.0), batch_size, DDPM())
     terms, device = [], denoiser.device
     dtype = torch.float32 if device.type == "mps" else torch.float64
     learned = find_learned_levels(denoiser.network)
+    encoder = find_mean_encoder(denoiser.network)
     bar = tqdm(total=len(x0), unit="sample", disable=not progress)
     with torch.no_grad(), evaluation_mode(denoiser), bar:
         for rows, real in padded_chunks(len(x0), batch_size):
             x = x0[rows].to(device, dtype)
             chosen = None if given is None else given[rows].to(device)
-            chain = _Chain(denoiser, x, chosen, seed, first + rows, variance, bins)
+            chain = _Chain(denoiser, x, chosen, seed, first + rows, variance, bins, encoder)
             levels, divergence = _spread(learned, knots, x, seed, first + rows)
             found = torch.cat([chain.terms(levels), divergence[None]])
             terms.append(found[:, :real].double().cpu())
@@ -170,6 +177,7 @@ class _Chain:
         position: (B,) positions of the samples, the key of their noise.
         variance: v of every step, or None for that of the network.
         bins: number of values of the data, or None.
+        encoder: encoder of the process, or None.
     """
 
     denoiser: DenoiserProtocol
@@ -179,6 +187,7 @@ class _Chain:
     position: Tensor
     variance: float | None
     bins: int | None
+    encoder: MeanEncoder | None
 
     def terms(self, knots: tuple[Level, ...]) -> Tensor:
         """L_T, the sum of the divergences, and L_0, of shape (3, B)."""
@@ -191,7 +200,7 @@ class _Chain:
         """KL(q(x_n | x_0) || N(0, α² s² + σ²))."""
         scale = edm_norm(level, self.denoiser.process.sigma_data)
         own, other = (2 * self._tensor(std).log() for std in (level.sigma, scale))
-        mean = self._tensor(level.alpha) * self.x0
+        mean = self._truth(torch.zeros_like(self.x0)).at(level)
         return _sum(gaussian_divergence(mean, own, self._tensor(0.0), other))
 
     def _transition(self, t: Level, s: Level, index: int) -> Tensor:
@@ -223,8 +232,13 @@ class _Chain:
         """The true and the predicted x_0 and ε of a noisy copy of the data."""
         key = self.position + (index << DRAW_BITS)
         shape, device, dtype = self.x0.shape[1:], self.x0.device, self.x0.dtype
-        truth = Prediction(self.x0, normal(self.seed, Stream.BOUND, key, shape, device, dtype))
+        truth = self._truth(normal(self.seed, Stream.BOUND, key, shape, device, dtype))
         return truth, self.denoiser(truth.at(level), level, self.condition)
+
+    def _truth(self, eps: Tensor) -> Prediction:
+        """x_0 and ε, with the encoding of x_0 if the process has one."""
+        encoding = None if self.encoder is None else self.encoder.encode
+        return Prediction(self.x0, eps, encoding=encoding)
 
     def _v(self, prediction: Prediction) -> Tensor:
         """v of the variance of a step, a number or of the shape of x."""
@@ -244,6 +258,8 @@ def _sum(values: Tensor) -> Tensor:
 
 def _check(process: Process, x0: Tensor, bins: int | None, variance: float | None) -> None:
     check_points(process, x0)
+    if process.estimate not in DDPM().estimates:
+        require_posterior_mean(process, "the variational bound")
     if variance is not None and not 0 <= variance <= 1:
         raise ValueError(f"variance is {variance}, expected v within [0, 1]: 0 is β̃, 1 is β")
     if bins is not None:
