@@ -7,6 +7,10 @@ RUN ?= runs/digits
 STEPS ?= 450
 EMOJI ?= runs/data/emoji
 COLOR ?= runs/emoji
+# The larger size for one GPU: make demo-color COLOR_RECIPE=emoji-gpu COLOR=runs/emoji-gpu
+COLOR_RECIPE ?= emoji
+# Further options of its training, such as --steps 20 for a first try.
+COLOR_OPTIONS ?=
 # How the demo is sampled for its score, whatever the settings of the recipe, so that scores can be compared.
 SAMPLING = --sampler DDIM --grid Trailing --steps 25 --guidance CFG --guidance.scale 1.5
 # Test workers: one for each core that is visible, each with one thread.
@@ -32,7 +36,7 @@ demo: $(VENV)/installed          ## train on real digits, sample a labelled grid
 
 demo-color: $(VENV)/installed    ## train on emoji pictures that npm fetches, sample each category, score it
 	test -f $(EMOJI)/content.json || $(BIN)/python scripts/prepare_emoji.py --out $(EMOJI)
-	$(BIN)/diffcore train emoji --data.folder $(EMOJI)/train --validation.data.folder $(EMOJI)/test --folder $(COLOR) --resume auto
+	$(BIN)/diffcore train $(COLOR_RECIPE) --data.folder $(EMOJI)/train --validation.data.folder $(EMOJI)/test --folder $(COLOR) --resume auto $(COLOR_OPTIONS)
 	$(BIN)/diffcore sample $(COLOR) --labels 0-8 --per-label 10 --seeds 0-89 --out $(COLOR)/samples.png
 	$(BIN)/diffcore features train $(EMOJI)/train --out $(COLOR)/features.safetensors
 	$(BIN)/diffcore evaluate $(COLOR) --features $(COLOR)/features.safetensors --reference $(EMOJI)/test --n 320

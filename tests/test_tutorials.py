@@ -29,6 +29,7 @@ SMALL_NETWORK = (
 TINY_OPTIONS = {
     "digits": f"{TINY} {SMALL_NETWORK}",
     "images": f"{TINY} --data.size 8 --network.layers_per_block 1 --network.attention_head_dim 16",
+    "images-small": TINY,
     "finetune": TINY,
 }
 """Name of a recipe -> options that make a training take a moment."""
@@ -77,6 +78,8 @@ def run_command(line: str) -> None:
 def tiny_options(words: list[str]) -> list[str]:
     if words[1] == "evaluate":
         return shlex.split("--n 70 --steps 1 --force --out scores")
+    if words[1] == "distil":
+        return shlex.split(f"{TINY} --training-steps 2")
     if words[1] != "train" or words[2] not in TINY_OPTIONS:
         return []
     steps = [] if "--steps" in words else ["--steps", "2"]

@@ -5,7 +5,7 @@ channels    L if all images are grey, else RGB
 classes     number of sub-folders; 10 % of the labels are dropped if there are classes
 sigma_data  standard deviation of 128 images, with two digits
 schedule    cosine; above 64 pixels shifted by 2 ln(64/size) in λ (Hoogeboom et al. 2023)
-network     UNet2DModel of diffusers, see `NETWORKS`
+network     UNet2DModel of diffusers, see `NETWORKS`; settings without a class replace its arguments
 """
 
 import math
@@ -49,7 +49,13 @@ def are_incomplete(settings: Mapping[str, Any]) -> bool:
     """
     data = settings.get("data")
     path = data.get("class_path") if isinstance(data, Mapping) else data
-    return "network" not in settings and str(path).rpartition(".")[2] == "ImageFolder"
+    names_network = "network" in settings and not _is_partial(settings["network"])
+    return not names_network and str(path).rpartition(".")[2] == "ImageFolder"
+
+
+def _is_partial(network: Any) -> bool:
+    """Whether settings of a network are arguments alone, and leave its class to the folder."""
+    return isinstance(network, Mapping) and "class_path" not in network
 
 
 def complete_settings(settings: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,20 +100,22 @@ def complete_settings(settings: dict[str, Any], given: Mapping[str, Any]) -> dic
         "guidance": {"class_path": "CFG", "init_args": {"scale": GUIDANCE if dropout else 1.0}},
     }
     if "network" not in given:
-        own = settings.get("process")
-        variance = given.get("process.variance", own.get("variance") if own else None)
-        outputs = channels * (2 if variance == "learned" else 1)
-        chosen["network"] = _network(size, channels, classes, outputs)
-    arguments = {"size": size, "channels": images.channels, "folder": str(folder)}
-    _report(f"{len(data):,} images, median shorter side {shorter} pixels", process, chosen)
+        variance = (settings.get("process") or {}).get("variance")
+        is_learned = given.get("process.variance", variance) == "learned"
+        arguments = (settings.get("network") or {}).get("init_args") or {}
+        outputs = channels * (2 if is_learned else 1)
+        chosen["network"] = _network(size, channels, classes, outputs, arguments)
+    found = f"{len(data):,} images, median shorter side {shorter} pixels"
+    _report(found, process, chosen | {"batch_size": _find_batch_size(settings, given, size)})
     return (
         chosen
-        | settings
+        | {name: value for name, value in settings.items() if name != "network"}
         | {
             "process": process | dict(settings.get("process") or {}),
             "data": {
                 "class_path": "ImageFolder",
-                "init_args": dict(_arguments(settings)) | arguments,
+                "init_args": dict(_arguments(settings))
+                | {"size": size, "channels": images.channels, "folder": str(folder)},
             },
         }
     )
@@ -139,9 +147,20 @@ def _batch_size(size: int) -> int:
     return _row(size)[1]
 
 
-def _network(size: int, channels: int, classes: int, outputs: int) -> dict[str, Any]:
-    """The spec of the network for a size in pixels; a learned variance doubles the outputs."""
-    widths, _ = _row(size)
+def _find_batch_size(settings: Mapping[str, Any], given: Mapping[str, Any], size: int) -> int:
+    """The batch size of the command line, of the settings, or of the size in pixels."""
+    own = _number(settings, "batch_size", _batch_size(size))
+    return _number(given, "batch_size", _number(given, "batch-size", own))
+
+
+def _network(
+    size: int, channels: int, classes: int, outputs: int, own: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The spec of the network for a size in pixels; a learned variance doubles the outputs.
+
+    `own` are arguments of the settings, which replace those chosen here.
+    """
+    widths = own.get("block_out_channels", _row(size)[0])
     factor = 2 ** (len(widths) - 1)
     if size % factor or size < min(NETWORKS):
         below = max(size // factor * factor, min(NETWORKS))
@@ -162,6 +181,7 @@ def _network(size: int, channels: int, classes: int, outputs: int) -> dict[str, 
             "layers_per_block": 2,
             "attention_head_dim": 64,
             "num_class_embeds": classes + 1 if classes else None,  # with the null label
+            **own,
         },
     }
 

@@ -14,13 +14,18 @@ from diffcore.io.files import write_file
 from diffcore.report.line_labels import label_lines
 
 __all__ = [
+    "FAINT",
+    "INK",
+    "PAPER",
     "Theme",
     "create_figure",
     "current_theme",
     "figure_theme",
+    "line_colours",
     "line_styles",
     "save_figure",
     "theme_path",
+    "theme_settings",
 ]
 
 Theme = Literal["light", "dark"]
@@ -29,8 +34,11 @@ Theme = Literal["light", "dark"]
 DASHES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1))]
 PURPOSE = "Drawing a figure"
 INK = {"light": "#20222b", "dark": "#e2e4ec"}
+"""Colour of text and axes."""
 PAPER = {"light": "#ffffff", "dark": "#1e2129"}
+"""Colour of the background."""
 FAINT = {"light": "#d3d5dc", "dark": "#41444f"}
+"""Colour of the grid."""
 COLOURS = {"light": (0.0, 0.72), "dark": (0.45, 1.0)}
 """Part of the colour map viridis whose contrast with the paper is sufficient."""
 
@@ -47,12 +55,19 @@ def figure_theme(theme: Theme) -> Iterator[None]:
     """
     if theme not in get_args(Theme):
         raise ValueError(f"theme is {theme!r}, expected light or dark")
-    with import_extra("matplotlib", PURPOSE).rc_context(_settings(theme)):
+    with import_extra("matplotlib", PURPOSE).rc_context(theme_settings(theme)):
         yield
 
 
-def _settings(theme: Theme) -> dict[str, Any]:
-    """The settings of matplotlib for a theme."""
+def theme_settings(theme: Theme) -> dict[str, Any]:
+    """The settings of matplotlib for a theme.
+
+    Args:
+        theme: light or dark.
+
+    Returns:
+        Values for `matplotlib.rc_context`.
+    """
     ink, paper = INK[theme], PAPER[theme]
     inked = ("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
     return {
@@ -106,7 +121,7 @@ def create_figure(
     matplotlib.use("Agg")
     plt = import_extra("matplotlib.pyplot", PURPOSE)
     size = (max(width * columns, minimum), height * rows)
-    with matplotlib.rc_context(_settings(current_theme())):
+    with matplotlib.rc_context(theme_settings(current_theme())):
         figure, axes = plt.subplots(
             rows, columns, figsize=size, layout="constrained", squeeze=False
         )
@@ -123,6 +138,22 @@ def current_theme() -> Theme:
     return "dark" if rc["figure.facecolor"] == PAPER["dark"] else "light"
 
 
+def line_colours(count: int, theme: Theme) -> list[str]:
+    """Colours of curves in the order of their lightness, which grey prints keep.
+
+    Args:
+        count: number of curves.
+        theme: light or dark.
+
+    Returns:
+        Colours as #rrggbb.
+    """
+    matplotlib = import_extra("matplotlib", PURPOSE)
+    low, high = COLOURS[theme]
+    places = [low + (high - low) * index / max(count - 1, 1) for index in range(count)]
+    return [matplotlib.colors.to_hex(matplotlib.colormaps["viridis"](place)) for place in places]
+
+
 def line_styles(count: int) -> Iterator[dict[str, Any]]:
     """Create styles of curves that differ even without colour.
 
@@ -132,14 +163,8 @@ def line_styles(count: int) -> Iterator[dict[str, Any]]:
     Yields:
         Keyword arguments of matplotlib's `plot`.
     """
-    colours = import_extra("matplotlib", PURPOSE).colormaps["viridis"]
-    low, high = COLOURS[current_theme()]
-    for index in range(count):
-        yield {
-            "color": colours(low + (high - low) * index / max(count - 1, 1)),
-            "ls": DASHES[index % len(DASHES)],
-            "lw": 2,
-        }
+    for index, colour in enumerate(line_colours(count, current_theme())):
+        yield {"color": colour, "ls": DASHES[index % len(DASHES)], "lw": 2}
 
 
 def save_figure(figure: Any, out: str | Path, dpi: int = 120) -> None:

@@ -248,8 +248,10 @@ def draw_ratios(measured: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         axis.plot([low, high], [place, place], color=ink, linewidth=2)
         axis.plot([each["ratio"]], [place], "o", color=ink, markersize=4)
         if each["bound"] is not None:
-            axis.plot([each["bound"]], [place], "|", color="#d62728", markersize=12)
+            bound = {"color": ink, "markerfacecolor": "none", "markersize": 9}
+            axis.plot([each["bound"]], [place], "D", zorder=1, **bound)
     axis.set_yticks(range(len(rows)), [name for name, _ in reversed(rows)], fontsize=8)
-    axis.axvline(1, color="0.8", zorder=0)
-    axis.set(xlabel="time of diffcore over the other side; the red mark is the target")
+    axis.axvline(1, color="0.6", zorder=0)
+    axis.set_ylim(-0.8, len(rows) - 0.2)
+    axis.set(xlabel="time of diffcore over the other side; a hollow diamond is the target")
     save_figure(figure, path, dpi=110)

@@ -387,7 +387,8 @@ def draw(measurements: Sequence[Mapping[str, Any]], path: Path) -> None:
     for axes, (name, scale) in zip(all_axes, keys, strict=True):
         rows = [row for row in measurements if (row["problem"], row["scale"]) == (name, scale)]
         for side, style in zip(sides, line_styles(len(sides)), strict=True):
-            points = [(r["evaluations"], r["errors"][side]) for r in rows if r["errors"][side]]
+            errors = {row["evaluations"]: row["errors"][side] for row in rows}
+            points = [(count, errors[count]) for count in sorted(errors) if errors[count]]
             x, y = zip(*((count, error["median"]) for count, error in points), strict=True)
             axes.plot(x, y, label="tuned" if side == "chosen" else side, marker="o", **style)
         axes.set(title=f"{name}, w = {scale:g}", xlabel="evaluations", yscale="log")

@@ -276,8 +276,8 @@ def draw(measurements: list[dict[str, Any]], out: Path) -> None:
             density = (counts / counts.sum() * BINS / (2 * SPAN)).tolist()
             label = grid if name == next(iter(VARIANTS)) else None
             axis.stairs(density, edges, fill=colour != ink, color=colour, label=label, lw=1.5)
-        axis.plot([-1, -1, 1, 1], [0, 0.5, 0.5, 0], "--", color=ink, lw=1)
+        data = axis.plot([-1, -1, 1, 1], [0, 0.5, 0.5, 0], "--", color=ink, lw=1)
         axis.set(title=name, xlabel="mean brightness", ylim=(0, 1.4))
     axes[0].set_ylabel("density")
-    axes[0].legend(loc="upper left", fontsize=8)
+    axes[0].legend([*axes[0].patches, *data], [*GRIDS, "data"], loc="upper left", fontsize=8)
     save_figure(figure, out)

@@ -85,7 +85,7 @@ def plot_errors(
     if is_share:
         axis.set_ylabel("share that ends at another image")
         axis.set_yscale("symlog", linthresh=0.005)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.3 * max(max(points.values()) for points in lines.values()))
     else:
         axis.set_ylabel("distance to the exact flow's end")
         axis.set_yscale("log")

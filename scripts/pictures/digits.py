@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from diffcore.sampling import sample
 from diffcore.schedules import Trailing
 from diffcore.training.data import Digits
 from pictures.accuracy import plot_errors, read_summary
+from pictures.tiles import show_tiles
 
 RUN = Path("runs/digits")
 SAMPLERS: dict[str, Sampler] = {
@@ -42,7 +42,7 @@ def draw_samples(path: Path) -> None:
     """
     figure, (axis,) = create_figure(1, width=4.4, height=5.2, minimum=0)
     names = [str(label) for label in range(10)]
-    _show(axis, _sample_classes(8).unflatten(0, (10, 8)), rows=names)
+    show_tiles(axis, _sample_classes(8).unflatten(0, (10, 8)), rows=names)
     save_figure(figure, path)
 
 
@@ -54,7 +54,7 @@ def draw_overview(path: Path, page: Path = Path("docs/benchmarks.md")) -> None:
         page: page with the table of errors.
     """
     figure, (left, right) = create_figure(2, width=5, height=3.8)
-    _show(left, _sample_classes(8).unflatten(0, (10, 8)).transpose(0, 1))
+    show_tiles(left, _sample_classes(8).unflatten(0, (10, 8)).transpose(0, 1))
     left.set_title("samples after 450 training steps")
     title = "error of samplers, mixture in 64-D"
     plot_errors(right, read_summary(page.read_text("utf-8"))["64-D"], title)
@@ -71,7 +71,7 @@ def draw_few_steps(path: Path) -> None:
     figure, axes = create_figure(len(SAMPLERS), width=2.6, height=4.9)
     for axis, (name, sampler) in zip(axes, SAMPLERS.items(), strict=True):
         rows = [_sample(denoiser, LABELS, sampler, count) for count in COUNTS]
-        _show(axis, torch.stack(rows), rows=[str(count) for count in COUNTS])
+        show_tiles(axis, torch.stack(rows), rows=[str(count) for count in COUNTS])
         axis.set_title(name)
     axes[0].set_ylabel("steps, one evaluation of the network each")
     save_figure(figure, path)
@@ -83,8 +83,8 @@ def draw_fine_tuning(path: Path) -> None:
     Args:
         path: image to write.
     """
-    figure, (axis,) = create_figure(1, width=6.6, height=3.7, minimum=0)
-    _show(axis, _tuned(), rows=[str(count) for count in TUNING])
+    figure, (axis,) = create_figure(1, width=6.6, height=3.3, minimum=0)
+    show_tiles(axis, _tuned(), rows=[str(count) for count in TUNING])
     axis.set_ylabel("steps of fine-tuning")
     save_figure(figure, path)
 
@@ -143,21 +143,3 @@ def _sample(
         condition=list(labels),
         guidance=rule,
     ).x
-
-
-def _show(axis: Any, x: Tensor, rows: Sequence[str] = ()) -> None:
-    """Draw samples (rows, columns, 1, 8, 8), with the names of the rows beside them."""
-    paper = torch.tensor(_paper(axis))
-    grey = (x[:, :, 0].clamp(-1, 1) + 1) / 2
-    tiles = paper.repeat(*grey.shape[:2], 9, 9, 1)
-    tiles[:, :, :8, :8] = grey[..., None].expand(-1, -1, -1, -1, 3).to(tiles)
-    axis.imshow(tiles.permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1), zorder=1)
-    axis.set(xticks=[], yticks=[9 * i + 3.5 for i in range(len(rows))], yticklabels=rows)
-    axis.tick_params(length=0)
-    axis.spines[:].set_visible(False)
-    axis.set_axisbelow(True)
-
-
-def _paper(axis: Any) -> tuple[float, ...]:
-    """Red, green and blue of the background."""
-    return axis.get_facecolor()[:3]

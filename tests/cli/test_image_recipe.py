@@ -6,7 +6,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from diffcore.cli.image_settings import NETWORKS, complete_settings
+from diffcore.cli.image_settings import NETWORKS, are_incomplete, complete_settings
 from tests.helpers.image_folders import write
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -68,6 +68,26 @@ def test_a_learned_variance_doubles_the_outputs_of_the_network(tmp_path, given):
     options |= {"process.variance": "learned"} if given else {}
     network = complete_settings(SETTINGS | record, options)["network"]["init_args"]
     assert (network["in_channels"], network["out_channels"]) == (3, 6)
+
+
+def test_arguments_of_a_recipe_replace_those_of_the_network_that_the_folder_defines(
+    tmp_path, capsys
+):
+    for kind in ("a", "b"):
+        write(tmp_path / kind / "1.png", (1, 2, 3), "RGB", (40, 33))
+    small = {"block_out_channels": [16, 32], "layers_per_block": 1}
+    settings = SETTINGS | {"network": {"init_args": small}, "batch_size": 8}
+    assert are_incomplete(settings)
+    assert not are_incomplete(settings | {"network": {"class_path": "mine.Network"}})
+    given = {"data": "ImageFolder", "data.folder": str(tmp_path), "data.size": 32}
+    found = complete_settings(settings, given)
+    network = found["network"]["init_args"]
+    assert network | small == network
+    assert network["down_block_types"] == ["DownBlock2D", "AttnDownBlock2D"]
+    assert (network["num_class_embeds"], found["batch_size"]) == (3, 8)
+    assert "batch size 8, UNet2DModel of channels [16, 32]" in capsys.readouterr().err
+    complete_settings(settings, given | {"batch-size": 4})
+    assert "batch size 4," in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

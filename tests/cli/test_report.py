@@ -10,6 +10,7 @@ import pytest
 from diffcore.cli.commands import report
 from diffcore.io.files import hash_file
 from diffcore.report.charts import Curve, line_chart
+from diffcore.report.figures import line_colours
 from diffcore.report.page import Section, page, text_block
 
 VOID = {"img", "input", "meta", "path", "use"}
@@ -183,13 +184,16 @@ def test_held_out_losses_of_another_number_of_intervals_are_left_out(diffcore, r
 
 
 def test_a_chart_has_the_colour_of_the_page_and_the_same_bytes_each_time():
-    curves = {"a": Curve([1, 2, 3], [1.0, None, 3.0]), "b & c": Curve([1, 2], [2.0, 1.0], "--")}
+    curves = {"a": Curve([1, 2, 3], [1.0, None, 3.0]), "b & c": Curve([1, 2], [2.0, 1.0])}
     svg = line_chart('a "<title>"', curves, "step", "log")
     assert svg == line_chart('a "<title>"', curves, "step", "log")
     assert "currentColor" in svg
-    assert "#123456" not in svg
-    assert "#000000" not in svg
-    assert "b &amp; c" in svg
+    pairs = zip(line_colours(2, "light"), line_colours(2, "dark"), strict=True)
+    assert {f"light-dark({light}, {dark})" for light, dark in pairs} == set(
+        re.findall(r"light-dark\([^)]*\)", svg)
+    )
+    assert not re.search("#[0-9a-f]{6}", re.sub(r"light-dark\([^)]*\)", "", svg))
+    assert ">b &amp; c</text>" in svg
     assert 'aria-label="a &quot;&lt;title>&quot;"' in svg
     assert not re.search(r"<svg[^>]*(width|height)=", svg)
 

@@ -249,14 +249,10 @@ def _held_out_charts(held_out: Reports) -> dict[str, str]:
     last = held_out[-1]
     bins = range(len(last["loss_by_level"]))
     held_out = [r for r in held_out if len(r["loss_by_level"]) == len(bins)]
-    ends = {"first": held_out[0], "last": last}
+    times = [(bin_ + 0.5) / len(bins) for bin_ in bins]
     profile = {
-        f"step {report['step']}": Curve(
-            [(bin_ + 0.5) / len(bins) for bin_ in bins],
-            report["loss_by_level"],
-            "--" if name == "first" else "-",
-        )
-        for name, report in ends.items()
+        f"step {report['step']}": Curve(times, report["loss_by_level"])
+        for report in (last, held_out[0])
     }
     title = "held-out loss over noise levels"
     charts[title] = line_chart(title, profile, "t  (0 is data, 1 is noise)", "log", xlim=(0, 1))

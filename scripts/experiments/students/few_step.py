@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from benchmarks.table import markdown_table
-from PIL import Image
+from pictures.themes import draw_themes
+from pictures.tiles import show_tiles
+from torch import Tensor
 
 from diffcore.cli.main import main
 from diffcore.io.plain_data import read_json
+from diffcore.report.figures import create_figure, save_figure
 from experiments.study import read_measurements
 
 __all__ = ["METHODS", "STEPS", "draw", "measure", "table"]
@@ -149,27 +153,38 @@ def _order(key: tuple[str, int]) -> tuple[int, int]:
 
 
 def draw(teacher: Path, folder: Path, picture: Path, methods: Sequence[str]) -> None:
-    """Draw the digits of the teacher and of students from the same seeds, a row for each.
+    """Draw the digits of the teacher and of students from the same seeds, in light and dark.
 
     Args:
         teacher: folder of the teacher.
         folder: folder of the students.
-        picture: PNG file, beside which the numbers of steps of its rows are printed.
+        picture: PNG file of the light picture.
         methods: names of methods, of which the student of seed 0 is drawn.
     """
-    students = [(student_folder(folder, method, 0), ()) for method in methods]
-    rows = [(teacher, TEACHER_STEPS, TEACHER_SAMPLING)]
-    rows += [(run, steps, words) for run, words in students for steps in STEPS]
-    images = []
-    for run, steps, words in rows:
-        arrays = picture.with_suffix(".npy")
+    panels = {TEACHER: _sample(teacher, (*STEPS, TEACHER_STEPS), picture, TEACHER_SAMPLING)}
+    for method in methods:
+        panels[method] = _sample(student_folder(folder, method, 0), STEPS, picture)
+
+    def draw_panels(path: Path) -> None:
+        figure, axes = create_figure(2, (len(panels) + 1) // 2, width=4.6, height=2.1)
+        for axis in axes:
+            axis.axis("off")
+        for axis, (name, rows) in zip(axes, panels.items(), strict=False):
+            axis.axis("on")
+            show_tiles(axis, torch.stack(list(rows.values())), [str(steps) for steps in rows])
+            axis.set(title=name, ylabel="steps")
+        save_figure(figure, path)
+
+    draw_themes(draw_panels, picture)
+
+
+def _sample(
+    run: Path, counts: Sequence[int], picture: Path, words: Sequence[str] = ()
+) -> dict[int, Tensor]:
+    """Number of steps -> a digit (10, 1, 8, 8) of each class, from the same seeds."""
+    digits, arrays = {}, picture.with_suffix(".npy")
+    for steps in counts:
         _command("sample", str(run), "--labels=0-9", f"--steps={steps}", *words, f"--out={arrays}")
-        digits = np.pad(np.load(arrays)[:, 0], ((0, 0), (1, 1), (1, 1)), constant_values=-1)
-        images.append(np.concatenate(digits, 1))
+        digits[steps] = torch.from_numpy(np.load(arrays))
         arrays.unlink()
-        print(f"row {len(images)}: {run.name}, {steps} steps")
-    pixels = np.clip((np.concatenate(images, 0) + 1) * 127.5, 0, 255).astype(np.uint8)
-    height, width = pixels.shape
-    Image.fromarray(255 - pixels).resize((4 * width, 4 * height), Image.Resampling.NEAREST).save(
-        picture
-    )
+    return digits
