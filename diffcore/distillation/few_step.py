@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from diffcore.core.condition_values import GUIDANCE_SCALE, process_without
 from diffcore.core.conditions import BatchCondition
 from diffcore.core.denoiser import Denoiser, DenoiserProtocol
-from diffcore.core.drawn_conditions import GUIDANCE_SCALE, process_without
 from diffcore.core.estimate import Estimate
 from diffcore.core.network import LabelWrapper
 from diffcore.core.prediction import Prediction, at_least_float32

@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
+from diffcore.core.condition_values import GUIDANCE_SCALE, without_value
 from diffcore.core.conditions import BatchCondition, Conditions
 from diffcore.core.denoiser import DenoiserProtocol, DenoiserWrapper
-from diffcore.core.drawn_conditions import GUIDANCE_SCALE, without_value
 from diffcore.core.prediction import Prediction
 from diffcore.guidance import Guidance, evaluate_queries
 from diffcore.guidance.cfg import extrapolate_linearly

@@ -18,9 +18,9 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
+from diffcore.core.condition_values import draw_seeds
 from diffcore.core.conditions import LABEL, BatchCondition, drop, labels_of
 from diffcore.core.denoiser import Denoiser
-from diffcore.core.drawn_conditions import draw_seeds
 from diffcore.core.network import LabelWrapper
 from diffcore.core.prediction import Prediction, at_least_float32, predict, target
 from diffcore.core.process import Process

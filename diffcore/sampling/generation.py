@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffcore.core.condition_values import resolve
+from diffcore.core.condition_values import resolve, with_seeds
 from diffcore.core.conditions import LABEL, BatchCondition, Conditions, null_condition
 from diffcore.core.denoiser import DenoiserProtocol
-from diffcore.core.drawn_conditions import with_seeds
 from diffcore.core.network import find_learned_levels
 from diffcore.core.noise import Noise
 from diffcore.core.process import Process

@@ -104,6 +104,23 @@ def test_a_student_whose_input_is_the_scale_of_guidance_is_sampled_at_any_scale(
 
 
 @pytest.mark.slow
+def test_a_student_is_exported_as_what_diffusers_samples_alone(distil, diffcore, trained):
+    words = ("--grid=Trailing", "--folder=student")
+    assert distil(trained, *options(QUICK), *words).status == 0
+    ended = diffcore("export", "student", "--format=diffusers", "--out=out")
+    assert ended.status == 0, ended.err
+    first, second, *remarks = ended.out.splitlines()
+    assert "a ConsistencyModelPipeline with a LCMScheduler" in first
+    assert float(second.split(": ")[1].split()[0]) < 1e-4
+    assert second.endswith("(4 steps)")
+    assert len(remarks) == 2
+    assert "no consistency model" not in ended.out
+    ended = diffcore("export", "student", "--format=diffusers", "--out=o", "--grid=UniformBlend")
+    assert ended.status == 1
+    assert "set the grid to Trailing()" in ended.err
+
+
+@pytest.mark.slow
 def test_a_student_resumes_and_refuses_a_teacher_that_was_trained_further(distil, trained):
     command = (trained, *options("Reflow"), "--folder=student")
     assert distil(*command).status == 0

@@ -177,7 +177,8 @@ def _check_is_diffcore_pipeline(folder: Path) -> None:
 def _remarks(exported: Any, request: ExportRequest, steps: int) -> list[str]:
     """Lines for users of the exported pipeline: exact step counts, and omitted settings."""
     name, remarks = type(exported.scheduler).__name__, []
-    if name in ("DDIMScheduler", "DDPMScheduler"):
+    is_multistep = name == "LCMScheduler"
+    if name in ("DDIMScheduler", "DDPMScheduler", "LCMScheduler"):
         remarks.append(
             f"use a num_inference_steps that divides {len(exported.scheduler)}, such as {steps}: "
             f"{name} is exact there"
@@ -185,10 +186,11 @@ def _remarks(exported: Any, request: ExportRequest, steps: int) -> list[str]:
     if type(exported).__name__ == "ConsistencyModelPipeline":
         remarks.append(
             f"ConsistencyModelPipeline is the pipeline of diffusers that passes class labels and "
-            f"scales the input; it samples by its {name}, and the network is no consistency model"
+            f"scales the input; it samples by its {name}"
+            + ("" if is_multistep else ", and the network is no consistency model")
         )
     if request.guidance != CFG(1.0) and type(exported).__name__ == "ConsistencyModelPipeline":
         remarks.append(f"left out: guidance {request.guidance}; the pipeline samples without it")
-    if request.sampler not in (DDIM(), DDPM(), DDPM(0.0)):
+    if not is_multistep and request.sampler not in (DDIM(), DDPM(), DDPM(0.0)):
         remarks.append(f"left out: sampler {request.sampler}; the pipeline takes first-order steps")
     return remarks

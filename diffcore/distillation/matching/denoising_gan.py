@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from diffcore.core.condition_values import SEED_BYTES, seeds_of_bytes
 from diffcore.core.conditions import BatchCondition
 from diffcore.core.denoiser import Denoiser, extract_tensor
-from diffcore.core.drawn_conditions import SEED_BYTES, seeds_of_bytes
 from diffcore.core.process import Process
 from diffcore.core.random import Stream, normal
 from diffcore.distillation.matching.adversarial import AdversarialObjective, Comparison
@@ -43,7 +43,7 @@ class NoiseChannels(nn.Module):
         ValueError: `channels` is below 1.
 
     Example:
-        >>> from diffcore.core.drawn_conditions import seed_bytes
+        >>> from diffcore.core.condition_values import seed_bytes
         >>> from diffcore.networks import Perceptron
         >>> network = NoiseChannels(lambda: Perceptron([3]))
         >>> x, time, seeds = torch.zeros(2, 2), torch.ones(2), torch.tensor([5, 6])

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import softplus
 
+from diffcore.core.condition_values import SEED_BYTES, process_without, without_value
 from diffcore.core.conditions import BatchCondition
 from diffcore.core.denoiser import Denoiser, DenoiserProtocol
-from diffcore.core.drawn_conditions import SEED_BYTES, process_without, without_value
 from diffcore.core.network import class_name, find_blocks
 from diffcore.core.process import Process
 from diffcore.distillation.matching.network_training import NetworkTraining

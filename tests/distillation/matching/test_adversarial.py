@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from diffcore.core.condition_values import seed_bytes, seeds_of_bytes
 from diffcore.core.conditions import ConditionRecord
 from diffcore.core.denoiser import Denoiser
-from diffcore.core.drawn_conditions import seed_bytes, seeds_of_bytes
 from diffcore.core.process import Process
 from diffcore.core.random import Stream, normal
 from diffcore.distillation import (

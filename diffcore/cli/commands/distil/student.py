@@ -15,7 +15,7 @@ from diffcore.cli.commands.distil.methods import (
     find_method,
 )
 from diffcore.cli.image_model import is_pipeline
-from diffcore.core.drawn_conditions import GUIDANCE_SCALE
+from diffcore.core.condition_values import GUIDANCE_SCALE
 from diffcore.core.process import Process
 from diffcore.io.specs import describe_spec, to_spec
 from diffcore.run import Run

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffcore.core.condition_values import GUIDANCE_SCALE
 from diffcore.core.conditions import ConditionRecord
-from diffcore.core.drawn_conditions import GUIDANCE_SCALE
 from diffcore.core.network import class_name, network_config
 
 __all__ = ["GuidanceInput", "add_guidance_input", "guidance_conditions", "with_guidance_input"]

@@ -29,7 +29,7 @@ from diffcore.integrations.diffusers.scheduler.scheduler_config import DISTILLED
 from diffcore.integrations.diffusers.scheduler.scheduler_grid import SchedulerGrid
 from diffcore.io.files import check_links, verify_folder
 from diffcore.io.specs import from_spec, to_spec
-from diffcore.samplers import Consistency
+from diffcore.samplers import TCD, Consistency, Sampler
 
 __all__ = [
     "NETWORKS",
@@ -45,14 +45,10 @@ __all__ = [
 
 NETWORKS = ("unet", "transformer")
 """Names of a pipeline's component that is its network."""
-CONSISTENCY = "LCMScheduler"
-"""Scheduler of a consistency network."""
-CONSISTENCY_SAMPLING = {
-    "sampler": to_spec(Consistency()),
-    "sample_steps": 4,
-    "guidance": to_spec(CFG(1.0)),
-}
-"""How the pipeline of a consistency network is sampled by default."""
+CONSISTENCY: Mapping[str, Sampler] = {"LCMScheduler": Consistency(), "TCDScheduler": TCD()}
+"""Scheduler of a consistency network -> the sampler that is its default. TCD() goes to (1-γ) t,
+which TCDScheduler rounds to an entry of the table, and ends clean, TCDScheduler at the first entry.
+"""
 
 
 @dataclass(frozen=True)
@@ -95,12 +91,13 @@ def parts_of(pipeline: diffusers.DiffusionPipeline) -> PipelineParts:
         components["scheduler"],
         components.get("vae"),
         lambda: pipeline,
-        _process_fields(type(pipeline).__name__, pipeline.config),  # type: ignore[attr-defined]
+        _process_fields(type(pipeline).__name__, pipeline.config)  # type: ignore[attr-defined]
+        | estimate_fields(components["scheduler"]),
     )
 
 
 def estimate_fields(scheduler: Any) -> dict[str, Any]:
-    """The field `estimate` of the Process of a network whose scheduler is LCMScheduler.
+    """The field `estimate` of the Process of a network by its scheduler, LCM or TCD.
 
     Args:
         scheduler: scheduler of diffusers, or its config with `_class_name`.
@@ -110,7 +107,7 @@ def estimate_fields(scheduler: Any) -> dict[str, Any]:
     """
     is_config = isinstance(scheduler, Mapping)
     name = scheduler.get("_class_name") if is_config else type(scheduler).__name__
-    return {"estimate": "consistency"} if name == CONSISTENCY else {}
+    return {"estimate": "consistency"} if name in CONSISTENCY else {}
 
 
 def _process_fields(class_name: Any, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -245,7 +242,8 @@ def sampling_defaults(folder: str | Path) -> dict[str, Any]:
     Returns:
         Option -> spec. `guidance` is CFG at the default scale of the pipeline's call; `sampler` and
         `grid` are given by a DiffcoreScheduler; `sample_steps` by a DiffcorePipeline, which also
-        has its own `guidance`. A pipeline with LCMScheduler is sampled in 4 steps without guidance.
+        has its own `guidance`. A pipeline with LCMScheduler or TCDScheduler is sampled in 4 steps
+        without guidance.
 
     Raises:
         ValueError: the folder is no pipeline's.
@@ -253,10 +251,11 @@ def sampling_defaults(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     index = read_json(folder / "model_index.json")
     config = read_json(folder / "scheduler" / "scheduler_config.json")
-    if estimate_fields(config):
-        grid = to_spec(SchedulerGrid.of(config))
-        return dict(CONSISTENCY_SAMPLING) | {"grid": grid}
-    if (name := config.get("_class_name")) in DISTILLED:
+    name = str(config.get("_class_name"))
+    if name in CONSISTENCY:
+        parts = {"sampler": CONSISTENCY[name], "grid": SchedulerGrid.of(config), "guidance": CFG()}
+        return {option: to_spec(part) for option, part in parts.items()} | {"sample_steps": 4}
+    if name in DISTILLED:
         raise ValueError(
             f"{folder} has a {name}, which samples a distilled network in a few steps by a rule of "
             "its own: sample the folder with its pipeline of diffusers"

@@ -2,10 +2,10 @@
 
     network                            scheduler                 pipeline of a UNet2DModel
     vp, time input i < T               DDIM or DDPM, by betas    DDIMPipeline or DDPMPipeline
-    the same, a consistency network    LCM                       that of a text-conditioned network
+    the same, a consistency network    LCM                       DDPMPipeline
     flow, time input T σ/(α+σ)         FlowMatchEulerDiscrete    DDPMPipeline
     edm, time input ln(σ/α)/4          EDMEuler                  ConsistencyModelPipeline
-    vp or edm, with class labels       as above                  ConsistencyModelPipeline
+    vp or edm, with class labels       as above (also LCM)                  ConsistencyModelPipeline
 
 `families/export_targets.py` describes the pipelines.
 """
@@ -26,7 +26,7 @@ from diffcore.integrations.diffusers.families.export_targets import ALTERNATIVE
 from diffcore.integrations.diffusers.pipeline.pipeline import DiffcorePipeline
 from diffcore.integrations.diffusers.scheduler.scheduler_config import C_NOISE
 from diffcore.integrations.diffusers.scheduler.settings import SchedulerSettings
-from diffcore.samplers import DDIM, DDPM, EulerAncestral, Sampler
+from diffcore.samplers import DDIM, DDPM, Consistency, EulerAncestral, Sampler
 from diffcore.schedules import (
     Discrete,
     Flow,
@@ -36,6 +36,7 @@ from diffcore.schedules import (
     Level,
     Schedule,
     Shifted,
+    Trailing,
     UniformLogSNR,
     ZeroTerminalSNR,
 )
@@ -60,7 +61,8 @@ BETA_SCHEDULES = {
 def export_pipeline(pipe: DiffcorePipeline) -> Any:
     """Export a DiffcorePipeline: the diffusers pipeline that samples its network.
 
-    It samples by DDIM, DDPM or Euler, without the guidance of `pipe`.
+    It samples by DDIM, DDPM or Euler, without the guidance of `pipe`; a consistency network by the
+    multistep sampling of LCMScheduler.
 
     Args:
         pipe: pipeline to export; its default sampler, grid and number of steps define the
@@ -72,9 +74,12 @@ def export_pipeline(pipe: DiffcorePipeline) -> Any:
     Raises:
         ValueError: No pipeline of diffusers expresses it; the message contains the reason.
     """
-    scheduler = export_scheduler(
-        pipe.process, pipe.scheduler.settings, pipe.config.num_inference_steps
-    )
+    settings, steps = pipe.scheduler.settings, pipe.config.num_inference_steps
+    if pipe.process.estimate == "consistency":
+        scheduler = export_consistency_scheduler(pipe.process)
+        _check_multistep(settings, steps, scheduler.config["num_train_timesteps"])
+    else:
+        scheduler = export_scheduler(pipe.process, settings, steps)
     return build_pipeline(pipe.network, pipe.process, scheduler, pipe.vae)
 
 
@@ -147,6 +152,22 @@ def export_consistency_scheduler(process: Process) -> Any:
     options = _table_options(process)
     cls: Any = diffusers.LCMScheduler
     return cls(**options, original_inference_steps=options["num_train_timesteps"])
+
+
+def _check_multistep(settings: SchedulerSettings, steps: int, entries: int) -> None:
+    """Raise ValueError if the steps of LCMScheduler are not those of a sampler and a grid."""
+    if settings.sampler != Consistency():
+        raise ValueError(
+            f"LCMScheduler adds fresh noise to x_0 in each step, and the sampler is "
+            f"{settings.sampler}: set the sampler to Consistency(), or {ALTERNATIVE}"
+        )
+    if settings.grid != Trailing() or entries % steps:
+        raise ValueError(
+            f"LCMScheduler evaluates evenly spaced entries of a table of {entries} from the last "
+            f"one, and the knots are {steps} steps of {settings.grid}: set the grid to Trailing(), "
+            f"if the network was trained on these levels, and steps to a divisor of {entries}, or "
+            f"{ALTERNATIVE}"
+        )
 
 
 def _table_scheduler(process: Process, sampler: Sampler, grid: Grid) -> Any:

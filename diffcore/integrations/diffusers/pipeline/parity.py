@@ -15,7 +15,7 @@ from diffcore.integrations.diffusers.families import family_of
 from diffcore.integrations.diffusers.families.export_targets import ALTERNATIVE
 from diffcore.integrations.diffusers.pipeline.pipeline import DiffcorePipeline
 from diffcore.integrations.diffusers.scheduler.generator_noise import GeneratorNoise
-from diffcore.samplers import DDIM, DDPM, Sampler
+from diffcore.samplers import DDIM, DDPM, Consistency, Sampler
 from diffcore.sampling.generation import evaluation_mode
 from diffcore.sampling.loop import integrate
 from diffcore.schedules import Rescaled
@@ -24,6 +24,8 @@ __all__ = ["StepRecorder", "check_samples", "compare_samples", "find_exact_steps
 
 TOLERANCE = 1e-4
 """Bound on the largest difference of samples, relative to the largest value."""
+TABLES = (diffusers.DDIMScheduler, diffusers.DDPMScheduler, diffusers.LCMScheduler)
+"""Schedulers whose steps go between entries of a table."""
 
 
 class StepRecorder:
@@ -98,7 +100,8 @@ def check_samples(folder: str | Path, pipe: DiffcorePipeline) -> float:
 def find_exact_steps(scheduler: Any, steps: int) -> int:
     """The largest number of steps, at most `steps`, with which a scheduler of diffusers is exact.
 
-    DDIM and DDPM step from t to t - T // n, which is the next timestep only if n divides T.
+    DDIM and DDPM step from t to t - T // n, which is the next timestep only if n divides T. LCM
+    rounds its timesteps unless n divides T.
 
     Args:
         scheduler: scheduler of diffusers.
@@ -107,7 +110,7 @@ def find_exact_steps(scheduler: Any, steps: int) -> int:
     Returns:
         The number of steps.
     """
-    if not isinstance(scheduler, (diffusers.DDIMScheduler, diffusers.DDPMScheduler)):
+    if not isinstance(scheduler, TABLES):
         return steps
     config: Any = scheduler.config  # type: ignore[union-attr]
     entries: int = config.num_train_timesteps
@@ -134,6 +137,8 @@ def _sample(denoiser: Denoiser, scheduler: Any, x: Tensor, labels: Tensor | None
     variance = scheduler.config.get("variance_type")
     if isinstance(scheduler, diffusers.DDPMScheduler):
         sampler = DDPM() if variance == "learned_range" else DDPM(0.0)
+    if isinstance(scheduler, diffusers.LCMScheduler):
+        sampler = Consistency()
     labels = None if labels is None else labels.to(x.device)
     knots = (*levels, process.schedule.at(math.inf))
     with torch.no_grad(), evaluation_mode(denoiser):

@@ -1,10 +1,13 @@
 """Files of a pipeline's folder: variants of the weights, single files, refused schedulers."""
 
+from dataclasses import replace
+
 import diffusers
 import pytest
 import torch
 
 from diffcore.cli.image_model import read_sampling_settings
+from diffcore.distillation import PipelineTeacher
 from diffcore.integrations.diffusers import from_diffusers
 from diffcore.integrations.diffusers.loading.index import PipelineIndex
 from diffcore.io.specs import from_spec
@@ -41,18 +44,24 @@ def test_a_single_file_is_refused_with_the_conversion(tmp_path):
             read(path)
 
 
-def test_the_folder_of_a_network_of_tcd_is_not_sampled_by_another_rule(tmp_path, pipe):
-    pipe.scheduler = diffusers.TCDScheduler()
+def test_the_folder_of_a_flow_of_few_steps_is_not_sampled_by_another_rule(tmp_path, pipe):
+    pipe.scheduler = diffusers.FlowMatchLCMScheduler()
     pipe.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="has a TCDScheduler, which samples a distilled"):
+    with pytest.raises(ValueError, match="has a FlowMatchLCMScheduler, which samples a distilled"):
         read_sampling_settings(tmp_path)
 
 
-def test_the_folder_of_a_consistency_network_is_sampled_by_its_rule_and_timesteps(tmp_path, pipe):
-    pipe.scheduler = diffusers.LCMScheduler()
+@pytest.mark.parametrize(("scheduler", "sampler"), [("LCM", "Consistency"), ("TCD", "TCD")])
+def test_the_folder_of_a_consistency_network_is_sampled_by_its_rule_and_timesteps(
+    tmp_path, pipe, scheduler, sampler
+):
+    pipe.scheduler = getattr(diffusers, f"{scheduler}Scheduler")()
     pipe.save_pretrained(tmp_path)
     settings = read_sampling_settings(tmp_path)
-    assert settings["sampler"]["class_path"] == "Consistency"
+    assert settings["sampler"]["class_path"] == sampler
+    with pytest.raises(ValueError, match=r"estimates the consistency of its process"):
+        PipelineTeacher(str(tmp_path)).check(replace(from_diffusers(pipe).process, classes=0))
+    assert from_diffusers(pipe).process.estimate == "consistency"
     assert settings["sample_steps"] == 4
     assert settings["guidance"]["init_args"]["scale"] == 1.0
     grid = from_spec(Grid, settings["grid"])
