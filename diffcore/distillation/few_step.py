@@ -192,10 +192,9 @@ class FewStepObjective(Objective):
         record = process.conditions.get(GUIDANCE_SCALE)
         if record is None or record.shape != (1,) or record.low > low or record.high < high:
             raise ValueError(
-                f"guidance_range is {self.guidance_range}, and the condition {GUIDANCE_SCALE} of "
-                f"the process is {record}: give process.conditions a {GUIDANCE_SCALE} of shape [1] "
-                "whose range contains guidance_range, with absent: null and null: [w] for the "
-                "default w of samples"
+                f"guidance_range is [{low:g}, {high:g}], and the process has no condition "
+                f"{GUIDANCE_SCALE} of shape [1] whose range contains guidance_range: give it one "
+                "in process.conditions (absent: null, null: [default w])"
             )
 
     def _teacher_process(self, process: Process) -> Process:

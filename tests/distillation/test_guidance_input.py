@@ -159,7 +159,7 @@ REFUSED = {
     "infinite": ({"guidance_range": (1.0, float("inf"))}, {}, r"0 <= low < high"),
     "no teacher": ({"teacher": None}, {}, r"guidance of the teacher is None"),
     "guided": ({"teacher": OracleTeacher(mixture(), CFG(2.0))}, {}, r"CFG\(scale=2.0"),
-    "no condition": ({}, {"conditions": {}}, r"give process.conditions a guidance_scale"),
+    "no condition": ({}, {"conditions": {}}, r"has no condition guidance_scale of shape"),
     "too narrow": ({"guidance_range": (1.0, 4.0)}, {}, r"whose range contains guidance_range"),
     "never dropped": (
         {"teacher": OracleTeacher(mixture(process(dropout=0.0)))},
