@@ -3,10 +3,11 @@
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from diffcore.core.prediction import Prediction
-from diffcore.guidance.base import Contrast, GuidanceInput, add_to_x0, dot_per_sample
+from diffcore.guidance.base import Contrast, GuidanceInput, Step, add_to_x0, dot_per_sample
 
 __all__ = ["APG"]
 
@@ -73,6 +74,12 @@ class APG(Contrast[Tensor]):
             The rule with this setting and the given scale w.
         """
         return cls(scale, momentum=-0.5, threshold=15.0)
+
+    def traceable(self, step: Step) -> "APG":
+        return self.with_scale_at(step)
+
+    def first_memory(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
 
     def extrapolate(
         self, inputs: GuidanceInput, reference: Prediction, scale: float, memory: Tensor | None

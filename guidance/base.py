@@ -9,9 +9,11 @@ Rules compose by wrapping: Interval(APG(4.0)), Rescale(CFG(7.5)), AdaptiveGuidan
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Generic, NamedTuple
+from typing import Any, ClassVar, Generic, NamedTuple, Self
 
+import torch
 from torch import Tensor
 from typing_extensions import TypeVar
 
@@ -19,7 +21,7 @@ from diffcore.core.prediction import Prediction, PredictionType, target
 from diffcore.core.process import Process
 from diffcore.guidance.reference import Condition, Reference, Unconditional, check_reference
 from diffcore.guidance.scale import ScaleLike, check_scale, scale_at
-from diffcore.schedules import Level
+from diffcore.schedules import Level, Real
 
 __all__ = [
     "Contrast",
@@ -174,6 +176,32 @@ class Guidance(ABC, Generic[Memory]):
         v = inputs.conditional.variance
         return prediction if prediction.variance is v else replace(prediction, variance=v), memory
 
+    def traceable(self, step: Step) -> "Guidance[Memory] | None":
+        """The rule at a step in a form that torch.compile traces once for all steps.
+
+        Its `combine` decides nothing from the level, and what depends on the level is a tensor. It
+        is used only where the rule requires references; without any, the guided prediction is the
+        conditional one.
+
+        Args:
+            step: the evaluation.
+
+        Returns:
+            The rule, or None (the default) if it has no such form.
+        """
+        return None
+
+    def first_memory(self, x: Tensor) -> Memory | None:
+        """A state at the start of a run that has the same effect as None, and the later shape.
+
+        Args:
+            x: (B, *shape) samples.
+
+        Returns:
+            The state; None (the default) for a rule without state.
+        """
+        return None
+
     def levels(self, process: Process) -> tuple[float, ...]:
         """The λ at which the rule switches on or off. They should be knots.
 
@@ -224,8 +252,25 @@ class Contrast(Guidance[Memory]):
     ) -> tuple[Prediction, Memory | None]:
         if not inputs.references:
             return inputs.conditional, memory
-        w = scale_at(self.scale, inputs.step.level)
+        w: Any = self.scale  # a tensor in the rule of `with_scale_at`
+        if not isinstance(w, Tensor):
+            w = scale_at(w, inputs.step.level)
         return self.extrapolate(inputs, inputs.references[0], w, memory)
+
+    def with_scale_at(self, step: Step) -> Self:
+        """The rule with the scale that it has at a step: a number if it is constant, else a tensor.
+
+        Args:
+            step: the evaluation.
+
+        Returns:
+            The rule.
+        """
+        if not callable(self.scale):
+            return self
+        rule, w = copy(self), scale_at(self.scale, step.level)
+        object.__setattr__(rule, "scale", torch.tensor(w, dtype=torch.float64))
+        return rule
 
     @abstractmethod
     def extrapolate(
@@ -340,9 +385,16 @@ def add_to_x0(prediction: Prediction, change: Tensor, level: Level) -> Predictio
     Returns:
         The changed prediction. At σ = 0, where x is x_0, it is `prediction` itself.
     """
-    if level.sigma == 0:
+    alpha, sigma = level.alpha, level.sigma
+    ratio: Real
+    if isinstance(sigma, Tensor):  # levels that differ between samples
+        ratio = torch.as_tensor(alpha / sigma).where(sigma > 0, 0.0)
+        change = change.where(sigma > 0, 0.0)
+    elif sigma == 0:
         return prediction
-    eps = prediction.eps - (level.alpha / level.sigma) * change
+    else:
+        ratio = alpha / sigma
+    eps = prediction.eps - ratio * change
     return replace(prediction, x0=prediction.x0 + change, eps=eps)
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from diffcore.core.denoiser import DenoiserProtocol
 from diffcore.core.prediction import Prediction
-from diffcore.guidance.base import Contrast, GuidanceInput
+from diffcore.guidance.base import Contrast, GuidanceInput, Step
 from diffcore.guidance.reference import NETWORK_FIELD, Reference, Unconditional, WeakerNetwork
 
 __all__ = ["CFG", "AutoGuidance", "extrapolate_linearly"]
@@ -51,6 +51,9 @@ class CFG(Contrast[None]):
             conditional model, at one evaluation.
         reference: prediction to extrapolate away from; by default the unconditional one.
     """
+
+    def traceable(self, step: Step) -> "CFG":
+        return self.with_scale_at(step)
 
     def extrapolate(
         self, inputs: GuidanceInput, reference: Prediction, scale: float, memory: None

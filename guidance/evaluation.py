@@ -1,19 +1,54 @@
 """The evaluation of a network under several conditions, which share one forward."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffcore.caches.integration import part
 from diffcore.core.conditions import BatchCondition, as_conditions, concatenate
-from diffcore.core.denoiser import DenoiserProtocol
+from diffcore.core.denoiser import DenoiserProtocol, DenoiserWrapper
 from diffcore.core.prediction import Prediction
+from diffcore.guidance.base import Guidance, Step
 from diffcore.guidance.reference import Query
 from diffcore.schedules import Level
 
-__all__ = ["evaluate_queries"]
+__all__ = ["GuidedDenoiser", "concatenate_conditions", "evaluate_queries", "split_prediction"]
+
+
+class GuidedDenoiser(DenoiserWrapper, ABC):
+    """A denoiser that evaluates the references of a rule and combines them itself.
+
+    The sampling loop calls `guided_prediction` in place of its own.
+    """
+
+    @abstractmethod
+    def guided_prediction(
+        self,
+        rule: Guidance,
+        x: Tensor,
+        condition: BatchCondition | None,
+        memory: Any,
+        step: Step,
+        micro_batch: int,
+    ) -> tuple[Prediction, Any, int]:
+        """Evaluate the network and the references, and combine them.
+
+        Args:
+            rule: guidance rule.
+            x: (B, *shape) samples at the level of the step.
+            condition: (B,) labels or `Conditions`, or None.
+            memory: memory of the rule; None at the first evaluation.
+            step: step of the evaluation.
+            micro_batch: number of samples in each call of the network; 0 for one call.
+
+        Returns:
+            The guided prediction, the memory of the rule after it, and the number of network
+            evaluations: 1, and 1 for each reference.
+        """
 
 
 def evaluate_queries(
@@ -48,9 +83,22 @@ def _evaluate_together(
     count, denoiser = len(queries), queries[0].denoiser
     if count == 1:
         return [_evaluate(denoiser, x, level, queries[0].condition, micro_batch)]
-    condition = _concatenate_conditions(queries, x)
+    condition = concatenate_conditions(queries, x)
     levels = _select(level, torch.arange(len(x)).repeat(count), len(x))
     together = _evaluate(denoiser, torch.cat([x] * count), levels, condition, micro_batch)
+    return split_prediction(together, count)
+
+
+def split_prediction(together: Prediction, count: int) -> list[Prediction]:
+    """Split the prediction of several conditions of the same samples.
+
+    Args:
+        together: prediction of count * B rows, condition by condition.
+        count: number of conditions.
+
+    Returns:
+        The predictions of B rows each.
+    """
     x0, eps = (value.chunk(count) for value in together)
     v = [None] * count if together.variance is None else together.variance.chunk(count)
     return [Prediction(*values) for values in zip(x0, eps, v, strict=True)]
@@ -68,8 +116,16 @@ def _select(level: Level, rows: Tensor, batch: int) -> Level:
     return Level(logsnr, t, alpha, sigma, level.schedule, end)
 
 
-def _concatenate_conditions(queries: Sequence[Query], x: Tensor) -> BatchCondition | None:
-    """The conditions of all queries in one batch; a missing one becomes the absent value."""
+def concatenate_conditions(queries: Sequence[Query], x: Tensor) -> BatchCondition | None:
+    """The conditions of all queries in one batch; a missing one becomes the absent value.
+
+    Args:
+        queries: queries to one network.
+        x: (B, *shape) its input in each of them.
+
+    Returns:
+        The condition of all rows, query by query; None for a process without conditions.
+    """
     process = queries[0].denoiser.process
     if not process.dropouts:
         return None

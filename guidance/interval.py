@@ -4,9 +4,11 @@ import math
 from dataclasses import InitVar, dataclass
 from typing import Any, ClassVar, Literal, get_args
 
+from torch import Tensor
+
 from diffcore.core.prediction import Prediction
 from diffcore.core.process import Process
-from diffcore.guidance.base import GuidanceInput, GuidanceWrapper, Step
+from diffcore.guidance.base import Guidance, GuidanceInput, GuidanceWrapper, Step
 from diffcore.guidance.reference import Reference
 
 __all__ = ["Interval"]
@@ -102,6 +104,12 @@ class Interval(GuidanceWrapper[Any]):
         if not self._contains(inputs.step):
             return inputs.conditional, memory
         return self.inner.combine(inputs, memory)
+
+    def traceable(self, step: Step) -> Guidance[Any] | None:
+        return self.inner.traceable(step)
+
+    def first_memory(self, x: Tensor) -> Any:
+        return self.inner.first_memory(x)
 
     def levels(self, process: Process) -> tuple[float, ...]:
         return (

@@ -27,6 +27,7 @@ from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
 from diffcore.core.process import Process
 from diffcore.guidance import CFG, Guidance, GuidanceInput, Step, evaluate_queries, find_networks
+from diffcore.guidance.evaluation import GuidedDenoiser
 from diffcore.guidance.reference import Condition, Query
 from diffcore.samplers import Sampler, State
 from diffcore.samplers.consistency import check_estimate
@@ -224,6 +225,8 @@ def guided_prediction(
         evaluations: 1, and 1 for each reference.
     """
     step = step or Step(denoiser.process, level, level, level)
+    if isinstance(denoiser, GuidedDenoiser):
+        return denoiser.guided_prediction(guidance, x, condition, memory, step, micro_batch)
     inputs = evaluate_references(denoiser, guidance, x, condition, memory, step, micro_batch)
     return *guidance.guide(inputs, memory), 1 + len(inputs.references)
 

@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diffcore.core.denoiser import Denoiser, DenoiserWrapper
 from diffcore.core.noise import Noise
 from diffcore.core.process import Process
-from diffcore.guidance import CFG, Interval
+from diffcore.guidance import APG, CFG, Interval, Label, LinearScale, Rescale, WeakerNetwork
 from diffcore.samplers import DDIM, AdamsBashforth, AdamsMoulton, DPMSolverPP, Heun, UniPC
 from diffcore.sampling.compiled import CompiledDenoiser
-from diffcore.sampling.generation import sample
+from diffcore.sampling.generation import insert_levels, sample
 from diffcore.sampling.graph import LoopGraph, check_graph
 from diffcore.sampling.loop import guided_prediction, integrate
 from diffcore.schedules import Cosine, Trailing, Truncated
@@ -136,6 +136,96 @@ def test_guidance_adds_one_graph_of_twice_as_many_rows():
     assert counter.frame_count == 2
 
 
+RULES = {
+    "CFG": (CFG(3.0), 1),
+    "APG": (APG(3.0, momentum=-0.5, threshold=2.0), 1),
+    "negative label": (CFG(2.0, Label(1)), 1),
+    "varying scale": (APG(LinearScale(2.0, 5.0)), 1),
+    "interval": (Interval(CFG(3.0), logsnr=(-1.0, 2.0)), 2),
+    "APG in an interval": (Interval(APG(LinearScale(2.0, 5.0)), logsnr=(-1.0, 2.0)), 2),
+}
+"""Rule -> number of graphs."""
+LABELS = torch.tensor([0, 1, 1, 0])
+
+
+def class_denoiser():
+    torch.manual_seed(0)
+    return Denoiser(ClassNetwork(), process(classes=2)).eval()
+
+
+def guided_samples(denoiser, rule, steps, **options):
+    knots = Trailing().knots(Cosine(), steps)
+    knots = insert_levels(knots, rule.levels(denoiser.process))
+    with torch.no_grad():
+        return integrate(denoiser, DDIM(), NOISE.start(), knots, NOISE, rule, LABELS, **options)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("CFG", "APG", "interval") else ())
+        for name in RULES
+    ],
+)
+def test_the_rule_is_part_of_one_graph_for_all_steps(name):
+    torch._dynamo.reset()
+    counter, plain = CompileCounter(), class_denoiser()
+    compiled, (rule, graphs) = CompiledDenoiser(plain, counter), RULES[name]
+    for steps in (9, 14):
+        x, count = guided_samples(compiled, rule, steps)
+        expected, expected_count = guided_samples(plain, rule, steps)
+        torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
+        assert count == expected_count
+    assert counter.frame_count == graphs
+    assert torch._dynamo.utils.counters["graph_break"] == {}
+
+
+def test_the_graph_contains_network_and_rule():
+    torch._dynamo.reset()
+    operations = []
+
+    def backend(graph, inputs):
+        operations.append([str(node.target) for node in graph.graph.nodes])
+        return graph.forward
+
+    guided_samples(CompiledDenoiser(class_denoiser(), backend), RULES["APG"][0], 3)
+    (names,) = operations
+    assert any("linear" in name for name in names)
+    assert {"clamp", "nan_to_num"} <= set(names)  # of APG's bound
+
+
+@pytest.mark.parametrize("name", ("Rescale", "weaker network"))
+def test_other_rules_combine_compiled_predictions(name):
+    torch._dynamo.reset()
+    counter, plain = CompileCounter(), class_denoiser()
+    weaker = WeakerNetwork(class_denoiser())
+    rule = Rescale(CFG(3.0)) if name == "Rescale" else CFG(3.0, weaker)
+    x, _ = guided_samples(CompiledDenoiser(plain, counter), rule, 6)
+    torch.testing.assert_close(x, guided_samples(plain, rule, 6)[0], rtol=1e-5, atol=1e-5)
+    assert counter.frame_count == 1
+
+
+def test_parts_of_a_batch_are_compiled_once():
+    torch._dynamo.reset()
+    counter, plain = CompileCounter(), class_denoiser()
+    compiled, rule = CompiledDenoiser(plain, counter), CFG(3.0)
+    x, _ = guided_samples(compiled, rule, 6, micro_batch=2)
+    torch.testing.assert_close(x, guided_samples(plain, rule, 6)[0], rtol=1e-5, atol=1e-5)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # of torch itself
+def test_inductor_compiles_a_network_with_its_rule():
+    torch._dynamo.reset()
+    plain = class_denoiser()
+    rule = Interval(APG(3.0, momentum=-0.5), logsnr=(-1.0, 2.0))
+    options = {"seeds": [1, 2], "condition": [0, 1], "guidance": rule, "batch_size": 2}
+    expected = sample(plain, DPMSolverPP("2M"), steps=6, **options).x
+    found = sample(CompiledDenoiser(plain), DPMSolverPP("2M"), steps=6, **options).x
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 class ClassNetwork(nn.Module):
     """A small network with labels."""
 
@@ -156,10 +246,16 @@ class NoReading(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("is_compiled", (False, True), ids=("eager", "compiled"))
 @pytest.mark.parametrize("sampler", (*DETERMINISTIC, Heun(), DDIM(1.0)), ids=str)
-def test_no_step_of_the_loop_reads_a_value_of_the_samples(sampler):
-    """A double for a GPU: the schedule's own values, on the host, are computed before."""
+def test_no_step_of_the_loop_reads_a_value_of_the_samples(sampler, is_compiled):
+    """A double for a GPU: the schedule's own values, on the host, are computed before.
+
+    Operations inside of a compiled graph are not dispatched, so its code runs eagerly here.
+    """
+    torch._dynamo.reset()
     model = Denoiser(ClassNetwork(), process(classes=2)).eval()
+    model = CompiledDenoiser(model, "eager") if is_compiled else model
     knots, labels = Trailing().knots(Cosine(), 6), torch.tensor([0, 1, 1, 0])
     x = NOISE.start()
     states = []
@@ -168,11 +264,11 @@ def test_no_step_of_the_loop_reads_a_value_of_the_samples(sampler):
         states.append((state, prediction))
 
     with torch.no_grad():
-        rule = CFG(2.0)
+        rule = APG(2.0) if is_compiled else CFG(2.0)
         integrate(model, sampler, x, knots, NOISE, rule, labels, callback=callback)
         z = {state.step: NOISE.step(state.step) for state, _ in states}
         drawn = _DrawnNoise(NOISE.seeds, NOISE.shape, drawn=z)
-        with NoReading():
+        with torch.compiler.set_stance("force_eager"), NoReading():
             for state, _ in states:
                 prediction = guided_prediction(model, rule, state.x, state.level, labels, None)[0]
                 sampler.advance(state, prediction, drawn)
