@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -316,6 +317,7 @@ def default_sampler(arguments: argparse.Namespace) -> None:
 def caches(arguments: argparse.Namespace) -> None:
     """Measure the error of caches over the work that they save."""
     from experiments.caches import draw_errors, format_rows, measure_caches
+    from pictures.themes import draw_themes
 
     rows = measure_caches(
         {"U-Net": arguments.unet, "DiT": arguments.dit}, arguments.count, arguments.steps
@@ -323,7 +325,7 @@ def caches(arguments: argparse.Namespace) -> None:
     arguments.out.write_text(
         json.dumps([row._asdict() for row in rows], indent=1) + "\n", encoding="utf-8"
     )
-    draw_errors(rows, PICTURES / "caches.png")
+    draw_themes(partial(draw_errors, rows), PICTURES / "caches.png")
     print(format_rows(rows))
 
 

@@ -147,6 +147,7 @@ def draw_errors(rows: Sequence[CacheError], path: Path) -> None:
             found = [
                 row for row in rows if (row.network, row.scale, row.method) == (*panel, method)
             ]
+            found = [row for row in found if row.error > 0]  # a cache that reused nothing is exact
             found.sort(key=lambda row: row.work)
             if found:
                 work, error = [row.work for row in found], [row.error for row in found]
