@@ -79,10 +79,11 @@ gallery: $(VENV)/installed       ## draw the pictures of docs/, in light and dar
 	$(BIN)/diffcore train digits --resume auto
 	$(BIN)/python scripts/gallery.py
 
-docs: $(VENV)/installed          ## build the documentation in build/site
+docs: $(VENV)/installed          ## build the documentation in build/site, and try its search in Chromium if there is one
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	$(BIN)/python scripts/check_site.py build/site
+	$(BIN)/pytest -q -m slow tests/scripts/test_site_search.py
 
 clean:                           ## remove what was built; the environment stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .coverage
