@@ -64,6 +64,13 @@ class Discriminator(ABC):
         if not self.r1 >= 0:
             raise ValueError(f"discriminator.r1 is {self.r1}, expected at least 0")
 
+    @property
+    def fake_weight(self) -> float:
+        """Factor of the discriminator's loss in that of the fake network; 0 unless it reads its
+        features.
+        """
+        return 0.0
+
     @abstractmethod
     def module(self, backbones: Mapping[str, DenoiserProtocol], process: Process) -> nn.Module:
         """Build the trained part with initial weights, on the host.
@@ -175,30 +182,43 @@ class FeatureDiscriminator(Discriminator):
     """Heads on features of blocks of the teacher or of the fake network.
 
     A head is a normalisation over channels, two linear maps, and a mean over positions; the logit
-    is the mean of all heads. The backbone itself is not trained by the discriminator's loss. DMD2
-    trains that of the fake network (Yin et al. 2024, 2405.14867, section 4.3); without this, as
-    here, the two losses need no balance.
+    is the mean of all heads. The backbone is not trained by the discriminator's loss unless
+    `backbone_weight` is set: DMD2 trains the fake network by the sum of its denoising loss and of
+    this one (Yin et al. 2024, 2405.14867, section 4.3).
 
     Args:
         backbone: network whose features are read: teacher or fake.
         blocks: names of its modules; none: three blocks, evenly spaced (`find_blocks`).
         width: number of hidden features of a head.
+        backbone_weight: factor of the discriminator's loss in the loss of the fake network whose
+            features it reads: 0.01 in the authors' code for Stable Diffusion; 0: that network
+            remains a denoiser alone.
         r1: factor γ of the R1 penalty on data; 0 for none.
         training: optimizer and number of updates.
 
     Raises:
-        ValueError: `width` is below 1.
+        ValueError: `width` is below 1, or `backbone_weight` is negative or for another backbone.
     """
 
     backbone: Literal["teacher", "fake"] = "teacher"
     blocks: tuple[str, ...] = ()
     width: int = 64
+    backbone_weight: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "blocks", tuple(self.blocks))
         if self.width < 1:
             raise ValueError(f"discriminator.width is {self.width}, expected at least 1")
+        if not self.backbone_weight >= 0 or (self.backbone_weight and self.backbone != "fake"):
+            raise ValueError(
+                f"discriminator.backbone_weight is {self.backbone_weight} and backbone is "
+                f"{self.backbone}: expected at least 0, and 0 for the teacher, which is frozen"
+            )
+
+    @property
+    def fake_weight(self) -> float:
+        return self.backbone_weight
 
     @torch.no_grad()
     def module(self, backbones: Mapping[str, DenoiserProtocol], process: Process) -> nn.Module:

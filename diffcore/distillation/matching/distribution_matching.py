@@ -204,7 +204,25 @@ class DistributionMatching(StudentObjective):
             sample = self.student.sample(denoiser, condition, draw)
         if name == FAKE:
             fake = networks.denoiser(FAKE, process)
-            return Objective.__call__(self, fake, sample, condition, draw)
+            losses = Objective.__call__(self, fake, sample, condition, draw)
+            weight = 0.0 if self.discriminator is None else self.discriminator.fake_weight
+            if not weight:
+                return losses
+            return losses + weight * self._comparison(
+                networks, process, x0, sample, condition, draw
+            )
+        return self._comparison(networks, process, x0, sample, condition, draw)
+
+    def _comparison(
+        self,
+        networks: Networks,
+        process: Process,
+        x0: Tensor,
+        sample: Tensor,
+        condition: BatchCondition | None,
+        draw: Draw,
+    ) -> Tensor:
+        """The losses (B,) of the discriminator on noisy data and noisy samples of the student."""
         assert self.discriminator is not None
         x = (noised(x0.to(sample), draw), noised(sample, draw))
         return self.discriminator.losses(networks, process, x, draw.level, condition)

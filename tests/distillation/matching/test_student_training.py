@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from diffcore.core.conditions import ConditionRecord
+from diffcore.core.denoiser import Denoiser
 from diffcore.core.oracle import GaussianMixture
 from diffcore.core.process import Process
 from diffcore.distillation import (
@@ -26,6 +27,7 @@ from diffcore.distillation import (
 )
 from diffcore.evaluation.energy_distance import energy_distance
 from diffcore.networks import Perceptron
+from diffcore.objectives.draw import SampleKey
 from diffcore.samplers import Consistency
 from diffcore.sampling.generation import sample
 from diffcore.schedules import Cosine, Trailing
@@ -71,6 +73,12 @@ OBJECTIVES = {
         fake=NetworkTraining(2),
         divergence=Divergence("js", decay=0.5),
         discriminator=FeatureDiscriminator(backbone="fake", width=16, r1=0.1),
+        adversarial=0.1,
+    ),
+    "trained backbone": DistributionMatching(
+        teacher=OracleTeacher(TEACHER),
+        fake=NetworkTraining(1),
+        discriminator=FeatureDiscriminator(backbone="fake", width=16, backbone_weight=0.5),
         adversarial=0.1,
     ),
     "own discriminator": DistributionMatching(
@@ -142,6 +150,31 @@ def test_accumulation_changes_a_run_with_latents_by_rounding_alone(tmp_path):
     ):
         for name in ("loss", "loss/discriminator"):
             assert line[name] == pytest.approx(true[name], rel=1e-5, abs=1e-5), name
+
+
+def test_the_loss_of_the_discriminator_is_added_to_that_of_the_network_whose_features_it_reads():
+    objective = OBJECTIVES["trained backbone"]
+    torch.manual_seed(0)
+    student = Denoiser(Perceptron([2], width=16, layers=3), PROCESS)
+    networks = objective.networks(student, torch.device("cpu"), lambda network: network)
+    draw = objective.draw(PROCESS, SampleKey(0, 3, torch.arange(8), 8))
+    x0 = TEACHER.sample(torch.arange(8)).float()
+
+    def losses(objective, name):
+        return objective.network_losses(name, student, x0, None, draw, networks)
+
+    alone = replace(objective, discriminator=replace(objective.discriminator, backbone_weight=0.0))
+    expected = losses(alone, "fake") + 0.5 * losses(alone, "discriminator")
+    found = losses(objective, "fake")
+    torch.testing.assert_close(found, expected)
+    assert (found - losses(alone, "fake")).abs().min() > 0.1
+    fake, heads = (networks.module(name) for name in ("fake", "discriminator"))
+    heads.requires_grad_(False)
+    difference = (found - losses(alone, "fake")).mean()
+    gradients = torch.autograd.grad(difference, list(fake.parameters()), allow_unused=True)
+    assert sum(g is not None and bool(g.abs().max() > 1e-6) for g in gradients) > 4
+    with pytest.raises(ValueError, match=r"0 for the teacher, which is frozen"):
+        FeatureDiscriminator(backbone_weight=0.1)
 
 
 @pytest.mark.slow
