@@ -50,7 +50,7 @@ class Part:
 
 
 PARTS = (
-    Part("start-up", "start_up --pairs 12"),
+    Part("start-up", "start_up --pairs 12", "--pairs 6"),
     Part("steps", "steps --threads 1 --pairs 100", "--pairs 30"),
     Part("overhead", "overhead --pairs 30 --samples 16", "--samples 1"),
     Part("training", "training --pairs 60 --threads 1", "--pairs 30"),
@@ -60,7 +60,7 @@ PARTS = (
     Part("guidance", "guidance --samples 16 --pairs 30 --threads 1", "--samples 1"),
     Part("folder", "folder --repeats 3", "--repeats 1 --images 2000"),
     Part("memory", "memory --networks tiny large --threads 1", "--networks tiny"),
-    Part("serve", "serve --threads 1", "--requests 4"),
+    Part("serve", "serve --threads 1 --requests 24", "--requests 4"),
     Part("accuracy", "accuracy --starts 128 --threads 1 --peers", "--starts 4 --counts 5 10"),
 )
 
