@@ -12,6 +12,7 @@ from diffcore.samplers.predictor_corrector import PredictorCorrector
 from diffcore.samplers.restart import Restart
 from diffcore.samplers.runge_kutta import AdaptiveRungeKutta
 from diffcore.samplers.segments import SegmentSampler
+from diffcore.samplers.tuned_multistep import TunedMultistep
 from diffcore.samplers.unipc import UniPC
 
 __all__ = [
@@ -36,5 +37,6 @@ __all__ = [
     "SamplerWrapper",
     "SegmentSampler",
     "State",
+    "TunedMultistep",
     "UniPC",
 ]

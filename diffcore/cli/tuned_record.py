@@ -12,7 +12,7 @@ from diffcore.io.parser import ComponentParser
 from diffcore.io.plain_data import hash_data, read_json
 from diffcore.io.specs import from_spec, to_spec
 from diffcore.run import AVERAGED
-from diffcore.samplers import Sampler
+from diffcore.samplers import Sampler, TunedMultistep
 from diffcore.schedules import Grid
 
 __all__ = ["TunedRecord", "find_record", "parse_with_tuned_defaults", "record_path", "save_record"]
@@ -31,7 +31,8 @@ class TunedRecord:
         steps: number of steps.
         evaluations: number of evaluations of the guided network.
         guidance: guidance rule.
-        is_tuned: whether the knots are tuned; False: untuned ones were closer on held-out samples.
+        is_tuned: whether the knots, and the coefficients of the sampler, are tuned; False: untuned
+            ones were closer on held-out samples.
         weights: hash of the weights that they were found for; "" for a pipeline.
     """
 
@@ -46,8 +47,13 @@ class TunedRecord:
     @property
     def description(self) -> str:
         """What a command that uses the record prints of it."""
-        knots = "tuned knots" if self.is_tuned else "closest untuned knots"
-        return f"{knots} for {self.evaluations} evaluations"
+        if not self.is_tuned:
+            what = "closest untuned knots"
+        elif isinstance(self.sampler, TunedMultistep):
+            what = "tuned knots and coefficients"
+        else:
+            what = "tuned knots"
+        return f"{what} for {self.evaluations} evaluations"
 
 
 def record_path(folder: Path, steps: int, guidance: Guidance) -> Path:

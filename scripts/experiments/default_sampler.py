@@ -21,12 +21,13 @@ from diffcore.evaluation.flow.exact_flow import solve_flow
 from diffcore.evaluation.flow.knot_tuning import KnotProblem
 from diffcore.guidance import CFG
 from diffcore.io.specs import describe_component
+from diffcore.run import Run
 from diffcore.samplers import AdamsMoulton, Sampler
 from diffcore.schedules import BetaSpacing, Grid, UniformBlend
 from experiments.study import continue_study, group_rows
 from experiments.tuning import decades, problem_builders, study_cells
 
-FAR = 0.1
+FAR, STARTS = 0.1, 256
 COUNTS = (5, 6, 8, 10, 15, 20, 25, 30)
 CANDIDATES: tuple[tuple[Sampler, Grid], ...] = tuple(
     (AdamsMoulton(3, every=10), grid)
@@ -44,10 +45,13 @@ CANDIDATES: tuple[tuple[Sampler, Grid], ...] = tuple(
 )
 """Samplers on grids; the first is the default."""
 SCALES = {"mixture": (1.0,), "64-D": (1.0,), "decades": (1.0,), "classes": (1.0, 3.0, 7.5)}
-SCALES |= {"digits": (1.0, 3.0, 7.5), "tiny Stable Diffusion": (1.0, 7.5)}
-NETWORKS = {"digits": 40, "tiny Stable Diffusion": 40}
+SCALES |= {
+    "digits": (1.0, 3.0, 7.5),
+    "points": (1.0, 3.0, 7.5),
+    "tiny Stable Diffusion": (1.0, 7.5),
+}
+NETWORKS = {"digits": 40, "points": STARTS, "tiny Stable Diffusion": 40}
 """Networks, and their number of samples; oracles have more."""
-STARTS = 256
 
 
 def classes() -> GaussianMixture:
@@ -67,13 +71,17 @@ def run_study(out: Path, run: Path, only: Sequence[str] = ()) -> Iterator[str]:
 
     Args:
         out: file of measurements.
-        run: folder of a run of the digits recipe.
+        run: folder of a run of the digits recipe; beside it is the folder `points` of a run of the
+            recipe points.
         only: names of problems; none: all.
 
     Yields:
         The lines that were appended.
     """
-    builders = problem_builders(run) | {"classes": classes}
+    builders = problem_builders(run) | {
+        "classes": classes,
+        "points": lambda: Run(run.parent / "points").denoiser(),
+    }
     cells = study_cells(only or list(SCALES), SCALES, COUNTS)
 
     @cache

@@ -58,18 +58,18 @@ class Sizes:
         held_out: samples on which the choice is made.
         test: samples that are measured.
         flow_steps: number of steps of the solved flow.
-        starts: number of samplers whose knots are tuned.
-        iterations: number of steps of each fit.
+        starts: number of samplers that are tuned.
+        iterations: number of steps of each fit of knots, half of those of coefficients.
         samplers: samplers to try.
         grids: grids to try.
         methods: beginnings of the names of diffusers' methods that are measured.
     """
 
-    fitted: int = 24
+    fitted: int = 48
     held_out: int = 32
     test: int = 64
     flow_steps: int = 200
-    starts: int = 6
+    starts: int = 2
     iterations: int = 8
     samplers: tuple[Sampler, ...] = SAMPLERS
     grids: tuple[Grid, ...] = GRIDS
@@ -88,6 +88,12 @@ NETWORK = Sizes(
     methods=("UniPC", "flow Heun", "DPM++ 2M midpoint"),
 )
 """Networks cost more: fewer samples, samplers and grids."""
+SIZES = {
+    "mixture": Sizes(fitted=96),  # of two elements each
+    "digits": NETWORK,
+    "tiny Stable Diffusion": NETWORK,
+}
+"""Numbers of the problems that do not have those of `Sizes()`."""
 
 
 def decades() -> GaussianMixture:
@@ -192,8 +198,7 @@ def run_study(out: Path, run: Path, only: Sequence[str] = ()) -> Iterator[str]:
 
     @cache
     def problem(name: str, scale: float) -> "TuningProblem":
-        sizes = NETWORK if name in ("digits", "tiny Stable Diffusion") else Sizes()
-        return TuningProblem.solve(builders[name](), scale, sizes)
+        return TuningProblem.solve(builders[name](), scale, SIZES.get(name, Sizes()))
 
     def measure(name: str, scale: float, count: int) -> Iterable[Mapping[str, Any]]:
         return [problem(name, scale).measure(count)]

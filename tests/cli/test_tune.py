@@ -45,6 +45,7 @@ def test_the_record_holds_what_was_found_and_how(tuned):
     better = facts["tuned"]["held_out"]["median"] < facts["untuned"]["held_out"]["median"]
     assert (record.evaluations, record.steps, record.guidance) == (3, 3, CFG(1.5))
     assert isinstance(record.grid, Tuned) == record.is_tuned
+    assert facts["history"] == 3
     assert better or not record.is_tuned
     assert facts["fit"] == 4
     assert facts["held_out"] == 10
@@ -54,11 +55,14 @@ def test_the_record_holds_what_was_found_and_how(tuned):
 
 
 def as_tuned(run):
-    """Give the record knots that no grid has, so that their use is seen."""
+    """Give the record knots and coefficients of its own, so that their use is seen."""
     path, data = content(run)
     knots = {"logsnrs": ["-.inf", -1.25, 2.5, ".inf"], "otherwise": {"class_path": "Quadratic"}}
     grid = {"class_path": "Tuned", "init_args": knots}
-    data["record"] |= {"grid": grid, "is_tuned": True}
+    rows = {"x0": [[0.1], [0.2, 0.3]], "eps": [[0.0], [0.0, -0.5]], "guidance": "CFG(1.5)"}
+    coefficients = {"inner": {"class_path": "DDIM"}, **rows}
+    sampler = {"class_path": "TunedMultistep", "init_args": coefficients}
+    data["record"] |= {"grid": grid, "sampler": sampler, "is_tuned": True}
     path.write_text(json.dumps(data))
     return path
 
@@ -67,7 +71,8 @@ def test_sample_uses_the_record_for_its_steps_and_guidance_alone(diffcore, run):
     path = as_tuned(run)
     used = diffcore("sample", run, *SAMPLE, "--print-knots=true")
     assert used.status == 0, used.err
-    assert f"tuned knots for 3 evaluations, of {path}" in used.out
+    assert f"tuned knots and coefficients for 3 evaluations, of {path}" in used.out
+    assert "TunedMultistep" in used.out
     assert "-1.25" in used.out
     assert "2.5" in used.out
     for options in (
@@ -100,8 +105,10 @@ def test_the_exported_pipeline_has_the_tuned_knots(diffcore, run):
     as_tuned(run)
     ended = diffcore("export", run, "--steps=3", "--out=pipe")
     assert ended.status == 0, ended.err
-    assert "tuned knots for 3 evaluations" in ended.out
+    assert "tuned knots and coefficients for 3 evaluations" in ended.out
     pipe = DiffcorePipeline.from_pretrained("pipe")
+    sampler = pipe.scheduler.settings.sampler
+    assert (sampler.x0, sampler.eps) == (((0.1,), (0.2, 0.3)), ((0.0,), (0.0, -0.5)))
     pipe.scheduler.set_timesteps(3)
     assert [knot.logsnr for knot in pipe.scheduler.call.plan.all_knots][1:3] == [-1.25, 2.5]
     pipe.scheduler.set_timesteps(6)
@@ -115,6 +122,7 @@ def test_the_exported_pipeline_has_the_tuned_knots(diffcore, run):
         (("--fit", "2"), "fit is 2, expected 4 to"),
         (("--held-out", "3"), "held_out is 3, expected 10 to"),
         (("--iterations", "0"), "expected 1 to 100 and 1 to 1000"),
+        (("--history", "-1"), "history is -1, expected 0 for knots alone"),
         (("--flow-steps", "1"), "flow_steps is 1, expected at least 2"),
         (("--guidance", "APG(3)", "--flow-steps", "4"), "defines no flow"),
         (("--samplers", "DDPM", *QUICK[:6]), "no sampler can be tuned to 3 evaluations: "),

@@ -25,6 +25,7 @@ from diffcore.samplers import (
     GradientEstimation,
     Heun,
     Sampler,
+    TunedMultistep,
     UniPC,
 )
 from diffcore.schedules import Explicit
@@ -59,6 +60,7 @@ ORDERS = {  # deterministic samplers; the stochastic ones are in WEAK
     AdamsMoulton(3, "eps", "index"): 2,
     GradientEstimation(): 1,
     GradientEstimation(1.5): 2,
+    TunedMultistep(AdamsBashforth.flow(2), ((0.2,),), ((-0.2,),)): 2,  # of another number of steps
 }
 ADAPTIVE = {  # the tolerance accepts each step, so the steps are those of the knots
     AdaptiveRungeKutta("BogackiShampine", rtol=1e6): 3,

@@ -58,9 +58,11 @@ class TuneRequest:
         fit: number of samples that knots are fitted to.
         held_out: number of other samples, on which the result is judged.
         seed: first seed; the fitted and then the held-out samples have the seeds after it.
-        starts: number of samplers, the closest without tuning, whose knots are tuned.
-        iterations: largest number of steps of the fit, each of about as many sets of samples as
-            there are evaluations.
+        starts: number of samplers, the closest without tuning, that are tuned.
+        iterations: largest number of steps of the fit of the knots, each of about as many sets of
+            samples as there are evaluations; the fit of knots and coefficients has twice as many.
+        history: largest number of differences of predictions that the tuned coefficients add to a
+            step; 0: only knots are tuned.
         flow_steps: number of steps of the solved flow. Half as many are solved too, to estimate its
             error.
     """
@@ -70,6 +72,7 @@ class TuneRequest:
     seed: int = 1_000_000
     starts: int = 2
     iterations: int = 6
+    history: int = 3
     flow_steps: int = 150
 
     def __post_init__(self) -> None:
@@ -86,6 +89,8 @@ class TuneRequest:
                 f"starts and iterations are {self.starts} and {self.iterations}, expected 1 to 100 "
                 "and 1 to 1000"
             )
+        if self.history < 0:
+            raise ValueError(f"history is {self.history}, expected 0 for knots alone, or more")
         if self.flow_steps < 2:
             raise ValueError(f"flow_steps is {self.flow_steps}, expected at least 2, to halve them")
 
@@ -128,7 +133,8 @@ def _parser() -> ComponentParser:
         usage="diffcore tune RUN [--evaluations N ...] [--guidance RULE] [--option value ...]",
         description="Find the sampler and the knots whose samples are closest to the accurately "
         "solved flow of the network in folder RUN, a run or a diffusers pipeline, for a guidance "
-        "rule and a number of evaluations. Knots are fitted on some seeds and judged on others. "
+        "rule and a number of evaluations. Knots and coefficients are fitted on some seeds and "
+        "judged on others. "
         "`diffcore sample` and `diffcore export` then use them for these steps and this guidance.",
     )
     parser.add_argument(
@@ -189,7 +195,9 @@ def _tune(
         _problem(model, rule, sampling, request, named, labels, offset, count)
         for offset, count in ((0, request.fit), (request.fit, request.held_out))
     )
-    tuning = GridTuning(fitted, held_out, *tried, request.starts, request.iterations)
+    tuning = GridTuning(
+        fitted, held_out, *tried, request.starts, request.iterations, request.history
+    )
     for count in counts:
         found = tuning.tune(count, _report)
         weights = weights_facts(folder, AVERAGED).get("weights", "")
@@ -250,7 +258,7 @@ def _result(found: Tuning, guidance: Guidance) -> str:
             f"  {candidate.name}"
         )
     if not found.is_better:
-        lines.append("  the tuned knots are farther on held-out samples, and are not kept")
+        lines.append("  the tuned ones are farther on held-out samples, and are not kept")
     return "\n".join(lines)
 
 

@@ -1,9 +1,9 @@
 """The closest sampler and grid for a network, its guidance and a number of evaluations.
 
-All combinations are measured on fitted samples, and the knots of the closest are tuned on them.
-What is kept is decided on held-out samples: the tuned knots if the median of their distances to
-the flow is below that of the closest untuned combination, and the 90th percentile is at most 1.1
-times that of it.
+All combinations are measured on fitted samples, and the knots of the closest are tuned on them,
+alone and then together with multistep coefficients. What is kept is decided on held-out samples:
+the closest tuned combination if the median of its distances to the flow is below that of the
+closest untuned one, and the 90th percentile is at most 1.1 times that of it.
 """
 
 import math
@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
-from diffcore.evaluation.flow.knot_tuning import KnotProblem, tune_knots
+from diffcore.evaluation.flow.knot_tuning import KnotProblem, TunedSolver, tune_solver
 from diffcore.evaluation.flow.sampler_comparison import place_knots, steps_within
+from diffcore.evaluation.flow.solver_coordinates import KnotCoordinates, SolverCoordinates
 from diffcore.io.specs import describe_component
 from diffcore.samplers import (
     AdamsBashforth,
@@ -23,6 +25,7 @@ from diffcore.samplers import (
     DPMSolverPP,
     GradientEstimation,
     Sampler,
+    TunedMultistep,
     UniPC,
 )
 from diffcore.sampling.generation import DEFAULT_GRID, check_sampling
@@ -61,6 +64,8 @@ GRIDS: tuple[Grid, ...] = (
 MEASURED = 5
 """Number of combinations, the closest on the fitted samples, that are measured on held-out ones."""
 
+RESIDUALS = 4
+"""Number of elements of the fitted samples for each parameter, at least."""
 TAIL = 1.1
 """Bound of the 90th percentile of tuned knots over that of untuned ones, which scatters more than
 the median."""
@@ -107,7 +112,7 @@ class Candidate:
     @property
     def name(self) -> str:
         """The sampler and the grid as text."""
-        return f"{describe_component(self.sampler)}, {_name_grid(self.grid)}"
+        return f"{_name_sampler(self.sampler)}, {_name_grid(self.grid)}"
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,7 @@ class Tuning:
     Args:
         evaluations: largest number of evaluations of the guided network.
         untuned: the combination that is closest on held-out samples without tuning.
-        tuned: the closest one with tuned knots.
+        tuned: the closest one with tuned knots, or with tuned knots and coefficients.
     """
 
     evaluations: int
@@ -126,7 +131,7 @@ class Tuning:
 
     @property
     def is_better(self) -> bool:
-        """Whether the tuned knots are kept, by the median and the 90th percentile, held out."""
+        """Whether the tuned one is kept, by the median and the 90th percentile, held out."""
         tuned, untuned = self.tuned.held_out, self.untuned.held_out
         assert tuned is not None
         assert untuned is not None
@@ -147,8 +152,12 @@ class GridTuning:
         held_out: samples on which combinations are judged.
         samplers: samplers to try.
         grids: grids to try.
-        starts: number of combinations, of different samplers, whose knots are tuned.
-        iterations: number of Levenberg-Marquardt steps of each.
+        starts: number of combinations, of different samplers, that are tuned.
+        iterations: number of Levenberg-Marquardt steps that tune the knots of each, and half of
+            those that then tune its coefficients too.
+        history: largest number of differences of predictions that are added to a step with tuned
+            coefficients (`TunedMultistep`), fewer if the fitted samples have less than 4 elements
+            for each parameter; 0: only knots are tuned.
     """
 
     fitted: KnotProblem
@@ -157,8 +166,11 @@ class GridTuning:
     grids: Sequence[Grid] = GRIDS
     starts: int = 2
     iterations: int = 6
+    history: int = 3
 
     def __post_init__(self) -> None:
+        if self.history < 0:
+            raise ValueError(f"history is {self.history}, expected 0 for knots alone, or more")
         if self.starts < 1 or self.iterations < 1:
             raise ValueError(
                 f"starts and iterations are {self.starts} and {self.iterations}, expected at "
@@ -175,7 +187,7 @@ class GridTuning:
             report: receives a line before each part of the work.
 
         Returns:
-            The closest combinations with and without tuned knots, measured on held-out samples.
+            The closest combinations with and without tuning, measured on held-out samples.
 
         Raises:
             ValueError: no sampler can be run with so few evaluations.
@@ -185,9 +197,9 @@ class GridTuning:
         untuned = [self._measure(candidate) for candidate in ranked[:MEASURED]]
         tuned = []
         for candidate in _of_different_samplers(ranked, self.starts):
-            found = self._tune(candidate, report)
-            report(f"{evaluations} evaluations: tuned {_describe(found)}")
-            tuned.append(self._measure(found))
+            for found in self._tune(candidate, report):
+                report(f"{evaluations} evaluations: tuned {_describe(found)}")
+                tuned.append(self._measure(found))
         best = _closest(untuned)
         return Tuning(evaluations, best, _closest(_without_tail(tuned, best) or tuned))
 
@@ -221,14 +233,36 @@ class GridTuning:
             raise ValueError(f"{sampler} is stochastic, and approaches no flow")
         return steps
 
-    def _tune(self, start: Candidate, report: Callable[[str], None]) -> Candidate:
-        """The candidate with tuned knots."""
+    def _tune(self, start: Candidate, report: Callable[[str], None]) -> list[Candidate]:
+        """The candidate with tuned knots, and with tuned coefficients too."""
         schedule = self.fitted.denoiser.process.schedule
         knots = start.grid.knots(schedule, start.steps)
-        found = tune_knots(self.fitted, start.sampler, knots, self.iterations, report)
+        places = KnotCoordinates(knots[0], schedule.cleanest.logsnr_range[1])
+        alone = SolverCoordinates(start.sampler, places, start.steps)
+        found = tune_solver(self.fitted, alone, alone.theta(knots), self.iterations, report)
+        tuned = [self._tuned(start, found)]
+        rule = describe_component(self.fitted.guidance)
+        both = replace(alone, history=self._history(alone), guidance=rule)
+        if both.history:
+            theta = np.append(found.theta, np.zeros(both.size - alone.size))
+            found = tune_solver(self.fitted, both, theta, 2 * self.iterations, report)
+            tuned.append(self._tuned(start, found))
+        return tuned
+
+    def _history(self, start: SolverCoordinates) -> int:
+        """The number of differences in a step that the fitted samples determine."""
+        problem = self.fitted
+        if problem.guidance.levels(problem.denoiser.process):
+            return 0  # which become knots, so that the steps have other numbers
+        residuals = problem.ends.numel()
+        sizes = (replace(start, history=number).size for number in range(1, self.history + 1))
+        return sum(RESIDUALS * size <= residuals for size in sizes)
+
+    def _tuned(self, start: Candidate, found: TunedSolver) -> Candidate:
+        """The candidate with what was found."""
         texts = describe_component(start.sampler), describe_component(self.fitted.guidance)
         grid = Tuned(found.grid.logsnrs, start.grid, *texts)
-        return replace(start, grid=grid, fitted=math.exp(found.value))
+        return replace(start, sampler=found.sampler, grid=grid, fitted=math.exp(found.value))
 
     def _measure(self, candidate: Candidate) -> Candidate:
         """The candidate with its distances on held-out samples."""
@@ -264,6 +298,14 @@ def _closest(candidates: Iterable[Candidate]) -> Candidate:
         return candidate.held_out.median
 
     return min(candidates, key=median)
+
+
+def _name_sampler(sampler: Sampler) -> str:
+    """The sampler as text; tuned coefficients by their number."""
+    if not isinstance(sampler, TunedMultistep):
+        return describe_component(sampler)
+    count = sum(map(len, (*sampler.x0, *sampler.eps)))
+    return f"{describe_component(sampler.inner)} with {count} tuned coefficients"
 
 
 def _name_grid(grid: Grid) -> str:

@@ -1,10 +1,9 @@
-"""Knots tuned to a network: the samples of few steps are moved onto the solved flow.
+"""Knots and coefficients tuned to a network: samples of few steps are moved onto the solved flow.
 
     minimise  1/N Σ_i ln d(x_i(θ), x*_i),   d the root mean square distance of a sample to its end
 
-over the n - 1 inner knots of n steps. They are the partial sums of softmax increments in the
-coordinate of `UniformBlend`, so that every θ gives strictly monotone knots. Levenberg-Marquardt
-steps use the derivatives of all samples by θ, which are differences of n sets of samples; the
+over the parameters θ of a sampler and its knots. Levenberg-Marquardt steps use the derivatives of
+all samples by θ, which are differences of as many sets of samples as there are parameters; the
 weight 1/d² of a sample makes the mean of squares that of logarithms, to which a few distant samples
 add little.
 """
@@ -12,26 +11,23 @@ add little.
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from diffcore.core.denoiser import DenoiserProtocol
-from diffcore.evaluation.flow.exact_flow import FLOW_GRID
+from diffcore.evaluation.flow.recorded_denoiser import RecordedDenoiser
+from diffcore.evaluation.flow.solver_coordinates import SolverCoordinates
 from diffcore.guidance import Guidance
 from diffcore.guidance.reference import Condition
 from diffcore.samplers import Sampler
 from diffcore.sampling.generation import NonFiniteWarning, sample
-from diffcore.schedules import Explicit, Grid, Level
+from diffcore.schedules import Explicit, Grid
 
-__all__ = ["KnotProblem", "Objective", "TunedKnots", "tune_knots"]
+__all__ = ["KnotProblem", "Objective", "TunedSolver", "tune_solver"]
 
-DIFFERENCE = 0.3
-"""Change of a parameter θ over which a derivative is taken. It averages over the fine structure in
-t of a network, which smaller changes of the knots would follow.
-"""
 FLOOR = 1e-7
 """Distance below which a sample weighs no more: the rounding of float32."""
 FIRST_DAMPING, LARGEST_DAMPING = 0.1, 1e4
@@ -93,85 +89,50 @@ class KnotProblem:
         return self.residuals(sampler, grid, steps).norm(dim=1)
 
 
-@dataclass(frozen=True)
-class KnotCoordinates:
-    """The knots of n steps as a function of n - 1 parameters θ.
-
-        a_i = a_0 (1 - Σ_{j≤i} softmax(θ, 0)_j),   a the coordinate of UniformBlend(1.25, 0.5)
-
-    Args:
-        first: first knot.
-        cleanest: λ of the cleanest level at which the network is evaluated.
-    """
-
-    first: Level
-    cleanest: float
-
-    def grid(self, theta: np.ndarray) -> Explicit:
-        """The knots of parameters θ (n - 1,)."""
-        shares = np.exp(np.append(theta, 0.0) - max(0.0, *theta))
-        a = FLOW_GRID._coordinate(self.first) * (1 - np.cumsum(shares / shares.sum())[:-1])
-        schedule = self.first.schedule
-        inner = [float(FLOW_GRID._at(schedule, float(value)).logsnr) for value in a]
-        inner[-1] = min(inner[-1], self.cleanest)
-        return Explicit((float(self.first.logsnr), *inner, math.inf))
-
-    def theta(self, knots: Sequence[Level]) -> np.ndarray:
-        """The parameters (n - 1,) of knots."""
-        a = np.array([FLOW_GRID._coordinate(knot) for knot in knots])
-        logs = np.log(np.maximum(a[:-1] - a[1:], 1e-9))
-        return np.asarray(logs[:-1] - logs[-1])
-
-
 @dataclass
-class TunedKnots:
-    """Knots that were tuned, and how.
+class TunedSolver:
+    """A sampler and knots that were tuned, and how.
 
     Args:
+        sampler: numerical integrator, with its tuned coefficients.
         grid: the knots.
+        theta: parameters of both.
         value: mean logarithm of the distances of the fitted samples.
         evaluated: number of sets of samples that were drawn.
         history: the mean logarithm after each step that was taken, from that of the start.
     """
 
+    sampler: Sampler
     grid: Explicit
+    theta: np.ndarray
     value: float
     evaluated: int = 0
     history: list[float] = field(default_factory=list)
 
 
-def tune_knots(
+def tune_solver(
     problem: KnotProblem,
-    sampler: Sampler,
-    start: Sequence[Level],
+    coordinates: SolverCoordinates,
+    theta: np.ndarray,
     iterations: int = 6,
     report: Callable[[str], None] = lambda line: None,
-) -> TunedKnots:
-    """Tune the inner knots of a sampler.
+) -> TunedSolver:
+    """Tune the parameters of a sampler and its knots.
 
     Args:
         problem: samples to fit, and the ends of their flow.
-        sampler: numerical integrator.
-        start: n + 1 knots to start from, n at least 2; the last one is clean.
-        iterations: number of Levenberg-Marquardt steps, each of n - 1 sets of samples for the
+        coordinates: sampler and knots as functions of their parameters.
+        theta: parameters (p,) to start from.
+        iterations: number of Levenberg-Marquardt steps, each of p sets of samples for the
             derivatives and about one for the step.
         report: receives a line after each step.
 
     Returns:
-        The tuned knots, which fit at least as well as `start`.
-
-    Raises:
-        ValueError: there are fewer than 2 steps, and so no inner knot.
+        The tuned sampler and knots, which fit at least as well as the start.
     """
-    steps = len(start) - 1
-    if steps < 2:
-        raise ValueError(f"steps is {steps}, expected at least 2, which have a knot to tune")
-    schedule = start[0].schedule
-    coordinates = KnotCoordinates(start[0], schedule.cleanest.logsnr_range[1])
-    objective = Objective(problem, sampler, coordinates, steps)
-    theta, damping = coordinates.theta(start), FIRST_DAMPING
+    objective, damping = Objective(problem, coordinates), FIRST_DAMPING
     residuals = objective.residuals(theta)
-    found = TunedKnots(coordinates.grid(theta), mean_log(residuals))
+    found = TunedSolver(*coordinates.combination(theta), theta, mean_log(residuals))
     found.history.append(found.value)
     for number in range(iterations):
         gradient, curvature = objective.derivatives(theta, residuals)
@@ -184,7 +145,8 @@ def tune_knots(
         else:
             break
         theta, residuals, damping = theta + change, trial, damping / 4
-        found.grid, found.value = coordinates.grid(theta), mean_log(residuals)
+        found.sampler, found.grid = coordinates.combination(theta)
+        found.theta, found.value = theta, mean_log(residuals)
         found.history.append(found.value)
         report(f"step {number + 1}: geometric mean of the distances {math.exp(found.value):.4g}")
         if found.history[-2] - found.value < 1e-3:
@@ -193,30 +155,27 @@ def tune_knots(
     return found
 
 
-@dataclass
 class Objective:
     """Residuals of a sampler as a function of θ, and their derivatives.
 
     Args:
         problem: samples to fit.
-        sampler: numerical integrator.
-        coordinates: knots as a function of θ.
-        steps: number of steps.
-        evaluated: number of sets of samples that were drawn.
+        coordinates: sampler and knots as functions of θ.
     """
 
-    problem: KnotProblem
-    sampler: Sampler
-    coordinates: KnotCoordinates
-    steps: int
-    evaluated: int = 0
+    def __init__(self, problem: KnotProblem, coordinates: SolverCoordinates) -> None:
+        self._recorded = RecordedDenoiser(problem.denoiser)
+        self.problem = replace(problem, denoiser=self._recorded)
+        self.coordinates = coordinates
+        self.evaluated = 0
+        """Number of sets of samples that were drawn."""
 
     def residuals(self, theta: np.ndarray) -> Tensor:
         """(N, elements) residuals; infinite if the knots are no knots of the schedule."""
         self.evaluated += 1
         try:
-            grid = self.coordinates.grid(theta)
-            return self.problem.residuals(self.sampler, grid, self.steps)
+            sampler, grid = self.coordinates.combination(theta)
+            return self.problem.residuals(sampler, grid, self.coordinates.steps)
         except ValueError:  # knots beyond the schedule, or equal to rounding
             ends = self.problem.ends
             return torch.full((len(ends), 1), math.inf, dtype=torch.float64)
@@ -231,11 +190,13 @@ class Objective:
         Returns:
             The gradient (p,) and the curvature (p, p).
         """
+        with self._recorded.recording():
+            self.residuals(theta)
         columns = []
-        for index in range(len(theta)):
+        for index, difference in enumerate(self.coordinates.differences):
             moved = theta.copy()
-            moved[index] += DIFFERENCE
-            columns.append((self.residuals(moved) - residuals) / DIFFERENCE)
+            moved[index] += difference
+            columns.append((self.residuals(moved) - residuals) / difference)
         weight = 1 / (residuals.square().sum(1) + FLOOR**2)
         weight = torch.where(weight.isfinite(), weight, 0.0) / len(residuals)
         jacobian = torch.stack(columns, 2).nan_to_num(0.0, 0.0, 0.0)
