@@ -307,9 +307,8 @@ def default_sampler(arguments: argparse.Namespace) -> None:
     from experiments import default_sampler as study
 
     names = _chosen(arguments.only, study.SCALES)
-    measurements = _measure(
-        study.run_study(arguments.out, arguments.run_folder, names), arguments.out
-    )
+    rows = _measure(study.run_study(arguments.out, arguments.run_folder, names), arguments.out)
+    measurements = [row for row in rows if row["problem"] in names]
     for text, rows in study.group_problems(measurements).items():
         print(f"\n{text}\n\n{study.format_table(rows)}")
 
