@@ -9,9 +9,8 @@ from diffcore.samplers.dpm_solver import DPMSolverPP, DPMSolverSDE
 from diffcore.samplers.edm import Euler, Heun
 from diffcore.samplers.gradient_estimation import GradientEstimation
 from diffcore.samplers.predictor_corrector import PredictorCorrector
-from diffcore.samplers.restart import Restart
 from diffcore.samplers.runge_kutta import AdaptiveRungeKutta
-from diffcore.samplers.segments import SegmentSampler
+from diffcore.samplers.segments import Restart, SegmentSampler
 from diffcore.samplers.tuned_multistep import TunedMultistep
 from diffcore.samplers.unipc import UniPC
 

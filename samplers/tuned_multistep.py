@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
+from diffcore.samplers.adams import AdamsBashforth
 from diffcore.samplers.base import Knots, Sampler, SamplerWrapper, State, multiply
 from diffcore.schedules import Level
 
@@ -63,7 +64,7 @@ class TunedMultistep(SamplerWrapper[_TunedMemory]):
         2
     """
 
-    inner: Sampler
+    inner: Sampler = AdamsBashforth.flow(2)
     x0: Rows = ()
     eps: Rows = ()
     guidance: str = ""
