@@ -38,7 +38,14 @@ class KnotCoordinates:
     cleanest: float
 
     def grid(self, theta: np.ndarray) -> Explicit:
-        """The knots of parameters θ (n - 1,)."""
+        """The knots of parameters.
+
+        Args:
+            theta: parameters (n - 1,).
+
+        Returns:
+            The n + 1 knots.
+        """
         shares = np.exp(np.append(theta, 0.0) - max(0.0, *theta))
         a = FLOW_GRID._coordinate(self.first) * (1 - np.cumsum(shares / shares.sum())[:-1])
         schedule = self.first.schedule
@@ -47,7 +54,14 @@ class KnotCoordinates:
         return Explicit((float(self.first.logsnr), *inner, math.inf))
 
     def theta(self, knots: Sequence[Level]) -> np.ndarray:
-        """The parameters (n - 1,) of knots."""
+        """The parameters of knots.
+
+        Args:
+            knots: n + 1 levels.
+
+        Returns:
+            (n - 1,) parameters.
+        """
         a = np.array([FLOW_GRID._coordinate(knot) for knot in knots])
         logs = np.log(np.maximum(a[:-1] - a[1:], 1e-9))
         return np.asarray(logs[:-1] - logs[-1])
@@ -92,13 +106,27 @@ class SolverCoordinates:
         return [min(step, self.history) for step in range(1, self.steps)]
 
     def theta(self, knots: Sequence[Level]) -> np.ndarray:
-        """The parameters of knots, without coefficients."""
+        """The parameters of knots, with coefficients of zero.
+
+        Args:
+            knots: n + 1 levels.
+
+        Returns:
+            (p,) parameters.
+        """
         theta = np.zeros(self.size)
         theta[: self.steps - 1] = self.knots.theta(knots)
         return theta
 
     def combination(self, theta: np.ndarray) -> tuple[Sampler, Explicit]:
-        """The sampler and the knots of parameters θ (p,)."""
+        """The sampler and the knots of parameters.
+
+        Args:
+            theta: parameters (p,).
+
+        Returns:
+            The sampler, with tuned coefficients if there is a history, and the knots.
+        """
         grid = self.knots.grid(theta[: self.steps - 1])
         if not self.history:
             return self.sampler, grid
