@@ -100,11 +100,9 @@ def complete_settings(settings: dict[str, Any], given: Mapping[str, Any]) -> dic
         "guidance": {"class_path": "CFG", "init_args": {"scale": GUIDANCE if dropout else 1.0}},
     }
     if "network" not in given:
-        variance = (settings.get("process") or {}).get("variance")
-        is_learned = given.get("process.variance", variance) == "learned"
-        arguments = (settings.get("network") or {}).get("init_args") or {}
-        outputs = channels * (2 if is_learned else 1)
-        chosen["network"] = _network(size, channels, classes, outputs, arguments)
+        own = (settings.get("network") or {}).get("init_args") or {}
+        outputs = channels * (2 if _is_variance_learned(settings, given) else 1)
+        chosen["network"] = _network(size, channels, classes, outputs, own)
     found = f"{len(data):,} images, median shorter side {shorter} pixels"
     _report(found, process, chosen | {"batch_size": _find_batch_size(settings, given, size)})
     return (
@@ -145,6 +143,11 @@ def _row(size: int) -> tuple[tuple[int, ...], int]:
 
 def _batch_size(size: int) -> int:
     return _row(size)[1]
+
+
+def _is_variance_learned(settings: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
+    own = (settings.get("process") or {}).get("variance")
+    return bool(given.get("process.variance", own) == "learned")
 
 
 def _find_batch_size(settings: Mapping[str, Any], given: Mapping[str, Any], size: int) -> int:
