@@ -29,12 +29,14 @@ def main() -> None:
         variance: "variance of the loss with independent levels over that with stratified levels",
         zero_terminal_snr: "mean brightness of samples with and without zero terminal SNR",
         conditions: "whether samples obey their conditions, on problems with a known answer",
+        mean_velocity: "error of MeanFlow's mean velocity over the steps of its training",
         flow_maps: "few-step networks beside the denoiser that they are distilled from",
         learned_variance: "DDPM in few steps on digits with fixed and with learned variances",
         learned_levels: "the bound of digits with one level for all pixels and with learned ones",
         learned_encoder: "the bound of digits without and with a learned encoder of x_0",
         claims: "what papers claim, measured: the tables of docs/claims.md",
         few_step: "distance of digits from students of one to four steps, and pictures of them",
+        reward: "a student of the digits that is tuned by a reward, at several strengths",
         tuning: "how much closer tuned knots are, beside untuned ones and diffusers",
         default_sampler: "samplers and grids in the median and the tail, guided or not",
         caches: "error of samples over the work that caches save, on two networks of digits",
@@ -98,6 +100,19 @@ def _add_options(study: argparse.ArgumentParser, run: Callable[..., None], name:
             "--steps", type=int, default=1000, help="training steps of batch 64 (default 1000)"
         )
         study.add_argument("--only", nargs="+", help="names of problems (default: all)")
+    if run is mean_velocity:
+        study.add_argument("--steps", type=int, default=160, help="training steps (default 160)")
+        out = Path(f"docs/experiments/{name}.jsonl")
+        study.add_argument("--out", type=Path, default=out, help=f"measurements (default {out})")
+    if run is reward:
+        study.add_argument("--steps", type=int, default=24, help="training steps (default 24)")
+        out = Path("docs/experiments/reward.jsonl")
+        study.add_argument("--out", type=Path, default=out, help=f"measurements (default {out})")
+        for option, folder in (
+            ("reference", "runs/few-step/Consistency-0"),
+            ("folder", "runs/few-step"),
+        ):
+            study.add_argument(f"--{option}", type=Path, default=Path(folder), help=f"({folder})")
     if run is few_step:
         _add_few_step_options(study)
     if run in (tuning, default_sampler):
@@ -275,6 +290,14 @@ def flow_maps(arguments: argparse.Namespace) -> None:
         print(f"\n{size} dimensions\n\n{study.format_table(rows, size)}")
 
 
+def mean_velocity(arguments: argparse.Namespace) -> None:
+    """Train MeanFlow by an exact teacher and measure its mean velocity."""
+    from experiments.students import mean_velocity as study
+
+    rows = _measure(study.run_study(arguments.out, arguments.steps), arguments.out)
+    print(f"\n{study.format_table(rows)}")
+
+
 def claims(arguments: argparse.Namespace) -> None:
     """Run the studies of what papers claim."""
     from experiments.claims.report import REPORTS, TRAINING_PAIRS, format_speed_ups
@@ -336,6 +359,15 @@ def few_step(arguments: argparse.Namespace) -> None:
     study.measure(arguments.teacher, arguments.folder, arguments.out, names, arguments.seeds)
     print(f"\n{study.table(arguments.out)}")
     study.draw(arguments.teacher, arguments.folder, PICTURES / "few-step.png", names)
+
+
+def reward(arguments: argparse.Namespace) -> None:
+    """Run the study of reward tuning."""
+    from experiments.students import reward as study
+
+    settings = (arguments.reference, arguments.folder, arguments.out, arguments.steps)
+    rows = _measure(study.run_study(*settings), arguments.out)
+    print(f"\n{study.format_table(rows)}")
 
 
 def kill_drill(arguments: argparse.Namespace) -> None:

@@ -1,12 +1,12 @@
 """Few-step students of the digits' teacher: their distance to real digits, by method and steps.
 
-Each student is trained by `diffcore distil` and measured by `diffcore evaluate`, as `make demo`
-measures its run.
+Each student is trained by `diffcore distil`, or by `diffcore train` if its method is an objective
+alone, and measured by `diffcore evaluate`, as `make demo` measures its run.
 """
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,18 @@ from diffcore.io.plain_data import read_json
 from diffcore.report.figures import create_figure, save_figure
 from experiments.study import read_measurements
 
-__all__ = ["METHODS", "STEPS", "draw", "measure", "table"]
+__all__ = [
+    "GRID",
+    "METHODS",
+    "STEPS",
+    "TRAINING",
+    "draw",
+    "evaluate",
+    "measure",
+    "run_command",
+    "table",
+]
 
-METHODS = ("Consistency", "MeanFlow", "DistributionMatching")
 STEPS = (1, 2, 4)
 TEACHER_STEPS = 25
 BATCH = 64
@@ -41,20 +50,88 @@ TEACHER_SAMPLING = (
     "--guidance=CFG",
     "--guidance.scale=1.5",
 )
+TRAINING = (f"--batch-size={BATCH}", "--sample-every=0", "--trackers=[]", "--resume=auto")
 METRICS = ("frechet_distance", "label_accuracy")
+GRID = {"class_path": "UniformBlend", "init_args": {"rho": 1.25, "center": 0.5}}
+"""Knots of students that map noise to samples, which are those of `diffcore distil`."""
+
+Words = Callable[[Path, Path], list[str]]
+"""Function (teacher, folder of all students) -> words of the command that trains a student."""
 
 
-def _command(*words: str) -> float:
-    """Run a command of diffcore, and return the processor seconds that it took."""
+def _distil(method: str, *options: str) -> Words:
+    def words(teacher: Path, folder: Path) -> list[str]:
+        own = [option.format(folder=folder) for option in options]
+        return ["distil", str(teacher), f"--method={method}", "--steps=4", *own]
+
+    return words
+
+
+def _train(objective: str, *options: str, **arguments: Any) -> Words:
+    """A student against a discriminator on features of the teacher, from the teacher's weights."""
+    training = {"lr": {"peak": 2e-3, "warmup": 10}, "betas": [0.0, 0.99]}
+    discriminator = {"class_path": "FeatureDiscriminator", "init_args": {"training": training}}
+    student = {"steps": 4, "grid": GRID}
+
+    def words(teacher: Path, folder: Path) -> list[str]:
+        given = {
+            "student": student,
+            "teacher": {"class_path": "RunTeacher", "init_args": {"folder": str(teacher)}},
+            "discriminator": discriminator,
+        }
+        spec = json.dumps({"class_path": objective, "init_args": given | arguments})
+        return ["train", "digits-dmd", f"--init={teacher}", f"--objective={spec}", *options]
+
+    return words
+
+
+METHODS: dict[str, Words] = {
+    "Consistency": _distil("Consistency"),
+    "MeanFlow": _distil("MeanFlow"),
+    "Shortcut": _distil(
+        "Shortcut", "--objective.steps=16", "--objective.share=0.5", "--training-steps=60"
+    ),
+    "Reflow": _distil(
+        "Reflow", "--data.count=4096", "--data.steps=12", "--data.folder={folder}/pairs"
+    ),
+    "DistributionMatching": _distil("DistributionMatching"),
+    "SelfCooperative": _train("SelfCooperative", "--steps=200", "--lr.peak=2e-4"),
+    "DiffusionGAN": _train("DiffusionGAN", "--steps=200", "--lr.peak=1e-4", speed=0.1),
+}
+"""How a student of each method is trained."""
+
+
+def run_command(*words: str) -> float:
+    """Run a command of diffcore.
+
+    Args:
+        *words: the command and its options.
+
+    Returns:
+        The processor seconds that it took.
+
+    Raises:
+        SystemExit: the command failed.
+    """
     start = time.process_time()
     if status := main(list(words)):
         raise SystemExit(status)
     return time.process_time() - start
 
 
-def _evaluate(run: Path, steps: int, sampling: Sequence[str] = ()) -> dict[str, Any]:
+def evaluate(run: Path, steps: int, sampling: Sequence[str] = ()) -> dict[str, Any]:
+    """Measure the samples of a run as `make demo` does.
+
+    Args:
+        run: folder of the run.
+        steps: sampling steps.
+        sampling: options of sampling; those of the run by default.
+
+    Returns:
+        The number of steps, the Fréchet distance and the recognised share.
+    """
     out = run / f"evaluation-{steps}"
-    _command("evaluate", str(run), *EVALUATION, *sampling, f"--steps={steps}", f"--out={out}")
+    run_command("evaluate", str(run), *EVALUATION, *sampling, f"--steps={steps}", f"--out={out}")
     results = read_json(run / "evaluation.json")
     return {"steps": steps, **{name: results[name]["samples"] for name in METRICS}}
 
@@ -85,39 +162,41 @@ def measure(
         methods: names of methods.
         seeds: seeds of the trainings.
     """
-    students = [(method, seed) for method in methods for seed in seeds]
+    _continue(out, TEACHER, 0, (*STEPS, TEACHER_STEPS), teacher, TEACHER_SAMPLING)
+    for method in methods:
+        for seed in seeds:
+            if not _missing(out, method, seed, STEPS):
+                continue
+            run = student_folder(folder, method, seed)
+            is_new = not run.exists()
+            options = (f"--folder={run}", f"--seed={seed}", *TRAINING)
+            seconds = run_command(*METHODS[method](teacher, folder), *options)
+            # The seconds of a training that was interrupted are not those of the whole training.
+            further = {"training_processor_seconds": round(seconds)} if is_new else {}
+            _continue(out, method, seed, STEPS, run, further=further)
 
-    def rows(key: tuple[str, int]) -> Iterator[dict[str, Any]]:
-        method, seed = key
-        if method == TEACHER:
-            for steps in (*STEPS, TEACHER_STEPS):
-                yield {
-                    "method": method,
-                    "seed": seed,
-                    **_evaluate(teacher, steps, TEACHER_SAMPLING),
-                }
-            return
-        run = student_folder(folder, method, seed)
-        options = (f"--method={method}", f"--folder={run}", f"--seed={seed}")
-        seconds = _command(
-            "distil",
-            str(teacher),
-            *options,
-            f"--batch-size={BATCH}",
-            "--steps=4",
-            "--sample-every=0",
-            "--trackers=[]",
-            "--resume=auto",
-        )
-        for steps in STEPS:
-            row = {"method": method, "seed": seed, **_evaluate(run, steps)}
-            yield row | {"training_processor_seconds": round(seconds)}
 
-    done = {(row["method"], row["seed"]) for row in read_measurements(out)}
-    for key in [(TEACHER, 0), *students]:
-        if key not in done:
-            with out.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows(key))
+def _missing(out: Path, method: str, seed: int, counts: Sequence[int]) -> list[int]:
+    """The numbers of steps that a file does not contain yet."""
+    done = {(row["method"], row["seed"], row["steps"]) for row in read_measurements(out)}
+    return [count for count in counts if (method, seed, count) not in done]
+
+
+def _continue(
+    out: Path,
+    method: str,
+    seed: int,
+    counts: Sequence[int],
+    run: Path,
+    sampling: Sequence[str] = (),
+    further: Mapping[str, Any] | None = None,
+) -> None:
+    """Append the measurements of a run that a file does not contain yet, one after the other."""
+    for steps in _missing(out, method, seed, counts):
+        row = {"method": method, "seed": seed, **evaluate(run, steps, sampling), **(further or {})}
+        with out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
 
 
 def table(out: Path) -> str:
@@ -163,7 +242,8 @@ def draw(teacher: Path, folder: Path, picture: Path, methods: Sequence[str]) -> 
     """
     panels = {TEACHER: _sample(teacher, (*STEPS, TEACHER_STEPS), picture, TEACHER_SAMPLING)}
     for method in methods:
-        panels[method] = _sample(student_folder(folder, method, 0), STEPS, picture)
+        if student_folder(folder, method, 0).is_dir():
+            panels[method] = _sample(student_folder(folder, method, 0), STEPS, picture)
 
     def draw_panels(path: Path) -> None:
         figure, axes = create_figure(2, (len(panels) + 1) // 2, width=4.6, height=2.1)
@@ -184,7 +264,9 @@ def _sample(
     """Number of steps -> a digit (10, 1, 8, 8) of each class, from the same seeds."""
     digits, arrays = {}, picture.with_suffix(".npy")
     for steps in counts:
-        _command("sample", str(run), "--labels=0-9", f"--steps={steps}", *words, f"--out={arrays}")
+        run_command(
+            "sample", str(run), "--labels=0-9", f"--steps={steps}", *words, f"--out={arrays}"
+        )
         digits[steps] = torch.from_numpy(np.load(arrays))
         arrays.unlink()
     return digits

@@ -144,14 +144,14 @@ def train(
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1, (step + 1) / 100) * (1 - step / steps) ** 0.5
-        _step(denoiser, problem, objective, networks, optimizer, seed, step)
+        train_step(denoiser, problem, objective, networks, optimizer, seed, step)
         for name, value in network.state_dict().items():
             average[name].lerp_(value, max(0.005, 1 / (step + 1)))
     network.load_state_dict(average)
     return denoiser.eval()
 
 
-def _step(
+def train_step(
     denoiser: Denoiser,
     problem: Problem,
     objective: Objective,
@@ -160,7 +160,17 @@ def _step(
     seed: int,
     step: int,
 ) -> None:
-    """One step of training."""
+    """Take one step of training.
+
+    Args:
+        denoiser: network that is trained.
+        problem: the data.
+        objective: the loss.
+        networks: networks of the objective.
+        optimizer: optimizer of the network.
+        seed: seed of the draws.
+        step: number of the step.
+    """
     rows = torch.arange(step * BATCH, (step + 1) * BATCH) % len(problem.data)
     key = SampleKey(seed, step, torch.arange(BATCH), BATCH)
     draw = objective.draw(denoiser.process, key)

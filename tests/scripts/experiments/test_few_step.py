@@ -5,6 +5,10 @@ import json
 import pytest
 from experiments.students import few_step
 
+from diffcore.distillation import SelfCooperative
+from diffcore.io.specs import from_spec
+from diffcore.objectives.objective import Objective
+
 ROWS = [
     {"method": "teacher", "seed": 0, "steps": 25, "frechet_distance": 0.5, "label_accuracy": 1.0},
     {"method": "MeanFlow", "seed": 0, "steps": 1, "frechet_distance": 1.0, "label_accuracy": 0.9},
@@ -25,22 +29,61 @@ def test_the_table_has_means_spreads_and_ratios_to_the_teacher(file):
     assert lines[3] == "| MeanFlow | 1 | 2 | 1.500 (1.000 to 2.000) | 3.00 | 0.850 |"
 
 
-def test_a_student_that_the_file_holds_is_not_trained_again(file, tmp_path, monkeypatch):
-    commands = []
+@pytest.fixture
+def commands(monkeypatch):
+    """The commands that the study runs, which are only recorded."""
+    words = []
 
-    def command(*words):
-        commands.append(words[:2])
+    def command(*given):
+        words.append(given)
         return 7.0
 
-    monkeypatch.setattr(few_step, "_command", command)
+    monkeypatch.setattr(few_step, "run_command", command)
     monkeypatch.setattr(
         few_step,
         "read_json",
         lambda path: {name: {"samples": 0.25} for name in few_step.METRICS},
     )
-    few_step.measure(tmp_path / "t", tmp_path, file, ["MeanFlow"], [1, 2])
-    own = str(few_step.student_folder(tmp_path, "MeanFlow", 2))
-    assert commands == [("distil", str(tmp_path / "t")), *[("evaluate", own)] * 3]
-    last = json.loads(file.read_text().splitlines()[-1])
-    assert last["training_processor_seconds"] == 7
-    assert (last["seed"], last["steps"]) == (2, 4)
+    return words
+
+
+def rows_of(file, method, seed):
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return [row for row in rows if (row["method"], row["seed"]) == (method, seed)]
+
+
+def test_what_the_file_holds_is_not_measured_again(file, tmp_path, commands):
+    """The teacher in 25 steps, and a student of seed 1 in one step."""
+    few_step.measure(tmp_path / "t", tmp_path, file, ["MeanFlow"], [1])
+    own = str(few_step.student_folder(tmp_path, "MeanFlow", 1))
+    assert [words[:2] for words in commands] == [
+        *[("evaluate", str(tmp_path / "t"))] * 3,
+        ("distil", str(tmp_path / "t")),
+        *[("evaluate", own)] * 2,
+    ]
+    assert [row["steps"] for row in rows_of(file, "MeanFlow", 1)] == [1, 2, 4]
+    commands.clear()
+    few_step.measure(tmp_path / "t", tmp_path, file, ["MeanFlow"], [1])
+    assert commands == []
+
+
+def test_the_seconds_of_a_training_are_those_of_an_uninterrupted_one(file, tmp_path, commands):
+    few_step.student_folder(tmp_path, "Shortcut", 0).mkdir()
+    few_step.measure(tmp_path / "t", tmp_path, file, ["Shortcut"], [0, 1])
+    seconds = [
+        {row.get("training_processor_seconds") for row in rows_of(file, "Shortcut", seed)}
+        for seed in (0, 1)
+    ]
+    assert seconds == [{None}, {7}]
+
+
+def test_an_adversarial_student_is_trained_by_its_objective(tmp_path, trained):
+    words = few_step.METHODS["SelfCooperative"](trained, tmp_path)
+    assert words[:2] == ["train", "digits-dmd"]
+    assert f"--init={trained}" in words
+    spec = json.loads(next(w for w in words if w.startswith("--objective=")).partition("=")[2])
+    objective = from_spec(Objective, spec)
+    assert isinstance(objective, SelfCooperative)
+    assert objective.student.steps == 4
+    assert objective.discriminator.training.lr.peak == 2e-3
+    assert objective.teacher.folder == str(trained)
