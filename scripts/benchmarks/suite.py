@@ -50,7 +50,7 @@ class Part:
 
 
 PARTS = (
-    Part("start-up", "start_up --pairs 12", "--pairs 6"),
+    Part("start-up", "start_up --pairs 8", "--pairs 6"),
     Part("steps", "steps --threads 1 --pairs 100", "--pairs 30"),
     Part("overhead", "overhead --pairs 30 --samples 16", "--samples 1"),
     Part("training", "training --pairs 60 --threads 1", "--pairs 30"),
