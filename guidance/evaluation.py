@@ -84,8 +84,9 @@ def _evaluate_together(
     if count == 1:
         return [_evaluate(denoiser, x, level, queries[0].condition, micro_batch)]
     condition = concatenate_conditions(queries, x)
-    levels = _select(level, torch.arange(len(x)).repeat(count), len(x))
-    together = _evaluate(denoiser, torch.cat([x] * count), levels, condition, micro_batch)
+    if isinstance(level.logsnr, Tensor):  # else all samples share it
+        level = _select(level, torch.arange(len(x)).repeat(count), len(x))
+    together = _evaluate(denoiser, torch.cat([x] * count), level, condition, micro_batch)
     return split_prediction(together, count)
 
 

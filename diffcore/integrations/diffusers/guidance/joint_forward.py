@@ -8,8 +8,8 @@ there on, and the network is evaluated for the condition alone, as without attac
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from diffcore.guidance import (
 )
 from diffcore.integrations.diffusers.families import ModelFamily
 from diffcore.integrations.diffusers.guidance.pipeline_denoiser import PipelineDenoiser, split_input
-from diffcore.integrations.diffusers.scheduler.call import PipelineCall
+from diffcore.integrations.diffusers.scheduler.call import CallPlan, PipelineCall
 from diffcore.integrations.diffusers.scheduler.scheduler import DiffcoreScheduler
 from diffcore.samplers import Knots
 from diffcore.sampling.loop import check_guidance, current_step, evaluate_references
@@ -70,7 +70,7 @@ class CallState:
 
     @cached_property
     def process_of_halves(self) -> Process:
-        """The process of an evaluation with both halves, which is checked once in a call."""
+        """The process of an evaluation with both halves, which is looked up once in a call."""
         return _process_of_halves(self.process)
 
     def finish_evaluation(self, count: int) -> None:
@@ -91,6 +91,26 @@ class CallState:
         if self.waiting_rule is not None:
             raise ValueError(_missing_negative(self.waiting_rule, self.guidance_argument))
         self.evaluation = None
+
+
+class _AcceptedCall(NamedTuple):
+    """A kind of call that the rule can guide, which is then not checked again.
+
+    Args:
+        plan: plan of the call; equal calls share it.
+        begin: index of the first evaluation.
+        has_both: whether the call begins with both halves.
+        knots: levels between which the sampler steps, from the start of the call.
+    """
+
+    plan: CallPlan
+    begin: int
+    has_both: bool
+    knots: Knots
+
+    def holds(self, plan: CallPlan, begin: int, has_both: bool) -> bool:
+        """Whether a call is of this kind."""
+        return self.plan is plan and (self.begin, self.has_both) == (begin, has_both)
 
 
 class GuidedForward:
@@ -125,6 +145,7 @@ class GuidedForward:
         self.family = family
         self.pipeline = pipeline
         self.detach = detach
+        self._accepted: _AcceptedCall | None = None
         self.channels: int | None = network_config(network).get("out_channels")
         self.cached = None if cache is None else CachedNetwork(network, cache)
         self._integration = Integration()
@@ -202,22 +223,18 @@ class GuidedForward:
         Raises:
             ValueError: the rule cannot guide this call.
         """
-        has_both, knots = self._has_both_halves(x, labels), call.knots
+        has_both = self._has_both_halves(x, labels)
         if has_both:
             self._check_options()
-        plan = call.plan
-        steps = (current_step(plan.process, plan.sampler, knots, state) for state in plan.states)
-        if not has_both and any(
-            isinstance(reference, Unconditional)
-            for step in steps
-            for reference in self.guidance.required_references(step, None)
-        ):
-            raise ValueError(_missing_negative(self.guidance, self.family.guidance_argument))
+        accepted, begin = self._accepted, call.begin or 0
+        if accepted is None or not accepted.holds(call.plan, begin, has_both):
+            knots = call.knots
+            self._check_guidance(call, knots, has_both)
+            accepted = self._accepted = _AcceptedCall(call.plan, begin, has_both, knots)
         is_guessed = has_both and labels is None and self._exposed_half() is None
-        self._check_guidance(call, knots, has_both)
         return CallState(
             call.plan.process,
-            knots,
+            accepted.knots,
             has_both,
             len(x),
             self.family.guidance_argument,
@@ -225,7 +242,14 @@ class GuidedForward:
         )
 
     def _check_guidance(self, call: PipelineCall, knots: Knots, has_both: bool) -> None:
-        process = call.plan.process
+        plan, process = call.plan, call.plan.process
+        steps = (current_step(process, plan.sampler, knots, state) for state in plan.states)
+        if not has_both and any(
+            isinstance(reference, Unconditional)
+            for step in steps
+            for reference in self.guidance.required_references(step, None)
+        ):
+            raise ValueError(_missing_negative(self.guidance, self.family.guidance_argument))
         process = _process_of_halves(process) if has_both else process
         condition = torch.zeros(1, dtype=torch.int64) if has_both else None
         check_guidance(process, knots, condition, self.guidance, call.plan.sampler)
@@ -264,6 +288,7 @@ class GuidedForward:
         return len(x) % 2 == 0 and torch.equal(*x.chunk(2))
 
 
+@lru_cache(8)
 def _process_of_halves(process: Process) -> Process:
     """The process of a call with both halves: one class, and a null label."""
     return replace(process, classes=1, dropout=0.1)

@@ -118,16 +118,19 @@ class PipelineDenoiser:
             in its dtype, and with its variance channels.
         """
         output = extract_tensor(self.output)
-        full = guided.to(output.dtype)
+        full, size = guided.to(output.dtype), self.batch_size
         if output.shape[1] > guided.shape[1]:
-            full = torch.cat([full, output[: self.batch_size, guided.shape[1] :]], 1)
-        full = torch.cat([full] * (len(self.x) // self.batch_size))
+            full = torch.cat([full, output[:size, guided.shape[1] :]], 1)
+        if len(self.x) > size:
+            full = torch.cat([full, full])
         return (full,) if isinstance(self.output, tuple) else type(self.output)(sample=full)
 
     def _indices(self, condition: Tensor | None, count: int, device: torch.device) -> Tensor:
         """Indices into the pipeline's 2B samples, of `count` samples under their labels."""
         size = self.batch_size
-        within_half = torch.arange(size, device=device).repeat(count // size)
+        within_half = torch.arange(size, device=device)
+        if count > size:
+            within_half = within_half.repeat(count // size)
         if condition is None:
             return within_half
         half = condition if self.conditional_first else 1 - condition
