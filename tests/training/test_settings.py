@@ -146,7 +146,7 @@ def test_an_accumulation_in_the_environment_is_refused(tmp_path, monkeypatch):
             "ACCELERATE_USE_DEEPSPEED",
             "true",
             "the launcher selects DeepSpeed, which training does not use: launch without "
-            "--use_deepspeed, or unset ACCELERATE_USE_DEEPSPEED",
+            "--use_deepspeed, or unset ACCELERATE_USE_DEEPSPEED; --sharding.strategy full",
         ),
     ],
 )

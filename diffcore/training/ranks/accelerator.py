@@ -77,7 +77,8 @@ def _check_environment(precision: str) -> None:
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise ValueError(
             "the launcher selects DeepSpeed, which training does not use: launch without "
-            "--use_deepspeed, or unset ACCELERATE_USE_DEEPSPEED"
+            "--use_deepspeed, or unset ACCELERATE_USE_DEEPSPEED; --sharding.strategy full (FSDP2) "
+            "replaces ZeRO stage 3, and stages 1 and 2 with --sharding.reshard false"
         )
 
 
