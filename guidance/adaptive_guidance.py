@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from diffcore.core.prediction import Prediction, PredictionType, predict, target
+from diffcore.core.prediction import Prediction, PredictionType, expand_per_sample, predict, target
 from diffcore.guidance.base import (
     Guidance,
     GuidanceInput,
     GuidanceWrapper,
     Step,
     check_space,
-    expand_per_sample,
     outputs,
 )
 from diffcore.guidance.reference import Reference
@@ -112,9 +111,10 @@ class AdaptiveGuidance(GuidanceWrapper[AdaptiveGuidanceMemory]):
             memory = AdaptiveGuidanceMemory(none, None)
         guided, inner = self.inner.combine(inputs, memory.inner)
         stopped = expand_per_sample(memory.has_agreed, inputs.x)
-        prediction = Prediction(
-            *(torch.where(stopped, c, g) for c, g in zip(inputs.conditional, guided, strict=True))
+        x0, eps = (
+            torch.where(stopped, c, g) for c, g in zip(inputs.conditional, guided, strict=True)
         )
+        prediction = Prediction(x0, eps)
         has_agreed = memory.has_agreed
         if inputs.references:
             has_agreed = has_agreed | (self.cosine(inputs) >= self.threshold)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffcore.core.prediction import Prediction
-from diffcore.guidance.base import Contrast, GuidanceInput, Step, add_to_x0, dot_per_sample
+from diffcore.core.prediction import Prediction, add_to_x0, dot_per_sample
+from diffcore.guidance.base import Contrast, GuidanceInput, Step
 
 __all__ = ["APG"]
 

@@ -21,7 +21,7 @@ from diffcore.core.prediction import Prediction, PredictionType, target
 from diffcore.core.process import Process
 from diffcore.guidance.reference import Condition, Reference, Unconditional, check_reference
 from diffcore.guidance.scale import ScaleLike, check_scale, scale_at
-from diffcore.schedules import Level, Real
+from diffcore.schedules import Level
 
 __all__ = [
     "Contrast",
@@ -30,11 +30,8 @@ __all__ = [
     "GuidanceWrapper",
     "Memory",
     "Step",
-    "add_to_x0",
     "check_inner_rule",
     "check_space",
-    "dot_per_sample",
-    "expand_per_sample",
     "outputs",
 ]
 
@@ -374,30 +371,6 @@ def check_space(rule: Guidance, space: PredictionType, level: Level) -> None:
         )
 
 
-def add_to_x0(prediction: Prediction, change: Tensor, level: Level) -> Prediction:
-    """Add a change to x_0, and adjust ε so that x = α x_0 + σ ε still holds.
-
-    Args:
-        prediction: prediction to change.
-        change: (B, *shape) what is added to x_0.
-        level: level of the prediction.
-
-    Returns:
-        The changed prediction. At σ = 0, where x is x_0, it is `prediction` itself.
-    """
-    alpha, sigma = level.alpha, level.sigma
-    ratio: Real
-    if isinstance(sigma, Tensor):  # levels that differ between samples
-        ratio = torch.as_tensor(alpha / sigma).where(sigma > 0, 0.0)
-        change = change.where(sigma > 0, 0.0)
-    elif sigma == 0:
-        return prediction
-    else:
-        ratio = alpha / sigma
-    eps = prediction.eps - ratio * change
-    return replace(prediction, x0=prediction.x0 + change, eps=eps)
-
-
 def outputs(space: PredictionType, step: Step, *predictions: Prediction) -> tuple[Tensor, ...]:
     """The network output F (B, *shape) of each prediction at the level of a step.
 
@@ -411,13 +384,3 @@ def outputs(space: PredictionType, step: Step, *predictions: Prediction) -> tupl
     """
     sigma_data = step.process.sigma_data
     return tuple(target(space, *p.pair, step.level, sigma_data) for p in predictions)
-
-
-def dot_per_sample(a: Tensor, b: Tensor) -> Tensor:
-    """⟨a, b⟩ of each sample, shape (B, 1, ..., 1)."""
-    return (a * b).sum(tuple(range(1, a.ndim)), keepdim=True)
-
-
-def expand_per_sample(values: Tensor, x: Tensor) -> Tensor:
-    """One value for each sample, reshaped from (B,) to (B, 1, ..., 1) to broadcast to x."""
-    return values.reshape(-1, *[1] * (x.ndim - 1))

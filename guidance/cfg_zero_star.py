@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from diffcore.core.prediction import Prediction, predict, target
-from diffcore.guidance.base import Contrast, GuidanceInput, Step, dot_per_sample
+from diffcore.core.prediction import Prediction, dot_per_sample, predict, target
+from diffcore.guidance.base import Contrast, GuidanceInput, Step
 from diffcore.guidance.reference import Reference
 
 __all__ = ["CFGZeroStar"]

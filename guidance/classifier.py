@@ -11,15 +11,9 @@ from torch.nn.functional import mse_loss
 
 from diffcore.core.conditions import BatchCondition
 from diffcore.core.denoiser import DenoiserProtocol
-from diffcore.core.prediction import Prediction
+from diffcore.core.prediction import Prediction, add_to_x0, expand_per_sample
 from diffcore.core.process import Process
-from diffcore.guidance.base import (
-    Guidance,
-    GuidanceInput,
-    Step,
-    add_to_x0,
-    expand_per_sample,
-)
+from diffcore.guidance.base import Guidance, GuidanceInput, Step
 from diffcore.guidance.cfg import extrapolate_linearly
 from diffcore.guidance.reference import (
     NETWORK_FIELD,

@@ -248,7 +248,7 @@ def conditions(arguments: argparse.Namespace) -> None:
 
 def learned_variance(arguments: argparse.Namespace) -> None:
     """Run the study of DDPM's variances."""
-    from experiments import learned_variance as study
+    from experiments.learned import variance as study
 
     lines = study.run_study(arguments.out, arguments.seeds, arguments.steps)
     rows = _measure(lines, arguments.out)
@@ -259,7 +259,7 @@ def learned_variance(arguments: argparse.Namespace) -> None:
 
 def learned_levels(arguments: argparse.Namespace) -> None:
     """Run the study of the learned levels of pixels."""
-    from experiments import learned_levels as study
+    from experiments.learned import levels as study
 
     lines = study.run_study(arguments.out, arguments.seeds, arguments.steps)
     rows = _measure(lines, arguments.out)
@@ -270,7 +270,7 @@ def learned_levels(arguments: argparse.Namespace) -> None:
 
 def learned_encoder(arguments: argparse.Namespace) -> None:
     """Run the study of learned encoders of x_0."""
-    from experiments import learned_encoder as study
+    from experiments.learned import encoder as study
 
     lines = study.run_study(arguments.out, arguments.seeds, arguments.steps)
     rows = _measure(lines, arguments.out)

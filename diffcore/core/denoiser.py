@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffcore.core.conditions import BatchCondition, as_conditions, condition_arguments
-from diffcore.core.encoded_mean import check_mean_encoder, decode_prediction
+from diffcore.core.encoding.encoded_mean import check_mean_encoder, decode_prediction
 from diffcore.core.network import evaluation_dtype, find_learned_levels, network_config
 from diffcore.core.prediction import Prediction, hypot, predict, scale_input
 from diffcore.core.process import Process

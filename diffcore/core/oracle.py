@@ -162,9 +162,10 @@ class GaussianMixture(Oracle):
         r = self._log_joint(z, variance, condition).softmax(1)
         x0 = self.means + self._rotate(alpha * self.eigenvalues / variance * z)
         eps = self._rotate(sigma / variance * z)
-        return Prediction(
-            *(torch.einsum("bk,bkd->bd", r, value).view_as(x).to(x.dtype) for value in (x0, eps))
+        x0, eps = (
+            torch.einsum("bk,bkd->bd", r, value).view_as(x).to(x.dtype) for value in (x0, eps)
         )
+        return Prediction(x0, eps)
 
     def score(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Tensor:
         z, variance = self._whiten(x, level)
@@ -227,9 +228,10 @@ class EmpiricalDistribution(Oracle):
     ) -> Prediction:
         alpha, sigma = _level_columns(x, level)
         r = self._logits(x, level, condition).softmax(1)
-        x0 = r @ self.points
-        eps = (x.double().flatten(1) - alpha * (self.center + x0)) / sigma
-        return Prediction(*(value.view_as(x).to(x.dtype) for value in (self.center + x0, eps)))
+        x0 = self.center + r @ self.points
+        eps = (x.double().flatten(1) - alpha * x0) / sigma
+        x0, eps = (value.view_as(x).to(x.dtype) for value in (x0, eps))
+        return Prediction(x0, eps)
 
     def score(self, x: Tensor, level: Level, condition: Tensor | None = None) -> Tensor:
         eps = self(x.double(), level, condition).eps.flatten(1)

@@ -14,7 +14,7 @@ standard deviation of the data) the formulas hold in every scaling.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -27,8 +27,11 @@ __all__ = [
     "Prediction",
     "PredictionType",
     "add_scaled",
+    "add_to_x0",
     "at_least_float32",
+    "dot_per_sample",
     "edm_norm",
+    "expand_per_sample",
     "hypot",
     "log_gain",
     "predict",
@@ -252,3 +255,37 @@ def _unknown(prediction_type: str) -> str:
     return (
         f"prediction is {prediction_type!r}, expected one of {', '.join(get_args(PredictionType))}"
     )
+
+
+def add_to_x0(prediction: Prediction, change: Tensor, level: Level) -> Prediction:
+    """Add a change to x_0, and adjust ε so that x = α x_0 + σ ε still holds.
+
+    Args:
+        prediction: prediction to change.
+        change: (B, *shape) what is added to x_0.
+        level: level of the prediction.
+
+    Returns:
+        The changed prediction. At σ = 0, where x is x_0, it is `prediction` itself.
+    """
+    alpha, sigma = level.alpha, level.sigma
+    ratio: Real
+    if isinstance(sigma, Tensor):  # levels that differ between samples
+        ratio = torch.as_tensor(alpha / sigma).where(sigma > 0, 0.0)
+        change = change.where(sigma > 0, 0.0)
+    elif sigma == 0:
+        return prediction
+    else:
+        ratio = alpha / sigma
+    eps = prediction.eps - ratio * change
+    return replace(prediction, x0=prediction.x0 + change, eps=eps)
+
+
+def dot_per_sample(a: Tensor, b: Tensor) -> Tensor:
+    """⟨a, b⟩ of each sample, shape (B, 1, ..., 1)."""
+    return (a * b).sum(tuple(range(1, a.ndim)), keepdim=True)
+
+
+def expand_per_sample(values: Tensor, x: Tensor) -> Tensor:
+    """One value for each sample, reshaped from (B,) to (B, 1, ..., 1) to broadcast to x."""
+    return values.reshape(-1, *[1] * (x.ndim - 1))

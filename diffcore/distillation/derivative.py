@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from diffcore.core.forward_mode import differentiate_forward
+from diffcore.core.encoding.forward_mode import differentiate_forward
 from diffcore.schedules import Level
 from diffcore.schedules.base import alpha_sigma
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from diffcore.core.noise import Noise
-from diffcore.core.prediction import hypot
-from diffcore.guidance.base import expand_per_sample
+from diffcore.core.prediction import expand_per_sample, hypot
 from diffcore.schedules import Level
 
 __all__ = ["Blend", "noise_diffusion", "slerp"]

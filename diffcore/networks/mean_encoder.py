@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffcore.core.denoiser import extract_tensor
-from diffcore.core.encoded_mean import MeanEncoder
+from diffcore.core.encoding.encoded_mean import MeanEncoder
 from diffcore.core.network import evaluation_dtype, network_config
 
 __all__ = ["MeanEncoderNetwork"]

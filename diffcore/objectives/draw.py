@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
+from zlib import crc32
 
 from torch import Tensor
 
+from diffcore.core.random import Stream, derive_seed, uniform
 from diffcore.schedules import Level
 
-__all__ = ["Draw", "SampleKey"]
+__all__ = ["Draw", "SampleKey", "condition_mask"]
 
 
 @dataclass(frozen=True)
@@ -71,3 +73,15 @@ class Draw(NamedTuple):
         if noise is None:
             return self
         return self._replace(noise=noise.to(self.noise, non_blocking=True))
+
+
+def condition_mask(key: SampleKey, name: str, dropout: float) -> Tensor:
+    """True (B,) for samples without a condition, independent of the other conditions.
+
+    Args:
+        key: position of the samples in the run.
+        name: name of the condition.
+        dropout: share of the samples without it.
+    """
+    own = derive_seed(key.seed, Stream.CONDITION, crc32(name.encode()))
+    return uniform(own, Stream.CONDITION, key.position)[:, 0] < dropout

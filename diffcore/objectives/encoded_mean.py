@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from diffcore.core.denoiser import Denoiser
-from diffcore.core.encoded_mean import find_mean_encoder
+from diffcore.core.encoding.encoded_mean import find_mean_encoder
 from diffcore.core.gaussian import gaussian_divergence
 from diffcore.core.prediction import edm_norm
 from diffcore.schedules import Level

@@ -13,7 +13,6 @@ from abc import ABC
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, get_args
-from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +23,9 @@ from diffcore.core.denoiser import Denoiser
 from diffcore.core.network import LabelWrapper
 from diffcore.core.prediction import Prediction, at_least_float32, predict, target
 from diffcore.core.process import Process
-from diffcore.core.random import Stream, derive_seed, normal, uniform
+from diffcore.core.random import Stream, normal, uniform
 from diffcore.objectives.coupling import Coupling, IndependentCoupling
-from diffcore.objectives.draw import Draw, SampleKey
+from diffcore.objectives.draw import Draw, SampleKey, condition_mask
 from diffcore.objectives.encoded_mean import training_pair
 from diffcore.objectives.learned_levels import check_learned_process, spread_draw
 from diffcore.objectives.level_sampling import Resampler, ResamplerState
@@ -274,7 +273,7 @@ class Objective(ABC):  # noqa: B024  settings name its subclasses as components
             extra = self.perturbation * z
         dropout_mask = uniform(key.seed, Stream.DROPOUT, key.position)[:, 0] < process.dropout
         masks = {
-            name: _condition_mask(key, name, record.dropout).to(device)
+            name: condition_mask(key, name, record.dropout).to(device)
             for name, record in process.conditions.items()
         }
         given = draw_seeds(process, key.seed, key.position)
@@ -409,12 +408,6 @@ def _check_shift(process: Process) -> None:
             f"by {process.time.variable} has no number: use a schedule of all λ (Cosine, Flow), "
             "condition on blend, logsnr or sigma, or set reference_size: 0"
         )
-
-
-def _condition_mask(key: SampleKey, name: str, dropout: float) -> Tensor:
-    """True (B,) for samples without a condition, independent of the other conditions."""
-    own = derive_seed(key.seed, Stream.CONDITION, crc32(name.encode()))
-    return uniform(own, Stream.CONDITION, key.position)[:, 0] < dropout
 
 
 def _extremes(schedule: Schedule) -> Tensor:

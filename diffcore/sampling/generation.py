@@ -20,7 +20,6 @@ from diffcore.guidance.reference import Condition
 from diffcore.samplers import DDIM, DDPM, AdamsMoulton, Consistency, Sampler
 from diffcore.sampling.graph import graph_of_loop
 from diffcore.sampling.loop import (
-    SAME_LEVEL,
     Callback,
     check_guidance,
     check_levels,
@@ -28,6 +27,7 @@ from diffcore.sampling.loop import (
     evaluation_mode,
     integrate,
 )
+from diffcore.sampling.mode_changes import insert_levels
 from diffcore.schedules import Grid, Level, UniformBlend
 
 __all__ = [
@@ -39,7 +39,6 @@ __all__ = [
     "check_sampling",
     "default_sampler",
     "evaluation_mode",
-    "insert_levels",
     "padded_chunks",
     "sample",
     "warn_of_non_finite",
@@ -243,31 +242,6 @@ def add_noise(image: Tensor, level: Level, noise: Noise) -> Tensor:
     """
     z = noise.start()
     return level.alpha * image.to(z) + level.sigma * z
-
-
-def insert_levels(knots: tuple[Level, ...], logsnrs: Sequence[float]) -> tuple[Level, ...]:
-    """The knots with further levels inserted between them.
-
-    Args:
-        knots: strictly monotone levels.
-        logsnrs: λ of the levels to insert; those at a knot, outside of the range, or cleaner than
-            the levels of training are left out.
-
-    Returns:
-        Strictly monotone levels in the direction of `knots`.
-    """
-    found = {float(knot.logsnr): knot for knot in knots}
-    for logsnr in logsnrs:
-        level = knots[0].schedule.at(logsnr)
-        if (
-            min(found) < logsnr < max(found)
-            and not level.is_beyond_training
-            and all(abs(known - logsnr) > SAME_LEVEL for known in found)
-        ):
-            found[logsnr] = level
-    return tuple(
-        found[logsnr] for logsnr in sorted(found, reverse=bool(knots[0].logsnr > knots[-1].logsnr))
-    )
 
 
 def check_sampling(

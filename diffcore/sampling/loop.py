@@ -10,7 +10,7 @@ continues without its memory.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -31,10 +31,10 @@ from diffcore.guidance.evaluation import GuidedDenoiser
 from diffcore.guidance.reference import Condition, Query
 from diffcore.samplers import Sampler, State
 from diffcore.samplers.consistency import check_estimate
+from diffcore.sampling.mode_changes import find_mode_changes, forget_at_mode_change
 from diffcore.schedules import Level
 
 __all__ = [
-    "SAME_LEVEL",
     "Callback",
     "check_guidance",
     "check_levels",
@@ -42,8 +42,6 @@ __all__ = [
     "current_step",
     "evaluate_references",
     "evaluation_mode",
-    "find_mode_changes",
-    "forget_at_mode_change",
     "guided_prediction",
     "integrate",
     "watch",
@@ -55,9 +53,6 @@ Callback = Callable[[int, State, Prediction], bool | None]
 It receives the number of knots passed, the state (x and the level of the evaluation) and the
 prediction. True stops the loop, whose result then is state.x, at state.level.
 """
-
-SAME_LEVEL = 1e-9
-"""Tolerance in λ: a level nearer than this to a knot is the knot."""
 
 
 @integration()
@@ -157,45 +152,6 @@ def watch(
             state = sampler.advance(state, prediction, noise)
             state = forget_at_mode_change(sampler, state, mode_changes)
         yield inputs
-
-
-def find_mode_changes(knots: tuple[Level, ...], logsnrs: Sequence[float]) -> frozenset[float]:
-    """λ of the knots at which guidance changes its mode.
-
-    Args:
-        knots: levels between which the sampler steps.
-        logsnrs: λ at which the rule changes its mode (`Guidance.levels`).
-
-    Returns:
-        λ of the knots that are at one of `logsnrs`.
-    """
-    return frozenset(
-        float(knot.logsnr)
-        for knot in knots
-        for logsnr in logsnrs
-        if abs(float(knot.logsnr) - logsnr) <= SAME_LEVEL
-    )
-
-
-def forget_at_mode_change(sampler: Sampler, state: State, mode_changes: frozenset[float]) -> State:
-    """The state, without its memory if it starts a step at a change of the guidance mode.
-
-    Args:
-        sampler: sampler whose memory it is.
-        state: state after a step. Within a step (Heun evaluates the end of a step) it is unchanged.
-        mode_changes: λ as `find_mode_changes` returns them.
-
-    Returns:
-        The state from which the loop continues.
-    """
-    if (
-        not mode_changes
-        or state.done
-        or state.level is state.remaining[0]
-        or float(state.level.logsnr) not in mode_changes
-    ):
-        return state
-    return sampler.forget(state)
 
 
 def guided_prediction(

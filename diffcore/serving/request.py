@@ -12,13 +12,9 @@ from diffcore.core.process import Process
 from diffcore.guidance import CFG, Guidance
 from diffcore.guidance.reference import Condition
 from diffcore.samplers import Sampler
-from diffcore.sampling.generation import (
-    DEFAULT_GRID,
-    DEFAULT_SAMPLER,
-    check_sampling,
-    insert_levels,
-)
+from diffcore.sampling.generation import DEFAULT_GRID, DEFAULT_SAMPLER, check_sampling
 from diffcore.sampling.loop import count_evaluations
+from diffcore.sampling.mode_changes import insert_levels
 from diffcore.schedules import Grid, Level
 
 __all__ = ["QueueFullError", "RequestPlan", "SamplingLimits", "SamplingRequest", "plan_request"]

@@ -12,7 +12,8 @@ from diffcore.core.prediction import Prediction
 from diffcore.guidance import CFG, Guidance, GuidanceInput, Step
 from diffcore.guidance.reference import Query
 from diffcore.samplers import State
-from diffcore.sampling.loop import current_step, find_mode_changes, forget_at_mode_change
+from diffcore.sampling.loop import current_step
+from diffcore.sampling.mode_changes import find_mode_changes, forget_at_mode_change
 from diffcore.schedules import Level
 from diffcore.serving.request import RequestPlan
 

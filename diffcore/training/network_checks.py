@@ -5,7 +5,7 @@ from torch import nn
 
 from diffcore.core.conditions import condition_arguments, null_condition
 from diffcore.core.denoiser import Denoiser
-from diffcore.core.encoded_mean import find_mean_encoder
+from diffcore.core.encoding.encoded_mean import find_mean_encoder
 from diffcore.core.network import LabelWrapper, find_learned_levels
 from diffcore.core.process import Process
 

@@ -28,8 +28,9 @@ from diffcore.guidance import CFG, Guidance, Interval
 from diffcore.io.parser import ComponentParser
 from diffcore.objectives.draw import SampleKey
 from diffcore.samplers import DDIM
-from diffcore.sampling.generation import insert_levels, sample
+from diffcore.sampling.generation import sample
 from diffcore.sampling.loop import integrate
+from diffcore.sampling.mode_changes import insert_levels
 from diffcore.schedules import Trailing, UniformLogSNR
 from diffcore.training.construction import build_state
 from diffcore.training.loop import advance, training_batches

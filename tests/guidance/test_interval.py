@@ -23,8 +23,9 @@ from diffcore.samplers import (
     Restart,
     UniPC,
 )
-from diffcore.sampling.generation import insert_levels, sample
+from diffcore.sampling.generation import sample
 from diffcore.sampling.loop import integrate
+from diffcore.sampling.mode_changes import insert_levels
 from diffcore.schedules import Cosine, Explicit, Karras, Trailing, UniformBlend, UniformLogSNR
 from tests.helpers.oracles import ExactNetwork, Pair, flow, mixture, process
 

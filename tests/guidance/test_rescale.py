@@ -12,8 +12,9 @@ from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction, PredictionType
 from diffcore.guidance import CFG, ClassifierGuidance, GuidanceInput, Interval, Rescale, Step
 from diffcore.samplers import AlphaBlending
-from diffcore.sampling.generation import insert_levels, sample
+from diffcore.sampling.generation import sample
 from diffcore.sampling.loop import guided_prediction, integrate
+from diffcore.sampling.mode_changes import insert_levels
 from diffcore.schedules import Trailing
 from tests.helpers.oracles import ExactNetwork, Pair, mixture, process
 

@@ -38,8 +38,9 @@ from diffcore.samplers import (
     Restart,
     UniPC,
 )
-from diffcore.sampling.generation import insert_levels, sample
+from diffcore.sampling.generation import sample
 from diffcore.sampling.loop import check_guidance, integrate, watch
+from diffcore.sampling.mode_changes import insert_levels
 from diffcore.schedules import Cosine, Karras, Trailing, UniformLogSNR
 from tests.helpers.guidance_rules import ORACLE, WEAKER, classifier
 from tests.helpers.oracles import mixture, process

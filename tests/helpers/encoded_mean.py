@@ -12,7 +12,7 @@ from scipy.integrate import quad
 from torch import Tensor
 
 from diffcore.core.denoiser import Denoiser
-from diffcore.core.encoded_mean import MeanEncoder
+from diffcore.core.encoding.encoded_mean import MeanEncoder
 from diffcore.core.process import Process, TimeConditioning
 from diffcore.schedules import LogLinear, Schedule
 

@@ -9,8 +9,8 @@ import torch
 from diffcore.core.noise import Noise
 from diffcore.core.prediction import predict
 from diffcore.core.process import Process
-from diffcore.sampling.generation import insert_levels
 from diffcore.sampling.loop import integrate
+from diffcore.sampling.mode_changes import insert_levels
 from diffcore.schedules import Cosine, Trailing
 
 PROCESS = Process(Cosine(), shape=(3, 8, 8), classes=4, dropout=0.1, sigma_data=0.7)

@@ -19,8 +19,9 @@ from diffcore.samplers import (
     Heun,
     Restart,
 )
-from diffcore.sampling.generation import DEFAULT_GRID, DEFAULT_SAMPLER, insert_levels, sample
+from diffcore.sampling.generation import DEFAULT_GRID, DEFAULT_SAMPLER, sample
 from diffcore.sampling.loop import integrate
+from diffcore.sampling.mode_changes import insert_levels
 from diffcore.schedules import (
     Cosine,
     Discrete,

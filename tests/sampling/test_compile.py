@@ -16,9 +16,10 @@ from diffcore.core.process import Process
 from diffcore.guidance import APG, CFG, Interval, Label, LinearScale, Rescale, WeakerNetwork
 from diffcore.samplers import DDIM, AdamsBashforth, AdamsMoulton, DPMSolverPP, Heun, UniPC
 from diffcore.sampling.compiled import CompiledDenoiser
-from diffcore.sampling.generation import insert_levels, sample
+from diffcore.sampling.generation import sample
 from diffcore.sampling.graph import LoopGraph, check_graph
 from diffcore.sampling.loop import guided_prediction, integrate
+from diffcore.sampling.mode_changes import insert_levels
 from diffcore.schedules import Cosine, Trailing, Truncated
 from tests.helpers.oracles import PREDICTION_TYPES, process
 

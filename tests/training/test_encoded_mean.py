@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffcore.core.encoded_mean import find_mean_encoder
+from diffcore.core.encoding.encoded_mean import find_mean_encoder
 from diffcore.core.process import Process
 from diffcore.evaluation.likelihood import variational_bound
 from diffcore.networks import MeanEncoderNetwork, Perceptron

@@ -38,14 +38,9 @@ from diffcore.sampling.files import (
     hash_networks,
     write_arrays,
 )
-from diffcore.sampling.generation import (
-    NonFiniteWarning,
-    Samples,
-    check_sampling,
-    insert_levels,
-    sample,
-)
+from diffcore.sampling.generation import NonFiniteWarning, Samples, check_sampling, sample
 from diffcore.sampling.loop import count_evaluations
+from diffcore.sampling.mode_changes import insert_levels
 from diffcore.schedules import Level
 
 __all__ = ["SamplePlan", "draw_samples", "find_device", "main", "read_rank"]

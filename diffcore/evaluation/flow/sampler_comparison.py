@@ -18,13 +18,8 @@ from diffcore.guidance import Guidance
 from diffcore.guidance.reference import Condition
 from diffcore.io.specs import describe_component
 from diffcore.samplers import Sampler
-from diffcore.sampling.generation import (
-    DEFAULT_GRID,
-    NonFiniteWarning,
-    check_sampling,
-    insert_levels,
-    sample,
-)
+from diffcore.sampling.generation import DEFAULT_GRID, NonFiniteWarning, check_sampling, sample
+from diffcore.sampling.mode_changes import insert_levels
 from diffcore.schedules import Grid, Level
 
 __all__ = ["Case", "Distance", "SamplerComparison", "place_knots", "steps_within"]

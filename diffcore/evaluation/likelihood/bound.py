@@ -9,7 +9,7 @@ With knots t_n > ... > t_1 > clean, x_i at t_i, and the steps p(x_s | x_t) = N(�
     L_0 = -ln N(x_0; x̂_0(x_1), V)                        for continuous data
 
 With a learned encoder (DiffEnc), x contains x_φ(x_0, λ), also in q, and μ is the mean of its steps
-(`diffcore.core.encoded_mean`; Nielsen et al. 2024, 2310.19789).
+(`diffcore.core.encoding.encoded_mean`; Nielsen et al. 2024, 2310.19789).
 
 Where each element has its own, learned level, the knots are those of the elements at
 z ~ q(z | x_0), and the bound contains KL(q(z | x_0) || N(0, I)) (Sahoo et al. 2024, 2312.13236).
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from diffcore.core.conditions import BatchCondition
 from diffcore.core.denoiser import DenoiserProtocol
-from diffcore.core.encoded_mean import MeanEncoder, find_mean_encoder
+from diffcore.core.encoding.encoded_mean import MeanEncoder, find_mean_encoder
 from diffcore.core.estimate import require_posterior_mean
 from diffcore.core.gaussian import (
     discretised_log_likelihood,

@@ -50,10 +50,10 @@ from diffcore.sampling.generation import (
     DEFAULT_SAMPLER,
     check_sampling,
     evaluation_mode,
-    insert_levels,
     warn_of_non_finite,
 )
 from diffcore.sampling.loop import integrate
+from diffcore.sampling.mode_changes import insert_levels
 from diffcore.schedules import Grid, Level
 
 __all__ = ["DiffcorePipeline"]

@@ -18,7 +18,8 @@ from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
 from diffcore.core.process import Process
 from diffcore.samplers import Knots, Sampler, State
-from diffcore.sampling.loop import check_levels, find_mode_changes, forget_at_mode_change
+from diffcore.sampling.loop import check_levels
+from diffcore.sampling.mode_changes import find_mode_changes, forget_at_mode_change
 from diffcore.schedules import Level
 
 __all__ = ["CallPlan", "PipelineCall"]

@@ -14,14 +14,15 @@ from torch import Tensor
 
 from diffcore.core.prediction import (
     Prediction,
+    add_to_x0,
     at_least_float32,
     edm_norm,
+    expand_per_sample,
     predict,
     scale_input,
     target,
 )
 from diffcore.core.process import TimeConditioning
-from diffcore.guidance.base import add_to_x0, expand_per_sample
 from diffcore.integrations.diffusers.scheduler.call import PipelineCall
 from diffcore.integrations.diffusers.scheduler.call_plan import call_plan
 from diffcore.integrations.diffusers.scheduler.generator_noise import GeneratorNoise, Generators

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from diffcore.core.prediction import PredictionType
 from diffcore.core.process import Process, TimeConditioning
 from diffcore.samplers import Sampler
-from diffcore.sampling.generation import insert_levels
+from diffcore.sampling.mode_changes import insert_levels
 from diffcore.schedules import Grid, Level, Schedule, Shifted
 
 __all__ = ["SchedulerSettings", "apply_dynamic_shift"]

@@ -19,8 +19,9 @@ from diffcore.integrations.diffusers.families import (
     register_family,
 )
 from diffcore.samplers import DDIM
-from diffcore.sampling.generation import insert_levels, sample
+from diffcore.sampling.generation import sample
 from diffcore.sampling.loop import integrate
+from diffcore.sampling.mode_changes import insert_levels
 from tests.helpers.tiny_pipelines import relative_difference, seed, seeded
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # in diffusers

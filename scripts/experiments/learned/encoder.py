@@ -16,7 +16,7 @@ from benchmarks.table import markdown_table, mean_and_half_range
 from torch import Tensor, nn
 
 from diffcore.core.denoiser import Denoiser
-from diffcore.core.encoded_mean import find_mean_encoder
+from diffcore.core.encoding.encoded_mean import find_mean_encoder
 from diffcore.core.process import Process
 from diffcore.evaluation.likelihood import variational_bound
 from diffcore.networks import MeanEncoderNetwork, Perceptron

@@ -1,7 +1,7 @@
 """The study of learned levels: its measurements and its table."""
 
 import pytest
-from experiments.learned_levels import ARMS, PARTS, SHAPE, build, format_table, measure
+from experiments.learned.levels import ARMS, PARTS, SHAPE, build, format_table, measure
 
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.process import Process

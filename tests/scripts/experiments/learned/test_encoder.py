@@ -1,7 +1,7 @@
 """The study of learned encoders: its measurements and its table."""
 
 import pytest
-from experiments.learned_encoder import ARMS, PARTS, SHAPE, build, format_table, measure
+from experiments.learned.encoder import ARMS, PARTS, SHAPE, build, format_table, measure
 
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.process import Process

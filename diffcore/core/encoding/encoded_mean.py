@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffcore.core.forward_mode import differentiate_forward
+from diffcore.core.encoding.forward_mode import differentiate_forward
 from diffcore.core.prediction import Prediction
 from diffcore.core.process import Process
 from diffcore.schedules import Level

@@ -1,7 +1,7 @@
 """The study of DDPM's variances: its measurements and its table."""
 
 import pytest
-from experiments.learned_variance import ARMS, TABLES, format_table, measure
+from experiments.learned.variance import ARMS, TABLES, format_table, measure
 
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.process import Process

@@ -1,0 +1,1 @@
+"""Experiments on processes with a learned part: variances, levels, and the encoder of x_0."""
