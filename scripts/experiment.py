@@ -55,79 +55,71 @@ def main() -> None:
 
 def _add_options(study: argparse.ArgumentParser, run: Callable[..., None], name: str) -> None:
     """Add the options of one study."""
-    study.add_argument("--threads", type=int, default=1, help="processor threads (default 1)")
-    if run is flow_maps:
-        study.add_argument("--steps", type=int, default=300, help="training steps (default 300)")
-        study.add_argument(
-            "--sizes", type=int, nargs="+", default=[2, 64], help="dimensions (default 2 64)"
-        )
     bounds = (learned_variance, learned_levels, learned_encoder)
-    with_file = (training, guidance, zero_terminal_snr, flow_maps, *bounds)
-    if run in (*with_file, claims):
+    steps = dict.fromkeys((inversion, samplers, identification, *bounds), 400) | {
+        conditions: 1000,
+        flow_maps: 300,
+        mean_velocity: 160,
+        reward: 24,
+    }
+    with_seeds = (training, guidance, zero_terminal_snr, flow_maps, *bounds)
+    study.add_argument("--threads", type=int, default=1, help="processor threads (default 1)")
+    if run in steps:
+        help_text = f"training steps (default {steps[run]})"
+        study.add_argument("--steps", type=int, default=steps[run], help=help_text)
+    if run in (*with_seeds, claims):
         study.add_argument(
             "--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default 0 1 2)"
         )
-    if run in with_file:
-        study.add_argument(
-            "--out",
-            type=Path,
-            default=Path(f"docs/experiments/{name}.jsonl"),
-            help=f"file of measurements (default docs/experiments/{name}.jsonl)",
-        )
-    if run in (inversion, samplers, identification, *bounds):
-        study.add_argument(
-            "--steps", type=int, default=400, help="training steps of batch 64 (default 400)"
-        )
+    if run in (*with_seeds, mean_velocity, reward, few_step, tuning, default_sampler):
+        out = Path(f"docs/experiments/{name}.jsonl")
+        study.add_argument("--out", type=Path, default=out, help=f"measurements (default {out})")
+    if run in (conditions, tuning, default_sampler):
+        study.add_argument("--only", nargs="+", help="names of problems (default: all)")
     if run in (inversion, samplers):
         count = 32 if run is inversion else 60
-        study.add_argument(
-            "--count",
-            type=int,
-            default=count,
-            help=f"images of each measurement (default {count})",
-        )
-    if run is caches:
-        study.add_argument("--unet", type=Path, required=True, help="run of a U-Net")
-        study.add_argument("--dit", type=Path, required=True, help="run of a transformer")
-        study.add_argument("--count", type=int, default=40, help="samples (default 40)")
-        study.add_argument("--steps", type=int, default=24, help="sampler steps (default 24)")
-        out = Path("docs/experiments/caches.json")
-        study.add_argument("--out", type=Path, default=out, help=f"measurements (default {out})")
-    if run is kill_drill:
-        _add_drill_options(study)
-    if run is conditions:
-        study.add_argument(
-            "--steps", type=int, default=1000, help="training steps of batch 64 (default 1000)"
-        )
-        study.add_argument("--only", nargs="+", help="names of problems (default: all)")
-    if run is mean_velocity:
-        study.add_argument("--steps", type=int, default=160, help="training steps (default 160)")
-        out = Path(f"docs/experiments/{name}.jsonl")
-        study.add_argument("--out", type=Path, default=out, help=f"measurements (default {out})")
-    if run is reward:
-        study.add_argument("--steps", type=int, default=24, help="training steps (default 24)")
-        out = Path("docs/experiments/reward.jsonl")
-        study.add_argument("--out", type=Path, default=out, help=f"measurements (default {out})")
-        for option, folder in (
-            ("reference", "runs/few-step/Consistency-0"),
-            ("folder", "runs/few-step"),
-        ):
-            study.add_argument(f"--{option}", type=Path, default=Path(folder), help=f"({folder})")
-    if run is few_step:
-        _add_few_step_options(study)
+        help_text = f"images of each measurement (default {count})"
+        study.add_argument("--count", type=int, default=count, help=help_text)
     if run in (tuning, default_sampler):
-        out = Path(f"docs/experiments/{name}.jsonl")
-        study.add_argument("--out", type=Path, default=out, help=f"measurements (default {out})")
-        study.add_argument("--only", nargs="+", help="names of problems (default: all)")
         help_text = "folder of a run of the digits recipe (default runs/digits)"
         study.add_argument("--run-folder", type=Path, default=Path("runs/digits"), help=help_text)
+    _add_own_options(study, run)
+
+
+def _add_own_options(study: argparse.ArgumentParser, run: Callable[..., None]) -> None:
+    """Add the options that no other study has."""
+    if run is flow_maps:
+        study.add_argument(
+            "--sizes", type=int, nargs="+", default=[2, 64], help="dimensions (default 2 64)"
+        )
+    if run is caches:
+        _add_caches_options(study)
+    if run is kill_drill:
+        _add_drill_options(study)
+    if run is reward:
+        _add_reward_options(study)
+    if run is few_step:
+        _add_few_step_options(study)
     if run is claims:
         _add_claims_options(study)
 
 
-def _add_few_step_options(study: argparse.ArgumentParser) -> None:
-    out = Path("docs/experiments/few-step.jsonl")
+def _add_caches_options(study: argparse.ArgumentParser) -> None:
+    study.add_argument("--unet", type=Path, required=True, help="run of a U-Net")
+    study.add_argument("--dit", type=Path, required=True, help="run of a transformer")
+    study.add_argument("--count", type=int, default=40, help="samples (default 40)")
+    study.add_argument("--steps", type=int, default=24, help="sampler steps (default 24)")
+    out = Path("docs/experiments/caches.json")
     study.add_argument("--out", type=Path, default=out, help=f"measurements (default {out})")
+
+
+def _add_reward_options(study: argparse.ArgumentParser) -> None:
+    reference, folder = Path("runs/few-step/Consistency-0"), Path("runs/few-step")
+    study.add_argument("--reference", type=Path, default=reference, help=f"({reference})")
+    study.add_argument("--folder", type=Path, default=folder, help=f"({folder})")
+
+
+def _add_few_step_options(study: argparse.ArgumentParser) -> None:
     study.add_argument("--only", nargs="+", help="names of methods (default: all)")
     study.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(0 1 2)")
     for name, folder in (("teacher", "runs/digits"), ("folder", "runs/few-step")):
