@@ -185,7 +185,7 @@ def test_every_option_that_a_message_names_exists(diffcore):
         if name.endswith(".py")
         for node in ast.walk(ast.parse((root / name).read_text(encoding="utf-8")))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
-        for option in re.findall(r"(?<![\w-])--([a-z][\w.-]*\w)", node.value)
+        for option in re.findall(r"(?<!var\()(?<![\w-])--([a-z][\w.-]*\w)", node.value)
         if option.replace("-", "_") not in known
     }
     assert unknown == set()

@@ -31,7 +31,7 @@ OBJECTS = [
     "builtins.eval",
 ]
 """Callables of which each does something when it is called."""
-FACTORIES = {"network", "wrap", "build", "label_wrapper"}
+FACTORIES = {"network", "encoder", "wrap", "build", "label_wrapper"}
 """Fields that hold a function from nothing or a network to a network: these accept a class."""
 
 

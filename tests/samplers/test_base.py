@@ -54,7 +54,8 @@ def has_midpoints(sampler):
 
 def is_finite_at_ends(sampler):
     """Whether the sampler needs no first-order step at the ends α = 0 and σ = 0."""
-    forms = (AdamsBashforth.flow(3), AdamsMoulton(3), AdamsMoulton(3, every=2))
+    flows = (AdamsBashforth.flow(2), AdamsBashforth.flow(3))
+    forms = (*flows, AdamsMoulton(3), AdamsMoulton(3, every=2))
     return has_midpoints(sampler) or inner_sampler(sampler) in forms
 
 
