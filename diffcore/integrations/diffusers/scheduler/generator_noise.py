@@ -1,7 +1,7 @@
 """Noise from the torch.Generator of a diffusers pipeline, which replaces the seeds of diffcore."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -54,8 +54,9 @@ class GeneratorNoise(Noise):
             The noise.
         """
         unused_seeds = torch.zeros(count, dtype=torch.int64)
-        noise = cls(unused_seeds, tuple(shape), device, dtype)
-        return replace(noise, generator=generator, draw_dtype=draw_dtype)
+        return cls(
+            unused_seeds, tuple(shape), device, dtype, generator=generator, draw_dtype=draw_dtype
+        )
 
     def start(self) -> Tensor:
         return self._draw()
