@@ -251,19 +251,20 @@ def learned_variance(arguments: argparse.Namespace) -> None:
 
 def learned_levels(arguments: argparse.Namespace) -> None:
     """Run the study of the learned levels of pixels."""
-    from experiments.learned import levels as study
+    from experiments.learned import levels
 
-    lines = study.run_study(arguments.out, arguments.seeds, arguments.steps)
-    rows = _measure(lines, arguments.out)
-    measurements = [row for row in rows if row["steps"] == arguments.steps]
-    for count in study.COUNTS:
-        print(f"\nBits per dimension, {count} steps\n\n{study.format_table(measurements, count)}")
+    _print_bounds(arguments, levels)
 
 
 def learned_encoder(arguments: argparse.Namespace) -> None:
     """Run the study of learned encoders of x_0."""
-    from experiments.learned import encoder as study
+    from experiments.learned import encoder
 
+    _print_bounds(arguments, encoder)
+
+
+def _print_bounds(arguments: argparse.Namespace, study: Any) -> None:
+    """Run a study of bounds, and print a table for each number of steps."""
     lines = study.run_study(arguments.out, arguments.seeds, arguments.steps)
     rows = _measure(lines, arguments.out)
     measurements = [row for row in rows if row["steps"] == arguments.steps]

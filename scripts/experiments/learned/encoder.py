@@ -8,31 +8,29 @@ variational bound of the held-out scans.
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from benchmarks.table import markdown_table, mean_and_half_range
 from torch import Tensor, nn
 
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.encoding.encoded_mean import find_mean_encoder
-from diffcore.core.process import Process
-from diffcore.evaluation.likelihood import variational_bound
 from diffcore.networks import MeanEncoderNetwork, Perceptron
-from diffcore.objectives.objective import Objective
-from diffcore.objectives.weighting import ELBO
-from diffcore.schedules import LogLinear
 from diffcore.training.data import Digits
-from experiments.study import continue_study, create_trainer, group_rows, train_averaged
+from experiments.learned.bound import (
+    COUNTS,
+    PARTS,
+    SHAPE,
+    continue_arms,
+    format_bounds,
+    measure_parts,
+    train_by_bound,
+)
 
-SHAPE = (1, 8, 8)
+__all__ = ["ARMS", "COUNTS", "PARTS", "SHAPE", "build", "format_table", "measure", "run_study"]
+
 ARMS = ("none", "fixed, c = 0", "learned, c = 0", "learned, c = 1")
 """Encoders of the trained processes."""
-COUNTS = (25, 250)
-"""Numbers of steps of the bound."""
-PARTS = ("bits", "prior", "transitions", "decoder")
-"""The bound and its parts."""
 
 
 class NoEncoder(nn.Module):
@@ -53,24 +51,14 @@ def run_study(out: Path, seeds: Iterable[int], steps: int) -> Iterator[str]:
     Yields:
         The lines that are appended to the file.
     """
-    cells = [(name, seed, steps) for seed in seeds for name in ARMS]
-    return continue_study(out, ("arm", "seed", "steps"), cells, _measure_cell)
+    return continue_arms(out, ARMS, seeds, steps, _measure_cell)
 
 
 def _measure_cell(name: str, seed: int, steps: int) -> list[Mapping[str, Any]]:
     """The measurements of one network, for each number of steps of the bound."""
-    with TemporaryDirectory() as folder:
-        denoiser = _train(name, seed, Path(folder), steps)
+    network, estimate = build(name)
+    denoiser = train_by_bound(network, seed, steps, estimate=estimate)
     return [{"count": count, **measure(denoiser, count)} for count in COUNTS]
-
-
-def _train(arm: str, seed: int, folder: Path, steps: int) -> Denoiser:
-    network, estimate = build(arm)
-    schedule = LogLinear(-5.0, 8.0)
-    process = Process(schedule, shape=SHAPE, sigma_data=0.75, estimate=estimate)
-    objective = Objective(ELBO(), corrected=True)
-    data = Digits("train")
-    return train_averaged(create_trainer(network, data, process, objective, folder, seed, steps))
 
 
 def build(arm: str, width: int = 256) -> tuple[Any, Any]:
@@ -102,9 +90,7 @@ def measure(denoiser: Denoiser, count: int) -> dict[str, float]:
         The bound and its parts in bits per dimension, and `change`, the root of the mean square of
         h over pixels, scans and levels: 0 where nothing is learned.
     """
-    x0 = Digits("test").x0
-    bound = variational_bound(denoiser, x0, 17, steps=count, variance=0.0)
-    found = {part: float(getattr(bound, part).mean()) for part in PARTS}
+    found, x0 = measure_parts(denoiser, count), Digits("test").x0
     encoder = find_mean_encoder(denoiser.network)
     if encoder is None:
         return {**found, "change": 0.0}
@@ -123,11 +109,5 @@ def format_table(measurements: list[dict[str, Any]], count: int) -> str:
     Returns:
         The table as Markdown.
     """
-    rows = []
-    for (arm,), found in group_rows(measurements, "arm").items():
-        chosen = [row for row in found if row["count"] == count]
-        cells = (
-            mean_and_half_range([row[name] for row in chosen], 3) for name in (*PARTS, "change")
-        )
-        rows.append([arm, *cells])
-    return markdown_table(["encoder", *PARTS, "size of h"], rows)
+    columns = {part: part for part in PARTS} | {"change": "size of h"}
+    return format_bounds(measurements, count, "encoder", columns)

@@ -8,30 +8,29 @@ latent of the image. Measured is the variational bound of the held-out scans.
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from benchmarks.table import markdown_table, mean_and_half_range
 
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.network import find_learned_levels
-from diffcore.core.process import Process
-from diffcore.evaluation.likelihood import variational_bound
 from diffcore.networks import Perceptron
 from diffcore.networks.learned_levels import LearnedLevelsNetwork
-from diffcore.objectives.objective import Objective
-from diffcore.objectives.weighting import ELBO
-from diffcore.schedules import LogLinear
-from diffcore.training.data import Digits
-from experiments.study import continue_study, create_trainer, group_rows, train_averaged
+from experiments.learned import bound
+from experiments.learned.bound import (
+    COUNTS,
+    SHAPE,
+    continue_arms,
+    format_bounds,
+    measure_parts,
+    train_by_bound,
+)
 
-SHAPE = (1, 8, 8)
+__all__ = ["ARMS", "COUNTS", "PARTS", "SHAPE", "build", "format_table", "measure", "run_study"]
+
 ARMS: dict[str, int | None] = {"shared": None, "learned": 0, "learned, 4 latents": 4}
 """The trained processes, by the number of latents; None: one level for all pixels."""
-COUNTS = (25, 250)
-"""Numbers of steps of the bound."""
-PARTS = ("bits", "prior", "transitions", "decoder", "latent")
+PARTS = (*bound.PARTS, "latent")
 """The bound and its parts."""
 
 
@@ -46,23 +45,14 @@ def run_study(out: Path, seeds: Iterable[int], steps: int) -> Iterator[str]:
     Yields:
         The lines that are appended to the file.
     """
-    cells = [(name, seed, steps) for seed in seeds for name in ARMS]
-    return continue_study(out, ("arm", "seed", "steps"), cells, _measure_cell)
+    return continue_arms(out, ARMS, seeds, steps, _measure_cell)
 
 
 def _measure_cell(name: str, seed: int, steps: int) -> list[Mapping[str, Any]]:
     """The measurements of one network, for each number of steps of the bound."""
-    with TemporaryDirectory() as folder:
-        denoiser = _train(ARMS[name], seed, Path(folder), steps)
+    network, levels = build(ARMS[name])
+    denoiser = train_by_bound(network, seed, steps, levels=levels)
     return [{"count": count, **measure(denoiser, count)} for count in COUNTS]
-
-
-def _train(latent: int | None, seed: int, folder: Path, steps: int) -> Denoiser:
-    network, levels = build(latent)
-    process = Process(LogLinear(-5.0, 8.0), shape=SHAPE, sigma_data=0.75, levels=levels)
-    objective = Objective(ELBO(), corrected=True)
-    data = Digits("train")
-    return train_averaged(create_trainer(network, data, process, objective, folder, seed, steps))
 
 
 def build(latent: int | None, width: int = 256) -> tuple[Any, Any]:
@@ -92,8 +82,7 @@ def measure(denoiser: Denoiser, count: int) -> dict[str, float]:
         The bound and its parts in bits per dimension, and `spread`, the standard deviation over the
         pixels of the learned time at t = ½ and z = 0.
     """
-    bound = variational_bound(denoiser, Digits("test").x0, 17, steps=count, variance=0.0)
-    found = {part: float(getattr(bound, part).mean()) for part in PARTS}
+    found = measure_parts(denoiser, count, PARTS)
     learned = find_learned_levels(denoiser.network)
     if learned is None:
         return {**found, "spread": 0.0}
@@ -113,11 +102,5 @@ def format_table(measurements: list[dict[str, Any]], count: int) -> str:
     Returns:
         The table as Markdown.
     """
-    rows = []
-    for (arm,), found in group_rows(measurements, "arm").items():
-        chosen = [row for row in found if row["count"] == count]
-        cells = (
-            mean_and_half_range([row[name] for row in chosen], 3) for name in (*PARTS, "spread")
-        )
-        rows.append([arm, *cells])
-    return markdown_table(["levels", *PARTS, "spread of τ"], rows)
+    columns = {part: part for part in PARTS} | {"spread": "spread of τ"}
+    return format_bounds(measurements, count, "levels", columns)

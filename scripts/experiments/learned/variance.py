@@ -25,8 +25,8 @@ from diffcore.samplers import DDPM
 from diffcore.sampling.generation import sample
 from diffcore.schedules import Cosine, Trailing
 from diffcore.training.data import Digits
+from experiments.learned.bound import continue_arms
 from experiments.study import (
-    continue_study,
     create_trainer,
     group_rows,
     sample_seeds,
@@ -61,8 +61,7 @@ def run_study(out: Path, seeds: Iterable[int], steps: int) -> Iterator[str]:
     Yields:
         The lines that are appended to the file.
     """
-    cells = [(name, seed, steps) for seed in seeds for name in ARMS]
-    return continue_study(out, ("arm", "seed", "steps"), cells, _measure_cell)
+    return continue_arms(out, ARMS, seeds, steps, _measure_cell)
 
 
 def _measure_cell(name: str, seed: int, steps: int) -> list[Mapping[str, Any]]:

@@ -5,7 +5,6 @@ noise but that of the network's own derivative. Compared are two embeddings of b
 derivative of a sinusoid of c t is c times as large as the sinusoid, and it is a part of the target.
 """
 
-import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,7 +27,7 @@ from experiments.students.flow_maps import (
     train_step,
     velocity_error,
 )
-from experiments.study import group_rows, read_measurements
+from experiments.study import continue_study, group_rows
 
 __all__ = ["SETTINGS", "format_table", "run_study"]
 
@@ -65,16 +64,13 @@ def run_study(out: Path, steps: int, seed: int = 0) -> Iterator[str]:
     Yields:
         The lines that are appended to the file.
     """
-    done = {(row["setting"], row["steps"]) for row in read_measurements(out)}
     problem = create_problem(2)
-    for name, setting in SETTINGS.items():
-        if (name, steps) in done:
-            continue
-        for row in train(problem, setting, steps, seed):
-            line = json.dumps({"setting": name, "steps": steps, "seed": seed, **row})
-            with out.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-            yield line
+
+    def measure(name: str, steps: int, seed: int) -> Iterator[Mapping[str, float]]:
+        return train(problem, SETTINGS[name], steps, seed)
+
+    cells = [(name, steps, seed) for name in SETTINGS]
+    return continue_study(out, ("setting", "steps", "seed"), cells, measure)
 
 
 def train(

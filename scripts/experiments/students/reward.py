@@ -19,7 +19,7 @@ from diffcore.objectives.draw import SampleKey
 from diffcore.run import Run
 from diffcore.schedules import UniformBlend
 from experiments.students.few_step import GRID, TRAINING, evaluate, run_command
-from experiments.study import read_measurements
+from experiments.study import continue_study
 
 __all__ = ["STRENGTHS", "format_table", "ink", "run_study"]
 
@@ -63,20 +63,16 @@ def run_study(reference: Path, folder: Path, out: Path, steps: int) -> Iterator[
     Yields:
         The lines that are appended to the file.
     """
-    done = {(row["strength"], row["training_steps"]) for row in read_measurements(out)}
-    for strength in (None, *STRENGTHS):
-        count = 0 if strength is None else steps
-        if (strength, count) in done:
-            continue
-        run = reference
-        if strength is not None:
-            run = folder / f"RewardTuning-{strength}-{steps}"
-            tune(reference, run, strength, steps)
-        key = {"strength": strength, "training_steps": count}
-        line = json.dumps({**key, **measure(run, reference)})
-        with out.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-        yield line
+
+    def measure_cell(strength: float | None, training_steps: int) -> list[dict[str, Any]]:
+        if strength is None:
+            return [measure(reference, reference)]
+        run = folder / f"RewardTuning-{strength}-{training_steps}"
+        tune(reference, run, strength, training_steps)
+        return [measure(run, reference)]
+
+    cells = [(None, 0), *((strength, steps) for strength in STRENGTHS)]
+    return continue_study(out, ("strength", "training_steps"), cells, measure_cell)
 
 
 def tune(reference: Path, run: Path, strength: float, steps: int) -> None:
