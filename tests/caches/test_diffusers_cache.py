@@ -21,10 +21,10 @@ from tests.helpers.tiny_pipelines import (
     NEGATIVE,
     NO_TEXT,
     PROMPT,
+    flux_transformer,
     quiet,
     relative_difference,
     seed,
-    seeded,
     stable_diffusion,
     vae,
 )
@@ -39,22 +39,7 @@ STEPS = 10
 SAMPLER, FLUX_SIZE = AlphaBlending(1), {"height": 16, "width": 16}
 
 
-def flux_network():
-    return seeded(
-        lambda: diffusers.FluxTransformer2DModel(
-            in_channels=16,
-            num_layers=2,
-            num_single_layers=2,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=8,
-            pooled_projection_dim=8,
-            axes_dims_rope=(4, 4, 8),
-        )
-    )
-
-
-NETWORK = flux_network()
+NETWORK = flux_transformer(layers=2)
 
 
 def flux():

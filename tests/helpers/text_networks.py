@@ -5,7 +5,7 @@ import string
 import diffusers
 import transformers
 
-from tests.helpers.tiny_pipelines import quiet, seeded, unet_2d_condition, vae
+from tests.helpers.tiny_pipelines import flux_transformer, quiet, seeded, unet_2d_condition, vae
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORDS = [
@@ -131,19 +131,7 @@ def sd3(scheduler):
 
 
 def flux(scheduler, guidance_embeds=True):
-    network = seeded(
-        lambda: diffusers.FluxTransformer2DModel(
-            in_channels=16,
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=8,
-            pooled_projection_dim=8,
-            axes_dims_rope=(4, 4, 8),
-            guidance_embeds=guidance_embeds,
-        )
-    )
+    network = flux_transformer(guidance_embeds=guidance_embeds)
     return quiet(
         diffusers.FluxPipeline(
             transformer=network,

@@ -213,19 +213,24 @@ def sd3(scheduler, kind=diffusers.StableDiffusion3Pipeline):
     )
 
 
-def flux(scheduler, kind=diffusers.FluxPipeline):
-    network = seeded(
+def flux_transformer(layers=1, **options):
+    return seeded(
         lambda: diffusers.FluxTransformer2DModel(
             in_channels=16,
-            num_layers=1,
-            num_single_layers=1,
+            num_layers=layers,
+            num_single_layers=layers,
             attention_head_dim=16,
             num_attention_heads=2,
             joint_attention_dim=8,
             pooled_projection_dim=8,
             axes_dims_rope=(4, 4, 8),
+            **options,
         )
     )
+
+
+def flux(scheduler, kind=diffusers.FluxPipeline):
+    network = flux_transformer()
     text = {name: value for name, value in NO_TEXT.items() if name[-1] != "3"}
     return quiet(kind(transformer=network, vae=vae(shift_factor=0.1), scheduler=scheduler, **text))
 

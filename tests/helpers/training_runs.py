@@ -139,6 +139,27 @@ def read_checkpoint(folder: Path, step: int = STEPS) -> dict[str, dict[str, Tens
     return checkpoint.read(folder / "checkpoints" / f"step-{step:08d}").tensors
 
 
+def assert_equal_checkpoints(
+    found: dict[str, dict[str, Tensor]], expected: dict[str, dict[str, Tensor]]
+) -> None:
+    """Every tensor of every file of two checkpoints is bit-equal."""
+    assert found.keys() == expected.keys()
+    for file, tensors in expected.items():
+        assert found[file].keys() == tensors.keys()
+        for name, value in tensors.items():
+            assert torch.equal(found[file][name], value), (file, name)
+
+
+def check_resumed_run(folder: Path, **options: Any) -> TrainState:
+    """The state of a whole run, whose bytes a run that was resumed after step 3 has too."""
+    whole = train(folder / "whole", **options)
+    crash_after(make_trainer(folder / "part", **options), 3)
+    train(folder / "part", resume=True, **options)
+    found, expected = (read_checkpoint(folder / name) for name in ("part", "whole"))
+    assert_equal_checkpoints(found, expected)
+    return whole
+
+
 def hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every file of a folder, by its path in it, but speeds of the machine."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != "speed.jsonl"]

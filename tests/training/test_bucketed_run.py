@@ -14,7 +14,13 @@ from diffcore.training.data import ImageFolder, LowResolution
 from diffcore.training.data.buckets.sizes import Buckets
 from diffcore.training.reports.validation import Validation
 from tests.helpers.mixed_images import write_mixed_images
-from tests.helpers.training_runs import crash_after, make_trainer, read_checkpoint, read_reports
+from tests.helpers.training_runs import (
+    assert_equal_checkpoints,
+    crash_after,
+    make_trainer,
+    read_checkpoint,
+    read_reports,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,9 +55,7 @@ def test_a_run_in_buckets_continues_bit_for_bit_after_a_crash(tmp_path):
     crash_after(trainer(tmp_path / "crashed", tmp_path / "images"), 3)
     trainer(tmp_path / "crashed", tmp_path / "images", resume=True, accumulation=1).train()
     straight, resumed = (read_checkpoint(tmp_path / name, 8) for name in ("straight", "crashed"))
-    for file, tensors in straight.items():
-        for name, value in tensors.items():
-            assert torch.equal(value, resumed[file][name]), name
+    assert_equal_checkpoints(resumed, straight)
     losses = [
         [line["loss"] for line in read_reports(tmp_path / name) if "loss" in line]
         for name in ("straight", "crashed")

@@ -16,6 +16,7 @@ from diffcore.training.reports.validation import Validation
 from tests.helpers.products import sampled
 from tests.helpers.tiny_pipelines import GREY_DIT, UNET
 from tests.helpers.training_runs import (
+    assert_equal_checkpoints,
     crash_after,
     make_trainer,
     read_checkpoint,
@@ -167,10 +168,7 @@ def test_a_compiled_run_resumes_bit_for_bit_and_its_files_have_the_plain_names(
     crash_after(resumed, 2)
     replace(resumed, resume=True).train()
     found, expected = (read_checkpoint(tmp_path / name, 4) for name in ("resumed", "whole"))
-    assert found.keys() == expected.keys()
-    for file, tensors in expected.items():
-        assert found[file].keys() == tensors.keys()
-        assert all(torch.equal(found[file][key], value) for key, value in tensors.items())
+    assert_equal_checkpoints(found, expected)
     plain = list(Residual().state_dict())
     assert sorted(expected["model.safetensors"]) == sorted(plain)
     assert sorted(expected["ema.safetensors"]) == sorted(plain)
@@ -217,9 +215,8 @@ def test_a_run_in_channels_last_resumes_bit_for_bit_in_that_format(tmp_path):
         moments = run.optimizer.optimizer.state[weight]["exp_avg"]
         assert weight.is_contiguous(memory_format=torch.channels_last)
         assert moments.is_contiguous(memory_format=torch.channels_last)
-    for file, tensors in read_checkpoint(tmp_path / "whole", 4).items():
-        found = read_checkpoint(tmp_path / "resumed", 4)[file]
-        assert all(torch.equal(found[key], value) for key, value in tensors.items())
+    found, expected = (read_checkpoint(tmp_path / name, 4) for name in ("resumed", "whole"))
+    assert_equal_checkpoints(found, expected)
 
 
 def test_the_average_of_a_compiled_network_is_applied_and_taken_away(dynamo):

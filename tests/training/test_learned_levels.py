@@ -18,7 +18,7 @@ from diffcore.sampling.generation import sample
 from diffcore.schedules import LogLinear
 from diffcore.training.data import Digits
 from diffcore.training.ranks.sharding import Sharding
-from tests.helpers.training_runs import crash_after, make_trainer, read_checkpoint, train
+from tests.helpers.training_runs import check_resumed_run, make_trainer
 
 SHAPE = (1, 8, 8)
 OPTIONS = {
@@ -37,16 +37,10 @@ def network():
 
 
 def test_a_run_trains_its_levels_and_resumes_bit_for_bit(tmp_path):
-    whole = train(tmp_path / "whole", network=network, **OPTIONS)
+    whole = check_resumed_run(tmp_path, network=network, **OPTIONS)
     before, after = network().state_dict(), whole.network.state_dict()
     for part in ("levels.last.weight", "encoder.last.weight", "network.last.weight"):
         assert not torch.equal(before[part], after[part])
-    crash_after(make_trainer(tmp_path / "part", network=network, **OPTIONS), 3)
-    train(tmp_path / "part", network=network, resume=True, **OPTIONS)
-    first, second = (read_checkpoint(tmp_path / name) for name in ("whole", "part"))
-    for file, tensors in first.items():
-        for name, value in tensors.items():
-            assert torch.equal(value, second[file][name]), (file, name)
     denoiser = Run(tmp_path / "whole").denoiser(network=network())
     assert find_learned_levels(denoiser.network) is not None
     assert denoiser.process.levels == "learned"
@@ -65,7 +59,8 @@ SCRIPT = """
 import sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from tests.training.test_learned_levels import OPTIONS, network, train
+from tests.helpers.training_runs import train
+from tests.training.test_learned_levels import OPTIONS, network
 train(Path({folder!r}) / sys.argv[1], network=network, **OPTIONS | {{"sample_every": 0}})
 """
 

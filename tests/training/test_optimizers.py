@@ -24,6 +24,7 @@ from diffcore.training.optimization.quantised_state import is_quantised
 from diffcore.training.reports.validation import Validation
 from tests.helpers.training_runs import (
     LabelRecorder,
+    assert_equal_checkpoints,
     crash_after,
     hashes,
     make_trainer,
@@ -180,9 +181,7 @@ def test_a_schedule_free_run_with_reports_resumes_bit_for_bit(tmp_path):
     crash_after(part, 3)
     replace(part, resume=True).train()
     found, expected = (read_checkpoint(tmp_path / name) for name in ("part", "whole"))
-    for file, tensors in expected.items():
-        assert found[file].keys() == tensors.keys()
-        assert all(torch.equal(found[file][name], value) for name, value in tensors.items())
+    assert_equal_checkpoints(found, expected)
     assert read_reports(tmp_path / "part") == read_reports(tmp_path / "whole")
 
 
@@ -241,9 +240,7 @@ def test_an_8_bit_optimizer_resumes_bit_for_bit(tmp_path, package):
         crash_after(part, 2)
         state = replace(part, resume=True, save_every=4).train()
     found, expected = (read_checkpoint(tmp_path / name, 4) for name in ("part", "whole"))
-    for file, tensors in expected.items():
-        assert found[file].keys() == tensors.keys()
-        assert all(torch.equal(found[file][name], value) for name, value in tensors.items())
+    assert_equal_checkpoints(found, expected)
     dtypes = {value.dtype for value in expected["training.safetensors"].values()}
     assert torch.uint8 in dtypes
     assert is_quantised(state.optimizer.optimizer)
