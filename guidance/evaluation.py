@@ -13,13 +13,20 @@ from diffcore.core.conditions import BatchCondition, as_conditions, concatenate
 from diffcore.core.denoiser import DenoiserProtocol, DenoiserWrapper
 from diffcore.core.prediction import Prediction
 from diffcore.guidance.base import Guidance, Step
-from diffcore.guidance.reference import Query
+from diffcore.guidance.reference import Query, Reference
 from diffcore.schedules import Level
 
-__all__ = ["GuidedDenoiser", "concatenate_conditions", "evaluate_queries", "split_prediction"]
+__all__ = [
+    "GuidingDenoiser",
+    "concatenate_conditions",
+    "evaluate_queries",
+    "list_queries",
+    "select_rows",
+    "split_prediction",
+]
 
 
-class GuidedDenoiser(DenoiserWrapper, ABC):
+class GuidingDenoiser(DenoiserWrapper, ABC):
     """A denoiser that evaluates the references of a rule and combines them itself.
 
     The sampling loop calls `guided_prediction` in place of its own.
@@ -49,6 +56,27 @@ class GuidedDenoiser(DenoiserWrapper, ABC):
             The guided prediction, the memory of the rule after it, and the number of network
             evaluations: 1, and 1 for each reference.
         """
+
+
+def list_queries(
+    denoiser: DenoiserProtocol,
+    references: Sequence[Reference],
+    x: Tensor,
+    condition: BatchCondition | None,
+) -> list[Query]:
+    """The queries of an evaluation, the conditional one first.
+
+    Args:
+        denoiser: network with its process.
+        references: references that a rule requires.
+        x: (B, *shape) input of the networks.
+        condition: (B,) labels or `Conditions`, or None.
+
+    Returns:
+        One query, and one for each reference.
+    """
+    own = condition if denoiser.process.dropouts else None  # labels may be for the rule alone
+    return [Query(denoiser, own), *(item.query(denoiser, own, x) for item in references)]
 
 
 def evaluate_queries(
@@ -85,7 +113,7 @@ def _evaluate_together(
         return [_evaluate(denoiser, x, level, queries[0].condition, micro_batch)]
     condition = concatenate_conditions(queries, x)
     if isinstance(level.logsnr, Tensor):  # else all samples share it
-        level = _select(level, torch.arange(len(x)).repeat(count), len(x))
+        level = select_rows(level, torch.arange(len(x)).repeat(count), len(x))
     together = _evaluate(denoiser, torch.cat([x] * count), level, condition, micro_batch)
     return split_prediction(together, count)
 
@@ -105,15 +133,24 @@ def split_prediction(together: Prediction, count: int) -> list[Prediction]:
     return [Prediction(*values) for values in zip(x0, eps, v, strict=True)]
 
 
-def _select(level: Level, rows: Tensor, batch: int) -> Level:
-    """The levels of some rows of a batch; a level that all samples share stays as it is."""
+def select_rows(level: Level, rows: Tensor | slice, batch: int) -> Level:
+    """The levels of some rows of a batch.
+
+    Args:
+        level: level of each row, or one that all samples share, which stays as it is.
+        rows: the rows.
+        batch: number of rows of the batch.
+
+    Returns:
+        The levels of the rows.
+    """
     if not isinstance(level.logsnr, Tensor) or len(level.logsnr) != batch:
         return level
     logsnr, t, alpha, sigma = (
         value[rows] if isinstance(value, Tensor) else value
         for value in (level.logsnr, level.t, level.alpha, level.sigma)
     )
-    end = None if level.end is None else _select(level.end, rows, batch)
+    end = None if level.end is None else select_rows(level.end, rows, batch)
     return Level(logsnr, t, alpha, sigma, level.schedule, end)
 
 
@@ -151,7 +188,7 @@ def _evaluate(
         rows = torch.arange(start, start + micro_batch).clamp(max=len(x) - 1)
         samples = rows.to(x.device)
         labels = None if condition is None else condition[samples]
-        parts.append(denoiser(x[samples], _select(level, rows, len(x)), labels))
+        parts.append(denoiser(x[samples], select_rows(level, rows, len(x)), labels))
     x0, eps = (torch.cat(values)[: len(x)] for values in zip(*parts, strict=True))
     v = [part.variance for part in parts if part.variance is not None]
     return replace(parts[0], x0=x0, eps=eps, variance=torch.cat(v)[: len(x)] if v else None)

@@ -5,11 +5,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from diffcore.caches.base import Cache
 from diffcore.caches.integration import Integration, current_integration
-from diffcore.core.conditions import BatchCondition, Conditions
+from diffcore.core.condition_values import are_equal
+from diffcore.core.conditions import BatchCondition
 from diffcore.core.network import unwrap
 from diffcore.core.prediction import Prediction
 from diffcore.schedules import Level
@@ -98,7 +99,7 @@ class CachedNetwork:
             return call()
         key = (self, integration.part)
         stream = integration.memory.get(key)
-        if stream is not None and stream.shape == shape and _is_same(stream.condition, condition):
+        if stream is not None and stream.shape == shape and are_equal(stream.condition, condition):
             memory = stream.memory
         else:
             memory = self._first_memory(integration)
@@ -115,20 +116,3 @@ class CachedNetwork:
             prepared = self.cache.start(self.network, integration.plan)
             integration.memory[self] = integration.resources.enter_context(prepared)
         return integration.memory[self]
-
-
-def _is_same(a: BatchCondition | None, b: BatchCondition | None) -> bool:
-    """Whether two conditions of as many samples are equal; on an accelerator, it is waited for."""
-    if a is b:
-        return True
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return torch.equal(a, b)
-    if not (isinstance(a, Conditions) and isinstance(b, Conditions)):
-        return False
-    if a.values.keys() != b.values.keys() or not _is_same(a.label, b.label):
-        return False
-    return all(
-        torch.equal(ours[name], theirs[name])
-        for ours, theirs in ((a.values, b.values), (a.absent, b.absent))
-        for name in ours
-    )

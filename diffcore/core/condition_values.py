@@ -5,7 +5,7 @@ seed_bytes       seed of what is random in a network; drawn in training, filled 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from diffcore.core.random import Stream, words
 __all__ = [
     "GUIDANCE_SCALE",
     "SEED_BYTES",
+    "are_equal",
     "check_value",
     "draw_seeds",
     "process_without",
@@ -151,21 +152,22 @@ def seeds_of_bytes(numbers: Tensor) -> Tensor:
 
 
 def with_seeds(
-    process: Process, condition: BatchCondition | None, seeds: Tensor
+    process: Process, condition: BatchCondition | None, seeds: Sequence[int] | Tensor
 ) -> BatchCondition | None:
     """The conditions with the seeds of the samples, if the network receives them.
 
     Args:
         process: process of the network.
         condition: conditions of B samples.
-        seeds: (B,) 64-bit seeds.
+        seeds: 64-bit seeds, one for each of the B samples.
 
     Returns:
         `condition` itself if the process has no condition `seed_bytes`.
     """
     if SEED_BYTES not in process.conditions or not isinstance(condition, Conditions):
         return condition
-    values = {**condition.values, SEED_BYTES: seed_bytes(seeds)}
+    numbers = seed_bytes(torch.tensor([int(seed) for seed in seeds]))
+    values = {**condition.values, SEED_BYTES: numbers}
     return replace(condition, values=values)
 
 
@@ -215,6 +217,31 @@ def process_without(process: Process, name: str) -> Process:
     """
     rest = {key: record for key, record in process.conditions.items() if key != name}
     return replace(process, conditions=rest)
+
+
+def are_equal(a: BatchCondition | None, b: BatchCondition | None) -> bool:
+    """Whether two conditions are equal; on an accelerator, this waits for it.
+
+    Args:
+        a: conditions of some samples.
+        b: conditions of as many samples.
+
+    Returns:
+        True if labels, values and absences are.
+    """
+    if a is b:
+        return True
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a, b)
+    if not (isinstance(a, Conditions) and isinstance(b, Conditions)):
+        return False
+    if a.values.keys() != b.values.keys() or not are_equal(a.label, b.label):
+        return False
+    return all(
+        torch.equal(ours[name], theirs[name])
+        for ours, theirs in ((a.values, b.values), (a.absent, b.absent))
+        for name in ours
+    )
 
 
 def _as_tensor(value: Any) -> Any:

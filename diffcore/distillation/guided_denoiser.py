@@ -5,7 +5,7 @@ from torch import Tensor
 from diffcore.core.condition_values import GUIDANCE_SCALE, without_value
 from diffcore.core.conditions import BatchCondition, Conditions
 from diffcore.core.denoiser import DenoiserProtocol, DenoiserWrapper
-from diffcore.core.prediction import Prediction
+from diffcore.core.prediction import Prediction, expand_per_sample
 from diffcore.guidance import Guidance, evaluate_queries
 from diffcore.guidance.cfg import extrapolate_linearly
 from diffcore.guidance.reference import Query, Unconditional
@@ -56,8 +56,7 @@ def predict_guided(
     """
     queries = [Query(denoiser, condition), Unconditional().query(denoiser, condition, x)]
     conditional, reference = evaluate_queries(queries, x, level)
-    w = scale.to(x).view(-1, *[1] * (x.ndim - 1))
-    return extrapolate_linearly(reference, conditional, w)
+    return extrapolate_linearly(reference, conditional, expand_per_sample(scale.to(x), x))
 
 
 class ScaledDenoiser(DenoiserWrapper):

@@ -1,18 +1,16 @@
 """Networks that receive the scale of guidance which they were distilled to reproduce."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from diffcore.core.network import NetworkAdapter, network_config
-from diffcore.networks.time_embedding import added_to_time, build_addition
+from diffcore.networks.time_embedding import EmbeddingAdapter, added_to_time, build_addition
 
 __all__ = ["GuidanceEmbedding"]
 
 
-class GuidanceEmbedding(NetworkAdapter):
+class GuidanceEmbedding(EmbeddingAdapter):
     """A network that receives the scale w of guidance as the condition `guidance_scale`.
 
         e = E(t) + W' silu(W s(c w) + b) + b',   F = network(x, t, ...) with e for E(t)
@@ -50,11 +48,7 @@ class GuidanceEmbedding(NetworkAdapter):
         embeddings: Sequence[str] = (),
         scale: float = 100.0,
     ) -> None:
-        super().__init__()
-        if not 0 < scale < math.inf:
-            raise ValueError(f"scale is {scale}, expected a positive factor of w")
-        self.network, self.scale = network(), scale
-        self.config = network_config(self.network)
+        super().__init__(network, scale, "w")
         self.guidance = build_addition(self.network, embeddings)
 
     def forward(self, x: Tensor, timestep: Tensor, guidance_scale: Tensor, **arguments: Any) -> Any:

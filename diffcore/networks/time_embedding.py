@@ -1,22 +1,43 @@
 """Embeddings of further numbers that are added to a network's embedding of the time."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor, nn
 
-from diffcore.core.network import class_name
+from diffcore.core.network import NetworkAdapter, class_name, network_config
 from diffcore.networks.embedding import ConditionEmbedding, sinusoids
 
-__all__ = ["added_to_time", "build_addition"]
+__all__ = ["EmbeddingAdapter", "added_to_time", "build_addition"]
 
 NAMES = ("time_embedding", "timestep_embedder")
 """Attributes of diffusers' networks that hold the embedding of the time."""
 
 _ADDED: ContextVar[Tensor | None] = ContextVar("_ADDED", default=None)
 """What the embeddings of the time add in the present call; a context has it, so threads may."""
+
+
+class EmbeddingAdapter(NetworkAdapter):
+    """A network that receives a further number, whose embedding is added to that of the time.
+
+    Args:
+        network: class and options of the network.
+        scale: factor of the number in its sinusoids.
+        number: what the number is, for messages.
+
+    Raises:
+        ValueError: the scale is not positive and finite.
+    """
+
+    def __init__(self, network: Callable[[], nn.Module], scale: float, number: str) -> None:
+        super().__init__()
+        if not 0 < scale < math.inf:
+            raise ValueError(f"scale is {scale}, expected a positive factor of {number}")
+        self.network, self.scale = network(), scale
+        self.config = network_config(self.network)
 
 
 def build_addition(network: nn.Module, names: Sequence[str] = ()) -> nn.Sequential:

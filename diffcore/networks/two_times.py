@@ -1,18 +1,16 @@
 """Networks of two times: a network of one time that also receives the time of a second level."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from diffcore.core.network import NetworkAdapter, network_config
-from diffcore.networks.time_embedding import added_to_time, build_addition
+from diffcore.networks.time_embedding import EmbeddingAdapter, added_to_time, build_addition
 
 __all__ = ["TwoTimes"]
 
 
-class TwoTimes(NetworkAdapter):
+class TwoTimes(EmbeddingAdapter):
     """A network that receives a second time, for processes that estimate the mean velocity.
 
         e = E(t) + W' silu(W s(c (t - r)) + b) + b',   F = network(x, t, ...) with e for E(t)
@@ -48,11 +46,7 @@ class TwoTimes(NetworkAdapter):
         embeddings: Sequence[str] = (),
         scale: float = 1.0,
     ) -> None:
-        super().__init__()
-        if not 0 < scale < math.inf:
-            raise ValueError(f"scale is {scale}, expected a positive factor of t - r")
-        self.network, self.scale = network(), scale
-        self.config = network_config(self.network)
+        super().__init__(network, scale, "t - r")
         self.interval = build_addition(self.network, embeddings)
 
     def forward(self, x: Tensor, timestep: Tensor, end_time: Tensor, **arguments: Any) -> Any:

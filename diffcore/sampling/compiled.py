@@ -1,6 +1,5 @@
 """A denoiser that torch.compile compiles with its guidance rule, once for all noise levels."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,8 +9,13 @@ from diffcore.core.conditions import BatchCondition, labels_of
 from diffcore.core.denoiser import Denoiser
 from diffcore.core.prediction import Prediction
 from diffcore.guidance import Guidance, GuidanceInput, Step
-from diffcore.guidance.evaluation import GuidedDenoiser, concatenate_conditions, split_prediction
-from diffcore.guidance.reference import Query, Reference
+from diffcore.guidance.evaluation import (
+    GuidingDenoiser,
+    concatenate_conditions,
+    list_queries,
+    select_rows,
+    split_prediction,
+)
 from diffcore.sampling.loop import evaluate_references
 from diffcore.schedules import Level
 from diffcore.schedules.base import Real
@@ -19,7 +23,7 @@ from diffcore.schedules.base import Real
 __all__ = ["CompiledDenoiser"]
 
 
-class CompiledDenoiser(GuidedDenoiser):
+class CompiledDenoiser(GuidingDenoiser):
     """A denoiser whose network, arithmetic and guidance rule are compiled once, without breaks.
 
     With the level as Python floats, a compiled denoiser is compiled again when they first change,
@@ -50,10 +54,11 @@ class CompiledDenoiser(GuidedDenoiser):
             labels: Tensor | None,
             memory: Any,
         ) -> tuple[Prediction, Any]:
-            count = len(level.logsnr) // len(x)  # type: ignore[arg-type]  # it is a map
+            rows = len(level.logsnr)  # type: ignore[arg-type]  # it is a map
+            count = rows // len(x)
             together = denoiser.forward(torch.cat([x] * count), level, condition)
             conditional, *references = split_prediction(together, count)
-            own = _first_rows(level.to(x), len(x))
+            own = select_rows(level.to(x), slice(len(x)), rows)
             step = Step(denoiser.process, own, own, own)
             inputs = GuidanceInput(x, step, conditional, tuple(references), labels)
             return rule.guide(inputs, memory)
@@ -78,7 +83,7 @@ class CompiledDenoiser(GuidedDenoiser):
         micro_batch: int,
     ) -> tuple[Prediction, Any, int]:
         references, traceable = rule.required_references(step, memory), rule.traceable(step)
-        queries = self._queries(references, x, condition)
+        queries = list_queries(self, references, x, condition)
         is_own = all(query.denoiser is self for query in queries)
         if not references or traceable is None or not is_own or micro_batch:
             inputs = evaluate_references(self, rule, x, condition, memory, step, micro_batch)
@@ -94,13 +99,6 @@ class CompiledDenoiser(GuidedDenoiser):
         )
         return prediction, memory, len(queries)
 
-    def _queries(
-        self, references: Sequence[Reference], x: Tensor, condition: BatchCondition | None
-    ) -> list[Query]:
-        """The queries of an evaluation, the conditional one first."""
-        own = condition if self.process.dropouts else None  # labels may be for the rule alone
-        return [Query(self, own), *(item.query(self, own, x) for item in references)]
-
 
 def _as_map(level: Level, x: Tensor, rows: int) -> Level:
     """The level as float64 host tensors (rows, 1, ..., 1); a map of levels is repeated."""
@@ -115,12 +113,3 @@ def _rows(value: Real, x: Tensor, rows: int) -> Tensor:
     if isinstance(value, Tensor):
         return torch.cat([value] * (rows // len(x))) if len(value) == len(x) else value
     return torch.full((rows, *[1] * (x.ndim - 1)), float(value), dtype=torch.float64)
-
-
-def _first_rows(level: Level, count: int) -> Level:
-    """The levels of the first rows of a map."""
-    logsnr, t, alpha, sigma = (
-        value[:count] if isinstance(value, Tensor) else value
-        for value in (level.logsnr, level.t, level.alpha, level.sigma)
-    )
-    return Level(logsnr, t, alpha, sigma, level.schedule)

@@ -285,7 +285,7 @@ def check_sampling(
     condition = None if isinstance(condition, Mapping) and not condition else condition
     check_guidance(process, knots, condition, guidance, sampler)
     given = _condition(process, len(seeds), condition, guidance.reads_condition)
-    return with_seeds(process, given, torch.tensor([int(seed) for seed in seeds]))
+    return with_seeds(process, given, seeds)
 
 
 def _check_learned_levels(

@@ -27,8 +27,8 @@ from diffcore.core.noise import Noise
 from diffcore.core.prediction import Prediction
 from diffcore.core.process import Process
 from diffcore.guidance import CFG, Guidance, GuidanceInput, Step, evaluate_queries, find_networks
-from diffcore.guidance.evaluation import GuidedDenoiser
-from diffcore.guidance.reference import Condition, Query
+from diffcore.guidance.evaluation import GuidingDenoiser, list_queries
+from diffcore.guidance.reference import Condition
 from diffcore.samplers import Sampler, State
 from diffcore.samplers.consistency import check_estimate
 from diffcore.sampling.mode_changes import find_mode_changes, forget_at_mode_change
@@ -181,7 +181,7 @@ def guided_prediction(
         evaluations: 1, and 1 for each reference.
     """
     step = step or Step(denoiser.process, level, level, level)
-    if isinstance(denoiser, GuidedDenoiser):
+    if isinstance(denoiser, GuidingDenoiser):
         return denoiser.guided_prediction(guidance, x, condition, memory, step, micro_batch)
     inputs = evaluate_references(denoiser, guidance, x, condition, memory, step, micro_batch)
     return *guidance.guide(inputs, memory), 1 + len(inputs.references)
@@ -211,12 +211,7 @@ def evaluate_references(
         The input of the rule.
     """
     references = guidance.required_references(step, memory)
-    is_read = bool(denoiser.process.dropouts)  # labels may be for the rule alone
-    own = condition if is_read else None
-    queries = [
-        Query(denoiser, own),
-        *(reference.query(denoiser, own, x) for reference in references),
-    ]
+    queries = list_queries(denoiser, references, x, condition)
     conditional, *others = evaluate_queries(queries, x, step.level, micro_batch)
     return GuidanceInput(x, step, conditional, tuple(others), labels_of(condition))
 

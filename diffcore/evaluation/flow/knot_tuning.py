@@ -171,7 +171,14 @@ class Objective:
         """Number of sets of samples that were drawn."""
 
     def residuals(self, theta: np.ndarray) -> Tensor:
-        """(N, elements) residuals; infinite if the knots are no knots of the schedule."""
+        """(N, elements) residuals; infinite if the knots are no knots of the schedule.
+
+        Their evaluations are recorded, for the derivatives there.
+        """
+        with self._recorded.recording():
+            return self._residuals(theta)
+
+    def _residuals(self, theta: np.ndarray) -> Tensor:
         self.evaluated += 1
         try:
             sampler, grid = self.coordinates.combination(theta)
@@ -184,19 +191,17 @@ class Objective:
         """Gradient and Gauss-Newton curvature of the mean logarithm of the distances.
 
         Args:
-            theta: parameters (p,).
+            theta: parameters (p,), those of the last call of `residuals`.
             residuals: residuals (N, elements) there.
 
         Returns:
             The gradient (p,) and the curvature (p, p).
         """
-        with self._recorded.recording():
-            self.residuals(theta)
         columns = []
         for index, difference in enumerate(self.coordinates.differences):
             moved = theta.copy()
             moved[index] += difference
-            columns.append((self.residuals(moved) - residuals) / difference)
+            columns.append((self._residuals(moved) - residuals) / difference)
         weight = 1 / (residuals.square().sum(1) + FLOOR**2)
         weight = torch.where(weight.isfinite(), weight, 0.0) / len(residuals)
         jacobian = torch.stack(columns, 2).nan_to_num(0.0, 0.0, 0.0)

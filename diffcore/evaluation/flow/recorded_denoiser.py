@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffcore.core.conditions import BatchCondition, Conditions
+from diffcore.core.condition_values import are_equal
+from diffcore.core.conditions import BatchCondition
 from diffcore.core.denoiser import DenoiserProtocol, DenoiserWrapper
 from diffcore.core.prediction import Prediction
 from diffcore.schedules import Level
@@ -65,30 +66,10 @@ class RecordedDenoiser(DenoiserWrapper):
             return self.inner(x, level, condition)
         entries = self._entries.setdefault(float(level.logsnr), [])
         for entry in entries:
-            if _is_equal(entry.condition, condition) and torch.equal(entry.x, x):
+            if are_equal(entry.condition, condition) and torch.equal(entry.x, x):
                 return entry.prediction
         prediction = self.inner(x, level, condition)
         self.evaluated += 1
         if self._is_recording:
             entries.append(_Entry(x, condition, prediction))
         return prediction
-
-
-def _is_equal(condition: BatchCondition | None, other: BatchCondition | None) -> bool:
-    """Whether two conditions are equal."""
-    if isinstance(condition, Tensor) and isinstance(other, Tensor):
-        return torch.equal(condition, other)
-    if isinstance(condition, Conditions) and isinstance(other, Conditions):
-        own, others = _tensors(condition), _tensors(other)
-        return own.keys() == others.keys() and all(
-            torch.equal(own[name], others[name]) for name in own
-        )
-    return condition is other
-
-
-def _tensors(condition: Conditions) -> dict[str, Tensor]:
-    """All tensors of a condition by a name."""
-    parts = {"values": condition.values, "absent": condition.absent}
-    if condition.label is not None:
-        parts["label"] = {"": condition.label}
-    return {f"{part} {name}": x for part, named in parts.items() for name, x in named.items()}

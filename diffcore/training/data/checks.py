@@ -131,9 +131,10 @@ def _conditions(extras: Mapping[str, Any], index: int, process: Process) -> dict
         ValueError: the item lacks a condition without default, or a value does not fit.
     """
     where, records = f"item {index} of the data", process.conditions
-    defaults = {name: each.default() for name, each in records.items() if each.has_default}
+    left_out = {name: record for name, record in records.items() if name not in extras}
+    defaults = {name: each.default() for name, each in left_out.items() if each.has_default}
     extras = {**defaults, **extras}
-    if missing := [name for name in records if name not in extras]:
+    if missing := [name for name in left_out if name not in extras]:
         raise ValueError(
             f"{where} has no condition {missing[0]} (it has {', '.join(extras) or 'none'}): return "
             f"(x_0, label, {{{missing[0]!r}: tensor}}), or leave it out of process.conditions"

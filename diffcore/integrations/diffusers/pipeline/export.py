@@ -5,7 +5,7 @@
     the same, a consistency network    LCM                       DDPMPipeline
     flow, time input T σ/(α+σ)         FlowMatchEulerDiscrete    DDPMPipeline
     edm, time input ln(σ/α)/4          EDMEuler                  ConsistencyModelPipeline
-    vp or edm, with class labels       as above (also LCM)                  ConsistencyModelPipeline
+    vp or edm, with class labels       as above, also LCM        ConsistencyModelPipeline
 
 `families/export_targets.py` describes the pipelines.
 """
