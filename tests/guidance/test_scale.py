@@ -152,3 +152,24 @@ def test_a_scale_may_be_a_number_of_numpy(number):
     for make in (CFG, ConstantScale, CFGPlusPlus, *MAKE_RULE.values()):
         make(number / 4)
     assert json.loads(json.dumps(to_spec(CFG(number))))["init_args"]["scale"] == 2.0
+
+
+def test_the_rule_of_a_compiled_step_has_the_scale_of_the_level_of_its_evaluation():
+    schedule = mixture().process.schedule
+    start, level, end = (schedule.at(logsnr) for logsnr in (-3.0, 1.0, 2.0))
+    scale = LinearScale(1.0, 5.0, -4.0, 4.0)
+    for rule in (CFG(scale), APG(scale)):
+        traced = rule.traceable(Step(mixture().process, level, start, end))
+        assert float(traced.scale) == scale(1.0) != scale(-3.0)
+    assert CFG(2.0).traceable(Step(mixture().process, level, start, end)) == CFG(2.0)
+
+
+def test_references_are_required_by_the_scale_at_the_level_of_the_evaluation():
+    schedule = mixture().process.schedule
+    start, level, end = (schedule.at(logsnr) for logsnr in (-3.0, 4.0, 5.0))
+    step = Step(mixture().process, level, start, end)
+    for first, last, count in ((5.0, 1.0, 0), (1.0, 5.0, 1)):  # w = 1 needs none
+        rule = CFG(LinearScale(first, last, -4.0, 4.0))
+        assert len(rule.required_references(step, None)) == count
+    after = Step(mixture().process, schedule.at(-4.0), level, end)
+    assert not CFG(LinearScale(1.0, 5.0, -4.0, 4.0)).required_references(after, None)

@@ -219,3 +219,23 @@ def test_a_network_without_a_known_embedding_of_the_time_names_it():
         TwoTimes(build, ["time"], scale=0.0)
     with pytest.raises(ValueError, match=r"one even number"):
         TwoTimes(lambda: nn.ModuleDict({"time": nn.Linear(1, 7)}), ["time"])
+
+
+class TimeOnly(nn.Module):
+    """Returns its embedding of the time."""
+
+    def __init__(self):
+        super().__init__()
+        self.time_embedding = nn.Linear(1, 4)
+
+    def forward(self, x, timestep):
+        return self.time_embedding(timestep[:, None])
+
+
+def test_the_embedding_of_a_further_number_is_added_to_that_of_the_time():
+    network = randomised(TwoTimes(TimeOnly, scale=3.0))
+    x, end = torch.zeros(3, 4), torch.tensor([10.0, 20.0, 30.0])
+    added = network.interval(sinusoids(3.0 * (TIME - end), 4))
+    plain = network.network.time_embedding.weight[:, 0] * TIME[:, None]
+    plain = plain + network.network.time_embedding.bias
+    torch.testing.assert_close(network(x, TIME, end), plain + added)

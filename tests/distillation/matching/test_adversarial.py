@@ -243,6 +243,7 @@ def test_samples_of_a_network_with_latents_depend_on_their_seeds_alone():
     part = objective.draw(process, SampleKey(0, 5, torch.arange(1, 3), 8)).conditions["seed_bytes"]
     assert torch.equal(given[1:], part)
     assert len(given.unique(dim=0)) == 3
+    assert not torch.equal(given[:, :4], given[:, 4:])  # both halves of 64 bits are drawn
 
 
 @pytest.mark.parametrize(
