@@ -1,12 +1,12 @@
 """Few-step networks beside the network that they are distilled from, on mixtures of Gaussians.
 
 A perceptron is trained by denoising. From its weights, students are trained by each method, some
-with the trained network as their teacher and some from the data. Measured are the energy distance
-of 4000 samples to exact samples in 1, 2 and 4 steps, beside that of the teacher with DDIM, and for
-networks of two times the error of U against the integral of the exact velocity.
+with the trained network as their teacher and some from the data. Reflow learns the pairs of its
+flow, and distribution matching trains a second network. Measured are the energy distance of 4000
+samples to exact samples in 1, 2 and 4 steps, beside that of the teacher with DDIM, and for networks
+of two times the error of U against the integral of the exact velocity.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -15,170 +15,96 @@ from typing import Any, NamedTuple
 
 import torch
 from benchmarks.table import markdown_table, mean_and_half_range
-from torch import Tensor
 
 from diffcore.core.denoiser import Denoiser, DenoiserProtocol
-from diffcore.core.oracle import GaussianMixture
-from diffcore.core.process import Process, TimeConditioning
+from diffcore.core.estimate import Estimate
 from diffcore.distillation import (
     Consistency,
     ContinuousConsistency,
+    DistributionMatching,
     KnotIntervals,
     MeanFlow,
     OracleTeacher,
+    ScoreIdentity,
     Shortcut,
     ShrinkingIntervals,
+    Student,
 )
-from diffcore.distillation.few_step import FewStepObjective
 from diffcore.distillation.flow_map import FlowMap
 from diffcore.evaluation.energy_distance import energy_distance
-from diffcore.networks import Perceptron, TwoTimes
-from diffcore.objectives.draw import SampleKey
-from diffcore.objectives.networks import Networks
 from diffcore.objectives.objective import Objective
 from diffcore.objectives.weighting import MSE
 from diffcore.samplers import DDIM
 from diffcore.sampling.generation import DEFAULT_GRID, sample
-from diffcore.schedules import Flow
+from experiments.students.mixtures import (
+    SAMPLES,
+    Problem,
+    create_problem,
+    create_process,
+    solve_pairs,
+    train,
+)
 from experiments.study import continue_study, group_rows
 
-SAMPLES, BATCH, WIDTH = 4000, 256, 128
 SIZES = (2, 64)
 """Numbers of dimensions of the mixtures."""
 TEACHER = "denoiser"
 WEIGHT = MSE("v_prediction")
 KNOTS = KnotIntervals(DEFAULT_GRID, first=8, last=64, weighting=WEIGHT)
-METHODS: dict[str, Callable[[OracleTeacher | None, int], FewStepObjective]] = {
-    "consistency, knots": lambda teacher, steps: Consistency(
-        teacher=teacher, intervals=replace(KNOTS, period=max(1, steps // 4))
+STUDENT = Student(4, DEFAULT_GRID)
+"""Steps of students that are trained on their own samples."""
+
+
+class Method(NamedTuple):
+    """How a student is trained.
+
+    Args:
+        estimate: what its network gives.
+        objective: its objective for a teacher (None: the data) and a number of steps.
+        is_paired: whether it is trained on pairs of noise and the end of the teacher's flow.
+        from_data: whether it is trained from the data too.
+    """
+
+    estimate: Estimate
+    objective: Callable[[Any, int], Objective]
+    is_paired: bool = False
+    from_data: bool = False
+
+
+METHODS = {
+    "consistency, knots": Method(
+        "consistency",
+        lambda teacher, steps: Consistency(
+            teacher=teacher, intervals=replace(KNOTS, period=max(1, steps // 4))
+        ),
     ),
-    "consistency, shrinking": lambda teacher, steps: Consistency(
-        teacher=teacher,
-        intervals=ShrinkingIntervals(period=max(1, steps // 6), weighting=WEIGHT),
+    "consistency, shrinking": Method(
+        "consistency",
+        lambda teacher, steps: Consistency(
+            teacher=teacher,
+            intervals=ShrinkingIntervals(period=max(1, steps // 6), weighting=WEIGHT),
+        ),
     ),
-    "consistency, continuous": lambda teacher, steps: ContinuousConsistency(
-        teacher=teacher, warmup=steps // 4
+    "consistency, continuous": Method(
+        "consistency",
+        lambda teacher, steps: ContinuousConsistency(teacher=teacher, warmup=steps // 4),
     ),
-    "mean flow": lambda teacher, steps: MeanFlow(teacher=teacher, share=0.75),
-    "shortcut": lambda teacher, steps: Shortcut(teacher=teacher, steps=64),
+    "mean flow": Method(
+        "mean_velocity",
+        lambda teacher, steps: MeanFlow(teacher=teacher, share=0.75),
+        from_data=True,
+    ),
+    "shortcut": Method("mean_velocity", lambda teacher, steps: Shortcut(teacher=teacher, steps=64)),
+    "reflow": Method("posterior_mean", lambda teacher, steps: Objective(), is_paired=True),
+    "distribution matching": Method(
+        "consistency",
+        lambda teacher, steps: DistributionMatching(teacher=teacher, student=STUDENT),
+    ),
+    "score identity": Method(
+        "consistency", lambda teacher, steps: ScoreIdentity(teacher=teacher, student=STUDENT)
+    ),
 }
-"""Objective of each method, with a teacher or from the data, for a number of steps."""
-FROM_DATA = ("mean flow",)
-"""Methods that are trained from the data too."""
-
-
-class Problem(NamedTuple):
-    """A mixture with its exact samples.
-
-    Args:
-        oracle: exact denoiser of the mixture.
-        data: samples of training.
-        truth: samples that are measured against.
-    """
-
-    oracle: GaussianMixture
-    data: Tensor
-    truth: Tensor
-
-
-def create_problem(size: int) -> Problem:
-    """Build a mixture of five Gaussians in `size` dimensions, with its samples.
-
-    Returns:
-        The problem; means and covariances are a function of the size.
-    """
-    generator = torch.Generator().manual_seed(size)
-    options: dict[str, Any] = {"generator": generator, "dtype": torch.float64}
-    means = torch.randn(5, size, **options)
-    means = 1.5 * means / means.square().mean(1, keepdim=True).sqrt()
-    factors = torch.randn(5, size, size, **options) / size**0.5
-    covariances = 0.05 * factors @ factors.mT + 0.02 * torch.eye(size, dtype=torch.float64)
-    oracle = GaussianMixture(means, covariances, process=create_process(size))
-    data, truth = oracle.sample(torch.arange(20_000 + SAMPLES)).float().split((20_000, SAMPLES))
-    return Problem(oracle, data, truth)
-
-
-def create_process(size: int) -> Process:
-    """The process of the teacher: the flow, with a time from 0 to 20.
-
-    Returns:
-        The process.
-    """
-    return Process(
-        Flow(),
-        "flow_prediction",
-        TimeConditioning("blend", 20.0),
-        shape=(size,),
-        low=-math.inf,
-        high=math.inf,
-        sigma_data=1.0,
-    )
-
-
-def train(
-    problem: Problem, process: Process, objective: Objective, seed: int, steps: int, start: Any
-) -> Denoiser:
-    """Train a perceptron, from the weights of one of one time if given.
-
-    Args:
-        problem: the data.
-        process: process of the network.
-        objective: its loss.
-        seed: seed of the weights and of the draws.
-        steps: optimizer steps of batch 256.
-        start: state of the network of one time; None: random weights.
-
-    Returns:
-        The network with averaged weights, in evaluation mode.
-    """
-    torch.manual_seed(seed)
-    inner = Perceptron(process.shape, WIDTH, 4)
-    if start is not None:
-        inner.load_state_dict(start)
-    network = TwoTimes(lambda: inner, scale=10.0) if process.estimate == "mean_velocity" else inner
-    denoiser = Denoiser(network, process).train()
-    objective.check(process)
-    networks = objective.networks(denoiser, torch.device("cpu"), lambda module: module)
-    optimizer = torch.optim.Adam(network.parameters(), lr=2e-3, betas=(0.9, 0.99))
-    average = {name: value.clone() for name, value in network.state_dict().items()}
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1, (step + 1) / 100) * (1 - step / steps) ** 0.5
-        train_step(denoiser, problem, objective, networks, optimizer, seed, step)
-        for name, value in network.state_dict().items():
-            average[name].lerp_(value, max(0.005, 1 / (step + 1)))
-    network.load_state_dict(average)
-    return denoiser.eval()
-
-
-def train_step(
-    denoiser: Denoiser,
-    problem: Problem,
-    objective: Objective,
-    networks: Networks,
-    optimizer: torch.optim.Optimizer,
-    seed: int,
-    step: int,
-) -> None:
-    """Take one step of training.
-
-    Args:
-        denoiser: network that is trained.
-        problem: the data.
-        objective: the loss.
-        networks: networks of the objective.
-        optimizer: optimizer of the network.
-        seed: seed of the draws.
-        step: number of the step.
-    """
-    rows = torch.arange(step * BATCH, (step + 1) * BATCH) % len(problem.data)
-    key = SampleKey(seed, step, torch.arange(BATCH), BATCH)
-    draw = objective.draw(denoiser.process, key)
-    loss = objective(denoiser, problem.data[rows], None, draw, networks=networks).mean()
-    optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
-    optimizer.step()
+"""How the students are trained."""
 
 
 def distances(denoiser: DenoiserProtocol, problem: Problem, counts: Iterable[int]) -> list[float]:
@@ -237,7 +163,7 @@ def run_study(
     networks = [
         (TEACHER, "data"),
         *((name, "teacher") for name in METHODS),
-        *((name, "data") for name in FROM_DATA),
+        *((name, "data") for name, method in METHODS.items() if method.from_data),
     ]
     cells = [
         (size, steps, seed, *network) for size in sizes for network in networks for seed in seeds
@@ -258,9 +184,11 @@ def measure_cell(
     if method == TEACHER:
         return [{"distance": _table(denoiser, problem, (1, 2, 4, 25))}]
     start = {name: value.clone() for name, value in denoiser.network.state_dict().items()}
-    objective = METHODS[method](OracleTeacher(denoiser) if source == "teacher" else None, steps)
-    process = replace(denoiser.process, estimate=objective.ESTIMATE)
-    student = train(problem, process, objective, seed, steps, start)
+    chosen = METHODS[method]
+    objective = chosen.objective(OracleTeacher(denoiser) if source == "teacher" else None, steps)
+    process = replace(denoiser.process, estimate=chosen.estimate)
+    data = solve_pairs(denoiser, problem) if chosen.is_paired else problem
+    student = train(data, process, objective, seed, steps, start)
     row: dict[str, Any] = {"distance": _table(student, problem, (1, 2, 4))}
     if process.estimate == "mean_velocity":
         row["error of U"] = velocity_error(student, problem)

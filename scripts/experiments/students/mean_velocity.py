@@ -19,13 +19,13 @@ from diffcore.core.denoiser import Denoiser
 from diffcore.core.process import TimeConditioning
 from diffcore.distillation import MeanFlow, OracleTeacher
 from diffcore.networks import Perceptron, TwoTimes
-from experiments.students.flow_maps import (
+from experiments.students.flow_maps import velocity_error
+from experiments.students.mixtures import (
     WIDTH,
     Problem,
     create_problem,
     create_process,
     train_step,
-    velocity_error,
 )
 from experiments.study import continue_study, group_rows
 

@@ -5,17 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from experiments.students import flow_maps
-from experiments.students.flow_maps import (
-    METHODS,
-    create_problem,
-    create_process,
-    format_table,
-    train,
-)
+from experiments.students.flow_maps import METHODS, format_table
+from experiments.students.mixtures import create_problem, create_process, train
 
 from diffcore.core.denoiser import Denoiser
 from diffcore.distillation import OracleTeacher
 from diffcore.distillation.flow_map import FlowMap
+from diffcore.networks import Perceptron, TwoTimes
 from diffcore.objectives.objective import Objective
 
 
@@ -38,8 +34,8 @@ def test_a_student_of_each_method_is_trained_and_changes(name, problem):
     process = create_process(2)
     denoiser = train(problem, process, Objective(), 0, 1, None)
     start = {key: value.clone() for key, value in denoiser.network.state_dict().items()}
-    objective = METHODS[name](OracleTeacher(denoiser), 2)
-    own = replace(process, estimate=objective.ESTIMATE)
+    objective = METHODS[name].objective(OracleTeacher(denoiser), 2)
+    own = replace(process, estimate=METHODS[name].estimate)
     student = train(problem, own, objective, 0, 2, start)
     inner = getattr(student.network, "network", student.network).state_dict()
     assert any(not torch.equal(inner[key], start[key]) for key in start)
@@ -49,7 +45,7 @@ def test_the_exact_mean_velocity_has_no_error(problem):
     exact = FlowMap(problem.oracle, "mean_velocity", 32)
     assert flow_maps.velocity_error(exact, problem) < 1e-9
     process = replace(create_process(2), estimate="mean_velocity")
-    network = flow_maps.TwoTimes(lambda: flow_maps.Perceptron((2,), 8, 1))
+    network = TwoTimes(lambda: Perceptron((2,), 8, 1))
     assert flow_maps.velocity_error(Denoiser(network, process), problem) == pytest.approx(
         1, abs=0.1
     )
