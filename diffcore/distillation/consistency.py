@@ -1,18 +1,26 @@
 """Consistency models: networks that map each point of a flow to its clean end."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from diffcore.core.denoiser import Denoiser
 from diffcore.core.estimate import Estimate
 from diffcore.core.prediction import target
 from diffcore.core.process import Process
 from diffcore.distillation.derivative import Derivative
-from diffcore.distillation.few_step import FewStepObjective, NoisySample, RandomState
+from diffcore.distillation.few_step import (
+    FewStepObjective,
+    NoisySample,
+    RandomState,
+    Target,
+    check_target,
+)
 from diffcore.distillation.intervals import Intervals, KnotIntervals
 from diffcore.objectives.draw import Draw, SampleKey
 from diffcore.objectives.level_sampling import ResamplerState
@@ -29,8 +37,8 @@ class Consistency(FewStepObjective):
         L = w ρ(f(x_t, t) - sg f(x_s, s)),   f = x_0 of the network,   f(x, 0) = x
 
     x_s is α_s x_0 + σ_s ε of the same x_0 and ε (consistency training), or the end of a step of the
-    teacher's flow from x_t (consistency distillation). sg is the same network without gradient,
-    with the same dropout. By default it is improved consistency training (Song & Dhariwal 2023,
+    teacher's flow from x_t (consistency distillation). sg is the network without gradient, with
+    the same dropout. By default it is improved consistency training (Song & Dhariwal 2023,
     2310.14189); ShrinkingIntervals give easy consistency tuning (Geng et al. 2024, 2406.14548),
     which starts from the weights of a denoiser; a teacher gives consistency distillation (Song et
     al. 2023, 2303.01469), and with guidance, KnotIntervals of 50 steps and order 1 that of latent
@@ -44,6 +52,9 @@ class Consistency(FewStepObjective):
         loss: function ρ of the error of x_0.
         order: order of the teacher's step: 1, DDIM's step, or 2, Heun's in a = σ/(α+σ), which
             evaluates the teacher twice and ends at the clean level with a step of order 1.
+        target: weights of sg f: own, as in improved consistency training, which argues against an
+            average (section 3.2), or average (those of `Trainer.ema`), as in consistency
+            distillation and latent consistency models.
 
     Raises:
         ValueError: a field is out of range, or one that this objective does not read is given.
@@ -56,6 +67,7 @@ class Consistency(FewStepObjective):
     loss: Loss = field(default_factory=RootMeanSquareHuber)
     intervals: Intervals = field(default_factory=KnotIntervals)
     order: Literal[1, 2] = 2
+    target: Target = "own"
 
     ESTIMATE: ClassVar[Estimate] = "consistency"
     UNREAD: ClassVar = tuple(name for name in FewStepObjective.UNREAD if name != "loss")
@@ -64,6 +76,11 @@ class Consistency(FewStepObjective):
         super().__post_init__()
         if self.order not in (1, 2):
             raise ValueError(f"order is {self.order}, expected 1 or 2")
+        check_target(self.target)
+
+    @property
+    def needs_average(self) -> bool:
+        return self.target == "average"
 
     def check(self, process: Process, inputs: Iterable[str] = ()) -> None:
         super().check(process, inputs)
@@ -84,13 +101,14 @@ class Consistency(FewStepObjective):
 
     def errors(self, sample: NoisySample) -> Tensor:
         random, level, end = RandomState(sample.x), sample.level, sample.end
+        denoiser = sample.target(self.target)
         student = sample.denoiser(sample.x, level, sample.condition).x0
         # At the clean level f(x, 0) = x, also where the network cannot be evaluated.
         is_clean = torch.as_tensor(end.sigma) == 0
         inner = level.schedule.at(torch.where(is_clean, level.logsnr, end.logsnr))
-        with random.repeated():
+        with random.repeated(), _in_mode_of(sample.denoiser, denoiser):
             x = self._neighbour(sample, end)
-            known = sample.denoiser(
+            known = denoiser(
                 torch.where(is_clean.to(x.device), sample.x, x), inner, sample.condition
             )
         is_clean = is_clean.to(x.device)
@@ -105,6 +123,22 @@ class Consistency(FewStepObjective):
         if sample.teacher is None:
             return sample.at(end)
         return follow(sample, end, self.order)
+
+
+@contextmanager
+def _in_mode_of(student: Denoiser, averaged: Denoiser) -> Iterator[None]:
+    """Context in which averaged weights have the dropout of the student; their buffers stay."""
+    if averaged is student or not student.training:
+        yield
+        return
+    buffers = [(value, value.clone()) for value in averaged.buffers()]
+    averaged.train()
+    try:
+        yield
+    finally:
+        averaged.eval()
+        for value, before in buffers:
+            value.copy_(before)
 
 
 @torch.no_grad()

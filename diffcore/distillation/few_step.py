@@ -1,7 +1,8 @@
 """What the objectives of few-step networks share: samples at a level, and targets of the network.
 
-The target of a few-step network is an evaluation of the network itself, without gradient and with
-the same random numbers: dropout that differs between both would be an error of the target.
+The target of a few-step network is an evaluation of the network itself, or of its averaged weights,
+without gradient and with the same random numbers: dropout that differs between both would be an
+error of the target.
 """
 
 import math
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,10 @@ from diffcore.objectives.networks import Networks
 from diffcore.objectives.objective import Objective
 from diffcore.schedules import Level
 
-__all__ = ["FewStepObjective", "NoisySample", "RandomState"]
+__all__ = ["FewStepObjective", "NoisySample", "RandomState", "Target", "check_target"]
+
+Target = Literal["average", "own"]
+"""The weights that a target is evaluated with: averaged ones (EMA), or those that are trained."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +51,7 @@ class NoisySample:
         draw: random numbers of the samples, with their levels.
         condition: condition of the samples, some of which are dropped; None for none.
         given: condition before any is dropped.
+        averaged: network with its averaged weights, see `Networks`; None if there is none.
     """
 
     denoiser: Denoiser
@@ -56,6 +61,14 @@ class NoisySample:
     draw: Draw
     condition: BatchCondition | None
     given: BatchCondition | None = None
+    averaged: Denoiser | None = None
+
+    def target(self, weights: Target) -> Denoiser:
+        """The denoiser with the weights of a target, to be evaluated without gradient."""
+        if weights == "own":
+            return self.denoiser
+        assert self.averaged is not None
+        return self.averaged
 
     @property
     def level(self) -> Level:
@@ -242,10 +255,16 @@ class FewStepObjective(Objective):
         """The loss of each sample, of shape (B,); see `Objective`."""
         x0 = at_least_float32(x0)
         noise, dropped = self.inputs(denoiser.process, x0, condition, draw)
-        teacher = None if networks is None else networks.teacher
+        networks = networks or Networks()
+        teacher, averaged, name = networks.teacher, networks.averaged, type(self).__name__
         if self.teacher is not None and teacher is None:
-            raise ValueError(f"{type(self).__name__} has a teacher: pass networks that contain it")
-        sample = NoisySample(denoiser, teacher, x0, noise, draw, dropped, condition)
+            raise ValueError(f"{name} has a teacher: pass networks that contain it")
+        if self.needs_average and averaged is None:
+            raise ValueError(
+                f"the target of {name} is the average of the weights: pass networks that contain "
+                "it, as Trainer does, or set target to own"
+            )
+        sample = NoisySample(denoiser, teacher, x0, noise, draw, dropped, condition, averaged)
         return self.reduce(self.errors(sample), draw, log_variance, sample_weight)
 
     @abstractmethod
@@ -255,6 +274,16 @@ class FewStepObjective(Objective):
         Args:
             sample: samples at their levels.
         """
+
+
+def check_target(target: str) -> None:
+    """Raise ValueError if a target is neither of the two weights.
+
+    Args:
+        target: field of an objective.
+    """
+    if target not in get_args(Target):
+        raise ValueError(f"target is {target!r}, expected one of {', '.join(get_args(Target))}")
 
 
 def _default(value: Any, factory: Any) -> Any:

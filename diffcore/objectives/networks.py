@@ -59,11 +59,15 @@ class Networks:
         trained: networks that are trained, by name. Their order is the order of their updates.
         label_wrapper: wraps a network so that it accepts the labels of the data; the trainer sets
             it.
+        averaged: the network of the run with its averaged weights (EMA) after the last step, in
+            evaluation mode, for losses to evaluate without gradient. The trainer sets it if the
+            objective needs it (`Objective.needs_average`), else None.
     """
 
     teacher: DenoiserProtocol | None = None
     trained: Mapping[str, TrainedNetwork] = field(default_factory=dict)
     label_wrapper: LabelWrapper = without_labels
+    averaged: Denoiser | None = None
 
     def module(self, name: str) -> nn.Module:
         """A further network as it is to be evaluated.

@@ -104,8 +104,6 @@ class Objective(ABC):  # noqa: B024  settings name its subclasses as components
     def check(self, process: Process, inputs: Iterable[str] = ()) -> None:
         """Raise ValueError if a drawn level has no finite loss, or an option does not fit.
 
-        Options must fit the levels of a table, and the conditions of the process.
-
         Args:
             process: process of the network.
             inputs: names of further inputs of the network (`DataSource.inputs`).
@@ -182,6 +180,11 @@ class Objective(ABC):  # noqa: B024  settings name its subclasses as components
         Training is resumed only if this hash is unchanged.
         """
         return ""
+
+    @property
+    def needs_average(self) -> bool:
+        """Whether the loss evaluates the averaged weights of the run (`Networks.averaged`)."""
+        return False
 
     def networks(
         self, denoiser: Denoiser, device: torch.device, label_wrapper: LabelWrapper

@@ -1,5 +1,6 @@
 """The construction of a run's state: accelerator, data, networks and optimizers."""
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from diffcore.core.network import (
 from diffcore.core.process import Process
 from diffcore.core.random import Stream, derive_seed
 from diffcore.objectives.networks import Networks
+from diffcore.training.averages.averaged_network import copy_network, place_copy
 from diffcore.training.averages.ema import EMA
 from diffcore.training.averages.power_ema import PowerFunction
 from diffcore.training.data.checks import prepare_data
@@ -89,9 +91,13 @@ def build_state(settings: "Trainer", accelerator: Accelerator | None = None) -> 
     if held_out := settings.validation.source:
         _prepare_data(accelerator, held_out, settings.validation.process(settings.process))
     label_wrapper = settings.source.label_wrapper(accelerator.device)
-    built, networks = _build_modules(settings, label_wrapper, accelerator.device)
+    built, networks, copy = _build_modules(settings, label_wrapper, accelerator.device)
     hashes = _content_hashes(settings, built[0], networks)
     modules, optimizer = _prepare(settings, accelerator, built)
+    if copy is not None:
+        copy = place_copy(settings, accelerator, copy)
+        averaged = Denoiser(label_wrapper(copy), settings.process).eval()
+        networks = replace(networks, averaged=averaged)
     further = build_further_networks(settings, accelerator, networks)
     network = accelerator.unwrap_model(modules[0])
     group = settings.objective.coupling.group
@@ -103,7 +109,7 @@ def build_state(settings: "Trainer", accelerator: Accelerator | None = None) -> 
         optimizer,
         label_wrapper,
         Denoiser(label_wrapper(modules[0]), settings.process).train(),
-        EMA(network, settings.ema),
+        EMA(network, settings.ema, copy),
         {length: EMA(network, PowerFunction(length)) for length in settings.snapshots.lengths},
         settings.source.order(
             settings.seed,
@@ -165,9 +171,9 @@ def _check_batch(settings: "Trainer", ranks: int) -> None:
 
 def _build_modules(
     settings: "Trainer", label_wrapper: LabelWrapper, device: torch.device
-) -> tuple[list[nn.Module], Networks]:
-    """The network with its initial weights, the uncertainty if there is one, and the networks of
-    the objective.
+) -> tuple[list[nn.Module], Networks, nn.Module | None]:
+    """The network with its initial weights, the uncertainty if there is one, the networks of the
+    objective, and the copy for the averaged weights if it needs one.
     """
     torch.manual_seed(derive_seed(settings.seed, Stream.MODEL, 0))
     modules = [settings.network()]
@@ -184,8 +190,9 @@ def _build_modules(
     if settings.objective.uncertainty:
         modules.append(settings.objective.uncertainty.module())
     networks = build_networks(settings, Denoiser(modules[0], settings.process), device)
+    copy = copy_network(settings, modules[0])
     settings.compute.apply(modules[0])
-    return modules, networks
+    return modules, networks, copy
 
 
 def _prepare(

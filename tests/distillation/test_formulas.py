@@ -1,5 +1,6 @@
 """The losses of few-step networks equal the papers' formulas, written independently."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffcore.core.denoiser import Denoiser
+from diffcore.core.denoiser import Denoiser, extract_tensor
 from diffcore.core.process import Process, TimeConditioning
 from diffcore.distillation import (
     Consistency,
@@ -24,6 +25,7 @@ from diffcore.distillation.flow_map import FlowMap
 from diffcore.networks import Perceptron, TwoTimes
 from diffcore.objectives.draw import SampleKey
 from diffcore.objectives.losses import RootMeanSquareHuber, SquaredError
+from diffcore.objectives.networks import Networks
 from diffcore.objectives.weighting import MSE
 from diffcore.schedules import Cosine, Flow, Karras, Normal, Trailing
 from tests.helpers.oracles import SCALINGS, gaussian, mixture, process, unet
@@ -273,10 +275,30 @@ def test_guidance_is_mixed_into_the_velocity_of_samples_that_keep_their_label():
         torch.testing.assert_close(plain._velocity(sample), v)
 
 
-def test_a_long_step_of_a_shortcut_is_the_mean_of_its_halves():
+def changed(network):
+    """A copy with smaller weights."""
+    network = copy.deepcopy(network)
+    for value in network.parameters():
+        value.data *= 0.7
+    return network
+
+
+def with_dropout(denoiser, p=0.5):
+    """The same network in training mode, behind dropout of x."""
+    return Denoiser(Drop(denoiser.network, p), denoiser.process).train()
+
+
+@pytest.mark.parametrize("target", ("own", "average"))
+def test_a_long_step_of_a_shortcut_is_the_mean_of_its_halves(target):
+    """With an average: of other weights, which have no dropout while the network has."""
     process = record("mean_velocity", Flow())
-    objective = Shortcut(steps=8, share=0.75)
+    objective = Shortcut(steps=8, share=0.75, target=target)
     denoiser, draw = student(process, two_times=True), drawn(objective, process)
+    averaged, trained = denoiser, denoiser
+    if target == "average":
+        averaged = Denoiser(changed(denoiser.network), process).eval()
+        trained = with_dropout(denoiser)
+        averaged = Denoiser(Drop(averaged.network, 0.5), process).eval()
     a, b = draw.level.blend, draw.level.end.blend
     is_long = (a > b)[:, 0]
     assert is_long.any()
@@ -285,9 +307,9 @@ def test_a_long_step_of_a_shortcut_is_the_mean_of_its_halves():
     assert set((1 / d).round().flatten().long().tolist()) <= {1, 2, 4}
     torch.testing.assert_close((a[is_long] / d).round(), a[is_long] / d)
 
-    def u(z, a, r):
+    def u(z, a, r, network=averaged):
         level = replace(process.schedule.at_blend(a), end=process.schedule.at_blend(r))
-        x0, eps = denoiser(z, level)
+        x0, eps = network(z, level)
         return eps - x0
 
     z, m = (1 - a) * X0 + a * draw.noise, (a + b) / 2
@@ -296,8 +318,42 @@ def test_a_long_step_of_a_shortcut_is_the_mean_of_its_halves():
         first = u(z, a, torch.where(is_short, a, m))
         second = u(z - (a - m) * first, m, torch.where(is_short, m, b))
         goal = torch.where(is_long[:, None], (first + second) / 2, draw.noise - X0)
-        expected = (u(z, a, b) - goal).square().mean(1)
-    torch.testing.assert_close(objective(denoiser, X0, None, draw), expected, rtol=1e-9, atol=1e-12)
+        torch.manual_seed(5)
+        expected = (u(z, a, b, trained) - goal).square().mean(1)
+    torch.manual_seed(5)
+    losses = objective(trained, X0, None, draw, networks=Networks(averaged=averaged))
+    torch.testing.assert_close(losses, expected, rtol=1e-9, atol=1e-12)
+    losses.sum().backward()
+    assert all(p.grad is None for p in averaged.parameters()) == (target == "average")
+
+
+def test_an_averaged_target_of_consistency_has_other_weights_and_the_dropout_of_the_student():
+    process = record("consistency")
+    intervals = KnotIntervals(first=8, last=8, weighting=MSE("sample"))
+    objective = Consistency(intervals=intervals, loss=SquaredError(), target="average")
+    inner, draw = student(process), drawn(objective, process)
+    denoiser, p = with_dropout(inner), 0.5
+    other = Drop(changed(inner.network), p)
+    averaged = Denoiser(other, process).eval()
+    torch.manual_seed(5)
+    mask = nn.functional.dropout(torch.ones_like(X0), p)
+    level, end = draw.level, draw.level.end
+    is_clean = end.sigma == 0
+    at = level.schedule.at(torch.where(is_clean, level.logsnr, end.logsnr))
+    x, y = (each.alpha * X0 + each.sigma * draw.noise for each in (level, at))
+    with torch.no_grad():
+
+        def predicted(network, x, level):
+            v = extract_tensor(network(x * mask, 10.0 * level.blend.flatten()))
+            return x - level.blend * v
+
+        goal = torch.where(is_clean, X0, predicted(other.network, y, at))
+        square = (predicted(inner.network, x, level) - goal).square()
+    weight = objective.intervals.weight(level, end, 1.0)
+    torch.manual_seed(5)
+    losses = objective(denoiser, X0, None, draw, networks=Networks(averaged=averaged))
+    torch.testing.assert_close(losses, (weight * square).mean(1), rtol=1e-6, atol=1e-9)
+    assert not averaged.training
 
 
 def test_a_target_has_the_dropout_of_the_student_and_leaves_the_generator_as_it_was():

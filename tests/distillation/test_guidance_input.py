@@ -79,6 +79,7 @@ def test_each_sample_is_distilled_from_the_teacher_guided_with_its_own_scale(nam
     draw = drawn(scaled, own, index)
     condition = batch_condition(own, labels, draw.conditions)
     networks = scaled.networks(denoiser, torch.device("cpu"), lambda network: network)
+    networks = replace(networks, averaged=denoiser)
     losses = scaled(denoiser, x0, condition, draw, networks=networks)
     for row in range(COUNT):
         w = float(draw.conditions["guidance_scale"][row])
@@ -89,7 +90,8 @@ def test_each_sample_is_distilled_from_the_teacher_guided_with_its_own_scale(nam
         def with_labels(x, level, given, teacher=alone.teacher.denoiser()):
             return teacher(x, level, given.label)
 
-        expected = alone(denoiser, x0[rows], condition[rows], one, networks=Networks(with_labels))
+        guided = Networks(with_labels, averaged=denoiser)
+        expected = alone(denoiser, x0[rows], condition[rows], one, networks=guided)
         torch.testing.assert_close(losses[row : row + 1], expected, rtol=1e-5, atol=1e-8)
 
 

@@ -113,6 +113,8 @@ REFUSED = [
     (lambda: Shortcut(steps=0), r"steps is 0, expected a power of 2"),
     (lambda: Shortcut(steps=12), r"steps is 12"),
     (lambda: Shortcut(share=1.0), r"share is 1"),
+    (lambda: Shortcut(target="mean"), r"target is 'mean', expected one of average, own"),
+    (lambda: Consistency(target="ema"), r"target is 'ema', expected one of average, own"),
     (lambda: Derivative("forward"), r"expected jvp or difference"),
     (lambda: Derivative(step=0.0), r"step is 0"),
 ]

@@ -55,7 +55,7 @@ def loss_gradients(
     """Mean and standard error of the gradient of the loss, over parts of `count` samples."""
     process = replace(student.process, classes=0, dropout=0.0)
     teacher = getattr(objective, "teacher", None)
-    networks = Networks(None if teacher is None else teacher.denoiser())
+    networks = Networks(None if teacher is None else teacher.denoiser(), averaged=student)
     found = []
     for part in range(parts):
         draw = objective.draw(process, SampleKey(part, step, torch.arange(count), count))

@@ -68,8 +68,26 @@ def matching() -> dict[str, Any]:
     return {"objective": objective, "process": replace(PROCESS, estimate="consistency")}
 
 
-OBJECTIVES = {"three": lambda: {"objective": ThreeNetworks()}, "matching": matching}
-"""Settings of objectives with further networks, by the name in a case."""
+def averaged() -> dict[str, Any]:
+    """Settings of consistency training whose target has averaged weights."""
+    from diffcore.distillation import Consistency, KnotIntervals
+    from diffcore.objectives.weighting import MSE
+    from diffcore.schedules import Flow
+
+    intervals = KnotIntervals(first=4, last=4, weighting=MSE("sample"))
+    process = replace(PROCESS, schedule=Flow(), prediction="flow_prediction")
+    return {
+        "objective": Consistency(intervals=intervals, target="average"),
+        "process": replace(process, estimate="consistency"),
+    }
+
+
+OBJECTIVES = {
+    "three": lambda: {"objective": ThreeNetworks()},
+    "matching": matching,
+    "averaged": averaged,
+}
+"""Settings of objectives that evaluate several networks, by the name in a case."""
 
 
 def run(folder: Path, name: str, **settings: Any) -> None:

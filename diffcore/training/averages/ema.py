@@ -48,19 +48,33 @@ class EMA:
     Args:
         module: module whose state is averaged.
         decay: β as a function of the step, such as `Decay`.
+        copy: copy of the module whose state becomes the average, see `averaged_network`; None
+            keeps the average in tensors alone.
+
+    Raises:
+        ValueError: the copy holds a part of the average in half precision.
     """
 
-    def __init__(self, module: nn.Module, decay: Callable[[int], float]) -> None:
+    def __init__(
+        self, module: nn.Module, decay: Callable[[int], float], copy: nn.Module | None = None
+    ) -> None:
         self.module, self.decay = module, decay
         state = module.state_dict()
-        self.shadow = {name: _averaged(value).clone() for name, value in state.items()}
         named = {
             **dict(module.named_parameters(remove_duplicate=False)),
             **dict(module.named_buffers(remove_duplicate=False)),
         }
-        self.floating = [
-            (self.shadow[name], named[name]) for name in state if state[name].is_floating_point()
-        ]
+        if copy is None:
+            self.shadow = {name: _averaged(value).clone() for name, value in state.items()}
+        else:
+            held = copy.state_dict()
+            _check_precision(held, named)
+            self.shadow = {name: _averaged(held[name]) for name in state}
+            self.load(state)
+        floating = [name for name in state if state[name].is_floating_point()]
+        # A copy shares its tensors as the module does, and each is averaged once.
+        once = {local(self.shadow[name]).data_ptr() or name: name for name in floating}
+        self.floating = [(self.shadow[name], named[name]) for name in once.values()]
         self.counters = [
             (self.shadow[name], named[name])
             for name in state
@@ -98,6 +112,17 @@ class EMA:
             yield
         finally:
             self.module.load_state_dict(weights)
+
+
+def _check_precision(held: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if a tensor of a copy that is not shared cannot hold its average."""
+    for name, value in held.items():
+        is_shared = local(value).data_ptr() == local(named[name]).data_ptr()
+        if value.is_floating_point() and value.dtype != torch.float32 and not is_shared:
+            raise ValueError(
+                f"the objective evaluates the averaged weights, which are float32, and {name} of "
+                f"the network is {value.dtype}: use float32 weights (network.float())"
+            )
 
 
 def _averaged(value: Tensor) -> Tensor:

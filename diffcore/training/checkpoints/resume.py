@@ -256,6 +256,9 @@ def _comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
         options = optimizer.get("init_args", {}).items()
         kept = {name: value for name, value in options if name not in IMPLEMENTATION}
         found["optimizer"] = {**optimizer, "init_args": kept}
+    if isinstance(objective := settings.get("objective"), dict) and "init_args" in objective:
+        options = {"target": "own"} | objective["init_args"]  # before there were averaged targets
+        found["objective"] = {**objective, "init_args": options}
     return found
 
 

@@ -89,7 +89,11 @@ METHODS: dict[str, Words] = {
     "Consistency": _distil("Consistency"),
     "MeanFlow": _distil("MeanFlow"),
     "Shortcut": _distil(
-        "Shortcut", "--objective.steps=16", "--objective.share=0.5", "--training-steps=60"
+        "Shortcut",
+        "--objective.steps=16",
+        "--objective.share=0.5",
+        "--objective.target=own",
+        "--training-steps=60",
     ),
     "Reflow": _distil(
         "Reflow", "--data.count=4096", "--data.steps=12", "--data.folder={folder}/pairs"

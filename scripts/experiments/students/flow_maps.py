@@ -94,7 +94,9 @@ METHODS = {
         lambda teacher, steps: MeanFlow(teacher=teacher, share=0.75),
         from_data=True,
     ),
-    "shortcut": Method("mean_velocity", lambda teacher, steps: Shortcut(teacher=teacher, steps=64)),
+    "shortcut": Method(
+        "mean_velocity", lambda teacher, steps: Shortcut(teacher=teacher, steps=64, target="own")
+    ),
     "reflow": Method("posterior_mean", lambda teacher, steps: Objective(), is_paired=True),
     "distribution matching": Method(
         "consistency",
