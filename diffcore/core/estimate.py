@@ -6,7 +6,12 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from diffcore.core.process import Process
 
-__all__ = ["Estimate", "check_estimate_of_process", "require_posterior_mean"]
+__all__ = [
+    "Estimate",
+    "check_estimate_of_process",
+    "refuse_point_of_flow",
+    "require_posterior_mean",
+]
 
 Estimate = Literal["posterior_mean", "consistency", "mean_velocity", "encoded_mean"]
 """What the pair of a network is; see `Process.estimate`."""
@@ -57,6 +62,22 @@ def _check_point_of_flow(process: "Process") -> None:
             "estimate is mean_velocity, whose second level may be clean (λ = inf), which time "
             f"conditioning by {process.time.variable} cannot express: set a clamp, or condition "
             "on index, t, blend or sigma"
+        )
+
+
+def refuse_point_of_flow(process: "Process", name: str) -> None:
+    """Raise ValueError if training by denoising would make a few-step network a denoiser.
+
+    Args:
+        process: process of the network.
+        name: name of the objective, which trains a mean over the data.
+    """
+    if process.estimate in ("consistency", "mean_velocity"):
+        raise ValueError(
+            f"process.estimate is {process.estimate}, and {name} trains E[x_0 | x] at each level, "
+            "with which a network of few steps would unlearn them: set an objective of such "
+            "networks (Consistency, MeanFlow, RewardTuning; docs/few-step.md), or fine-tune the "
+            "network that it was distilled from, and distil that"
         )
 
 

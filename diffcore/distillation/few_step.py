@@ -9,7 +9,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal, get_args
 
@@ -189,12 +189,12 @@ class FewStepObjective(Objective):
             process: process of the network.
             inputs: names of further inputs of the network (`DataSource.inputs`).
         """
-        super().check(process, inputs)
         if process.estimate != self.ESTIMATE:
             raise ValueError(
                 f"process.estimate is {process.estimate}, and {type(self).__name__} trains a "
                 f"network that gives the {self.ESTIMATE}: set process.estimate to {self.ESTIMATE}"
             )
+        super().check(replace(process, estimate="posterior_mean"), inputs)
         if self.guidance_range is not None:
             self._check_guidance_condition(process, *self.guidance_range)
         if self.teacher is not None:

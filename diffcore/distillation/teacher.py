@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 import torch
@@ -225,19 +225,11 @@ class PipelineTeacher(Teacher):
 
     @cached_property
     def process(self) -> Process:
-        return Process(**self._index.process_fields | self._estimate)
+        return Process(**self._index.process_fields)
 
     def process_for(self, student: Process) -> Process:
         fields = self._index.process_fields_of(shape=student.shape)
-        fields |= self._estimate
         return Process(**fields | {"classes": student.classes, "dropout": self._dropout(student)})
-
-    @property
-    def _estimate(self) -> dict[str, Any]:
-        """What the pair of the network is, by the scheduler of the pipeline."""
-        from diffcore.integrations.diffusers.loading.folder import estimate_fields
-
-        return estimate_fields(self._index.scheduler)
 
     @property
     def needs_prompts(self) -> bool:

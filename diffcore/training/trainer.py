@@ -25,7 +25,7 @@ from diffcore.training import loop
 from diffcore.training.averages.ema import Decay
 from diffcore.training.averages.power_ema import Snapshots
 from diffcore.training.checkpoints.checkpoint import Checkpoints
-from diffcore.training.checkpoints.initial_weights import check_source
+from diffcore.training.checkpoints.initial_weights import check_estimate, check_source
 from diffcore.training.checkpoints.resume import start_or_resume
 from diffcore.training.construction import build_accelerator, build_state
 from diffcore.training.data.adapters import as_data_source
@@ -197,6 +197,7 @@ class Trainer:
             raise ValueError(f"resume is {self.resume!r}, expected true, false or auto")
         if self.init and not (self.resume and self.run.config.exists()):
             check_source(self.init, self.init_weights)
+            check_estimate(self.init, self.process)
         if not self.clip > 0:
             raise ValueError(f"clip is {self.clip}, expected a positive norm (.inf does not clip)")
         if not 0 <= self.seed < 2**63:

@@ -156,9 +156,10 @@ def report_choice(
         "schedule" not in given and process["prediction"] == index.process_fields["prediction"]
     )
     origin = f"as {scheduler} of the pipeline describes" if is_kept else "as the settings define"
+    few = f", of a {process['estimate']} network" if "estimate" in index.process_fields else ""
     lines = {
         "recipe": f"{recipe}, for {family.name} in {index.folder}",
-        "process": f"{process['prediction']}, {_name(process['schedule'])}, {origin}",
+        "process": f"{process['prediction']}, {_name(process['schedule'])}{few}, {origin}",
         "condition": _condition(family),
         "trains": _trained(settings, given),
         "images": _images(index, process["shape"], given),

@@ -135,6 +135,7 @@ def complete_settings(
         ValueError: the folder holds no pipeline, the recipe is made for another family, a setting
             is not a table, or the settings change the prediction type of a flow.
     """
+    from diffcore.integrations.diffusers.loading.folder import sampling_defaults
     from diffcore.integrations.diffusers.loading.index import PipelineIndex
 
     index = PipelineIndex(Path(folder))
@@ -158,6 +159,7 @@ def complete_settings(
             "flow_prediction, which fine-tuning keeps: use the recipe finetune-flow, or leave "
             "prediction and schedule out of process"
         )
+    _check_estimate(index, found, given.get("process.estimate", process.get("estimate")))
     process["schedule"] = _wrap_schedule(process["schedule"], found["schedule"])
     arguments: dict[str, dict[str, Any]] = {name: {"pipeline": folder} for name in READERS}
     if given.get("process.variance", process.get("variance")) == "learned":
@@ -168,9 +170,23 @@ def complete_settings(
         if _class_name(settings.get(name)) == cls
     }
     completed = settings | readers | {"pipeline": folder, "process": process}
+    if "estimate" in found:  # a recipe samples denoisers
+        sampling = sampling_defaults(folder)
+        completed = completed | sampling if recipe else sampling | completed
     if recipe:
         report_choice(recipe, index, completed, given)
     return completed
+
+
+def _check_estimate(index: "PipelineIndex", found: Mapping[str, Any], estimate: Any) -> None:
+    """Raise ValueError if settings make a denoiser of a pipeline's network of few steps."""
+    if found.get("estimate", estimate) != estimate:
+        raise ValueError(
+            f"process.estimate is {estimate}, but the {index.scheduler['_class_name']} in "
+            f"{index.folder} samples a {found['estimate']} network, which training by denoising "
+            "would destroy: leave process.estimate out, or fine-tune the pipeline that it was "
+            "distilled from"
+        )
 
 
 def _size(

@@ -24,7 +24,7 @@ from diffcore.run import AVERAGED, Run, read_checkpoint_weights
 if TYPE_CHECKING:
     from diffcore.training.state import TrainState
 
-__all__ = ["check_source", "load_initial_weights"]
+__all__ = ["check_estimate", "check_source", "load_initial_weights"]
 
 NAMED = 3
 """Number of tensors of each kind that a message names."""
@@ -71,6 +71,43 @@ def check_source(path: str | Path, weights: str) -> None:
             f"init is {path}, which has {known}, and init_weights is {weights}: name the folder of "
             "a run, of one of its checkpoints, or of a diffusers pipeline, or a safetensors file"
         )
+
+
+def check_estimate(path: str | Path, own: Process) -> None:
+    """Refuse to start from a network of few steps, which the training would make another one.
+
+    Args:
+        path: folder that `check_source` accepts, or a safetensors file, which has no process.
+        own: process of the training.
+
+    Raises:
+        ValueError: the weights are of few steps, and the process is not.
+    """
+    path, estimate = Path(path), None
+    if (path / PIPELINE_INDEX).is_file():
+        estimate = _pipeline_fields(path).get("estimate")
+    elif (path / MANIFEST).is_file():
+        settings = read_manifest(path)["state"].get("settings") or {}
+        estimate = (settings.get("process") or {}).get("estimate")
+    elif path.is_dir() and (process := Run(path).process).is_file():
+        estimate = Process.load(process).estimate
+    if estimate in ("consistency", "mean_velocity") and estimate != own.estimate:
+        raise ValueError(
+            f"init is {path}, a {estimate} network, and process.estimate is {own.estimate}: set "
+            f"process.estimate to {estimate} and an objective of such networks, or start from "
+            "the network that it was distilled from; a safetensors file starts from any weights"
+        )
+
+
+def _pipeline_fields(folder: Path) -> dict[str, Any]:
+    """The specs of the fields of the process that the configs of a pipeline determine."""
+    from diffcore.integrations.diffusers.loading.index import PipelineIndex
+
+    try:
+        fields = PipelineIndex(folder).process_fields
+    except (ValueError, KeyError):  # a scheduler that describes no process
+        return {}
+    return {name: to_spec(value) for name, value in fields.items()}
 
 
 def _is_single(path: Path) -> bool:
@@ -151,12 +188,8 @@ def _read_pipeline(folder: Path, network: nn.Module) -> _Source:
             f"init is {folder}, whose network is a {type(found).__name__}, but the network is a "
             f"{class_name(own)}: train a network of the same class, or name other weights"
         )
-    try:
-        fields = {name: to_spec(value) for name, value in index.process_fields.items()}
-    except (ValueError, KeyError):  # a scheduler that describes no process
-        fields = {}
     tensors = {prefix + name: value for name, value in found.state_dict().items()}
-    return _Source(tensors, fields)
+    return _Source(tensors, _pipeline_fields(folder))
 
 
 def _complete(

@@ -91,23 +91,20 @@ def parts_of(pipeline: diffusers.DiffusionPipeline) -> PipelineParts:
         components["scheduler"],
         components.get("vae"),
         lambda: pipeline,
-        _process_fields(type(pipeline).__name__, pipeline.config)  # type: ignore[attr-defined]
-        | estimate_fields(components["scheduler"]),
+        _process_fields(type(pipeline).__name__, pipeline.config),  # type: ignore[attr-defined]
     )
 
 
-def estimate_fields(scheduler: Any) -> dict[str, Any]:
+def estimate_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """The field `estimate` of the Process of a network by its scheduler, LCM or TCD.
 
     Args:
-        scheduler: scheduler of diffusers, or its config with `_class_name`.
+        config: config of the scheduler, with `_class_name`.
 
     Returns:
         The field by its name; empty for other schedulers.
     """
-    is_config = isinstance(scheduler, Mapping)
-    name = scheduler.get("_class_name") if is_config else type(scheduler).__name__
-    return {"estimate": "consistency"} if name in CONSISTENCY else {}
+    return {"estimate": "consistency"} if config.get("_class_name") in CONSISTENCY else {}
 
 
 def _process_fields(class_name: Any, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,7 +169,7 @@ def read_folder(
         config,
         vae,
         lambda: read_text_pipeline(folder, index, {name: network, "vae": vae, **text_parts}),
-        _process_fields(index.get("_class_name"), index) | estimate_fields(config),
+        _process_fields(index.get("_class_name"), index),
     )
 
 

@@ -17,7 +17,12 @@ from diffcore.core.denoiser import Denoiser, extract_tensor
 from diffcore.core.network import class_name, network_config
 from diffcore.core.process import Process
 from diffcore.integrations.diffusers.families import ClassCondition, family_of
-from diffcore.integrations.diffusers.loading.folder import PipelineParts, parts_of, read_folder
+from diffcore.integrations.diffusers.loading.folder import (
+    PipelineParts,
+    estimate_fields,
+    parts_of,
+    read_folder,
+)
 from diffcore.integrations.diffusers.loading.prompts import PromptNetwork, Prompts
 from diffcore.integrations.diffusers.loading.text_encoding import encode_prompts
 from diffcore.integrations.diffusers.scheduler.scheduler_config import (
@@ -144,7 +149,7 @@ def read_process_fields(
             f"possible for a flow, not for the table of {config['_class_name']}: pass time="
         )
     time = replace(described.time, scale=described.time.scale * factor)
-    return read | {"time": time}
+    return read | {"time": time} | estimate_fields(config)
 
 
 def _shape_field(network: nn.Module, fields: dict[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,6 @@ from diffcore.integrations.diffusers.families import family_of
 from diffcore.integrations.diffusers.families.guidance_input import add_guidance_input
 from diffcore.integrations.diffusers.loading.folder import (
     PipelineParts,
-    estimate_fields,
     read_folder,
 )
 from diffcore.integrations.diffusers.loading.frozen_base import BasePrecision, read_base
@@ -286,7 +285,7 @@ class PretrainedNetwork(ExportableNetwork):
         scheduler = read_json(Path(folder) / "scheduler" / "scheduler_config.json")
         text = {} if self.text_encoders is None else self.text_encoders.components()
         parts = read_folder(self.index.folder, self._in_float32(), text)
-        return replace(parts, scheduler=scheduler, process_fields=estimate_fields(scheduler))
+        return replace(parts, scheduler=scheduler)
 
     def _in_float32(self) -> nn.Module:
         """The network with the weights of the pipeline, which diffusers adds the adapter to."""
