@@ -74,7 +74,7 @@ def _add_options(study: argparse.ArgumentParser, run: Callable[..., None], name:
     if run in (*with_seeds, mean_velocity, reward, few_step, tuning, default_sampler):
         out = Path(f"docs/experiments/{name}.jsonl")
         study.add_argument("--out", type=Path, default=out, help=f"measurements (default {out})")
-    if run in (conditions, tuning, default_sampler):
+    if run in (conditions, tuning, default_sampler, mean_velocity):
         study.add_argument("--only", nargs="+", help="names of problems (default: all)")
     if run in (inversion, samplers):
         count = 32 if run is inversion else 60
@@ -287,8 +287,8 @@ def mean_velocity(arguments: argparse.Namespace) -> None:
     """Train MeanFlow by an exact teacher and measure its mean velocity."""
     from experiments.students import mean_velocity as study
 
-    rows = _measure(study.run_study(arguments.out, arguments.steps), arguments.out)
-    print(f"\n{study.format_table(rows)}")
+    lines = study.run_study(arguments.out, arguments.steps, arguments.only)
+    print(f"\n{study.format_table(_measure(lines, arguments.out))}")
 
 
 def claims(arguments: argparse.Namespace) -> None:

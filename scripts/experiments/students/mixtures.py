@@ -24,6 +24,7 @@ __all__ = [
     "SAMPLES",
     "WIDTH",
     "Problem",
+    "create_broad_problem",
     "create_problem",
     "create_process",
     "solve_pairs",
@@ -62,7 +63,21 @@ def create_problem(size: int) -> Problem:
     means = 1.5 * means / means.square().mean(1, keepdim=True).sqrt()
     factors = torch.randn(5, size, size, **options) / size**0.5
     covariances = 0.05 * factors @ factors.mT + 0.02 * torch.eye(size, dtype=torch.float64)
-    oracle = GaussianMixture(means, covariances, process=create_process(size))
+    return _problem(GaussianMixture(means, covariances, process=create_process(size)))
+
+
+def create_broad_problem() -> Problem:
+    """Build a mixture of two Gaussians in the plane, of standard deviation 0.5 at a distance of 2.
+
+    Returns:
+        The problem, whose flow is smoother than that of `create_problem`.
+    """
+    means = torch.tensor([[-1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
+    covariances = 0.25 * torch.eye(2, dtype=torch.float64).expand(2, 2, 2)
+    return _problem(GaussianMixture(means, covariances, process=create_process(2)))
+
+
+def _problem(oracle: GaussianMixture) -> Problem:
     data, truth = oracle.sample(torch.arange(20_000 + SAMPLES)).float().split((20_000, SAMPLES))
     return Problem(oracle, data, truth)
 
