@@ -136,6 +136,9 @@ def _import_trusted(path: str, check_path: bool = True) -> Any:
     trusted = _modules.get()
     if not check_path or _is_below(path, trusted):
         value = _util.import_object(path, check_path=False)
+        if check_path and not callable(value):
+            kind = type(value).__name__
+            raise ValueError(f"{path} is of type {kind}, expected a class or a function")
         if check_path and not _is_allowed(value) and not _is_defined_below(value, trusted):
             raise _denied(path)
         return value

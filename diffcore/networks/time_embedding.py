@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from diffcore.core.network import NetworkAdapter, class_name, network_config
 from diffcore.networks.embedding import ConditionEmbedding, sinusoids
 
-__all__ = ["EmbeddingAdapter", "added_to_time", "build_addition"]
+__all__ = ["EmbeddingAdapter", "added_to_time", "build_addition", "features_added_to_time"]
 
 NAMES = ("time_embedding", "timestep_embedder")
 """Attributes of diffusers' networks that hold the embedding of the time."""
@@ -40,23 +40,27 @@ class EmbeddingAdapter(NetworkAdapter):
         self.config = network_config(self.network)
 
 
-def build_addition(network: nn.Module, names: Sequence[str] = ()) -> nn.Sequential:
-    """The embedding of a number, whose last layer is 0, and hooks that add it to that of the time.
+def build_addition(
+    network: nn.Module, names: Sequence[str] = (), features: int = 0
+) -> nn.Sequential:
+    """An embedding of features, whose last layer is 0, and hooks that add it to that of the time.
 
     Args:
         network: network with an embedding of the time; it receives the hooks.
         names: names of the modules that embed the time, (B, width) each; (): found by the names
             that diffusers gives them.
+        features: number of features; 0: the width of the embedding of the time, as sinusoids of a
+            number have.
 
     Returns:
-        W' silu(W s + b) + b' with W' = 0 and b' = 0, for (B, width) features s.
+        W' silu(W s + b) + b' with W' = 0 and b' = 0, for features s (B, features).
 
     Raises:
         ValueError: no module embeds the time, or its width is odd or unknown.
     """
     modules = _time_embeddings(network, names)
     width = _width(modules)
-    first, last = nn.Linear(width, width), nn.Linear(width, width)
+    first, last = nn.Linear(features or width, width), nn.Linear(width, width)
     for parameter in last.parameters():
         nn.init.zeros_(parameter)
     for module in modules:
@@ -76,8 +80,23 @@ def added_to_time(addition: nn.Sequential, number: Tensor) -> Iterator[None]:
     Yields:
         None.
     """
-    weight = next(addition.parameters())
-    added = addition(sinusoids(number, weight.shape[1]).to(weight.dtype))
+    width = next(addition.parameters()).shape[1]
+    with features_added_to_time(addition, sinusoids(number, width)):
+        yield
+
+
+@contextmanager
+def features_added_to_time(addition: nn.Sequential, features: Tensor) -> Iterator[None]:
+    """Context in which embeddings of the time are those of the time and of further features.
+
+    Args:
+        addition: result of `build_addition`.
+        features: (B, features) features.
+
+    Yields:
+        None.
+    """
+    added = addition(features.to(next(addition.parameters()).dtype))
     outer = _ADDED.get()
     token = _ADDED.set(added if outer is None else outer + added)
     try:
@@ -92,8 +111,8 @@ def _add(module: nn.Module, _: Any, output: Tensor) -> Tensor:
     if added is None:
         raise RuntimeError(
             f"the {type(module).__name__}, which embeds the time, was evaluated outside of the "
-            "adapter around its network (TwoTimes or GuidanceEmbedding): call the adapter itself, "
-            "and train without checkpointing of blocks that embed the time"
+            "adapter around its network (TwoTimes, GuidanceEmbedding or NoiseEmbedding): call the "
+            "adapter itself, and train without checkpointing of blocks that embed the time"
         )
     return output + added.to(output.dtype)
 

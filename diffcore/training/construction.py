@@ -31,7 +31,7 @@ from diffcore.training.further_networks import (
     build_further_networks,
     build_networks,
 )
-from diffcore.training.network_checks import check_dtype, check_network
+from diffcore.training.network_checks import check_dtype, check_network, check_trained
 from diffcore.training.optimization.level_sampler import LevelSampler
 from diffcore.training.optimization.optimizers import build_optimizer
 from diffcore.training.optimization.quantised_state import is_quantised
@@ -177,6 +177,7 @@ def _build_modules(
     """
     torch.manual_seed(derive_seed(settings.seed, Stream.MODEL, 0))
     modules = [settings.network()]
+    check_trained(modules[0], "the network")
     leave_label_dropout(modules[0])
     check_dtype(modules[0])
     if isinstance(modules[0], ExportableNetwork):

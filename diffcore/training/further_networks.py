@@ -19,7 +19,7 @@ from diffcore.core.network import leave_label_dropout
 from diffcore.core.random import Stream, derive_seed
 from diffcore.objectives.networks import Networks, RunningStatistics, TrainedNetwork
 from diffcore.training.data.order import Batch
-from diffcore.training.network_checks import check_dtype
+from diffcore.training.network_checks import check_dtype, check_trained
 from diffcore.training.optimization.gradients import frozen, take_step
 from diffcore.training.optimization.lr import LearningRate
 from diffcore.training.optimization.optimizers import (
@@ -91,6 +91,7 @@ def build_networks(settings: "Trainer", denoiser: Denoiser, device: torch.device
                 f"a further network is named {name!r}, expected an identifier other than "
                 f"{', '.join(RESERVED)}, which are other files of a checkpoint"
             )
+        check_trained(trained.module, f"the further network {name}")
         leave_label_dropout(trained.module)
         check_dtype(trained.module)
         settings.compute.fitting(trained.module).apply(trained.module)

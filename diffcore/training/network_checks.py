@@ -9,7 +9,7 @@ from diffcore.core.encoding.encoded_mean import find_mean_encoder
 from diffcore.core.network import LabelWrapper, find_learned_levels
 from diffcore.core.process import Process
 
-__all__ = ["check_dtype", "check_network"]
+__all__ = ["check_dtype", "check_network", "check_trained"]
 
 TWO_TIMES = "; a network of one time receives the second one inside of diffcore.networks.TwoTimes"
 """Remedy for a network without the argument end_time."""
@@ -31,6 +31,23 @@ def check_dtype(network: nn.Module) -> None:
                 "lost: train float32 weights (network.float()), and set precision: bf16 to "
                 "evaluate the network in bfloat16"
             )
+
+
+def check_trained(network: nn.Module, name: str) -> None:
+    """Refuse a network of which nothing can be trained.
+
+    Args:
+        network: network before the first step.
+        name: what it is, for the message.
+
+    Raises:
+        ValueError: no parameter requires a gradient.
+    """
+    if not any(value.requires_grad for value in network.parameters()):
+        raise ValueError(
+            f"{name} has no parameters that require a gradient, and an optimizer nothing to "
+            "train: name a network class that has some, or leave them unfrozen"
+        )
 
 
 @torch.no_grad()

@@ -148,6 +148,10 @@ def test_rounds_of_reflow_start_from_the_round_before(distil, trained):
         assert settings["init"] == str(teacher)
 
 
+EMPTY = (
+    '--objective.discriminator={{"class_path":"NetworkDiscriminator",'
+    '"init_args":{{"network":"torch.nn.Identity"}}}}'
+)
 REFUSED = {
     "no teacher": (("--method=Reflow",), "the teacher comes first"),
     "missing": (("none", "--method=Reflow"), "does not exist: name the folder of a run"),
@@ -176,6 +180,20 @@ REFUSED = {
     "guided student": (
         ("{run}", *options("Reflow"), "--guidance.scale=2", "--process.dropout=0"),
         "trained without condition dropout",
+    ),
+    "empty discriminator": (
+        ("{run}", *options("DistributionMatching"), "--objective.adversarial=0.1", EMPTY),
+        "the further network discriminator has no parameters that require a gradient",
+    ),
+    "no features": (
+        (
+            "{run}",
+            *options("DistributionMatching"),
+            "--objective.adversarial=0.1",
+            '--objective.discriminator={{"class_path":"FeatureDiscriminator",'
+            '"init_args":{{"blocks":["none"]}}}}',
+        ),
+        "discriminator.blocks names none, which is no module of the teacher",
     ),
     "unknown option": (("{run}", "--method=Reflow", "--stepz=3"), "--stepz"),
 }

@@ -177,6 +177,8 @@ def test_a_loss_of_a_further_network_that_is_not_finite_stops_the_run_and_is_nam
         ({"name": "ema"}, "a further network is named 'ema', expected an identifier other than"),
         ({"name": "a-b"}, "a further network is named 'a-b', expected an identifier"),
         ({"half": True}, "torch.bfloat16, in which small updates are lost"),
+        ({"empty": True}, "the further network critic has no parameters that require"),
+        ({"frozen": True}, "the further network critic has no parameters that require"),
     ],
     ids=repr,
 )
@@ -185,10 +187,20 @@ def test_a_further_network_that_cannot_be_stored_or_trained_is_refused(tmp_path,
         def networks(self, denoiser, device, label_wrapper):
             module = nn.Linear(1, 1)
             module = module.bfloat16() if options.get("half") else module
+            module = nn.Identity() if options.get("empty") else module
+            module.requires_grad_(not options.get("frozen"))
             return Networks(None, {options.get("name", "critic"): TrainedNetwork(module)})
 
     with pytest.raises(ValueError, match=message):
         build_state(make_trainer(tmp_path, objective=One()))
+
+
+def test_a_network_of_which_nothing_is_trained_is_refused(tmp_path):
+    def frozen():
+        return LabelRecorder().requires_grad_(False)
+
+    with pytest.raises(ValueError, match="the network has no parameters that require a gradient"):
+        build_state(make_trainer(tmp_path, network=frozen))
 
 
 def test_updates_below_1_are_refused():

@@ -3,7 +3,7 @@
     student        softplus(-D(x̃))
     discriminator  softplus(-D(x)) + softplus(D(x̃)) + γ/2 |∇_x D(x)|²
 
-x and x̃ are noisy samples of two distributions that become equal, at one level.
+x and x̃ are samples of two distributions that become equal at each level.
 """
 
 from abc import abstractmethod
@@ -27,7 +27,6 @@ from diffcore.distillation.matching.student import (
     StudentObjective,
     denoising_process,
     drop_conditions,
-    noised,
     rollout_noise,
 )
 from diffcore.distillation.teacher import Teacher
@@ -51,7 +50,7 @@ class Comparison(NamedTuple):
     Args:
         real: samples (B, ...) of the distribution that the student should have.
         fake: samples of the student, of the same shape, with their gradient.
-        level: noise level of both.
+        level: level on which the discriminator is conditioned.
         further: further loss (B,) of the student; None for none.
     """
 
@@ -173,9 +172,11 @@ class SelfCooperative(AdversarialObjective):
         x̃ = G(x_t, t),   x = sg G(x_s, s),   t and s neighbouring knots, x_t and x_s of the data
 
     with the same x_0 and ε in x_t and x_s. At the clean knot G is the identity: the last step
-    imitates the data, and each other step the one after it. The discriminator sees both with noise
-    of the level of the draw. The consistency loss c mean |x̃ - x|² is added. The source also has a
-    term of denoising, which is not part of this objective.
+    imitates the data, and each other step the one after it. The discriminator sees both without
+    noise and is conditioned on t, since each step is compared on its own: summed over the steps,
+    the samples of all but the noisiest one would be on both sides and cancel. The consistency loss
+    c mean |x̃ - x|² is added. The source also has a term of denoising, which is not part of this
+    objective, and draws t from all levels.
 
     Source: Luo et al. 2024 (YOSO, 2403.12931).
 
@@ -210,7 +211,7 @@ class SelfCooperative(AdversarialObjective):
             with torch.no_grad():
                 real = denoiser(s.alpha * x0 + s.sigma * noise, s, condition).x0
         further = self.consistency * (fake - real).square().flatten(1).mean(1)
-        return Comparison(noised(real, draw), noised(fake, draw), draw.level, further)
+        return Comparison(real, fake, t, further)
 
 
 class AdaptiveDiscriminator(RunningStatistics):

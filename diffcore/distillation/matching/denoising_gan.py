@@ -9,14 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from diffcore.core.condition_values import SEED_BYTES, seeds_of_bytes
 from diffcore.core.conditions import BatchCondition
 from diffcore.core.denoiser import Denoiser, extract_tensor
 from diffcore.core.process import Process
-from diffcore.core.random import Stream, normal
 from diffcore.distillation.matching.adversarial import AdversarialObjective, Comparison
 from diffcore.distillation.matching.discriminator import NetworkDiscriminator
 from diffcore.distillation.matching.student import rollout_noise
+from diffcore.networks.noise_embedding import draw_latent
 from diffcore.objectives.draw import Draw
 from diffcore.objectives.networks import Networks
 from diffcore.run import NetworkFactory
@@ -71,16 +70,7 @@ class NoiseChannels(nn.Module):
         Raises:
             ValueError: the seeds are missing.
         """
-        if seed_bytes is None:
-            raise ValueError(
-                f"the process has no condition {SEED_BYTES}, from which NoiseChannels draws z: "
-                f"give process.conditions a {SEED_BYTES} of shape [8], low: 0, high: 255, absent: "
-                "null and null: [0]"
-            )
-        position = time.float().view(torch.int32)
-        shape = (self.channels, *x.shape[2:])
-        seeds = seeds_of_bytes(seed_bytes)
-        z = normal(seeds, Stream.INPUT_NOISE, position, shape, x.device, x.dtype)
+        z = draw_latent(seed_bytes, time, (self.channels, *x.shape[2:]), x)
         output = extract_tensor(self.network(torch.cat((x, z), 1), time, **conditions))
         return output[:, : x.shape[1]]
 
@@ -90,8 +80,9 @@ class DenoisingGAN(AdversarialObjective):
     """DDGAN: the conditional distribution of x_s given x_t is compared, t and s neighbouring knots.
 
     The discriminator has a network for 2C channels, [x_s, x_t], conditioned on t. The student is
-    a network with an input of noise (`NoiseChannels`): without it, x_0 given x_t is one point. Its
-    R1 penalty is that of both arguments. Sample it with `Consistency` on the same knots.
+    a network with an input of noise, `NoiseEmbedding` or `NoiseChannels`: without it, x_0 given x_t
+    is one point. The R1 penalty is that of both arguments. Sample the student with `Consistency` on
+    the same knots.
 
     Source: Xiao et al. 2021 (2112.07804).
     """

@@ -69,6 +69,11 @@ class RewardTuning(StudentObjective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not callable(self.reward):
+            raise ValueError(
+                f"reward is {self.reward!r}, expected a function of x_0, by its import path in "
+                "settings: def reward(x0: Tensor) -> Tensor"
+            )
         if not 0 < self.strength < math.inf:
             raise ValueError(f"strength is {self.strength}, expected a positive number")
         if self.divergence not in get_args(GaussianDivergence):
@@ -102,7 +107,19 @@ class RewardTuning(StudentObjective):
     def networks(
         self, denoiser: Denoiser, device: torch.device, label_wrapper: LabelWrapper
     ) -> Networks:
+        self._check_reward(denoiser.process, device)
         return Networks(self.reference.denoiser(device, None, label_wrapper))
+
+    def _check_reward(self, process: Process, device: torch.device) -> None:
+        """Raise ValueError if the reward of two samples has another shape, or no gradient."""
+        x0 = torch.zeros(2, *process.shape, device=device, requires_grad=True)
+        with torch.random.fork_rng():
+            rewards = self._rewards(x0)
+        if not rewards.requires_grad:
+            raise ValueError(
+                "the reward has no gradient, with which the student would only stay near the "
+                "reference: compute it differentiably from x_0, without detach or no_grad"
+            )
 
     def student_losses(
         self,
@@ -133,6 +150,11 @@ class RewardTuning(StudentObjective):
 
     def _rewards(self, sample: Tensor) -> Tensor:
         rewards = self.reward(sample)
+        if not isinstance(rewards, Tensor):
+            raise ValueError(
+                f"the reward is a {type(rewards).__name__}, expected a tensor: return one number "
+                "for each sample"
+            )
         if rewards.shape != (len(sample),):
             raise ValueError(
                 f"the reward of {len(sample)} samples has shape {tuple(rewards.shape)}, expected "

@@ -28,7 +28,7 @@ from diffcore.distillation.matching.discriminator import (
     discriminator_losses,
     generator_losses,
 )
-from diffcore.networks import Perceptron
+from diffcore.networks import NoiseEmbedding, Perceptron
 from diffcore.objectives.draw import SampleKey
 from diffcore.objectives.networks import Networks, TrainedNetwork
 from diffcore.samplers import Consistency
@@ -127,6 +127,17 @@ def test_the_cleaner_side_of_a_self_cooperative_student_is_its_own_without_gradi
         assert (pair.further > 0).any(), index
 
 
+def test_the_discriminator_of_a_self_cooperative_student_compares_each_step_on_its_own():
+    """Summed over the steps, samples of the cleaner steps are on both sides and cancel: a
+    discriminator that does not know the step cannot judge them."""
+    objective = OBJECTIVES["self-cooperative"]
+    knots = objective.student.knots(PROCESS.schedule)
+    data = SPREAD * torch.randn(BATCH, 2, generator=torch.Generator().manual_seed(1))
+    pairs = compared(objective, Conditional())
+    assert {index: pair.level for index, pair in pairs.items()} == dict(enumerate(knots[:-1]))
+    assert torch.equal(pairs[2].real, data)
+
+
 def test_the_losses_are_those_of_logistic_regression_with_the_r1_penalty():
     x = torch.tensor([[0.5, -1.0], [2.0, 0.3]], requires_grad=True)
     logits = (x**2).sum(1)
@@ -213,6 +224,24 @@ def test_noise_channels_draw_z_by_the_seed_of_the_sample_and_by_the_time():
         network(x, time)
     with pytest.raises(ValueError, match="channels is 0"):
         NoiseChannels(partial(Perceptron, [4]), channels=0)
+
+
+def test_a_network_with_an_embedded_latent_starts_as_the_one_without_it():
+    network = NoiseEmbedding(partial(Perceptron, [2], width=16), size=3)
+    nn.init.normal_(network.network.last.weight)
+    x, time = torch.zeros(3, 2), torch.tensor([9.0, 9.0, 8.5])
+    numbers = seed_bytes(torch.tensor([3, 4, 3]))
+    alone = Perceptron([2], width=16)
+    alone.load_state_dict(network.network.state_dict())
+    torch.testing.assert_close(network(x, time, seed_bytes=numbers), alone(x, time))
+    nn.init.normal_(network.latent[-1].weight)
+    found = network(x, time, seed_bytes=numbers)
+    assert len(found.unique(dim=0)) == 3
+    torch.testing.assert_close(network(x[2:], time[2:], seed_bytes=numbers[2:]), found[2:])
+    with pytest.raises(ValueError, match=r"give process.conditions a seed_bytes of shape"):
+        network(x, time)
+    with pytest.raises(ValueError, match="size is 0"):
+        NoiseEmbedding(partial(Perceptron, [2]), size=0)
 
 
 def test_the_bytes_of_a_seed_give_the_seed():

@@ -180,6 +180,30 @@ def test_another_process_than_that_of_the_reference_is_refused(reference):
         objective(reference).check(replace(PROCESS, high=5.0))
 
 
+def without_gradient(x0):
+    return x0.detach().sum(1)
+
+
+REWARDS = {
+    "another shape": (lambda x0: x0, r"reward of 2 samples has shape \(2, 2\), expected \(2,\)"),
+    "a number": (lambda x0: 1.0, r"the reward is a float, expected a tensor"),
+    "no gradient": (without_gradient, r"the reward has no gradient.*without detach or no_grad"),
+}
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_a_reward_that_trains_nothing_is_refused_before_the_training(reference, name):
+    reward, message = REWARDS[name]
+    tuned, student = replace(objective(reference), reward=reward), Denoiser(Shifted(), PROCESS)
+    with pytest.raises(ValueError, match=message):
+        tuned.networks(student, torch.device("cpu"), lambda network: network)
+
+
+def test_a_reward_that_is_no_function_is_refused(reference):
+    with pytest.raises(ValueError, match=r"reward is 3, expected a function of x_0"):
+        replace(objective(reference), reward=3)
+
+
 def test_a_reward_of_another_shape_is_refused(reference):
     tuned = replace(objective(reference), reward=lambda x0: x0)
     student = Denoiser(Shifted(), PROCESS)

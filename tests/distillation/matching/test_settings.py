@@ -96,6 +96,11 @@ def test_settings_that_do_not_fit_are_refused(teacher, name, arguments, message)
         build(name, **given, **arguments)
 
 
+def test_a_reward_that_is_no_function_is_named(teacher):
+    with trust(__name__), pytest.raises(ValueError, match=r"CONVOLUTION is of type dict, expected"):
+        build("RewardTuning", reference=teacher, reward=f"{__name__}.CONVOLUTION")
+
+
 def test_a_missing_teacher_is_named():
     missing = {"class_path": "RunTeacher", "init_args": {"folder": str(Path("missing"))}}
     with pytest.raises(ValueError, match=r"teacher\.folder is missing, which does not exist"):
