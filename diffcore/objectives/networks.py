@@ -32,6 +32,8 @@ class TrainedNetwork:
         lr: learning rate as a function of the step and of the number of steps of the run; None for
             that of the run.
         updates: number of updates in each step of the run, at least 1.
+        has_second_derivatives: whether a loss differentiates a gradient of the network, as the R1
+            penalty does. Its parameters are then held by every rank where others are sharded.
 
     Raises:
         ValueError: `updates` is below 1.
@@ -41,6 +43,7 @@ class TrainedNetwork:
     optimizer: Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer] | None = None
     lr: Callable[[int, int], float] | None = None
     updates: int = 1
+    has_second_derivatives: bool = False
 
     def __post_init__(self) -> None:
         if self.updates < 1:

@@ -34,10 +34,9 @@ from diffcore.training.further_networks import (
 from diffcore.training.network_checks import check_dtype, check_network, check_trained
 from diffcore.training.optimization.level_sampler import LevelSampler
 from diffcore.training.optimization.optimizers import build_optimizer
-from diffcore.training.optimization.quantised_state import is_quantised
-from diffcore.training.ranks.accelerator import make_accelerator, wrap
+from diffcore.training.ranks.accelerator import make_accelerator
 from diffcore.training.ranks.coordination import run_on_first_rank
-from diffcore.training.ranks.sharding import shard
+from diffcore.training.ranks.sharding import place
 from diffcore.training.reports.noise_scale import MicroBatchNorms
 from diffcore.training.reports.reporting import SCALARS
 from diffcore.training.reports.window import LossWindow
@@ -200,20 +199,10 @@ def _prepare(
     settings: "Trainer", accelerator: Accelerator, modules: list[nn.Module]
 ) -> tuple[list[nn.Module], Any]:
     """Modules and optimizer as the ranks train them. An optimizer of shards holds shards."""
-    mesh = settings.sharding.mesh(accelerator.num_processes, accelerator.device.type)
     build = partial(
         build_optimizer,
         settings.optimizer,
         lr=settings.lr,
         decay_only_matrices=settings.decay_only_matrices,
     )
-    if mesh is None:
-        return wrap(accelerator, modules, build(modules))
-    modules = shard(accelerator, modules, mesh, settings.sharding.reshard)
-    optimizer = build(modules)
-    if is_quantised(optimizer):
-        raise ValueError(
-            f"sharding.strategy is {settings.sharding.strategy}, but the quantised state of "
-            f"{type(optimizer).__name__} cannot be sharded: use torch.optim.AdamW, or strategy none"
-        )
-    return modules, accelerator.prepare_optimizer(optimizer)
+    return place(settings.sharding, accelerator, modules, build)

@@ -4,7 +4,7 @@ In each step of the run, network after network is updated `updates` times on the
 step; then the run's own network. Random numbers are keyed by step, network and update.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from diffcore.training.optimization.optimizers import (
     build_optimizer,
     set_learning_rate,
 )
-from diffcore.training.ranks.accelerator import wrap
+from diffcore.training.ranks.sharding import Sharding, place
 
 if TYPE_CHECKING:
     from diffcore.training.state import TrainState
@@ -118,12 +118,15 @@ def build_further_networks(
         The networks by name, in the order of their updates.
 
     Raises:
-        ValueError: the weights of the run are sharded, or an optimizer averages its weights.
+        ValueError: an optimizer averages its weights, or its state cannot be sharded; or gathered
+            parameters are kept.
     """
-    if networks.trained and settings.sharding.mesh(accelerator.num_processes, "cpu"):
+    mesh = settings.sharding.mesh(accelerator.num_processes, "cpu") if networks.trained else None
+    if mesh is not None and not settings.sharding.reshard:
         raise ValueError(
-            f"sharding.strategy is {settings.sharding.strategy}, but the objective trains further "
-            f"networks ({', '.join(networks.trained)}), which are not sharded: use strategy none"
+            "sharding.reshard is false, but the objective trains further networks "
+            f"({', '.join(networks.trained)}), of which one is evaluated without gradients while "
+            "another is updated, and its gathered parameters would keep this: leave reshard true"
         )
     found = {}
     for name, trained in networks.trained.items():
@@ -145,18 +148,24 @@ def _prepare(
     """The module and the optimizer of a network as accelerate wraps them, and its learning rate."""
     lr, modules = trained.lr or settings.lr, [trained.module]
     first = lr if isinstance(lr, LearningRate) else LearningRate(lr(0, settings.steps), warmup=0)
-    optimizer = build_optimizer(
-        trained.optimizer or settings.optimizer,
-        modules,
-        first,
-        trained.optimizer is None and settings.decay_only_matrices,
-    )
-    if isinstance(optimizer, AveragingOptimizer):
-        raise ValueError(
-            f"the optimizer of the further network {name} is {type(optimizer).__name__}, which "
-            "evaluates networks with other weights than it trains: use torch.optim.AdamW"
+
+    def build(modules: Sequence[nn.Module]) -> torch.optim.Optimizer:
+        optimizer = build_optimizer(
+            trained.optimizer or settings.optimizer,
+            modules,
+            first,
+            trained.optimizer is None and settings.decay_only_matrices,
         )
-    wrapped, prepared = wrap(accelerator, modules, optimizer)
+        if isinstance(optimizer, AveragingOptimizer):
+            raise ValueError(
+                f"the optimizer of the further network {name} is {type(optimizer).__name__}, which "
+                "evaluates networks with other weights than it trains: use torch.optim.AdamW"
+            )
+        return optimizer
+
+    # FSDP2 frees gathered parameters in the first backward pass, and a second one reads them.
+    sharding = Sharding() if trained.has_second_derivatives else settings.sharding
+    wrapped, prepared = place(sharding, accelerator, modules, build)
     return wrapped, prepared, lr
 
 

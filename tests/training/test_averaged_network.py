@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from diffcore.distillation import Consistency, KnotIntervals
@@ -15,7 +14,6 @@ from diffcore.schedules import Flow, UniformBlend
 from diffcore.training.averages.ema import EMA, Decay
 from diffcore.training.construction import build_state
 from diffcore.training.loop import advance, training_batches
-from tests.helpers import rank_runs
 from tests.helpers.training_runs import (
     PROCESS,
     LabelRecorder,
@@ -25,7 +23,6 @@ from tests.helpers.training_runs import (
     read_checkpoint,
     train,
 )
-from tests.training.test_sharding import launch, reports
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -87,9 +84,12 @@ def test_the_network_has_the_averaged_weights_after_each_step(tmp_path):
     assert all(value.grad is None for value in copy.parameters())
 
 
-def test_a_loss_that_only_evaluates_them_changes_no_byte_of_the_run(tmp_path):
+@pytest.mark.parametrize("network", (LabelRecorder, Tied))
+def test_a_loss_that_only_evaluates_them_changes_no_byte_of_the_run(tmp_path, network):
     plain, averaged = (
-        read_checkpoint(train(tmp_path / name, objective=objective).settings.folder)
+        read_checkpoint(
+            train(tmp_path / name, objective=objective, network=network).settings.folder
+        )
         for name, objective in {"plain": Objective(), "averaged": Averaged()}.items()
     )
     for file, tensors in plain.items():
@@ -121,30 +121,6 @@ def test_an_average_that_is_loaded_is_that_of_the_network(tmp_path):
     state.average.load(other)
     copy = state.networks.averaged.network
     assert all(torch.equal(value, other[name]) for name, value in copy.state_dict().items())
-
-
-@pytest.mark.slow
-def test_the_average_of_two_ranks_sharded_or_not_and_resumed_is_that_of_one(tmp_path):
-    """The target is the same, also where each rank holds a half of the average."""
-    full = {"sharding": {"strategy": "full"}}
-    options = {"objective": "averaged", "sample_every": 0}
-    rank_runs.run(tmp_path, "one", **options)
-    launch(
-        tmp_path,
-        2,
-        {"name": "ranks"} | options,
-        {"name": "full", "steps": 10} | full | options,
-        {"name": "full", "steps": 20, "resume": True} | full | options,
-    )
-    losses = {
-        name: [line["loss"] for line in reports(tmp_path / name)]
-        for name in ("one", "ranks", "full")
-    }
-    assert losses["ranks"] == pytest.approx(losses["one"], rel=1e-5, abs=1e-5)
-    assert losses["full"] == pytest.approx(losses["one"], rel=1e-5, abs=1e-5)
-    one, other = (load_file(tmp_path / name / "ema.safetensors") for name in ("one", "full"))
-    for name in one.keys() - {"training_calls"}:
-        torch.testing.assert_close(one[name], other[name], rtol=0, atol=1e-5)
 
 
 def test_weights_in_half_precision_that_are_not_frozen_are_refused():

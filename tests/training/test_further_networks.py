@@ -16,8 +16,9 @@ from diffcore.objectives.networks import Networks, TrainedNetwork
 from diffcore.objectives.objective import Objective
 from diffcore.run import Run
 from diffcore.training.checkpoints.checkpoint import Checkpoints
-from diffcore.training.construction import build_state
+from diffcore.training.construction import build_accelerator, build_state
 from diffcore.training.data import Digits
+from diffcore.training.further_networks import build_further_networks
 from diffcore.training.loop import advance, training_batches
 from diffcore.training.optimization.gradients import frozen
 from diffcore.training.ranks.sharding import Sharding
@@ -131,11 +132,11 @@ def test_accumulation_changes_no_network_but_for_rounding(tmp_path):
     assert found[1] != 0
 
 
-def assert_equal_losses(run, expected, count=5):
+def assert_equal_losses(run, expected, steps=5, count=3):
     """The first losses of all networks agree to 1e-5."""
-    for line, true in list(zip(read_reports(run), read_reports(expected), strict=True))[:count]:
+    for line, true in list(zip(read_reports(run), read_reports(expected), strict=True))[:steps]:
         names = [name for name in true if name.startswith("loss") and name != "loss_by_level"]
-        assert len(names) == 3
+        assert len(names) == count
         for name in names:
             assert line[name] == pytest.approx(true[name], rel=1e-5, abs=1e-5), name
 
@@ -203,6 +204,15 @@ def test_a_network_of_which_nothing_is_trained_is_refused(tmp_path):
         build_state(make_trainer(tmp_path, network=frozen))
 
 
+def test_gathered_parameters_are_not_kept_with_further_networks(tmp_path, monkeypatch):
+    settings = make_trainer(tmp_path, **THREE, sharding=Sharding("full", reshard=False))
+    accelerator = build_accelerator(settings)
+    monkeypatch.setattr(Sharding, "mesh", lambda *_: object())
+    networks = Networks(None, {"fake": TrainedNetwork(nn.Linear(1, 1))})
+    with pytest.raises(ValueError, match=r"further networks \(fake\).*leave reshard true"):
+        build_further_networks(settings, accelerator, networks)
+
+
 def test_updates_below_1_are_refused():
     with pytest.raises(ValueError, match="updates is 0, expected at least 1"):
         TrainedNetwork(nn.Linear(1, 1), updates=0)
@@ -212,15 +222,6 @@ def test_an_optimizer_that_averages_is_refused_for_a_further_network(tmp_path):
     schedulefree = pytest.importorskip("schedulefree")
     with pytest.raises(ValueError, match="optimizer of the further network fake is AdamWSchedule"):
         build_state(make_trainer(tmp_path, **THREE, optimizer=schedulefree.AdamWScheduleFree))
-
-
-def test_sharded_weights_are_refused_with_further_networks(tmp_path, monkeypatch):
-    monkeypatch.setattr(Sharding, "mesh", lambda *_: object())
-    monkeypatch.setattr(
-        "diffcore.training.construction._prepare", lambda _, __, built: (built, None)
-    )
-    with pytest.raises(ValueError, match=r"trains further networks \(fake, critic\)"):
-        build_state(make_trainer(tmp_path, **THREE, sharding=Sharding("full")))
 
 
 def test_a_surrogate_loss_is_not_measured_on_held_out_data(tmp_path):
@@ -259,15 +260,23 @@ def test_the_doctor_counts_the_memory_of_all_networks(tmp_path):
     )
 
 
+NETWORKS = {"three": 3, "matching": 3, "averaged": 1}
+"""Objective of `rank_runs` -> the number of its losses."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["three", "matching"])
-def test_ranks_and_accumulation_change_no_network_but_for_rounding(tmp_path, objective):
-    case = {"objective": objective, "steps": 5, "sample_every": 0}
+def test_ranks_accumulation_and_sharding_change_no_network_but_for_rounding(tmp_path):
+    """In one launch, because starting the ranks takes longer than their runs."""
+    cases = []
+    full = {"sharding": {"strategy": "full"}, "checkpoints": {"format": "sharded"}}
+    for name in NETWORKS:
+        case = {"objective": name, "steps": 5, "sample_every": 0}
+        rank_runs.run(tmp_path, f"{name}-one", **case)
+        for kind, options in {"ranks": {"accumulation": 2}, "full": full}.items():
+            resumed = case | options | {"name": f"{name}-{kind}-resumed"}
+            cases += [case | options | {"name": f"{name}-{kind}"}]
+            cases += [resumed | {"steps": 3}, resumed | {"resume": True}]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    rank_runs.run(tmp_path, "single", **case)
-    cases = [{"name": "ranks", "accumulation": 2} | case]
-    cases += [{"name": "resumed", "accumulation": 2} | case | {"steps": 3}]
-    cases += [{"name": "resumed", "accumulation": 2, "resume": True} | case]
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
@@ -278,9 +287,14 @@ def test_ranks_and_accumulation_change_no_network_but_for_rounding(tmp_path, obj
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert_equal_losses(tmp_path / "ranks", tmp_path / "single")
-    assert {"fake.safetensors", "fake-training.safetensors"} <= read_checkpoint(
-        tmp_path / "ranks", 5
-    ).keys()
-    first, second = (hashes(tmp_path / name / "checkpoints") for name in ("ranks", "resumed"))
-    assert first["step-00000005/manifest.json"] == second["step-00000005/manifest.json"]
+    for name, count in NETWORKS.items():
+        for kind in ("ranks", "full"):
+            run, resumed = (tmp_path / f"{name}-{kind}{end}" for end in ("", "-resumed"))
+            assert_equal_losses(run, tmp_path / f"{name}-one", count=count)
+            first, second = (hashes(folder / "checkpoints") for folder in (run, resumed))
+            assert first["step-00000005/manifest.json"] == second["step-00000005/manifest.json"]
+    written = tmp_path / "three-full/checkpoints/step-00000005"
+    whole = tmp_path / "three-ranks/checkpoints/step-00000005/fake.safetensors"
+    for rank in (0, 1):  # each rank holds a half
+        part = written / f"fake.rank-{rank:05d}.safetensors"
+        assert part.stat().st_size < 0.6 * whole.stat().st_size

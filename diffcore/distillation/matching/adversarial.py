@@ -118,7 +118,8 @@ class AdversarialObjective(StudentObjective):
             teacher = self.teacher.denoiser(device, denoiser.process, label_wrapper)
             backbones["teacher"] = teacher
         module = self._wrap(self.discriminator.module(backbones, process), process.schedule)
-        return Networks(teacher, {DISCRIMINATOR: self.discriminator.training.network(module)})
+        trained = self.discriminator.training.network(module, self.discriminator.r1 > 0)
+        return Networks(teacher, {DISCRIMINATOR: trained})
 
     def _wrap(self, module: nn.Module, schedule: Schedule) -> nn.Module:
         """The discriminator's module with the statistics of the objective, if it has some."""

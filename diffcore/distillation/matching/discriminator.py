@@ -71,6 +71,11 @@ class Discriminator(ABC):
         """
         return 0.0
 
+    @property
+    def reads_fake(self) -> bool:
+        """Whether the logits are computed from features of the fake network."""
+        return False
+
     @abstractmethod
     def module(self, backbones: Mapping[str, DenoiserProtocol], process: Process) -> nn.Module:
         """Build the trained part with initial weights, on the host.
@@ -219,6 +224,10 @@ class FeatureDiscriminator(Discriminator):
     @property
     def fake_weight(self) -> float:
         return self.backbone_weight
+
+    @property
+    def reads_fake(self) -> bool:
+        return self.backbone == "fake"
 
     @torch.no_grad()
     def module(self, backbones: Mapping[str, DenoiserProtocol], process: Process) -> nn.Module:

@@ -168,12 +168,14 @@ class DistributionMatching(StudentObjective):
         process = denoising_process(denoiser.process)
         teacher = self.teacher.denoiser(device, denoiser.process, label_wrapper)
         fake = self._initial_fake(denoiser, device)
-        trained = {FAKE: self.fake.network(fake)}
+        has_penalty = self.discriminator is not None and self.discriminator.r1 > 0
+        reads_fake = self.discriminator is not None and self.discriminator.reads_fake
+        trained = {FAKE: self.fake.network(fake, has_penalty and reads_fake)}
         if self.discriminator is not None:
             backbones = {"teacher": teacher, FAKE: Denoiser(label_wrapper(fake), process)}
             module = self.discriminator.module(backbones, process)
             weighted = _WeightedDiscriminator(module, self.divergence)
-            trained[DISCRIMINATOR] = self.discriminator.training.network(weighted)
+            trained[DISCRIMINATOR] = self.discriminator.training.network(weighted, has_penalty)
         return Networks(teacher, trained)
 
     def _initial_fake(self, denoiser: Denoiser, device: torch.device) -> nn.Module:

@@ -38,11 +38,12 @@ class NetworkTraining:
             if not all(0 <= beta < 1 for beta in self.betas):
                 raise ValueError(f"betas is {self.betas}, expected two numbers within [0, 1)")
 
-    def network(self, module: nn.Module) -> TrainedNetwork:
+    def network(self, module: nn.Module, has_second_derivatives: bool = False) -> TrainedNetwork:
         """A network that the trainer trains in this way.
 
         Args:
             module: network with its initial weights.
+            has_second_derivatives: see `TrainedNetwork`.
 
         Returns:
             The network and how it is trained.
@@ -50,7 +51,7 @@ class NetworkTraining:
         optimizer = None
         if self.betas is not None:
             optimizer = partial(_adamw, betas=self.betas)
-        return TrainedNetwork(module, optimizer, self.lr, self.updates)
+        return TrainedNetwork(module, optimizer, self.lr, self.updates, has_second_derivatives)
 
 
 def _adamw(parameters: object, lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:

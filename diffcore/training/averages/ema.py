@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from diffcore.training.ranks.captured_state import without_shared_memory
 from diffcore.training.ranks.sharding import copy_whole, local
 
 __all__ = ["EMA", "Decay"]
@@ -69,12 +70,12 @@ class EMA:
         else:
             held = copy.state_dict()
             _check_precision(held, named)
-            self.shadow = {name: _averaged(held[name]) for name in state}
+            # Of tied weights the first is that of the copy; the others are averaged beside it.
+            self.shadow = without_shared_memory({name: _averaged(held[name]) for name in state})
             self.load(state)
-        floating = [name for name in state if state[name].is_floating_point()]
-        # A copy shares its tensors as the module does, and each is averaged once.
-        once = {local(self.shadow[name]).data_ptr() or name: name for name in floating}
-        self.floating = [(self.shadow[name], named[name]) for name in once.values()]
+        self.floating = [
+            (self.shadow[name], named[name]) for name in state if state[name].is_floating_point()
+        ]
         self.counters = [
             (self.shadow[name], named[name])
             for name in state

@@ -24,7 +24,13 @@ from diffcore.training.optimization.quantised_state import (
 )
 from diffcore.training.ranks.sharding import local
 
-__all__ = ["IMPLEMENTATION", "CapturedState", "capture_state", "restore_state"]
+__all__ = [
+    "IMPLEMENTATION",
+    "CapturedState",
+    "capture_state",
+    "restore_state",
+    "without_shared_memory",
+]
 
 GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
 IN_PLACE = StateDictOptions()
@@ -74,7 +80,7 @@ def capture_state(
         for key, value in values.items()
     }
     groups = cast("list[dict[str, Any]]", state.get("param_groups", []))
-    return CapturedState(_without_shared_memory(cast("NamedTensors", model)), flat, _plain(groups))
+    return CapturedState(without_shared_memory(cast("NamedTensors", model)), flat, _plain(groups))
 
 
 def _capture_quantised(
@@ -88,7 +94,7 @@ def _capture_quantised(
         group | {"params": [names[value] for value in group["params"]]}
         for group in optimizer.param_groups
     ]
-    whole = _without_shared_memory(cast("NamedTensors", model))
+    whole = without_shared_memory(cast("NamedTensors", model))
     return CapturedState(whole, state, _plain(groups))
 
 
@@ -109,8 +115,15 @@ def _restore_groups(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any
                 group[key] = type(group[key])(value) if group[key] is not None else value
 
 
-def _without_shared_memory(tensors: NamedTensors) -> NamedTensors:
-    """Tensors of which each has its own memory: safetensors does not store a shared one."""
+def without_shared_memory(tensors: NamedTensors) -> NamedTensors:
+    """Tensors of which each has its own memory: safetensors does not store a shared one.
+
+    Args:
+        tensors: tensors by name.
+
+    Returns:
+        The tensors; those that share the memory of an earlier one are copies.
+    """
     seen: set[int] = set()
     copies = {}
     for name, value in tensors.items():

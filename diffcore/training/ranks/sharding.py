@@ -6,9 +6,9 @@ rounding.
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from accelerate import Accelerator
@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 
 from diffcore.core.network import find_blocks
+from diffcore.training.optimization.quantised_state import is_quantised
+from diffcore.training.ranks.accelerator import wrap
 
 __all__ = [
     "Sharding",
@@ -25,6 +28,7 @@ __all__ = [
     "copy_whole",
     "gather_tensors",
     "local",
+    "place",
     "set_gradient_reduction",
     "shard",
 ]
@@ -115,6 +119,39 @@ def shard(
         for block in (*find_blocks(module).values(), module):
             fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
     return placed
+
+
+def place(
+    sharding: Sharding,
+    accelerator: Accelerator,
+    modules: Sequence[nn.Module],
+    build: Callable[[Sequence[nn.Module]], Optimizer],
+) -> tuple[list[nn.Module], Any]:
+    """Modules and their optimizer as the ranks train them. An optimizer of shards holds shards.
+
+    Args:
+        sharding: ranks that share the parameters.
+        accelerator: accelerator of this rank.
+        modules: modules that the optimizer trains; changed in place if they are sharded.
+        build: builds the optimizer of the modules.
+
+    Returns:
+        The modules, in order, and accelerate's optimizer.
+
+    Raises:
+        ValueError: the state of the optimizer cannot be sharded.
+    """
+    mesh = sharding.mesh(accelerator.num_processes, accelerator.device.type)
+    if mesh is None:
+        return wrap(accelerator, modules, build(modules))
+    sharded = shard(accelerator, modules, mesh, sharding.reshard)
+    optimizer = build(sharded)
+    if is_quantised(optimizer):
+        raise ValueError(
+            f"sharding.strategy is {sharding.strategy}, but the quantised state of "
+            f"{type(optimizer).__name__} cannot be sharded: use torch.optim.AdamW, or strategy none"
+        )
+    return sharded, accelerator.prepare_optimizer(optimizer)
 
 
 def set_gradient_reduction(modules: Iterable[nn.Module], is_last: bool) -> None:
