@@ -25,6 +25,7 @@ __all__ = [
     "GUIDANCE_SCALE",
     "SEED_BYTES",
     "are_equal",
+    "check_guidance_range",
     "check_value",
     "draw_seeds",
     "process_without",
@@ -203,6 +204,22 @@ def without_value(condition: BatchCondition | None, name: str) -> BatchCondition
     values = {key: value for key, value in condition.values.items() if key != name}
     absent = {key: mask for key, mask in condition.absent.items() if key != name}
     return Conditions(values, absent, condition.label) if values else condition.label
+
+
+def check_guidance_range(low: float, high: float) -> None:
+    """Check the interval of a scale w of guidance that is drawn for each sample.
+
+    Args:
+        low: smallest w.
+        high: largest w.
+
+    Raises:
+        ValueError: the interval is empty, infinite or below 0.
+    """
+    if not 0 <= low < high < math.inf:
+        raise ValueError(
+            f"guidance_range is {low:g},{high:g}, expected finite w with 0 <= low < high"
+        )
 
 
 def process_without(process: Process, name: str) -> Process:

@@ -5,7 +5,6 @@ without gradient and with the same random numbers: dropout that differs between 
 error of the target.
 """
 
-import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from diffcore.core.condition_values import GUIDANCE_SCALE, process_without
+from diffcore.core.condition_values import GUIDANCE_SCALE, check_guidance_range, process_without
 from diffcore.core.conditions import BatchCondition
 from diffcore.core.denoiser import Denoiser, DenoiserProtocol
 from diffcore.core.estimate import Estimate
@@ -167,13 +166,10 @@ class FewStepObjective(Objective):
                 )
         if self.guidance_range is not None:
             object.__setattr__(self, "guidance_range", tuple(self.guidance_range))
-            self._check_guidance_range(*self.guidance_range)
+            check_guidance_range(*self.guidance_range)
+            self._check_guidance_of_teacher()
 
-    def _check_guidance_range(self, low: float, high: float) -> None:
-        if not 0 <= low < high < math.inf:
-            raise ValueError(
-                f"guidance_range is {self.guidance_range}, expected finite w with 0 <= low < high"
-            )
+    def _check_guidance_of_teacher(self) -> None:
         if self.teacher is None or self.teacher.guidance != CFG(1.0):
             guidance = None if self.teacher is None else self.teacher.guidance
             raise ValueError(

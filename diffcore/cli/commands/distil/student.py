@@ -15,7 +15,7 @@ from diffcore.cli.commands.distil.methods import (
     find_method,
 )
 from diffcore.cli.image_model import is_pipeline
-from diffcore.core.condition_values import GUIDANCE_SCALE
+from diffcore.core.condition_values import GUIDANCE_SCALE, check_guidance_range
 from diffcore.core.process import Process
 from diffcore.io.specs import describe_spec, to_spec
 from diffcore.run import Run
@@ -114,10 +114,7 @@ class DistillationRequest:
                 f"guidance_range is {low:g},{high:g}, but a student of {self.method} has one "
                 f"scale: use {', '.join(names)}, or --scale"
             )
-        if not 0 <= low < high < float("inf"):
-            raise ValueError(
-                f"guidance_range is {low:g},{high:g}, expected finite w with 0 <= low < high"
-            )
+        check_guidance_range(low, high)
         if self.scale is not None and not low <= self.scale <= high:
             raise ValueError(
                 f"scale is {self.scale:g}, the default w of samples, expected within "
