@@ -9,6 +9,7 @@ x and x̃ are samples of two distributions that become equal at each level.
 from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -138,18 +139,11 @@ class AdversarialObjective(StudentObjective):
         process = denoising_process(denoiser.process)
         with torch.no_grad():
             pair = self.compare(denoiser, x0, condition, draw, networks)
-            self._observe(networks, process, pair, condition)
-        x = (pair.real, pair.fake)
-        return self.discriminator.losses(networks, process, x, pair.level, condition)
+        x, observe = (pair.real, pair.fake), partial(self._observe, networks)
+        return self.discriminator.losses(networks, process, x, pair.level, condition, observe)
 
-    def _observe(
-        self,
-        networks: Networks,
-        process: Process,
-        pair: Comparison,
-        condition: BatchCondition | None,
-    ) -> None:
-        """Record statistics of what the discriminator is about to be trained on, if there are."""
+    def _observe(self, networks: Networks, logits: Tensor) -> None:
+        """Record statistics of the logits (B,) of the data that it is trained on, if there are."""
 
     def student_losses(
         self,
@@ -321,14 +315,7 @@ class DiffusionGAN(AdversarialObjective):
         fake = level.alpha * sample + level.sigma * rollout_noise(draw, self.student.steps)
         return Comparison(real, fake, level)
 
-    def _observe(
-        self,
-        networks: Networks,
-        process: Process,
-        pair: Comparison,
-        condition: BatchCondition | None,
-    ) -> None:
-        logits = self.discriminator.logits(networks, process, pair.real, pair.level, condition)
+    def _observe(self, networks: Networks, logits: Tensor) -> None:
         signs = logits.sign()
         _adaptive(networks).record(torch.stack((signs.sum(), torch.ones_like(signs).sum())))
 

@@ -8,7 +8,7 @@ of Mescheder et al. (2018, 1801.04406).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -117,6 +117,7 @@ class Discriminator(ABC):
         x: tuple[Tensor, Tensor],
         level: Level,
         condition: BatchCondition | None,
+        observe: Callable[[Tensor], object] = lambda logits: None,
     ) -> Tensor:
         """The losses (B,) of the discriminator, with the R1 penalty.
 
@@ -126,6 +127,7 @@ class Discriminator(ABC):
             x: noisy data and noisy samples of the student, each (B, *shape).
             level: noise level of both.
             condition: conditions of both.
+            observe: receives the logits (B,) of the data.
 
         Returns:
             The losses.
@@ -135,6 +137,7 @@ class Discriminator(ABC):
         # The fast kernels of attention have no second derivative.
         with sdpa_kernel(SDPBackend.MATH) if self.r1 else nullcontext():
             true = self.logits(networks, process, real, level, condition)
+        observe(true)
         false = self.logits(networks, process, fake, level, condition)
         return discriminator_losses(true, false, real if self.r1 else None, self.r1)
 

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import softplus
 
 from diffcore.core.condition_values import seed_bytes, seeds_of_bytes
 from diffcore.core.conditions import ConditionRecord
@@ -190,6 +191,22 @@ def test_the_reach_grows_while_the_discriminator_is_too_good():
     for _ in range(40):
         module.update(torch.tensor([-9.0, 10.0]))
     assert float(module.reach) == pytest.approx(0.05)
+
+
+def test_the_reach_adapts_by_the_logits_that_the_discriminator_is_trained_with():
+    """The data and the samples are evaluated once in an update."""
+    objective, count = DiffusionGAN(discriminator=NETWORK), 16
+    student = Denoiser(Perceptron([2], width=16), PROCESS)
+    networks = objective.networks(student, torch.device("cpu"), lambda network: network)
+    module, logits = networks.module(DISCRIMINATOR), []
+    nn.init.normal_(module.module.last.weight)
+    module.register_forward_hook(lambda _, given, output: logits.append(output.flatten(1).mean(1)))
+    draw = objective.draw(PROCESS, SampleKey(0, 0, torch.arange(count), count))
+    data = torch.randn(count, 2, generator=torch.Generator().manual_seed(1))
+    losses = objective.network_losses(DISCRIMINATOR, student, data, None, draw, networks)
+    true, false = logits
+    torch.testing.assert_close(losses, softplus(-true) + softplus(false))
+    assert module.take().tolist() == [float(true.detach().sign().sum()), count]
 
 
 def test_the_levels_of_the_reach_are_those_of_the_schedule():
