@@ -45,7 +45,7 @@ NOISIEST = 1 - 1e-9
 """Time that one level in 10^9 of a continuous schedule exceeds."""
 
 _shared: WeakValueDictionary[tuple[str, ...], nn.Module] = WeakValueDictionary()
-"""Networks of teachers that are in use, by what they are loaded from."""
+"""Networks of teachers that are in use, by the hash of their weights: a folder may change."""
 
 
 class Teacher(ABC):
@@ -187,7 +187,7 @@ class RunTeacher(Teacher):
         def load() -> nn.Module:
             return self._run.denoiser(device, weights=self.weights).network
 
-        network = _share(("run", self.folder, self.weights, str(device)), load)
+        network = _share(("run", self.folder, self.content_hash, str(device)), load)
         return Denoiser(label_wrapper(_freeze(network)), process).eval()
 
 
@@ -254,7 +254,7 @@ class PipelineTeacher(Teacher):
         def load() -> nn.Module:
             return PretrainedNetwork(self.pipeline).to(device)
 
-        network = _share(("pipeline", self.pipeline, str(device)), load)
+        network = _share(("pipeline", self.pipeline, self.content_hash, str(device)), load)
         return Denoiser(label_wrapper(_freeze(network)), process).eval()
 
 

@@ -155,6 +155,15 @@ EMPTY = (
 REFUSED = {
     "no teacher": (("--method=Reflow",), "the teacher comes first"),
     "missing": (("none", "--method=Reflow"), "does not exist: name the folder of a run"),
+    "neither": (("tmp", "--method=Reflow"), "which holds neither config.yaml of a run nor"),
+    "rounds of settings": (
+        ("{run}", "--method=Reflow", "--rounds=2", "--print_config"),
+        "prints the settings of one training: leave --rounds out",
+    ),
+    "other objective": (
+        ("{run}", "--method=Consistency", "--objective=ContinuousConsistency"),
+        "the objective ContinuousConsistency has no teacher, since an option replaces that of",
+    ),
     "no method": (("{run}",), "method is missing, expected one of"),
     "unknown method": (("{run}", "--method=Magic"), "method is Magic, expected one of"),
     "no steps": (("{run}", "--method=Reflow", "--steps=0"), "steps is 0, expected 1 to 1000"),
@@ -202,6 +211,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_mistakes_are_refused_before_training_in_one_line(distil, trained, case):
     words, message = REFUSED[case]
+    Path("tmp").mkdir()
     ended = distil(*(word.format(run=trained) for word in words), "--folder=student")
     assert ended.status in (1, 2)
     assert message in ended.err.splitlines()[-1]

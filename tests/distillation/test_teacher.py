@@ -1,5 +1,6 @@
 """Teachers: frozen, guided, matched to the student's levels and labels, and checked against it."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,7 @@ from diffcore.guidance import APG, CFG, Interval
 from diffcore.guidance.cfg import extrapolate_linearly
 from diffcore.integrations.diffusers.loading.network import from_diffusers
 from diffcore.integrations.diffusers.loading.prompts import Prompts, wrap_with
+from diffcore.io.safetensors import read_weights, write_weights
 from diffcore.networks import Perceptron
 from diffcore.run import Run, without_locations
 from diffcore.schedules import Cosine, Flow, Truncated
@@ -89,6 +91,17 @@ def test_a_run_is_loaded_once_in_evaluation_mode_and_without_gradients(run):
     x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     level, own = Cosine().level(0.5), Run(run).denoiser()
     assert torch.equal(first(x, level, LABELS[:2]).x0, own(x, level, LABELS[:2]).x0)
+
+
+def test_a_run_whose_weights_changed_is_loaded_again(run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    old, path = RunTeacher(str(folder)).denoiser(), Run(folder).weights
+    weights = read_weights(path)
+    write_weights(path, {name: value + 1 for name, value in weights.items()})
+    new = RunTeacher(str(folder)).denoiser()
+    for first, second in zip(old.network.parameters(), new.network.parameters(), strict=True):
+        torch.testing.assert_close(first + 1, second)
 
 
 def test_the_hash_of_a_run_is_that_of_its_weights_and_not_of_its_folder(run, tmp_path):

@@ -10,7 +10,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from diffcore.cli.arguments import extract_option, wants_help
-from diffcore.cli.commands.distil.methods import METHODS, REFLOW
+from diffcore.cli.commands.distil.methods import METHODS, REFLOW, find_method
 from diffcore.cli.commands.distil.student import (
     DistillationRequest,
     pipeline_settings,
@@ -64,6 +64,11 @@ def main(argv: Sequence[str]) -> None:
     if wants_help(argv):
         parser.parse_args(argv)
     request, words = _read_request(argv)
+    if request.rounds > 1 and any(word.startswith("--print_config") for word in words):
+        raise ValueError(
+            f"rounds is {request.rounds}, and --print_config prints the settings of one training: "
+            "leave --rounds out; the teacher of each further round is the student before it"
+        )
     for number in range(1, request.rounds):
         folder = request.folder / "rounds" / str(number)
         _train(parser, replace(request, folder=folder, rounds=1), [*words, "--resume=auto"])
@@ -123,6 +128,7 @@ def _train(parser: ComponentParser, request: DistillationRequest, words: list[st
     """Train one student."""
     with shared_scans():
         settings = _parse(parser, request, words)
+        _check_teacher(request, settings)
         report_student(request, settings.as_dict())
         trainer = build_trainer(parser, settings)
         _check_sampling(trainer)
@@ -137,6 +143,18 @@ def _parse(parser: ComponentParser, request: DistillationRequest, words: list[st
     recipe = choose_recipe([f"--pipeline={request.teacher}"])
     content = pipeline_settings(request, read_settings(find_settings(recipe)))
     return parse_content(parser, content, words, recipe)
+
+
+def _check_teacher(request: DistillationRequest, settings: Namespace) -> None:
+    """Raise ValueError if an option has replaced the objective by one without a teacher."""
+    objective = settings.as_dict()["objective"]
+    if find_method(request.method).has_teacher and not objective["init_args"].get("teacher"):
+        name = objective["class_path"].rpartition(".")[2]
+        raise ValueError(
+            f"the objective {name} has no teacher, since an option replaces that of "
+            f"{request.method}: pass --objective {name} with --objective.teacher RunTeacher and "
+            f"--objective.teacher.folder {request.teacher}, or train without one by diffcore train"
+        )
 
 
 def _check_sampling(trainer: Trainer) -> None:

@@ -92,6 +92,11 @@ class DistillationRequest:
                 f"the teacher is {self.teacher}, which does not exist: name the folder of a run or "
                 "of a diffusers pipeline"
             )
+        if not (self.is_pipeline or Run(self.teacher).config.is_file()):
+            raise ValueError(
+                f"the teacher is {self.teacher}, which holds neither config.yaml of a run nor "
+                "model_index.json of a diffusers pipeline: name the folder of either"
+            )
         if not 1 <= self.steps <= 1000:
             raise ValueError(f"steps is {self.steps}, expected 1 to 1000 sampling steps")
         if self.training_steps < 0:
