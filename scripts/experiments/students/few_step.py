@@ -67,22 +67,48 @@ def _distil(method: str, *options: str) -> Words:
     return words
 
 
-def _train(objective: str, *options: str, **arguments: Any) -> Words:
-    """A student against a discriminator on features of the teacher, from the teacher's weights."""
+def _unet(inputs: int, widths: Sequence[int], groups: int, **arguments: Any) -> dict[str, Any]:
+    """A class-conditional UNet of digits."""
+    fixed = {"sample_size": 8, "out_channels": 1, "layers_per_block": 1, "num_class_embeds": 11}
+    own = {"in_channels": inputs, "block_out_channels": widths, "norm_num_groups": groups}
+    return {"class_path": "diffusers.UNet2DModel", "init_args": fixed | own | arguments}
+
+
+def _discriminator(inputs: int) -> dict[str, Any]:
+    """A discriminator with a small UNet for samples of some channels, whose output is averaged."""
+    blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+    network = _unet(inputs, [32, 64], 8, add_attention=False, **blocks)
     training = {"lr": {"peak": 2e-3, "warmup": 10}, "betas": [0.0, 0.99]}
-    discriminator = {"class_path": "FeatureDiscriminator", "init_args": {"training": training}}
+    arguments = {"network": network, "r1": 0.03, "training": training}
+    return {"class_path": "NetworkDiscriminator", "init_args": arguments}
+
+
+def _train(objective: str, peak: float, *options: str, inputs: int = 1, **arguments: Any) -> Words:
+    """A student against a discriminator, from the teacher's weights, on the data alone."""
     student = {"steps": 4, "grid": GRID}
+    given = {"student": student, "discriminator": _discriminator(inputs)} | arguments
+    spec = json.dumps({"class_path": objective, "init_args": given})
 
     def words(teacher: Path, folder: Path) -> list[str]:
-        given = {
-            "student": student,
-            "teacher": {"class_path": "RunTeacher", "init_args": {"folder": str(teacher)}},
-            "discriminator": discriminator,
-        }
-        spec = json.dumps({"class_path": objective, "init_args": given | arguments})
-        return ["train", "digits-dmd", f"--init={teacher}", f"--objective={spec}", *options]
+        common = ["--steps=120", f"--lr.peak={peak}", "--lr.warmup=30"]
+        betas = "--optimizer.init_args.betas=[0.5,0.99]"
+        start = f"--init={teacher}"
+        return ["train", "digits-dmd", start, f"--objective={spec}", *common, betas, *options]
 
     return words
+
+
+def _latent() -> list[str]:
+    """Options by which the network of the teacher receives a latent of the sample's seed."""
+    blocks = {
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    }
+    network = _unet(1, [48, 112], 16, attention_head_dim=28, **blocks)
+    wrapped = {"class_path": "diffcore.networks.NoiseEmbedding", "init_args": {"network": network}}
+    record = {"shape": [8], "low": 0, "high": 255, "absent": "null", "null": [0]}
+    conditions = json.dumps({"seed_bytes": record})
+    return [f"--network={json.dumps(wrapped)}", f"--process.conditions={conditions}"]
 
 
 METHODS: dict[str, Words] = {
@@ -99,8 +125,9 @@ METHODS: dict[str, Words] = {
         "Reflow", "--data.count=4096", "--data.steps=12", "--data.folder={folder}/pairs"
     ),
     "DistributionMatching": _distil("DistributionMatching"),
-    "SelfCooperative": _train("SelfCooperative", "--steps=200", "--lr.peak=2e-4"),
-    "DiffusionGAN": _train("DiffusionGAN", "--steps=200", "--lr.peak=1e-4", speed=0.1),
+    "SelfCooperative": _train("SelfCooperative", 1e-4),
+    "DiffusionGAN": _train("DiffusionGAN", 5e-5, speed=1.0),
+    "DenoisingGAN": _train("DenoisingGAN", 1e-4, *_latent(), inputs=2),
 }
 """How a student of each method is trained."""
 

@@ -3,9 +3,10 @@
 import json
 
 import pytest
+import torch
 from experiments.students import few_step
 
-from diffcore.distillation import SelfCooperative
+from diffcore.distillation import DenoisingGAN, DiffusionGAN, SelfCooperative
 from diffcore.io.specs import from_spec
 from diffcore.objectives.objective import Objective
 
@@ -77,13 +78,17 @@ def test_the_seconds_of_a_training_are_those_of_an_uninterrupted_one(file, tmp_p
     assert seconds == [{None}, {7}]
 
 
-def test_an_adversarial_student_is_trained_by_its_objective(tmp_path, trained):
-    words = few_step.METHODS["SelfCooperative"](trained, tmp_path)
+@pytest.mark.parametrize("kind", [SelfCooperative, DiffusionGAN, DenoisingGAN])
+def test_an_adversarial_student_is_trained_by_its_objective(tmp_path, kind):
+    words = few_step.METHODS[kind.__name__](tmp_path / "t", tmp_path)
     assert words[:2] == ["train", "digits-dmd"]
-    assert f"--init={trained}" in words
+    assert f"--init={tmp_path / 't'}" in words
     spec = json.loads(next(w for w in words if w.startswith("--objective=")).partition("=")[2])
     objective = from_spec(Objective, spec)
-    assert isinstance(objective, SelfCooperative)
+    assert isinstance(objective, kind)
     assert objective.student.steps == 4
-    assert objective.discriminator.training.lr.peak == 2e-3
-    assert objective.teacher.folder == str(trained)
+    discriminator = objective.discriminator
+    assert (discriminator.r1, discriminator.training.lr.peak) == (0.03, 2e-3)
+    network = discriminator.network()
+    x, labels = torch.zeros(2, network.config.in_channels, 8, 8), torch.zeros(2).long()
+    assert network(x, torch.zeros(2), labels).sample.shape == (2, 1, 8, 8)
