@@ -126,7 +126,7 @@ METHODS: dict[str, Words] = {
     ),
     "DistributionMatching": _distil("DistributionMatching"),
     "SelfCooperative": _train("SelfCooperative", 1e-4),
-    "DiffusionGAN": _train("DiffusionGAN", 5e-5, speed=1.0),
+    "DiffusionGAN": _train("DiffusionGAN", 5e-5, speed=0.25),
     "DenoisingGAN": _train("DenoisingGAN", 1e-4, *_latent(), inputs=2),
 }
 """How a student of each method is trained."""
