@@ -44,7 +44,7 @@ class MeanFlow(FewStepObjective):
     for p = 0; p > 0 weights a sample by its own error, which shifts the mean.
 
     Source: Geng et al. 2025 (2505.13447, Algorithm 1, eq. 20-22), with the levels of the schedule
-    Normal.sd3(-0.4, 1.0), p = 1, a share 0.25 of r ≠ t, and c of the authors' code.
+    Normal.logit_normal(-0.4, 1.0), p = 1, a share 0.25 of r ≠ t, and c of the authors' code.
 
     Args:
         share: share of the samples with r ≠ t, in (0, 1].

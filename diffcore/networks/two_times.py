@@ -26,8 +26,8 @@ class TwoTimes(EmbeddingAdapter):
             named in `embeddings`.
         embeddings: names of the modules that embed the time, (B, width) each; []: found by the
             names that diffusers gives them.
-        scale: factor c of t - r, such that it reaches tens to hundreds; 1 for time conditioning
-            from 0 to 1000.
+        scale: factor c of t - r, such that it reaches about 10 where the derivative by the time is
+            a part of the target (MeanFlow), and at most hundreds elsewhere.
 
     Raises:
         ValueError: no module embeds the time, or the scale is not positive and finite.

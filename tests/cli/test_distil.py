@@ -53,6 +53,9 @@ def test_a_student_of_each_method_is_trained_and_sampled_as_it_was_trained(
     assert settings["sample_steps"] == 2
     process = Process.load(Path("student/process.json"))
     assert process.estimate == METHODS[method].estimate
+    if process.estimate == "mean_velocity":
+        scale = settings["network"]["init_args"]["scale"]
+        assert scale * process.time.scale == pytest.approx(METHODS[method].interval)
     sampled = diffcore("sample", "student", "--labels=0-1", "--out=s.npy", "--threads=1")
     assert sampled.status == 0, sampled.err
     assert "2 samples of 2 network evaluations each" in sampled.out

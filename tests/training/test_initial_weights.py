@@ -61,6 +61,20 @@ def test_a_run_starts_with_the_averaged_or_raw_weights_of_a_run_or_checkpoint(
     torch.testing.assert_close(average["image.weight"], model["image.weight"])
 
 
+def test_a_run_whose_initial_weights_have_moved_resumes_and_refuses_those_of_another(
+    tmp_path, first
+):
+    source = tmp_path / "before"
+    shutil.copytree(first, source)
+    train(tmp_path / "run", init=str(source), **STILL)
+    further = STILL | {"steps": 2, "resume": True}
+    with pytest.raises(ValueError, match="another init"):
+        train(tmp_path / "run", init=str(first), **further)
+    source.rename(tmp_path / "after")
+    state = train(tmp_path / "run", init=str(tmp_path / "after"), **further)
+    assert state.step == 2
+
+
 def test_a_plain_safetensors_file_is_loaded_and_its_hash_is_recorded_and_kept(tmp_path, first):
     weights = read_weights(first / "ema.safetensors")
     save_file(weights, tmp_path / "plain.safetensors")

@@ -346,8 +346,10 @@ def _check_checkpoint(
     """Refuse other settings, other data or a checkpoint beyond the end; announce other rounding."""
     settings, run = state.settings, state.settings.run
     anew = f"start a new run from its weights with --init {run.folder} and another --folder"
-    now = determining_settings(settings)
-    if changes := list(_changes(_comparable(saved["settings"]), _comparable(now))):
+    then, now = saved["settings"], determining_settings(settings)
+    if _has_moved(then.get("init")):
+        now = {**now, "init": then["init"]}
+    if changes := list(_changes(_comparable(then), _comparable(now))):
         raise ValueError(
             f"the run in {run.folder} was started with another {', '.join(changes)}: set the first "
             f"value, or {anew}"
@@ -372,6 +374,11 @@ def _check_checkpoint(
         message(
             f"(then, now) differ in {other}: the run continues equal to rounding, not bit for bit"
         )
+
+
+def _has_moved(init: Any) -> bool:
+    """Whether the folder of the initial weights is gone; the weights now are the checkpoint's."""
+    return isinstance(init, str) and not Path(init).exists()
 
 
 def _rounding(state: TrainState) -> dict[str, Any]:

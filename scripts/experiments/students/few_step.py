@@ -114,13 +114,7 @@ def _latent() -> list[str]:
 METHODS: dict[str, Words] = {
     "Consistency": _distil("Consistency"),
     "MeanFlow": _distil("MeanFlow"),
-    "Shortcut": _distil(
-        "Shortcut",
-        "--objective.steps=16",
-        "--objective.share=0.5",
-        "--objective.target=own",
-        "--training-steps=60",
-    ),
+    "Shortcut": _distil("Shortcut"),
     "Reflow": _distil(
         "Reflow", "--data.count=4096", "--data.steps=12", "--data.folder={folder}/pairs"
     ),

@@ -38,6 +38,8 @@ class Method:
         accepts_pipelines: whether the network of a diffusers pipeline can be the student.
         accepts_guidance_range: whether the scale of the teacher's guidance can be an input of the
             student.
+        interval: range of c (t - r) of a network of two times (`TwoTimes.scale`). A derivative by
+            the time contains that of the sinusoids, which are slow if it is small.
     """
 
     summary: str
@@ -49,6 +51,7 @@ class Method:
     has_teacher: bool = True
     accepts_pipelines: bool = True
     accepts_guidance_range: bool = False
+    interval: float = 1000.0
 
     def objective(self, name: str, teacher: Spec, steps: int, is_pipeline: bool) -> Spec:
         """The spec of the objective.
@@ -113,6 +116,11 @@ def _mean_flow(steps: int, is_pipeline: bool) -> Spec:
     return {"share": 0.75, "derivative": {"method": "difference"}}
 
 
+def _shortcut(steps: int, is_pipeline: bool) -> Spec:
+    """Shortest steps and a share of long ones for a short training."""
+    return {"steps": max(16, 2 ** math.ceil(math.log2(steps))), "share": 0.5}
+
+
 def _distribution_matching(steps: int, is_pipeline: bool) -> Spec:
     return {"student": {"steps": steps, "grid": "Trailing" if is_pipeline else DENSE}}
 
@@ -144,13 +152,15 @@ METHODS: dict[str, Method] = {
         SHORT,
         accepts_pipelines=False,
         accepts_guidance_range=True,
+        interval=10.0,
     ),
     "Shortcut": Method(
         "steps of the teacher's flow that agree with two steps of half the length",
         "mean_velocity",
         "DDIM",
         EVEN,
-        settings=SHORT,
+        _shortcut,
+        SHORT,
         accepts_pipelines=False,
         accepts_guidance_range=True,
     ),

@@ -163,7 +163,10 @@ def run_settings(request: DistillationRequest) -> dict[str, Any]:
     if method.estimate == "mean_velocity":
         student["network"] = {
             "class_path": "diffcore.networks.TwoTimes",
-            "init_args": {"network": settings["network"]},
+            "init_args": {
+                "network": settings["network"],
+                "scale": method.interval / abs(process.time.scale),
+            },
         }
     if request.method == REFLOW:
         student |= _reflow(request, teacher)
