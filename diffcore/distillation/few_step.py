@@ -24,7 +24,7 @@ from diffcore.core.prediction import Prediction, at_least_float32
 from diffcore.core.process import Process
 from diffcore.core.random import Stream, uniform
 from diffcore.distillation.guided_denoiser import ScaledDenoiser
-from diffcore.distillation.teacher import Teacher
+from diffcore.distillation.teacher import Teacher, check_teacher
 from diffcore.guidance import CFG
 from diffcore.objectives.draw import Draw, SampleKey
 from diffcore.objectives.level_sampling import ResamplerState
@@ -164,6 +164,8 @@ class FewStepObjective(Objective):
                     f"{name} is {value}, which {type(self).__name__} does not read: it has a "
                     f"weight and levels of its own; leave {name} out"
                 )
+        if self.teacher is not None:
+            check_teacher(self.teacher)
         if self.guidance_range is not None:
             object.__setattr__(self, "guidance_range", tuple(self.guidance_range))
             check_guidance_range(*self.guidance_range)

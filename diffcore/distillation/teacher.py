@@ -39,6 +39,7 @@ __all__ = [
     "RunTeacher",
     "Teacher",
     "check_same_process",
+    "check_teacher",
 ]
 
 NOISIEST = 1 - 1e-9
@@ -294,6 +295,19 @@ class OracleTeacher(Teacher):
         if self.oracle.network is not None:
             _freeze(self.oracle.network.to(device))
         return self.oracle
+
+
+def check_teacher(teacher: object) -> None:
+    """Raise TypeError if the teacher of an objective is none.
+
+    Args:
+        teacher: field of an objective.
+    """
+    if not isinstance(teacher, Teacher):
+        raise TypeError(
+            f"teacher is {teacher!r}, expected a Teacher: RunTeacher(folder), "
+            "PipelineTeacher(folder) or OracleTeacher(denoiser)"
+        )
 
 
 def check_same_process(student: Process, teacher: Process) -> None:

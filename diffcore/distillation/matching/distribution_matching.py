@@ -8,6 +8,7 @@ w = SNR and h = 1 the gradient is that of the expected KL(q_t‖p_t) of noised d
 """
 
 import copy
+import math
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass, field
 
@@ -34,7 +35,7 @@ from diffcore.distillation.matching.student import (
     key_of,
     noised,
 )
-from diffcore.distillation.teacher import Teacher
+from diffcore.distillation.teacher import Teacher, check_teacher
 from diffcore.guidance import CFG
 from diffcore.objectives.draw import Draw, SampleKey
 from diffcore.objectives.level_sampling import ResamplerState
@@ -109,6 +110,7 @@ class DistributionMatching(StudentObjective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_teacher(self.teacher)
         low, high = self.time_range
         if not 0 <= low < high <= 1:
             raise ValueError(f"time_range is {self.time_range}, expected 0 <= low < high <= 1")
@@ -131,8 +133,10 @@ class DistributionMatching(StudentObjective):
             self._check_guidance_range(*self.guidance_range)
 
     def _check_guidance_range(self, low: float, high: float) -> None:
-        if not low <= high:
-            raise ValueError(f"guidance_range is {self.guidance_range}, expected low <= high")
+        if not 0 <= low <= high < math.inf:
+            raise ValueError(
+                f"guidance_range is {self.guidance_range}, expected finite w with 0 <= low <= high"
+            )
         if self.teacher.guidance != CFG(1.0):
             raise ValueError(
                 f"guidance_range is {self.guidance_range}, and teacher.guidance is "
@@ -321,6 +325,8 @@ class ScoreIdentity(DistributionMatching):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not math.isfinite(self.alpha):
+            raise ValueError(f"alpha is {self.alpha}, expected a finite factor, such as 1 or 1.2")
         if self.divergence.needs_ratio:
             raise ValueError(
                 f"divergence.name is {self.divergence.name}, but ScoreIdentity minimises Fisher's "

@@ -35,7 +35,7 @@ class NetworkTraining:
             raise ValueError(f"updates is {self.updates}, expected at least 1")
         if self.betas is not None:
             object.__setattr__(self, "betas", tuple(self.betas))
-            if not all(0 <= beta < 1 for beta in self.betas):
+            if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
                 raise ValueError(f"betas is {self.betas}, expected two numbers within [0, 1)")
 
     def network(self, module: nn.Module, has_second_derivatives: bool = False) -> TrainedNetwork:

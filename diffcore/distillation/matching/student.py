@@ -58,7 +58,7 @@ class Student:
     grid: Grid = field(default_factory=Trailing)
 
     def __post_init__(self) -> None:
-        if not 1 <= self.steps <= MAXIMUM_STEPS:
+        if self.steps not in range(1, MAXIMUM_STEPS + 1):
             raise ValueError(
                 f"student.steps is {self.steps}, expected 1 to {MAXIMUM_STEPS} evaluations"
             )

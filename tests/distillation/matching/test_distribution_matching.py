@@ -317,6 +317,22 @@ CASES = {
         lambda: setup_plain(offset=0.1),
         "offset is 0.1, which DistributionMatching does",
     ),
+    "guidance range": (
+        lambda: setup_plain(guidance_range=(1.0, float("inf"))),
+        "guidance_range is (1.0, inf), expected finite w",
+    ),
+    "alpha": (
+        lambda: ScoreIdentity(
+            teacher=OracleTeacher(gaussian(MEAN, COVARIANCE)), alpha=float("nan")
+        ),
+        "alpha is nan, expected a finite factor",
+    ),
+    "teacher": (
+        lambda: DistributionMatching(teacher="runs/digits"),
+        "teacher is 'runs/digits', expected a Teacher",
+    ),
+    "betas": (lambda: NetworkTraining(betas=(0.9,)), "betas is (0.9,), expected two numbers"),
+    "steps 2.5": (lambda: Student(2.5), "student.steps is 2.5, expected 1 to 64"),
     "two guidances": (
         lambda: DistributionMatching(
             teacher=OracleTeacher(gaussian(MEAN, COVARIANCE), CFG(2.0)), guidance_range=(1, 2)
@@ -360,7 +376,7 @@ def setup_plain(**options):
 @pytest.mark.parametrize("name", CASES)
 def test_what_cannot_be_trained_is_refused_with_the_remedy(name):
     build, message = CASES[name]
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
         build()
 
 
