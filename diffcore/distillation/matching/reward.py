@@ -113,7 +113,7 @@ class RewardTuning(StudentObjective):
     def _check_reward(self, process: Process, device: torch.device) -> None:
         """Raise ValueError if the reward of two samples has another shape, or no gradient."""
         x0 = torch.zeros(2, *process.shape, device=device, requires_grad=True)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), torch.enable_grad():
             rewards = self._rewards(x0)
         if not rewards.requires_grad:
             raise ValueError(
