@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from diffcore.core.process import Process
 
 __all__ = [
+    "POINTS_OF_FLOW",
     "Estimate",
     "check_estimate_of_process",
     "refuse_point_of_flow",
@@ -15,6 +16,8 @@ __all__ = [
 
 Estimate = Literal["posterior_mean", "consistency", "mean_velocity", "encoded_mean"]
 """What the pair of a network is; see `Process.estimate`."""
+POINTS_OF_FLOW = ("consistency", "mean_velocity")
+"""Estimates of networks of few steps, whose pair is a point of the flow."""
 
 
 def check_estimate_of_process(process: "Process") -> None:
@@ -72,7 +75,7 @@ def refuse_point_of_flow(process: "Process", name: str) -> None:
         process: process of the network.
         name: name of the objective, which trains a mean over the data.
     """
-    if process.estimate in ("consistency", "mean_velocity"):
+    if process.estimate in POINTS_OF_FLOW:
         raise ValueError(
             f"process.estimate is {process.estimate}, and {name} trains E[x_0 | x] at each level, "
             "with which a network of few steps would unlearn them: set an objective of such "

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 
 from diffcore.core.denoiser import Denoiser
-from diffcore.core.estimate import refuse_point_of_flow
 from diffcore.core.network import find_learned_levels
 from diffcore.core.process import Process
 from diffcore.objectives.coupling import IndependentCoupling
@@ -69,13 +68,12 @@ def spread_draw(
 
 def check_learned_process(objective: "Objective", process: Process) -> None:
     """Raise ValueError if learned levels, or an encoder, would be trained by another loss than the
-    bound, or a network of few steps by denoising.
+    bound.
 
     Args:
         objective: training objective.
         process: process of the network.
     """
-    refuse_point_of_flow(process, type(objective).__name__)
     if process.estimate == "encoded_mean":
         part = "the encoder of the process is"
     elif process.levels == "learned":

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from diffcore.core.condition_values import draw_seeds
 from diffcore.core.conditions import LABEL, BatchCondition, drop, labels_of
 from diffcore.core.denoiser import Denoiser
+from diffcore.core.estimate import refuse_point_of_flow
 from diffcore.core.network import LabelWrapper
 from diffcore.core.prediction import Prediction, at_least_float32, predict, target
 from diffcore.core.process import Process
@@ -121,11 +122,11 @@ class Objective(ABC):  # noqa: B024  settings name its subclasses as components
         if self.reference_size:
             _check_shift(process)
         self._check_variance(process)
+        refuse_point_of_flow(process, type(self).__name__)
         check_learned_process(self, process)
         assert isinstance(level.logsnr, Tensor)
         weight = self.weight.target_weight(process.prediction, level.logsnr, process.sigma_data)
-        infinite = level.logsnr[weight.float().isinf()].tolist()
-        if infinite:
+        if infinite := level.logsnr[weight.float().isinf()].tolist():
             raise ValueError(
                 f"{self.weight} is infinite at λ = {infinite[-1]:g} for {process.prediction}, and "
                 f"{schedule} draws that level: use a bounded weight (MinSNR) or a schedule that "
@@ -268,8 +269,7 @@ class Objective(ABC):  # noqa: B024  settings name its subclasses as components
         noise = normal(key.seed, Stream.NOISE, key.position, process.shape, device)
         if self.offset:
             flat = (process.shape[0], *[1] * (len(process.shape) - 1))
-            z = normal(key.seed, Stream.OFFSET, key.position, flat, device)
-            noise = noise + self.offset * z
+            noise += self.offset * normal(key.seed, Stream.OFFSET, key.position, flat, device)
         extra = None
         if self.perturbation:
             z = normal(key.seed, Stream.PERTURBATION, key.position, process.shape, device)

@@ -63,6 +63,11 @@ def test_a_student_of_each_method_is_trained_and_sampled_as_it_was_trained(
     assert "1 samples of 1 network evaluations each" in one.out
 
 
+def test_the_shortest_step_of_shortcut_is_no_longer_than_that_of_the_student():
+    arguments = METHODS["Shortcut"].arguments
+    assert [arguments(steps, False)["steps"] for steps in (1, 16, 20, 100)] == [16, 16, 32, 128]
+
+
 def test_the_teacher_is_guided_as_its_run_is_sampled_and_the_student_is_not(distil, trained):
     settings = yaml.safe_load(
         distil(trained, "--method=Reflow", "--folder=s", "--print_config").out
@@ -83,6 +88,7 @@ def test_the_teacher_is_guided_as_its_run_is_sampled_and_the_student_is_not(dist
     assert chosen == (0.5, 3, 7, 4)
 
 
+@pytest.mark.slow
 def test_a_student_whose_input_is_the_scale_of_guidance_is_sampled_at_any_scale(
     distil, diffcore, trained
 ):

@@ -170,7 +170,8 @@ def test_every_option_that_a_message_names_exists(diffcore):
     known |= {"data.folder", "data.size", "data.text"}  # of the class of the data
     word = {f"network.word.{name}" for name in ("word", "initial")}
     known |= {"network.text_lora.rank"} | word  # of the class of the network
-    known |= {"objective.teacher", "objective.teacher.folder"}  # of the class of the objective
+    teacher = {f"objective.teacher.{name}" for name in ("folder", "pipeline")}
+    known |= {"objective.teacher"} | teacher  # of the class of the objective
     known |= {"shm_size"}  # of docker
     root = Path(__file__).parents[2]
     listed = subprocess.run(

@@ -137,11 +137,12 @@ def test_a_student_is_sampled_by_the_command_with_its_own_defaults(
 GUIDED = ("--method=Consistency", "--guidance-range=1,9", f"--steps={STEPS}", "--folder=runs/w")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "cls",
     [
         diffusers.LatentConsistencyModelPipeline,
-        pytest.param(diffusers.StableDiffusionPipeline, marks=pytest.mark.slow),
+        diffusers.StableDiffusionPipeline,
     ],
 )
 def test_diffusers_samples_a_student_at_every_scale_of_guidance_as_we_do(place, monkeypatch, cls):

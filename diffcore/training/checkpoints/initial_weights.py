@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
+from diffcore.core.estimate import POINTS_OF_FLOW
 from diffcore.core.network import NetworkAdapter, class_name, unwrap
 from diffcore.core.process import Process
 from diffcore.io.files import CorruptFileError, check_links, verify_folder
@@ -22,6 +23,7 @@ from diffcore.io.specs import describe_spec, to_spec
 from diffcore.run import AVERAGED, Run, read_checkpoint_weights
 
 if TYPE_CHECKING:
+    from diffcore.integrations.diffusers.loading.index import PipelineIndex
     from diffcore.training.state import TrainState
 
 __all__ = ["check_estimate", "check_source", "load_initial_weights"]
@@ -85,13 +87,15 @@ def check_estimate(path: str | Path, own: Process) -> None:
     """
     path, estimate = Path(path), None
     if (path / PIPELINE_INDEX).is_file():
-        estimate = _pipeline_fields(path).get("estimate")
+        from diffcore.integrations.diffusers.loading.index import PipelineIndex
+
+        estimate = _pipeline_fields(PipelineIndex(path)).get("estimate")
     elif (path / MANIFEST).is_file():
         settings = read_manifest(path)["state"].get("settings") or {}
         estimate = (settings.get("process") or {}).get("estimate")
     elif path.is_dir() and (process := Run(path).process).is_file():
         estimate = Process.load(process).estimate
-    if estimate in ("consistency", "mean_velocity") and estimate != own.estimate:
+    if estimate in POINTS_OF_FLOW and estimate != own.estimate:
         raise ValueError(
             f"init is {path}, a {estimate} network, and process.estimate is {own.estimate}: set "
             f"process.estimate to {estimate} and an objective of such networks, or start from "
@@ -99,15 +103,12 @@ def check_estimate(path: str | Path, own: Process) -> None:
         )
 
 
-def _pipeline_fields(folder: Path) -> dict[str, Any]:
+def _pipeline_fields(index: "PipelineIndex") -> dict[str, Any]:
     """The specs of the fields of the process that the configs of a pipeline determine."""
-    from diffcore.integrations.diffusers.loading.index import PipelineIndex
-
     try:
-        fields = PipelineIndex(folder).process_fields
+        return {name: to_spec(value) for name, value in index.process_fields.items()}
     except (ValueError, KeyError):  # a scheduler that describes no process
         return {}
-    return {name: to_spec(value) for name, value in fields.items()}
 
 
 def _is_single(path: Path) -> bool:
@@ -189,7 +190,7 @@ def _read_pipeline(folder: Path, network: nn.Module) -> _Source:
             f"{class_name(own)}: train a network of the same class, or name other weights"
         )
     tensors = {prefix + name: value for name, value in found.state_dict().items()}
-    return _Source(tensors, _pipeline_fields(folder))
+    return _Source(tensors, _pipeline_fields(index))
 
 
 def _complete(

@@ -155,6 +155,7 @@ class CrashingDataset(ListDataset):
         return super().__getitem__(index)
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_is_an_error_with_the_remedy():
     data = as_data_source(CrashingDataset(*(torch.zeros(2) for _ in range(4))))
     order = DataOrder(4, 0, 4, 1, 0, 1).steps(0, 1)

@@ -150,10 +150,13 @@ def _check_teacher(request: DistillationRequest, settings: Namespace) -> None:
     objective = settings.as_dict()["objective"]
     if find_method(request.method).has_teacher and not objective["init_args"].get("teacher"):
         name = objective["class_path"].rpartition(".")[2]
+        kind, option = "RunTeacher", "--objective.teacher.folder"
+        if request.is_pipeline:
+            kind, option = "PipelineTeacher", "--objective.teacher.pipeline"
         raise ValueError(
             f"the objective {name} has no teacher, since an option replaces that of "
-            f"{request.method}: pass --objective {name} with --objective.teacher RunTeacher and "
-            f"--objective.teacher.folder {request.teacher}, or train without one by diffcore train"
+            f"{request.method}: pass --objective {name} with --objective.teacher {kind} and "
+            f"{option} {request.teacher}, or train without one by diffcore train"
         )
 
 
